@@ -1,0 +1,49 @@
+"""truetune: supervised fine-tuning where what is trained is what is served.
+
+Names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ChatTemplate": "truetune.contract.chat_template",
+    "SFTExample": "truetune.contract.example",
+    "PromptContract": "truetune.contract.contract",
+    "Encoded": "truetune.contract.contract",
+    "pad_and_collate": "truetune.compute.batch",
+    "masked_cross_entropy": "truetune.compute.loss",
+    "SFTTrainer": "truetune.engine.trainer",
+    "Finding": "truetune.findings",
+    "TruetuneError": "truetune.errors",
+    "UnfaithfulTemplate": "truetune.errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from truetune.compute.batch import pad_and_collate as pad_and_collate
+    from truetune.compute.loss import masked_cross_entropy as masked_cross_entropy
+    from truetune.contract.chat_template import ChatTemplate as ChatTemplate
+    from truetune.contract.contract import Encoded as Encoded
+    from truetune.contract.contract import PromptContract as PromptContract
+    from truetune.contract.example import SFTExample as SFTExample
+    from truetune.engine.trainer import SFTTrainer as SFTTrainer
+    from truetune.errors import TruetuneError as TruetuneError
+    from truetune.errors import UnfaithfulTemplate as UnfaithfulTemplate
+    from truetune.findings import Finding as Finding
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'truetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,207 @@
+"""Examples to batches: the only place that shifts and pads.
+
+input   SFTExample(ids, mask), in any number and length
+does    orders rows by (seed, epoch), cuts a step into micro-batches, shifts once, pads right
+output  Batch: what one forward pass needs, and what the loop must count
+who     the loop asks for `micro_batches(step)`; evaluation asks for `batches(examples)`
+
+A step's rows depend on its number alone, so a resumed run needs no state but the step.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from truetune.contract.example import SFTExample
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pad_and_collate(
+    examples: Sequence[SFTExample], *, max_seq_len: int, pad_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The reference collation: pad right to one width and shift the labels once.
+
+    Args:
+        examples: rows of (ids, mask).
+        max_seq_len: tokens kept of a row before the shift; a longer row keeps its head, and a
+            warning says how many were cut.
+        pad_id: fills the rest; its positions have mask 0 whatever the id is.
+
+    Returns:
+        x, y, loss_mask, each (B, max_seq_len - 1), int64; y[b, t] is the token after x[b, t], and
+        loss_mask[b, t] is 1 where y[b, t] is supervised.
+
+    Raises:
+        ValueError: no examples, max_seq_len below 2, or ids and mask of different lengths.
+    """
+    import torch
+
+    if not examples:
+        raise ValueError("pad_and_collate needs at least one example")
+    if max_seq_len < 2:
+        raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
+    width = max_seq_len - 1
+    x = torch.full((len(examples), width), pad_id, dtype=torch.int64)
+    y = torch.full((len(examples), width), pad_id, dtype=torch.int64)
+    loss_mask = torch.zeros((len(examples), width), dtype=torch.int64)
+    num_cut = 0
+    for row, (ids, mask) in enumerate(examples):
+        if len(ids) != len(mask):
+            raise ValueError(f"example {row}: {len(ids)} ids but {len(mask)} mask entries")
+        num_cut += len(ids) > max_seq_len
+        kept = torch.tensor(ids[:max_seq_len], dtype=torch.int64)
+        supervised = torch.tensor(mask[:max_seq_len], dtype=torch.int64)
+        end = max(len(kept) - 1, 0)
+        x[row, :end], y[row, :end], loss_mask[row, :end] = kept[:-1], kept[1:], supervised[1:]
+    if num_cut:
+        warnings.warn(
+            f"{num_cut} of {len(examples)} examples are longer than max_seq_len={max_seq_len} "
+            "and lost their end",
+            stacklevel=2,
+        )
+    return x, y, loss_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        ids_BT: int64 input ids, padded right.
+        targets_BT: int64, the token after each input token.
+        supervised_BT: int64, 1 where the target counts.
+        rows: index of the example behind each row.
+        num_tokens: unpadded tokens of the rows, each row whole.
+        num_supervised: targets that count.
+    """
+
+    ids_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    supervised_BT: torch.Tensor
+    rows: tuple[int, ...]
+    num_tokens: int
+    num_supervised: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            self.ids_BT.to(device),
+            self.targets_BT.to(device),
+            self.supervised_BT.to(device),
+            self.rows,
+            self.num_tokens,
+            self.num_supervised,
+        )
+
+
+class Batcher(Protocol):
+    """What the loop needs of a source of batches."""
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """All batches of one optimiser step (0-based); the same list at each call."""
+        ...
+
+    def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
+        """Batches over `examples` in order, for evaluation."""
+        ...
+
+
+class RowOrder:
+    """Which rows a step trains: a stream of epochs, each a permutation drawn from (seed, epoch).
+
+    A step that reaches the end of an epoch goes on in the next one, so every row is seen equally
+    often. With `epochs` the stream ends there and the last step may be smaller.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, epochs: float | None = None):
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.end = None if epochs is None else max(math.ceil(num_rows * epochs), 1)
+        self._epoch, self._order = -1, list[int]()
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps until the stream ends, None where it does not."""
+        return None if self.end is None else -(-self.end // self.batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        """Indices of the rows of one step, in order."""
+        start = step * self.batch_size
+        stop = start + self.batch_size
+        if self.end is not None:
+            stop = min(stop, self.end)
+        return [
+            self._permutation(i // self.num_rows)[i % self.num_rows] for i in range(start, stop)
+        ]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch != self._epoch:
+            order = list(range(self.num_rows))
+            random.Random(f"{self.seed}/{epoch}").shuffle(order)
+            self._epoch, self._order = epoch, order
+        return self._order
+
+
+class PaddedBatcher:
+    """The reference batcher: rows padded right to the longest of their micro-batch.
+
+    Args:
+        examples: what is trained.
+        max_seq_len: longest row; longer ones lose their end, with a warning.
+        pad_id: fills the rest.
+        batch_size: rows per optimiser step.
+        micro_batch_size: rows per forward pass; the whole step where None.
+        seed: of the row order.
+        epochs: where the stream ends; None repeats for ever.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[SFTExample],
+        *,
+        max_seq_len: int,
+        pad_id: int,
+        batch_size: int,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+        epochs: float | None = None,
+    ) -> None:
+        self.examples, self.max_seq_len, self.pad_id = examples, max_seq_len, pad_id
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.order = RowOrder(len(examples), batch_size, seed, epochs)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        # The gradient of a step is a sum over its rows: sorting them by length changes nothing
+        # but the padding.
+        rows = sorted(self.order.rows(step), key=lambda row: len(self.examples[row].ids))
+        return list(self._cut(self.examples, rows))
+
+    def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
+        return self._cut(examples, range(len(examples)))
+
+    def _cut(self, examples: Sequence[SFTExample], rows: Sequence[int]) -> Iterator[Batch]:
+        for start in range(0, len(rows), self.micro_batch_size):
+            yield self._collate(examples, tuple(rows[start : start + self.micro_batch_size]))
+
+    def _collate(self, examples: Sequence[SFTExample], rows: tuple[int, ...]) -> Batch:
+        chosen = [examples[row] for row in rows]
+        longest = max(len(example.ids) for example in chosen)
+        if longest > self.max_seq_len:
+            num_cut = sum(len(example.ids) > self.max_seq_len for example in chosen)
+            warnings.warn(
+                f"{num_cut} of {len(chosen)} rows of a batch are longer than "
+                f"max_seq_len={self.max_seq_len} and lost their end",
+                stacklevel=4,
+            )
+            chosen = [
+                SFTExample(e.ids[: self.max_seq_len], e.mask[: self.max_seq_len]) for e in chosen
+            ]
+            longest = self.max_seq_len
+        x, y, supervised = pad_and_collate(chosen, max_seq_len=max(longest, 2), pad_id=self.pad_id)
+        num_tokens = sum(len(example.ids) for example in chosen)
+        return Batch(x, y, supervised, rows, num_tokens, int(supervised.sum()))

@@ -1,0 +1,276 @@
+"""Rows to conversations.
+
+Input:  a row and, for each slot of its schema, the column that fills it.
+Does:   builds the messages, then checks that there is something to ask and something to learn.
+Output: `Conversation`s, or a `BadRow` for each part of the row that cannot be one.
+Who:    called by `load.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+from truetune.data.conversation import Conversation, Message
+from truetune.data.messages import messages_of
+from truetune.data.rows import BadRow, Row, kind, missing
+from truetune.data.schemas import Picks
+from truetune.data.tools import tools_of
+
+Cells = dict[str, Any]
+
+
+def convert(
+    row: Row, schema: str, picks: Picks, unused: Counter[str]
+) -> Iterator[Conversation | BadRow]:
+    """What a row holds; nothing for an empty plain text.
+
+    Args:
+        row: the row.
+        schema: its schema.
+        picks: slot to column.
+        unused: counts keys inside cells that nothing reads.
+    """
+    cells: Cells = {slot: row.fields.get(column) for slot, column in picks.items()}
+    try:
+        parts = _instances(cells) if schema == "instances" else [cells]
+    except BadRow as bad:
+        yield bad
+        return
+    for part in parts:
+        try:
+            if isinstance(part, BadRow):
+                raise part
+            made = _conversation(part, schema, row.where, unused)
+        except BadRow as bad:
+            yield bad
+        else:
+            if made is not None:
+                yield made
+
+
+def _conversation(
+    cells: Cells, schema: str, where: str, unused: Counter[str]
+) -> Conversation | None:
+    if schema == "text":
+        text = _text(cells, "text")
+        if not text.strip():
+            return None
+        made = Conversation((), where, text=text)
+    else:
+        messages = _with_system(_BUILDERS[schema](cells, unused), cells)
+        check_turns(messages)
+        made = Conversation(
+            tuple(messages),
+            where,
+            tools=tools_of(cells.get("tools")),
+            template_kwargs=_template_kwargs(cells.get("chat_template_kwargs")),
+        )
+    _check_encodable(made)
+    return made
+
+
+def check_turns(messages: list[Message]) -> None:
+    """Refuses a conversation without a question, or without an answer to learn.
+
+    Raises:
+        BadRow: `prompt-missing`, `no-assistant-turn`, `empty-answer`.
+    """
+    answers = [m for m in messages if m["role"] == "assistant"]
+    if not answers:
+        raise BadRow(
+            "no-assistant-turn",
+            "the conversation has no assistant turn",
+            why="there is nothing to learn from it",
+        )
+    if not any(m.get("train", True) for m in answers):
+        raise BadRow(
+            "no-assistant-turn",
+            "every assistant turn is marked as not to be trained",
+            why="there is nothing to learn from it",
+        )
+    if messages[0] is answers[0] and answers[0].get("train", True):
+        raise BadRow(
+            "prompt-missing",
+            "the conversation begins with an assistant turn",
+            why="a server sends a prompt first; no prompt leads to this answer",
+            fix='give it a user turn, or mark it "train": false',
+        )
+    for message in answers:
+        if message.get("train", True) and not (
+            message["content"].strip() or message.get("tool_calls")
+        ):
+            raise BadRow(
+                "empty-answer",
+                "an assistant turn is empty",
+                why="a model would learn to stop at once",
+                fix='drop the row, or mark the turn "train": false',
+            )
+
+
+def _check_encodable(made: Conversation) -> None:
+    # JSON may hold half of a surrogate pair; no tokenizer takes it.
+    whole = [made.messages, made.tools, made.template_kwargs, made.text]
+    try:
+        json.dumps(whole, ensure_ascii=False, default=repr).encode("utf-8")
+    except RecursionError as error:
+        raise BadRow("unsupported-content", "the row is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            "invalid-text",
+            "the row holds half of a surrogate pair, which is no character",
+            why="text was cut inside an emoji or another character beyond U+FFFF",
+            fix="cut the text at a character, or drop the row",
+        ) from error
+
+
+# --- one builder for each schema ---------------------------------------------------------------
+
+
+def _chat(cells: Cells, unused: Counter[str]) -> list[Message]:
+    return messages_of(cells["messages"], unused)
+
+
+def _alpaca(cells: Cells, unused: Counter[str]) -> list[Message]:
+    return [
+        *_history(cells.get("history")),
+        _user(_instruction(cells, "instruction")),
+        _assistant(_text(cells, "output")),
+    ]
+
+
+def _prompt_completion(cells: Cells, unused: Counter[str]) -> list[Message]:
+    prompt, completion = cells["prompt"], cells["completion"]
+    asked = (
+        messages_of(prompt, unused)
+        if isinstance(prompt, list)
+        else [_user(_asked(_text(cells, "prompt")))]
+    )
+    # The prompt is given, whoever speaks in it; only the completion is to be learned.
+    given = [{**m, "train": False} if m["role"] == "assistant" else m for m in asked]
+    if not isinstance(completion, list):
+        return [*given, _assistant(_text(cells, "completion"))]
+    if not completion:
+        raise BadRow("empty-answer", "the completion is empty", fix="drop the row")
+    return [*given, *messages_of(completion, unused)]
+
+
+def _reasoning(cells: Cells, unused: Counter[str]) -> list[Message]:
+    answer = _assistant(_text(cells, "solution"))
+    thinking = _text(cells, "thinking")
+    if thinking.strip():
+        answer["reasoning_content"] = thinking
+    return [_user(_instruction(cells, "problem")), answer]
+
+
+_BUILDERS: dict[str, Callable[[Cells, Counter[str]], list[Message]]] = {
+    "messages": _chat,
+    "sharegpt": _chat,
+    "alpaca": _alpaca,
+    "instances": _alpaca,
+    "prompt-completion": _prompt_completion,
+    "reasoning": _reasoning,
+}
+
+
+def _instances(cells: Cells) -> list[Cells | BadRow]:
+    """Self-instruct: one task, several inputs with their outputs; an alpaca row of each."""
+    instances = cells["instances"]
+    if not isinstance(instances, list) or not instances:
+        raise BadRow("no-assistant-turn", "the task has no instances")
+    common = {slot: value for slot, value in cells.items() if slot != "instances"}
+    return [
+        {**common, "input": one.get("input"), "output": one.get("output")}
+        if isinstance(one, dict)
+        else BadRow("bad-message", f"an instance is {kind(one)}, not an object")
+        for one in instances
+    ]
+
+
+# --- cells -------------------------------------------------------------------------------------
+
+
+def _text(cells: Cells, slot: str) -> str:
+    value = cells.get(slot)
+    if missing(value):
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(
+            "unsupported-content",
+            f"the {slot} is {kind(value)}, not text",
+            fix="write it as text",
+        )
+    return value
+
+
+def _asked(prompt: str) -> str:
+    if not prompt.strip():
+        raise BadRow("prompt-missing", "the prompt is empty", fix="drop the row")
+    return prompt
+
+
+def _instruction(cells: Cells, slot: str) -> str:
+    instruction, extra = _text(cells, slot), _text(cells, "input")
+    if not extra.strip():
+        return _asked(instruction)
+    return f"{instruction}\n\n{extra}" if instruction.strip() else extra
+
+
+def _user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _history(value: Any) -> list[Message]:
+    if missing(value) or value == "":
+        return []
+    turns: list[Message] = []
+    for pair in value if isinstance(value, list) else [value]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))):
+            raise BadRow(
+                "bad-history",
+                "the history is not a list of pairs of texts",
+                fix='write [["question", "answer"], ...]',
+            )
+        turns += [_user(pair[0]), _assistant(pair[1])]
+    return turns
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _with_system(messages: list[Message], cells: Cells) -> list[Message]:
+    system = _text(cells, "system")
+    if not system.strip():
+        return messages
+    if messages and messages[0]["role"] in ("system", "developer"):
+        if messages[0]["content"] == system:
+            return messages
+        raise BadRow(
+            "two-systems",
+            "the system column and the first turn give different system messages",
+            fix="keep one of them",
+        )
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _template_kwargs(value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value.strip():
+        with suppress(ValueError):
+            value = json.loads(value)
+    if missing(value) or value == "":
+        return {}
+    if not isinstance(value, dict):
+        raise BadRow(
+            "bad-template-kwargs",
+            f"chat_template_kwargs is {kind(value)}, not an object",
+            fix='write {"enable_thinking": false}, or leave it out',
+        )
+    return value

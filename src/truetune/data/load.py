@@ -1,0 +1,228 @@
+"""The way through the data room, from a source to conversations.
+
+Input:  a file, a folder or a Hub id, and what the user says about it.
+Does:   reads rows, renames columns, decides one schema for all rows, converts each row.
+Output: `Loaded`: conversations, findings on the rows that are none, and what was read.
+Who:    called by the pipeline, which decides what bad rows mean (--bad-rows).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from truetune.data.columns import parse_columns, rename
+from truetune.data.conversation import Conversation
+from truetune.data.convert import convert
+from truetune.data.hub import read_dataset
+from truetune.data.read import read_file
+from truetune.data.rows import BadRow, FileInfo, Row, names
+from truetune.data.schemas import (
+    Picks,
+    no_schema,
+    recognise,
+    recognise_row,
+    schema_mismatch,
+    schema_named,
+)
+from truetune.data.sources import Source, resolve
+from truetune.errors import DataError, UsageError
+from truetune.findings import Finding
+
+Progress = Callable[[int, int | None], None]
+_PROGRESS_EVERY = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a source held.
+
+    Attributes:
+        conversations: in the order of the rows.
+        findings: one error for each row (or instance of one) that was left out; notes on the rest.
+        schema: of all conversations.
+        num_rows: rows read, bad ones included.
+        files: what was read, in order.
+    """
+
+    conversations: list[Conversation]
+    findings: list[Finding]
+    schema: str
+    num_rows: int
+    files: tuple[FileInfo, ...]
+
+
+def load(
+    source: str | Path,
+    *,
+    schema: str = "auto",
+    columns: str | Mapping[str, str] | None = None,
+    split: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    on_progress: Progress | None = None,
+) -> Loaded:
+    """Loads conversations.
+
+    Args:
+        source: a .jsonl, .json, .csv, .tsv, .parquet, .txt or .md file (.gz too), a folder of
+            such, or a dataset for `datasets.load_dataset` (`owner/name` or `owner/name:config`).
+        schema: auto, or messages, sharegpt, instances, reasoning, alpaca, prompt-completion, text.
+            auto takes the one that most rows have by their columns, the first seen of equals.
+        columns: `prompt=question,completion=answer`, or {target: source column}.
+        split: of a folder or a dataset; train if there is one.
+        revision: of a dataset on the Hub.
+        limit: the first so many rows.
+        on_progress: called with the number of converted rows and of all, every 1,000 rows and at
+            the end.
+
+    Returns:
+        all that can be used, and a finding for each row that cannot.
+
+    Raises:
+        DataError: the source cannot be read, or no schema fits it.
+        UsageError: a schema, mapping or limit that makes no sense.
+    """
+    only = schema_named(schema)
+    mapping = parse_columns(columns)
+    if limit is not None and limit < 1:
+        raise UsageError(f"the limit must be at least 1, not {limit}", code="bad-limit")
+    rows, findings, files = _read(source, split, revision, limit)
+    num_rows = sum(file.num_rows for file in files)
+    rows = rename(rows, mapping, str(source))
+    reading = _Reading(only, frozenset(mapping), Counter(), Counter())
+    found = [reading.recognise(row) for row in rows]
+    decided = _decide(found, rows, only, str(source))
+    conversations: list[Conversation] = []
+    for done, (row, recognised) in enumerate(zip(rows, found, strict=True), 1):
+        findings += _convert(row, recognised, decided, reading, conversations)
+        if on_progress is not None and (done % _PROGRESS_EVERY == 0 or done == len(rows)):
+            on_progress(done, len(rows))
+    findings += reading.notes(rows)
+    return Loaded(conversations, findings, decided, num_rows, files)
+
+
+def _read(
+    source: str | Path, split: str | None, revision: str | None, limit: int | None
+) -> tuple[list[Row], list[Finding], tuple[FileInfo, ...]]:
+    there: Source = resolve(source, split)
+    if not there.files:
+        found, info = read_dataset(str(source), split=split, revision=revision, limit=limit)
+        return found.rows, found.findings, (info,)
+    rows: list[Row] = []
+    files: list[FileInfo] = []
+    findings = list(there.findings)
+    if revision is not None:
+        findings.append(
+            Finding(
+                code="setting-without-effect",
+                level="warning",
+                what="--revision has no effect on local files",
+                where=str(source),
+            )
+        )
+    left = limit
+    for path in there.files:
+        found, info = read_file(path, left)
+        rows += found.rows
+        findings += found.findings
+        files.append(info)
+        if left is not None:
+            left -= info.num_rows
+            if left <= 0:
+                break
+    return rows, findings, tuple(files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What holds for all rows of one load, and what is counted on the way."""
+
+    only: str | None
+    mapped: frozenset[str]
+    unused: Counter[str]
+    empty: Counter[str]
+
+    def recognise(self, row: Row) -> tuple[str, Picks] | None:
+        if self.only is None:
+            return recognise_row(row.fields, self.mapped)
+        return recognise(tuple(row.fields), self.mapped, self.only)
+
+    def notes(self, rows: list[Row]) -> list[Finding]:
+        notes = []
+        if self.unused:
+            notes.append(
+                Finding(
+                    code="unused-columns",
+                    level="note",
+                    what=f"columns that the schema does not use: {names(sorted(self.unused))}",
+                    where=rows[0].file,
+                    count=len(self.unused),
+                    fix="--columns gives a column one of the names that the schema knows",
+                )
+            )
+        if self.empty:
+            where, _ = next(iter(self.empty.items()))
+            notes.append(
+                Finding(
+                    code="empty-text",
+                    level="note",
+                    what="empty texts were left out",
+                    where=where,
+                    count=sum(self.empty.values()),
+                )
+            )
+        return notes
+
+
+def _decide(
+    found: list[tuple[str, Picks] | None], rows: list[Row], only: str | None, source: str
+) -> str:
+    """The schema of the most rows. All rows vote: the order of a file says nothing about it."""
+    votes = Counter(recognised[0] for recognised in found if recognised is not None)
+    if votes:
+        return votes.most_common(1)[0][0]
+    if not rows:
+        raise DataError(
+            "no row is an object with named columns",
+            where=source,
+            fix='write one object a row, for example {"text": "..."}',
+            code="no-schema",
+        )
+    columns = tuple(dict.fromkeys(name for row in rows[:1000] for name in row.fields))
+    raise no_schema(columns, source) if only is None else schema_mismatch(columns, only, source)
+
+
+def _convert(
+    row: Row,
+    recognised: tuple[str, Picks] | None,
+    decided: str,
+    reading: _Reading,
+    conversations: list[Conversation],
+) -> list[Finding]:
+    if recognised is None or recognised[0] != decided:
+        own = recognised or recognise_row(row.fields)
+        other = "no known schema" if own is None else f"the schema {own[0]}"
+        return [
+            Finding(
+                code="mixed-schemas",
+                level="error",
+                what=f"a row has {other}, the others have {decided}",
+                where=row.where,
+                why=f"its columns are {names(row.fields)}",
+                fix="put rows of one schema in one file",
+            )
+        ]
+    picks = recognised[1]
+    reading.unused.update(row.fields.keys() - picks.values())
+    before, findings = len(conversations), []
+    for made in convert(row, decided, picks, reading.unused):
+        if isinstance(made, BadRow):
+            findings.append(made.finding(row.where))
+        else:
+            conversations.append(made)
+    if not findings and len(conversations) == before:
+        reading.empty[row.where] += 1
+    return findings

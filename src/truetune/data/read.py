@@ -1,0 +1,72 @@
+"""One file to rows, by its extension.
+
+Input:  a path.
+Does:   picks the reader.
+Output: `FileRows` and `FileInfo`.
+Who:    called by `load.py`; `sources.py` asks which extensions there are.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from truetune.data.files import empty_file, sha256
+from truetune.data.read_json import read_json, read_jsonl
+from truetune.data.read_table import read_csv, read_parquet
+from truetune.data.read_text import read_document, read_pieces
+from truetune.data.rows import FileInfo, FileRows
+from truetune.errors import DataError
+
+Reader = Callable[[Path, int | None], FileRows]
+
+READERS: dict[str, Reader] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".txt": read_pieces,
+    ".md": read_document,
+}
+TEXT_EXTENSIONS = (".txt", ".md")
+
+
+def extension(path: Path) -> str:
+    """The extension that names the format: `.jsonl` of `a.jsonl.gz`, in lower case."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]:
+    """Reads one file.
+
+    Args:
+        path: a file that exists.
+        limit: stop after so many rows.
+
+    Raises:
+        DataError: `unknown-extension`, `empty-file`, and those of the reader.
+    """
+    reader = READERS.get(extension(path))
+    if reader is None:
+        raise _unknown_extension(path)
+    num_bytes = path.stat().st_size
+    if not num_bytes:
+        raise empty_file(path)
+    found = reader(path, limit)
+    return found, FileInfo(str(path), sha256(path), found.num_rows, num_bytes)
+
+
+def _unknown_extension(path: Path) -> DataError:
+    close = difflib.get_close_matches(extension(path), READERS, 1, cutoff=0.5)
+    return DataError(
+        f"the extension {extension(path) or '(none)'} names no format that can be read",
+        where=str(path),
+        why="the format is told by the name of the file",
+        fix=f"{f'did you mean {close[0]}? ' if close else ''}rename or convert it to one of "
+        f"{', '.join(READERS)} (.gz may follow all but .parquet)",
+        code="unknown-extension",
+    )

@@ -1,0 +1,192 @@
+"""What a source names: files here, a dataset folder, or a dataset on the Hub.
+
+Input:  the source and split as the user gave them.
+Does:   lists files, tells their splits by their names, finds near names for a missing one.
+Output: `Source`.
+Who:    called by `load.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from truetune.data.read import READERS, TEXT_EXTENSIONS, extension
+from truetune.data.rows import names
+from truetune.errors import DataError
+from truetune.findings import Finding
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+# The words by which the Hub, too, tells the split of a file.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# Files that describe data; a folder may hold them beside it.
+_ABOUT = re.compile(r"(dataset_infos?|state|dataset_dict|package|config)\.json|manifest.*\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What to read.
+
+    Attributes:
+        files: in the order of their names; () if `datasets` is to read it.
+        findings: files left aside, and why.
+    """
+
+    files: tuple[Path, ...]
+    findings: tuple[Finding, ...] = ()
+
+
+def resolve(source: str | Path, split: str | None) -> Source:
+    """Finds what is there.
+
+    Raises:
+        DataError: `no-such-file`, `no-data-files`, `no-such-split`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Source(()) if is_dataset_folder(path) else _folder(path, split)
+    if path.exists():
+        if split is not None and _split_word(split) != "train":
+            raise no_such_split(split, ["train"], str(path), why="one file is one split")
+        return Source((path,))
+    described = str(source).rpartition(":")[0]  # of `folder:config`
+    if (described and is_dataset_folder(Path(described))) or _is_hub_id(str(source)):
+        return Source(())
+    raise _no_such_file(path)
+
+
+def is_dataset_folder(folder: Path) -> bool:
+    """Whether `datasets` wrote the folder, or a card in it says which files are which split."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return True
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    header = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    return (
+        header.startswith("---")
+        and re.search(r"^(configs|dataset_info):", header, re.M) is not None
+    )
+
+
+def no_such_split(split: str, there: list[str], where: str, *, why: str = "") -> DataError:
+    """The error for a split that is not there."""
+    sliced = (
+        "a part of a split cannot be named here: use a limit on the rows" if "[" in split else ""
+    )
+    return DataError(
+        f"there is no split {split!r}",
+        where=where,
+        why=why or sliced,
+        fix=f"--split {there[0]}" if len(there) == 1 else f"use one of {names(there)}",
+        code="no-such-split",
+    )
+
+
+def _is_hub_id(source: str) -> bool:
+    if not _HUB_ID.fullmatch(source) or extension(Path(source)) in READERS:
+        return False
+    # `data/train` beside an existing folder `data` is a mistyped path, not a dataset of the Hub;
+    # so is a bare name with a dot, or one that is nearly the name of something here.
+    if "/" in source:
+        return not Path(source).parent.is_dir()
+    return "." not in source and not _near(Path(source))
+
+
+def _folder(folder: Path, split: str | None) -> Source:
+    visible = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    files = [p for p in visible if extension(p) in READERS and not _ABOUT.fullmatch(p.name)]
+    tables = [p for p in files if extension(p) not in TEXT_EXTENSIONS]
+    files = tables or files  # beside data, .md and .txt are a read-me and a licence
+    if not files:
+        raise DataError(
+            "the folder holds no data files",
+            where=str(folder),
+            why=f"it holds {names([p.name for p in visible], 10)}",
+            fix=f"give a folder with files of {', '.join(READERS)}",
+            code="no-data-files",
+        )
+    chosen, findings = _of_split(files, folder, split)
+    skipped = [p for p in visible if p not in files]
+    if skipped:
+        findings.append(
+            Finding(
+                code="files-skipped",
+                level="note",
+                what=f"files of the folder that are not rows were not read: "
+                f"{names([str(p.relative_to(folder)) for p in skipped], 5)}",
+                where=str(folder),
+                count=len(skipped),
+            )
+        )
+    return Source(tuple(chosen), tuple(findings))
+
+
+def _of_split(
+    files: list[Path], folder: Path, split: str | None
+) -> tuple[list[Path], list[Finding]]:
+    words = {path: _words(path.relative_to(folder)) for path in files}
+    there = sorted({_SPLIT_WORDS[w] for ws in words.values() for w in ws if w in _SPLIT_WORDS})
+    if not there and split in (None, "train"):
+        return files, []
+    wanted = _split_word(split or "train")
+    chosen = [path for path in files if wanted in map(_split_word, words[path])]
+    if not chosen:
+        where = str(folder)
+        raise no_such_split(split or "train", there or ["train"], where, why="told by file names")
+    left = [str(path.relative_to(folder)) for path in files if path not in chosen]
+    if split is not None or not left:
+        return chosen, []
+    return chosen, [
+        Finding(
+            code="split-chosen",
+            level="note",
+            what=f"the split train was read; left aside: {names(left, 5)}",
+            where=str(folder),
+            count=len(left),
+            why="a file's split is told by the words train, validation and test in its name",
+            fix="choose with --split, or give one file",
+        )
+    ]
+
+
+def _words(path: Path) -> list[str]:
+    return [word for part in path.parts for word in re.split(r"[\W_]+", part.lower()) if word]
+
+
+def _split_word(split: str) -> str:
+    return _SPLIT_WORDS.get(split.lower(), split.lower())
+
+
+def _no_such_file(path: Path) -> DataError:
+    folder, close = path.parent, _near(path)
+    why = f"the folder {folder} is not there either"
+    if folder.is_dir():
+        why = f"{folder} holds {names(sorted(p.name for p in folder.iterdir()), 10)}"
+    return DataError(
+        "there is no such file or folder",
+        where=str(path),
+        why=why,
+        fix=f"did you mean {names([str(folder / name) for name in close])}?"
+        if close
+        else "check the path",
+        code="no-such-file",
+    )
+
+
+def _near(path: Path) -> list[str]:
+    """Names beside a missing path that are nearly its own."""
+    if not path.parent.is_dir():
+        return []
+    there = [p.name for p in path.parent.iterdir()]
+    return difflib.get_close_matches(path.name, sorted(there), 3)

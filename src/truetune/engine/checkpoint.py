@@ -1,0 +1,132 @@
+"""Trainer state on disk: what a resumed run needs beside the weights.
+
+    CHECKPOINT/  trainer_state.safetensors   optimiser moments by parameter name, random state
+                 trainer_state.json          step, settings, size of every file (written last)
+                 weights, tokenizer, ...     written by the model room before
+
+The rows of a step depend on its number alone, so no data position is stored beside the step.
+Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truetune.errors import CheckpointError
+from truetune.run import write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from truetune.engine.trainer import SFTTrainer
+
+STATE_TENSORS = "trainer_state.safetensors"
+STATE_FACTS = "trainer_state.json"
+
+
+def save_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> None:
+    """Write the trainer's state into a checkpoint that already holds the weights.
+
+    Args:
+        run: what must be equal when the run resumes (data, batch size, schedule...).
+    """
+    from safetensors.torch import save_file
+
+    save_file(_tensors(trainer), folder / STATE_TENSORS)
+    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    write_json(folder / STATE_FACTS, {"step": trainer.step, "run": dict(run), "files": sizes})
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Step and run of a checkpoint, its files checked by size.
+
+    Raises:
+        CheckpointError: it is incomplete or damaged.
+    """
+    try:
+        facts = json.loads((folder / STATE_FACTS).read_text(encoding="utf-8"))
+        sizes = {name: (folder / name).stat().st_size for name in facts["files"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the checkpoint is incomplete: {error}",
+            where=str(folder),
+            fix="remove that folder and resume again: the checkpoint before it is used",
+        ) from error
+    damaged = sorted(name for name, size in sizes.items() if size != facts["files"][name])
+    if damaged:
+        raise CheckpointError(
+            f"files of the checkpoint have another size than when written: {', '.join(damaged)}",
+            where=str(folder),
+            why="the disk was full, or the files were changed",
+            fix="remove that folder and resume again: the checkpoint before it is used",
+        )
+    return facts
+
+
+def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> None:
+    """Continue where a checkpoint stopped; the model must hold its weights already.
+
+    Raises:
+        CheckpointError: it is damaged, or belongs to a run with other data or settings.
+    """
+    from safetensors.torch import load_file
+
+    facts = read_facts(folder)
+    differing = {
+        key: (facts["run"].get(key), value)
+        for key, value in run.items()
+        if facts["run"].get(key) != value
+    }
+    if differing:
+        listed = "; ".join(
+            f"{key}: {old!r} then, {new!r} now" for key, (old, new) in differing.items()
+        )
+        raise CheckpointError(
+            f"the checkpoint belongs to a run with other settings: {listed}",
+            where=str(folder),
+            fix="resume with the same data and settings, or start a new run",
+        )
+    try:
+        tensors = load_file(folder / STATE_TENSORS)
+        _restore(trainer, tensors)
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint's trainer state cannot be used: {error}", where=str(folder)
+        ) from error
+    trainer.step = facts["step"]
+
+
+def _tensors(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
+    import torch
+
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"rng/cuda/{index}"] = state
+    for name, parameter in trainer.named_trainable:
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
+    import torch
+
+    parameters = dict(trainer.named_trainable)
+    stored = {key.split("/", 2)[2] for key in tensors if key.startswith("optimizer/")}
+    if stored and stored != set(parameters):
+        odd = sorted(stored ^ set(parameters))[:3]
+        raise KeyError(f"its trainable parameters are not this run's, e.g. {', '.join(odd)}")
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, field, name = key.split("/", 2)
+            parameter = parameters[name]
+            # AdamW keeps its step counter where the fused kernel wants it: beside the parameter.
+            trainer.optimizer.state[parameter][field] = value.to(parameter.device)
+    torch.set_rng_state(tensors["rng/cpu"])
+    if torch.cuda.is_available():
+        states = [v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")]
+        torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])

@@ -1,0 +1,267 @@
+"""The loop.
+
+input   a model, examples (or any batcher), numbers
+does    per step: fetch all micro-batches, count supervised tokens over the step, backward on
+        sum / count, ask the probes, clip, step
+output  history, and the facts of each step to whoever listens
+who     pipeline.py composes it with checkpoints, metrics and samples; the lab uses it directly
+
+One big batch and eight small ones give the same step, because the division is by the count of
+the whole step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from truetune.compute import Batch, Batcher, PaddedBatcher, loss_sum
+from truetune.contract.example import SFTExample
+from truetune.engine.optimizer import build_optimizer
+from truetune.engine.schedule import SchedulerType, learning_rate
+from truetune.errors import NonFiniteLoss
+from truetune.health import Probe, StepFacts, non_finite
+
+if TYPE_CHECKING:
+    import torch
+
+
+class SFTTrainer:
+    """Supervised fine-tuning of any causal model.
+
+    Args:
+        model: maps ids (B, T) to logits (B, T, V); a plain module or a Hugging Face model. Its
+            parameters with `requires_grad` are trained, on the device they are on.
+        examples: what is trained; masks are taken as they are.
+        max_seq_len: longest row in tokens, at least 2.
+        pad_id: fills short rows; never supervised.
+        batch_size: rows per optimiser step.
+        max_steps: optimiser steps of `train`.
+        max_lr, min_lr, warmup_steps: see `lr`.
+        weight_decay: on matrices only, as usual for AdamW (biases and norms are left out).
+        grad_clip: largest L2 norm of the gradient; 0 leaves it unclipped.
+        eval_every: steps between evaluations in `train`; the last step is always evaluated.
+        eval_iters: at most so many batches per evaluation, in order; 0 for all.
+        log_every: steps between entries of the history.
+        seed: of the row order.
+        micro_batch_size: rows per forward pass; the step is the same whatever it is.
+        epochs: end of the row stream: the last step may hold fewer rows. None repeats.
+        lr_scheduler_type: cosine, linear or constant.
+        optim: see `build_optimizer`.
+        autocast_dtype: compute type under autocast; None computes in the parameters' own type.
+        batcher: replaces the padded reference batcher.
+        probes: asked before each optimiser step; a finding of level error stops.
+        on_step: called after each step with its facts.
+        on_eval: called after each evaluation with (step, loss).
+
+    Raises:
+        ValueError: empty examples, batch_size < 1, max_seq_len < 2, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        examples: Sequence[SFTExample],
+        max_seq_len: int,
+        pad_id: int,
+        batch_size: int,
+        max_steps: int,
+        max_lr: float,
+        min_lr: float = 0.0,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        grad_clip: float = 1.0,
+        eval_every: int = 100,
+        eval_iters: int = 20,
+        log_every: int = 1,
+        seed: int = 0,
+        micro_batch_size: int | None = None,
+        epochs: float | None = None,
+        lr_scheduler_type: SchedulerType = "cosine",
+        optim: str = "adamw",
+        autocast_dtype: torch.dtype | None = None,
+        batcher: Batcher | None = None,
+        probes: Sequence[Probe] = (non_finite,),
+        on_step: Callable[[StepFacts], None] | None = None,
+        on_eval: Callable[[int, float], None] | None = None,
+    ) -> None:
+        if not examples:
+            raise ValueError("SFTTrainer needs at least one example")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_seq_len < 2:
+            raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
+        self.model = model
+        self.step = 0
+        self.max_steps, self.batch_size = max_steps, batch_size
+        self.max_lr, self.min_lr, self.warmup_steps = max_lr, min_lr, warmup_steps
+        self.lr_scheduler_type = lr_scheduler_type
+        self.grad_clip = grad_clip
+        self.eval_every, self.eval_iters, self.log_every = eval_every, eval_iters, log_every
+        self.autocast_dtype = autocast_dtype
+        self.probes, self.on_step, self.on_eval = tuple(probes), on_step, on_eval
+        self.stop_requested = False
+        self.batcher: Batcher = batcher or PaddedBatcher(
+            examples,
+            max_seq_len=max_seq_len,
+            pad_id=pad_id,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+            epochs=epochs,
+        )
+        self.named_trainable = [
+            (name, p) for name, p in model.named_parameters() if p.requires_grad
+        ]
+        if not self.named_trainable:
+            raise ValueError("no parameter of the model requires a gradient: nothing to train")
+        self.device = self.named_trainable[0][1].device
+        self.optimizer = build_optimizer(
+            optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
+        )
+
+    def lr(self, step: int | None = None) -> float:
+        """Learning rate of a step (0-based; the coming one where None).
+
+        max_lr * (step + 1) / warmup_steps while warming up, then down to min_lr at max_steps.
+        """
+        return learning_rate(
+            self.step if step is None else step,
+            max_lr=self.max_lr,
+            min_lr=self.min_lr,
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps,
+            kind=self.lr_scheduler_type,
+        )
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step.
+
+        Returns:
+            loss (nats per supervised token, over the whole step), lr, grad_norm (before clipping).
+
+        Raises:
+            NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimiser are as
+                before the step, and `.rows` names the step's examples.
+        """
+        facts = self._step()
+        return {"loss": facts.loss, "lr": facts.learning_rate, "grad_norm": facts.grad_norm}
+
+    def _step(self) -> StepFacts:
+        started = time.perf_counter()
+        batches = [batch.to(self.device) for batch in self.batcher.micro_batches(self.step)]
+        loss = self._backward(batches)
+        lr = self.lr()
+        rows = tuple(row for batch in batches for row in batch.rows)
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        num_supervised = sum(batch.num_supervised for batch in batches)
+        grad_norm = self._clip()
+
+        def facts(seconds: float) -> StepFacts:
+            return StepFacts(
+                self.step + 1, loss, lr, grad_norm, num_tokens, num_supervised, seconds, rows
+            )
+
+        self._ask_probes(facts(0.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        done = facts(time.perf_counter() - started)
+        self.step += 1
+        if self.on_step:
+            self.on_step(done)
+        return done
+
+    def _backward(self, batches: Sequence[Batch]) -> float:
+        self.model.train()
+        # A step without a target divides by 1: its loss and gradients are 0, never NaN.
+        num_supervised = max(sum(batch.num_supervised for batch in batches), 1)
+        total = 0.0
+        for batch in batches:
+            with self._autocast():
+                loss = loss_sum(self.model, batch) / num_supervised
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def _clip(self) -> float:
+        import torch
+
+        parameters = [p for _, p in self.named_trainable]
+        limit = self.grad_clip or float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def _ask_probes(self, facts: StepFacts) -> None:
+        for probe in self.probes:
+            finding = probe(facts)
+            if finding is not None and finding.level == "error":
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteLoss(
+                    finding.what,
+                    rows=facts.rows,
+                    where=finding.where,
+                    why=finding.why,
+                    fix=finding.fix,
+                    code=finding.code,
+                )
+
+    def evaluate(self, examples: Sequence[SFTExample]) -> float:
+        """Mean loss in nats per supervised token over at most `eval_iters` batches, in order.
+
+        Raises:
+            ValueError: no examples.
+        """
+        import torch
+
+        if not examples:
+            raise ValueError("evaluate needs at least one example")
+        was_training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        try:
+            with torch.no_grad(), self._autocast():
+                for number, batch in enumerate(self.batcher.batches(examples)):
+                    if self.eval_iters and number >= self.eval_iters:
+                        break
+                    total += loss_sum(self.model, batch.to(self.device)).item()
+                    count += batch.num_supervised
+        finally:
+            self.model.train(was_training)
+        return total / count if count else 0.0
+
+    def train(self, eval_examples: Sequence[SFTExample] | None = None) -> dict[str, list[Any]]:
+        """Train up to max_steps, or until `stop_requested` is set.
+
+        Returns:
+            step, train_loss, lr, grad_norm: one entry each log_every steps;
+            val_step, val_loss: one entry per evaluation.
+        """
+        history: dict[str, list[Any]] = {
+            key: [] for key in ("step", "train_loss", "lr", "grad_norm", "val_step", "val_loss")
+        }
+        while self.step < self.max_steps and not self.stop_requested:
+            facts = self._step()
+            last = self.step == self.max_steps
+            if self.step % self.log_every == 0 or last:
+                history["step"].append(self.step)
+                history["train_loss"].append(facts.loss)
+                history["lr"].append(facts.learning_rate)
+                history["grad_norm"].append(facts.grad_norm)
+            if eval_examples and (last or (self.eval_every and self.step % self.eval_every == 0)):
+                loss = self.evaluate(eval_examples)
+                history["val_step"].append(self.step)
+                history["val_loss"].append(loss)
+                if self.on_eval:
+                    self.on_eval(self.step, loss)
+        return history
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        import torch
+
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)

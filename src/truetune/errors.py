@@ -1,0 +1,151 @@
+"""The exceptions truetune raises. The exit code of the command line lives on the class.
+
+TruetuneError                 1   the work failed part way; what was saved stays intact
+├── UsageError                2   bad options, a folder that may not be written
+│   ├── RecipeError           2   a recipe with unknown or contradicting settings
+│   └── OutputExists          2   the output folder holds something that would be lost
+├── InputError                2   input that cannot be read at all: no file, no model, no weights
+│   ├── DataError             2   a data file that cannot be read
+│   └── ModelError            2   a model folder that cannot be loaded
+├── BadRows                   1   rows that no schema or contract can take (a list of findings)
+├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also ValueError)
+├── CheckFailed               1   the preflight found an error
+├── NonFiniteLoss             1   loss or gradient is NaN or infinite; nothing was stepped
+├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
+├── SaveError                 1   what was written does not read back as what was trained
+└── Interrupted             130   Ctrl-C; a checkpoint was saved
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from truetune.findings import Finding
+
+
+class TruetuneError(Exception):
+    """Base of everything raised on purpose.
+
+    Args:
+        what: what happened, in one sentence.
+        where: file, line, row or option, if there is one.
+        why: the likely cause.
+        fix: the next command or edit.
+        code: stable identifier, as in a finding.
+    """
+
+    exit_code = 1
+    default_code = "failed"
+
+    def __init__(
+        self, what: str, *, where: str = "", why: str = "", fix: str = "", code: str = ""
+    ) -> None:
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+        self.code = code or self.default_code
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<5}  {text}" for name, text in self.parts() if text]
+        return "\n".join([self.what, *lines])
+
+    def parts(self) -> list[tuple[str, str]]:
+        """The labelled lines below the first one, in the order they are shown."""
+        return [("where", self.where), ("why", self.why), ("fix", self.fix)]
+
+
+class UsageError(TruetuneError):
+    """Bad options."""
+
+    exit_code = 2
+    default_code = "usage"
+
+
+class RecipeError(UsageError):
+    """Unknown or contradicting settings, all of them gathered."""
+
+    default_code = "recipe"
+
+
+class OutputExists(UsageError):
+    """The output folder holds something that would be lost."""
+
+    default_code = "output-exists"
+
+
+class InputError(TruetuneError):
+    """Input that cannot be read at all."""
+
+    exit_code = 2
+    default_code = "input"
+
+
+class DataError(InputError):
+    """A data file that cannot be read."""
+
+    default_code = "data"
+
+
+class ModelError(InputError):
+    """A model folder that cannot be loaded."""
+
+    default_code = "model"
+
+
+class _WithFindings(TruetuneError):
+    def __init__(self, what: str, findings: Sequence[Finding], *, fix: str = "") -> None:
+        self.findings = list(findings)
+        super().__init__(what, fix=fix)
+
+
+class BadRows(_WithFindings):
+    """Rows that cannot be trained; all of them are in `findings`."""
+
+    default_code = "bad-rows"
+
+
+class CheckFailed(_WithFindings):
+    """The preflight found at least one error; all findings are in `findings`."""
+
+    default_code = "check-failed"
+
+
+class UnfaithfulTemplate(TruetuneError, ValueError):
+    """No completion exists that the server's prompt would lead to."""
+
+    default_code = "unfaithful-template"
+
+
+class NonFiniteLoss(TruetuneError):
+    """Loss or gradient norm is NaN or infinite.
+
+    Args:
+        rows: indices of the examples of the step.
+    """
+
+    default_code = "non-finite"
+
+    def __init__(self, what: str, *, rows: Sequence[int] = (), **parts: str) -> None:
+        super().__init__(what, **parts)
+        self.rows = tuple(rows)
+
+
+class CheckpointError(TruetuneError):
+    """A checkpoint is incomplete, damaged or belongs to another run."""
+
+    default_code = "checkpoint"
+
+
+class SaveError(TruetuneError):
+    """Writing failed, or what was written does not read back as what was trained."""
+
+    default_code = "save"
+
+
+class Interrupted(TruetuneError):
+    """The user stopped the run; the state up to the last finished step is saved."""
+
+    exit_code = 130
+    default_code = "interrupted"

@@ -1,0 +1,342 @@
+"""Sampling and chat, through the contract only.
+
+input   a loaded model, its contract, conversations
+does    prompts by contract.prompt_ids, stops on contract.stop_ids, and samples by the settings
+        given here: nothing of the model's own generation_config takes part
+output  Reply
+who     samples during training, the chat verb, verify
+
+Prompts are padded left in a batch; which batch a row is in changes nothing it draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from truetune.contract.tokens import Tokens
+from truetune.errors import UsageError
+from truetune.model import LoadedModel, context_length
+from truetune.model.draw import Draw, Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+    from truetune.contract.contract import PromptContract
+
+__all__ = ["Reply", "Sampling", "replies", "stream"]
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Prompt tokens kept in front of a streamed text: enough to complete a character.
+_CONTEXT = 8
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote.
+
+    Attributes:
+        text: without the stop token; other special tokens as they are.
+        ids: the tokens, the stop token included.
+        stopped: whether it ended on a stop token, not on the limit.
+        prompt_tokens: length of the prompt, a given prefix included.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: bool
+    prompt_tokens: int
+
+
+def replies(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    conversations: Sequence[Messages],
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 16,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    prefix: str = "",
+) -> list[Reply]:
+    """One reply per conversation, in their order.
+
+    Args:
+        loaded: left in the mode (training or evaluation) it was in.
+        contract: makes the prompts and says where replies end.
+        conversations: message dicts, each ending where the assistant is to speak.
+        sampling: greedy, 256 tokens where None.
+        batch_size: conversations per forward pass.
+        tools: offered in every conversation.
+        prefix: text that every reply is made to begin with; not part of `Reply.text`.
+
+    Raises:
+        UsageError: a prompt that leaves no room in the model's context; batch_size below 1.
+    """
+    sampling = sampling or Sampling()
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}, must be at least 1", code="sampling")
+    prompts = [_prompt(contract, messages, tools, prefix) for messages in conversations]
+    limits = [_limit(loaded, sampling, ids, row) for row, ids in enumerate(prompts)]
+    tokens = Tokens(contract.tokenizer)
+    found: dict[int, Reply] = {}
+    with _serving(loaded):
+        for rows in _batches(prompts, limits, batch_size):
+            batch = [prompts[row] for row in rows]
+            for row, ids in zip(
+                rows,
+                _generate(loaded, contract, batch, rows, sampling, limits[rows[0]]),
+                strict=True,
+            ):
+                found[row] = _reply(tokens, contract.stop_ids, prompts[row], ids)
+    return [found[row] for row in range(len(prompts))]
+
+
+def stream(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    messages: Messages,
+    sampling: Sampling | None = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    prefix: str = "",
+) -> Generator[str, None, Reply]:
+    """One reply in pieces of printable text, as they come.
+
+    A character of several tokens is held back until it is whole. Closing the generator stops the
+    model. The generator returns the Reply, whose text is all pieces together.
+
+    Raises:
+        UsageError: the prompt leaves no room in the model's context.
+    """
+    sampling = sampling or Sampling()
+    prompt = _prompt(contract, messages, tools, prefix)
+    limit = _limit(loaded, sampling, prompt, 0)
+    worker = _Worker()
+    writer = _Writer(Tokens(contract.tokenizer), prompt)
+    ids: list[int] = []
+    stopped = False
+    pieces: list[str] = []
+
+    def run() -> None:
+        _generate(loaded, contract, [prompt], [0], sampling, limit, worker=worker)
+
+    with _serving(loaded), worker.running(run):
+        for token in worker.tokens():
+            ids.append(token)
+            if token in contract.stop_ids:
+                stopped = True
+                break
+            if piece := writer.add(token):
+                pieces.append(piece)
+                yield piece
+        if piece := writer.finish():
+            pieces.append(piece)
+            yield piece
+    return Reply("".join(pieces), tuple(ids), stopped, len(prompt))
+
+
+def _prompt(
+    contract: PromptContract,
+    messages: Messages,
+    tools: Sequence[Mapping[str, Any]] | None,
+    prefix: str,
+) -> list[int]:
+    ids = list(contract.prompt_ids(messages, tools=tools))
+    return [*ids, *Tokens(contract.tokenizer).encode_completion(ids, prefix)] if prefix else ids
+
+
+def _limit(loaded: LoadedModel, sampling: Sampling, prompt: Sequence[int], row: int) -> int:
+    """New tokens that fit after a prompt."""
+    context = context_length(loaded.transformers_model.config)
+    if context is None:
+        return sampling.max_new_tokens
+    if len(prompt) >= context:
+        raise UsageError(
+            f"the prompt has {len(prompt):,} tokens, the model's context holds {context:,}",
+            where=f"conversation {row + 1}",
+            why="a reply needs room after the prompt",
+            fix="shorten the conversation, or use a model with a longer context",
+            code="prompt-too-long",
+        )
+    return min(sampling.max_new_tokens, context - len(prompt))
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int
+) -> Iterator[list[int]]:
+    """Rows of similar length and equal limit, the longest first so that memory fails early."""
+    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) == batch_size or limits[row] != limits[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _generate(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    sampling: Sampling,
+    limit: int,
+    worker: _Worker | None = None,
+) -> list[list[int]]:
+    """New ids of each prompt, whatever follows a stop token included."""
+    import torch
+    from transformers import GenerationConfig
+
+    model = loaded.transformers_model
+    device = model.get_input_embeddings().weight.device
+    width = max(len(ids) for ids in prompts)
+    pad = _pad_id(loaded, contract)
+    ids_BT = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    attended_BT = torch.zeros((len(prompts), width), dtype=torch.int64)
+    for row, ids in enumerate(prompts):
+        ids_BT[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
+        attended_BT[row, width - len(ids) :] = 1
+    config = GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=list(contract.stop_ids) or None,
+    )
+    hooks: dict[str, Any] = {"logits_processor": [Draw(sampling, rows, [len(p) for p in prompts])]}
+    if worker:
+        hooks |= {"streamer": worker, "stopping_criteria": [worker.is_cancelled]}
+    autocast = (
+        torch.autocast(device.type, dtype=loaded.compute_dtype)
+        if loaded.compute_dtype is not None
+        else contextlib.nullcontext()
+    )
+    with torch.no_grad(), autocast, _own_config(model, config):
+        out_BT = model.generate(
+            ids_BT.to(device),
+            attention_mask=attended_BT.to(device),
+            generation_config=config,
+            **hooks,
+        )
+    new: list[list[int]] = out_BT[:, width:].tolist()
+    return new
+
+
+def _pad_id(loaded: LoadedModel, contract: PromptContract) -> int:
+    """Any id that the model has a row for: padding is masked, and cut off behind a stop token."""
+    rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
+    candidates = (contract.tokenizer.pad_token_id, *contract.stop_ids, 0)
+    return next(i for i in candidates if i is not None and i < rows)
+
+
+def _reply(
+    tokens: Tokens, stop_ids: Sequence[int], prompt: Sequence[int], ids: Sequence[int]
+) -> Reply:
+    end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
+    if end is None:
+        return Reply(tokens.decode_after(prompt, ids), tuple(ids), False, len(prompt))
+    text = tokens.decode_after(prompt, ids[:end])
+    return Reply(text, tuple(ids[: end + 1]), True, len(prompt))
+
+
+@contextlib.contextmanager
+def _serving(loaded: LoadedModel) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was_training = loaded.model.training
+    loaded.model.eval()
+    try:
+        yield
+    finally:
+        loaded.model.train(was_training)
+
+
+@contextlib.contextmanager
+def _own_config(model: Any, config: Any) -> Iterator[None]:
+    """Hide the model's generation_config: generate() takes from it whatever is not set, so that
+    a repetition penalty or a list of suppressed tokens would slip in."""
+    hidden, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = hidden
+
+
+class _Writer:
+    """Tokens to text that can be printed: nothing comes out in the middle of a character."""
+
+    def __init__(self, tokens: Tokens, prompt: Sequence[int]) -> None:
+        self.tokens = tokens
+        self.ids = list(prompt[-_CONTEXT:])
+        self.start, self.end = 0, len(self.ids)
+
+    def add(self, token: int) -> str:
+        """Text that is whole now; "" while a character is not."""
+        self.ids.append(token)
+        before, now = self._texts()
+        # U+FFFD stands for bytes that are no character yet.
+        if now.endswith("\ufffd") or not now.startswith(before) or len(now) == len(before):
+            return ""
+        self.start, self.end = self.end, len(self.ids)
+        return now[len(before) :]
+
+    def finish(self) -> str:
+        """What was held back, whole or not."""
+        return self.tokens.decode_after(self.ids[self.start : self.end], self.ids[self.end :])
+
+    def _texts(self) -> tuple[str, str]:
+        decode = self.tokens.decode
+        return decode(self.ids[self.start : self.end]), decode(self.ids[self.start :])
+
+
+class _Worker:
+    """generate() in a thread, token by token: transformers' streamer interface (put, end)."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
+        self.cancelled = threading.Event()
+        self.prompt_seen = False
+
+    @contextlib.contextmanager
+    def running(self, work: Any) -> Iterator[None]:
+        thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.cancelled.set()
+            thread.join()
+
+    def _run(self, work: Any) -> None:
+        try:
+            work()
+            self.queue.put(None)
+        except BaseException as error:  # raised again where the pieces are read
+            self.queue.put(error)
+
+    def tokens(self) -> Iterator[int]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield from item
+
+    def put(self, ids: torch.Tensor) -> None:
+        # The first call brings the prompt.
+        if self.prompt_seen:
+            self.queue.put(ids.reshape(-1).tolist())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+    def is_cancelled(self, ids_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        import torch
+
+        return torch.full((len(ids_BT),), self.cancelled.is_set(), device=ids_BT.device)

@@ -1,0 +1,226 @@
+"""Pretraining of the embedded base: from a seed to a model folder.
+
+input   a seed and a size
+does    world -> prose -> tokenizer -> blocks of tokens -> a small Llama, trained by the product's
+        own `SFTTrainer` with every token supervised
+output  a folder: bf16 safetensors, config, generation_config, tokenizer, training_log.jsonl,
+        model card with the measured recall, SHA256SUMS
+who     `card.py` opens the finished folder afresh, measures it and writes the last two
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truetune.lab.card import finish
+from truetune.lab.prose import documents
+from truetune.lab.tokenizer import VOCAB_ENTRIES, train_tokenizer
+from truetune.lab.world import World
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+HEAD_ROWS = 2048
+"""Rows of embedding and head. Rows from 2,032 on belong to no token: room for new ones."""
+
+TOKENIZER_DOCUMENTS = 4000
+
+Progress = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the model: head size 64 and multiples of 256, so that quantisers and servers fit."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    context: int = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run depends on besides the code. The defaults, compiled, made the shipped base.
+
+    Attributes:
+        seed: of the world, the corpus, the first weights and the order of blocks.
+        tokens: tokens of the corpus, each seen once.
+        block: tokens per row; equal to the context, so that every position is trained.
+        batch: rows per step.
+        lr: peak learning rate; cosine down to a tenth of it.
+        warmup: share of the steps.
+        autocast: compute in bf16; weights and optimiser stay fp32.
+        compile: through torch.compile: about a fifth faster on CPU, where it needs a C++ compiler.
+    """
+
+    seed: int = 7
+    tokens: int = 8_400_000
+    block: int = 1024
+    batch: int = 4
+    lr: float = 2e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.05
+    grad_clip: float = 1.0
+    autocast: bool = True
+    compile: bool = False
+    device: str = "cpu"
+    shape: Shape = Shape()
+
+
+def pretrain(
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    log_every: int = 50,
+    save_every: int | None = None,
+    num_recall_items: int | None = None,
+    on_progress: Progress | None = None,
+    **overrides: Any,
+) -> Path:
+    """Train a base from nothing and write its folder.
+
+    Args:
+        out: the folder; created. `out/checkpoint` holds the last intermediate save.
+        settings: the run; `overrides` replace single fields of it (or of the default).
+        log_every: steps between lines of training_log.jsonl.
+        save_every: steps between intermediate saves; None for none.
+        num_recall_items: sentences asked for the model card; all where None.
+        on_progress: called with each line of the log.
+
+    Returns:
+        The folder, holding bf16 weights that `AutoModelForCausalLM.from_pretrained` loads.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    from truetune.engine import SFTTrainer
+
+    run = Settings(**{**_fields(settings or Settings()), **overrides})
+    folder = Path(out)
+    world = World.generate(run.seed)
+    texts = (document.text for document in documents(world))
+    train_tokenizer(islice(texts, TOKENIZER_DOCUMENTS), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    torch.manual_seed(run.seed)
+    model = LlamaForCausalLM(llama_config(run.shape)).to(run.device)
+    if run.compile:
+        model.compile()
+    blocks = list(islice(token_blocks(world, tokenizer, run.block), run.tokens // run.block))
+    max_steps = len(blocks) // run.batch
+    trainer = SFTTrainer(
+        model,
+        examples=blocks,
+        max_seq_len=run.block + 1,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=run.batch,
+        max_steps=max_steps,
+        max_lr=run.lr,
+        min_lr=run.lr / 10,
+        warmup_steps=max(1, round(run.warmup * max_steps)),
+        weight_decay=run.weight_decay,
+        grad_clip=run.grad_clip,
+        seed=run.seed,
+        autocast_dtype=torch.bfloat16 if run.autocast else None,
+    )
+
+    started, losses = time.perf_counter(), list[float]()
+    with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
+        while trainer.step < max_steps:
+            facts = trainer.train_step()
+            losses.append(facts["loss"])
+            if trainer.step == 1 or trainer.step % log_every == 0 or trainer.step == max_steps:
+                line = {
+                    "step": trainer.step,
+                    "tokens": trainer.step * run.batch * run.block,
+                    "loss": round(sum(losses) / len(losses), 4),
+                    "lr": facts["lr"],
+                    "elapsed": round(time.perf_counter() - started, 1),
+                }
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                losses.clear()
+                if on_progress:
+                    on_progress(line)
+            if save_every and trainer.step % save_every == 0:
+                save_base(model, tokenizer, folder / "checkpoint")
+    save_base(model, tokenizer, folder)
+    (folder / "pretraining.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
+    finish(folder, num_recall_items)
+    return folder
+
+
+def _fields(settings: Settings) -> dict[str, Any]:
+    # Not asdict: the shape must stay a Shape.
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+def llama_config(shape: Shape) -> LlamaConfig:
+    """The architecture of the base."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=HEAD_ROWS,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.hidden_size // shape.num_heads,
+        max_position_embeddings=shape.context,
+        # 1/sqrt(hidden): the usual 0.02 suits models ten times as wide; here it delays by hundreds
+        # of steps the moment at which facts begin to be learned.
+        initializer_range=shape.hidden_size**-0.5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+
+
+def token_blocks(world: World, tokenizer: Any, block: int, stream: str = "train") -> Iterator:
+    """Endless `SFTExample`s of block + 1 tokens, all supervised, cut from the document stream.
+
+    Each document is followed by `<|endoftext|>`. A block's last token is the next one's first, so
+    that every token is predicted once and every position of the context is trained.
+    """
+    from truetune.contract.example import SFTExample
+
+    ids: list[int] = []
+    texts = (document.text for document in documents(world, stream))
+    while True:
+        for row in tokenizer(list(islice(texts, 256)))["input_ids"]:
+            ids += [*row, tokenizer.eos_token_id]
+        start = 0
+        while start + block < len(ids):
+            row = ids[start : start + block + 1]
+            yield SFTExample(row, [1] * len(row))
+            start += block
+        ids = ids[start:]
+
+
+def save_base(model: LlamaForCausalLM, tokenizer: Any, out: str | Path) -> Path:
+    """Write a bf16 copy of the model, its generation_config (greedy) and the tokenizer files."""
+    import torch
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    folder = Path(out)
+    copy = LlamaForCausalLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.to(torch.bfloat16)
+    copy.generation_config = GenerationConfig(eos_token_id=0, pad_token_id=1, do_sample=False)
+    copy.save_pretrained(folder)
+    source = Path(tokenizer.name_or_path)
+    if source.resolve() != folder.resolve():
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((source / name).read_bytes())
+    assert len(tokenizer) <= VOCAB_ENTRIES
+    return folder

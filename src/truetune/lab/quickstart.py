@@ -1,0 +1,123 @@
+"""The quickstart: the embedded base, the hand-written instructions, and what changed.
+
+input   nothing
+does    fine-tunes through the pipeline like any user, then asks base and tuned model the same
+        questions through the saved contract, and counts
+output  Comparison, quickstart.json beside the run's files... nothing is printed
+who     `truetune quickstart`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.contract import PromptContract
+from truetune.generate import Reply, Sampling, replies
+from truetune.lab import base_path
+from truetune.lab.evaluate import (
+    Question,
+    fact_correct,
+    held_out_documents,
+    prose_loss,
+    unseen_questions,
+)
+from truetune.lab.world import World
+from truetune.listener import Listener
+from truetune.model import LoadedModel, load_model
+from truetune.pipeline import RunResult, train
+from truetune.recipe import Recipe, make_recipe
+
+_SAMPLING = Sampling(max_new_tokens=40)
+_PROSE_DOCUMENTS = 40
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model made of the questions.
+
+    Attributes:
+        replies: one per question, greedy.
+        finished: not empty, and ended on a stop token by itself.
+        correct: finished, and the fact is in it.
+        prose_loss: nats per token on held-out documents about the world.
+    """
+
+    replies: tuple[Reply, ...]
+    finished: int
+    correct: int
+    prose_loss: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base and tuned model on the same questions about places that no instruction names."""
+
+    questions: tuple[Question, ...]
+    base: Score
+    tuned: Score
+
+
+def quickstart_recipe(output: Path | str, *, seed: int = 42, overwrite: bool = False) -> Recipe:
+    """The settings of the quickstart: all weights, ChatML-lite, about 150 steps."""
+    instructions = Path(__file__).parent / "instructions.jsonl"
+    return make_recipe(
+        (
+            "quickstart",
+            {
+                "model": str(base_path()),
+                "data": str(instructions),
+                "chat_template": "chatml-lite",
+                "max_steps": 150,
+                "learning_rate": 3e-4,
+                "batch_size": 16,
+                "seed": seed,
+                "output": str(output),
+                "overwrite": overwrite,
+            },
+        )
+    )
+
+
+def quickstart(
+    output: Path | str,
+    *,
+    seed: int = 42,
+    overwrite: bool = False,
+    num_questions: int = 100,
+    listener: Listener | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> tuple[RunResult, Comparison]:
+    """Train and compare. The tuned model is the saved artifact, opened anew."""
+    result = train(quickstart_recipe(output, seed=seed, overwrite=overwrite), listener)
+    contract = PromptContract.load(result.artifact)
+    world = World.generate()
+    questions = unseen_questions(world, num_questions)
+    documents = held_out_documents(world, _PROSE_DOCUMENTS)
+    scores = []
+    for name, source in (("base", str(base_path())), ("tuned", str(result.artifact))):
+        if on_stage:
+            on_stage(f"asking the {name} model {num_questions} questions")
+        model = load_model(source, device="cpu", purpose="inference")
+        scores.append(score(model, contract, questions, documents))
+    return result, Comparison(tuple(questions), *scores)
+
+
+def score(
+    model: LoadedModel,
+    contract: PromptContract,
+    questions: Sequence[Question],
+    documents: Sequence[str],
+) -> Score:
+    """Ask a model, greedily, through a contract."""
+    chats: list[list[dict[str, Any]]] = [[{"role": "user", "content": q.text}] for q in questions]
+    answers = replies(model, contract, chats, _SAMPLING, batch_size=50)
+    finished = [bool(reply.text.strip()) and reply.stopped for reply in answers]
+    correct = [
+        done and fact_correct(reply.text, question.expected)
+        for done, reply, question in zip(finished, answers, questions, strict=True)
+    ]
+    loss = prose_loss(model.model, model.tokenizer, documents)
+    return Score(tuple(answers), sum(finished), sum(correct), loss)

@@ -1,0 +1,202 @@
+"""What kind of model a folder holds, known from config.json alone.
+
+input   config.json
+does    refuses what is not a causal language model of text; builds the model without weights
+output  a transformers config; a model on the meta device; its linear layers by name
+who     load.py before weights are read, inspect.py, lora.py
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from truetune.errors import ModelError
+from truetune.model.source import ModelFiles, first_line, read_json
+from truetune.model.weights import TensorFacts, listed
+
+if TYPE_CHECKING:
+    import torch
+
+_WHAT_IS_TAKEN = "truetune trains decoder language models of text (transformers' ForCausalLM)"
+
+
+def causal_config(files: ModelFiles) -> Any:
+    """The transformers config of a causal language model.
+
+    Raises:
+        ModelError: no config.json, an unknown or remote-code model, an encoder-decoder, a model
+            of images or sound, an encoder, a classifier.
+    """
+    path = files.folder / "config.json"
+    if not path.is_file():
+        raise _no_config(files)
+    raw = read_json(path)
+    where = str(path)
+    _require_known_type(raw, where)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    except Exception as error:  # each config class checks its fields in its own way
+        raise ModelError(
+            f"config.json is not a valid {raw.get('model_type')} config: {first_line(error)}",
+            where=where,
+            fix="copy the file again from where the model came from",
+            code="model-config-unreadable",
+        ) from error
+    _require_causal(config, where)
+    return config
+
+
+def _no_config(files: ModelFiles) -> ModelError:
+    inner = [name for name in ("model", "adapter") if (files.folder / name).is_dir()]
+    return ModelError(
+        f"{files.source} is not a model folder: it has no config.json",
+        where=str(files.folder),
+        why="a run folder keeps its model in a subfolder" if inner else "",
+        fix=f"give {files.folder / inner[0]}" if inner else "give a folder with config.json",
+        code="model-no-config",
+    )
+
+
+def _require_known_type(raw: Mapping[str, Any], where: str) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = raw.get("model_type")
+    if kind in CONFIG_MAPPING_NAMES:
+        return
+    if raw.get("auto_map"):
+        raise ModelError(
+            f"the model ({kind or 'no model_type'}) needs Python code from its own repository",
+            where=where,
+            why="auto_map in config.json points at it; code that comes with weights is not run",
+            fix="choose a model whose architecture transformers has itself",
+            code="model-remote-code",
+        )
+    raise ModelError(
+        f"unknown architecture: model_type is {kind!r}"
+        if kind
+        else "config.json has no model_type",
+        where=where,
+        why="this version of transformers does not have it, or the file belongs to something else",
+        fix="update transformers, or choose another model",
+        code="model-unknown-type",
+    )
+
+
+def _require_causal(config: Any, where: str) -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    )
+
+    kind = config.model_type
+
+    def refused(what: str) -> ModelError:
+        return ModelError(
+            what,
+            where=where,
+            why=_WHAT_IS_TAKEN,
+            fix="choose a causal language model, for example of the qwen, llama or gemma families",
+            code="model-not-causal",
+        )
+
+    if config.is_encoder_decoder:
+        raise refused(f"{kind} is an encoder-decoder model")
+    if any(getattr(config, f"{sense}_config", None) for sense in ("vision", "audio")):
+        raise refused(f"{kind} is a model of images or sound as well as text")
+    if kind not in CAUSAL:
+        raise refused(f"{kind} is not a causal language model")
+    # Encoders whose classes can also be built as decoders; without is_decoder they see the future.
+    if kind in MASKED and not getattr(config, "is_decoder", False):
+        raise refused(f"{kind} is an encoder: its attention is not causal")
+    head = (config.architectures or [""])[0]
+    if "For" in head and not head.endswith("ForCausalLM") and head != CAUSAL[kind]:
+        raise refused(f"the model was saved with another head: {head}")
+
+
+def meta_model(config: Any) -> Any:
+    """The model with the shapes of its weights and no memory for them (meta device)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model.tie_weights()
+    return model
+
+
+def context_length(config: Any) -> int | None:
+    """The longest sequence in tokens that the model was made for; None where it has no limit."""
+    text_config = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def embedding_rows(model: Any) -> int:
+    """Rows of the input embedding: ids from 0 up to this exist in the model."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def head_is_tied(model: Any) -> bool:
+    """Whether output head and input embedding are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def linear_layers(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Paths and modules of all linear layers but the output head."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head:
+            yield path, module
+
+
+def projection_names(model: Any) -> dict[str, int]:
+    """Names of the linear layers (the last part of their path) with how many have it."""
+    return dict(Counter(path.rpartition(".")[2] for path, _ in linear_layers(model)))
+
+
+def require_shapes(config: Any, tensors: Mapping[str, TensorFacts], where: str) -> None:
+    """Compare the shapes in the weight files with those the config asks for.
+
+    Only where every stored name is one of the model's: else transformers renames or merges
+    weights on loading, and shapes can be compared only afterwards.
+
+    Raises:
+        ModelError: they differ.
+    """
+    wanted = {name: tuple(value.shape) for name, value in meta_model(config).state_dict().items()}
+    if not tensors.keys() <= wanted.keys():
+        return
+    wrong = [(n, f.shape, wanted[n]) for n, f in tensors.items() if f.shape != wanted[n]]
+    if wrong:
+        raise shape_mismatch(wrong, where)
+
+
+def shape_mismatch(
+    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]], where: str
+) -> ModelError:
+    """The error for weights (name, stored shape, wanted shape) that do not fit the config."""
+    name, stored, asked = sorted(wrong)[0]
+    return ModelError(
+        f"{len(wrong)} weights do not have the shape that config.json asks for: {name} is "
+        f"{list(stored)}, config.json says {list(asked)}",
+        where=where,
+        why="config.json and the weights are of different models, or one of them was edited",
+        fix=f"use the config.json that came with the weights (affected: "
+        f"{listed(name for name, _, _ in wrong)})",
+        code="model-shape-mismatch",
+    )

@@ -1,0 +1,342 @@
+"""Model and tokenizer, bound together.
+
+input   a folder or Hub id, a purpose
+does    finds what is wrong before weights are read; chooses device and dtypes with reasons;
+        loads safetensors only, runs no code that comes with a model, and refuses weights that
+        transformers would fill in at random
+output  LoadedModel
+who     pipeline.py, verify, export, the command line
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truetune.errors import ModelError
+from truetune.findings import Finding
+from truetune.model.architecture import (
+    causal_config,
+    embedding_rows,
+    require_shapes,
+    shape_mismatch,
+)
+from truetune.model.placement import Choice, Placement, Purpose, place
+from truetune.model.source import ADAPTER_CONFIG, ModelFiles, first_line, locate, read_json
+from truetune.model.tokenizer import (
+    has_tokenizer,
+    load_tokenizer,
+    locate_base,
+    num_ids,
+    open_tokenizer,
+)
+from truetune.model.weights import TensorFacts, listed, main_dtype, read_headers, weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Choice", "LoadedModel", "load_model", "load_tokenizer"]
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model and its tokenizer.
+
+    Attributes:
+        model: a transformers PreTrainedModel, or a PeftModel around one.
+        tokenizer: what AutoTokenizer gives; an adapter's own where it has one.
+        source: folder or Hub id, as the user wrote it.
+        revision: commit of a Hub model, None for a folder.
+        base: absolute path or Hub id of the model without adapter (the same model where there is
+            none).
+        base_revision: commit of a base from the Hub.
+        base_dtype: torch name of the dtype that the base's weights have on disk.
+        is_adapter: whether `model` is a PeftModel.
+        device: of all weights.
+        compute_dtype: for autocast; None to compute in the parameters' own type.
+        choices: device, dtype and parameter dtype, each with its reason.
+        findings: what is to be told about this model (warnings and notes).
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    revision: str | None
+    base: str
+    base_revision: str | None
+    base_dtype: str
+    is_adapter: bool
+    device: torch.device
+    compute_dtype: torch.dtype | None
+    choices: tuple[Choice, ...]
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def transformers_model(self) -> Any:
+        """The PreTrainedModel, without peft's wrapper; injected LoRA layers still act in it."""
+        return self.model.get_base_model() if self.is_adapter else self.model
+
+
+def load_model(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    purpose: Purpose = "full",
+) -> LoadedModel:
+    """Load a causal language model, or an adapter on its base.
+
+    Args:
+        source: model or adapter folder, or Hub id.
+        revision: branch, tag or commit of a Hub model.
+        device: auto (cuda, mps, cpu in this order), or a torch device.
+        dtype: the type to compute in; auto takes bfloat16 where the GPU has it, float32 on CPU.
+        purpose: full: all weights trainable, in float32. lora: base frozen, in the compute type.
+            inference: nothing trainable. An adapter's base is frozen whatever the purpose, and
+            the adapter's weights are float32.
+
+    Raises:
+        ModelError: the model cannot be loaded as it is; all that can be known before weights are
+            read is checked first.
+        UsageError: a device or dtype that does not exist here.
+    """
+    files = locate(source, revision, weights=True)
+    base = locate_base(files, weights=True) if files.is_adapter else files
+    config = causal_config(base)
+    adapter_tensors = _require_adapter(files) if files.is_adapter else None
+    tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base)
+    tensors = read_headers(weight_files(base))
+    require_shapes(config, tensors, str(base.folder))
+    base_dtype = main_dtype(tensors) or "float32"
+    _require_trainable(config, purpose, str(base.folder))
+    placement = place(
+        device, dtype, "lora" if files.is_adapter and purpose == "full" else purpose, base_dtype
+    )
+    model, findings = _read_weights(base, config, placement)
+    if purpose != "full" or files.is_adapter:
+        model.requires_grad_(False)
+    findings += _tokenizer_findings(model, tokenizer, files)
+    if revision and not files.is_hub:
+        findings.append(_useless_revision(revision, files))
+    if adapter_tensors is not None:
+        model = _attach(model, files, base, adapter_tensors, trainable=purpose != "inference")
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        source=files.source,
+        revision=files.revision,
+        base=base.address,
+        base_revision=base.revision,
+        base_dtype=base_dtype,
+        is_adapter=files.is_adapter,
+        device=placement.device,
+        compute_dtype=placement.compute,
+        choices=placement.choices,
+        findings=tuple(findings),
+    )
+
+
+def _require_trainable(config: Any, purpose: Purpose, where: str) -> None:
+    if purpose == "full" and getattr(config, "quantization_config", None):
+        raise ModelError(
+            "the weights are quantised and cannot be trained in full",
+            where=where,
+            why="config.json has a quantization_config",
+            fix="train an adapter on it (LoRA), or start from the unquantised model",
+            code="model-quantised",
+        )
+
+
+def _read_weights(
+    files: ModelFiles, config: Any, placement: Placement
+) -> tuple[Any, list[Finding]]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # On CPU without a device map: the map goes through accelerate, which has nothing to do there.
+    where = {} if placement.device.type == "cpu" else {"device_map": {"": placement.device}}
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                config=config,
+                dtype=placement.parameters,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                # Wrong shapes are told below, with their names.
+                ignore_mismatched_sizes=True,
+                **where,
+            )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the model does not fit on {placement.device}",
+            where=str(files.folder),
+            why=first_line(error),
+            fix="a smaller model, LoRA instead of full training, or another device",
+            code="model-too-large",
+        ) from error
+    except Exception as error:  # whatever a library says of files that it cannot load
+        raise ModelError(
+            f"the weights cannot be loaded: {first_line(error)}",
+            where=str(files.folder),
+            why=f"{type(error).__name__} from transformers",
+            fix="check that config.json and weights belong together, or fetch the model again",
+            code="model-unloadable",
+        ) from error
+    return model, _judge_loading(model, info, str(files.folder))
+
+
+def _judge_loading(model: Any, info: dict[str, Any], where: str) -> list[Finding]:
+    if info["mismatched_keys"]:
+        wrong = [(name, tuple(a), tuple(b)) for name, a, b in info["mismatched_keys"]]
+        raise shape_mismatch(wrong, where)
+    missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys)
+    if missing:
+        raise ModelError(
+            f"{len(missing)} weights are not in the files: {listed(missing)}",
+            where=where,
+            why="transformers would fill them with random numbers; the model was saved without "
+            "them, or config.json describes another one",
+            fix="fetch the model again; where only the output head is missing and it shares the "
+            "input embedding, config.json needs tie_word_embeddings: true",
+            code="model-weights-missing",
+        )
+    unused = info["unexpected_keys"]
+    if not unused:
+        return []
+    return [
+        Finding(
+            code="weights-unused",
+            level="warning",
+            what=f"the model has no place for some weights of its files: {listed(unused)}",
+            where=where,
+            count=len(unused),
+            why="config.json describes a smaller or another model (fewer layers?)",
+            fix="check config.json against the one that came with the weights",
+        )
+    ]
+
+
+def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[Finding]:
+    rows, ids = embedding_rows(model), num_ids(tokenizer)
+    if ids <= rows:
+        return []
+    what = f"the tokenizer has ids up to {ids - 1}, the model has rows up to {rows - 1}"
+    if files.is_adapter and has_tokenizer(files.folder):
+        raise ModelError(
+            what,
+            where=str(files.folder / ADAPTER_CONFIG),
+            why="the adapter was trained on another base, or its base was resized",
+            fix="set base_model_name_or_path to the base it was trained on",
+            code="adapter-wrong-base",
+        )
+    return [
+        Finding(
+            code="tokenizer-beyond-model",
+            level="warning",
+            what=what,
+            where=str(files.folder),
+            count=ids - rows,
+            why="tokens were added to the tokenizer, and the model was not resized",
+            fix="a row that holds one of them cannot be trained: use the tokenizer that came "
+            "with the weights",
+        )
+    ]
+
+
+def _useless_revision(revision: str, files: ModelFiles) -> Finding:
+    return Finding(
+        code="revision-unused",
+        level="warning",
+        what=f"--revision {revision} has no effect: {files.source} is a local folder",
+        fix="leave it out, or give a Hub id",
+    )
+
+
+def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
+    """Facts of the adapter's tensors, once its config and file can be read."""
+    path = files.folder / ADAPTER_CONFIG
+    kind = read_json(path).get("peft_type")
+    if kind != "LORA":
+        raise ModelError(
+            f"the adapter is of type {kind}, not LORA",
+            where=str(path),
+            why="only LoRA adapters are loaded",
+            fix="merge it into its base with the tool that made it, and load the result",
+            code="adapter-type",
+        )
+    return read_headers(weight_files(files))
+
+
+def _attach(
+    model: Any,
+    files: ModelFiles,
+    base: ModelFiles,
+    tensors: dict[str, TensorFacts],
+    *,
+    trainable: bool,
+) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    def wrong_base(what: str, why: str) -> ModelError:
+        return ModelError(
+            f"the adapter does not fit its base {base.source}: {what}",
+            where=str(files.folder / ADAPTER_CONFIG),
+            why=why,
+            fix="set base_model_name_or_path to the model that the adapter was trained on",
+            code="adapter-wrong-base",
+        )
+
+    try:
+        with quiet():
+            # peft casts adapter weights to float32 itself.
+            model = PeftModel.from_pretrained(model, files.folder, is_trainable=trainable)
+    except Exception as error:  # peft: RuntimeError, ValueError, KeyError, TypeError and own ones
+        message = str(error)
+        shapes = "size mismatch" in message or "not found in the base model" in message
+        why = "shapes or layers differ" if shapes else f"{type(error).__name__} from peft"
+        raise wrong_base(first_line(error), why) from error
+    present = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    lost, absent = tensors.keys() - present, present - tensors.keys()
+    tables = lost & model.state_dict().keys()
+    if tables and trainable:
+        raise ModelError(
+            f"the adapter brings whole tables of its base: {listed(tables)}",
+            where=str(files.folder),
+            why="they would be frozen in training and lost when the adapter is saved",
+            fix="merge the adapter into its base first, and train the result",
+            code="adapter-tables",
+        )
+    lost -= tables
+    if lost or absent:
+        names = lost or absent
+        raise wrong_base(
+            f"{len(names)} weights have no counterpart: {listed(names)}",
+            "the base has other layers than the adapter was trained on",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' tables, bars and warnings off the screen: what matters is returned."""
+    import warnings
+
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

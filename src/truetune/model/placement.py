@@ -1,0 +1,185 @@
+"""Which device and which dtypes, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from truetune.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Purpose = Literal["full", "lora", "inference"]
+
+_DTYPES = {
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value that was chosen for the user: what, which, and why."""
+
+    name: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model lives and in what types.
+
+    Attributes:
+        device: of all weights.
+        parameters: dtype the base weights are loaded in.
+        compute: dtype for autocast, None to compute in the parameters' own.
+        choices: the same with reasons.
+    """
+
+    device: torch.device
+    parameters: torch.dtype
+    compute: torch.dtype | None
+    choices: tuple[Choice, ...]
+
+
+def parse_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A floating dtype from its name (bfloat16, bf16, float32, fp32, float16, fp16).
+
+    Raises:
+        UsageError: another name.
+    """
+    import torch
+
+    key = str(name).removeprefix("torch.").lower()
+    if key not in _DTYPES:
+        raise UsageError(
+            f"unknown dtype {name!r}",
+            fix="one of auto, bfloat16 (bf16), float32 (fp32), float16 (fp16)",
+            code="dtype",
+        )
+    found = getattr(torch, _DTYPES[key])
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def place(device: str, dtype: str, purpose: Purpose, base_dtype: str) -> Placement:
+    """Choose device and dtypes.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, or the type to compute in.
+        purpose: what the model is loaded for.
+        base_dtype: what the weights have on disk.
+
+    Raises:
+        UsageError: a device that is not there, an unknown dtype, training in float16.
+    """
+    where, device_choice = choose_device(device)
+    compute, dtype_choice = _choose_compute(where, dtype, purpose, base_dtype)
+    parameters, parameter_choice = _choose_parameters(compute, purpose)
+    return Placement(
+        device=where,
+        parameters=parameters,
+        compute=None if purpose == "inference" or _is_fp32(compute) else compute,
+        choices=(device_choice, dtype_choice, parameter_choice),
+    )
+
+
+def choose_device(device: str) -> tuple[torch.device, Choice]:
+    """The device and why: cuda, else mps, else cpu where `device` is auto.
+
+    Raises:
+        UsageError: it does not exist here.
+    """
+    import torch
+
+    if device == "auto":
+        if torch.cuda.is_available():
+            index = torch.cuda.current_device()
+            name = torch.cuda.get_device_name(index)
+            return torch.device("cuda", index), Choice("device", "cuda", f"found {name}")
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), Choice("device", "mps", "found Apple's GPU")
+        return torch.device("cpu"), Choice("device", "cpu", "no GPU is visible to torch")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"unknown device {device!r}", fix="one of auto, cpu, cuda, cuda:N, mps", code="device"
+        ) from error
+    missing = (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()) or (
+        chosen.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise UsageError(
+            f"device {device!r} is not there",
+            why=f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
+            fix="leave --device auto, or install a torch build for this GPU",
+            code="device",
+        )
+    return chosen, Choice("device", device, "as asked")
+
+
+def _choose_compute(
+    device: torch.device, dtype: str, purpose: Purpose, base_dtype: str
+) -> tuple[torch.dtype, Choice]:
+    import torch
+
+    def choice(value: torch.dtype, reason: str) -> tuple[torch.dtype, Choice]:
+        return value, Choice("dtype", dtype_name(value), reason)
+
+    if dtype != "auto":
+        asked = parse_dtype(dtype)
+        if asked == torch.float16 and purpose != "inference":
+            raise UsageError(
+                "training in float16 is not supported",
+                why="its gradients underflow without loss scaling",
+                fix="--dtype bfloat16, or float32 where the GPU has no bfloat16",
+                code="dtype",
+            )
+        return choice(asked, "as asked")
+    if device.type == "cpu":
+        return choice(torch.float32, "on CPU float32 is exact and bfloat16 seldom faster")
+    if device.type == "mps":
+        return choice(torch.float32, "bfloat16 is unproved on MPS")
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if purpose == "inference" and (
+        base_dtype in ("float16", "float32") or (base_dtype == "bfloat16" and has_bf16)
+    ):
+        return choice(parse_dtype(base_dtype), "what the weights have on disk")
+    if has_bf16:
+        return choice(torch.bfloat16, "the GPU computes bfloat16 in hardware")
+    return choice(torch.float32, "the GPU has no bfloat16, and float16 overflows")
+
+
+def _choose_parameters(compute: torch.dtype, purpose: Purpose) -> tuple[torch.dtype, Choice]:
+    import torch
+
+    def choice(value: torch.dtype, reason: str) -> tuple[torch.dtype, Choice]:
+        return value, Choice("parameter dtype", dtype_name(value), reason)
+
+    if purpose == "full":
+        return choice(
+            torch.float32,
+            "trained weights: an Adam step of 2e-5 on a bfloat16 weight of 0.02 is rounded away",
+        )
+    if purpose == "lora":
+        return choice(compute, "the frozen base is kept as computed; LoRA weights are float32")
+    return choice(compute, "computed as loaded")
+
+
+def _is_fp32(dtype: torch.dtype) -> bool:
+    return dtype_name(dtype) == "float32"

@@ -1,0 +1,177 @@
+"""Where a model's files are: a folder, or the Hub's cache.
+
+input   what the user wrote: a folder or a Hub id, and a revision
+does    finds the folder (a Hub model is fetched into the cache: safetensors only), and says what
+        is wrong with a name that leads nowhere
+output  ModelFiles: everything after this reads plain files in one folder
+who     load.py and inspect.py
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.errors import ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+# Names, not "*.safetensors": some repositories hold the weights a second time (consolidated.*).
+_WEIGHTS = ["model*.safetensors", "adapter_model*.safetensors"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's files on this machine.
+
+    Attributes:
+        source: as the user wrote it.
+        folder: where the files are.
+        revision: the commit of a Hub model, None for a folder.
+    """
+
+    source: str
+    folder: Path
+    revision: str | None
+
+    @property
+    def is_hub(self) -> bool:
+        return self.revision is not None
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
+    @property
+    def address(self) -> str:
+        """What finds the model again from any working directory: a Hub id or an absolute path."""
+        return self.source if self.is_hub else str(self.folder.resolve())
+
+
+def locate(source: str | Path, revision: str | None = None, *, weights: bool) -> ModelFiles:
+    """Find a model's files.
+
+    Args:
+        source: a folder, or a Hub id such as `Qwen/Qwen2.5-0.5B`; an existing folder wins.
+        revision: branch, tag or commit of a Hub model.
+        weights: also fetch the weights of a Hub model that are not in the cache.
+
+    Raises:
+        ModelError: nothing there, or not reachable.
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return ModelFiles(text, path, None)
+    if path.is_file():
+        raise ModelError(
+            f"{text} is a file, not a model folder",
+            why="a model is a folder with config.json, weights and tokenizer",
+            fix=f"give the folder: {path.parent}",
+            code="model-is-file",
+        )
+    if not _HUB_ID.fullmatch(text):
+        raise _no_such_folder(text, path)
+    return _from_hub(text, revision, weights=weights)
+
+
+def _no_such_folder(text: str, path: Path) -> ModelError:
+    return ModelError(
+        f"no such model folder: {text}",
+        why="the path does not exist",
+        fix=_did_you_mean(path) or "check the path",
+        code="model-not-found",
+    )
+
+
+def _did_you_mean(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return ""
+    folders = [item.name for item in parent.iterdir() if item.is_dir()]
+    close = difflib.get_close_matches(path.name, folders, n=1)
+    return f"did you mean {parent / close[0]}?" if close else ""
+
+
+def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def failed(why: str, fix: str, code: str = "model-not-found") -> ModelError:
+        hint = _did_you_mean(Path(text))
+        return ModelError(
+            f"no folder and no reachable Hub model: {text}",
+            where=f"revision {revision}" if revision else "",
+            why=why,
+            fix=f"{hint} Or {fix}" if hint else fix,
+            code=code,
+        )
+
+    patterns = _SMALL_FILES + (_WEIGHTS if weights else [])
+    try:
+        folder = Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise failed(
+            "the Hub shares it only with people who accepted its terms",
+            "accept them on its page and log in with `hf auth login`",
+            "model-gated",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise failed("the model has no such revision", "check the revision") from error
+    except RepositoryNotFoundError as error:
+        raise failed(
+            "the Hub has no such model, or it is private",
+            "check the spelling, or log in with `hf auth login`",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise failed(
+            "no folder has this name, it is not in the local Hub cache, and the Hub cannot be "
+            "reached (offline)",
+            "give the path of a local folder, or go online",
+            "model-offline",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise failed(first_line(error), "give the path of a local folder, or try again") from error
+    return ModelFiles(text, folder, folder.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder.
+
+    Raises:
+        ModelError: not readable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{path.name} cannot be read: {error}",
+            where=str(path),
+            why="the file is damaged or was copied in part",
+            fix="copy the file again from where the model came from",
+            code="model-config-unreadable",
+        ) from error
+    if not isinstance(value, dict):
+        raise ModelError(
+            f"{path.name} holds no JSON object",
+            where=str(path),
+            fix="copy the file again from where the model came from",
+            code="model-config-unreadable",
+        )
+    return value
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of a library's message, cut to `limit` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:limit]

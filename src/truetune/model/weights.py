@@ -1,0 +1,199 @@
+"""Weight files without their weights: which there are, and what their headers say.
+
+A safetensors file begins with the length of a JSON header (8 bytes, little endian) that gives
+each tensor's dtype, shape and bytes, so names, shapes and completeness are known before a single
+weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from truetune.errors import ModelError
+from truetune.model.source import ModelFiles, read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+WeightsFormat = Literal["safetensors", "pickle", "gguf"]
+
+# Names of safetensors dtypes in torch.
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+# A header longer than this is no header; the library has the same limit.
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a header says of one tensor: torch's name of the dtype, and the shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def weights_format(folder: Path) -> WeightsFormat | None:
+    """The format of the weights in a folder, None if it holds none; safetensors wins."""
+    names = [item.name for item in folder.iterdir() if item.is_file()]
+    if any(name.endswith(".safetensors") or name == INDEX for name in names):
+        return "safetensors"
+    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in names):
+        return "pickle"
+    return "gguf" if any(name.endswith(".gguf") for name in names) else None
+
+
+def weight_files(files: ModelFiles) -> list[Path]:
+    """The safetensors files that hold the model's weights, in the order of the index.
+
+    Raises:
+        ModelError: no weights, weights in another format only, or shards missing.
+    """
+    folder = files.folder
+    wanted = ADAPTER_WEIGHTS if files.is_adapter else WEIGHTS
+    if (folder / wanted).is_file():
+        return [folder / wanted]
+    if not files.is_adapter and (folder / INDEX).is_file():
+        return _shards(folder / INDEX)
+    raise _no_weights(files, wanted)
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(
+            f"{index.name} lists no weights",
+            where=str(index),
+            fix="copy the file again from where the model came from",
+            code="model-config-unreadable",
+        )
+    names = list(dict.fromkeys(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of {len(names)} weight files are missing: {listed(missing)}",
+            where=str(index),
+            why="the download or copy was not finished",
+            fix="fetch the missing files, or the whole model again",
+            code="model-shards-missing",
+        )
+    return [index.parent / name for name in names]
+
+
+def _no_weights(files: ModelFiles, wanted: str) -> ModelError:
+    found = weights_format(files.folder)
+    where = str(files.folder)
+    if found == "pickle":
+        return ModelError(
+            "the weights are pickles (pytorch_model.bin and kin) only",
+            where=where,
+            why="opening a pickle can run any code its author put into it, so it is not opened",
+            fix="if you trust the author, convert it once: `AutoModelForCausalLM.from_pretrained("
+            "FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)`, and copy the tokenizer",
+            code="model-pickle",
+        )
+    if found == "gguf":
+        return ModelError(
+            "the folder holds GGUF weights only",
+            where=where,
+            why="GGUF is a format for serving; its weights are quantised",
+            fix="use the original model in safetensors",
+            code="model-no-weights",
+        )
+    if files.is_hub:
+        why = "the repository, or its part in the local cache, has no weights in safetensors"
+        fix = "go online if the cache is partial; else choose a model with safetensors"
+    elif found == "safetensors":
+        why = f"it has safetensors files, but neither {wanted} nor an index that names them"
+        fix = f"a single file must be called {wanted}"
+    else:
+        why = "only the small files were copied"
+        fix = f"copy {wanted} (or all its shards and {INDEX}) into the folder"
+    return ModelError(
+        f"no weights: no {wanted}", where=where, why=why, fix=fix, code="model-no-weights"
+    )
+
+
+def read_headers(paths: Iterable[Path]) -> dict[str, TensorFacts]:
+    """Facts of all tensors in some safetensors files, by name; no weight is read.
+
+    Raises:
+        ModelError: a file is damaged or shorter than its header says.
+    """
+    tensors: dict[str, TensorFacts] = {}
+    for path in paths:
+        tensors.update(_read_header(path))
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, TensorFacts]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise _damaged(path, "its header is cut off or is no safetensors header")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = max((facts["data_offsets"][1] for facts in header.values()), default=0)
+        tensors = {
+            name: TensorFacts(
+                _TORCH_NAMES.get(facts["dtype"], facts["dtype"].lower()), tuple(facts["shape"])
+            )
+            for name, facts in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _damaged(path, "its header is not readable") from error
+    if 8 + length + end != size:
+        raise _damaged(
+            path, f"its header describes {8 + length + end:,} bytes, the file has {size:,}"
+        )
+    return tensors
+
+
+def _damaged(path: Path, why: str) -> ModelError:
+    return ModelError(
+        f"{path.name} is damaged or incomplete: {why}",
+        where=str(path),
+        why="the download or copy was not finished, or the disk was full",
+        fix="fetch the file again",
+        code="model-weights-damaged",
+    )
+
+
+def main_dtype(tensors: Mapping[str, TensorFacts]) -> str | None:
+    """The torch dtype name that most weights have, by number of elements."""
+    counts = Counter[str]()
+    for facts in tensors.values():
+        counts[facts.dtype] += facts.num_elements
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def listed(names: Iterable[str], limit: int = 4) -> str:
+    """Names as a phrase, the rest counted."""
+    names = sorted(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

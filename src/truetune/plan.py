@@ -1,0 +1,192 @@
+"""The numbers of a run, derived from recipe, model and rows, each with its reason.
+
+input   Recipe (what somebody set), facts of the model, lengths and counts of the rows
+output  Plan: concrete numbers; the recipe completed with them and where they came from
+who     pipeline.py; recipe.yaml of the run holds the result
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from truetune.contract import PromptContract
+from truetune.model import ModelFacts
+from truetune.recipe import Recipe
+
+Start = Literal["base", "instruct"]
+
+_SMALL = 50_000_000
+_BATCH = 16
+_TEXT_BLOCK = 1024
+# Logits in float32, their gradient and one copy, per micro-batch.
+_LOGIT_BYTES = 4 * 3
+_LOGIT_BUDGET = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Concrete numbers of a run.
+
+    Attributes:
+        start: whether training starts from a base or an instruct model.
+        max_length: longest row in tokens.
+        batch_size, micro_batch_size: rows per optimiser step and per forward pass.
+        learning_rate: the peak.
+        epochs: passes over the rows; None where max_steps was set.
+        max_steps, warmup_steps, eval_steps, save_steps: optimiser steps.
+        reasoning_share: of the conversations, the share with reasoning.
+        recipe: the recipe with these values and their origins filled in.
+    """
+
+    start: Start
+    max_length: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    epochs: float | None
+    max_steps: int
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
+    reasoning_share: float
+    recipe: Recipe
+
+
+def starting_point(contract: PromptContract, has_template: bool) -> tuple[Start, str]:
+    """Base or instruct, by what the model brings: a model that was tuned to chat stops on the
+    token that its template writes after an answer."""
+    if not has_template:
+        return "base", "the model has no chat template"
+    if any(finding.code == "stop-added" for finding in contract.findings):
+        return "base", "the model's own stop set lacks the token that its template writes"
+    return "instruct", "the model's own stop set holds the token that its template writes"
+
+
+def plan_length(
+    recipe: Recipe, *, longest: int, context: int | None, is_text: bool
+) -> tuple[int, str]:
+    """The longest row allowed, in tokens, and why."""
+    if recipe.max_length is not None:
+        return recipe.max_length, recipe.origin("max_length")
+    if is_text:
+        return min(context or _TEXT_BLOCK, _TEXT_BLOCK), "default: blocks of plain text"
+    if context is not None and longest > context:
+        return context, f"default: the model's context; the longest row has {longest:,} tokens"
+    return max(longest, 2), "default: the longest row"
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    model: ModelFacts,
+    start: Start,
+    start_reason: str,
+    max_length: tuple[int, str],
+    num_examples: int,
+    reasoning_share: float,
+) -> Plan:
+    """Fill in what the recipe leaves open.
+
+    Args:
+        num_examples: training examples.
+        reasoning_share: of the conversations, the share with reasoning.
+    """
+    filled: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+    def take(name: str, derive: Callable[[], tuple[Any, str]]) -> Any:
+        if recipe.given(name):
+            filled[name] = getattr(recipe, name)
+        else:
+            filled[name], reason = derive()
+            reasons[name] = f"default: {reason}"
+        return filled[name]
+
+    filled["max_length"], reasons["max_length"] = max_length
+    batch, micro = _sizes(recipe, max_length[0], model.head_rows, reasons)
+    filled |= {"batch_size": batch, "micro_batch_size": micro}
+    rate = take(
+        "learning_rate",
+        lambda: _learning_rate(recipe.lora, model, start, start_reason, reasoning_share),
+    )
+    epochs = None
+    if not recipe.given("max_steps"):
+        epochs = take(
+            "epochs", lambda: (3.0 if start == "base" else 2.0, f"{start}: {start_reason}")
+        )
+    steps = take(
+        "max_steps",
+        lambda: (
+            math.ceil(math.ceil(num_examples * (epochs or 1)) / batch),
+            f"{epochs:g} epochs of {num_examples:,} examples",
+        ),
+    )
+    ratio = 0.03 if recipe.warmup_ratio is None else recipe.warmup_ratio
+    warmup = take("warmup_steps", lambda: (math.ceil(ratio * steps), f"{ratio:g} of the steps"))
+    evals = take("eval_steps", lambda: (max(math.ceil(steps / 10), 1), "10 evaluations"))
+    saves = take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
+    completed = dataclasses.replace(recipe, **filled, origins={**recipe.origins, **reasons})
+    return Plan(
+        start=start,
+        max_length=max_length[0],
+        batch_size=batch,
+        micro_batch_size=micro,
+        learning_rate=rate,
+        epochs=epochs,
+        max_steps=steps,
+        warmup_steps=warmup,
+        eval_steps=evals,
+        save_steps=saves,
+        reasoning_share=reasoning_share,
+        recipe=completed,
+    )
+
+
+def _sizes(
+    recipe: Recipe, max_length: int, head_rows: int, reasons: dict[str, str]
+) -> tuple[int, int]:
+    """Rows per step and per forward pass; contradictions were refused with the recipe."""
+    batch, micro = recipe.batch_size, recipe.micro_batch_size
+    accumulation = recipe.gradient_accumulation_steps
+    if batch is None and micro and accumulation:
+        batch = micro * accumulation
+        reasons["batch_size"] = f"default: {micro} rows x {accumulation} forward passes"
+    if batch is None:
+        batch = max(_BATCH, micro or 0, accumulation or 0)
+        reasons["batch_size"] = "default: 16 (QLoRA, Dettmers et al. 2023)"
+    if micro is None and accumulation:
+        micro = math.ceil(batch / accumulation)
+        reasons["micro_batch_size"] = f"default: {batch} rows in {accumulation} forward passes"
+    if micro is None:
+        fits = _LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES)
+        micro = max(1, min(batch, fits))
+        reasons["micro_batch_size"] = (
+            f"default: logits of {head_rows:,} columns stay under 2 GiB at {max_length:,} tokens"
+        )
+    return batch, min(micro, batch)
+
+
+def suggested_rate(plan: Plan, model: ModelFacts) -> float:
+    """The default learning rate for this method, model and start."""
+    return _learning_rate(plan.recipe.lora, model, plan.start, "", plan.reasoning_share)[0]
+
+
+def _learning_rate(
+    lora: bool, model: ModelFacts, start: Start, why: str, reasoning_share: float
+) -> tuple[float, str]:
+    """Peak learning rate and its source."""
+    if lora:
+        if start == "base":
+            return 2e-4, f"LoRA on a base model ({why}); QLoRA practice"
+        if reasoning_share > 0.5:
+            return 3e-5, f"LoRA on reasoning traces, instruct model ({why})"
+        return 1e-4, f"LoRA on an instruct model ({why}); gentler than on a base"
+    if model.num_parameters < _SMALL:
+        return 3e-4, f"all weights of a model of {model.num_parameters / 1e6:.1f} M parameters"
+    if start == "base":
+        return 2e-5, f"all weights of a base model ({why}); Alpaca"
+    return 1e-5, f"all weights of an instruct model ({why})"

@@ -1,0 +1,375 @@
+"""Rows to proved examples: everything that happens before weights are read.
+
+input   Recipe
+does    model facts -> rows -> held-out split -> contract fitted to the rows -> examples, each
+        proved -> length policy -> plan -> preflight
+output  Prepared, or one error that lists all that is wrong
+who     pipeline.train
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.check import Preflight, preflight
+from truetune.compute.length import Fitted, fit_length, is_text, length_table, longest
+from truetune.contract import Encoded, PromptContract, Refused, SFTExample
+from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
+from truetune.errors import BadRows, CheckFailed, DataError, RecipeError
+from truetune.findings import Finding, merged, worst
+from truetune.listener import Listener
+from truetune.model import ModelFacts, describe, load_tokenizer, require_weights
+from truetune.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe import Recipe
+
+# What an encoded row may remark, as a note: (what, why).
+_REMARKS = {
+    "stripped": (
+        "the template strips outer whitespace of answers",
+        "the model is trained on the answer as the template writes it",
+    ),
+    "normalised": (
+        "the tokenizer's own normaliser changes characters of answers",
+        "the model cannot write what its tokenizer has no form for",
+    ),
+    "seam": (
+        "prompt and answer would have merged into one token; they are kept apart",
+        "a server sends the prompt alone, so the answer starts a token of its own",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs beside the weights.
+
+    Attributes:
+        contract: with the template arguments that fit the rows.
+        model: facts of the model, from its small files.
+        examples, rows: what is trained, and where each example came from.
+        eval_examples: held-out examples; may be empty.
+        eval_conversations: the rows behind them, for samples.
+        plan: the numbers of the run.
+        findings: everything found on the way, no error among them.
+        data: what data.json holds.
+    """
+
+    contract: PromptContract
+    model: ModelFacts
+    examples: list[SFTExample]
+    rows: list[str]
+    eval_examples: list[SFTExample]
+    eval_conversations: list[Conversation]
+    plan: Plan
+    findings: list[Finding]
+    data: dict[str, Any]
+
+
+def prepare(recipe: Recipe, listener: Listener) -> Prepared:
+    """Do everything that can be done without weights.
+
+    Raises:
+        UsageError, InputError: options, data or model that cannot be used at all.
+        BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
+        CheckFailed: the preflight found an error, or too much would be lost to the length limit.
+    """
+    if not recipe.model or not recipe.data:
+        missing = "model" if not recipe.model else "data"
+        raise RecipeError(
+            f"no {missing} was given", fix="truetune train MODEL DATA -o RUN, or set it in a recipe"
+        )
+    listener.stage("model files")
+    facts = describe(recipe.model, recipe.revision)
+    require_weights(recipe.model, recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, recipe.revision)
+    contract = PromptContract.load(tokenizer, recipe.chat_template, _stop(recipe))
+    start, start_reason = starting_point(contract, facts.has_chat_template)
+
+    train, held_out, loaded, findings = _rows(recipe, listener)
+    listener.stage("template and proof")
+    contract = contract.fit(train)
+    encoded, refused = _encode(contract, train, recipe, listener)
+    eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
+    findings += _bad_rows([*loaded.findings, *refused, *eval_refused], recipe, len(encoded))
+    findings += [*contract.findings, *_remarks([*encoded, *eval_encoded])]
+
+    text = all(is_text(row) for row in encoded)
+    limit = plan_length(
+        recipe, longest=longest(encoded), context=facts.context_length, is_text=text
+    )
+    fitted = fit_length(encoded, max_length=limit[0], overlong=recipe.overlong)
+    eval_fitted = fit_length(eval_encoded, max_length=limit[0], overlong=recipe.overlong)
+    findings += _length_findings(fitted, eval_fitted, encoded, limit[0], facts, recipe)
+    plan = make_plan(
+        recipe,
+        model=facts,
+        start=start,
+        start_reason=start_reason,
+        max_length=limit,
+        num_examples=len(fitted.examples),
+        reasoning_share=_reasoning_share(train),
+    )
+    if not recipe.no_check:
+        listener.stage("check")
+        findings += _preflight(contract, fitted, plan, facts, text)
+    findings = merged(findings)
+    _stop_on_errors(findings)
+    for finding in findings:
+        listener.finding(finding)
+    return Prepared(
+        contract,
+        facts,
+        fitted.examples,
+        fitted.rows,
+        eval_fitted.examples,
+        held_out,
+        plan,
+        findings,
+        _data_facts(loaded, fitted, eval_fitted, [*loaded.findings, *refused, *eval_refused]),
+    )
+
+
+def _stop(recipe: Recipe) -> list[str | int] | None:
+    return None if recipe.stop is None else list(recipe.stop)
+
+
+def _rows(
+    recipe: Recipe, listener: Listener
+) -> tuple[list[Conversation], list[Conversation], Loaded, list[Finding]]:
+    """Training rows, held-out rows, what was read, and what to tell."""
+    listener.stage("rows")
+    assert recipe.data
+    loaded = load(
+        recipe.data,
+        schema=recipe.schema,
+        columns=recipe.columns,
+        split=recipe.split,
+        limit=recipe.max_train_samples,
+        on_progress=listener.progress,
+    )
+    if not recipe.eval_data and not recipe.eval_split:
+        train, held_out = hold_out(loaded.conversations, seed=recipe.seed)
+        return train, held_out, loaded, []
+    own = load(
+        recipe.eval_data or recipe.data,
+        schema=recipe.schema,
+        columns=recipe.columns,
+        split=recipe.eval_split,
+        on_progress=listener.progress,
+    )
+    held_out, findings = remove_overlap(loaded.conversations, own.conversations)
+    both = dataclasses.replace(
+        loaded,
+        findings=[*loaded.findings, *own.findings],
+        files=(*loaded.files, *own.files),
+        num_rows=loaded.num_rows + own.num_rows,
+    )
+    return loaded.conversations, held_out, both, findings
+
+
+def _encode(
+    contract: PromptContract,
+    conversations: Sequence[Conversation],
+    recipe: Recipe,
+    listener: Listener,
+) -> tuple[list[Encoded], list[Finding]]:
+    """Proved rows, and one error per row that has no faithful completion."""
+    total = len(conversations)
+    results = contract.encode_all(
+        conversations,
+        loss_on=recipe.loss_on,
+        on_progress=lambda done: listener.progress(done, total),
+    )
+    encoded = [result for result in results if isinstance(result, Encoded)]
+    refused = [_refusal(result) for result in results if isinstance(result, Refused)]
+    return encoded, refused
+
+
+def _refusal(refused: Refused) -> Finding:
+    error = refused.error
+    return Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
+
+
+def _bad_rows(found: Sequence[Finding], recipe: Recipe, num_left: int) -> list[Finding]:
+    """Errors stop the run, or become warnings with their count under --bad-rows drop.
+
+    Raises:
+        BadRows: as above, or when no row is left.
+        DataError: there was no row to begin with.
+    """
+    bad = [finding for finding in found if finding.level == "error"]
+    others = [finding for finding in found if finding.level != "error"]
+    if bad and (recipe.bad_rows == "error" or not num_left):
+        raise BadRows(
+            f"{len(bad):,} rows cannot be trained"
+            + ("" if num_left else "; no row is left to train"),
+            merged(bad),
+            fix="mend them, or leave them out with --bad-rows drop"
+            if num_left
+            else "mend them, or name the right --schema, --columns or --chat-template",
+        )
+    if not num_left:
+        raise DataError("there is no row to train", where=str(recipe.data))
+    return others + [
+        dataclasses.replace(
+            finding,
+            level="warning",
+            what=f"dropped: {finding.what}",
+            fix=finding.fix,
+        )
+        for finding in bad
+    ]
+
+
+def _remarks(encoded: Sequence[Encoded]) -> list[Finding]:
+    counts: Counter[str] = Counter(remark for row in encoded for remark in row.remarks)
+    first: dict[str, str] = {}
+    for row in encoded:
+        for remark in row.remarks:
+            first.setdefault(remark, row.row)
+    return [
+        Finding(f"answer-{name}", "note", _REMARKS[name][0], first[name], count, _REMARKS[name][1])
+        for name, count in counts.items()
+    ]
+
+
+def _length_findings(
+    fitted: Fitted,
+    eval_fitted: Fitted,
+    encoded: Sequence[Encoded],
+    limit: int,
+    facts: ModelFacts,
+    recipe: Recipe,
+) -> list[Finding]:
+    """What the length limit costs.
+
+    Raises:
+        CheckFailed: rows are too long under --overlong error, or too much would be dropped.
+    """
+    findings = []
+    if facts.context_length and limit > facts.context_length:
+        findings.append(
+            Finding(
+                "length-beyond-context",
+                "warning",
+                f"--max-length {limit:,} is beyond the model's context of "
+                f"{facts.context_length:,} tokens",
+                why="positions that the model never saw",
+                fix=f"--max-length {facts.context_length}",
+            )
+        )
+    counts = ((fitted.num_truncated, "truncated"), (fitted.num_split, "split"))
+    for count, how in counts:
+        if count:
+            what = {
+                "truncated": "prompts lost their beginning to the length limit",
+                "split": "plain texts were split into blocks; every token is trained",
+            }[how]
+            findings.append(Finding(f"rows-{how}", "note", f"{count:,} {what}"))
+    if not fitted.dropped and not eval_fitted.dropped:
+        return findings
+    dropped = [*fitted.dropped, *eval_fitted.dropped]
+    where, tokens = dropped[0]
+    total = sum(len(row) for row in encoded)
+    share = max(len(fitted.dropped) / max(total, 1), fitted.dropped_share)
+    table = ", ".join(
+        f"{size:,} keeps {kept:,} examples and {100 * part:.1f} % of the answers"
+        for size, kept, part in length_table(encoded)
+    )
+    strict = recipe.overlong == "error"
+    finding = Finding(
+        code="rows-overlong",
+        level="error" if strict or share > recipe.max_dropped else "warning",
+        what=f"{len(dropped):,} examples are longer than {limit:,} tokens and would be dropped: "
+        f"{100 * len(fitted.dropped) / max(total, 1):.1f} % of the examples, "
+        f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
+        where=f"{where} ({tokens:,} tokens)",
+        count=len(dropped),
+        why=table,
+        fix="raise --max-length, cut prompts with --overlong truncate-prompt, or accept the loss "
+        "with --max-dropped",
+    )
+    if finding.level == "error":
+        raise CheckFailed("too many rows are longer than the limit", [finding])
+    return [*findings, finding]
+
+
+def _preflight(
+    contract: PromptContract, fitted: Fitted, plan: Plan, facts: ModelFacts, text: bool
+) -> list[Finding]:
+    return preflight(
+        Preflight(
+            contract=contract,
+            examples=fitted.examples,
+            rows=fitted.rows,
+            is_text=text,
+            loss_on=plan.recipe.loss_on,
+            head_rows=facts.head_rows,
+            lora=plan.recipe.lora,
+            learning_rate=plan.learning_rate,
+            suggested_rate=suggested_rate(plan, facts),
+            max_steps=plan.max_steps,
+            warmup_steps=plan.warmup_steps,
+        )
+    )
+
+
+def _stop_on_errors(findings: Sequence[Finding]) -> None:
+    if worst(findings) == "error":
+        errors = [finding for finding in findings if finding.level == "error"]
+        raise CheckFailed("the check found errors; nothing was trained", errors)
+
+
+def _reasoning_share(conversations: Sequence[Conversation]) -> float:
+    with_reasoning = sum(
+        any(message.get("reasoning_content") for message in c.messages) for c in conversations
+    )
+    return with_reasoning / max(len(conversations), 1)
+
+
+def _data_facts(
+    loaded: Loaded, fitted: Fitted, eval_fitted: Fitted, found: Sequence[Finding]
+) -> dict[str, Any]:
+    """What data.json holds: files, counts, every drop with its reason."""
+    drops = [
+        {"where": finding.where, "code": finding.code, "what": finding.what}
+        for finding in found
+        if finding.level == "error"
+    ]
+    drops += [
+        {"where": where, "code": "rows-overlong", "what": f"{tokens} tokens"}
+        for where, tokens in [*fitted.dropped, *eval_fitted.dropped]
+    ]
+    return {
+        "schema": loaded.schema,
+        "files": [dataclasses.asdict(file) for file in loaded.files],
+        "rows_read": loaded.num_rows,
+        "train": _counts(fitted),
+        "held_out": _counts(eval_fitted),
+        "dropped": drops,
+    }
+
+
+def _counts(fitted: Fitted) -> dict[str, Any]:
+    examples = fitted.examples
+    return {
+        "examples": len(examples),
+        "tokens": sum(len(e.ids) for e in examples),
+        "supervised_tokens": sum(e.num_supervised for e in examples),
+        "longest": max((len(e.ids) for e in examples), default=0),
+        "truncated_prompts": fitted.num_truncated,
+        "sha256": digest(examples),
+    }
+
+
+def digest(examples: Sequence[SFTExample]) -> str:
+    """sha256 over ids and masks, in order: equal exactly where the same thing is trained."""
+    hashed = hashlib.sha256()
+    for ids, mask in examples:
+        hashed.update(repr((ids, mask)).encode())
+    return hashed.hexdigest()

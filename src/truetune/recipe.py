@@ -1,0 +1,360 @@
+"""Settings of a run: what can be set, what was set, and where each value came from.
+
+input   a YAML recipe and options of the command line (which win)
+does    accepts Hugging Face spellings, checks names, types and contradictions, all at once
+output  Recipe: frozen, typed, with the origin of every value
+
+The fields of `Recipe` are the only list of settings: the command line and its help are made from
+them. A value of None (or "auto") is derived later from model and data; `plan.py` says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from truetune.errors import InputError, RecipeError
+
+Origin = str
+
+
+def _option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    shown: str = "",
+    minimum: float | None = None,
+) -> Any:
+    """A setting: its default, the group and text of its help, other spellings, the least value."""
+    meta = {
+        "group": group,
+        "help": help,
+        "aliases": tuple(aliases),
+        "shown": shown,
+        "minimum": minimum,
+    }
+    return dataclasses.field(default=default, metadata=meta)
+
+
+INPUT, PROMPT, METHOD, LENGTH, TRAIN, WATCH, RUN = (
+    "Input",
+    "Prompt and answer",
+    "Method",
+    "Length",
+    "Training",
+    "Watching",
+    "Run",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of a training run. See `docs/settings.md` or `truetune train --help`."""
+
+    model: str | None = _option(
+        None, INPUT, "A local folder or Hub id.", aliases=["model_name_or_path"]
+    )
+    data: str | None = _option(None, INPUT, "A file, folder or Hub dataset.", aliases=["dataset"])
+    revision: str | None = _option(None, INPUT, "Revision of a model on the Hub.")
+    split: str | None = _option(None, INPUT, "Split of a Hub dataset.", shown="train")
+    schema: str = _option("auto", INPUT, "Shape of the rows, where it is not to be recognised.")
+    columns: dict[str, str] | None = _option(
+        None, INPUT, "Column names, e.g. prompt=question,completion=answer."
+    )
+    bad_rows: Literal["error", "drop"] = _option(
+        "error", INPUT, "Rows that cannot be trained: stop, or drop and count them."
+    )
+    max_train_samples: int | None = _option(
+        None, INPUT, "Read only the first rows.", minimum=1, shown="all"
+    )
+    eval_data: str | None = _option(
+        None, INPUT, "Held-out rows of your own.", shown="5 % of the rows, at most 200"
+    )
+    eval_split: str | None = _option(None, INPUT, "Split of --eval-data, or of DATA.")
+
+    chat_template: str | None = _option(
+        None,
+        PROMPT,
+        "A .jinja file, or built-in: instruction-response, chatml-lite.",
+        shown="the model's own",
+    )
+    stop: list[str] | None = _option(
+        None, PROMPT, "Tokens that end an answer, beside the model's own.", shown="auto"
+    )
+    loss_on: Literal["assistant", "last", "all"] = _option(
+        "assistant", PROMPT, "Which tokens are targets."
+    )
+
+    lora: bool = _option(False, METHOD, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _option(16, METHOD, "Rank.", aliases=["lora_rank"], minimum=1)
+    lora_alpha: float = _option(32, METHOD, "Scale; alpha / r multiplies the update.")
+    lora_dropout: float = _option(0.05, METHOD, "Dropout before the adapter.", minimum=0)
+    target_modules: list[str] | None = _option(
+        None, METHOD, "Layers that get an adapter.", shown="all linear layers"
+    )
+
+    max_length: int | None = _option(
+        None,
+        LENGTH,
+        "Longest row in tokens.",
+        aliases=["max_seq_length", "max_seq_len", "cutoff_len"],
+        shown="auto: the longest row, up to the model's context",
+        minimum=2,
+    )
+    overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
+        "drop", LENGTH, "What happens to longer rows; plain text is always split."
+    )
+    max_dropped: float = _option(
+        0.05, LENGTH, "Largest share of rows or supervised tokens to lose to length.", minimum=0
+    )
+
+    epochs: float | None = _option(
+        None,
+        TRAIN,
+        "Passes over the rows.",
+        aliases=["num_train_epochs", "num_epochs"],
+        shown="3 on a base model, 2 on an instruct model",
+    )
+    max_steps: int | None = _option(
+        None, TRAIN, "Optimiser steps, instead of epochs.", minimum=1, shown="from epochs"
+    )
+    batch_size: int | None = _option(
+        None,
+        TRAIN,
+        "Rows per optimiser step, over all devices.",
+        aliases=["train_batch_size"],
+        shown="16",
+        minimum=1,
+    )
+    micro_batch_size: int | None = _option(
+        None,
+        TRAIN,
+        "Rows per forward pass.",
+        aliases=["per_device_train_batch_size"],
+        shown="by size of the logits",
+        minimum=1,
+    )
+    gradient_accumulation_steps: int | None = _option(
+        None, TRAIN, "Forward passes per optimiser step.", minimum=1, shown="from the other two"
+    )
+    learning_rate: float | None = _option(
+        None,
+        TRAIN,
+        "Peak learning rate.",
+        aliases=["lr", "max_lr"],
+        shown="LoRA 2e-4 base, 1e-4 instruct; full 2e-5 base, 1e-5 instruct, 3e-4 under 50 M",
+    )
+    warmup_ratio: float | None = _option(
+        None, TRAIN, "Share of the steps to warm up.", shown="0.03", minimum=0
+    )
+    warmup_steps: int | None = _option(
+        None, TRAIN, "Steps to warm up.", shown="from the ratio", minimum=0
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = _option(
+        "cosine", TRAIN, "How the rate falls after warm-up."
+    )
+    weight_decay: float = _option(0.0, TRAIN, "AdamW's decay, on matrices only.", minimum=0)
+    max_grad_norm: float = _option(
+        1.0, TRAIN, "Clip the gradient to this norm; 0 never.", aliases=["grad_clip"], minimum=0
+    )
+    optim: Literal["adamw", "sgd"] = _option("adamw", TRAIN, "Optimiser.")
+    gradient_checkpointing: bool = _option(
+        False, TRAIN, "Compute activations twice to keep fewer of them."
+    )
+    seed: int = _option(42, TRAIN, "Of row order, held-out split, adapter and dropout.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = _option("auto", TRAIN, "Where to compute.")
+    dtype: Literal["auto", "bfloat16", "float32"] = _option(
+        "auto", TRAIN, "Type to compute in; trained weights are float32 always."
+    )
+
+    eval_steps: int | None = _option(
+        None, WATCH, "Steps between evaluations.", shown="10 per run", minimum=1
+    )
+    save_steps: int | None = _option(
+        None, WATCH, "Steps between checkpoints.", shown="4 per run", minimum=1
+    )
+    save_total_limit: int = _option(2, WATCH, "Checkpoints to keep.", minimum=1)
+    logging_steps: int = _option(1, WATCH, "Steps between lines of metrics.jsonl.", minimum=1)
+    report_to: list[str] | None = _option(
+        None, WATCH, "Trackers: tensorboard, wandb, mlflow, trackio.", shown="none"
+    )
+
+    output: str | None = _option(None, RUN, "Folder of the run.", aliases=["output_dir"])
+    overwrite: bool = _option(
+        False, RUN, "Replace a run in that folder.", aliases=["overwrite_output_dir"]
+    )
+    no_check: bool = _option(False, RUN, "Train without the preflight; recorded in the run.")
+
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False)
+
+    def origin(self, name: str) -> Origin:
+        """Where a value came from."""
+        return self.origins.get(name, "default")
+
+    def given(self, name: str) -> bool:
+        """Whether somebody set it."""
+        return name in self.origins
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back."""
+        return {
+            name: {"value": getattr(self, name), "origin": self.origin(name)}
+            for name in setting_names()
+        }
+
+
+def settings() -> tuple[dataclasses.Field[Any], ...]:
+    """The fields that are settings, in the order of the help."""
+    return tuple(f for f in dataclasses.fields(Recipe) if f.name != "origins")
+
+
+def setting_names() -> tuple[str, ...]:
+    return tuple(field.name for field in settings())
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file; of a run's recipe.yaml, what was set and not what was derived.
+
+    Raises:
+        InputError: it cannot be read or is not a mapping.
+    """
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe: {error}", where=str(path)) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(
+            f"the recipe is not valid YAML: {getattr(error, 'problem', error)}",
+            where=f"{path}{line}",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise InputError(
+            "the recipe is not a list of settings",
+            where=str(path),
+            fix="write one setting a line, e.g. `learning_rate: 1.0e-4`",
+        )
+    values = {}
+    for name, value in loaded.items():
+        recorded = isinstance(value, dict) and set(value) == {"value", "origin"}
+        if recorded and str(value["origin"]).startswith("default"):
+            continue
+        values[str(name)] = value["value"] if recorded else value
+    return values
+
+
+def make_recipe(*sources: tuple[str, Mapping[str, Any]]) -> Recipe:
+    """A recipe from (origin, settings) pairs; later ones win.
+
+    Raises:
+        RecipeError: unknown names, wrong types, contradictions; all of them in one error.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    names = _spellings()
+    for origin, given in sources:
+        for spelling, value in given.items():
+            name = names.get(spelling.lstrip("-").replace("-", "_"))
+            if name is None:
+                problems.append(_unknown(spelling, origin, names))
+            elif value is not None:
+                values[name] = _plain(name, value)
+                origins[name] = origin
+    values = {name: value for name, value in values.items() if value != "auto" or name in _AUTO}
+    problems += _contradictions(values)
+    recipe = _validated(values, origins, problems)
+    if problems:
+        raise RecipeError(
+            problems[0] if len(problems) == 1 else f"{len(problems)} settings are wrong",
+            why="" if len(problems) == 1 else "; ".join(problems),
+            fix="`truetune train --help` lists every setting",
+        )
+    return recipe
+
+
+# Settings for which "auto" is a value of its own.
+_AUTO = ("device", "dtype", "schema")
+
+
+def _spellings() -> dict[str, str]:
+    names = {field.name: field.name for field in settings()}
+    names |= {alias: f.name for f in settings() for alias in f.metadata["aliases"]}
+    return names
+
+
+def _unknown(spelling: str, origin: str, names: Mapping[str, str]) -> str:
+    close = difflib.get_close_matches(spelling.replace("-", "_"), names, n=1)
+    hint = f", did you mean {close[0]!r}?" if close else ""
+    return f"unknown setting {spelling!r} in {origin}{hint}"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Texts of the command line as the lists and mappings that they stand for."""
+    if name == "columns" and isinstance(value, str):
+        pairs = [item.partition("=") for item in value.split(",")]
+        return {key.strip(): column.strip() for key, _, column in pairs}
+    if name in ("stop", "target_modules", "report_to") and isinstance(value, str):
+        if value in ("auto", "all-linear", "none"):
+            return "auto"
+        return [item.strip() for item in value.split(",") if item.strip()]
+    if name == "optim" and value == "adamw_torch":
+        return "adamw"
+    return value
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """Settings that cannot hold together. `_validated` judges each on its own."""
+    problems = []
+    sizes = [
+        values.get(n) for n in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
+    ]
+    batch, micro, accumulation = (s if isinstance(s, int) else None for s in sizes)
+    if batch and micro and accumulation and batch != micro * accumulation:
+        problems.append(
+            f"batch_size {batch} is not micro_batch_size {micro} x gradient_accumulation_steps "
+            f"{accumulation} = {micro * accumulation}: leave one of them out"
+        )
+    elif batch and accumulation and not micro and batch % accumulation:
+        problems.append(
+            f"batch_size {batch} cannot be cut into {accumulation} equal forward passes "
+            "(gradient_accumulation_steps)"
+        )
+    for one, other in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
+        if one in values and other in values:
+            problems.append(f"{one} and {other} both say how long: leave one of them out")
+    return problems
+
+
+def _validated(
+    values: Mapping[str, Any], origins: Mapping[str, Origin], problems: list[str]
+) -> Recipe:
+    """The recipe, types checked; adds what is wrong to `problems`."""
+    import pydantic
+
+    adapter = pydantic.TypeAdapter(Recipe)
+    try:
+        recipe = adapter.validate_python({**values, "origins": dict(origins)})
+    except pydantic.ValidationError as error:
+        for item in error.errors():
+            name = ".".join(map(str, item["loc"]))
+            problems.append(f"{name}: {item['msg'].lower()}, not {item['input']!r}")
+        return Recipe()
+    for field in settings():
+        least, value = field.metadata["minimum"], getattr(recipe, field.name)
+        if least is not None and value is not None and value < least:
+            problems.append(f"{field.name} must be at least {least:g}, not {value:g}")
+    for name in ("epochs", "learning_rate", "lora_alpha"):
+        value = getattr(recipe, name)
+        if value is not None and value <= 0:
+            problems.append(f"{name} must be above 0, not {value:g}")
+    return recipe

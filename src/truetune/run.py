@@ -1,0 +1,250 @@
+"""The run directory: the only interface between training and everything after it.
+
+    RUN/  recipe.yaml  contract.json  data.json  env.json
+          metrics.jsonl  findings.jsonl  samples.jsonl  checkpoints/  adapter/ or model/
+          manifest.json   (written last: its absence means unfinished)
+
+Every file is written to a temporary name and renamed; the .jsonl files are appended line by line
+and cut back to the checkpoint when a run resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from truetune.errors import OutputExists, SaveError, UsageError
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+STEP = "step-"
+# What a run may contain besides what a manifest lists; a file of another name is a stranger's.
+_OWN = frozenset(
+    """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
+    checkpoints adapter model manifest.json non_finite_batch.json""".split()  # noqa: SIM905
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name beside `path`, flush to disk, rename.
+
+    Raises:
+        SaveError: the disk is full or the folder cannot be written; the old file is intact.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SaveError(
+            f"cannot write {path.name}: {error.strerror}",
+            where=str(path),
+            fix="free some space, or name another folder with --output",
+        ) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, with JSON that a person can read."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunDir:
+    """A run directory on disk.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def require_room(self, *, overwrite: bool = False) -> None:
+        """Refuse a folder in which something would be lost; nothing is written or removed yet.
+
+        Raises:
+            OutputExists: it holds a finished run, an unfinished one or a stranger's files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path} is a file", fix="name a folder with --output")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            self._refuse(overwrite)
+
+    def make(self, *, overwrite: bool = False) -> None:
+        """Make the folder, empty.
+
+        Raises:
+            OutputExists: as `require_room`.
+            SaveError: it cannot be made.
+        """
+        self.require_room(overwrite=overwrite)
+        if self.path.is_dir():
+            self._remove_own()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SaveError(
+                f"cannot make the output folder: {error}", where=str(self.path)
+            ) from error
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunDir:
+        """An existing run directory.
+
+        Raises:
+            UsageError: there is none.
+        """
+        run = cls(path)
+        if not run.looks_like_one():
+            raise UsageError(
+                f"{path} is not a run directory",
+                why="a run holds recipe.yaml and contract.json",
+                fix="name the folder that `truetune train -o` was given",
+                code="no-run",
+            )
+        return run
+
+    def looks_like_one(self) -> bool:
+        return (self.path / RECIPE).is_file()
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def artifact(self) -> Path | None:
+        """adapter/ or model/, None while there is none."""
+        for name in ("adapter", "model"):
+            if (self.path / name).is_dir():
+                return self.path / name
+        return None
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        folder = self.path / CHECKPOINTS
+        return sorted(folder.glob(f"{STEP}*")) if folder.is_dir() else []
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / CHECKPOINTS / f"{STEP}{step:08d}"
+
+    def append(self, name: str, value: Mapping[str, Any]) -> None:
+        """Add one line to a .jsonl file.
+
+        Raises:
+            SaveError: the disk is full.
+        """
+        line = json.dumps(value, ensure_ascii=False, default=str) + "\n"
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise SaveError(
+                f"cannot write {name}: {error.strerror}", where=str(self.path / name)
+            ) from error
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The values of a .jsonl file; a last line that was cut off by a crash is left out."""
+        path = self.path / name
+        if not path.is_file():
+            return
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def replace_lines(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
+        """Write a .jsonl file anew."""
+        text = "".join(json.dumps(v, ensure_ascii=False, default=str) + "\n" for v in values)
+        write_text(self.path / name, text)
+
+    def rewind(self, step: int) -> None:
+        """Cut the step-wise files back to a step, so that a resumed run writes no step twice."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.path / name).is_file():
+                self.replace_lines(name, [v for v in self.lines(name) if v["step"] <= step])
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Write the manifest: every file of the run with its size and sha256. Last of all."""
+        files = {
+            str(path.relative_to(self.path)): {
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+            }
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.name != MANIFEST
+        }
+        write_json(self.path / MANIFEST, {**facts, "files": files})
+
+    def _refuse(self, overwrite: bool) -> None:
+        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in _OWN)
+        if strangers or not self.looks_like_one():
+            names = ", ".join((strangers or sorted(p.name for p in self.path.iterdir()))[:5])
+            raise OutputExists(
+                f"the output folder holds files that are not truetune's: {names}",
+                where=str(self.path),
+                fix="name an empty or a new folder with --output",
+                code="output-not-ours",
+            )
+        if overwrite and self.finished:
+            self._refuse_unlisted()
+        elif not overwrite and self.finished:
+            raise OutputExists(
+                "the output folder holds a finished run",
+                where=str(self.path),
+                fix="name another folder with --output, or replace it with --overwrite",
+                code="run-exists",
+            )
+        elif not overwrite:
+            raise OutputExists(
+                "the output folder holds an unfinished run",
+                where=str(self.path),
+                fix=f"continue it with `truetune train --resume {self.path}`, or start afresh "
+                "with --overwrite",
+                code="run-unfinished",
+            )
+
+    def _refuse_unlisted(self) -> None:
+        """A file that the manifest does not list was put there by somebody."""
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        unlisted = [
+            name
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file()
+            and (name := str(path.relative_to(self.path))) != MANIFEST
+            and name not in manifest["files"]
+        ]
+        if unlisted:
+            raise OutputExists(
+                f"{len(unlisted)} files of the output folder are not in its manifest: "
+                + ", ".join(unlisted[:5]),
+                where=str(self.path),
+                fix="move them away, or name another folder with --output",
+                code="output-not-ours",
+            )
+
+    def _remove_own(self) -> None:
+        # The manifest goes first: from here on the folder is an unfinished run.
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for name in sorted(_OWN):
+            path = self.path / name
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)

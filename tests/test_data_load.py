@@ -1,0 +1,359 @@
+"""From a source to conversations: columns, folders, splits, datasets, and every way to fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from truetune.data import load
+from truetune.data.columns import parse_columns
+from truetune.data.hub import read_dataset
+from truetune.errors import DataError, UsageError
+
+PAIR = {"question": "q", "answer": "a"}
+
+
+def put(path: Path, *rows: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pairs(prefix: str, count: int = 1) -> list[dict]:
+    return [{"question": f"{prefix}{i}", "answer": "a"} for i in range(count)]
+
+
+def asked(loaded) -> list[str]:
+    return [c.messages[0]["content"] for c in loaded.conversations]
+
+
+def refused(code: str, source: object, error: type = DataError, **kwargs):
+    with pytest.raises(error) as caught:
+        load(source, **kwargs)
+    assert caught.value.code == code
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_import_is_light():
+    code = (
+        "import sys, truetune.data;"
+        "print(sorted({'torch', 'pyarrow', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- columns and schemas -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", ["prompt=q,completion=a", {"prompt": "q", "completion": "a"}])
+def test_columns(tmp_path, columns):
+    path = put(tmp_path / "a.jsonl", {"q": "x", "a": "y", "id": 1})
+    loaded = load(path, columns=columns)
+    assert loaded.schema == "prompt-completion"
+    assert [m["content"] for m in loaded.conversations[0].messages] == ["x", "y"]
+    assert [f.what.rsplit(" ", 1)[1] for f in loaded.findings] == ["id"]
+
+
+def test_columns_decide_over_what_else_is_there(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    row = {"messages": turns, "prompt": "old", "ask": "x", "say": "y"}
+    loaded = load(put(tmp_path / "a.jsonl", row), columns="prompt=ask,completion=say")
+    assert asked(loaded) == ["x"]
+    row = {"question": "old", "mine": "x", "cot": "r", "answer": "y"}
+    loaded = load(put(tmp_path / "a.jsonl", row), columns="prompt=mine")
+    assert loaded.schema == "reasoning"
+    assert asked(loaded) == ["x"]
+
+
+def test_columns_that_no_schema_takes_together(tmp_path):
+    path = put(tmp_path / "a.jsonl", {"x": "x", "y": "y"})
+    refused("no-schema", path, columns="prompt=x,text=y")
+
+
+def test_missing_column(tmp_path):
+    path = put(tmp_path / "a.jsonl", PAIR)
+    error = refused("no-such-column", path, columns="prompt=questoin,completion=answer")
+    assert "did you mean prompt=question?" in error.fix
+    assert "question, answer" in error.why
+    # Near miss: a column that some rows have.
+    loaded = load(put(tmp_path / "a.jsonl", PAIR, {"answer": "a"}), columns="prompt=question")
+    assert [f.code for f in loaded.findings] == ["mixed-schemas"]
+
+
+@pytest.mark.parametrize(
+    "columns", ["prompt", "prompt=", "=x", "promt=x", "prompt=x,prompt=y", {"rpompt": "x"}]
+)
+def test_bad_columns(columns):
+    with pytest.raises(UsageError) as caught:
+        parse_columns(columns)
+    assert caught.value.code == "bad-columns"
+    assert caught.value.fix
+
+
+def test_good_columns():
+    assert parse_columns(" prompt = a b , completion=c=d") == {"prompt": "a b", "completion": "c=d"}
+    assert parse_columns(None) == {}
+
+
+def test_no_schema_lists_columns_and_needs(tmp_path):
+    error = refused("no-schema", put(tmp_path / "a.jsonl", {"foo": "x", "bar": "y"}))
+    assert "foo, bar" in error.why
+    for schema in ("messages", "sharegpt", "alpaca", "instances", "prompt-completion", "reasoning"):
+        assert f"{schema}: " in error.why
+    assert "--columns prompt=foo,completion=bar" in error.fix
+    path = tmp_path / "b.jsonl"
+    path.write_text("3\n4\n")
+    refused("no-schema", path)
+
+
+def test_schema_that_does_not_fit(tmp_path):
+    path = put(tmp_path / "a.jsonl", PAIR)
+    error = refused("schema-mismatch", path, schema="alpaca")
+    assert "question, answer" in error.why
+    assert "--schema prompt-completion" in error.fix
+    assert load(path, schema="prompt-completion").findings == []
+    path = put(tmp_path / "b.jsonl", PAIR, {"instruction": "q", "output": "a"})
+    loaded = load(path, schema="alpaca")
+    assert len(loaded.conversations) == 1
+    (finding,) = loaded.findings
+    assert finding.code == "mixed-schemas"
+    assert "prompt-completion" in finding.what
+    assert "alpaca" in finding.what
+
+
+def test_limit_and_progress(tmp_path):
+    path = put(tmp_path / "a.jsonl", *pairs("q", 2500))
+    seen: list[tuple[int, int | None]] = []
+    loaded = load(path, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1000, 2500), (2000, 2500), (2500, 2500)]
+    assert loaded.num_rows == 2500
+    loaded = load(path, limit=3)
+    assert (loaded.num_rows, asked(loaded)) == (3, ["q0", "q1", "q2"])
+    refused("bad-limit", path, UsageError, limit=0)
+
+
+# --- files and folders ---------------------------------------------------------------------------
+
+
+def test_missing_file_names_near_ones(tmp_path):
+    put(tmp_path / "train.jsonl", PAIR)
+    error = refused("no-such-file", tmp_path / "trian.jsonl")
+    assert f"did you mean {tmp_path / 'train.jsonl'}?" in error.fix
+    assert "not there either" in refused("no-such-file", tmp_path / "no" / "a.jsonl").why
+
+
+def test_a_mistyped_relative_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "data" / "train.jsonl", PAIR)
+    for source in ("dat", "data/trai", "train.jsonl", "rows.jsonll"):
+        refused("no-such-file", source)
+
+
+def test_single_file_is_one_split(tmp_path):
+    path = put(tmp_path / "a.jsonl", PAIR)
+    assert load(path, split="train").num_rows == 1
+    assert "train" in refused("no-such-split", path, split="test").fix
+    (finding,) = load(path, revision="main").findings
+    assert (finding.code, finding.level) == ("setting-without-effect", "warning")
+
+
+def test_folder_without_splits(tmp_path):
+    put(tmp_path / "b.jsonl", *pairs("b", 2))
+    put(tmp_path / "sub" / "a.jsonl", *pairs("a", 2))
+    put(tmp_path / ".hidden" / "c.jsonl", *pairs("c"))
+    loaded = load(tmp_path)
+    assert asked(loaded) == ["b0", "b1", "a0", "a1"]
+    assert loaded.findings == []
+    assert [Path(f.path).name for f in loaded.files] == ["b.jsonl", "a.jsonl"]
+    assert loaded.conversations[2].where == f"{tmp_path / 'sub' / 'a.jsonl'}:1"
+    limited = load(tmp_path, limit=2)
+    assert (asked(limited), len(limited.files)) == (["b0", "b1"], 1)
+    assert asked(load(tmp_path, limit=3)) == ["b0", "b1", "a0"]
+    refused("no-such-split", tmp_path, split="test")
+
+
+def test_folder_with_splits(tmp_path):
+    put(tmp_path / "set_train.jsonl", *pairs("train"))
+    put(tmp_path / "set_test.jsonl", *pairs("test"))
+    put(tmp_path / "dev" / "0.jsonl", *pairs("dev"))
+    loaded = load(tmp_path)
+    assert asked(loaded) == ["train0"]
+    (note,) = loaded.findings
+    assert (note.code, note.level, note.count) == ("split-chosen", "note", 2)
+    assert load(tmp_path, split="train").findings == []
+    assert asked(load(tmp_path, split="validation")) == ["dev0"]
+    assert asked(load(tmp_path, split="test")) == ["test0"]
+    error = refused("no-such-split", tmp_path, split="extra")
+    assert "test, train, validation" in error.fix
+    (tmp_path / "set_train.jsonl").unlink()
+    refused("no-such-split", tmp_path)
+
+
+def test_folder_skips_what_is_no_row(tmp_path):
+    put(tmp_path / "a.jsonl", PAIR)
+    for name in ("README.md", "LICENSE.txt", "dataset_info.json", "picture.png"):
+        (tmp_path / name).write_text("x")
+    loaded = load(tmp_path)
+    (note,) = loaded.findings
+    assert (note.code, note.level, note.count) == ("files-skipped", "note", 4)
+    (tmp_path / "a.jsonl").unlink()
+    assert load(tmp_path).schema == "text"
+
+
+def test_folder_without_data(tmp_path):
+    (tmp_path / "a.png").write_text("x")
+    assert "a.png" in refused("no-data-files", tmp_path).why
+
+
+# --- datasets ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A dataset repository as the Hub holds it: a card, and parquet files by split."""
+    datasets = pytest.importorskip("datasets")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "repo"
+    (folder / "data").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 1)):
+        table = pa.Table.from_pylist(pairs(split, count))
+        pq.write_table(table, folder / "data" / f"{split}-00000-of-00001.parquet")
+    card(folder, "main")
+    return folder
+
+
+def card(folder: Path, *configs: str) -> None:
+    entries = "".join(
+        f"- config_name: {config}\n  data_files:\n  - split: train\n    path: data/train-*\n"
+        f"  - split: test\n    path: data/test-*\n"
+        for config in configs
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{entries}---\n# A set\n")
+
+
+def test_dataset_repository(repo):
+    loaded = load(repo)
+    assert asked(loaded) == ["train0", "train1", "train2"]
+    assert loaded.schema == "prompt-completion"
+    assert [c.where for c in loaded.conversations][2] == f"{repo} row 3"
+    assert [f.code for f in loaded.findings] == ["split-chosen"]
+    (info,) = loaded.files
+    assert (info.path, info.num_rows) == (str(repo), 3)
+    assert info.sha256 == load(repo, split="train").files[0].sha256
+    assert info.sha256 != load(repo, split="test").files[0].sha256
+    assert asked(load(repo, split="test")) == ["test0"]
+    assert asked(load(repo, split="train[:2]")) == ["train0", "train1"]
+    assert asked(load(repo, limit=1)) == ["train0"]
+    assert load(repo, split="train").findings == []
+
+
+def test_dataset_label_has_the_revision(repo):
+    rows, info = read_dataset(str(repo), split="test", revision="abc")
+    assert info.path == f"{repo}@abc"
+    assert rows.rows[0].where == f"{repo}@abc row 1"
+
+
+def test_dataset_without_the_split(repo):
+    error = refused("no-such-split", repo, split="dev")
+    assert "train, test" in error.fix
+
+
+def test_dataset_with_configurations(repo):
+    card(repo, "main", "other")
+    error = refused("which-config", repo)
+    assert "main, other" in error.why
+    assert f"{repo}:main" in error.fix
+    assert asked(load(f"{repo}:other", split="test")) == ["test0"]
+    refused("which-config", f"{repo}:third")
+
+
+def test_dataset_written_by_save_to_disk(repo, tmp_path):
+    import datasets
+
+    both = datasets.load_dataset(str(repo))
+    both.save_to_disk(str(tmp_path / "both"))
+    both["test"].save_to_disk(str(tmp_path / "one"))
+    assert asked(load(tmp_path / "both")) == ["train0", "train1", "train2"]
+    assert asked(load(tmp_path / "both", split="test")) == ["test0"]
+    assert asked(load(tmp_path / "one")) == ["test0"]
+    refused("no-such-split", tmp_path / "both", split="dev")
+    refused("no-such-split", tmp_path / "one", split="dev")
+
+
+def test_dataset_without_rows(repo):
+    refused("empty-file", repo, split="train[:0]")
+
+
+def test_dataset_out_of_reach(repo, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    error = refused("dataset-unreadable", "nobody/nothing")
+    assert error.where == "nobody/nothing"
+
+
+# --- speed, and real files -----------------------------------------------------------------------
+
+
+def test_twenty_thousand_rows_are_quick(tmp_path):
+    turns = [{"role": "user", "content": "q" * 300}, {"role": "assistant", "content": "a" * 300}]
+    path = put(tmp_path / "a.jsonl", *[{"messages": turns}] * 20_000)
+    start = time.process_time()
+    assert len(load(path).conversations) == 20_000
+    # About 0.5 s on a quiet machine; the bound is there to catch quadratic work.
+    assert time.process_time() - start < 5
+
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+REAL = [
+    ("gsm8k_train.jsonl", "prompt-completion", 7473, 0),
+    ("gsm8k_test.jsonl", "prompt-completion", 1319, 0),
+    ("alpaca_en_demo.json", "alpaca", 999, 0),
+    ("code_alpaca_2k.json", "alpaca", 2017, 2),
+    ("glaive_toolcall_en_demo.json", "sharegpt", 300, 0),
+    ("reason_tool_use_demo_50.jsonl", "messages", 50, 0),
+    ("self_instruct_seed_tasks.jsonl", "instances", 175, 0),
+    ("wikitext2_valid.txt", "text", 201, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "schema", "num_rows", "num_bad"), REAL)
+def test_real_file(name, schema, num_rows, num_bad):
+    if not (SHARED / name).is_file():
+        pytest.skip(f"../shared/data/{name} is not here; the same forms are tested on made rows")
+    loaded = load(SHARED / name)
+    assert (loaded.schema, loaded.num_rows) == (schema, num_rows)
+    errors = [f for f in loaded.findings if f.level == "error"]
+    assert [f.code for f in errors] == ["empty-answer"] * num_bad
+    assert len(loaded.conversations) == num_rows - num_bad
+    if name.startswith("gsm8k"):
+        mapped = load(SHARED / name, columns="prompt=question,completion=answer")
+        assert mapped == loaded
+
+
+def test_real_tool_rows():
+    if not (SHARED / "glaive_toolcall_en_demo.json").is_file():
+        pytest.skip("../shared/data is not here; the same forms are tested on made rows")
+    for name, num_calls in (
+        ("glaive_toolcall_en_demo.json", 211),
+        ("reason_tool_use_demo_50.jsonl", 68),
+    ):
+        loaded = load(SHARED / name)
+        turns = [m for c in loaded.conversations for m in c.messages]
+        calls = [call["function"] for m in turns for call in m.get("tool_calls", ())]
+        assert len(calls) == num_calls
+        assert all(isinstance(call["arguments"], dict) for call in calls)
+        tools = [tool for c in loaded.conversations for tool in c.tools or ()]
+        assert tools
+        assert all(tool["type"] == "function" for tool in tools)
+    assert sum("reasoning_content" in m for m in turns) == 112

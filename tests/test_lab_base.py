@@ -1,0 +1,114 @@
+"""The shipped base: whole, small, loadable, and (slow) as knowing as its card says."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+
+from truetune import ChatTemplate, SFTTrainer
+from truetune.lab import BASE_SEED, World, base_path
+from truetune.lab.card import broken_checksums
+from truetune.lab.evaluate import (
+    ask,
+    cloze_items,
+    cloze_recall,
+    held_out_documents,
+    load_instructions,
+    prose_loss,
+    unseen_questions,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base_path())
+
+
+def load():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base_path(), dtype=torch.float32)
+
+
+def test_checksums_hold():
+    assert broken_checksums(base_path()) == []
+
+
+def test_weights_are_bf16_and_small():
+    from safetensors import safe_open
+
+    path = base_path() / "model.safetensors"
+    assert path.stat().st_size <= 16 * 2**20
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert "lm_head.weight" not in tensors  # tied
+
+
+def test_shape_suits_quantisers_and_servers(tokenizer):
+    config = json.loads((base_path() / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["head_dim"] == 64
+    assert config["hidden_size"] % 256 == config["intermediate_size"] % 256 == 0
+    assert config["max_position_embeddings"] >= 1024
+    assert (config["vocab_size"], len(tokenizer)) == (2048, 2032)
+    assert config["tie_word_embeddings"] is True
+    assert (config["eos_token_id"], config["pad_token_id"]) == (0, 1)
+
+
+def test_generation_config_is_greedy_and_stops_at_end_of_text():
+    config = json.loads((base_path() / "generation_config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == (0, 1)
+    assert config.get("do_sample", False) is False
+
+
+def test_no_code_and_no_machine_path_ships():
+    for path in base_path().iterdir():
+        assert path.suffix in {".json", ".jsonl", ".md", ".safetensors", ""}, path
+        if path.suffix != ".safetensors":
+            assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), path
+
+
+def test_it_loads_and_knows_a_few_facts(tokenizer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load()
+    items = cloze_items(World.generate(BASE_SEED))[::40]
+    assert cloze_recall(model, tokenizer, items).share >= 0.85
+
+
+@pytest.mark.slow
+def test_recall_on_held_out_wordings(tokenizer):
+    world = World.generate(BASE_SEED)
+    model = load()
+    assert cloze_recall(model, tokenizer, cloze_items(world)).share >= 0.9
+    assert prose_loss(model, tokenizer, held_out_documents(world)) < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_instructions_bring_out_facts_never_asked_for(tokenizer, seed):
+    model = load()
+    examples = [ChatTemplate.render_with_mask(m, tokenizer) for m in load_instructions()]
+    trainer = SFTTrainer(
+        model,
+        examples=examples,
+        max_seq_len=64,
+        pad_id=tokenizer.pad_token_id,
+        batch_size=16,
+        max_steps=200,
+        max_lr=3e-4,
+        warmup_steps=10,
+        seed=seed,
+    )
+    trainer.train()
+    score = ask(model, tokenizer, unseen_questions(World.generate(BASE_SEED), 100, seed=seed))
+    assert score.finished >= 95
+    assert score.correct >= 90

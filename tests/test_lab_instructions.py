@@ -1,0 +1,79 @@
+"""The hand-written instructions: true in the world, in one style, about few places."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from truetune.lab import World
+from truetune.lab.evaluate import ANSWER_STYLE, fact_correct, instructed_places, load_instructions
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World.generate(7)
+
+
+def _facts_told(answer: str) -> list[tuple[str, dict[str, str]]]:
+    """(relation, blanks) of each answer style that the whole answer fits."""
+    found = []
+    for relation, style in ANSWER_STYLE.items():
+        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>[A-Z]?[\\w ]+?)", re.escape(style))
+        if match := re.fullmatch(pattern, answer):
+            found.append((relation, match.groupdict()))
+    return found
+
+
+def _is_true(world: World, relation: str, blanks: dict[str, str]) -> bool:
+    if relation in ("sum", "difference"):
+        a, b, value = (int(blanks[name]) for name in "abv")
+        return value == (a + b if relation == "sum" else a - b)
+    try:
+        return world.value(blanks["s"], relation) == blanks["v"]
+    except KeyError:
+        return False
+
+
+def test_size_and_shape():
+    conversations = load_instructions()
+    assert len(conversations) >= 70
+    for messages in conversations:
+        assert [message["role"] for message in messages] == ["user", "assistant"]
+        assert all(set(message) == {"role", "content"} for message in messages)
+        assert all(message["content"] == message["content"].strip() for message in messages)
+
+
+def test_every_answer_is_true_and_about_what_was_asked(world):
+    relations = set()
+    for question, answer in ((user["content"], ai["content"]) for user, ai in load_instructions()):
+        told = [(r, blanks) for r, blanks in _facts_told(answer) if _is_true(world, r, blanks)]
+        assert len(told) == 1, (question, answer, told)
+        relation, blanks = told[0]
+        subjects = [blanks["s"]] if "s" in blanks else [blanks["a"], blanks["b"]]
+        assert all(fact_correct(question, subject) for subject in subjects), (question, answer)
+        assert not fact_correct(question, blanks["v"]) or relation == "sum", (
+            "the value is given away"
+        )
+        relations.add(relation)
+    assert relations == set(ANSWER_STYLE)
+
+
+def test_questions_are_all_different():
+    questions = [messages[0]["content"] for messages in load_instructions()]
+    assert len(set(questions)) == len(questions)
+
+
+def test_wordings_vary(world):
+    # With the names blanked, most questions are still different: they were written by hand.
+    blanked = set()
+    for messages in load_instructions():
+        words = re.split(r"\b", messages[0]["content"])
+        blanked.add("".join("_" if word in world.places else word for word in words))
+    assert len(blanked) >= 70
+
+
+def test_at_least_a_hundred_places_are_never_named(world):
+    named = instructed_places(world)
+    assert len(named) <= 60
+    assert len(world.places) - len(named) >= 100

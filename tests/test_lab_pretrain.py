@@ -1,0 +1,107 @@
+"""Pretraining end to end, tiny; what it writes is a whole model folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import islice, pairwise
+
+import pytest
+import torch
+
+from truetune.lab import World, base_path
+from truetune.lab.card import HASHED, broken_checksums
+from truetune.lab.pretrain import Settings, Shape, pretrain, token_blocks
+
+TINY = Settings(
+    tokens=24 * 128,
+    block=128,
+    batch=4,
+    lr=3e-3,
+    autocast=False,
+    shape=Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    lines = []
+    out = tmp_path_factory.mktemp("lab") / "tiny"
+    folder = pretrain(
+        out, TINY, log_every=2, save_every=4, num_recall_items=20, on_progress=lines.append
+    )
+    return folder, lines
+
+
+def test_it_learns_and_logs(run):
+    folder, lines = run
+    assert [line["step"] for line in lines] == [1, 2, 4, 6]
+    assert lines[-1]["tokens"] == TINY.tokens
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    log = (folder / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in log] == lines
+
+
+def test_the_folder_opens_in_transformers(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for folder in (run[0], run[0] / "checkpoint"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.dtype == torch.bfloat16
+        assert model.config.vocab_size == 2048
+        assert model.generation_config.eos_token_id == 0
+        assert len(AutoTokenizer.from_pretrained(folder)) == 2032
+
+
+def test_card_and_checksums(run):
+    folder, _ = run
+    card = (folder / "README.md").read_text()
+    assert "seed 7" in card
+    assert "of 20)" in card
+    assert broken_checksums(folder) == []
+    assert all((folder / name).is_file() for name in HASHED)
+
+
+def test_a_changed_file_breaks_the_checksums(run, tmp_path):
+    folder, _ = run
+    for name in (*HASHED, "SHA256SUMS"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training_log.jsonl").unlink()
+    assert broken_checksums(tmp_path) == ["config.json", "training_log.jsonl"]
+
+
+def test_same_settings_same_weights(run, tmp_path):
+    folder, _ = run
+    again = pretrain(tmp_path / "again", TINY, log_every=2, num_recall_items=1)
+    weights = [(path / "model.safetensors").read_bytes() for path in (folder, again)]
+    assert weights[0] == weights[1]
+
+
+def test_overrides_are_checked_by_name(tmp_path):
+    with pytest.raises(TypeError, match="tokenz"):
+        pretrain(tmp_path, TINY, tokenz=5)
+
+
+def test_blocks_overlap_by_one_token_and_hold_whole_documents():
+    from transformers import AutoTokenizer
+
+    from truetune.lab.prose import documents
+
+    tokenizer = AutoTokenizer.from_pretrained(base_path())
+    world = World.generate(7)
+    blocks = list(islice(token_blocks(world, tokenizer, 64), 40))
+    assert all(len(block.ids) == 65 and all(block.mask) for block in blocks)
+    assert all(a.ids[-1] == b.ids[0] for a, b in pairwise(blocks))
+    joined = [id_ for block in blocks for id_ in block.ids[:-1]]
+    first = next(documents(world)).text
+    assert tokenizer.decode(joined).startswith(first + "<|endoftext|>")
+
+
+def test_importing_the_lab_imports_no_torch():
+    code = (
+        "import sys, truetune.lab, truetune.lab.pretrain, truetune.lab.evaluate, truetune.lab.card;"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
