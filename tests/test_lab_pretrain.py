@@ -12,12 +12,20 @@ import torch
 
 from truetune.lab import World, base_path
 from truetune.lab.card import HASHED, broken_checksums
-from truetune.lab.pretrain import Settings, Shape, pretrain, token_blocks
+from truetune.lab.pretrain import (
+    Settings,
+    Shape,
+    StagedBatcher,
+    corpus_ids,
+    cut_blocks,
+    pretrain,
+)
+from truetune.lab.prose import documents
 
 TINY = Settings(
-    tokens=24 * 128,
-    block=128,
-    batch=4,
+    tokens=6 * 512,
+    step_tokens=512,
+    stages=((64, 0.5), (128, 0.5)),
     lr=3e-3,
     autocast=False,
     shape=Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1),
@@ -84,19 +92,42 @@ def test_overrides_are_checked_by_name(tmp_path):
         pretrain(tmp_path, TINY, tokenz=5)
 
 
-def test_blocks_overlap_by_one_token_and_hold_whole_documents():
+@pytest.fixture(scope="module")
+def ids():
     from transformers import AutoTokenizer
 
-    from truetune.lab.prose import documents
-
     tokenizer = AutoTokenizer.from_pretrained(base_path())
-    world = World.generate(7)
-    blocks = list(islice(token_blocks(world, tokenizer, 64), 40))
+    return list(islice(corpus_ids(World.generate(7), tokenizer), 5000)), tokenizer
+
+
+def test_corpus_ids_are_the_documents_in_order(ids):
+    tokens, tokenizer = ids
+    first, second = islice(documents(World.generate(7)), 2)
+    expected = f"{first.text}<|endoftext|>{second.text}<|endoftext|>"
+    assert tokenizer.decode(tokens).startswith(expected)
+
+
+def test_blocks_overlap_by_one_token_and_skip_none(ids):
+    blocks = list(cut_blocks(iter(ids[0]), 64, 40))
     assert all(len(block.ids) == 65 and all(block.mask) for block in blocks)
     assert all(a.ids[-1] == b.ids[0] for a, b in pairwise(blocks))
-    joined = [id_ for block in blocks for id_ in block.ids[:-1]]
-    first = next(documents(world)).text
-    assert tokenizer.decode(joined).startswith(first + "<|endoftext|>")
+    joined = [token for block in blocks for token in block.ids[:-1]]
+    assert joined == ids[0][: 64 * 40]
+
+
+def test_stages_follow_each_other_and_every_token_is_trained_once(ids):
+    batcher = StagedBatcher(TINY, iter(ids[0]), pad_id=1)
+    assert batcher.num_steps == 6
+    shapes, targets = [], []
+    for step in range(batcher.num_steps):
+        [batch] = batcher.micro_batches(step)
+        assert batch.num_supervised == TINY.step_tokens
+        shapes.append(tuple(batch.ids_BT.shape))
+        targets += batch.targets_BT.flatten().tolist()
+    assert shapes == [(8, 64)] * 3 + [(4, 128)] * 3
+    # The first token of each stage has no predictor.
+    half = 3 * 512
+    assert sorted(targets) == sorted(ids[0][1 : half + 1] + ids[0][half + 2 : 2 * half + 2])
 
 
 def test_importing_the_lab_imports_no_torch():

@@ -19,8 +19,8 @@ from truetune.lab.prose import (
 from truetune.lab.wordings import FORWARD, HELD_OUT, REVERSED
 from truetune.lab.world import Fact, World
 
-# About a fifteenth of the corpus.
-NUM_DOCUMENTS = 2500
+# About a tenth of the corpus.
+NUM_DOCUMENTS = 3500
 
 
 @pytest.fixture(scope="module")

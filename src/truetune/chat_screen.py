@@ -17,7 +17,7 @@ from truetune.errors import TruetuneError, UsageError
 from truetune.generate import Sampling, replies, stream
 from truetune.model import LoadedModel, load_model, load_tokenizer
 from truetune.recipe import read_recipe
-from truetune.run import RECIPE, RunDir
+from truetune.run import RECIPE, RunDir, opened
 from truetune.screen import Screen, visible
 
 
@@ -149,26 +149,6 @@ def _speaker(
         contract = PromptContract.load(tokenizer, chat_template)
     model = load_model(folder, revision=revision, device=device, purpose="inference")
     return Speaker(source, model, contract)
-
-
-def opened(source: str) -> str:
-    """The folder to load for a run, a model folder or a Hub id.
-
-    Raises:
-        UsageError: a run that has saved nothing yet.
-    """
-    run = RunDir(source)
-    if not run.looks_like_one():
-        return source
-    artifact = run.artifact() or next(iter(reversed(run.checkpoints())), None)
-    if artifact is None:
-        raise UsageError(
-            "the run has saved neither an artifact nor a checkpoint yet",
-            where=source,
-            fix=f"truetune train --resume {source}",
-            code="run-empty",
-        )
-    return str(artifact)
 
 
 def _base_of(source: str) -> str:

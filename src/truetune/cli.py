@@ -7,28 +7,60 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import typer.core
 
 from truetune import __version__
-from truetune.errors import TruetuneError
-from truetune.recipe import Recipe, make_recipe, read_recipe, settings
+from truetune.errors import TruetuneError, UsageError
+from truetune.recipe import (
+    Recipe,
+    make_recipe,
+    read_recipe,
+    recorded_recipe,
+    setting_types,
+    settings,
+)
 
 if TYPE_CHECKING:
     from truetune.lab.quickstart import Comparison
     from truetune.pipeline import RunResult
     from truetune.screen import Screen
 
+
+class _Command(typer.core.TyperCommand):
+    """A verb whose help is plain text, options grouped, no name cut off."""
+
+    # typer keeps click's types to itself, so there is nothing to annotate these with.
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
+            if parameter.param_type_name == "argument":
+                groups.setdefault("Arguments", []).append(
+                    (parameter.display_name_raw, parameter.help)
+                )
+                continue
+            parameter.metavar = parameter.metavar or _METAVARS.get(parameter.bare_type())
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(parameter.rich_help_panel or "Options", []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+_METAVARS = {"str": "TEXT", "int": "INT", "float": "FLOAT"}
 _CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="truetune",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
     help="Supervised fine-tuning where what is trained is what is served.",
@@ -36,7 +68,7 @@ app = typer.Typer(
 lab = typer.Typer(
     no_args_is_help=True,
     context_settings=_CONTEXT,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     help="The micro world and the embedded base model.",
 )
 app.add_typer(lab, name="lab")
@@ -63,7 +95,7 @@ def _top(
     """Nothing to do: the verbs do it."""
 
 
-def train(model: str | None, data: str | None, resume: str | None = None, **options: Any) -> None:
+def train(source: str | None, rows: str | None, resume: str | None = None, **options: Any) -> None:
     """Fine-tune MODEL on DATA, or as a YAML recipe says.
 
     \b
@@ -75,7 +107,7 @@ def train(model: str | None, data: str | None, resume: str | None = None, **opti
 
     screen = _screen()
     try:
-        recipe = _recipe(model, data, resume, options)
+        recipe = _recipe(source, rows, resume, options)
         result = run(recipe, screen, resume=resume)
     finally:
         screen.close()
@@ -83,112 +115,125 @@ def train(model: str | None, data: str | None, resume: str | None = None, **opti
 
 
 def _recipe(
-    model: str | None, data: str | None, resume: str | None, options: dict[str, Any]
+    source: str | None, rows: str | None, resume: str | None, options: dict[str, Any]
 ) -> Recipe:
     """Recipe file, then command line; a resumed run's own recipe."""
-    from truetune.errors import UsageError
+    given = {name: value for name, value in options.items() if value is not None}
+    if resume is not None:
+        return _resumed_recipe(resume, bool(source or rows or given))
+    file = source if source and source.lower().endswith((".yaml", ".yml")) else None
+    if file and rows:
+        raise UsageError(
+            f"two arguments, and the first is a recipe: {file}",
+            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(rows)}",
+            code="recipe-with-data",
+        )
+    for name, value in (("model", None if file else source), ("data", rows)):
+        if value and name in given:
+            raise UsageError(
+                f"the {name} is given twice: {value} and --{name} {given[name]}",
+                fix="leave one of them out",
+                code="given-twice",
+            )
+        given |= {name: value} if value else {}
+    if file is None:
+        return make_recipe(("command line", given))
+    if not Path(file).is_file():
+        raise UsageError(
+            f"there is no recipe {file}", where=file, fix="check the path", code="no-recipe"
+        )
+    return make_recipe((file, read_recipe(Path(file))), ("command line", given))
+
+
+def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
     from truetune.run import RECIPE, RunDir
 
-    given = {name: value for name, value in options.items() if value is not None}
-    if resume:
-        if model or data or given:
-            raise UsageError(
-                "--resume takes no other setting",
-                why="a resumed run goes on with the settings it was started with",
-                fix=f"truetune train --resume {resume}",
-                code="resume-with-settings",
-            )
-        run = RunDir.open(resume)
-        return make_recipe((str(run.file(RECIPE)), read_recipe(run.file(RECIPE))))
-    line = {**given, **{k: v for k, v in (("model", model), ("data", data)) if v}}
-    if model and model.lower().endswith((".yaml", ".yml")):
-        line.pop("model")
-        if data:
-            line.pop("data")
-            raise UsageError(
-                f"two arguments, and the first is a recipe: {model}",
-                fix=f"set data in the recipe: truetune train {model}",
-                code="recipe-with-data",
-            )
-        path = Path(model)
-        if not path.is_file():
-            raise UsageError(f"there is no recipe {model}", fix="check the path", code="no-recipe")
-        return make_recipe((model, read_recipe(path)), ("command line", line))
-    return make_recipe(("command line", line))
+    if has_settings:
+        raise UsageError(
+            "--resume takes no other setting",
+            why="a resumed run goes on with the settings it was started with",
+            fix=f"truetune train --resume {shlex.quote(resume)}",
+            code="resume-with-settings",
+        )
+    return recorded_recipe(RunDir.open(resume).file(RECIPE))
 
 
 def _show_result(screen: Screen, result: RunResult) -> None:
-    run, artifact = result.run.path, result.artifact
+    run, artifact = shlex.quote(str(result.run.path)), shlex.quote(str(result.artifact))
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
-    screen.line(f"trained and read back: {artifact}  (loss {result.train_loss:.4f}{held})")
-    stops = list(result.contract.stop_ids)
-    if result.base is None:
-        load = f'AutoModelForCausalLM.from_pretrained("{artifact}")'
-        serve = f"vllm serve {artifact}"
-    else:
-        load = f'AutoPeftModelForCausalLM.from_pretrained("{artifact}")'
-        serve = (
-            f"vllm serve {result.base} --enable-lora --lora-modules tuned={artifact} "
-            f"--chat-template {artifact}/chat_template.jinja"
-        )
-        if any(f.code == "adapter-stop-unread" for f in result.findings):
-            serve += f"\n         (requests need stop_token_ids={stops})"
+    screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")
+    kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
+    load = f"{kind}.from_pretrained({json.dumps(str(result.artifact), ensure_ascii=False)})"
+    serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
     screen.pairs([("load", load), ("chat", f"truetune chat {run}"), ("serve", serve)])
+
+
+# vLLM makes room for rank 16 unless told otherwise, and takes these.
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+
+
+def _serve_adapter(result: RunResult) -> str:
+    artifact, stops = str(result.artifact), list(result.contract.stop_ids)
+    words = ["vllm", "serve", str(result.base), "--enable-lora"]
+    words += ["--lora-modules", f"tuned={artifact}"]
+    words += ["--chat-template", f"{artifact}/chat_template.jinja"]
+    rank = next((r for r in _VLLM_RANKS if r >= result.plan.recipe.lora_r), _VLLM_RANKS[-1])
+    if rank > _VLLM_RANKS[0]:
+        words += ["--max-lora-rank", str(rank)]
+    line = shlex.join(words)
+    if not set(stops) <= set(result.base_stop_ids):
+        line += f"\n         (requests need stop_token_ids={stops})"
+    return line
 
 
 def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb one option per recipe setting; the recipe is the only list of them."""
+    arguments = (
+        ("source", "MODEL", "A local folder, a Hub id, or a recipe.yaml."),
+        ("rows", "DATA", "A file, a folder, or a Hub dataset."),
+    )
     own = [
         inspect.Parameter(
-            "model",
+            name,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             default=None,
-            annotation=Annotated[
-                str | None, typer.Argument(help="A local folder, a Hub id, or a recipe.yaml.")
-            ],
-        ),
-        inspect.Parameter(
-            "data",
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=None,
-            annotation=Annotated[
-                str | None, typer.Argument(help="A file, a folder, or a Hub dataset.")
-            ],
-        ),
+            annotation=Annotated[str | None, typer.Argument(metavar=metavar, help=text)],
+        )
+        for name, metavar, text in arguments
     ]
-    options = [_parameter(field) for field in settings() if field.name not in ("model", "data")]
     resume = inspect.Parameter(
         "resume",
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
         annotation=Annotated[
             str | None,
-            typer.Option(help="Continue an unfinished run.", metavar="RUN"),
+            typer.Option(help="Continue an unfinished run.", metavar="RUN", rich_help_panel="Run"),
         ],
     )
-    verb.__signature__ = inspect.Signature([*own, *options, resume])  # type: ignore[attr-defined]
-    verb.__annotations__ = {p.name: p.annotation for p in [*own, *options, resume]}
+    types = setting_types()
+    parameters = [*own, *(_parameter(field, types[field.name]) for field in settings()), resume]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
     return verb
 
 
-def _parameter(field: Any) -> inspect.Parameter:
+def _parameter(field: Any, declared: Any) -> inspect.Parameter:
+    """A setting as an option: a switch, or a text that the recipe judges."""
     meta = field.metadata
-    kind = Recipe.__annotations__[field.name]
-    declared = (
-        eval(kind, {**vars(sys.modules[Recipe.__module__])}) if isinstance(kind, str) else kind
-    )
-    default = meta["shown"] or _written(field.default)
-    text = f"{meta['help']} (default: {default})" if default else meta["help"]
     flags = ["--" + field.name.replace("_", "-")]
     if field.name == "output":
         flags.insert(0, "-o")
-    python_type, extra = _parsed_as(declared)
-    if python_type is bool and not field.name.startswith("no_"):
+    if declared is bool and not field.name.startswith("no_"):
         flags[-1] += "/--no-" + flags[-1].removeprefix("--")
     option = typer.Option(
-        *flags, help=text, rich_help_panel=meta["group"], show_default=False, **extra
+        *flags,
+        help=_help(field, declared),
+        rich_help_panel=meta["group"],
+        show_default=False,
+        metavar=None if declared is bool else _metavar(declared),
     )
+    python_type: Any = bool if declared is bool else str
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,
@@ -197,17 +242,20 @@ def _parameter(field: Any) -> inspect.Parameter:
     )
 
 
-def _parsed_as(declared: Any) -> tuple[Any, dict[str, Any]]:
-    """The type an option is parsed as; lists and mappings stay texts until the recipe."""
-    variants = [a for a in (get_args(declared) or (declared,)) if a is not type(None)]
+def _help(field: Any, declared: Any) -> str:
+    """Text of a setting's help, with its choices and its default."""
+    choices = get_args(declared) if get_origin(declared) is Literal else ()
+    default = field.metadata["shown"] or _written(field.default)
+    details = [" | ".join(choices)] if choices else []
+    details += [f"default: {default}"] if default else []
+    return field.metadata["help"] + (f" ({'; '.join(details)})" if details else "")
+
+
+def _metavar(declared: Any) -> str:
     if get_origin(declared) is Literal:
-        return declared, {}
-    if variants[0] in (int, float, bool):
-        if variants[0] is not bool and type(None) in get_args(declared):
-            # "auto" is a value of every derived number.
-            return str, {"metavar": "INT" if variants[0] is int else "FLOAT"}
-        return variants[0], {}
-    return str, {"metavar": "TEXT"}
+        return "NAME"
+    kinds = [kind for kind in get_args(declared) or (declared,) if kind is not type(None)]
+    return {int: "INT", float: "FLOAT"}.get(kinds[0], "TEXT")
 
 
 def _written(value: Any) -> str:
@@ -216,12 +264,14 @@ def _written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-app.command("train")(_with_settings(train))
+app.command("train", cls=_Command)(_with_settings(train))
 
 
-@app.command()
+@app.command(cls=_Command, short_help="Talk to a run or a model.")
 def chat(
-    model: Annotated[str, typer.Argument(help="A run, a model folder, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="One question; the answer, and out.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[
@@ -274,9 +324,11 @@ def chat(
         talk.loop()
 
 
-@app.command("inspect")
+@app.command("inspect", cls=_Command, short_help="Show what a model brings.")
 def inspect_model(
-    model: Annotated[str, typer.Argument(help="A run, a model folder, or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
+    ],
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
@@ -293,7 +345,7 @@ def inspect_model(
         show_model(_screen(), facts)
 
 
-@app.command()
+@app.command(cls=_Command)
 def quickstart(
     output: Annotated[
         str, typer.Option("-o", "--output", help="Folder of the run.")
@@ -371,7 +423,7 @@ def _show_comparison(screen: Screen, found: Comparison) -> None:
     )
 
 
-@lab.command()
+@lab.command(cls=_Command)
 def pretrain(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
     seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
@@ -421,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["train"]:
         words = _canonical(words)
     try:
-        code = app(args=words, standalone_mode=False)
+        code = app(args=words, prog_name="truetune", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.stderr.write("interrupted\n")

@@ -48,12 +48,17 @@ class TruetuneError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        lines = [f"  {name:<5}  {text}" for name, text in self.parts() if text]
-        return "\n".join([self.what, *lines])
+        return "\n".join([self.what, *labelled(self.parts())])
 
     def parts(self) -> list[tuple[str, str]]:
         """The labelled lines below the first one, in the order they are shown."""
         return [("where", self.where), ("why", self.why), ("fix", self.fix)]
+
+
+def labelled(parts: Sequence[tuple[str, str]]) -> list[str]:
+    """The lines below the first one of an error or a finding; empty parts are left out."""
+    indent = "\n" + " " * 9
+    return [f"  {name:<5}  {text}".replace("\n", indent) for name, text in parts if text]
 
 
 class UsageError(TruetuneError):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from truetune.chat_screen import opened
 from truetune.contract import PromptContract
 from truetune.errors import UnfaithfulTemplate
 from truetune.model import describe, load_tokenizer
+from truetune.run import opened
 from truetune.screen import Screen
 
 _PROBE = [

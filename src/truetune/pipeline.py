@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -28,9 +29,16 @@ from typing import Any
 from truetune.contract import PromptContract
 from truetune.engine import SFTTrainer, load_state, read_facts, save_state
 from truetune.environment import environment, refuse_many_processes
-from truetune.errors import Interrupted, NonFiniteLoss, UsageError
+from truetune.errors import (
+    Interrupted,
+    NonFiniteLoss,
+    OutputExists,
+    SaveError,
+    TruetuneError,
+    UsageError,
+)
 from truetune.findings import Finding
-from truetune.generate import Sampling, replies
+from truetune.generate import Reply, Sampling, replies
 from truetune.health import StepFacts
 from truetune.integrations.trackers import Trackers
 from truetune.listener import Listener
@@ -45,9 +53,9 @@ from truetune.model import (
     trainable_share,
 )
 from truetune.plan import Plan
-from truetune.prepare import Prepared, prepare
+from truetune.prepare import Prepared, prepare, require_settings
 from truetune.recipe import Recipe
-from truetune.run import RunDir, write_json, write_text
+from truetune.run import STEP, RunDir, write_json, write_text
 
 # Held-out prompts answered at each evaluation, for samples.jsonl.
 _NUM_SAMPLES = 4
@@ -67,6 +75,7 @@ class RunResult:
             rows), in nats per supervised token.
         findings: all that was found.
         base: the model without adapter, where an adapter was trained.
+        base_stop_ids: on which a server of the model that training started from ends an answer.
     """
 
     run: RunDir
@@ -77,6 +86,7 @@ class RunResult:
     eval_loss: float | None
     findings: list[Finding]
     base: str | None
+    base_stop_ids: tuple[int, ...]
 
 
 def train(
@@ -95,9 +105,11 @@ def train(
     """
     listener = listener or Listener()
     refuse_many_processes()
-    run = _resumed(resume) if resume else RunDir(_output(recipe))
+    require_settings(recipe, *(() if resume else ("output",)))
+    run = _resumed(resume) if resume else RunDir(str(recipe.output))
     if not resume:
         run.require_room(overwrite=recipe.overwrite)
+        _refuse_own_input(recipe, run)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [], run.path)
 
@@ -109,9 +121,12 @@ def train(
     if not resume:
         run.make(overwrite=recipe.overwrite)
     job = _Job(run, prepared, loaded, listener, trackers, findings)
-    job.write_start()
-    job.restore(checkpoint)
-    return job.run_to_end()
+    try:
+        job.write_start()
+        job.restore(checkpoint)
+        return job.run_to_end()
+    finally:
+        trackers.finish()
 
 
 class _Job:
@@ -174,8 +189,8 @@ class _Job:
             "check": "skipped by --no-check" if self.recipe.no_check else "passed",
         }
         recipe = yaml.safe_dump(self.recipe.rows(), sort_keys=False, allow_unicode=True)
-        write_text(self.run.file("recipe.yaml"), recipe)
         write_json(self.run.file("contract.json"), self.contract.as_dict())
+        write_text(self.run.file("recipe.yaml"), recipe)
         write_json(self.run.file("data.json"), self.prepared.data)
         write_json(self.run.file("env.json"), {**environment(), **facts})
         self.run.replace_lines("findings.jsonl", [f.as_dict() for f in self.findings])
@@ -190,6 +205,19 @@ class _Job:
         if checkpoint:
             load_state(self.trainer, checkpoint, run=self.identity())
         self.run.rewind(self.trainer.step)
+        self._evaluate_if_missed()
+
+    def _evaluate_if_missed(self) -> None:
+        """The evaluation of the checkpoint's step, where the run was killed between the two."""
+        step, examples = self.trainer.step, self.prepared.eval_examples
+        if not step or not examples or step % self.plan.eval_steps:
+            return
+        done = any("eval_loss" in v and v["step"] == step for v in self.run.lines("metrics.jsonl"))
+        if not done:
+            self.run.replace_lines(
+                "samples.jsonl", [v for v in self.run.lines("samples.jsonl") if v["step"] < step]
+            )
+            self.on_eval(step, self.trainer.evaluate(examples))
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued exactly."""
@@ -213,20 +241,19 @@ class _Job:
 
     def run_to_end(self) -> RunResult:
         """The loop, the artifact, the manifest."""
-        with _interruptible(self.trainer):
-            try:
+        try:
+            with _interruptible(self.trainer):
                 self.trainer.train(self.prepared.eval_examples or None)
-            except NonFiniteLoss as error:
-                self._keep_batch(error)
-                raise
-        if self.trainer.step < self.plan.max_steps:
-            self.save_checkpoint()
-            raise Interrupted(
-                f"stopped after step {self.trainer.step} of {self.plan.max_steps}; it is saved",
-                where=str(self.run.path),
-                fix=f"go on with `truetune train --resume {self.run.path}`",
-            )
-        report = self._save_artifact()
+            if self.trainer.step < self.plan.max_steps:
+                self.save_checkpoint()
+                raise self._interrupted(f"stopped after step {self.trainer.step}; it is saved")
+            report = self._save_artifact()
+        except NonFiniteLoss as error:
+            self._keep_batch(error)
+            raise
+        except KeyboardInterrupt:
+            raise self._interrupted("stopped at once") from None
+        self.trackers.finish()
         self.run.finish(
             {
                 "finished": True,
@@ -238,7 +265,6 @@ class _Job:
                 "rounding_of_weights": report.cast_error,
             }
         )
-        self.trackers.finish()
         base = self.loaded.base if self.loaded.is_adapter else None
         return RunResult(
             self.run,
@@ -249,6 +275,17 @@ class _Job:
             self.last_eval,
             self.findings,
             base,
+            self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
+        )
+
+    def _interrupted(self, what: str) -> Interrupted:
+        saved = self.run.checkpoints()
+        last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
+        return Interrupted(
+            what,
+            where=str(self.run.path),
+            fix=f"go on from step {last} of {self.plan.max_steps} with "
+            f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
         )
 
     def on_step(self, facts: StepFacts) -> None:
@@ -291,37 +328,52 @@ class _Job:
             save_model(self.loaded, self.contract, partial)
             save_state(self.trainer, partial, run=self.identity())
             os.replace(partial, final)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
+            if isinstance(error, TruetuneError) or not isinstance(error, Exception):
+                raise
+            # safetensors has an exception of its own for a full disk.
+            raise SaveError(
+                f"the checkpoint could not be saved: {error}",
+                where=str(final),
+                why=f"{type(error).__name__} while writing; earlier checkpoints are intact",
+                fix="free some space, then "
+                f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
+            ) from error
         for old in self.run.checkpoints()[: -self.recipe.save_total_limit]:
             shutil.rmtree(old)
         self.listener.saved(str(final))
 
     def _samples(self, step: int) -> list[dict[str, Any]]:
         chats = [c for c in self.prepared.eval_conversations if c.messages][:_NUM_SAMPLES]
-        found = []
-        for chat in chats:
-            last = max(i for i, m in enumerate(chat.messages) if m["role"] == "assistant")
-            prompt = [dict(message) for message in chat.messages[:last]]
-            (reply,) = replies(
+        last = [max(i for i, m in enumerate(c.messages) if m["role"] == "assistant") for c in chats]
+        prompts = [
+            [dict(message) for message in chat.messages[:turn]]
+            for chat, turn in zip(chats, last, strict=True)
+        ]
+        # Rows with tools of their own are asked one by one; the others share a batch.
+        alone = any(chat.tools for chat in chats)
+        groups = [[i] for i in range(len(chats))] if alone else [list(range(len(chats)))]
+        answers: list[Reply] = []
+        for group in groups if chats else []:
+            answers += replies(
                 self.loaded,
                 self.contract,
-                [prompt],
+                [prompts[i] for i in group],
                 Sampling(max_new_tokens=_SAMPLE_TOKENS),
-                tools=chat.tools,
+                tools=chats[group[0]].tools,
             )
-            found.append(
-                {
-                    "step": step,
-                    "where": chat.where,
-                    "messages": prompt,
-                    "answer": reply.text,
-                    "stopped": reply.stopped,
-                    "expected": chat.messages[last]["content"],
-                }
-            )
-        return found
+        return [
+            {
+                "step": step,
+                "where": chat.where,
+                "messages": prompt,
+                "answer": reply.text,
+                "stopped": reply.stopped,
+                "expected": chat.messages[turn]["content"],
+            }
+            for chat, turn, prompt, reply in zip(chats, last, prompts, answers, strict=True)
+        ]
 
     def _save_artifact(self) -> SaveReport:
         name = "adapter" if self.loaded.is_adapter else "model"
@@ -368,7 +420,8 @@ class _Job:
         path = self.run.file("non_finite_batch.json")
         write_json(path, {"step": self.trainer.step + 1, "examples": kept})
         named = ", ".join(self.prepared.rows[row] for row in rows[:4])
-        error.where = f"{named}{' ...' if len(rows) > 4 else ''}; all in {path}"
+        more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        error.where = f"{named}{more}; all of them in {path}"
         self.run.append(
             "findings.jsonl",
             Finding(
@@ -377,10 +430,18 @@ class _Job:
         )
 
 
-def _output(recipe: Recipe) -> Path:
-    if not recipe.output:
-        raise UsageError("no output folder was given", fix="name one with -o RUN", code="no-output")
-    return Path(recipe.output)
+def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:
+    """A run that is replaced must not be what the new one is made from."""
+    folder = run.path.resolve()
+    for name in ("model", "data", "eval_data"):
+        value = getattr(recipe, name)
+        if value and Path(value).expanduser().resolve().is_relative_to(folder):
+            raise OutputExists(
+                f"the {name.replace('_', ' ')} is in the output folder, which would be replaced",
+                where=str(value),
+                fix="name another folder with --output",
+                code="output-is-input",
+            )
 
 
 def _resumed(path: Path | str) -> RunDir:
@@ -389,7 +450,7 @@ def _resumed(path: Path | str) -> RunDir:
         raise UsageError(
             "the run is finished: there is nothing to resume",
             where=str(run.path),
-            fix=f"truetune chat {run.path}",
+            fix=f"truetune chat {shlex.quote(str(run.path))}",
             code="run-finished",
         )
     return run

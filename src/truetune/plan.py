@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from truetune.contract import PromptContract
+from truetune.errors import UnfaithfulTemplate
 from truetune.model import ModelFacts
 from truetune.recipe import Recipe
 
@@ -56,12 +57,16 @@ class Plan:
     recipe: Recipe
 
 
-def starting_point(contract: PromptContract, has_template: bool) -> tuple[Start, str]:
-    """Base or instruct, by what the model brings: a model that was tuned to chat stops on the
-    token that its template writes after an answer."""
+def starting_point(tokenizer: Any, has_template: bool) -> tuple[Start, str]:
+    """Base or instruct, by what the model brings, whatever template and stop the run sets: a model
+    that was tuned to chat stops on the token that its own template writes after an answer."""
     if not has_template:
         return "base", "the model has no chat template"
-    if any(finding.code == "stop-added" for finding in contract.findings):
+    try:
+        own = PromptContract.load(tokenizer)
+    except UnfaithfulTemplate:
+        return "base", "the model's own chat template cannot be used"
+    if any(finding.code == "stop-added" for finding in own.findings):
         return "base", "the model's own stop set lacks the token that its template writes"
     return "instruct", "the model's own stop set holds the token that its template writes"
 
@@ -156,10 +161,12 @@ def _sizes(
         batch = micro * accumulation
         reasons["batch_size"] = f"default: {micro} rows x {accumulation} forward passes"
     if batch is None:
-        batch = max(_BATCH, micro or 0, accumulation or 0)
-        reasons["batch_size"] = "default: 16 (QLoRA, Dettmers et al. 2023)"
+        parts = accumulation or 1
+        batch = max(math.ceil(_BATCH / parts) * parts, micro or 0)
+        cut = f", made to be cut into {parts}" if batch % _BATCH and accumulation else ""
+        reasons["batch_size"] = f"default: {_BATCH} (QLoRA, Dettmers et al. 2023){cut}"
     if micro is None and accumulation:
-        micro = math.ceil(batch / accumulation)
+        micro = batch // accumulation
         reasons["micro_batch_size"] = f"default: {batch} rows in {accumulation} forward passes"
     if micro is None:
         fits = _LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES)
@@ -167,7 +174,7 @@ def _sizes(
         reasons["micro_batch_size"] = (
             f"default: logits of {head_rows:,} columns stay under 2 GiB at {max_length:,} tokens"
         )
-    return batch, min(micro, batch)
+    return batch, micro
 
 
 def suggested_rate(plan: Plan, model: ModelFacts) -> float:

@@ -78,19 +78,16 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
         CheckFailed: the preflight found an error, or too much would be lost to the length limit.
     """
-    if not recipe.model or not recipe.data:
-        missing = "model" if not recipe.model else "data"
-        raise RecipeError(
-            f"no {missing} was given", fix="truetune train MODEL DATA -o RUN, or set it in a recipe"
-        )
+    require_settings(recipe)
+    assert recipe.model
     listener.stage("model files")
     facts = describe(recipe.model, recipe.revision)
     require_weights(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe.model, recipe.revision)
     contract = PromptContract.load(tokenizer, recipe.chat_template, _stop(recipe))
-    start, start_reason = starting_point(contract, facts.has_chat_template)
+    start, start_reason = starting_point(tokenizer, facts.has_chat_template)
 
-    train, held_out, loaded, findings = _rows(recipe, listener)
+    train, held_out, loaded, findings, overlap = _rows(recipe, listener)
     listener.stage("template and proof")
     contract = contract.fit(train)
     encoded, refused = _encode(contract, train, recipe, listener)
@@ -100,7 +97,10 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
 
     text = all(is_text(row) for row in encoded)
     limit = plan_length(
-        recipe, longest=longest(encoded), context=facts.context_length, is_text=text
+        recipe,
+        longest=longest([*encoded, *eval_encoded]),
+        context=facts.context_length,
+        is_text=text,
     )
     fitted = fit_length(encoded, max_length=limit[0], overlong=recipe.overlong)
     eval_fitted = fit_length(eval_encoded, max_length=limit[0], overlong=recipe.overlong)
@@ -127,11 +127,34 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         fitted.examples,
         fitted.rows,
         eval_fitted.examples,
-        held_out,
+        _answerable(held_out, eval_fitted),
         plan,
         findings,
-        _data_facts(loaded, fitted, eval_fitted, [*loaded.findings, *refused, *eval_refused]),
+        _data_facts(
+            loaded, fitted, eval_fitted, [*loaded.findings, *refused, *eval_refused], overlap
+        ),
     )
+
+
+def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conversation]:
+    """The held-out conversations that are measured: those refused or too long have no prompt to
+    answer either."""
+    kept = set(fitted.rows) - {where for where, _ in fitted.dropped}
+    return [conversation for conversation in held_out if conversation.where in kept]
+
+
+def require_settings(recipe: Recipe, *others: str) -> None:
+    """Raise where something that has no default was not given.
+
+    Raises:
+        RecipeError: naming all that is missing.
+    """
+    missing = [name for name in ("model", "data", *others) if not getattr(recipe, name)]
+    if missing:
+        raise RecipeError(
+            f"no {' and no '.join(missing)} was given",
+            fix="truetune train MODEL DATA -o RUN, or set it in a recipe",
+        )
 
 
 def _stop(recipe: Recipe) -> list[str | int] | None:
@@ -140,8 +163,9 @@ def _stop(recipe: Recipe) -> list[str | int] | None:
 
 def _rows(
     recipe: Recipe, listener: Listener
-) -> tuple[list[Conversation], list[Conversation], Loaded, list[Finding]]:
-    """Training rows, held-out rows, what was read, and what to tell."""
+) -> tuple[list[Conversation], list[Conversation], Loaded, list[Finding], list[str]]:
+    """Training rows, held-out rows, what was read, what to tell, and the places of held-out rows
+    that were left out because they are trained."""
     listener.stage("rows")
     assert recipe.data
     loaded = load(
@@ -154,7 +178,7 @@ def _rows(
     )
     if not recipe.eval_data and not recipe.eval_split:
         train, held_out = hold_out(loaded.conversations, seed=recipe.seed)
-        return train, held_out, loaded, []
+        return train, held_out, loaded, [], []
     own = load(
         recipe.eval_data or recipe.data,
         schema=recipe.schema,
@@ -169,7 +193,9 @@ def _rows(
         files=(*loaded.files, *own.files),
         num_rows=loaded.num_rows + own.num_rows,
     )
-    return loaded.conversations, held_out, both, findings
+    kept = {id(conversation) for conversation in held_out}
+    overlap = [c.where for c in own.conversations if id(c) not in kept]
+    return loaded.conversations, held_out, both, findings, overlap
 
 
 def _encode(
@@ -206,7 +232,7 @@ def _bad_rows(found: Sequence[Finding], recipe: Recipe, num_left: int) -> list[F
     others = [finding for finding in found if finding.level != "error"]
     if bad and (recipe.bad_rows == "error" or not num_left):
         raise BadRows(
-            f"{len(bad):,} rows cannot be trained"
+            f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
             + ("" if num_left else "; no row is left to train"),
             merged(bad),
             fix="mend them, or leave them out with --bad-rows drop"
@@ -270,7 +296,7 @@ def _length_findings(
                 "truncated": "prompts lost their beginning to the length limit",
                 "split": "plain texts were split into blocks; every token is trained",
             }[how]
-            findings.append(Finding(f"rows-{how}", "note", f"{count:,} {what}"))
+            findings.append(Finding(f"rows-{how}", "note", what, str(recipe.data), count))
     if not fitted.dropped and not eval_fitted.dropped:
         return findings
     dropped = [*fitted.dropped, *eval_fitted.dropped]
@@ -294,7 +320,8 @@ def _length_findings(
         fix="raise --max-length, cut prompts with --overlong truncate-prompt, or accept the loss "
         "with --max-dropped",
     )
-    if finding.level == "error":
+    if finding.level == "error" or not fitted.examples:
+        finding = dataclasses.replace(finding, level="error")
         raise CheckFailed("too many rows are longer than the limit", [finding])
     return [*findings, finding]
 
@@ -310,6 +337,7 @@ def _preflight(
             is_text=text,
             loss_on=plan.recipe.loss_on,
             head_rows=facts.head_rows,
+            base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
             lora=plan.recipe.lora,
             learning_rate=plan.learning_rate,
             suggested_rate=suggested_rate(plan, facts),
@@ -333,7 +361,11 @@ def _reasoning_share(conversations: Sequence[Conversation]) -> float:
 
 
 def _data_facts(
-    loaded: Loaded, fitted: Fitted, eval_fitted: Fitted, found: Sequence[Finding]
+    loaded: Loaded,
+    fitted: Fitted,
+    eval_fitted: Fitted,
+    found: Sequence[Finding],
+    overlap: Sequence[str],
 ) -> dict[str, Any]:
     """What data.json holds: files, counts, every drop with its reason."""
     drops = [
@@ -344,6 +376,14 @@ def _data_facts(
     drops += [
         {"where": where, "code": "rows-overlong", "what": f"{tokens} tokens"}
         for where, tokens in [*fitted.dropped, *eval_fitted.dropped]
+    ]
+    drops += [
+        {
+            "where": where,
+            "code": "eval-overlaps-train",
+            "what": "a held-out row whose prompt is trained",
+        }
+        for where in overlap
     ]
     return {
         "schema": loaded.schema,
@@ -363,6 +403,7 @@ def _counts(fitted: Fitted) -> dict[str, Any]:
         "supervised_tokens": sum(e.num_supervised for e in examples),
         "longest": max((len(e.ids) for e in examples), default=0),
         "truncated_prompts": fitted.num_truncated,
+        "split_texts": fitted.num_split,
         "sha256": digest(examples),
     }
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,14 +32,20 @@ def _option(
     aliases: Sequence[str] = (),
     shown: str = "",
     minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """A setting: its default, the group and text of its help, other spellings, the least value."""
+    """A setting: its default, the group and text of its help, other spellings, its range."""
     meta = {
         "group": group,
         "help": help,
         "aliases": tuple(aliases),
         "shown": shown,
         "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
     }
     return dataclasses.field(default=default, metadata=meta)
 
@@ -93,8 +101,8 @@ class Recipe:
 
     lora: bool = _option(False, METHOD, "Train a LoRA adapter instead of all weights.")
     lora_r: int = _option(16, METHOD, "Rank.", aliases=["lora_rank"], minimum=1)
-    lora_alpha: float = _option(32, METHOD, "Scale; alpha / r multiplies the update.")
-    lora_dropout: float = _option(0.05, METHOD, "Dropout before the adapter.", minimum=0)
+    lora_alpha: float = _option(32, METHOD, "Scale; alpha / r multiplies the update.", above=0)
+    lora_dropout: float = _option(0.05, METHOD, "Dropout before the adapter.", minimum=0, below=1)
     target_modules: list[str] | None = _option(
         None, METHOD, "Layers that get an adapter.", shown="all linear layers"
     )
@@ -111,7 +119,11 @@ class Recipe:
         "drop", LENGTH, "What happens to longer rows; plain text is always split."
     )
     max_dropped: float = _option(
-        0.05, LENGTH, "Largest share of rows or supervised tokens to lose to length.", minimum=0
+        0.05,
+        LENGTH,
+        "Largest share of rows or supervised tokens to lose to length.",
+        minimum=0,
+        maximum=1,
     )
 
     epochs: float | None = _option(
@@ -120,6 +132,7 @@ class Recipe:
         "Passes over the rows.",
         aliases=["num_train_epochs", "num_epochs"],
         shown="3 on a base model, 2 on an instruct model",
+        above=0,
     )
     max_steps: int | None = _option(
         None, TRAIN, "Optimiser steps, instead of epochs.", minimum=1, shown="from epochs"
@@ -149,9 +162,10 @@ class Recipe:
         "Peak learning rate.",
         aliases=["lr", "max_lr"],
         shown="LoRA 2e-4 base, 1e-4 instruct; full 2e-5 base, 1e-5 instruct, 3e-4 under 50 M",
+        above=0,
     )
     warmup_ratio: float | None = _option(
-        None, TRAIN, "Share of the steps to warm up.", shown="0.03", minimum=0
+        None, TRAIN, "Share of the steps to warm up.", shown="0.03", minimum=0, maximum=1
     )
     warmup_steps: int | None = _option(
         None, TRAIN, "Steps to warm up.", shown="from the ratio", minimum=0
@@ -167,7 +181,13 @@ class Recipe:
     gradient_checkpointing: bool = _option(
         False, TRAIN, "Compute activations twice to keep fewer of them."
     )
-    seed: int = _option(42, TRAIN, "Of row order, held-out split, adapter and dropout.")
+    seed: int = _option(
+        42,
+        TRAIN,
+        "Of row order, held-out split, adapter and dropout.",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
     device: Literal["auto", "cuda", "mps", "cpu"] = _option("auto", TRAIN, "Where to compute.")
     dtype: Literal["auto", "bfloat16", "float32"] = _option(
         "auto", TRAIN, "Type to compute in; trained weights are float32 always."
@@ -202,11 +222,24 @@ class Recipe:
         return name in self.origins
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back."""
+        """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back.
+
+        Local files are absolute: a run is resumed and compared from any folder.
+        """
         return {
-            name: {"value": getattr(self, name), "origin": self.origin(name)}
+            name: {"value": self._located(name), "origin": self.origin(name)}
             for name in setting_names()
         }
+
+    def _located(self, name: str) -> Any:
+        value = getattr(self, name)
+        if name in _INPUTS and value and Path(value).expanduser().exists():
+            return str(Path(value).expanduser().absolute())
+        return value
+
+
+# Settings that may name something on this machine.
+_INPUTS = ("model", "data", "eval_data", "chat_template")
 
 
 def settings() -> tuple[dataclasses.Field[Any], ...]:
@@ -218,41 +251,66 @@ def setting_names() -> tuple[str, ...]:
     return tuple(field.name for field in settings())
 
 
+def setting_types() -> dict[str, Any]:
+    """name -> declared type."""
+    return typing.get_type_hints(Recipe)
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The settings of a YAML file; of a run's recipe.yaml, what was set and not what was derived.
 
     Raises:
         InputError: it cannot be read or is not a mapping.
     """
+    return {name: value for name, value, _ in _set_values(path)}
+
+
+def recorded_recipe(path: Path) -> Recipe:
+    """The recipe of a run, every value with the origin it had when the run was started.
+
+    Raises:
+        InputError, RecipeError: it was damaged or edited.
+    """
+    return make_recipe(
+        *((origin or str(path), {name: value}) for name, value, origin in _set_values(path))
+    )
+
+
+def _set_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
+    """(name, value, origin) of what was set; the origin is "" where the file has none."""
+    for name, value in _read_yaml(path).items():
+        if isinstance(value, dict) and set(value) == {"value", "origin"}:
+            if not str(value["origin"]).startswith("default"):
+                yield str(name), value["value"], str(value["origin"])
+        else:
+            yield str(name), value, ""
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
     import yaml
 
+    example = "write one setting a line, e.g. `learning_rate: 1e-4`"
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe: {error}", where=str(path)) from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(
+            f"cannot read the recipe: {reason}", where=str(path), fix="give a YAML file"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(
             f"the recipe is not valid YAML: {getattr(error, 'problem', error)}",
             where=f"{path}{line}",
+            fix=f"mend that line; {example}",
         ) from error
     if not isinstance(loaded, dict):
-        raise InputError(
-            "the recipe is not a list of settings",
-            where=str(path),
-            fix="write one setting a line, e.g. `learning_rate: 1.0e-4`",
-        )
-    values = {}
-    for name, value in loaded.items():
-        recorded = isinstance(value, dict) and set(value) == {"value", "origin"}
-        if recorded and str(value["origin"]).startswith("default"):
-            continue
-        values[str(name)] = value["value"] if recorded else value
-    return values
+        raise InputError("the recipe is not a list of settings", where=str(path), fix=example)
+    return loaded
 
 
-def make_recipe(*sources: tuple[str, Mapping[str, Any]]) -> Recipe:
+def make_recipe(*sources: tuple[Origin, Mapping[str, Any]]) -> Recipe:
     """A recipe from (origin, settings) pairs; later ones win.
 
     Raises:
@@ -263,20 +321,23 @@ def make_recipe(*sources: tuple[str, Mapping[str, Any]]) -> Recipe:
     origins: dict[str, Origin] = {}
     names = _spellings()
     for origin, given in sources:
-        for spelling, value in given.items():
-            name = names.get(spelling.lstrip("-").replace("-", "_"))
-            if name is None:
-                problems.append(_unknown(spelling, origin, names))
-            elif value is not None:
-                values[name] = _plain(name, value)
-                origins[name] = origin
+        known = _named(origin, given, names, problems)
+        for name in known:
+            for other in _INSTEAD.get(name, ()):
+                if other not in known:
+                    values.pop(other, None)
+        values |= known
+        origins |= dict.fromkeys(known, origin)
+    # "auto" leaves a value to be derived, as if nobody had set it.
     values = {name: value for name, value in values.items() if value != "auto" or name in _AUTO}
+    origins = {name: origins[name] for name in values}
     problems += _contradictions(values)
     recipe = _validated(values, origins, problems)
     if problems:
         raise RecipeError(
             problems[0] if len(problems) == 1 else f"{len(problems)} settings are wrong",
-            why="" if len(problems) == 1 else "; ".join(problems),
+            where=", ".join(dict.fromkeys(origin for origin, given in sources if given)),
+            why="" if len(problems) == 1 else "\n".join(problems),
             fix="`truetune train --help` lists every setting",
         )
     return recipe
@@ -284,6 +345,32 @@ def make_recipe(*sources: tuple[str, Mapping[str, Any]]) -> Recipe:
 
 # Settings for which "auto" is a value of its own.
 _AUTO = ("device", "dtype", "schema")
+# A source that sets one of these replaces what an earlier source said by the other.
+_INSTEAD = {
+    "epochs": ("max_steps",),
+    "max_steps": ("epochs",),
+    "warmup_ratio": ("warmup_steps",),
+    "warmup_steps": ("warmup_ratio",),
+}
+_LISTS = ("stop", "target_modules", "report_to")
+
+
+def _named(
+    origin: Origin, given: Mapping[str, Any], names: Mapping[str, str], problems: list[str]
+) -> dict[str, Any]:
+    """One source's settings under our names; adds what is wrong with them to `problems`."""
+    known: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for spelling, value in given.items():
+        name = names.get(spelling.lstrip("-").replace("-", "_"))
+        if name is None:
+            problems.append(_unknown(spelling, origin, names))
+        elif value is not None:
+            if name in known:
+                problems.append(f"{spelled[name]} and {spelling} in {origin} are one setting")
+            spelled[name] = spelling
+            known[name] = _plain(name, value)
+    return known
 
 
 def _spellings() -> dict[str, str]:
@@ -301,9 +388,11 @@ def _unknown(spelling: str, origin: str, names: Mapping[str, str]) -> str:
 def _plain(name: str, value: Any) -> Any:
     """Texts of the command line as the lists and mappings that they stand for."""
     if name == "columns" and isinstance(value, str):
-        pairs = [item.partition("=") for item in value.split(",")]
+        pairs = [item.partition("=") for item in value.split(",") if item.strip()]
+        if not pairs or not all(equals for _, equals, _ in pairs):
+            return value
         return {key.strip(): column.strip() for key, _, column in pairs}
-    if name in ("stop", "target_modules", "report_to") and isinstance(value, str):
+    if name in _LISTS and isinstance(value, str):
         if value in ("auto", "all-linear", "none"):
             return "auto"
         return [item.strip() for item in value.split(",") if item.strip()]
@@ -315,15 +404,17 @@ def _plain(name: str, value: Any) -> Any:
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     """Settings that cannot hold together. `_validated` judges each on its own."""
     problems = []
-    sizes = [
-        values.get(n) for n in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
-    ]
-    batch, micro, accumulation = (s if isinstance(s, int) else None for s in sizes)
+    batch, micro, accumulation = (
+        _whole(values.get(name))
+        for name in ("batch_size", "micro_batch_size", "gradient_accumulation_steps")
+    )
     if batch and micro and accumulation and batch != micro * accumulation:
         problems.append(
             f"batch_size {batch} is not micro_batch_size {micro} x gradient_accumulation_steps "
             f"{accumulation} = {micro * accumulation}: leave one of them out"
         )
+    elif batch and micro and micro > batch:
+        problems.append(f"micro_batch_size {micro} is more than batch_size {batch}")
     elif batch and accumulation and not micro and batch % accumulation:
         problems.append(
             f"batch_size {batch} cannot be cut into {accumulation} equal forward passes "
@@ -335,26 +426,66 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _whole(value: Any) -> int | None:
+    """A count as the command line or YAML gives it; None where it is none."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
 def _validated(
     values: Mapping[str, Any], origins: Mapping[str, Origin], problems: list[str]
 ) -> Recipe:
-    """The recipe, types checked; adds what is wrong to `problems`."""
+    """The recipe, types and ranges checked; adds what is wrong to `problems`."""
     import pydantic
 
-    adapter = pydantic.TypeAdapter(Recipe)
-    try:
-        recipe = adapter.validate_python({**values, "origins": dict(origins)})
-    except pydantic.ValidationError as error:
-        for item in error.errors():
-            name = ".".join(map(str, item["loc"]))
-            problems.append(f"{name}: {item['msg'].lower()}, not {item['input']!r}")
-        return Recipe()
+    right: dict[str, Any] = {}
+    for name, declared in setting_types().items():
+        if name not in values:
+            continue
+        value = values[name]
+        try:
+            # pydantic would take `yes` of YAML for the number 1.
+            if isinstance(value, bool) and declared is not bool:
+                raise ValueError
+            right[name] = pydantic.TypeAdapter(declared).validate_python(value)
+        except ValueError:
+            problems.append(f"{name} must be {_described(declared)}, not {value!r}")
     for field in settings():
-        least, value = field.metadata["minimum"], getattr(recipe, field.name)
-        if least is not None and value is not None and value < least:
-            problems.append(f"{field.name} must be at least {least:g}, not {value:g}")
-    for name in ("epochs", "learning_rate", "lora_alpha"):
-        value = getattr(recipe, name)
-        if value is not None and value <= 0:
-            problems.append(f"{name} must be above 0, not {value:g}")
-    return recipe
+        problems += _out_of_range(field.name, right.get(field.name), field.metadata)
+    return Recipe(**right, origins=dict(origins)) if not problems else Recipe()
+
+
+def _described(declared: Any) -> str:
+    """A type in words."""
+    kinds = [kind for kind in typing.get_args(declared) or (declared,) if kind is not type(None)]
+    if typing.get_origin(declared) is Literal:
+        return f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list[str]: "a list of texts",
+        dict[str, str]: "pairs such as prompt=question",
+    }
+    return words[kinds[0]]
+
+
+def _out_of_range(name: str, value: Any, meta: Mapping[str, Any]) -> list[str]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return []
+    if not math.isfinite(value):
+        return [f"{name} must be a finite number, not {value}"]
+    limits = (
+        (meta["minimum"], "at least", lambda least: value >= least),
+        (meta["maximum"], "at most", lambda most: value <= most),
+        (meta["above"], "above", lambda limit: value > limit),
+        (meta["below"], "below", lambda limit: value < limit),
+    )
+    return [
+        f"{name} must be {words} {limit:,}, not {value:,}"
+        for limit, words, holds in limits
+        if limit is not None and not holds(limit)
+    ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,13 +23,17 @@ from truetune.errors import OutputExists, SaveError, UsageError
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
+CONTRACT = "contract.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
 # What a run may contain besides what a manifest lists; a file of another name is a stranger's.
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
-    checkpoints adapter model manifest.json non_finite_batch.json""".split()  # noqa: SIM905
+    checkpoints adapter model trackers manifest.json non_finite_batch.json
+    """.split()  # noqa: SIM905
 )
+# What a killed process leaves: a file or folder that never got its name.
+_UNNAMED = re.compile(r"\.(.+?)(\.partial)?\.(tmp|partial(-\d+)?)")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -120,7 +125,7 @@ class RunDir:
         return run
 
     def looks_like_one(self) -> bool:
-        return (self.path / RECIPE).is_file()
+        return (self.path / RECIPE).is_file() and (self.path / CONTRACT).is_file()
 
     @property
     def finished(self) -> bool:
@@ -175,15 +180,18 @@ class RunDir:
         write_text(self.path / name, text)
 
     def rewind(self, step: int) -> None:
-        """Cut the step-wise files back to a step, so that a resumed run writes no step twice."""
+        """Cut the step-wise files back to a step, so that a resumed run writes no step twice, and
+        remove what a killed process left half-written."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.path / name).is_file():
-                self.replace_lines(name, [v for v in self.lines(name) if v["step"] <= step])
+            self.replace_lines(name, [v for v in self.lines(name) if v["step"] <= step])
+        for folder in (self.path, self.path / CHECKPOINTS):
+            for left in _unnamed(folder):
+                _remove(left)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the manifest: every file of the run with its size and sha256. Last of all."""
         files = {
-            str(path.relative_to(self.path)): {
+            path.relative_to(self.path).as_posix(): {
                 "bytes": path.stat().st_size,
                 "sha256": sha256(path),
             }
@@ -193,25 +201,27 @@ class RunDir:
         write_json(self.path / MANIFEST, {**facts, "files": files})
 
     def _refuse(self, overwrite: bool) -> None:
-        strangers = sorted(p.name for p in self.path.iterdir() if p.name not in _OWN)
+        ours = _OWN | {path.name for path in _unnamed(self.path)}
+        there = sorted(path.name for path in self.path.iterdir())
+        strangers = [name for name in there if name not in ours]
         if strangers or not self.looks_like_one():
-            names = ", ".join((strangers or sorted(p.name for p in self.path.iterdir()))[:5])
             raise OutputExists(
-                f"the output folder holds files that are not truetune's: {names}",
+                "the output folder holds files that are not truetune's: "
+                + ", ".join((strangers or there)[:5]),
                 where=str(self.path),
                 fix="name an empty or a new folder with --output",
                 code="output-not-ours",
             )
-        if overwrite and self.finished:
+        if overwrite:
             self._refuse_unlisted()
-        elif not overwrite and self.finished:
+        elif self.finished:
             raise OutputExists(
                 "the output folder holds a finished run",
                 where=str(self.path),
                 fix="name another folder with --output, or replace it with --overwrite",
                 code="run-exists",
             )
-        elif not overwrite:
+        else:
             raise OutputExists(
                 "the output folder holds an unfinished run",
                 where=str(self.path),
@@ -221,30 +231,71 @@ class RunDir:
             )
 
     def _refuse_unlisted(self) -> None:
-        """A file that the manifest does not list was put there by somebody."""
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        unlisted = [
-            name
-            for path in sorted(self.path.rglob("*"))
-            if path.is_file()
-            and (name := str(path.relative_to(self.path))) != MANIFEST
-            and name not in manifest["files"]
-        ]
+        """A file that the run did not write was put there by somebody."""
+        unlisted = self._unlisted_files() if self.finished else self._unlisted_folders()
         if unlisted:
             raise OutputExists(
-                f"{len(unlisted)} files of the output folder are not in its manifest: "
+                f"{len(unlisted)} files of the output folder are not the run's: "
                 + ", ".join(unlisted[:5]),
                 where=str(self.path),
                 fix="move them away, or name another folder with --output",
                 code="output-not-ours",
             )
 
+    def _unlisted_files(self) -> list[str]:
+        """Files of a finished run that its manifest does not list."""
+        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        names = [
+            path.relative_to(self.path).as_posix()
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file()
+        ]
+        return [name for name in names if name != MANIFEST and name not in manifest["files"]]
+
+    def _unlisted_folders(self) -> list[str]:
+        """Entries of an unfinished run's checkpoints/ that are no checkpoints."""
+        folder = self.path / CHECKPOINTS
+        ours = {*self.checkpoints(), *_unnamed(folder)}
+        there = sorted(folder.iterdir()) if folder.is_dir() else []
+        return [path.relative_to(self.path).as_posix() for path in there if path not in ours]
+
     def _remove_own(self) -> None:
         # The manifest goes first: from here on the folder is an unfinished run.
         (self.path / MANIFEST).unlink(missing_ok=True)
-        for name in sorted(_OWN):
-            path = self.path / name
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            elif path.is_dir():
-                shutil.rmtree(path)
+        for path in [self.path / name for name in sorted(_OWN)] + _unnamed(self.path):
+            _remove(path)
+
+
+def _unnamed(folder: Path) -> list[Path]:
+    """What a killed process left half-written in a folder."""
+    if not folder.is_dir():
+        return []
+    found = [(path, _UNNAMED.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    return [p for p, m in found if m and (m[1] in _OWN or m[1].lstrip(".").startswith(STEP))]
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def opened(source: str) -> str:
+    """The folder to load for a run, a model folder or a Hub id.
+
+    Raises:
+        UsageError: a run that has saved nothing yet.
+    """
+    run = RunDir(source)
+    if not run.looks_like_one():
+        return source
+    artifact = run.artifact() or next(iter(reversed(run.checkpoints())), None)
+    if artifact is None:
+        raise UsageError(
+            "the run has saved neither an artifact nor a checkpoint yet",
+            where=source,
+            fix=f"truetune train --resume {source}",
+            code="run-empty",
+        )
+    return str(artifact)

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from truetune.errors import BadRows, CheckFailed, TruetuneError
+from truetune.errors import BadRows, CheckFailed, TruetuneError, labelled
 from truetune.findings import Finding, merged
 from truetune.health import StepFacts
 from truetune.listener import Listener
@@ -140,7 +140,7 @@ class Screen(Listener):
                 (
                     "batch",
                     f"{plan.batch_size} rows a step, {plan.micro_batch_size} at a time "
-                    f"({passes} forward passes)",
+                    f"({passes} forward pass{'es' if passes > 1 else ''})",
                 ),
                 (
                     "steps",
@@ -206,9 +206,8 @@ class Screen(Listener):
                 self.errors.print(Text(f"and {len(found) - _MOST} more findings"))
         head = Text(visible(f"error[{error.code}]: {error.what}"), style=_COLOURS["error"])
         self.errors.print(head)
-        for name, text in error.parts():
-            if text:
-                self.errors.print(Text(f"  {name:<5}  {visible(text)}"))
+        for line in labelled(error.parts()):
+            self.errors.print(Text(visible(line)))
 
 
 def side_by_side(screen: Screen, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -18,6 +18,7 @@ class Preflight:
         is_text: plain text: no turn, so no answer that could end.
         loss_on: which tokens were meant to be targets.
         head_rows: rows of embedding and head.
+        base_stop_ids: on which a server of the base model ends an answer.
         lora: whether an adapter is trained.
         learning_rate, suggested_rate: what is set, and the default for this case.
         max_steps, warmup_steps: optimiser steps.
@@ -29,6 +30,7 @@ class Preflight:
     is_text: bool
     loss_on: str
     head_rows: int
+    base_stop_ids: Sequence[int]
     lora: bool
     learning_rate: float
     suggested_rate: float
@@ -107,9 +109,8 @@ def ids_beyond_head(facts: Preflight) -> Iterator[Finding]:
 
 def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
     """peft and transformers read the base's generation_config, never an adapter's."""
-    added = [f for f in facts.contract.findings if f.code == "stop-added"]
-    if facts.lora and added:
-        ids = list(facts.contract.stop_ids)
+    ids = list(facts.contract.stop_ids)
+    if facts.lora and not facts.is_text and not set(ids) <= set(facts.base_stop_ids):
         yield Finding(
             code="adapter-stop-unread",
             level="warning",

@@ -23,7 +23,10 @@ def masked_cross_entropy(
     Returns:
         A scalar in float32; 0.0, not NaN, where the mask is empty.
     """
-    total = mask.sum()
+    import torch
+
+    # In float32: a half-precision sum rounds beyond 256 (bfloat16) or 2,048 (float16) positions.
+    total = mask.sum(dtype=torch.float32)
     if total == 0:
         return cross_entropy_sum(logits, targets, mask)
     return cross_entropy_sum(logits, targets, mask) / total

@@ -31,7 +31,7 @@ class ChatTemplate:
         """The whole conversation as text.
 
         Raises:
-            ValueError: no messages, or a role other than user and assistant.
+            ValueError: no messages, a role other than user and assistant, or no text as content.
         """
         return "".join(text for text, _ in cls._pieces(messages))
 
@@ -75,6 +75,8 @@ class ChatTemplate:
         pieces: list[tuple[str, bool]] = []
         for number, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
+            if not isinstance(content, str):
+                raise ValueError(f"message {number}: content must be a text, not {content!r}")
             if role == "user":
                 pieces.append((f"{cls.USER}\n{content}\n", False))
             elif role == "assistant":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from truetune.contract.builtin import DEFAULT, NAMES, builtin_template
-from truetune.contract.encode import Encoded, LossOn, assemble, trained_turns, turn_texts
+from truetune.contract.encode import LOSS_ON, Encoded, LossOn, assemble, trained_turns, turn_texts
 from truetune.contract.example import SFTExample
 from truetune.contract.render import Renderer
 from truetune.contract.stops import own_stop_ids, stop_set
@@ -101,7 +101,9 @@ class PromptContract:
         # A tokenizer that was handed over has its model's files at hand or not: no download.
         own = own_stop_ids(name, revision, tokenizer, local_only=tokenizer is source)
         tokens = Tokens(tokenizer)
-        stops = stop_set(own, stop, Renderer(text, _special(tokenizer), kwargs), tokens)
+        renderer = Renderer(text, _special(tokenizer), kwargs)
+        renderer.require_valid()
+        stops = stop_set(own, stop, renderer, tokens)
         return cls(
             tokenizer, text, stops.ids, kwargs, origin, stops.findings, template_kwargs is not None
         )
@@ -204,7 +206,12 @@ class PromptContract:
             conversations: chat rows or plain text.
             loss_on: assistant, last or all.
             on_progress: called with the number of rows done so far.
+
+        Raises:
+            ValueError: another loss_on.
         """
+        if loss_on not in LOSS_ON:
+            raise ValueError(f"unknown loss_on {loss_on!r}; known: {', '.join(LOSS_ON)}")
         results: list[Encoded | Refused] = []
         for start in range(0, len(conversations), _CHUNK):
             results += self._encode_chunk(conversations[start : start + _CHUNK], loss_on)
@@ -280,14 +287,17 @@ class PromptContract:
         A server that passes no argument then renders what was trained; one that does wins.
         """
         defaults = [
-            f"{{%- if {name} is not defined -%}}"
-            f"{{%- set {name} = {_jinja(value)} -%}}{{%- endif -%}}"
+            # One line each: the renderer drops the line break after a block, and nothing else, so
+            # that the template's own beginning stays as it is.
+            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_jinja(value)} -%}}{{%- endif %}}\n"
             for name, value in sorted(self.template_kwargs.items())
         ]
         return "".join(defaults) + self.chat_template
 
     def fingerprint(self) -> str:
         """sha256 over template, arguments, stop ids and the tokenizer's own serialisation."""
+        # A call that padded or cut leaves that setting in the tokenizer; this one takes it out.
+        self.tokens.encode(["a"])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
         parts = [self.saved_template(), json.dumps(sorted(self.stop_ids)), vocabulary]
@@ -392,5 +402,12 @@ def _spread(items: list[Any], most: int) -> list[Any]:
 
 
 def _jinja(value: Any) -> str:
-    """A JSON value as a Jinja literal."""
-    return "none" if value is None else json.dumps(value)
+    """A JSON value as a Jinja literal, with the lower-case constants that every engine knows."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_jinja(k)}: {_jinja(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_jinja, value)) + "]"
+    # Jinja reads an escaped surrogate pair as two characters: nothing is escaped that need not be.
+    return json.dumps(value, ensure_ascii=False)

@@ -203,16 +203,18 @@ def _prove(
     """
     body = tokens.decode_after(prompt, completion[:-1])
     content = str(message.get("content") or "")
-    if tokens.unknown_id is not None and tokens.unknown_id in completion:
+    # Some tokenizers (GPT-2's) have one token for unknown, begin and end: at the end it is a stop.
+    if tokens.unknown_id is not None and tokens.unknown_id in completion[:-1]:
         raise UnfaithfulTemplate(
             f"the tokenizer has no token for a part of the answer of message {turn}",
             why="it encodes to the unknown token, which decodes to something else",
             code="unknown-token",
         )
-    if body == content:
-        return []
     if message.get("reasoning_content") or message.get("tool_calls"):
+        # Before any comparison with the content: a template that drops both leaves the content.
         _prove_parts(turn, message, body, tokens)
+        return []
+    if body == content:
         return []
     if body.strip() == content.strip():
         return ["stripped"]
@@ -292,7 +294,7 @@ def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
 
 
 def _rewritten(turn: int, content: str, body: str, tokens: Tokens, stop: int) -> UnfaithfulTemplate:
-    if content.strip() and content.strip() in body:
+    if content.strip() in body:
         added = body.replace(content.strip(), "\u2026", 1)
         return UnfaithfulTemplate(
             f"the template adds {_excerpt(added)} around the answer of message {turn}",

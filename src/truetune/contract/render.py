@@ -76,9 +76,24 @@ class Renderer:
             ) from error
         return texts[0]
 
+    def require_valid(self) -> None:
+        """Compile the template; what it makes of messages does not matter here.
+
+        Raises:
+            UnfaithfulTemplate: it is not valid Jinja.
+        """
+        import jinja2
+
+        try:
+            self.render([{"role": "user", "content": "?"}])
+        except UnfaithfulTemplate as error:
+            if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                raise
+
     def variables(self) -> list[str]:
         """Names that the template reads and nobody provides: its arguments, sorted."""
         import jinja2
+        import jinja2.ext
         import jinja2.meta
 
         class Ignored(jinja2.ext.Extension):

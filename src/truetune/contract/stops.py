@@ -50,15 +50,21 @@ def _read_json(
     else:
         from transformers.utils import cached_file
 
-        path = cached_file(
-            source,
-            name,
-            revision=revision,
-            local_files_only=local_only,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
+        try:
+            path = cached_file(
+                source,
+                name,
+                revision=revision,
+                local_files_only=local_only,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except OSError:
+            # A loaded tokenizer may name a folder that is gone.
+            if not local_only:
+                raise
+            path = None
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
@@ -75,7 +81,7 @@ def stop_set(
         stop: None or "auto" to find the template's; else tokens (texts or ids) to add.
 
     Raises:
-        UsageError: a stop text that is no single token of the vocabulary.
+        UsageError: a stop text that is no single token of the vocabulary, or an id outside it.
     """
     if stop is None or stop == "auto":
         written = written_stop(renderer, tokens, own)
@@ -98,7 +104,7 @@ def stop_set(
 
 def _stop_id(item: str | int, tokens: Tokens) -> int:
     found = item if isinstance(item, int) else tokens.single_id(item)
-    if found is None:
+    if found is None or not tokens.has_id(found):
         raise UsageError(
             f"--stop {item!r} is not one token of this tokenizer",
             why="a server stops on a token id; a text of several tokens never matches one",

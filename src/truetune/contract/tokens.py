@@ -68,7 +68,13 @@ class Tokens:
     def single_id(self, text: str) -> int | None:
         """The id of a text that is one token of the vocabulary, else None."""
         ids = self.encode([text])[0]
-        return ids[0] if len(ids) == 1 else None
+        # Read back, because one id may also be the unknown token.
+        return ids[0] if len(ids) == 1 and self.decode(ids) == text else None
+
+    def has_id(self, token: int) -> bool:
+        """Whether the vocabulary has a token of this id."""
+        known = 0 <= token < self.tokenizer.vocab_size or token in self.special_ids
+        return known and self.tokenizer.convert_ids_to_tokens(token) is not None
 
     def normalised(self, text: str) -> str:
         """The text as the tokenizer's own normaliser leaves it, with the space marker undone."""

@@ -48,14 +48,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     try:
         facts = json.loads((folder / STATE_FACTS).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in facts["files"]}
-    except (OSError, ValueError, KeyError) as error:
+        written = {name: int(size) for name, size in facts["files"].items()}
+        sizes = {name: (folder / name).stat().st_size for name in written}
+        int(facts["step"]), dict(facts["run"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the checkpoint is incomplete: {error}",
             where=str(folder),
             fix="remove that folder and resume again: the checkpoint before it is used",
         ) from error
-    damaged = sorted(name for name, size in sizes.items() if size != facts["files"][name])
+    damaged = sorted(name for name, size in sizes.items() if size != written[name])
     if damaged:
         raise CheckpointError(
             f"files of the checkpoint have another size than when written: {', '.join(damaged)}",
@@ -72,6 +74,7 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
     Raises:
         CheckpointError: it is damaged, or belongs to a run with other data or settings.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     facts = read_facts(folder)
@@ -92,7 +95,7 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
     try:
         tensors = load_file(folder / STATE_TENSORS)
         _restore(trainer, tensors)
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint's trainer state cannot be used: {error}", where=str(folder)
         ) from error
@@ -119,11 +122,15 @@ def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
     stored = {key.split("/", 2)[2] for key in tensors if key.startswith("optimizer/")}
     if stored and stored != set(parameters):
         odd = sorted(stored ^ set(parameters))[:3]
-        raise KeyError(f"its trainable parameters are not this run's, e.g. {', '.join(odd)}")
+        raise ValueError(f"its trainable parameters are not this run's, e.g. {', '.join(odd)}")
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, field, name = key.split("/", 2)
             parameter = parameters[name]
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} was trained as {tuple(value.shape)}, and is {tuple(parameter.shape)}"
+                )
             # AdamW keeps its step counter where the fused kernel wants it: beside the parameter.
             trainer.optimizer.state[parameter][field] = value.to(parameter.device)
     torch.set_rng_state(tensors["rng/cpu"])

@@ -22,7 +22,12 @@ def learning_rate(
 
     Warm-up rises linearly to max_lr at step warmup_steps - 1; then cosine (Loshchilov and Hutter
     2017, without restarts) or a line falls to min_lr at max_steps, or the rate stays.
+
+    Raises:
+        ValueError: an unknown kind.
     """
+    if kind not in SCHEDULER_TYPES:
+        raise ValueError(f"unknown schedule {kind!r}; known: {', '.join(SCHEDULER_TYPES)}")
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
     if kind == "constant":

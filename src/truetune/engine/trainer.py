@@ -44,7 +44,7 @@ class SFTTrainer:
         grad_clip: largest L2 norm of the gradient; 0 leaves it unclipped.
         eval_every: steps between evaluations in `train`; the last step is always evaluated.
         eval_iters: at most so many batches per evaluation, in order; 0 for all.
-        log_every: steps between entries of the history.
+        log_every: steps between entries of the history; the last step always has one.
         seed: of the row order.
         micro_batch_size: rows per forward pass; the step is the same whatever it is.
         epochs: end of the row stream: the last step may hold fewer rows. None repeats.
@@ -94,6 +94,8 @@ class SFTTrainer:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if max_seq_len < 2:
             raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
         self.model = model
         self.step = 0
         self.max_steps, self.batch_size = max_steps, batch_size
@@ -178,6 +180,9 @@ class SFTTrainer:
 
     def _backward(self, batches: Sequence[Batch]) -> float:
         self.model.train()
+        # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
+        # of this one.
+        self.optimizer.zero_grad(set_to_none=True)
         # A step without a target divides by 1: its loss and gradients are 0, never NaN.
         num_supervised = max(sum(batch.num_supervised for batch in batches), 1)
         total = 0.0
@@ -246,7 +251,7 @@ class SFTTrainer:
         while self.step < self.max_steps and not self.stop_requested:
             facts = self._step()
             last = self.step == self.max_steps
-            if self.step % self.log_every == 0 or last:
+            if last or (self.log_every and self.step % self.log_every == 0):
                 history["step"].append(self.step)
                 history["train_loss"].append(facts.loss)
                 history["lr"].append(facts.learning_rate)

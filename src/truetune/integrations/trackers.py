@@ -9,6 +9,9 @@ from typing import Any
 from truetune.errors import UsageError
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
+# Those that are an extra of this package.
+_EXTRAS = ("tensorboard", "wandb")
+LOGS = "trackers"
 
 
 class Trackers:
@@ -16,7 +19,8 @@ class Trackers:
 
     Args:
         names: of `NAMES`.
-        folder: run directory; its name becomes the run's, TensorBoard writes beside it.
+        folder: run directory; its name becomes the run's. A tracker that writes files writes them
+            to trackers/ in it.
 
     Raises:
         UsageError: an unknown tracker, or one whose package is not installed.
@@ -39,35 +43,48 @@ class Trackers:
         if name not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
             raise UsageError(
                 f"--report-to {name} needs a package that is not installed",
-                fix=f"pip install {name}",
+                fix=f"pip install 'truetune[{name}]'" if name in _EXTRAS else f"pip install {name}",
                 code="tracker-missing",
             )
 
     def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
-        """Open them and store the settings."""
-        if not self._names:
-            return
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+        """Open them and store the settings.
 
+        Raises:
+            UsageError: one cannot be opened, for example because nobody is logged in.
+        """
         values = {name: str(row["value"]) for name, row in settings.items()}
         for name in self._names:
-            tracker_class = LOGGER_TYPE_TO_CLASS[name]
-            # Beside the run: its own folder holds what a manifest lists, and nothing else.
-            logs = (
-                {"logging_dir": self._folder.parent}
-                if tracker_class.requires_logging_directory
-                else {}
-            )
-            tracker = tracker_class(self._folder.name, **logs)
-            if hasattr(tracker, "start"):
-                tracker.start()
-            tracker.store_init_configuration(values)
-            self._trackers.append(tracker)
+            try:
+                self._trackers.append(self._opened(name))
+                self._trackers[-1].store_init_configuration(values)
+            except Exception as error:  # whatever a tracker's library raises
+                raise UsageError(
+                    f"the tracker {name} cannot be started: {error}",
+                    why=f"{type(error).__name__} from its library",
+                    fix="set it up (for example, log in), or leave it out of --report-to; "
+                    "metrics.jsonl is written in any case",
+                    code="tracker",
+                ) from error
+
+    def _opened(self, name: str) -> Any:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker_class = LOGGER_TYPE_TO_CLASS[name]
+        logs = (
+            {"logging_dir": self._folder / LOGS}
+            if tracker_class.requires_logging_directory
+            else {}
+        )
+        tracker = tracker_class(self._folder.absolute().name, **logs)
+        tracker.start()
+        return tracker
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:
             tracker.log({k: v for k, v in values.items() if k != "step"}, step=step)
 
     def finish(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        """Close them; closing twice does nothing."""
+        while self._trackers:
+            self._trackers.pop().finish()

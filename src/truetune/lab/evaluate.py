@@ -157,9 +157,10 @@ def instructed_places(world: World) -> set[str]:
 
 
 def unseen_questions(world: World, n: int = 100, seed: int = 0) -> list[Question]:
-    """Questions about places that never occur in the instructions; each place once before any comes again.
+    """Questions about places that never occur in the instructions.
 
-    The relations take turns; the wordings are those of the instructions.
+    Each place is asked about once before any comes again. The relations take turns; the wordings
+    are those of the instructions.
     """
     rng = random.Random(f"{world.seed}/questions/{seed}")
     unseen = [place for place in world.places if place not in instructed_places(world)]

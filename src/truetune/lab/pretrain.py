@@ -2,7 +2,7 @@
 
 input   a seed and a size
 does    world -> prose -> tokenizer -> blocks of tokens -> a small Llama, trained by the product's
-        own `SFTTrainer` with every token supervised
+        own `SFTTrainer` with every token supervised, first on short rows, at the end on long ones
 output  a folder: bf16 safetensors, config, generation_config, tokenizer, training_log.jsonl,
         model card with the measured recall, SHA256SUMS
 who     `card.py` opens the finished folder afresh, measures it and writes the last two
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,9 @@ from truetune.lab.world import World
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from truetune.compute import Batch
+    from truetune.contract.example import SFTExample
 
 HEAD_ROWS = 2048
 """Rows of embedding and head. Rows from 2,032 on belong to no token: room for new ones."""
@@ -53,8 +56,10 @@ class Settings:
     Attributes:
         seed: of the world, the corpus, the first weights and the order of blocks.
         tokens: tokens of the corpus, each seen once.
-        block: tokens per row; equal to the context, so that every position is trained.
-        batch: rows per step.
+        step_tokens: tokens per step, at any row length.
+        stages: (tokens per row, share of the steps) in order. In short rows there is little to
+            attend to but what matters, so that taking names up again and recalling facts are
+            learned in a fraction of the steps; the last stage trains every position of the context.
         lr: peak learning rate; cosine down to a tenth of it.
         warmup: share of the steps.
         autocast: compute in bf16; weights and optimiser stay fp32.
@@ -63,8 +68,8 @@ class Settings:
 
     seed: int = 7
     tokens: int = 8_400_000
-    block: int = 1024
-    batch: int = 4
+    step_tokens: int = 4096
+    stages: tuple[tuple[int, float], ...] = ((128, 0.85), (1024, 0.15))
     lr: float = 2e-3
     warmup: float = 0.03
     weight_decay: float = 0.05
@@ -114,22 +119,22 @@ def pretrain(
     model = LlamaForCausalLM(llama_config(run.shape)).to(run.device)
     if run.compile:
         model.compile()
-    blocks = list(islice(token_blocks(world, tokenizer, run.block), run.tokens // run.block))
-    max_steps = len(blocks) // run.batch
+    batcher = StagedBatcher(run, corpus_ids(world, tokenizer), tokenizer.pad_token_id)
+    max_steps = batcher.num_steps
     trainer = SFTTrainer(
         model,
-        examples=blocks,
-        max_seq_len=run.block + 1,
+        examples=batcher.examples,
+        max_seq_len=batcher.max_seq_len,
         pad_id=tokenizer.pad_token_id,
-        batch_size=run.batch,
+        batch_size=batcher.batch_size,
         max_steps=max_steps,
         max_lr=run.lr,
         min_lr=run.lr / 10,
         warmup_steps=max(1, round(run.warmup * max_steps)),
         weight_decay=run.weight_decay,
         grad_clip=run.grad_clip,
-        seed=run.seed,
         autocast_dtype=torch.bfloat16 if run.autocast else None,
+        batcher=batcher,
     )
 
     started, losses = time.perf_counter(), list[float]()
@@ -140,7 +145,7 @@ def pretrain(
             if trainer.step == 1 or trainer.step % log_every == 0 or trainer.step == max_steps:
                 line = {
                     "step": trainer.step,
-                    "tokens": trainer.step * run.batch * run.block,
+                    "tokens": trainer.step * run.step_tokens,
                     "loss": round(sum(losses) / len(losses), 4),
                     "lr": facts["lr"],
                     "elapsed": round(time.perf_counter() - started, 1),
@@ -186,25 +191,67 @@ def llama_config(shape: Shape) -> LlamaConfig:
     )
 
 
-def token_blocks(world: World, tokenizer: Any, block: int, stream: str = "train") -> Iterator:
-    """Endless `SFTExample`s of block + 1 tokens, all supervised, cut from the document stream.
-
-    Each document is followed by `<|endoftext|>`. A block's last token is the next one's first, so
-    that every token is predicted once and every position of the context is trained.
-    """
-    from truetune.contract.example import SFTExample
-
-    ids: list[int] = []
+def corpus_ids(world: World, tokenizer: Any, stream: str = "train") -> Iterator[int]:
+    """The document stream as endless token ids, `<|endoftext|>` after each document."""
     texts = (document.text for document in documents(world, stream))
     while True:
         for row in tokenizer(list(islice(texts, 256)))["input_ids"]:
-            ids += [*row, tokenizer.eos_token_id]
-        start = 0
-        while start + block < len(ids):
-            row = ids[start : start + block + 1]
-            yield SFTExample(row, [1] * len(row))
-            start += block
-        ids = ids[start:]
+            yield from row
+            yield tokenizer.eos_token_id
+
+
+def cut_blocks(ids: Iterator[int], block: int, count: int) -> Iterator[SFTExample]:
+    """`count` rows of block + 1 tokens, all supervised.
+
+    A row's last token is the next one's first, so that every token is predicted once.
+    """
+    from truetune.contract.example import SFTExample
+
+    last = next(ids)
+    for _ in range(count):
+        row = [last, *islice(ids, block)]
+        last = row[-1]
+        yield SFTExample(row, [1] * len(row))
+
+
+class StagedBatcher:
+    """Batches for `SFTTrainer`: one reference batcher a stage, each with its own row length.
+
+    Attributes:
+        num_steps: steps of all stages.
+        examples, batch_size, max_seq_len: of the last stage.
+    """
+
+    def __init__(self, run: Settings, ids: Iterator[int], pad_id: int) -> None:
+        from truetune.compute import PaddedBatcher
+
+        num_steps = run.tokens // run.step_tokens
+        self._stages: list[tuple[int, PaddedBatcher]] = []  # (first step, batcher)
+        self.num_steps = 0
+        for number, (block, share) in enumerate(run.stages):
+            steps = round(num_steps * share)
+            if number == len(run.stages) - 1:
+                steps = num_steps - self.num_steps
+            self.batch_size, self.max_seq_len = run.step_tokens // block, block + 1
+            self.examples = list(cut_blocks(ids, block, steps * self.batch_size))
+            batcher = PaddedBatcher(
+                self.examples,
+                max_seq_len=self.max_seq_len,
+                pad_id=pad_id,
+                batch_size=self.batch_size,
+                seed=run.seed,
+            )
+            self._stages.append((self.num_steps, batcher))
+            self.num_steps += steps
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """All batches of one optimiser step."""
+        first, batcher = [stage for stage in self._stages if stage[0] <= step][-1]
+        return batcher.micro_batches(step - first)
+
+    def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
+        """For evaluation: rows of any length, as the last stage batches them."""
+        return self._stages[-1][1].batches(examples)
 
 
 def save_base(model: LlamaForCausalLM, tokenizer: Any, out: str | Path) -> Path:

@@ -1,0 +1,32 @@
+# Everything a fresh clone needs: Python 3.11 or newer, make, and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow check docs clean
+
+demo: $(STAMP)
+	$(BIN)/truetune quickstart --overwrite
+
+test: $(STAMP)
+	scripts/test
+
+test-slow: $(STAMP)
+	scripts/test -m slow
+
+check: $(STAMP)
+	scripts/check
+
+docs: $(STAMP)
+	$(BIN)/python scripts/make_docs.py
+
+# Installed anew whenever the pins or the package's metadata change.
+$(STAMP): constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("truetune needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)
