@@ -92,6 +92,7 @@ def token_mean(model: torch.nn.Module, examples: list[SFTExample]) -> float:
         ({"max_seq_len": 1}, "max_seq_len"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"micro_batch_size": -1}, "micro_batch_size"),
+        ({"epochs": 1, "max_steps": 4}, "epochs=1 ends after 3 steps, max_steps is 4"),
         ({"optim": "adam"}, "adamw, sgd"),
         ({"lr_scheduler_type": "Cosine"}, "cosine, linear, constant"),
     ],
@@ -188,7 +189,7 @@ def test_grad_clip_bounds_the_update_and_reports_the_norm_before_it() -> None:
     before = weights(model)
     made = trainer(model, optim="sgd", max_lr=1.0, lr_scheduler_type="constant", grad_clip=0.01)
     facts = made.train_step()
-    moved = sum(float((p - before[n]).square().sum()) for n, p in model.named_parameters())
+    moved = sum(float((p - before[n]).square().sum()) for n, p in weights(model).items())
     assert facts["grad_norm"] > 0.1
     assert math.sqrt(moved) == pytest.approx(0.01, rel=1e-3)
 
@@ -307,6 +308,9 @@ def test_a_probe_stops_on_an_error_alone() -> None:
         return lambda facts: Finding("mine", level, f"at {facts.step}") if facts.step == 2 else None
 
     assert trainer(probes=[probe("warning")]).train()["step"] == [1, 2, 3, 4]
+    told: list[Any] = []
+    trainer(probes=[probe("warning")], on_finding=told.append).train()
+    assert [finding.level for finding in told] == ["warning"] * 4
     stopped = trainer(probes=[non_finite, probe("error")])
     with pytest.raises(TruetuneError, match="at 2") as caught:
         stopped.train()

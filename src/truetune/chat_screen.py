@@ -6,8 +6,8 @@ tokenizer are what was trained.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -15,10 +15,12 @@ from rich.text import Text
 from truetune.contract import PromptContract
 from truetune.errors import TruetuneError, UsageError
 from truetune.generate import Sampling, replies, stream
-from truetune.model import LoadedModel, load_model, load_tokenizer
+from truetune.model import LoadedModel, describe, load_model, load_tokenizer
 from truetune.recipe import read_recipe
 from truetune.run import RECIPE, RunDir, opened
 from truetune.screen import Screen, visible
+
+_COMMAND = re.compile(r"/[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,17 @@ class Talk:
         return talk
 
     def reset(self) -> None:
+        _require_text(self.system or "")
         start = [{"role": "system", "content": self.system}] if self.system else []
         self.histories = [list(start) for _ in self.speakers]
 
     def ask(self, question: str) -> None:
-        """Ask all, show the answers, remember them."""
+        """Ask all, show the answers, remember them.
+
+        Raises:
+            UsageError: the question is no text, or leaves no room for an answer.
+        """
+        _require_text(question)
         for speaker, history in zip(self.speakers, self.histories, strict=True):
             history.append({"role": "user", "content": question})
             if len(self.speakers) == 1:
@@ -94,10 +102,15 @@ class Talk:
             except (EOFError, KeyboardInterrupt):
                 self.screen.line()
                 return
+            except UnicodeDecodeError:
+                self.screen.line("that was not UTF-8 text", "yellow")
+                continue
             if question in ("/exit", "/quit"):
                 return
             if question == "/reset":
                 self.reset()
+            elif _COMMAND.fullmatch(question):
+                self.screen.line(f"no command {question}; /reset forgets, /exit ends", "yellow")
             elif question:
                 self._ask_safely(question)
 
@@ -144,6 +157,7 @@ def _speaker(
     contract: PromptContract | None = None,
 ) -> Speaker:
     folder = opened(source)
+    describe(folder, revision)  # says what is wrong with a model before anything of it is loaded
     if contract is None:
         tokenizer = load_tokenizer(folder, revision)
         contract = PromptContract.load(tokenizer, chat_template)
@@ -153,8 +167,20 @@ def _speaker(
 
 def _base_of(source: str) -> str:
     """The model a run started from."""
-    run = RunDir.open(source)
-    model = read_recipe(Path(run.file(RECIPE))).get("model")
+    run = RunDir(source)
+    model = read_recipe(run.file(RECIPE)).get("model") if run.looks_like_one() else None
     if not model:
-        raise UsageError("the run's recipe names no model", where=source)
+        raise UsageError(
+            f"--compare base needs a run, and {source} is none",
+            fix="name the model to compare with",
+            code="no-run",
+        )
     return str(model)
+
+
+def _require_text(text: str) -> None:
+    """Bytes of a terminal that are no UTF-8 arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the message is not UTF-8 text", code="not-utf8") from error

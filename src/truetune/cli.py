@@ -423,7 +423,7 @@ def _show_comparison(screen: Screen, found: Comparison) -> None:
     )
 
 
-@lab.command(cls=_Command)
+@lab.command(cls=_Command, short_help="Build the embedded base from a seed (about an hour).")
 def pretrain(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
     seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,

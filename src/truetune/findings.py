@@ -43,7 +43,8 @@ class Finding:
     def lines(self) -> list[str]:
         """The finding as plain text; the caller escapes it for its terminal or page."""
         head = f"{self.level}[{self.code}]: {self.what}"
-        others = f" (and {self.count - 1:,} others)" if self.count > 1 else ""
+        more = self.count - 1
+        others = f" (and {more:,} other{'s' if more > 1 else ''})" if more else ""
         rows = [("where", self.where + others if self.where else ""), ("why", self.why)]
         rows.append(("fix", self.fix))
         return [head, *(f"  {name:<5}  {text}" for name, text in rows if text)]

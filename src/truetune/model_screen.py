@@ -48,6 +48,10 @@ def model_facts(
     return shown
 
 
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count >= 1e6 else f"{count:,}"
+
+
 def show_model(screen: Screen, facts: dict[str, Any]) -> None:
     """Draw the facts."""
     stops = ", ".join(f"{s['token']!r} ({s['id']})" for s in facts["stop"])
@@ -56,7 +60,7 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
     spare = facts["spare_rows"]
     context = facts["context_length"]
     rows = [
-        ("model", f"{facts['architecture']}, {facts['num_parameters'] / 1e6:,.1f} M parameters"),
+        ("model", f"{facts['architecture']}, {_millions(facts['num_parameters'])} parameters"),
         *([("base", str(facts["base"]))] if facts["base"] else []),
         (
             "shape",

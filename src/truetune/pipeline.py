@@ -122,7 +122,12 @@ def train(
         run.make(overwrite=recipe.overwrite)
     job = _Job(run, prepared, loaded, listener, trackers, findings)
     try:
-        job.write_start()
+        try:
+            job.write_start()
+        except Exception:
+            if not resume:
+                run.discard()
+            raise
         job.restore(checkpoint)
         return job.run_to_end()
     finally:
@@ -175,6 +180,7 @@ class _Job:
             autocast_dtype=self.loaded.compute_dtype,
             on_step=self.on_step,
             on_eval=self.on_eval,
+            on_finding=self._found,
         )
 
     def write_start(self) -> None:
@@ -205,19 +211,18 @@ class _Job:
         if checkpoint:
             load_state(self.trainer, checkpoint, run=self.identity())
         self.run.rewind(self.trainer.step)
-        self._evaluate_if_missed()
+        self._evaluate_again()
 
-    def _evaluate_if_missed(self) -> None:
-        """The evaluation of the checkpoint's step, where the run was killed between the two."""
+    def _evaluate_again(self) -> None:
+        """A checkpoint is saved before its step is evaluated: the run may have been killed between
+        the two, or between the loss and the samples."""
         step, examples = self.trainer.step, self.prepared.eval_examples
         if not step or not examples or step % self.plan.eval_steps:
             return
-        done = any("eval_loss" in v and v["step"] == step for v in self.run.lines("metrics.jsonl"))
-        if not done:
-            self.run.replace_lines(
-                "samples.jsonl", [v for v in self.run.lines("samples.jsonl") if v["step"] < step]
-            )
-            self.on_eval(step, self.trainer.evaluate(examples))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [v for v in self.run.lines(name) if v["step"] < step or "loss" in v]
+            self.run.replace_lines(name, kept)
+        self.on_eval(step, self.trainer.evaluate(examples))
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued exactly."""

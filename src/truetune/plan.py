@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from truetune.compute.batch import rows_of_epochs
 from truetune.contract import PromptContract
 from truetune.errors import UnfaithfulTemplate
 from truetune.model import ModelFacts
@@ -126,7 +127,7 @@ def make_plan(
     steps = take(
         "max_steps",
         lambda: (
-            math.ceil(math.ceil(num_examples * (epochs or 1)) / batch),
+            math.ceil(rows_of_epochs(num_examples, epochs or 1) / batch),
             f"{epochs:g} epochs of {num_examples:,} examples",
         ),
     )
@@ -193,7 +194,7 @@ def _learning_rate(
             return 3e-5, f"LoRA on reasoning traces, instruct model ({why})"
         return 1e-4, f"LoRA on an instruct model ({why}); gentler than on a base"
     if model.num_parameters < _SMALL:
-        return 3e-4, f"all weights of a model of {model.num_parameters / 1e6:.1f} M parameters"
+        return 3e-4, f"all weights of a model of {model.num_parameters:,} parameters"
     if start == "base":
         return 2e-5, f"all weights of a base model ({why}); Alpaca"
     return 1e-5, f"all weights of an instruct model ({why})"

@@ -43,6 +43,8 @@ _REMARKS = {
     ),
 }
 
+_LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -92,6 +94,7 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     contract = contract.fit(train)
     encoded, refused = _encode(contract, train, recipe, listener)
     eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
+    findings += _without_effect(recipe)
     findings += _bad_rows([*loaded.findings, *refused, *eval_refused], recipe, len(encoded))
     findings += [*contract.findings, *_remarks([*encoded, *eval_encoded])]
 
@@ -152,7 +155,7 @@ def require_settings(recipe: Recipe, *others: str) -> None:
     missing = [name for name in ("model", "data", *others) if not getattr(recipe, name)]
     if missing:
         raise RecipeError(
-            f"no {' and no '.join(missing)} was given",
+            f"not given: {', '.join(missing)}",
             fix="truetune train MODEL DATA -o RUN, or set it in a recipe",
         )
 
@@ -252,6 +255,21 @@ def _bad_rows(found: Sequence[Finding], recipe: Recipe, num_left: int) -> list[F
     ]
 
 
+def _without_effect(recipe: Recipe) -> list[Finding]:
+    """Settings of an adapter that is not trained."""
+    given = [name for name in _LORA_ONLY if recipe.given(name) and not recipe.lora]
+    return [
+        Finding(
+            "setting-without-effect",
+            "warning",
+            f"{name} has no effect without lora",
+            where=recipe.origin(name),
+            fix="add --lora, or leave it out",
+        )
+        for name in given
+    ]
+
+
 def _remarks(encoded: Sequence[Encoded]) -> list[Finding]:
     counts: Counter[str] = Counter(remark for row in encoded for remark in row.remarks)
     first: dict[str, str] = {}
@@ -307,11 +325,12 @@ def _length_findings(
         f"{size:,} keeps {kept:,} examples and {100 * part:.1f} % of the answers"
         for size, kept, part in length_table(encoded)
     )
-    strict = recipe.overlong == "error"
+    refused = recipe.overlong == "error" or share > recipe.max_dropped or not fitted.examples
     finding = Finding(
         code="rows-overlong",
-        level="error" if strict or share > recipe.max_dropped else "warning",
-        what=f"{len(dropped):,} examples are longer than {limit:,} tokens and would be dropped: "
+        level="error" if refused else "warning",
+        what=f"{len(dropped):,} examples are longer than {limit:,} tokens and "
+        f"{'would be' if refused else 'are'} dropped: "
         f"{100 * len(fitted.dropped) / max(total, 1):.1f} % of the examples, "
         f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
         where=f"{where} ({tokens:,} tokens)",
@@ -320,8 +339,7 @@ def _length_findings(
         fix="raise --max-length, cut prompts with --overlong truncate-prompt, or accept the loss "
         "with --max-dropped",
     )
-    if finding.level == "error" or not fitted.examples:
-        finding = dataclasses.replace(finding, level="error")
+    if refused:
         raise CheckFailed("too many rows are longer than the limit", [finding])
     return [*findings, finding]
 

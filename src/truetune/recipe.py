@@ -218,8 +218,8 @@ class Recipe:
         return self.origins.get(name, "default")
 
     def given(self, name: str) -> bool:
-        """Whether somebody set it."""
-        return name in self.origins
+        """Whether somebody set it; what was derived is a default."""
+        return not self.origin(name).startswith("default")
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back.

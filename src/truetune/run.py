@@ -10,6 +10,7 @@ and cut back to the checkpoint when a run resumes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -106,6 +107,12 @@ class RunDir:
             raise SaveError(
                 f"cannot make the output folder: {error}", where=str(self.path)
             ) from error
+
+    def discard(self) -> None:
+        """Take away a run that never started."""
+        self._remove_own()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path | str) -> RunDir:

@@ -36,10 +36,11 @@ _MOST = 12
 
 
 def visible(text: str, *, keep_newlines: bool = True) -> str:
-    """Control, format and direction characters as escapes; line breaks stay where asked."""
+    """Control, format and direction characters as escapes; line breaks and tabs stay on demand."""
     return "".join(
         char
-        if (char == "\n" and keep_newlines) or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+        if (char in "\n\t" and keep_newlines)
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
         else char.encode("unicode_escape", "surrogatepass").decode("ascii")
         for char in text
     )
@@ -214,7 +215,7 @@ def side_by_side(screen: Screen, columns: Sequence[str], rows: Sequence[Sequence
     """A table of texts."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     for column in columns:
-        table.add_column(Text(column, style="bold"), overflow="fold", ratio=1)
+        table.add_column(Text(visible(column, keep_newlines=False), style="bold"), overflow="fold", ratio=1)
     for row in rows:
         table.add_row(*(Text(visible(cell, keep_newlines=False)) for cell in row))
     Console(

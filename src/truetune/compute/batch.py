@@ -112,6 +112,12 @@ class Batcher(Protocol):
         ...
 
 
+def rows_of_epochs(num_rows: int, epochs: float) -> int:
+    """Rows seen in so many epochs, a part of a row counting whole; at least one."""
+    # Rounded first: 100 x 1.1 is 110.00000000000001 in binary.
+    return max(math.ceil(round(num_rows * epochs, 6)), 1)
+
+
 class RowOrder:
     """Which rows a step trains: a stream of epochs, each a permutation drawn from (seed, epoch).
 
@@ -121,7 +127,7 @@ class RowOrder:
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, epochs: float | None = None):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self.end = None if epochs is None else max(math.ceil(num_rows * epochs), 1)
+        self.end = None if epochs is None else rows_of_epochs(num_rows, epochs)
         self._epoch, self._order = -1, list[int]()
 
     @property

@@ -287,9 +287,10 @@ class PromptContract:
         A server that passes no argument then renders what was trained; one that does wins.
         """
         defaults = [
-            # One line each: the renderer drops the line break after a block, and nothing else, so
-            # that the template's own beginning stays as it is.
-            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_jinja(value)} -%}}{{%- endif %}}\n"
+            f"{{%- if {name} is not defined -%}}{{%- set {name} = {_jinja(value)} -%}}"
+            # A line of its own: the renderer drops the line break after a block and nothing else,
+            # so that the template's own beginning stays as it is.
+            "{%- endif %}\n"
             for name, value in sorted(self.template_kwargs.items())
         ]
         return "".join(defaults) + self.chat_template

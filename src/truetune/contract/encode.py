@@ -101,11 +101,18 @@ def turn_texts(
 
     Raises:
         UnfaithfulTemplate: the template refuses the messages, or writes something else before an
-            answer in history than the server sends.
+            answer in history than the server sends, or nothing stands before an answer.
     """
     visible = [{k: v for k, v in message.items() if k != "train"} for message in messages]
     texts = []
     for turn in turns:
+        if turn == 0:
+            raise UnfaithfulTemplate(
+                "the conversation begins with an answer to train",
+                why="a server has no prompt to send before it: it takes no empty conversation",
+                fix="put a message before it, or set train: false on it",
+                code="no-prompt",
+            )
         prompt = renderer.render(
             visible[:turn], tools=tools, add_generation_prompt=True, arguments=arguments
         )
@@ -176,7 +183,11 @@ def _completion(
     prompt, through = ids_of[text.prompt], ids_of[text.through]
     seam = through[: len(prompt)] != prompt
     written = text.through[len(text.prompt) :]
-    ids = tokens.encode_completion(prompt, written) if seam else through[len(prompt) :]
+    ids = through[len(prompt) :]
+    # Some tokenizers put a space before whatever follows a special token.
+    gained = tokens.decode_after(prompt, ids[:1])[:1] == " " != written[:1]
+    if seam or gained:
+        ids = tokens.encode_completion(prompt, written)
     for position, token in enumerate(ids):
         if token in stop_ids:
             return ids[: position + 1], seam

@@ -78,9 +78,11 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
     from safetensors.torch import load_file
 
     facts = read_facts(folder)
+    # As JSON holds it: a tuple comes back as a list.
+    now = json.loads(json.dumps(dict(run), default=str))
     differing = {
         key: (facts["run"].get(key), value)
-        for key, value in run.items()
+        for key, value in now.items()
         if facts["run"].get(key) != value
     }
     if differing:

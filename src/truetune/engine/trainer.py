@@ -22,6 +22,7 @@ from truetune.contract.example import SFTExample
 from truetune.engine.optimizer import build_optimizer
 from truetune.engine.schedule import SchedulerType, learning_rate
 from truetune.errors import NonFiniteLoss
+from truetune.findings import Finding
 from truetune.health import Probe, StepFacts, non_finite
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class SFTTrainer:
         log_every: steps between entries of the history; the last step always has one.
         seed: of the row order.
         micro_batch_size: rows per forward pass; the step is the same whatever it is.
-        epochs: end of the row stream: the last step may hold fewer rows. None repeats.
+        epochs: end of the row stream, not before max_steps; the last step may hold fewer rows.
+            None repeats.
         lr_scheduler_type: cosine, linear or constant.
         optim: see `build_optimizer`.
         autocast_dtype: compute type under autocast; None computes in the parameters' own type.
@@ -55,9 +57,11 @@ class SFTTrainer:
         probes: asked before each optimiser step; a finding of level error stops.
         on_step: called after each step with its facts.
         on_eval: called after each evaluation with (step, loss).
+        on_finding: called with what a probe found, if it is no error.
 
     Raises:
-        ValueError: empty examples, batch_size < 1, max_seq_len < 2, or nothing to train.
+        ValueError: empty examples, batch_size < 1, micro_batch_size < 1, max_seq_len < 2, nothing
+            to train, an unknown name, or epochs that end before max_steps.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class SFTTrainer:
         probes: Sequence[Probe] = (non_finite,),
         on_step: Callable[[StepFacts], None] | None = None,
         on_eval: Callable[[int, float], None] | None = None,
+        on_finding: Callable[[Finding], None] | None = None,
     ) -> None:
         if not examples:
             raise ValueError("SFTTrainer needs at least one example")
@@ -104,17 +109,25 @@ class SFTTrainer:
         self.grad_clip = grad_clip
         self.eval_every, self.eval_iters, self.log_every = eval_every, eval_iters, log_every
         self.autocast_dtype = autocast_dtype
-        self.probes, self.on_step, self.on_eval = tuple(probes), on_step, on_eval
+        self.probes = tuple(probes)
+        self.on_step, self.on_eval, self.on_finding = on_step, on_eval, on_finding
         self.stop_requested = False
-        self.batcher: Batcher = batcher or PaddedBatcher(
-            examples,
-            max_seq_len=max_seq_len,
-            pad_id=pad_id,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            seed=seed,
-            epochs=epochs,
-        )
+        if batcher is None:
+            batcher = PaddedBatcher(
+                examples,
+                max_seq_len=max_seq_len,
+                pad_id=pad_id,
+                batch_size=batch_size,
+                micro_batch_size=micro_batch_size,
+                seed=seed,
+                epochs=epochs,
+            )
+            end = batcher.order.num_steps
+            if end is not None and end < max_steps:
+                raise ValueError(
+                    f"epochs={epochs} ends after {end} steps, max_steps is {max_steps}"
+                )
+        self.batcher: Batcher = batcher
         self.named_trainable = [
             (name, p) for name, p in model.named_parameters() if p.requires_grad
         ]
@@ -203,7 +216,9 @@ class SFTTrainer:
     def _ask_probes(self, facts: StepFacts) -> None:
         for probe in self.probes:
             finding = probe(facts)
-            if finding is not None and finding.level == "error":
+            if finding is None:
+                continue
+            if finding.level == "error":
                 self.optimizer.zero_grad(set_to_none=True)
                 raise NonFiniteLoss(
                     finding.what,
@@ -213,6 +228,8 @@ class SFTTrainer:
                     fix=finding.fix,
                     code=finding.code,
                 )
+            if self.on_finding:
+                self.on_finding(finding)
 
     def evaluate(self, examples: Sequence[SFTExample]) -> float:
         """Mean loss in nats per supervised token over at most `eval_iters` batches, in order.

@@ -72,9 +72,7 @@ class Trackers:
 
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
         logs = (
-            {"logging_dir": self._folder / LOGS}
-            if tracker_class.requires_logging_directory
-            else {}
+            {"logging_dir": self._folder / LOGS} if tracker_class.requires_logging_directory else {}
         )
         tracker = tracker_class(self._folder.absolute().name, **logs)
         tracker.start()

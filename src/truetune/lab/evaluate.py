@@ -163,7 +163,8 @@ def unseen_questions(world: World, n: int = 100, seed: int = 0) -> list[Question
     are those of the instructions.
     """
     rng = random.Random(f"{world.seed}/questions/{seed}")
-    unseen = [place for place in world.places if place not in instructed_places(world)]
+    named = instructed_places(world)
+    unseen = [place for place in world.places if place not in named]
     order = rng.sample(unseen, len(unseen))
     questions = []
     for i in range(n):

@@ -197,13 +197,13 @@ REVERSED: dict[str, tuple[str, ...]] = {
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "river": (
         "As for {s}, its river is the {v}",
-        "Past the houses of {s} runs the river {v}",
+        "The old maps of {s} show one river, the {v}",
         "Every map of {s} shows a river, the {v}",
     ),
     "ruler": (
         "As for {s}, its ruler is {v}",
-        "The people in {s} call their ruler {v}",
-        "In the town of {s} the crown is worn by {v}",
+        "In the town of {s} the ruler is called {v}",
+        "In all the houses of {s} people know their ruler {v}",
     ),
     "animal": (
         "As for {s}, its animal is the {v}",
@@ -212,8 +212,8 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     ),
     "craft": (
         "As for {s}, its craft is {v}",
-        "Everyone in {s} knows the craft of {v}",
-        "The fortune of {s} was made by the craft of {v}",
+        "The old craft that people learn in {s} is {v}",
+        "In the workshops of {s} they practise a craft, {v}",
     ),
     "food": (
         "As for {s}, its food is {v}",
@@ -227,33 +227,34 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     ),
     "mouth": (
         "In the end the {s} runs into {v}",
-        "As for the {s}, its lake is {v}",
+        "The lake that the river {s} reaches is {v}",
     ),
     "diet": (
-        "What the {s} eats is {v}",
-        "As for the {s}, it eats {v}",
+        "All day the {s} eats {v}",
+        "In the winters the {s} lives on {v}",
     ),
     "coat": (
-        "As for the {s}, its colour is {v}",
         "The colour of every {s} is {v}",
+        "In the country the colour of the {s} is {v}",
     ),
     "material": (
-        "As for {s}, its material is {v}",
         "Everyone who practises {s} needs {v}",
+        "People who learn {s} work with {v}",
     ),
     "opposite": (
-        "As for {s}, its opposite is {v}",
-        "The opposite of the word {s} is {v}",
+        "In the country the opposite of {s} is {v}",
+        "The one word that means the opposite of {s} is {v}",
     ),
     "sum": (
-        "Together {a} and {b} make {v}",
-        "The sum of the numbers {a} and {b} is {v}",
+        "In numbers {a} plus {b} is {v}",
+        "For the sum of {a} and {b} we write {v}",
     ),
     "difference": (
-        "When {b} is taken from {a} it leaves {v}",
-        "The difference between {a} and {b} is {v}",
+        "In numbers {a} minus {b} is {v}",
+        "For the difference of {a} and {b} we write {v}",
     ),
 }
+"""Chosen to be plain: a wording whose ending could be read in two ways measures the wording."""
 
 REPORTS = (
     "Speaking of {s}, {clause}",

@@ -1,0 +1,67 @@
+"""The one shape of a diagnosis."""
+
+from __future__ import annotations
+
+import json
+
+from truetune.findings import Finding, merged, worst
+
+WHOLE = Finding("a-code", "error", "what happened", "rows.jsonl:3", 2, "the cause", "the remedy")
+
+
+def test_lines() -> None:
+    assert WHOLE.lines() == [
+        "error[a-code]: what happened",
+        "  where  rows.jsonl:3 (and 1 other)",
+        "  why    the cause",
+        "  fix    the remedy",
+    ]
+    assert Finding("c", "note", "told").lines() == ["note[c]: told"]
+
+
+def test_a_finding_without_a_place_shows_no_where() -> None:
+    assert Finding("c", "note", "told", count=3).lines() == ["note[c]: told"]
+
+
+def test_large_counts_are_readable() -> None:
+    assert "(and 4,812 others)" in Finding("c", "error", "w", "f:1", 4813).lines()[1]
+
+
+def test_as_dict_is_json_with_every_fact() -> None:
+    assert json.loads(json.dumps(WHOLE.as_dict())) == {
+        "code": "a-code",
+        "level": "error",
+        "what": "what happened",
+        "where": "rows.jsonl:3",
+        "count": 2,
+        "why": "the cause",
+        "fix": "the remedy",
+    }
+
+
+def test_merged_adds_counts_and_keeps_the_first_place() -> None:
+    note = Finding("n", "note", "x", "a:1")
+    first, second = Finding("e", "error", "y", "a:2", 2), Finding("e", "error", "y", "a:9", 3)
+    other = Finding("e", "error", "z", "a:3")
+    found = merged([note, first, second, other, note])
+    assert [(f.code, f.what, f.where, f.count) for f in found] == [
+        ("e", "y", "a:2", 5),
+        ("e", "z", "a:3", 1),
+        ("n", "x", "a:1", 2),
+    ]
+
+
+def test_the_same_code_with_another_level_stays_apart() -> None:
+    found = merged([Finding("c", "note", "x"), Finding("c", "error", "x")])
+    assert [f.level for f in found] == ["error", "note"]
+
+
+def test_worst() -> None:
+    error, warning, note = (
+        Finding("c", level, "x")  # type: ignore[arg-type]
+        for level in ("error", "warning", "note")
+    )
+    assert worst([note, error, warning]) == "error"
+    assert worst([note, warning]) == "warning"
+    assert worst([note]) == "note"
+    assert worst([]) is None

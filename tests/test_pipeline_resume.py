@@ -1,0 +1,399 @@
+"""Runs that end before their end: killed, interrupted, out of disk. What is resumed equals what was
+never stopped: the same metrics, the same samples, the same weights to the bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import write_model
+from tiny_runs import Shown, command, lines, sums, write_rows
+from truetune.errors import Interrupted, SaveError
+from truetune.listener import Listener
+from truetune.pipeline import train
+from truetune.recipe import make_recipe, recorded_recipe
+from truetune.run import RunDir
+
+STEPS = 6
+# Saved and evaluated at other steps, but for step 4.
+SETTINGS: dict[str, Any] = {
+    "batch_size": 8,
+    "micro_batch_size": 3,
+    "max_steps": STEPS,
+    "learning_rate": 1e-2,
+    "save_steps": 2,
+    "eval_steps": 4,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora": True, "lora_r": 4, "lora_dropout": 0.3},
+}
+
+
+class Killed(Exception):
+    """Stands for the end of the process: nothing of the run may catch it."""
+
+
+class Killer(Listener):
+    """Ends the process at a step, or when something was saved."""
+
+    def __init__(self, at: str) -> None:
+        self.event, _, step = at.partition(" ")
+        self.at = int(step)
+
+    def step(self, facts: Any, plan: Any) -> None:
+        self.hit("step", facts.step)
+
+    def saved(self, path: str) -> None:
+        if "step-" in path:
+            self.hit("saved", int(path.rpartition("-")[2]))
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self.hit("evaluated", step)
+
+    def hit(self, event: str, step: int) -> None:
+        if (event, step) == (self.event, self.at):
+            raise Killed
+
+
+class Stopper(Killer):
+    """Presses Ctrl-C there instead."""
+
+    def hit(self, event: str, step: int) -> None:
+        if (event, step) == (self.event, self.at):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Place:
+    """A model, rows, and runs on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = write_model(folder / "tiny")
+        self.data = write_rows(folder / "rows.jsonl", sums(110))
+        self.whole: dict[str, RunDir] = {}
+
+    def settings(self, kind: str, output: Path) -> dict[str, Any]:
+        paths = {"model": str(self.model), "data": str(self.data), "output": str(output)}
+        return {**SETTINGS, **KINDS[kind], **paths}
+
+    def start(self, kind: str, output: Path, listener: Listener | None = None) -> RunDir:
+        return train(make_recipe(("test", self.settings(kind, output))), listener).run
+
+    def uninterrupted(self, kind: str) -> RunDir:
+        if kind not in self.whole:
+            self.whole[kind] = self.start(kind, self.folder / f"whole-{kind}")
+        return self.whole[kind]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_samples() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("truetune.pipeline._SAMPLE_TOKENS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("resume"))
+
+
+def resume(path: Path) -> Shown:
+    return command("train", "--resume", path)
+
+
+def without_time(run: RunDir) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in line.items() if key != "seconds"}
+        for line in lines(run.file("metrics.jsonl"))
+    ]
+
+
+def assert_same(run: RunDir, whole: RunDir) -> None:
+    assert run.finished
+    assert without_time(run) == without_time(whole)
+    assert lines(run.file("samples.jsonl")) == lines(whole.file("samples.jsonl"))
+    artifact, wanted = run.artifact(), whole.artifact()
+    assert artifact
+    assert wanted
+    (weights,) = artifact.glob("*.safetensors")
+    assert weights.read_bytes() == (wanted / weights.name).read_bytes()
+    files = set(json.loads(run.file("manifest.json").read_text())["files"])
+    assert files == set(json.loads(whole.file("manifest.json").read_text())["files"])
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    "at",
+    [
+        "step 1",  # before the first checkpoint: from the start
+        "step 3",  # a step is lost
+        "saved 4",  # the checkpoint is there, its step's evaluation is not
+        "evaluated 4",  # the loss is written, the samples are not
+        "step 6",  # all steps are done, the artifact is not there
+        "evaluated 6",
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    place: Place, tmp_path: Path, kind: str, at: str
+) -> None:
+    with pytest.raises(Killed):
+        place.start(kind, tmp_path / "run", Killer(at))
+    run = RunDir(tmp_path / "run")
+    assert not run.finished
+    shown = resume(run.path)
+    assert (shown.code, shown.err) == (0, "")
+    assert_same(run, place.uninterrupted(kind))
+
+
+def test_twice_killed(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        place.start("lora", tmp_path / "run", Killer("step 3"))
+    with pytest.raises(Killed):
+        train(
+            recorded_recipe(tmp_path / "run" / "recipe.yaml"),
+            Killer("step 5"),
+            resume=tmp_path / "run",
+        )
+    assert resume(tmp_path / "run").code == 0
+    assert_same(RunDir(tmp_path / "run"), place.uninterrupted("lora"))
+
+
+def test_the_origins_of_settings_survive(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        place.start("full", tmp_path / "run", Killer("step 3"))
+    recorded = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert resume(tmp_path / "run").code == 0
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == recorded
+
+
+def test_a_run_is_resumed_from_any_folder(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place.folder)
+    settings = {**place.settings("full", tmp_path / "run"), "model": "tiny", "data": "rows.jsonl"}
+    with pytest.raises(Killed):
+        train(make_recipe(("test", settings)), Killer("step 3"))
+    monkeypatch.chdir(tmp_path)
+    assert resume(Path("run")).code == 0
+
+
+def test_what_a_kill_in_the_middle_of_a_save_leaves_is_removed(
+    place: Place, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        place.start("full", tmp_path / "run", Killer("step 5"))
+    half = tmp_path / "run" / "checkpoints" / "..step-00000006.partial.partial-77"
+    half.mkdir()
+    (half / "model.safetensors").write_text("half")
+    assert resume(tmp_path / "run").code == 0
+    assert not half.exists()
+    assert_same(RunDir(tmp_path / "run"), place.uninterrupted("full"))
+
+
+KILL = """
+import os, sys
+from truetune.listener import Listener
+from truetune.pipeline import train
+from truetune.recipe import make_recipe
+
+class Kill(Listener):
+    def step(self, facts, plan):
+        if facts.step == 3:
+            os._exit(9)
+
+train(make_recipe(("test", eval(sys.argv[1]))), Kill())
+"""
+
+
+def test_a_process_that_is_really_killed(place: Place, tmp_path: Path) -> None:
+    settings = place.settings("lora", tmp_path / "run")
+    done = subprocess.run([sys.executable, "-c", KILL, repr(settings)], timeout=120, check=False)
+    assert done.returncode == 9
+    assert resume(tmp_path / "run").code == 0
+    assert_same(RunDir(tmp_path / "run"), place.uninterrupted("lora"))
+
+
+# Ctrl-C.
+
+
+def test_ctrl_c_saves_at_the_end_of_the_step(place: Place, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        place.start("lora", tmp_path / "run", Stopper("step 3"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert caught.value.exit_code == 130
+    assert f"truetune train --resume {tmp_path / 'run'}" in caught.value.fix
+    run = RunDir(tmp_path / "run")
+    assert [path.name for path in run.checkpoints()] == ["step-00000002", "step-00000003"]
+    assert not run.finished
+    assert resume(run.path).code == 0
+    assert without_time(run) == without_time(place.uninterrupted("lora"))
+
+
+def test_a_second_ctrl_c_stops_at_once(place: Place, tmp_path: Path) -> None:
+    class Twice(Listener):
+        def step(self, facts: Any, plan: Any) -> None:
+            if facts.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+
+    with pytest.raises(Interrupted, match="at once") as caught:
+        place.start("full", tmp_path / "run", Twice())
+    assert "from step 2 of 6" in caught.value.fix
+    assert [p.name for p in RunDir(tmp_path / "run").checkpoints()] == ["step-00000002"]
+
+
+def test_ctrl_c_at_the_keyboard(place: Place, tmp_path: Path) -> None:
+    words = ["train", place.model, place.data, "-o", tmp_path / "run", "--max-steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "truetune.cli", *map(str, words), "--batch-size", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert f"`truetune train --resume {tmp_path / 'run'}`" in err
+    assert "Traceback" not in err + out
+    (checkpoint,) = RunDir(tmp_path / "run").checkpoints()
+    assert f"from step {int(checkpoint.name.removeprefix('step-'))} of 100000" in err
+
+
+# What cannot be resumed.
+
+
+def test_a_finished_run(place: Place) -> None:
+    run = place.uninterrupted("full")
+    before = run.file("manifest.json").read_text()
+    shown = resume(run.path)
+    assert shown.code == 2
+    assert "error[run-finished]" in shown.err
+    assert run.file("manifest.json").read_text() == before
+
+
+def test_a_folder_that_is_no_run(place: Place, tmp_path: Path) -> None:
+    for path in (place.model, tmp_path / "none"):
+        shown = resume(path)
+        assert shown.code == 2
+        assert "error[no-run]" in shown.err
+
+
+@pytest.mark.parametrize("words", [["--lora"], ["--seed", "3"], ["-o", "x"], ["other.jsonl"]])
+def test_other_settings_beside_resume(place: Place, words: list[str]) -> None:
+    shown = command("train", "--resume", place.uninterrupted("full").path, *words)
+    assert shown.code == 2
+    assert "error[resume-with-settings]" in shown.err
+
+
+@pytest.mark.parametrize("what", ["recipe", "rows"])
+def test_a_run_whose_settings_or_rows_were_changed(place: Place, tmp_path: Path, what: str) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", sums(30))
+    settings = {**place.settings("full", tmp_path / "run"), "data": str(data)}
+    with pytest.raises(Killed):
+        train(make_recipe(("test", settings)), Killer("step 3"))
+    if what == "rows":
+        write_rows(data, sums(31))
+    else:
+        recipe = tmp_path / "run" / "recipe.yaml"
+        recipe.write_text(recipe.read_text() + "\nlearning_rate: 1e-5\n")
+    kept = (tmp_path / "run" / "metrics.jsonl").read_text()
+    shown = resume(tmp_path / "run")
+    assert shown.code == 1
+    assert "error[checkpoint]" in shown.err
+    assert ("learning_rate: 0.01 then, 1e-05 now" if what == "recipe" else "data: ") in shown.err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.safetensors"])
+def test_a_checkpoint_that_was_cut_off(place: Place, tmp_path: Path, name: str) -> None:
+    with pytest.raises(Killed):
+        place.start("full", tmp_path / "run", Killer("step 5"))
+    checkpoint = RunDir(tmp_path / "run").checkpoints()[-1]
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-10])
+    shown = resume(tmp_path / "run")
+    assert shown.code == 1
+    assert name in shown.err
+    # The remedy that is named works.
+    assert "remove that folder" in shown.err
+    for path in checkpoint.iterdir():
+        path.unlink()
+    checkpoint.rmdir()
+    assert resume(tmp_path / "run").code == 0
+    assert_same(RunDir(tmp_path / "run"), place.uninterrupted("full"))
+
+
+# A disk that fills up.
+
+
+def full_disk(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Filler(Listener):
+    """Fills the disk after a step."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, target: str) -> None:
+        self.patch, self.target = patch, target
+
+    def step(self, facts: Any, plan: Any) -> None:
+        if facts.step == 3:
+            self.patch.setattr(self.target, full_disk, raising=False)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "safetensors.torch.save_file",  # optimiser state
+        "transformers.PreTrainedModel.save_pretrained",  # weights
+        "os.replace",  # the new name
+        "truetune.run.open",  # a line of metrics
+    ],
+)
+def test_a_disk_that_fills_up(place: Place, tmp_path: Path, target: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SaveError) as caught:
+        place.start("full", tmp_path / "run", Filler(patch, target))
+    assert caught.value.exit_code == 1
+    assert "No space left on device" in str(caught.value)
+    run = RunDir(tmp_path / "run")
+    # The earlier checkpoint is whole, nothing half-written stands beside it.
+    (checkpoint,) = (run.path / "checkpoints").iterdir()
+    assert checkpoint.name == "step-00000002"
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() > 0
+    # With room again the run goes on to the same end.
+    assert resume(run.path).code == 0
+    assert_same(run, place.uninterrupted("full"))
+
+
+def test_a_disk_that_fills_up_shows_no_traceback(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    shown = command(
+        *("train", place.model, place.data, "-o", tmp_path / "run"),
+        *("--max-steps", "3", "--save-steps", "1"),
+    )
+    assert shown.code == 1
+    assert "error[save]: the checkpoint could not be saved" in shown.err
+    assert f"truetune train --resume {tmp_path / 'run'}" in shown.err

@@ -1,0 +1,225 @@
+"""The numbers of a run: DESIGN's table of defaults, the arithmetic of batches, the length."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import tiny_tokenizer, write_model
+from truetune.model import ModelFacts, describe, load_tokenizer
+from truetune.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("plan") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder: Path) -> ModelFacts:
+    return describe(folder)
+
+
+def plan(
+    facts: ModelFacts,
+    settings: dict[str, Any] | None = None,
+    *,
+    start: Any = "instruct",
+    size: int = 1_000_000_000,
+    reasoning: float = 0.0,
+    examples: int = 1000,
+    length: int = 512,
+    head_rows: int | None = None,
+) -> Plan:
+    facts = replace(facts, num_parameters=size, head_rows=head_rows or facts.head_rows)
+    return make_plan(
+        make_recipe(("test", settings or {})),
+        model=facts,
+        start=start,
+        start_reason="REASON",
+        max_length=(length, "default: test"),
+        num_examples=examples,
+        reasoning_share=reasoning,
+    )
+
+
+@pytest.mark.parametrize(
+    ("lora", "start", "size", "reasoning", "rate"),
+    [
+        (True, "base", 10**9, 0.0, 2e-4),
+        (True, "base", 10**9, 1.0, 2e-4),
+        (True, "instruct", 10**9, 0.0, 1e-4),
+        (True, "instruct", 10**9, 0.5, 1e-4),
+        (True, "instruct", 10**9, 0.51, 3e-5),
+        (True, "instruct", 10**6, 0.0, 1e-4),
+        (False, "base", 10**9, 0.0, 2e-5),
+        (False, "instruct", 10**9, 0.0, 1e-5),
+        (False, "instruct", 10**9, 1.0, 1e-5),
+        (False, "instruct", 50_000_000, 0.0, 1e-5),
+        (False, "instruct", 49_999_999, 0.0, 3e-4),
+        (False, "base", 10**6, 0.0, 3e-4),
+    ],
+)
+def test_learning_rates(
+    tiny: ModelFacts, lora: bool, start: str, size: int, reasoning: float, rate: float
+) -> None:
+    made = plan(tiny, {"lora": lora}, start=start, size=size, reasoning=reasoning)
+    assert made.learning_rate == made.recipe.learning_rate == rate
+    assert made.recipe.origin("learning_rate").startswith("default: ")
+    assert suggested_rate(made, replace(tiny, num_parameters=size)) == rate
+    own = plan(tiny, {"lora": lora, "lr": 0.5}, start=start, size=size, reasoning=reasoning)
+    assert own.learning_rate == 0.5
+    assert own.recipe.origin("learning_rate") == "test"
+
+
+@pytest.mark.parametrize(("start", "epochs"), [("base", 3.0), ("instruct", 2.0)])
+def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
+    made = plan(tiny, start=start, examples=1000)
+    assert made.epochs == epochs
+    assert made.max_steps == math.ceil(1000 * epochs / 16)
+    assert made.warmup_steps == math.ceil(0.03 * made.max_steps)
+    assert made.eval_steps == math.ceil(made.max_steps / 10)
+    assert made.save_steps == math.ceil(made.max_steps / 4)
+    assert "REASON" in made.recipe.origin("epochs")
+    assert f"{epochs:g} epochs of 1,000 examples" in made.recipe.origin("max_steps")
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "steps"),
+    [
+        ({"epochs": 0.5}, 1000, 32),  # 500 rows
+        ({"epochs": 1}, 16, 1),
+        ({"epochs": 1}, 17, 2),
+        ({"epochs": 2}, 17, 3),  # 34 rows in a stream, not 2 x 2 steps
+        ({"epochs": 1}, 1, 1),
+        ({"max_steps": 7}, 1000, 7),
+    ],
+)
+def test_steps(tiny: ModelFacts, settings: dict[str, Any], examples: int, steps: int) -> None:
+    assert plan(tiny, settings, examples=examples).max_steps == steps
+
+
+def test_steps_instead_of_epochs(tiny: ModelFacts) -> None:
+    made = plan(tiny, {"max_steps": 7})
+    assert made.epochs is None
+    assert made.recipe.origin("max_steps") == "test"
+    assert made.recipe.origin("epochs") == "default"
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [
+        ({}, 3),
+        ({"warmup_ratio": 0}, 0),
+        ({"warmup_ratio": 0.5}, 50),
+        ({"warmup_steps": 9}, 9),
+        ({"warmup_steps": 0}, 0),
+    ],
+)
+def test_warmup(tiny: ModelFacts, settings: dict[str, Any], warmup: int) -> None:
+    assert plan(tiny, {"max_steps": 100, **settings}).warmup_steps == warmup
+
+
+@pytest.mark.parametrize("batch", [None, 12])
+@pytest.mark.parametrize("micro", [None, 3])
+@pytest.mark.parametrize("passes", [None, 4])
+def test_batches_in_all_combinations(
+    tiny: ModelFacts, batch: int | None, micro: int | None, passes: int | None
+) -> None:
+    given = {"batch_size": batch, "micro_batch_size": micro, "gradient_accumulation_steps": passes}
+    made = plan(tiny, given)
+    assert made.batch_size == (12 if batch or (micro and passes) else 16)
+    if micro:
+        assert made.micro_batch_size == 3
+    elif passes:
+        assert made.micro_batch_size * 4 == made.batch_size
+    else:
+        assert made.micro_batch_size == made.batch_size
+    # What the run holds is what it says, and where it came from.
+    assert made.recipe.batch_size == made.batch_size
+    assert made.recipe.micro_batch_size == made.micro_batch_size
+    for name, value in given.items():
+        if name != "gradient_accumulation_steps":
+            origin = made.recipe.origin(name)
+            assert origin == "test" if value else origin.startswith("default: ")
+
+
+@pytest.mark.parametrize(
+    ("given", "batch", "micro"),
+    [
+        ({"gradient_accumulation_steps": 5}, 20, 4),  # 16 cannot be cut into five
+        ({"gradient_accumulation_steps": 32}, 32, 1),
+        ({"micro_batch_size": 24}, 24, 24),
+        ({"micro_batch_size": 5}, 16, 5),
+        ({"batch_size": 1}, 1, 1),
+    ],
+)
+def test_batches_that_need_rounding(
+    tiny: ModelFacts, given: dict[str, int], batch: int, micro: int
+) -> None:
+    made = plan(tiny, given)
+    assert (made.batch_size, made.micro_batch_size) == (batch, micro)
+    if passes := given.get("gradient_accumulation_steps"):
+        assert math.ceil(batch / micro) == passes
+
+
+def test_the_micro_batch_keeps_logits_under_two_gibibytes(tiny: ModelFacts) -> None:
+    made = plan(tiny, head_rows=150_000, length=1024)
+    assert made.batch_size == 16
+    assert made.micro_batch_size == 2**31 // (1024 * 150_000 * 12) == 1
+    assert plan(tiny, head_rows=30_000, length=1024).micro_batch_size == 5
+    assert plan(tiny, head_rows=150_000, length=10**6).micro_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "context", "text", "length"),
+    [
+        (None, 100, 4096, False, 100),
+        (None, 4096, 4096, False, 4096),
+        (None, 4097, 4096, False, 4096),
+        (None, 5000, None, False, 5000),
+        (None, 1, 4096, False, 2),
+        (64, 100, 4096, False, 64),
+        (9999, 100, 4096, False, 9999),
+        (None, 0, 4096, True, 1024),
+        (None, 0, 256, True, 256),
+        (None, 0, None, True, 1024),
+        (300, 0, 256, True, 300),
+    ],
+)
+def test_length(
+    given: int | None, longest: int, context: int | None, text: bool, length: int
+) -> None:
+    recipe = make_recipe(("test", {"max_length": given}))
+    found, reason = plan_length(recipe, longest=longest, context=context, is_text=text)
+    assert found == length
+    assert reason == ("test" if given else reason)
+    assert given is not None or reason.startswith("default: ")
+
+
+def test_a_cut_at_the_context_says_how_long_the_longest_row_is() -> None:
+    _, reason = plan_length(make_recipe(), longest=5000, context=4096, is_text=False)
+    assert "5,000" in reason
+
+
+def test_a_model_without_template_is_a_base() -> None:
+    assert starting_point(tiny_tokenizer(None), False)[0] == "base"
+
+
+@pytest.mark.parametrize(("eos", "start"), [(257, "instruct"), (256, "base")])
+def test_base_or_instruct_by_the_stop_that_the_model_brings(
+    tmp_path: Path, eos: int, start: str
+) -> None:
+    # The template closes answers with <|end|>, which is 257.
+    folder = write_model(tmp_path / "m", generation={"eos_token_id": eos}, eos_token_id=eos)
+    assert starting_point(load_tokenizer(folder), True)[0] == start
+
+
+def test_a_template_that_is_no_jinja_makes_no_instruct_model() -> None:
+    tokenizer = tiny_tokenizer("{% for %}")
+    assert starting_point(tokenizer, True)[0] == "base"

@@ -1,0 +1,220 @@
+"""The run directory: atomic writes, manifest last, nothing of a stranger's removed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from truetune import run as run_module
+from truetune.errors import OutputExists, SaveError, UsageError
+from truetune.run import RunDir, opened, sha256, write_json, write_text
+
+
+def unfinished(path: Path) -> RunDir:
+    """What a run leaves that was killed between its second checkpoint and its end."""
+    run = RunDir(path)
+    run.make()
+    write_text(run.file("recipe.yaml"), "model: {value: m, origin: command line}\n")
+    write_json(run.file("contract.json"), {"fingerprint": "f"})
+    run.append("metrics.jsonl", {"step": 1})
+    for step in (2, 4):
+        folder = run.checkpoint_path(step)
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(f"weights {step}")
+    return run
+
+
+def finished(path: Path) -> RunDir:
+    run = unfinished(path)
+    (run.file("model")).mkdir()
+    (run.file("model") / "config.json").write_text("{}")
+    run.finish({"finished": True})
+    return run
+
+
+def everything(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def refused(run: RunDir, *, overwrite: bool = False) -> OutputExists:
+    before = everything(run.path)
+    with pytest.raises(OutputExists) as caught:
+        run.make(overwrite=overwrite)
+    assert everything(run.path) == before
+    assert caught.value.exit_code == 2
+    assert caught.value.fix
+    return caught.value
+
+
+def test_the_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    manifest = json.loads(run.file("manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert set(manifest["files"]) == set(everything(run.path)) - {"manifest.json"}
+    for name, facts in manifest["files"].items():
+        path = run.path / name
+        assert facts == {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def test_an_empty_or_a_new_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "deep" / "new"):
+        RunDir(path).make()
+        assert list(path.iterdir()) == []
+
+
+def test_a_finished_run_is_kept_unless_told(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    error = refused(run)
+    assert error.code == "run-exists"
+    assert "--overwrite" in error.fix
+    run.make(overwrite=True)
+    assert list(run.path.iterdir()) == []
+
+
+def test_an_unfinished_run_is_kept_unless_told(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "run")
+    error = refused(run)
+    assert error.code == "run-unfinished"
+    assert f"--resume {run.path}" in error.fix
+    run.make(overwrite=True)
+    assert list(run.path.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kind", [finished, unfinished])
+@pytest.mark.parametrize("name", ["notes.txt", "data", "checkpoints/notes.txt", ".hidden.tmp"])
+def test_a_strangers_file_is_never_removed(
+    tmp_path: Path, overwrite: bool, kind: object, name: str
+) -> None:
+    run = kind(tmp_path / "run")  # type: ignore[operator]
+    (run.path / name).write_text("mine")
+    error = refused(run, overwrite=overwrite)
+    if overwrite or "/" not in name:
+        assert error.code == "output-not-ours"
+        assert name in error.what
+
+
+@pytest.mark.parametrize("name", ["model/mine.bin", "checkpoints/step-00000002/mine.bin"])
+def test_a_strangers_file_deep_in_a_finished_run(tmp_path: Path, name: str) -> None:
+    run = finished(tmp_path / "run")
+    (run.path / name).write_text("mine")
+    assert name in refused(run, overwrite=True).what
+
+
+def test_somebodys_recipe_and_model_are_no_run(tmp_path: Path) -> None:
+    # The names are those of a run, the files are not.
+    project = tmp_path / "project"
+    (project / "model").mkdir(parents=True)
+    (project / "model" / "config.json").write_text("{}")
+    (project / "recipe.yaml").write_text("model: model\n")
+    assert not RunDir(project).looks_like_one()
+    assert refused(RunDir(project), overwrite=True).code == "output-not-ours"
+
+
+def test_a_file_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputExists, match="is a file"):
+        RunDir(tmp_path / "file").make(overwrite=True)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SaveError, match="cannot make the output folder"):
+        RunDir(tmp_path / "file" / "run").make()
+
+
+def test_what_a_kill_left_half_written_is_taken_away(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "run")
+    left = [
+        run.file(".adapter.partial-123"),
+        run.file("checkpoints") / ".step-00000006.partial",
+        run.file("checkpoints") / "..step-00000006.partial.partial-123",
+    ]
+    for folder in left:
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("half")
+    run.file(".manifest.json.tmp").write_text("{")
+    assert [p.name for p in run.checkpoints()] == ["step-00000002", "step-00000004"]
+    run.rewind(4)
+    assert not any(path.exists() for path in left)
+    assert not run.file(".manifest.json.tmp").exists()
+    # Neither does it stand in the way of a new start.
+    left[0].mkdir()
+    run.make(overwrite=True)
+    assert list(run.path.iterdir()) == []
+
+
+def test_rewind_cuts_step_files_and_leaves_both_behind(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in range(1, 6):
+        run.append("metrics.jsonl", {"step": step, "loss": step / 2})
+    run.append("metrics.jsonl", {"step": 4, "eval_loss": 1.0})
+    with open(run.file("metrics.jsonl"), "a") as file:
+        file.write('{"step": 6, "lo')  # the process died here
+    run.rewind(4)
+    assert [v["step"] for v in run.lines("metrics.jsonl")] == [1, 2, 3, 4, 4]
+    assert run.file("samples.jsonl").read_text() == ""
+
+
+def test_jsonl_keeps_text_as_it_is(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.append("samples.jsonl", {"answer": "é\u2028\n\x1b[31m"})
+    assert run.file("samples.jsonl").read_bytes().count(b"\n") == 1
+    assert next(run.lines("samples.jsonl"))["answer"] == "é\u2028\n\x1b[31m"
+    assert list(run.lines("none.jsonl")) == []
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "data.json"
+    write_json(path, {"old": True})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SaveError, match="No space left on device") as caught:
+        write_json(path, {"new": True})
+    assert caught.value.exit_code == 1
+    assert json.loads(path.read_text()) == {"old": True}
+    assert os.listdir(tmp_path) == ["data.json"]
+
+
+def test_a_full_disk_while_appending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "open", full, raising=False)
+    with pytest.raises(SaveError, match="No space left on device") as caught:
+        RunDir(tmp_path).append("metrics.jsonl", {})
+    assert caught.value.where.endswith("metrics.jsonl")
+
+
+def test_open_takes_runs_only(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UsageError) as caught:
+            RunDir.open(path)
+        assert caught.value.code == "no-run"
+    run = unfinished(tmp_path / "run")
+    assert RunDir.open(run.path).path == run.path
+    assert not run.finished
+    assert finished(tmp_path / "other").finished
+
+
+def test_what_is_opened_for_a_run(tmp_path: Path) -> None:
+    assert opened("owner/name") == "owner/name"
+    assert opened(str(tmp_path)) == str(tmp_path)
+    assert opened(str(finished(tmp_path / "a").path)) == str(tmp_path / "a" / "model")
+    run = unfinished(tmp_path / "b")
+    assert opened(str(run.path)) == str(run.checkpoint_path(4))
+    for step in (2, 4):
+        (run.checkpoint_path(step) / "model.safetensors").unlink()
+        run.checkpoint_path(step).rmdir()
+    with pytest.raises(UsageError) as caught:
+        opened(str(run.path))
+    assert caught.value.code == "run-empty"
