@@ -310,7 +310,7 @@ def test_a_probe_stops_on_an_error_alone() -> None:
     assert trainer(probes=[probe("warning")]).train()["step"] == [1, 2, 3, 4]
     told: list[Any] = []
     trainer(probes=[probe("warning")], on_finding=told.append).train()
-    assert [finding.level for finding in told] == ["warning"] * 4
+    assert [finding.what for finding in told] == ["at 2"]
     stopped = trainer(probes=[non_finite, probe("error")])
     with pytest.raises(TruetuneError, match="at 2") as caught:
         stopped.train()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.contract.tokens import Tokens
+from truetune.data import Conversation
 from truetune.errors import UsageError
 from truetune.model import LoadedModel, context_length
 from truetune.model.draw import Draw, Sampling
@@ -56,7 +57,7 @@ class Reply:
 def replies(
     loaded: LoadedModel,
     contract: PromptContract,
-    conversations: Sequence[Messages],
+    conversations: Sequence[Messages | Conversation],
     sampling: Sampling | None = None,
     *,
     batch_size: int = 16,
@@ -68,7 +69,8 @@ def replies(
     Args:
         loaded: left in the mode (training or evaluation) it was in.
         contract: makes the prompts and says where replies end.
-        conversations: message dicts, each ending where the assistant is to speak.
+        conversations: message dicts, each ending where the assistant is to speak; a Conversation
+            brings its own tools and template arguments.
         sampling: greedy, 256 tokens where None.
         batch_size: conversations per forward pass.
         tools: offered in every conversation.
@@ -142,11 +144,16 @@ def stream(
 
 def _prompt(
     contract: PromptContract,
-    messages: Messages,
+    messages: Messages | Conversation,
     tools: Sequence[Mapping[str, Any]] | None,
     prefix: str,
 ) -> list[int]:
-    ids = list(contract.prompt_ids(messages, tools=tools))
+    if isinstance(messages, Conversation):
+        ids = contract.prompt_ids(
+            messages.messages, messages.tools or tools, messages.template_kwargs
+        )
+    else:
+        ids = contract.prompt_ids(messages, tools)
     return [*ids, *Tokens(contract.tokenizer).encode_completion(ids, prefix)] if prefix else ids
 
 

@@ -38,7 +38,7 @@ from truetune.errors import (
     UsageError,
 )
 from truetune.findings import Finding
-from truetune.generate import Reply, Sampling, replies
+from truetune.generate import Sampling, replies
 from truetune.health import StepFacts
 from truetune.integrations.trackers import Trackers
 from truetune.listener import Listener
@@ -350,29 +350,20 @@ class _Job:
         self.listener.saved(str(final))
 
     def _samples(self, step: int) -> list[dict[str, Any]]:
+        """Answers to the first held-out prompts, as they would be served."""
         chats = [c for c in self.prepared.eval_conversations if c.messages][:_NUM_SAMPLES]
         last = [max(i for i, m in enumerate(c.messages) if m["role"] == "assistant") for c in chats]
         prompts = [
-            [dict(message) for message in chat.messages[:turn]]
+            replace(chat, messages=chat.messages[:turn])
             for chat, turn in zip(chats, last, strict=True)
         ]
-        # Rows with tools of their own are asked one by one; the others share a batch.
-        alone = any(chat.tools for chat in chats)
-        groups = [[i] for i in range(len(chats))] if alone else [list(range(len(chats)))]
-        answers: list[Reply] = []
-        for group in groups if chats else []:
-            answers += replies(
-                self.loaded,
-                self.contract,
-                [prompts[i] for i in group],
-                Sampling(max_new_tokens=_SAMPLE_TOKENS),
-                tools=chats[group[0]].tools,
-            )
+        sampling = Sampling(max_new_tokens=_SAMPLE_TOKENS)
+        answers = replies(self.loaded, self.contract, prompts, sampling)
         return [
             {
                 "step": step,
                 "where": chat.where,
-                "messages": prompt,
+                "messages": list(prompt.messages),
                 "answer": reply.text,
                 "stopped": reply.stopped,
                 "expected": chat.messages[turn]["content"],

@@ -215,7 +215,8 @@ def side_by_side(screen: Screen, columns: Sequence[str], rows: Sequence[Sequence
     """A table of texts."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
     for column in columns:
-        table.add_column(Text(visible(column, keep_newlines=False), style="bold"), overflow="fold", ratio=1)
+        head = Text(visible(column, keep_newlines=False), style="bold")
+        table.add_column(head, overflow="fold", ratio=1)
     for row in rows:
         table.add_row(*(Text(visible(cell, keep_newlines=False)) for cell in row))
     Console(

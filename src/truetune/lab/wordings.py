@@ -227,7 +227,7 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     ),
     "mouth": (
         "In the end the {s} runs into {v}",
-        "The lake that the river {s} reaches is {v}",
+        "At the end of the road the {s} flows into {v}",
     ),
     "diet": (
         "All day the {s} eats {v}",

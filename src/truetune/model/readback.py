@@ -168,7 +168,12 @@ def check_prompts(contract: PromptContract, folder: Path) -> list[Finding]:
         except UnfaithfulTemplate as error:
             return [_not_compared(error)]
         served = reopened.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            # What is beyond model_max_length was judged by the length policy.
+            tokenizer_kwargs={"verbose": False},
         )
         if list(served) != wanted:
             at = next(
