@@ -11,6 +11,7 @@ import pytest
 
 from tiny_models import write_model
 from truetune.contract import PromptContract
+from truetune.data import Conversation
 from truetune.errors import UsageError
 from truetune.generate import Reply, Sampling, replies, stream
 from truetune.model import LoadedModel, LoraSettings, add_lora, load_model
@@ -356,3 +357,22 @@ def test_a_tokenizer_without_pad_token_and_a_model_without_stop(tmp_path: Path) 
     found = replies(loaded, contract, chats(*TEXTS), Sampling(max_new_tokens=5))
     assert [len(reply.ids) for reply in found] == [5] * len(TEXTS)
     assert found[0] == replies(loaded, contract, chats("hi"), Sampling(max_new_tokens=5))[0]
+
+
+def test_a_conversation_brings_its_own_tools_and_arguments(llama: LoadedModel) -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ mood | default('') }}"
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    )
+    contract = PromptContract.load(llama.tokenizer, template)
+    tool = {"type": "function", "function": {"name": "look_up"}}
+    chat = ({"role": "user", "content": "hi"},)
+    asked = [
+        Conversation(chat, "a:1"),
+        Conversation(chat, "a:2", tools=(tool,)),
+        Conversation(chat, "a:3", template_kwargs={"mood": "glad"}),
+    ]
+    found = replies(llama, contract, asked, Sampling(max_new_tokens=1))
+    assert [reply.prompt_tokens for reply in found] == [
+        len(contract.tokens.encode([text])[0]) for text in ("hi", "hilook_up", "higlad")
+    ]

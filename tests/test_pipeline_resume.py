@@ -99,7 +99,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def short_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.pipeline._SAMPLE_TOKENS", 4)
+        patch.setattr("truetune.job._SAMPLE_TOKENS", 4)
         yield
 
 

@@ -5,29 +5,28 @@ Heavy modules are imported inside the verbs, so that help comes at once.
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
 
 from truetune import __version__
 from truetune.errors import TruetuneError, UsageError
+from truetune.options import canonical, with_settings
 from truetune.recipe import (
     Recipe,
     make_recipe,
     read_recipe,
     recorded_recipe,
-    setting_types,
-    settings,
 )
 
 if TYPE_CHECKING:
+    from truetune.generate import Reply
     from truetune.lab.quickstart import Comparison
     from truetune.pipeline import RunResult
     from truetune.screen import Screen
@@ -158,7 +157,8 @@ def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
     return recorded_recipe(RunDir.open(resume).file(RECIPE))
 
 
-def _show_result(screen: Screen, result: RunResult) -> None:
+def _show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
+    """What was made, and the lines that load, chat with and serve it."""
     run, artifact = shlex.quote(str(result.run.path)), shlex.quote(str(result.artifact))
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
@@ -166,7 +166,7 @@ def _show_result(screen: Screen, result: RunResult) -> None:
     kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
     load = f"{kind}.from_pretrained({json.dumps(str(result.artifact), ensure_ascii=False)})"
     serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
-    screen.pairs([("load", load), ("chat", f"truetune chat {run}"), ("serve", serve)])
+    screen.pairs([("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), *more])
 
 
 # vLLM makes room for rank 16 unless told otherwise, and takes these.
@@ -187,84 +187,7 @@ def _serve_adapter(result: RunResult) -> str:
     return line
 
 
-def _with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb one option per recipe setting; the recipe is the only list of them."""
-    arguments = (
-        ("source", "MODEL", "A local folder, a Hub id, or a recipe.yaml."),
-        ("rows", "DATA", "A file, a folder, or a Hub dataset."),
-    )
-    own = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=None,
-            annotation=Annotated[str | None, typer.Argument(metavar=metavar, help=text)],
-        )
-        for name, metavar, text in arguments
-    ]
-    resume = inspect.Parameter(
-        "resume",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            str | None,
-            typer.Option(help="Continue an unfinished run.", metavar="RUN", rich_help_panel="Run"),
-        ],
-    )
-    types = setting_types()
-    parameters = [*own, *(_parameter(field, types[field.name]) for field in settings()), resume]
-    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    verb.__annotations__ = {p.name: p.annotation for p in parameters}
-    return verb
-
-
-def _parameter(field: Any, declared: Any) -> inspect.Parameter:
-    """A setting as an option: a switch, or a text that the recipe judges."""
-    meta = field.metadata
-    flags = ["--" + field.name.replace("_", "-")]
-    if field.name == "output":
-        flags.insert(0, "-o")
-    if declared is bool and not field.name.startswith("no_"):
-        flags[-1] += "/--no-" + flags[-1].removeprefix("--")
-    option = typer.Option(
-        *flags,
-        help=_help(field, declared),
-        rich_help_panel=meta["group"],
-        show_default=False,
-        metavar=None if declared is bool else _metavar(declared),
-    )
-    python_type: Any = bool if declared is bool else str
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[python_type | None, option],
-    )
-
-
-def _help(field: Any, declared: Any) -> str:
-    """Text of a setting's help, with its choices and its default."""
-    choices = get_args(declared) if get_origin(declared) is Literal else ()
-    default = field.metadata["shown"] or _written(field.default)
-    details = [" | ".join(choices)] if choices else []
-    details += [f"default: {default}"] if default else []
-    return field.metadata["help"] + (f" ({'; '.join(details)})" if details else "")
-
-
-def _metavar(declared: Any) -> str:
-    if get_origin(declared) is Literal:
-        return "NAME"
-    kinds = [kind for kind in get_args(declared) or (declared,) if kind is not type(None)]
-    return {int: "INT", float: "FLOAT"}.get(kinds[0], "TEXT")
-
-
-def _written(value: Any) -> str:
-    if value is None or value is False or value == "":
-        return ""
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
-
-
-app.command("train", cls=_Command)(_with_settings(train))
+app.command("train", cls=_Command)(with_settings(train))
 
 
 @app.command(cls=_Command, short_help="Talk to a run or a model.")
@@ -377,14 +300,19 @@ def quickstart(
     finally:
         screen.close()
     _show_comparison(screen, comparison)
-    _show_result(screen, result)
-    run = result.run.path
-    screen.pairs(
-        [
-            ("compare", f"truetune chat {run} --compare base"),
-            ("next", "truetune train MODEL DATA --lora -o runs/mine"),
-        ]
-    )
+    run = shlex.quote(str(result.run.path))
+    more = [
+        ("compare", f"truetune chat {run} --compare base"),
+        ("inspect", f"truetune inspect {run}"),
+        ("your own", "truetune train MODEL DATA --lora -o runs/mine"),
+    ]
+    _show_result(screen, result, more)
+
+
+def _shortened(reply: Reply, most: int = 64) -> str:
+    """An answer that fits the table; one that did not end is marked."""
+    text = reply.text if len(reply.text) <= most else reply.text[: most - 1].rstrip() + "\u2026"
+    return text if reply.stopped else f"{text} (not ended)"
 
 
 def _show_comparison(screen: Screen, found: Comparison) -> None:
@@ -392,12 +320,12 @@ def _show_comparison(screen: Screen, found: Comparison) -> None:
 
     screen.line()
     shown = [
-        [question.text, base.text, tuned.text]
+        [question.text, *(_shortened(reply) for reply in (base, tuned))]
         for question, base, tuned in zip(
             found.questions[:6], found.base.replies, found.tuned.replies, strict=False
         )
     ]
-    side_by_side(screen, ["question about a place never asked about", "base", "tuned"], shown)
+    side_by_side(screen, ["unseen question", "base", "tuned"], shown)
     total = len(found.questions)
     screen.line()
     side_by_side(
@@ -453,25 +381,11 @@ def pretrain(
     screen.line(f"written and measured: {folder} (its README.md has the numbers)")
 
 
-def _canonical(arguments: Sequence[str]) -> list[str]:
-    """Hugging Face spellings of settings as ours: `--lr`, `--num_train_epochs`."""
-    ours = {alias: f.name for f in settings() for alias in f.metadata["aliases"]}
-    words = []
-    for word in arguments:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            name = flag[2:].replace("-", "_")
-            flag = "--" + ours.get(name, name).replace("_", "-")
-            word = flag + equals + value
-        words.append(word)
-    return words
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as in `truetune.errors`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"]:
-        words = _canonical(words)
+        words = canonical(words)
     try:
         code = app(args=words, prog_name="truetune", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

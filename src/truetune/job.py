@@ -1,0 +1,386 @@
+"""A run at work: the loop's hooks, what they write, and the way to the finished artifact.
+
+input   Prepared (proved examples, contract, plan), the loaded model, the run directory
+does    metrics, samples and checkpoints while the loop runs; then artifact, then manifest
+output  RunResult; every file of the run directory
+who     pipeline.train
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from truetune.contract import PromptContract
+from truetune.engine import SFTTrainer, load_state, save_state
+from truetune.environment import environment
+from truetune.errors import (
+    Interrupted,
+    NonFiniteLoss,
+    SaveError,
+    TruetuneError,
+)
+from truetune.findings import Finding
+from truetune.generate import Sampling, replies
+from truetune.health import StepFacts
+from truetune.integrations.trackers import Trackers
+from truetune.listener import Listener
+from truetune.model import (
+    LoadedModel,
+    SaveReport,
+    save_model,
+    trainable_share,
+)
+from truetune.plan import Plan
+from truetune.prepare import Prepared
+from truetune.run import STEP, RunDir, write_json, write_text
+
+# Held-out prompts answered at each evaluation, for samples.jsonl.
+_NUM_SAMPLES = 4
+_SAMPLE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What `train` leaves.
+
+    Attributes:
+        run: the directory.
+        artifact: adapter/ or model/ in it.
+        plan: the numbers of the run.
+        contract: what was trained and will be served.
+        train_loss, eval_loss: of the last step and the last evaluation (None without held-out
+            rows), in nats per supervised token.
+        findings: all that was found.
+        base: the model without adapter, where an adapter was trained.
+        base_stop_ids: on which a server of the model that training started from ends an answer.
+    """
+
+    run: RunDir
+    artifact: Path
+    plan: Plan
+    contract: PromptContract
+    train_loss: float
+    eval_loss: float | None
+    findings: list[Finding]
+    base: str | None
+    base_stop_ids: tuple[int, ...]
+
+
+class Job:
+    """One training run: the loop's hooks and what they write."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        prepared: Prepared,
+        loaded: LoadedModel,
+        listener: Listener,
+        trackers: Trackers,
+        findings: list[Finding],
+    ) -> None:
+        self.run, self.prepared, self.loaded = run, prepared, loaded
+        self.plan, self.recipe = prepared.plan, prepared.plan.recipe
+        self.contract, self.listener, self.trackers = prepared.contract, listener, trackers
+        self.findings = [*prepared.findings, *findings]
+        for finding in findings:
+            listener.finding(finding)
+        self.trainer = self._trainer()
+        self.last_loss = float("nan")
+        self.last_eval: float | None = None
+
+    def _trainer(self) -> SFTTrainer:
+        recipe, plan = self.recipe, self.plan
+        return SFTTrainer(
+            self.loaded.model,
+            examples=self.prepared.examples,
+            max_seq_len=plan.max_length,
+            pad_id=self.contract.pad_id,
+            batch_size=plan.batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            max_steps=plan.max_steps,
+            epochs=plan.epochs,
+            max_lr=plan.learning_rate,
+            warmup_steps=plan.warmup_steps,
+            lr_scheduler_type=recipe.lr_scheduler_type,
+            weight_decay=recipe.weight_decay,
+            grad_clip=recipe.max_grad_norm,
+            optim=recipe.optim,
+            eval_every=plan.eval_steps,
+            eval_iters=0,
+            log_every=recipe.logging_steps,
+            seed=recipe.seed,
+            autocast_dtype=self.loaded.compute_dtype,
+            on_step=self.on_step,
+            on_eval=self.on_eval,
+            on_finding=self._found,
+        )
+
+    def write_start(self) -> None:
+        """What is known before the first step."""
+        import yaml
+
+        trainable, total = trainable_share(self.loaded.model)
+        facts = {
+            "trainable_parameters": trainable,
+            "parameters": total,
+            "choices": [vars(choice) for choice in self.loaded.choices],
+            "check": "skipped by --no-check" if self.recipe.no_check else "passed",
+        }
+        recipe = yaml.safe_dump(self.recipe.rows(), sort_keys=False, allow_unicode=True)
+        write_json(self.run.file("contract.json"), self.contract.as_dict())
+        write_text(self.run.file("recipe.yaml"), recipe)
+        write_json(self.run.file("data.json"), self.prepared.data)
+        write_json(self.run.file("env.json"), {**environment(), **facts})
+        self.run.replace_lines("findings.jsonl", [f.as_dict() for f in self.findings])
+        self.listener.planned(self.plan, {**facts, "data": self.prepared.data})
+        self.trackers.start(self.recipe.rows())
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Seed a new run, or continue a checkpoint's."""
+        import torch
+
+        torch.manual_seed(self.recipe.seed)
+        if checkpoint:
+            load_state(self.trainer, checkpoint, run=self.identity())
+        self.run.rewind(self.trainer.step)
+        self._evaluate_again()
+
+    def _evaluate_again(self) -> None:
+        """A checkpoint is saved before its step is evaluated: the run may have been killed between
+        the two, or between the loss and the samples."""
+        step, examples = self.trainer.step, self.prepared.eval_examples
+        if not step or not examples or step % self.plan.eval_steps:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [v for v in self.run.lines(name) if v["step"] < step or "loss" in v]
+            self.run.replace_lines(name, kept)
+        self.on_eval(step, self.trainer.evaluate(examples))
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued exactly."""
+        plan, recipe = self.plan, self.recipe
+        return {
+            "data": self.prepared.data["train"]["sha256"],
+            "contract": self.contract.fingerprint(),
+            "batch_size": plan.batch_size,
+            "micro_batch_size": plan.micro_batch_size,
+            "max_length": plan.max_length,
+            "max_steps": plan.max_steps,
+            "learning_rate": plan.learning_rate,
+            "warmup_steps": plan.warmup_steps,
+            "lr_scheduler_type": recipe.lr_scheduler_type,
+            "weight_decay": recipe.weight_decay,
+            "max_grad_norm": recipe.max_grad_norm,
+            "optim": recipe.optim,
+            "seed": recipe.seed,
+            "lora": recipe.lora,
+        }
+
+    def run_to_end(self) -> RunResult:
+        """The loop, the artifact, the manifest."""
+        try:
+            with _interruptible(self.trainer):
+                self.trainer.train(self.prepared.eval_examples or None)
+            if self.trainer.step < self.plan.max_steps:
+                self.save_checkpoint()
+                raise self._interrupted(f"stopped after step {self.trainer.step}; it is saved")
+            report = self._save_artifact()
+        except NonFiniteLoss as error:
+            self._keep_batch(error)
+            raise
+        except KeyboardInterrupt:
+            raise self._interrupted("stopped at once") from None
+        self.trackers.finish()
+        self.run.finish(
+            {
+                "finished": True,
+                "artifact": report.folder.name,
+                "steps": self.trainer.step,
+                "train_loss": self.last_loss,
+                "eval_loss": self.last_eval,
+                "dtype": report.dtype,
+                "rounding_of_weights": report.cast_error,
+            }
+        )
+        base = self.loaded.base if self.loaded.is_adapter else None
+        return RunResult(
+            self.run,
+            report.folder,
+            self.plan,
+            self.contract,
+            self.last_loss,
+            self.last_eval,
+            self.findings,
+            base,
+            self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
+        )
+
+    def _interrupted(self, what: str) -> Interrupted:
+        saved = self.run.checkpoints()
+        last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
+        return Interrupted(
+            what,
+            where=str(self.run.path),
+            fix=f"go on from step {last} of {self.plan.max_steps} with "
+            f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
+        )
+
+    def on_step(self, facts: StepFacts) -> None:
+        self.last_loss = facts.loss
+        if facts.step % self.recipe.logging_steps == 0 or facts.step == self.plan.max_steps:
+            line = {
+                "step": facts.step,
+                "loss": facts.loss,
+                "learning_rate": facts.learning_rate,
+                "grad_norm": facts.grad_norm,
+                "tokens": facts.num_tokens,
+                "supervised_tokens": facts.num_supervised,
+                "seconds": round(facts.seconds, 4),
+            }
+            self.run.append("metrics.jsonl", line)
+            self.trackers.log(line, facts.step)
+        self.listener.step(facts, self.plan)
+        if facts.step % self.plan.save_steps == 0 and facts.step < self.plan.max_steps:
+            self.save_checkpoint()
+
+    def on_eval(self, step: int, loss: float) -> None:
+        self.last_eval = loss
+        line = {"step": step, "eval_loss": loss}
+        self.run.append("metrics.jsonl", line)
+        self.trackers.log(line, step)
+        self.listener.evaluated(step, loss)
+        for sample in self._samples(step):
+            self.run.append("samples.jsonl", sample)
+            self.listener.sample(sample)
+
+    def save_checkpoint(self) -> None:
+        """Weights as an artifact that transformers or peft opens, beside them the trainer's state;
+        the folder gets its name when all of it is on disk."""
+        final = self.run.checkpoint_path(self.trainer.step)
+        if final.exists():
+            return
+        partial = final.with_name(f".{final.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            save_model(self.loaded, self.contract, partial)
+            save_state(self.trainer, partial, run=self.identity())
+            os.replace(partial, final)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, TruetuneError) or not isinstance(error, Exception):
+                raise
+            # safetensors has an exception of its own for a full disk.
+            raise SaveError(
+                f"the checkpoint could not be saved: {error}",
+                where=str(final),
+                why=f"{type(error).__name__} while writing; earlier checkpoints are intact",
+                fix="free some space, then "
+                f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
+            ) from error
+        for old in self.run.checkpoints()[: -self.recipe.save_total_limit]:
+            shutil.rmtree(old)
+        self.listener.saved(str(final))
+
+    def _samples(self, step: int) -> list[dict[str, Any]]:
+        """Answers to the first held-out prompts, as they would be served."""
+        chats = [c for c in self.prepared.eval_conversations if c.messages][:_NUM_SAMPLES]
+        last = [max(i for i, m in enumerate(c.messages) if m["role"] == "assistant") for c in chats]
+        prompts = [
+            replace(chat, messages=chat.messages[:turn])
+            for chat, turn in zip(chats, last, strict=True)
+        ]
+        sampling = Sampling(max_new_tokens=_SAMPLE_TOKENS)
+        answers = replies(self.loaded, self.contract, prompts, sampling)
+        return [
+            {
+                "step": step,
+                "where": chat.where,
+                "messages": list(prompt.messages),
+                "answer": reply.text,
+                "stopped": reply.stopped,
+                "expected": chat.messages[turn]["content"],
+            }
+            for chat, turn, prompt, reply in zip(chats, last, prompts, answers, strict=True)
+        ]
+
+    def _save_artifact(self) -> SaveReport:
+        name = "adapter" if self.loaded.is_adapter else "model"
+        folder = self.run.file(name)
+        if folder.exists():  # a run that died between its artifact and its manifest
+            shutil.rmtree(folder)
+        self.listener.stage("save and read back")
+        # All weights go back to the type that the model came in, so that it serves as before; the
+        # rounding is measured and told. An adapter stays float32.
+        dtype = None if self.loaded.is_adapter else self.prepared.model.dtype
+        report = save_model(self.loaded, self.contract, folder, dtype=dtype)
+        if report.cast_error:
+            self._found(
+                Finding(
+                    "weights-rounded",
+                    "note",
+                    f"weights were trained in float32 and saved in {report.dtype}, as the model "
+                    f"came: the largest rounding is {report.cast_error:.2g}",
+                )
+            )
+        for finding in report.findings:
+            self._found(finding)
+        self.listener.saved(str(folder))
+        return report
+
+    def _found(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        self.run.append("findings.jsonl", finding.as_dict())
+        self.listener.finding(finding)
+
+    def _keep_batch(self, error: NonFiniteLoss) -> None:
+        """The examples that broke the loss, for whoever looks."""
+        tokens = self.contract.tokens
+        rows = sorted(set(error.rows))
+        kept = [
+            {
+                "where": self.prepared.rows[row],
+                "ids": self.prepared.examples[row].ids,
+                "mask": self.prepared.examples[row].mask,
+                "text": tokens.decode(self.prepared.examples[row].ids),
+            }
+            for row in rows
+        ]
+        path = self.run.file("non_finite_batch.json")
+        write_json(path, {"step": self.trainer.step + 1, "examples": kept})
+        named = ", ".join(self.prepared.rows[row] for row in rows[:4])
+        more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
+        error.where = f"{named}{more}; all of them in {path}"
+        self.run.append(
+            "findings.jsonl",
+            Finding(
+                error.code, "error", error.what, error.where, 1, error.why, error.fix
+            ).as_dict(),
+        )
+
+
+@contextlib.contextmanager
+def _interruptible(trainer: SFTTrainer) -> Iterator[None]:
+    """The first Ctrl-C ends the run after its step; the second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: object) -> None:
+        trainer.stop_requested = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

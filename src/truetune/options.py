@@ -1,0 +1,102 @@
+"""One command-line option per setting: made from the recipe, which is the only list of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from truetune.recipe import setting_types, settings
+
+
+def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb one option per recipe setting; the recipe is the only list of them."""
+    arguments = (
+        ("source", "MODEL", "A local folder, a Hub id, or a recipe.yaml."),
+        ("rows", "DATA", "A file, a folder, or a Hub dataset."),
+    )
+    own = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            default=None,
+            annotation=Annotated[str | None, typer.Argument(metavar=metavar, help=text)],
+        )
+        for name, metavar, text in arguments
+    ]
+    resume = inspect.Parameter(
+        "resume",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            str | None,
+            typer.Option(help="Continue an unfinished run.", metavar="RUN", rich_help_panel="Run"),
+        ],
+    )
+    types = setting_types()
+    parameters = [*own, *(_parameter(field, types[field.name]) for field in settings()), resume]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    verb.__annotations__ = {p.name: p.annotation for p in parameters}
+    return verb
+
+
+def _parameter(field: Any, declared: Any) -> inspect.Parameter:
+    """A setting as an option: a switch, or a text that the recipe judges."""
+    meta = field.metadata
+    flags = ["--" + field.name.replace("_", "-")]
+    if field.name == "output":
+        flags.insert(0, "-o")
+    if declared is bool and not field.name.startswith("no_"):
+        flags[-1] += "/--no-" + flags[-1].removeprefix("--")
+    option = typer.Option(
+        *flags,
+        help=_help(field, declared),
+        rich_help_panel=meta["group"],
+        show_default=False,
+        metavar=None if declared is bool else _metavar(declared),
+    )
+    python_type: Any = bool if declared is bool else str
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[python_type | None, option],
+    )
+
+
+def _help(field: Any, declared: Any) -> str:
+    """Text of a setting's help, with its choices and its default."""
+    choices = get_args(declared) if get_origin(declared) is Literal else ()
+    default = field.metadata["shown"] or _written(field.default)
+    details = [" | ".join(choices)] if choices else []
+    details += [f"default: {default}"] if default else []
+    return field.metadata["help"] + (f" ({'; '.join(details)})" if details else "")
+
+
+def _metavar(declared: Any) -> str:
+    if get_origin(declared) is Literal:
+        return "NAME"
+    kinds = [kind for kind in get_args(declared) or (declared,) if kind is not type(None)]
+    return {int: "INT", float: "FLOAT"}.get(kinds[0], "TEXT")
+
+
+def _written(value: Any) -> str:
+    if value is None or value is False or value == "":
+        return ""
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def canonical(arguments: Sequence[str]) -> list[str]:
+    """Hugging Face spellings of settings as ours: `--lr`, `--num_train_epochs`."""
+    ours = {alias: f.name for f in settings() for alias in f.metadata["aliases"]}
+    words = []
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            name = flag[2:].replace("-", "_")
+            flag = "--" + ours.get(name, name).replace("_", "-")
+            word = flag + equals + value
+        words.append(word)
+    return words

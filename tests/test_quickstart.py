@@ -1,0 +1,52 @@
+"""The quickstart: the embedded base before and after the hand-written instructions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from truetune import cli
+from truetune.contract import PromptContract
+from truetune.lab import base_path
+from truetune.lab.evaluate import held_out_documents, unseen_questions
+from truetune.lab.quickstart import quickstart, quickstart_recipe, score
+from truetune.lab.world import World
+from truetune.model import load_model
+
+
+def test_its_recipe_is_an_ordinary_one(tmp_path: Path) -> None:
+    recipe = quickstart_recipe(tmp_path / "run", seed=3)
+    assert (recipe.model, recipe.seed, recipe.lora) == (str(base_path()), 3, False)
+    assert recipe.origin("learning_rate") == "quickstart"
+
+
+def test_the_base_alone_answers_nothing() -> None:
+    world = World.generate()
+    base = load_model(base_path(), device="cpu", purpose="inference")
+    contract = PromptContract.load(base.tokenizer, "chatml-lite")
+    found = score(base, contract, unseen_questions(world, 10), held_out_documents(world, 3))
+    assert found.finished <= 1
+    assert len(found.replies) == 10
+    assert 0 < found.prose_loss < 3
+
+
+def test_a_strangers_folder_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quickstart", "-o", str(tmp_path), "--overwrite"])
+    assert ended.value.code == 2
+    assert "output-not-ours" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [42, 1, 2])
+def test_it_learns_to_answer_and_to_stop(tmp_path: Path, seed: int) -> None:
+    result, found = quickstart(tmp_path / "run", seed=seed)
+    assert result.run.finished
+    assert found.base.finished <= 5
+    assert found.tuned.finished >= 95
+    assert found.tuned.correct >= 90
