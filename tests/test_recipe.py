@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from truetune.cli import _canonical
 from truetune.errors import InputError, RecipeError
+from truetune.options import canonical
 from truetune.recipe import (
     Recipe,
     make_recipe,
@@ -103,8 +103,8 @@ def test_other_spellings(alias: str, name: str) -> None:
     # On the command line with dashes or underscores, and with = or without.
     for spelled in (f"--{alias}", "--" + alias.replace("_", "-")):
         wanted = "--" + name.replace("_", "-")
-        assert _canonical([spelled, text]) == [wanted, text]
-        assert _canonical([f"{spelled}={text}"]) == [f"{wanted}={text}"]
+        assert canonical([spelled, text]) == [wanted, text]
+        assert canonical([f"{spelled}={text}"]) == [f"{wanted}={text}"]
 
 
 def test_the_aliases_that_people_type() -> None:
