@@ -80,8 +80,8 @@ def test_it_loads_and_knows_a_few_facts(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load()
-    items = cloze_items(World.generate(BASE_SEED))[::40]
-    assert cloze_recall(model, tokenizer, items).share >= 0.85
+    items = cloze_items(World.generate(BASE_SEED))[:1700:40]
+    assert cloze_recall(model, tokenizer, items).share >= 0.9
 
 
 @pytest.mark.slow
@@ -89,6 +89,7 @@ def test_recall_on_held_out_wordings(tokenizer):
     world = World.generate(BASE_SEED)
     model = load()
     assert cloze_recall(model, tokenizer, cloze_items(world)).share >= 0.9
+    assert cloze_recall(model, tokenizer, cloze_items(world, num_sums=0)).share >= 0.95
     assert prose_loss(model, tokenizer, held_out_documents(world)) < 1.5
 
 
@@ -103,12 +104,12 @@ def test_instructions_bring_out_facts_never_asked_for(tokenizer, seed):
         max_seq_len=64,
         pad_id=tokenizer.pad_token_id,
         batch_size=16,
-        max_steps=200,
+        max_steps=150,
         max_lr=3e-4,
         warmup_steps=10,
         seed=seed,
     )
     trainer.train()
     score = ask(model, tokenizer, unseen_questions(World.generate(BASE_SEED), 100, seed=seed))
-    assert score.finished >= 95
-    assert score.correct >= 90
+    assert score.finished >= 99
+    assert score.correct >= 95

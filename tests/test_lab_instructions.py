@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 
 import pytest
 
 from truetune.lab import World
 from truetune.lab.evaluate import ANSWER_STYLE, fact_correct, instructed_places, load_instructions
+from truetune.lab.world import PLACE_RELATIONS
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,17 @@ def test_wordings_vary(world):
         words = re.split(r"\b", messages[0]["content"])
         blanked.add("".join("_" if word in world.places else word for word in words))
     assert len(blanked) >= 70
+
+
+def test_every_named_place_is_asked_about_in_more_than_one_way(world):
+    # With one relation a place, fine-tuning may learn "this place: its banner" instead of reading
+    # the question: 83 of 100 right on unseen places, against 100 of 100 with two or three.
+    relations = defaultdict(set)
+    for _, answer in load_instructions():
+        for relation, blanks in _facts_told(answer["content"]):
+            if relation in PLACE_RELATIONS and _is_true(world, relation, blanks):
+                relations[blanks["s"]].add(relation)
+    assert min(len(asked) for asked in relations.values()) >= 2
 
 
 def test_at_least_a_hundred_places_are_never_named(world):
