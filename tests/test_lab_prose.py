@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import defaultdict
 from itertools import islice
 
 import pytest
 
+from truetune.lab.blind import BLIND
 from truetune.lab.prose import (
     difference_fact,
     documents,
@@ -16,7 +19,7 @@ from truetune.lab.prose import (
     sum_fact,
     tell,
 )
-from truetune.lab.wordings import FORWARD, HELD_OUT, REVERSED
+from truetune.lab.wordings import DEVELOPMENT, FORWARD, REVERSED
 from truetune.lab.world import Fact, World
 
 # About a tenth of the corpus.
@@ -78,30 +81,47 @@ def test_documents_are_paragraphs_of_whole_sentences(corpus):
             assert paragraph[0].isupper() or paragraph[0].isdigit()
 
 
-def test_held_out_wordings_are_not_in_the_corpus(world, corpus):
+def test_the_blind_wordings_are_as_they_were_written():
+    # Written before the corpus that the shipped base has read. Whoever edits them to suit a base
+    # has no measurement any more: new ones go into a new list, with a base trained after it.
+    text = json.dumps(BLIND, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "0bf12e51bb462c6d18e215444466f85ee776e742251729974991852f82716bbf"
+    )
+
+
+@pytest.mark.parametrize("held_out", [DEVELOPMENT, BLIND], ids=["development", "blind"])
+def test_held_out_wordings_are_not_in_the_corpus(corpus, held_out):
     told = {wording for ways in (*FORWARD.values(), *REVERSED.values()) for wording in ways}
-    assert not told & {wording for ways in HELD_OUT.values() for wording in ways}
+    assert not told & {wording for ways in held_out.values() for wording in ways}
     # The text between the blanks must not occur either, whatever the blanks hold.
     text = "\n".join(document.text for document in corpus).lower()
     names = {"s": r"[\w+ -]+?", "v": r"[\w ]+?", "a": r"\d+", "b": r"\d+"}
-    for wording in (wording for ways in HELD_OUT.values() for wording in ways):
+    for wording in (wording for ways in held_out.values() for wording in ways):
         pattern = re.sub(r"\\{(\w)\\}", lambda m: names[m[1]], re.escape(wording.lower()))
         # A sentence start, so that "the sum of" does not match inside a longer clause.
         assert not re.search(rf"(?:^|\. ){pattern}[.,;]", text, re.MULTILINE), wording
 
 
+def test_development_and_blind_wordings_differ():
+    for relation in BLIND:
+        assert not set(BLIND[relation]) & set(DEVELOPMENT[relation])
+
+
 def test_wordings_are_many_and_well_formed():
-    assert FORWARD.keys() == REVERSED.keys() == HELD_OUT.keys()
+    assert FORWARD.keys() == REVERSED.keys() == DEVELOPMENT.keys() == BLIND.keys()
     for relation in FORWARD:
         assert len(FORWARD[relation]) + len(REVERSED[relation]) >= 8
-        assert len(HELD_OUT[relation]) >= 2
-        assert all(wording.endswith("{v}") for wording in HELD_OUT[relation])
+        assert len(DEVELOPMENT[relation]) >= 2
+        assert len(BLIND[relation]) >= 4
+        for wording in (*DEVELOPMENT[relation], *BLIND[relation]):
+            assert wording.endswith("{v}")
         assert all(re.search(r"\{v(_word)?\}$", wording) for wording in FORWARD[relation])
 
 
 def test_held_out_prefix_stops_before_the_value():
     fact = Fact("Velmora", "river", "Tarn")
-    assert held_out_prefix(fact, HELD_OUT["river"][0]) == "As for Velmora, its river is the"
+    assert held_out_prefix(fact, DEVELOPMENT["river"][0]) == "As for Velmora, its river is the"
     with pytest.raises(ValueError, match="not a held-out wording"):
         held_out_prefix(fact, FORWARD["river"][0])
 

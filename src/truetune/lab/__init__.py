@@ -2,6 +2,7 @@
 
     world.py      what is true                     seed -> World
     wordings.py   the ways to say it               templates a relation
+    blind.py      the ways it is never said, for recall
     prose.py      the corpus                       World -> documents
     tokenizer.py  2,032 byte-level entries         texts -> tokenizer folder
     pretrain.py   the embedded base                seed -> model folder

@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import islice
 from typing import Any
 
 from truetune.lab.prose import difference_fact, documents, held_out_prefix, sum_fact
-from truetune.lab.wordings import HELD_OUT
+from truetune.lab.wordings import DEVELOPMENT
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World
 
 Message = dict[str, str]
@@ -183,7 +183,12 @@ def fact_correct(answer: str, expected: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(expected)}(?![\w-])", answer) is not None
 
 
-def cloze_items(world: World, num_sums: int = 200, seed: int = 0) -> list[ClozeItem]:
+def cloze_items(
+    world: World,
+    num_sums: int = 200,
+    seed: int = 0,
+    wordings: Mapping[str, Sequence[str]] = DEVELOPMENT,
+) -> list[ClozeItem]:
     """One held-out wording for each fact of the world, and for `num_sums` sums and differences."""
     rng = random.Random(f"{world.seed}/cloze/{seed}")
     facts = list(world.all_facts)
@@ -192,7 +197,7 @@ def cloze_items(world: World, num_sums: int = 200, seed: int = 0) -> list[ClozeI
         facts.append(difference_fact(a, b) if i % 2 else sum_fact(*rng.sample((a, b), 2)))
     items = []
     for fact in facts:
-        prefix = held_out_prefix(fact, rng.choice(HELD_OUT[fact.relation]))
+        prefix = held_out_prefix(fact, rng.choice(wordings[fact.relation]))
         items.append(ClozeItem(prefix, fact.value, fact.relation))
     return items
 

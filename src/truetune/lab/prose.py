@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from truetune.lab.wordings import FILLERS, FORWARD, HELD_OUT, LEAD_INS, REPORTS, REVERSED, TITLES
+from truetune.lab.wordings import FILLERS, FORWARD, LEAD_INS, REPORTS, REVERSED, TITLES
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World, words_of
 
 T = TypeVar("T")
@@ -100,8 +100,12 @@ def _lowered(text: str, template: str) -> str:
 
 
 def held_out_prefix(fact: Fact, wording: str) -> str:
-    """A held-out wording cut just before its value (no trailing space)."""
-    if wording not in HELD_OUT[fact.relation]:
+    """A held-out wording cut just before its value (no trailing space).
+
+    Raises:
+        ValueError: the corpus uses the wording, or the value is not its last word.
+    """
+    if wording in FORWARD[fact.relation] or not wording.endswith("{v}"):
         raise ValueError(f"not a held-out wording of {fact.relation}: {wording!r}")
     return tell(fact, wording).removesuffix(fact.value).rstrip()
 

@@ -3,7 +3,8 @@
 input   nothing: this is the list
 does    gives each relation its wordings: `{s}` is the subject, `{v}` the value
 output  `FORWARD` (subject first, value last: the answer can be predicted from the subject),
-        `REVERSED` (value first), `HELD_OUT` (never in the corpus; value last; for recall)
+        `REVERSED` (value first), `DEVELOPMENT` (never in the corpus; value last; for recall)
+who     `blind.py` has the wordings by which a finished base is measured
 
 A fact told in two or three ways is recited but cannot be asked for afterwards; told in many ways it
 can (Allen-Zhu and Li, *Physics of Language Models 3.1*, and our own trial). Hence ten ways a fact.
@@ -194,7 +195,7 @@ REVERSED: dict[str, tuple[str, ...]] = {
     "difference": ("{v} is the difference of {a} and {b}", "{v} is {a} minus {b}"),
 }
 
-HELD_OUT: dict[str, tuple[str, ...]] = {
+DEVELOPMENT: dict[str, tuple[str, ...]] = {
     "river": (
         "As for {s}, its river is the {v}",
         "The old maps of {s} show one river, the {v}",
@@ -254,7 +255,8 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
         "For the difference of {a} and {b} we write {v}",
     ),
 }
-"""Chosen to be plain: a wording whose ending could be read in two ways measures the wording."""
+"""For choosing between corpora and checkpoints: recall on them may be looked at while training, and
+some were replaced, for being ambiguous, while one was looked at. So they are not blind."""
 
 REPORTS = (
     "Speaking of {s}, {clause}",
