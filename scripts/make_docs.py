@@ -80,6 +80,9 @@ def _code_of(call: ast.Call) -> tuple[str, str | None]:
     if name == "Finding":
         known = isinstance(level, ast.Constant)
         return f"finding ({level.value})" if known else "finding", code.value
+    if name == "rows_finding":
+        known = isinstance(level, ast.Constant)
+        return f"finding ({level.value})" if known else "finding", code.value
     return ("row error" if name == "BadRow" else "error"), code.value
 
 

@@ -6,10 +6,12 @@ import ast
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from test_check_labels import CASES as LABEL_CASES
 from tiny_models import tiny_tokenizer
 from truetune.check import Preflight, preflight
 from truetune.contract import PromptContract, SFTExample
@@ -62,10 +64,6 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
     "stop-not-supervised": (
         [
             lambda c: facts(c, GOOD, masked(0, 0, 0, 1, 0)),
-            # The answer was cut.
-            lambda c: facts(c, SFTExample([USER, 65, ASSISTANT, 66], [0, 0, 0, 1])),
-            # The stop is a target of an earlier turn only.
-            lambda c: facts(c, SFTExample([*GOOD.ids, USER, ASSISTANT, 66], [*GOOD.mask, 0, 0, 1])),
             lambda c: facts(c, masked(1, 1, 1, 1, 0), loss_on="all"),
         ],
         [
@@ -74,6 +72,18 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             # What the template writes after the stop is a target too: the user said all.
             lambda c: facts(c, SFTExample([*GOOD.ids, 10], [1] * 6), loss_on="all"),
             # Plain text has no answer that could end.
+            lambda c: facts(c, SFTExample([65, 66], [1, 1]), is_text=True),
+        ],
+    ),
+    "stop-missing": (
+        [
+            # The answer was cut.
+            lambda c: facts(c, SFTExample([USER, 65, ASSISTANT, 66], [0, 0, 0, 1])),
+            # The stop is a target of an earlier turn only.
+            lambda c: facts(c, SFTExample([*GOOD.ids, USER, ASSISTANT, 66], [*GOOD.mask, 0, 0, 1])),
+        ],
+        [
+            lambda c: facts(c, GOOD, GOOD),
             lambda c: facts(c, SFTExample([65, 66], [1, 1]), is_text=True),
         ],
     ),
@@ -113,16 +123,24 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
 }
 
 
-def test_every_code_of_the_checks_is_in_the_table() -> None:
-    tree = ast.parse(inspect.getsource(inspect.getmodule(preflight)))  # type: ignore[arg-type]
-    found = {
-        word.value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"
-        for word in node.keywords
-        if word.arg == "code" and isinstance(word.value, ast.Constant)
-    }
-    assert found == set(CASES)
+# Codes whose fixtures have a form of their own.
+ELSEWHERE = {
+    "test_check_labels": {
+        *("history-not-served", "reasoning-lost", "padding-supervised", "bos-missing")
+    },
+}
+
+
+def test_every_code_of_the_checks_has_its_fixtures() -> None:
+    folder = Path(inspect.getfile(preflight)).parent
+    found = set()
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+            for word in node.keywords if named in ("Finding", "rows_finding") else ():
+                if word.arg == "code" and isinstance(word.value, ast.Constant):
+                    found.add(word.value.value)
+    assert found == {*CASES, *LABEL_CASES}.union(*ELSEWHERE.values())
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_as_dict_is_json_with_every_fact() -> None:
         "count": 2,
         "why": "the cause",
         "fix": "the remedy",
+        "rows": [],
     }
 
 
@@ -49,6 +50,14 @@ def test_merged_adds_counts_and_keeps_the_first_place() -> None:
         ("e", "z", "a:3", 1),
         ("n", "x", "a:1", 2),
     ]
+
+
+def test_merged_lists_the_places_and_not_more_than_a_hundred() -> None:
+    (found,) = merged(Finding("e", "error", "y", f"a:{i}") for i in range(150))
+    assert found.count == 150
+    assert found.rows == tuple(f"a:{i}" for i in range(100))
+    (kept,) = merged([Finding("e", "error", "y", "a:1", 2, rows=("a:1", "a:2"))])
+    assert kept.rows == ("a:1", "a:2")
 
 
 def test_the_same_code_with_another_level_stays_apart() -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 Level = Literal["error", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("error", "warning", "note")
+# Places that a finding lists; its count has them all.
+MOST_ROWS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Finding:
         count: how many places.
         why: the likely cause.
         fix: the next command or edit.
+        rows: the first places, at most 100, where more than one was listed; `where` is the first.
     """
 
     code: str
@@ -36,6 +39,7 @@ class Finding:
     count: int = 1
     why: str = ""
     fix: str = ""
+    rows: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -51,17 +55,21 @@ class Finding:
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding per (code, level, what): the first place is kept, the counts are added."""
-    groups: dict[tuple[str, str, str], Finding] = {}
+    """One finding per (code, level, what): the first place is kept, the counts are added and the
+    rows listed."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        key = (finding.code, finding.level, finding.what)
-        first = groups.get(key)
-        groups[key] = (
-            finding
-            if first is None
-            else dataclasses.replace(first, count=first.count + finding.count)
-        )
-    return sorted(groups.values(), key=lambda f: LEVELS.index(f.level))
+        groups.setdefault((finding.code, finding.level, finding.what), []).append(finding)
+    return sorted(map(_joined, groups.values()), key=lambda f: LEVELS.index(f.level))
+
+
+def _joined(group: list[Finding]) -> Finding:
+    first = group[0]
+    if len(group) == 1:
+        return first
+    places = [place for f in group for place in (f.rows or ((f.where,) if f.where else ()))]
+    rows = tuple(dict.fromkeys(places))[:MOST_ROWS]
+    return dataclasses.replace(first, count=sum(f.count for f in group), rows=rows)
 
 
 def worst(findings: Iterable[Finding]) -> Level | None:

@@ -1,12 +1,24 @@
-"""The checks of a run that need no weights."""
+"""The checks of a coming run that need no weights.
+
+input   Preflight: the examples as they will be trained, and the plan's numbers
+does    the label families on the examples, then the families on the run
+output  findings, the most severe first; an error among them stops `truetune train`
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from truetune.check import run_settings
+from truetune.check.facts import LabelFacts, LossOn
+from truetune.check.labels import label_findings
+from truetune.check.markers import Markers
+from truetune.check.run_settings import RunFacts
+from truetune.check.table import TokenTable
 from truetune.contract import PromptContract, SFTExample
-from truetune.findings import Finding
+from truetune.findings import Finding, merged
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,7 @@ class Preflight:
     examples: Sequence[SFTExample]
     rows: Sequence[str]
     is_text: bool
-    loss_on: str
+    loss_on: LossOn
     head_rows: int
     base_stop_ids: Sequence[int]
     lora: bool
@@ -37,125 +49,44 @@ class Preflight:
     max_steps: int
     warmup_steps: int
 
+    @cached_property
+    def labels(self) -> LabelFacts:
+        """The examples as the label families look at them. Their prompts are proved: they came
+        out of the contract."""
+        contract = self.contract
+        markers = Markers.probe(
+            contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
+        )
+        return LabelFacts(
+            TokenTable.of_examples(self.examples, self.rows),
+            markers,
+            head_rows=self.head_rows,
+            loss_on=self.loss_on,
+            is_text=self.is_text,
+            proved=True,
+        )
+
+    @property
+    def run(self) -> RunFacts:
+        """The numbers of the run, without its rows."""
+        return RunFacts(
+            stop_ids=self.contract.stop_ids,
+            is_text=self.is_text,
+            base_stop_ids=tuple(self.base_stop_ids),
+            lora=self.lora,
+            learning_rate=self.learning_rate,
+            suggested_rate=self.suggested_rate,
+            max_steps=self.max_steps,
+            warmup_steps=self.warmup_steps,
+        )
+
 
 def preflight(facts: Preflight) -> list[Finding]:
-    """All findings, in the order of the checks."""
-    return [finding for check in CHECKS for finding in check(facts)]
+    """All findings, the most severe first."""
+    return merged([*label_findings(facts.labels), *_run_findings(facts.run)])
 
 
-def _places(rows: Sequence[str], bad: Sequence[int]) -> tuple[str, int]:
-    return (rows[bad[0]], len(bad)) if bad else ("", 0)
-
-
-def stop_supervised(facts: Preflight) -> Iterator[Finding]:
-    """Each example's last supervised token is a stop: otherwise the model never learns to end."""
-    if facts.is_text:
-        return
-    stops = set(facts.contract.stop_ids)
-    bad = []
-    for index, (ids, mask) in enumerate(facts.examples):
-        last = max((i for i, supervised in enumerate(mask) if supervised), default=None)
-        # With a loss on everything, the template's own text may follow the stop.
-        followed = last is not None and not any(
-            mask[i] and ids[i] in stops for i in range(len(ids))
-        )
-        ends_wrong = last is not None and facts.loss_on != "all" and ids[last] not in stops
-        if last is None or followed or ends_wrong:
-            bad.append(index)
-    where, count = _places(facts.rows, bad)
-    if bad:
-        yield Finding(
-            code="stop-not-supervised",
-            level="error",
-            what="the token that ends an answer is no target",
-            where=where,
-            count=count,
-            why="the answer was cut, or the mask leaves its end out: the model would never stop",
-            fix="raise --max-length, or leave those rows out with --overlong drop",
-        )
-
-
-def nothing_supervised(facts: Preflight) -> Iterator[Finding]:
-    """Examples without a target cost compute and teach nothing."""
-    bad = [i for i, example in enumerate(facts.examples) if example.num_supervised == 0]
-    where, count = _places(facts.rows, bad)
-    if bad:
-        yield Finding(
-            code="nothing-supervised",
-            level="error",
-            what="no token of the example is a target",
-            where=where,
-            count=count,
-            fix="leave those rows out",
-        )
-
-
-def ids_beyond_head(facts: Preflight) -> Iterator[Finding]:
-    """An id that the embedding has no row for fails on the GPU with an unreadable message."""
-    bad = [i for i, e in enumerate(facts.examples) if max(e.ids, default=0) >= facts.head_rows]
-    where, count = _places(facts.rows, bad)
-    if bad:
-        largest = max(max(facts.examples[i].ids) for i in bad)
-        yield Finding(
-            code="id-beyond-head",
-            level="error",
-            what=f"token id {largest} is beyond the model's {facts.head_rows} embedding rows",
-            where=where,
-            count=count,
-            why="the tokenizer has tokens that the model was never given rows for",
-            fix="use the tokenizer that belongs to the model",
-        )
-
-
-def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
-    """peft and transformers read the base's generation_config, never an adapter's."""
-    ids = list(facts.contract.stop_ids)
-    if facts.lora and not facts.is_text and not set(ids) <= set(facts.base_stop_ids):
-        yield Finding(
-            code="adapter-stop-unread",
-            level="warning",
-            what="the trained stop token is not in the base's stop set, and an adapter cannot "
-            "change that set",
-            why="transformers and peft read the generation_config of the base only",
-            fix=f"serve with stop_token_ids={ids} (vLLM) or generate(eos_token_id={ids}); "
-            "`truetune chat` does",
-        )
-
-
-def learning_rate_range(facts: Preflight) -> Iterator[Finding]:
-    """Ten times off the usual value in either direction is seldom meant."""
-    ratio = facts.learning_rate / facts.suggested_rate
-    if 0.1 < ratio < 10 * (1 - 1e-9):
-        return
-    side = "above" if ratio > 1 else "below"
-    yield Finding(
-        code="learning-rate-unusual",
-        level="warning",
-        what=f"the learning rate {facts.learning_rate:g} is {max(ratio, 1 / ratio):.0f}x {side} "
-        f"the usual {facts.suggested_rate:g} for this method and model",
-        why="full fine-tuning and LoRA want rates a factor of ten apart",
-        fix=f"--learning-rate {facts.suggested_rate:g}",
-    )
-
-
-def warmup_within_run(facts: Preflight) -> Iterator[Finding]:
-    """A warm-up that never ends keeps the rate below what was set."""
-    if facts.warmup_steps >= facts.max_steps > 1:
-        yield Finding(
-            code="warmup-too-long",
-            level="warning",
-            what=f"the warm-up of {facts.warmup_steps} steps is as long as the run of "
-            f"{facts.max_steps}",
-            why="the learning rate that was set is reached at the end or never",
-            fix="--warmup-ratio 0.03",
-        )
-
-
-CHECKS: tuple[Callable[[Preflight], Iterator[Finding]], ...] = (
-    nothing_supervised,
-    stop_supervised,
-    ids_beyond_head,
-    adapter_stop_unread,
-    learning_rate_range,
-    warmup_within_run,
-)
+def _run_findings(facts: RunFacts) -> Iterator[Finding]:
+    checks: tuple[Callable[[RunFacts], Iterator[Finding]], ...] = run_settings.CHECKS
+    for check in checks:
+        yield from check(facts)

@@ -1,0 +1,495 @@
+"""What is told from ids, labels and stop ids alone: for each code rows that bring it about, and
+rows as near to it as can be that must stay silent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tiny_contracts import DELETING, PLAIN, THINKING, byte_level, chat
+from truetune.check.labels import check_labels
+from truetune.check.markers import Markers, served_stop_ids
+from truetune.check.table import TokenTable
+from truetune.findings import Finding
+
+Rows = list[tuple[list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    made = byte_level()
+    made.chat_template = PLAIN
+    return made
+
+
+ANSWERS = tuple(
+    f"{text} The quick fox jumps over the lazy dog."
+    for text in ("Yes, no.", "The lazy dog.", "Maybe, and then the fox.", "Hello there, world.")
+)
+
+
+def rendered(tok: Any, messages: Sequence[Any], **arguments: Any) -> list[int]:
+    text = tok.apply_chat_template(list(messages), tokenize=False, **arguments)
+    return list(tok(text, add_special_tokens=False)["input_ids"])
+
+
+def on_everything(tok: Any, **arguments: Any) -> Rows:
+    """As a trainer that takes loss on all tokens has them."""
+    rows = (rendered(tok, chat(f"Question {a}?", a), **arguments) for a in ANSWERS)
+    return [(ids, list(ids)) for ids in rows]
+
+
+def on_answers(tok: Any) -> Rows:
+    """As a trainer that masks the prompt has them."""
+    rows = []
+    for answer in ANSWERS:
+        messages = chat(f"Question {answer}?", answer)
+        prompt = rendered(tok, messages[:1], add_generation_prompt=True)
+        ids = rendered(tok, messages)
+        rows.append((ids, [-100] * len(prompt) + ids[len(prompt) :]))
+    return rows
+
+
+def written(tok: Any, *texts: str) -> Rows:
+    """Texts without a template, every token a target."""
+    return [(ids, list(ids)) for ids in tok(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def masked_ids(rows: Rows, token: int) -> Rows:
+    return [(ids, [-100 if i == token else i for i in labels]) for ids, labels in rows]
+
+
+def cut(rows: Rows, size: int) -> Rows:
+    return [(ids[:size], labels[:size]) for ids, labels in rows]
+
+
+def alpaca(tok: Any, end: bool = True) -> Rows:
+    texts = (f"### Instruction:\nQuestion {a}?\n\n### Response:\n{a}" for a in ANSWERS)
+    return written(tok, *(text + (tok.eos_token if end else "") for text in texts))
+
+
+def end(tok: Any) -> int:
+    return int(tok.convert_tokens_to_ids("<|end|>"))
+
+
+def text_id(tok: Any, text: str) -> int:
+    (found,) = tok(text, add_special_tokens=False)["input_ids"]
+    return int(found)
+
+
+def thoughts(tok: Any, *, closed: bool = True, empty: Sequence[int] = ()) -> Rows:
+    """One-turn rows with reasoning in the content."""
+    rows = []
+    for i, answer in enumerate(ANSWERS):
+        thought = "" if i in empty else "and then"
+        block = f"<think>\n{thought}\n" + ("</think>\n\n" if closed else "")
+        rows.append(rendered(tok, chat("Question?", block + answer)))
+    return [(ids, list(ids)) for ids in rows]
+
+
+def two_turns(tok: Any, first: str, template: str | None = None) -> Rows:
+    """Conversations whose last answer reasons; rendered with another template where one is
+    given."""
+    messages = chat("Question?", first + "yes", "And then?", "<think>\nmaybe\n</think>\n\nno")
+    arguments = {} if template is None else {"chat_template": template}
+    ids = rendered(tok, messages, **arguments)
+    return [(ids, list(ids))] * 4
+
+
+def thinking(tok: Any) -> Any:
+    made = byte_level()
+    made.chat_template = THINKING
+    return made
+
+
+# What is given to `check_labels`: rows and options, made from the tokenizer.
+Make = Callable[[Any], tuple[Rows, dict[str, Any]]]
+
+
+def case(rows: Callable[[Any], Rows], **options: Any) -> Make:
+    return lambda tok: (rows(tok), options)
+
+
+CASES: dict[str, tuple[list[Make], list[Make]]] = {
+    "stop-not-supervised": (
+        [
+            # The collator masked the pad id, which ends answers too.
+            case(lambda t: masked_ids(on_everything(t), end(t))),
+            case(lambda t: masked_ids(on_answers(t), end(t))),
+            # The mask is closed before the end.
+            case(lambda t: [(i, [*x[:-2], -100, -100]) for i, x in on_answers(t)]),
+        ],
+        [
+            # Padding of the end token without a label, behind a labelled one.
+            case(lambda t: [(i + [end(t)] * 3, x + [-100] * 3) for i, x in on_everything(t)]),
+            case(on_answers),
+            # What the template writes after the end may be masked.
+            case(lambda t: [(i, [*x[:-1], -100]) for i, x in on_answers(t)]),
+        ],
+    ),
+    "stop-missing": (
+        [
+            case(lambda t: [(i[:-2], x[:-2]) for i, x in on_answers(t)]),
+            case(lambda t: alpaca(t, end=False)),
+        ],
+        [
+            case(alpaca),
+            # Blocks of a running text end anywhere.
+            case(lambda t: [written(t, "the fox and the dog " * 20)[0]] * 3),
+        ],
+    ),
+    "answer-cut": (
+        [
+            case(lambda t: cut(on_answers(t), 40)),
+            # Each row its own length, and the limit is known.
+            case(lambda t: cut(on_everything(t), 38), max_length=38),
+        ],
+        [
+            # As long as the limit, and whole.
+            case(lambda t: [on_answers(t)[0]] * 4, max_length=10_000),
+            case(lambda t: [on_answers(t)[0]] * 4),
+        ],
+    ),
+    "generation-prompt-trained": (
+        [
+            case(lambda t: on_everything(t, add_generation_prompt=True)),
+            # A collator put the end token behind it.
+            case(
+                lambda t: [
+                    ([*i, end(t)], [*x, end(t)])
+                    for i, x in on_everything(t, add_generation_prompt=True)
+                ]
+            ),
+        ],
+        [
+            case(on_everything),
+            # A very short answer stands near the end of its row.
+            case(lambda t: [(i, list(i)) for i in [rendered(t, chat("Hello?", "a"))] * 3]),
+        ],
+    ),
+    "stop-not-served": (
+        [
+            case(on_everything, stop_ids=[6]),
+            case(on_answers, generation_config={"eos_token_id": 6}),
+        ],
+        [
+            case(on_everything, generation_config={"eos_token_id": [6, 1]}),
+            # Ends on its own marker, and then on what is served.
+            case(lambda t: [([*i, 6], [*x, 6]) for i, x in on_everything(t)], stop_ids=[6]),
+        ],
+    ),
+    "labels-misaligned": (
+        [
+            case(lambda t: [(i, [*x[1:], -100]) for i, x in on_everything(t)]),
+            case(lambda t: [(i, [-100, *i[:-1]]) for i, _ in on_everything(t)]),
+            # One stray token.
+            case(lambda t: [(i, [*x[:-3], 77, *x[-2:]]) for i, x in on_answers(t)]),
+        ],
+        [case(on_everything), case(on_answers)],
+    ),
+    "nothing-supervised": (
+        [
+            case(lambda t: [*on_answers(t), ([5, 6, 7], [-100] * 3)]),
+            # Only the first token has a label, and nothing predicts it.
+            case(lambda t: [*on_answers(t), ([5, 6, 7], [5, -100, -100])]),
+        ],
+        [case(on_answers)],
+    ),
+    "prompt-supervised": (
+        [case(on_everything, loss_on="assistant"), case(on_everything, loss_on="last")],
+        [case(on_answers, loss_on="assistant"), case(on_everything, loss_on="all")],
+    ),
+    "loss-mask-mixed": (
+        [case(lambda t: on_everything(t)[:2] + on_answers(t)[2:])],
+        [case(on_everything), case(on_answers)],
+    ),
+    "loss-on-everything": (
+        [case(on_everything)],
+        [case(on_answers), case(on_everything, loss_on="all")],
+    ),
+    "bos-doubled": (
+        [case(lambda t: [([5, 5, *i], [5, 5, *x]) for i, x in on_everything(t)])],
+        [case(lambda t: [([5, *i], [5, *x]) for i, x in on_everything(t)])],
+    ),
+    "prompt-not-served": (
+        [
+            case(alpaca),
+            # Some rows only.
+            case(lambda t: on_everything(t) + alpaca(t)[:2]),
+        ],
+        [
+            case(on_everything),
+            # Text without turns is no prompt at all.
+            case(lambda t: written(t, *(a * 3 for a in ANSWERS))),
+        ],
+    ),
+    "marker-in-pieces": (
+        [
+            case(
+                lambda t: written(
+                    t,
+                    *(
+                        f"<|im_start|>user\nHm?<|im_end|>\n<|im_start|>a\n{a}<|im_end|>"
+                        for a in ANSWERS
+                    ),
+                )
+            )
+        ],
+        [
+            case(on_everything),
+            # In pieces, but what closes an answer is one token.
+            case(lambda t: written(t, *(f"<|im_start|>Hm?\n{a}<|end|>" for a in ANSWERS))),
+            # Somebody writes about markers.
+            case(
+                lambda t: [
+                    (i, list(i))
+                    for i in (rendered(t, chat("Hello?", f"<|im_end|> {a}")) for a in ANSWERS)
+                ]
+            ),
+        ],
+    ),
+    "answer-start-masked": (
+        [
+            # "...France? " and "Paris." were merged: " Paris" counts as prompt.
+            case(
+                lambda t: [
+                    (i, [-100] * 7 + i[7:])
+                    for i in (
+                        t(f"Question? the fo{c}, jumps over.<|end|>")["input_ids"] for c in "abcx"
+                    )
+                ]
+            )
+        ],
+        [case(on_answers)],
+    ),
+    "reasoning-unclosed": (
+        [case(lambda t: thoughts(t, closed=False))],
+        [case(thoughts), case(on_everything)],
+    ),
+    "reasoning-empty": (
+        [case(lambda t: thoughts(t, empty=[1])), case(lambda t: thoughts(t, empty=range(4)))],
+        [case(thoughts)],
+    ),
+    "id-beyond-head": (
+        [case(lambda t: [*on_everything(t), ([400, 5], [400, 5])], head_rows=400)],
+        [case(lambda t: [*on_everything(t), ([399, 1], [399, 1])], head_rows=400)],
+    ),
+}
+
+
+def codes(found: Sequence[Finding]) -> list[str]:
+    return [finding.code for finding in found]
+
+
+@pytest.mark.parametrize(
+    ("code", "make"), [(code, make) for code, (bad, _) in CASES.items() for make in bad]
+)
+def test_found(tokenizer: Any, code: str, make: Make) -> None:
+    rows, options = make(tokenizer)
+    found = [f for f in check_labels(rows, tokenizer, **options) if f.code == code]
+    assert len(found) == 1
+    assert found[0].what
+    assert found[0].fix
+    assert found[0].rows[0] == found[0].where
+
+
+@pytest.mark.parametrize(
+    ("code", "make"), [(code, make) for code, (_, good) in CASES.items() for make in good]
+)
+def test_near_misses(tokenizer: Any, code: str, make: Make) -> None:
+    rows, options = make(tokenizer)
+    assert code not in codes(check_labels(rows, tokenizer, **options))
+
+
+@pytest.mark.parametrize("rows", [on_answers, lambda t: on_everything(t)])
+def test_sound_rows_raise_no_alarm(tokenizer: Any, rows: Callable[[Any], Rows]) -> None:
+    found = check_labels(rows(tokenizer), tokenizer)
+    assert all(finding.level == "note" for finding in found)
+    assert set(codes(found)) <= {"loss-on-everything"}
+
+
+def test_one_defect_is_one_finding(tokenizer: Any) -> None:
+    """The cause, and not what follows from it."""
+    for rows, code in (
+        (masked_ids(on_everything(tokenizer), end(tokenizer)), "stop-not-supervised"),
+        ([(i, [*x[1:], -100]) for i, x in on_everything(tokenizer)], "labels-misaligned"),
+        (on_everything(tokenizer, add_generation_prompt=True), "generation-prompt-trained"),
+        (cut(on_everything(tokenizer), 38), "answer-cut"),
+        (cut(on_everything(tokenizer), 33), "answer-cut"),
+    ):
+        alarms = [f for f in check_labels(rows, tokenizer) if f.level != "note"]
+        assert codes(alarms) == [code]
+
+
+def test_rows_are_named_and_counted(tokenizer: Any) -> None:
+    rows = on_answers(tokenizer)
+    rows[1] = masked_ids([rows[1]], end(tokenizer))[0]
+    rows[3] = masked_ids([rows[3]], end(tokenizer))[0]
+    (finding,) = check_labels(rows, tokenizer, where="rows.jsonl:{}".format)
+    assert (finding.level, finding.count) == ("error", 2)
+    assert finding.rows == ("rows.jsonl:1", "rows.jsonl:3")
+
+
+def test_a_straggler_is_a_warning(tokenizer: Any) -> None:
+    rows = on_answers(tokenizer) * 50
+    rows[7] = (rows[7][0][:-2], rows[7][1][:-2])
+    (finding,) = check_labels(rows, tokenizer)
+    assert (finding.code, finding.level, finding.count) == ("stop-missing", "warning", 1)
+
+
+def test_the_reasons_name_the_cause(tokenizer: Any) -> None:
+    saved = tokenizer.pad_token
+    try:
+        tokenizer.pad_token = tokenizer.eos_token
+        (shared,) = check_labels(masked_ids(on_answers(tokenizer), end(tokenizer)), tokenizer)
+    finally:
+        tokenizer.pad_token = saved
+    assert "masks every pad token" in shared.why
+    empty = [([5] * 50, [-100] * 50)] * 2
+    (cut_off, *_) = check_labels(empty, tokenizer, max_length=50)
+    assert "fills the limit of 50 tokens" in cut_off.why
+    (no_marker, *_) = check_labels([([70, 71], [-100] * 2)], tokenizer)
+    assert "'<|end|>\\n<|assistant|>'" in no_marker.why
+    (shifted,) = check_labels([(i, [*x[1:], -100]) for i, x in on_everything(tokenizer)], tokenizer)
+    assert "labels are the next token" in shifted.what
+
+
+def test_history_that_no_server_sends() -> None:
+    tok = byte_level()
+    tok.chat_template = THINKING
+    reasoned = "<think>\nand then\n</think>\n\n"
+    kept = two_turns(tok, reasoned, template=PLAIN)
+    assert "history-not-served" in codes(check_labels(kept, tok))
+    # Rendered by the served template: the first answer lost its reasoning.
+    lost = two_turns(tok, reasoned)
+    (finding,) = [f for f in check_labels(lost, tok) if f.level != "note"]
+    assert (finding.code, finding.level, finding.count) == ("reasoning-lost", "warning", 4)
+    # Only the last answer has labels: what stands before it is what is served.
+    header = rendered(tok, chat("x"), add_generation_prompt=True)
+    last = []
+    for ids, _ in lost:
+        at = len(ids) - ids[::-1].index(header[-2])
+        last.append((ids, [-100] * at + ids[at:]))
+    assert [f for f in check_labels(last, tok) if f.level != "note"] == []
+    # One turn a row: nothing to lose.
+    assert [f for f in check_labels(thoughts(tok), tok) if f.level != "note"] == []
+
+
+def test_a_template_that_keeps_reasoning_is_none_of_that(tokenizer: Any) -> None:
+    rows = two_turns(tokenizer, "<think>\nand then\n</think>\n\n")
+    assert [f for f in check_labels(rows, tokenizer) if f.level != "note"] == []
+
+
+# ------------------------------------------------------------------ rows of any trainer
+
+
+def test_batches_dicts_tuples_and_tensors_are_the_same_rows(tokenizer: Any) -> None:
+    import torch
+
+    rows = on_answers(tokenizer)
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in rows])
+    labels = torch.tensor([x + [-100] * (width - len(x)) for _, x in rows])
+    mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in rows])
+    left = [[0] * (width - len(i)) + i for i, _ in rows]
+    left_labels = [[-100] * (width - len(x)) + x for _, x in rows]
+    left_mask = [[0] * (width - len(i)) + [1] * len(i) for i, _ in rows]
+    expected = TokenTable.of_rows(rows)
+    for same in (
+        [{"input_ids": i, "labels": x, "attention_mask": [1] * len(i)} for i, x in rows],
+        [{"input_ids": ids, "labels": labels, "attention_mask": mask}],
+        [(ids, labels, mask)],
+        [{"input_ids": left, "labels": left_labels, "attention_mask": left_mask}],
+        [(np.array(i), np.array(x)) for i, x in rows],
+    ):
+        table = TokenTable.of_rows(same)
+        assert table.ids.tolist() == expected.ids.tolist()
+        assert table.labels.tolist() == expected.labels.tolist()
+        assert table.starts.tolist() == expected.starts.tolist()
+        assert list(table.where) == ["row 0", "row 1", "row 2", "row 3"]
+
+
+def test_packed_rows_are_cut_at_positions_and_segments() -> None:
+    ids, labels = [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]
+    by_position = TokenTable.of_rows(
+        [{"input_ids": [ids], "labels": [labels], "position_ids": [[0, 1, 2, 0, 1]]}]
+    )
+    by_segment = TokenTable.of_rows([(ids, labels, [1, 1, 1, 2, 2])])
+    for table in (by_position, by_segment):
+        assert table.starts.tolist() == [0, 3, 5]
+        assert list(table.where) == ["row 0", "row 0"]
+
+
+def test_padding_without_a_mask_keeps_one_token() -> None:
+    table = TokenTable.of_rows([([7, 8, 9, 9, 9], [7, 8, -100, -100, -100])], pad_id=9)
+    assert table.row_ids(0) == [7, 8, 9]
+    ended = TokenTable.of_rows([([7, 8, 9, 9, 9], [7, 8, 9, -100, -100])], pad_id=9)
+    assert ended.row_ids(0) == [7, 8, 9]
+    assert ended.row_labels(0) == [7, 8, 9]
+
+
+def test_labels_on_padding_are_seen_before_it_is_taken_off(tokenizer: Any) -> None:
+    rows = [(i + [0] * 3, x + [0] * 3, [1] * len(i) + [0] * 3) for i, x in on_answers(tokenizer)]
+    (finding,) = check_labels(rows, tokenizer)
+    assert (finding.code, finding.level, finding.count) == ("padding-supervised", "warning", 4)
+    rows = [(i + [0] * 3, x + [-100] * 3, [1] * len(i) + [0] * 3) for i, x in on_answers(tokenizer)]
+    assert check_labels(rows, tokenizer) == []
+
+
+def test_rows_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="no labels"):
+        TokenTable.of_rows([{"input_ids": [1]}])
+    with pytest.raises(ValueError, match="2 input_ids and 1 labels"):
+        TokenTable.of_rows([([1, 2], [1])])
+
+
+def test_no_rows_and_empty_rows(tokenizer: Any) -> None:
+    assert check_labels([], tokenizer) == []
+    assert codes(check_labels([([], [])], tokenizer)) == ["nothing-supervised"]
+
+
+# ------------------------------------------------------------------ markers
+
+
+def test_markers_are_found_by_rendering(tokenizer: Any) -> None:
+    found = Markers.probe(tokenizer, stop_ids=[1])
+    assert found.answer_start == "<|end|>\n<|assistant|>"
+    assert found.user_start == "<|end|>\n<|user|>"
+    assert found.terminator == 1
+    assert found.own_stop_is_terminator
+    assert found.keeps_reasoning is True
+    assert found.bos is None
+    assert not Markers.probe(tokenizer, stop_ids=[6]).own_stop_is_terminator
+
+
+def test_markers_of_other_templates(tokenizer: Any) -> None:
+    assert Markers.probe(tokenizer, chat_template=THINKING).keeps_reasoning is False
+    assert Markers.probe(tokenizer, chat_template=DELETING).keeps_reasoning is None
+    bare = byte_level()
+    bare.chat_template = None
+    without = Markers.probe(bare)
+    assert not without.has_template
+    assert (without.answer_start, without.terminator) == ("", None)
+    assert Markers.probe(byte_level(own_bos=True)).bos is None
+
+
+def test_what_is_served_comes_from_the_generation_config(tokenizer: Any) -> None:
+    from transformers import GenerationConfig
+
+    assert served_stop_ids(GenerationConfig(eos_token_id=[3, 4]), tokenizer) == (3, 4)
+    assert served_stop_ids({"eos_token_id": 3}, tokenizer) == (3,)
+    assert served_stop_ids(None, tokenizer) == (1,)
+    assert served_stop_ids({}, tokenizer) == (1,)
+
+
+def test_a_begin_token_that_served_prompts_have(tokenizer: Any) -> None:
+    made = byte_level()
+    made.chat_template = "{{- bos_token -}}" + PLAIN
+    whole = on_everything(made)
+    assert "bos-missing" not in codes(check_labels(whole, made))
+    without = [(i[1:], x[1:]) for i, x in whole]
+    (finding,) = [f for f in check_labels(without, made) if f.level != "note"]
+    assert (finding.code, finding.level, finding.count) == ("bos-missing", "warning", 4)
