@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune import SFTExample
-from truetune.compute import PaddedBatcher, RowOrder
+from truetune.compute import Limits, PaddedBatcher, RowOrder
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -84,14 +84,17 @@ def test_epochs_and_seeds_are_shuffled_apart() -> None:
 # ---------------------------------------------------------------- PaddedBatcher
 
 
-def batcher(rows: list[SFTExample], **changes: int) -> PaddedBatcher:
-    settings = {"max_seq_len": 20, "pad_id": 7, "batch_size": 4} | changes
-    return PaddedBatcher(rows, **settings)  # type: ignore[arg-type]
+def batcher(
+    rows: list[SFTExample], *, max_seq_len: int = 20, batch_size: int = 4, micro: int | None = None
+) -> PaddedBatcher:
+    order = RowOrder(len(rows), batch_size, 0)
+    limits = Limits(micro or batch_size)
+    return PaddedBatcher(rows, max_seq_len=max_seq_len, pad_id=7, order=order, limits=limits)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 9])
 def test_a_step_is_cut_into_micro_batches_of_its_rows(micro: int) -> None:
-    made = batcher(examples(3, 9, 5, 4, 8), micro_batch_size=micro)
+    made = batcher(examples(3, 9, 5, 4, 8), micro=micro)
     for step in range(4):
         batches = made.micro_batches(step)
         rows = [row for batch in batches for row in batch.rows]
@@ -102,7 +105,7 @@ def test_a_step_is_cut_into_micro_batches_of_its_rows(micro: int) -> None:
 
 
 def test_rows_are_padded_to_the_longest_of_their_micro_batch() -> None:
-    made = batcher(examples(3, 9, 5, 4), micro_batch_size=2)
+    made = batcher(examples(3, 9, 5, 4), micro=2)
     small, large = made.micro_batches(0)
     assert (small.rows, large.rows) == ((0, 3), (2, 1))
     assert small.ids_BT.tolist() == [[0, 1, 7], [300, 301, 302]]
@@ -114,7 +117,7 @@ def test_rows_are_padded_to_the_longest_of_their_micro_batch() -> None:
 
 
 def test_the_same_step_is_the_same_batch_at_each_call() -> None:
-    made = batcher(examples(3, 9, 5, 4, 6), micro_batch_size=3)
+    made = batcher(examples(3, 9, 5, 4, 6), micro=3)
     made.micro_batches(5)
     for first, second in zip(made.micro_batches(2), made.micro_batches(2), strict=True):
         assert first.rows == second.rows
@@ -122,7 +125,7 @@ def test_the_same_step_is_the_same_batch_at_each_call() -> None:
 
 
 def test_batches_for_evaluation_are_in_order() -> None:
-    made = batcher(examples(3, 4), micro_batch_size=2)
+    made = batcher(examples(3, 4), micro=2)
     held_out = examples(5, 9, 2, 4, 3)
     assert [b.rows for b in made.batches(held_out)] == [(0, 1), (2, 3), (4,)]
     assert [b.ids_BT[0, 0].item() for b in made.batches(held_out)] == [0, 200, 400]

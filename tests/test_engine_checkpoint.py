@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from truetune import SFTExample, SFTTrainer
+from truetune.compute import Limits
 from truetune.engine import load_state, read_facts, save_state
 from truetune.engine.checkpoint import STATE_FACTS, STATE_TENSORS
 from truetune.errors import CheckpointError
@@ -89,6 +90,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, optim: str, at: 
     assert [again.train_step() for _ in range(at, 7)] == steps[at:]
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_lowered_limits_are_resumed(tmp_path: Path) -> None:
+    """A run whose micro-batch was halved goes on with the smaller one."""
+    made = trainer(model(), batch_size=4)
+    assert made.batcher.limits.halve(made.batcher.micro_batches(0)[0])
+    write(made, tmp_path / "c")
+    again = resumed(tmp_path / "c", batch_size=4)
+    assert again.batcher.limits == made.batcher.limits == Limits(2)
+    assert [len(b.rows) for b in again.batcher.micro_batches(1)] == [2, 2]
 
 
 def test_the_facts(folder: Path) -> None:

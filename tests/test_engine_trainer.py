@@ -11,8 +11,8 @@ import torch
 
 from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import cross_entropy_sum, pad_and_collate
-from truetune.errors import NonFiniteLoss, TruetuneError
+from truetune.compute import Route, cross_entropy_sum, pad_and_collate
+from truetune.errors import NonFiniteLoss, OutOfMemory, TruetuneError
 from truetune.findings import Finding
 from truetune.health import StepFacts, non_finite
 
@@ -500,3 +500,39 @@ def test_autocast_computes_in_the_other_type_and_keeps_the_weights() -> None:
     assert set(seen) == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {v.dtype for s in made.optimizer.state.values() for v in s.values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_row_that_does_not_fit_is_named(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller and smaller micro-batches, then the row; no weight has moved."""
+    model = tiny_model()
+    before = weights(model)
+    made = trainer(model, packing=packing, batch_size=7)
+    compute = Route.loss_sum
+
+    def limited(route: Route, batch: Any) -> torch.Tensor:
+        if 4 in batch.rows:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return compute(route, batch)
+
+    monkeypatch.setattr(Route, "loss_sum", limited)
+    with pytest.raises(OutOfMemory) as caught:
+        made.train_step()
+    assert (caught.value.rows, caught.value.where) == ((4,), "rows 4")
+    assert caught.value.code == "row-too-large"
+    assert same(before, weights(model))
+    assert made.step == 0
+
+
+def test_another_runtime_error_is_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+
+    def broken(route: Route, batch: Any) -> torch.Tensor:
+        raise RuntimeError("sizes differ")
+
+    monkeypatch.setattr(Route, "loss_sum", broken)
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        made.train_step()

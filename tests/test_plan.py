@@ -169,11 +169,20 @@ def test_batches_that_need_rounding(
 
 
 def test_the_micro_batch_keeps_logits_under_two_gibibytes(tiny: ModelFacts) -> None:
-    made = plan(tiny, head_rows=150_000, length=1024)
+    padded = {"packing": False}
+    made = plan(tiny, padded, head_rows=150_000, length=1024)
     assert made.batch_size == 16
     assert made.micro_batch_size == 2**31 // (1024 * 150_000 * 12) == 1
-    assert plan(tiny, head_rows=30_000, length=1024).micro_batch_size == 5
-    assert plan(tiny, head_rows=150_000, length=10**6).micro_batch_size == 1
+    assert plan(tiny, padded, head_rows=30_000, length=1024).micro_batch_size == 5
+    assert plan(tiny, padded, head_rows=150_000, length=10**6).micro_batch_size == 1
+
+
+def test_packed_rows_are_limited_by_their_tokens(tiny: ModelFacts) -> None:
+    made = plan(tiny, head_rows=150_000, length=1024)
+    assert (made.micro_batch_size, made.micro_batch_tokens) == (16, 2048)
+    assert made.recipe.origin("micro_batch_tokens").startswith("default: ")
+    own = plan(tiny, {"micro_batch_tokens": 300})
+    assert (own.micro_batch_tokens, own.recipe.origin("micro_batch_tokens")) == (300, "test")
 
 
 @pytest.mark.parametrize(

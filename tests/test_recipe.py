@@ -46,6 +46,8 @@ VALUES: dict[str, tuple[Any, str]] = {
     "max_steps": (9, "9"),
     "batch_size": (8, "8"),
     "micro_batch_size": (4, "4"),
+    "micro_batch_tokens": (512, "512"),
+    "packing": (False, "false"),
     "gradient_accumulation_steps": (2, "2"),
     "learning_rate": (1e-4, "1e-4"),
     "warmup_ratio": (0.1, "0.1"),

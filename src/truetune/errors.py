@@ -11,6 +11,7 @@ TruetuneError                 1   the work failed part way; what was saved stays
 ├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also ValueError)
 ├── CheckFailed               1   the preflight found an error
 ├── NonFiniteLoss             1   loss or gradient is NaN or infinite; nothing was stepped
+├── OutOfMemory               1   a single row does not fit in memory; nothing was stepped
 ├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
 ├── SaveError                 1   what was written does not read back as what was trained
 └── Interrupted             130   Ctrl-C; a checkpoint was saved
@@ -131,6 +132,20 @@ class NonFiniteLoss(TruetuneError):
     """
 
     default_code = "non-finite"
+
+    def __init__(self, what: str, *, rows: Sequence[int] = (), **parts: str) -> None:
+        super().__init__(what, **parts)
+        self.rows = tuple(rows)
+
+
+class OutOfMemory(TruetuneError):
+    """A single row does not fit in memory.
+
+    Args:
+        rows: its index among the examples.
+    """
+
+    default_code = "row-too-large"
 
     def __init__(self, what: str, *, rows: Sequence[int] = (), **parts: str) -> None:
         super().__init__(what, **parts)

@@ -25,6 +25,7 @@ from truetune.environment import environment
 from truetune.errors import (
     Interrupted,
     NonFiniteLoss,
+    OutOfMemory,
     SaveError,
     TruetuneError,
 )
@@ -106,6 +107,8 @@ class Job:
             pad_id=self.contract.pad_id,
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
+            micro_batch_tokens=plan.micro_batch_tokens,
+            packing=recipe.packing,
             max_steps=plan.max_steps,
             epochs=plan.epochs,
             max_lr=plan.learning_rate,
@@ -133,6 +136,7 @@ class Job:
             "trainable_parameters": trainable,
             "parameters": total,
             "choices": [vars(choice) for choice in self.loaded.choices],
+            "route": {"kind": self.trainer.route.kind, "reason": self.trainer.route.reason},
             "check": "skipped by --no-check" if self.recipe.no_check else "passed",
         }
         recipe = yaml.safe_dump(self.recipe.rows(), sort_keys=False, allow_unicode=True)
@@ -173,6 +177,8 @@ class Job:
             "contract": self.contract.fingerprint(),
             "batch_size": plan.batch_size,
             "micro_batch_size": plan.micro_batch_size,
+            "micro_batch_tokens": plan.micro_batch_tokens,
+            "packing": recipe.packing,
             "max_length": plan.max_length,
             "max_steps": plan.max_steps,
             "learning_rate": plan.learning_rate,
@@ -196,6 +202,9 @@ class Job:
             report = self._save_artifact()
         except NonFiniteLoss as error:
             self._keep_batch(error)
+            raise
+        except OutOfMemory as error:
+            error.where = ", ".join(self.prepared.rows[row] for row in error.rows)
             raise
         except KeyboardInterrupt:
             raise self._interrupted("stopped at once") from None

@@ -27,6 +27,8 @@ _TEXT_BLOCK = 1024
 # Logits in float32, their gradient and one copy, per micro-batch.
 _LOGIT_BYTES = 4 * 3
 _LOGIT_BUDGET = 2 * 2**30
+# Tokens of a forward pass over packed rows.
+_MICRO_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Plan:
     Attributes:
         start: whether training starts from a base or an instruct model.
         max_length: longest row in tokens.
-        batch_size, micro_batch_size: rows per optimiser step and per forward pass.
+        batch_size, micro_batch_size: rows per optimiser step and, at most, per forward pass.
+        micro_batch_tokens: most tokens of packed rows per forward pass.
         learning_rate: the peak.
         epochs: passes over the rows; None where max_steps was set.
         max_steps, warmup_steps, eval_steps, save_steps: optimiser steps.
@@ -48,6 +51,7 @@ class Plan:
     max_length: int
     batch_size: int
     micro_batch_size: int
+    micro_batch_tokens: int
     learning_rate: float
     epochs: float | None
     max_steps: int
@@ -115,6 +119,7 @@ def make_plan(
     filled["max_length"], reasons["max_length"] = max_length
     batch, micro = _sizes(recipe, max_length[0], model.head_rows, reasons)
     filled |= {"batch_size": batch, "micro_batch_size": micro}
+    tokens = take("micro_batch_tokens", lambda: (_MICRO_TOKENS, "enough to keep a CPU busy"))
     rate = take(
         "learning_rate",
         lambda: _learning_rate(recipe.lora, model, start, start_reason, reasoning_share),
@@ -141,6 +146,7 @@ def make_plan(
         max_length=max_length[0],
         batch_size=batch,
         micro_batch_size=micro,
+        micro_batch_tokens=tokens,
         learning_rate=rate,
         epochs=epochs,
         max_steps=steps,
@@ -169,6 +175,9 @@ def _sizes(
     if micro is None and accumulation:
         micro = batch // accumulation
         reasons["micro_batch_size"] = f"default: {batch} rows in {accumulation} forward passes"
+    if micro is None and recipe.packing:
+        micro = batch
+        reasons["micro_batch_size"] = "default: the batch; tokens limit a forward pass"
     if micro is None:
         fits = _LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES)
         micro = max(1, min(batch, fits))

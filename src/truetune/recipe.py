@@ -150,8 +150,18 @@ class Recipe:
         TRAIN,
         "Rows per forward pass.",
         aliases=["per_device_train_batch_size"],
-        shown="by size of the logits",
+        shown="the batch; without packing, by size of the logits",
         minimum=1,
+    )
+    micro_batch_tokens: int | None = _option(
+        None,
+        TRAIN,
+        "Tokens per forward pass of packed rows; a longer row goes alone.",
+        shown="2048",
+        minimum=1,
+    )
+    packing: bool = _option(
+        True, TRAIN, "Rows without padding, shared beginnings once; --no-packing pads."
     )
     gradient_accumulation_steps: int | None = _option(
         None, TRAIN, "Forward passes per optimiser step.", minimum=1, shown="from the other two"

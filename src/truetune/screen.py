@@ -117,7 +117,6 @@ class Screen(Listener):
         recipe, data = plan.recipe, facts["data"]
         trained, held = data["train"], data["held_out"]
         share = 100 * facts["trainable_parameters"] / max(facts["parameters"], 1)
-        passes = -(-plan.batch_size // plan.micro_batch_size)
         length = "epochs" if plan.epochs else "max_steps"
         self.pairs(
             [
@@ -138,11 +137,7 @@ class Screen(Listener):
                     f"{facts['trainable_parameters']:,} of {facts['parameters']:,} parameters "
                     f"({share:.2f} %)",
                 ),
-                (
-                    "batch",
-                    f"{plan.batch_size} rows a step, {plan.micro_batch_size} at a time "
-                    f"({passes} forward pass{'es' if passes > 1 else ''})",
-                ),
+                ("batch", _batch(plan, facts["route"]["kind"])),
                 (
                     "steps",
                     f"{plan.max_steps:,}, {plan.warmup_steps} of them warm-up "
@@ -209,6 +204,22 @@ class Screen(Listener):
         self.errors.print(head)
         for line in labelled(error.parts()):
             self.errors.print(Text(visible(line)))
+
+
+def _batch(plan: Plan, route: str) -> str:
+    """How a step is cut."""
+    step = f"{plan.batch_size} rows a step"
+    if route == "apart":
+        return f"{step}, one at a time"
+    if route == "packed":
+        rows = min(plan.micro_batch_size, plan.batch_size)
+        cut = f"{rows} rows or " if rows < plan.batch_size else ""
+        return f"{step}, packed to {cut}{plan.micro_batch_tokens:,} tokens a forward pass"
+    passes = -(-plan.batch_size // plan.micro_batch_size)
+    return (
+        f"{step}, {plan.micro_batch_size} at a time "
+        f"({passes} forward pass{'es' if passes > 1 else ''})"
+    )
 
 
 def side_by_side(screen: Screen, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from tiny_models import tiny_model, write_model
 from truetune import SFTExample, SFTTrainer, masked_cross_entropy, pad_and_collate
-from truetune.compute import PaddedBatcher, loss_sum
+from truetune.compute import Limits, PaddedBatcher, Route, RowOrder, loss_sum
 from truetune.model import LoraSettings, add_lora, enable_gradient_checkpointing, load_model
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -56,7 +56,9 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def one_step(model: Any, micro_batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
+def one_step(
+    model: Any, micro_batch_size: int, **changes: Any
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients as the optimiser gets them."""
     seen: dict[str, torch.Tensor] = {}
     trainer = SFTTrainer(
@@ -70,6 +72,7 @@ def one_step(model: Any, micro_batch_size: int) -> tuple[float, dict[str, torch.
         max_lr=0.0,
         grad_clip=0,
         probes=[lambda facts: seen.update(gradients(model))],
+        **changes,
     )
     return trainer.train_step()["loss"], seen
 
@@ -100,18 +103,51 @@ def require_equal(
         assert difference <= GRADIENT * largest, name
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_one_batch_of_eight_is_eight_of_one(kind: str, folder: Path) -> None:
+def test_one_batch_of_eight_is_eight_of_one(kind: str, packing: bool, folder: Path) -> None:
+    model = make(kind, folder)
+    whole = one_step(model, 8, packing=packing)
+    require_equal(one_step(model, 1, packing=packing), whole)
+    require_equal(one_step(model, 3, packing=packing), whole)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_step_is_its_separate_rows(kind: str, packing: bool, folder: Path) -> None:
+    model = make(kind, folder)
+    require_equal(one_step(model, 8, packing=packing), reference(model))
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 47, 64])
+def test_a_limit_in_tokens_changes_nothing(tokens: int, folder: Path) -> None:
+    model = make("full", folder)
+    require_equal(one_step(model, 8, micro_batch_tokens=tokens), one_step(model, 8))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_memory_that_runs_out_changes_nothing(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batches of more than two rows fail as torch fails, half of them after a backward pass
+    of the same step; the step that comes out is the whole one."""
     model = make(kind, folder)
     whole = one_step(model, 8)
-    require_equal(one_step(model, 1), whole)
-    require_equal(one_step(model, 3), whole)
+    compute = Route.loss_sum
+    failed: list[int] = []
 
+    def limited(route: Route, batch: Any) -> torch.Tensor:
+        if len(batch.rows) > 2:
+            failed.append(len(batch.rows))
+            raise torch.OutOfMemoryError("out of memory")
+        return compute(route, batch)
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_padded_rows_are_separate_rows(kind: str, folder: Path) -> None:
-    model = make(kind, folder)
-    require_equal(one_step(model, 8), reference(model))
+    monkeypatch.setattr(Route, "loss_sum", limited)
+    found: list[Any] = []
+    require_equal(one_step(model, 8, on_finding=found.append), whole)
+    assert failed == [8, 4]
+    assert [finding.code for finding in found] == ["out-of-memory"] * 2
+    assert found[-1].what.endswith("at most 2 rows")
 
 
 def test_the_mean_is_over_tokens_and_not_over_rows(folder: Path) -> None:
@@ -140,7 +176,9 @@ def test_the_pad_id_and_the_width_change_nothing() -> None:
 
 def test_the_loss_of_a_batch_is_the_reference_path() -> None:
     model = tiny_model()
-    (batch,) = PaddedBatcher(rows(), max_seq_len=32, pad_id=0, batch_size=8).micro_batches(0)
+    order, limits = RowOrder(8, 8, 0), Limits(8)
+    made = PaddedBatcher(rows(), max_seq_len=32, pad_id=0, order=order, limits=limits)
+    (batch,) = made.micro_batches(0)
     x, y, mask = pad_and_collate(rows(), max_seq_len=32, pad_id=0)
     expected = masked_cross_entropy(model(x).logits, y, mask).item()
     assert loss_sum(model, batch).item() / batch.num_supervised == pytest.approx(expected, rel=LOSS)
@@ -153,7 +191,10 @@ def test_checkpointed_activations_are_the_same_step(kind: str, folder: Path) -> 
     enable_gradient_checkpointing(checkpointed)
     inner = checkpointed.get_base_model() if kind == "lora" else checkpointed
     calls = []
-    inner.model.layers[0].input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    inner.model.layers[0].input_layernorm.register_forward_hook(
+        # Probes at the start run without dropout; the step trains.
+        lambda module, *_: calls.append(1) if module.training else None
+    )
     loss, gradient = one_step(checkpointed, 8)
     assert len(calls) == 2, "nothing was recomputed"
     expected_loss, expected = one_step(plain, 8)

@@ -1,14 +1,28 @@
 """Examples to batches to loss: pure functions of model and batch, used by all who compute."""
 
-from truetune.compute.batch import Batch, Batcher, PaddedBatcher, RowOrder, pad_and_collate
+from truetune.compute.batch import (
+    Batch,
+    Batcher,
+    Limits,
+    PaddedBatcher,
+    RowOrder,
+    pad_and_collate,
+)
 from truetune.compute.loss import cross_entropy_sum, logits_of, loss_sum, masked_cross_entropy
+from truetune.compute.packing import PackedBatch, PackedBatcher
+from truetune.compute.route import Route, find_route
 
 __all__ = [
     "Batch",
     "Batcher",
+    "Limits",
+    "PackedBatch",
+    "PackedBatcher",
     "PaddedBatcher",
+    "Route",
     "RowOrder",
     "cross_entropy_sum",
+    "find_route",
     "logits_of",
     "loss_sum",
     "masked_cross_entropy",

@@ -1,8 +1,9 @@
-"""Examples to batches: the only place that shifts and pads.
+"""Examples to padded batches: the reference path; and which rows a step trains.
 
 input   SFTExample(ids, mask), in any number and length
 does    orders rows by (seed, epoch), cuts a step into micro-batches, shifts once, pads right
-output  Batch: what one forward pass needs, and what the loop must count
+output  Batch: what one forward pass needs, and what the loop must count; `packing.py` makes the
+        same of rows without padding, and the two are held equal by tests
 who     the loop asks for `micro_batches(step)`; evaluation asks for `batches(examples)`
 
 A step's rows depend on its number alone, so a resumed run needs no state but the step.
@@ -21,6 +22,8 @@ from truetune.contract.example import SFTExample
 
 if TYPE_CHECKING:
     import torch
+
+    from truetune.compute.packing import PackedBatch
 
 
 def pad_and_collate(
@@ -89,6 +92,11 @@ class Batch:
     num_tokens: int
     num_supervised: int
 
+    @property
+    def num_computed(self) -> int:
+        """Tokens that go through the model, padding included."""
+        return self.ids_BT.numel()
+
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
             self.ids_BT.to(device),
@@ -100,14 +108,40 @@ class Batch:
         )
 
 
+@dataclass
+class Limits:
+    """What goes through the model at once; one row always does. Lowered where memory runs out.
+
+    Attributes:
+        rows: of a forward pass.
+        tokens: of a forward pass; None leaves the rows to decide.
+    """
+
+    rows: int
+    tokens: int | None = None
+
+    def take(self, tokens: int, rows: int) -> bool:
+        """Whether so much is within the limits."""
+        return rows <= self.rows and (self.tokens is None or tokens <= self.tokens)
+
+    def halve(self, batch: Batch | PackedBatch) -> bool:
+        """Lower the limits below a batch that did not fit; False where it is a single row."""
+        if len(batch.rows) == 1:
+            return False
+        self.rows = min(self.rows, -(-len(batch.rows) // 2))
+        if self.tokens is not None:
+            self.tokens = min(self.tokens, -(-batch.num_computed // 2))
+        return True
+
+
 class Batcher(Protocol):
     """What the loop needs of a source of batches."""
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int) -> Sequence[Batch | PackedBatch]:
         """All batches of one optimiser step (0-based); the same list at each call."""
         ...
 
-    def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
+    def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch | PackedBatch]:
         """Batches over `examples` in order, for evaluation."""
         ...
 
@@ -160,10 +194,8 @@ class PaddedBatcher:
         examples: what is trained.
         max_seq_len: longest row; longer ones lose their end, with a warning.
         pad_id: fills the rest.
-        batch_size: rows per optimiser step.
-        micro_batch_size: rows per forward pass; the whole step where None.
-        seed: of the row order.
-        epochs: where the stream ends; None repeats for ever.
+        order: which rows a step trains.
+        limits: of a forward pass (its rows: padded tokens are not limited).
     """
 
     def __init__(
@@ -172,14 +204,11 @@ class PaddedBatcher:
         *,
         max_seq_len: int,
         pad_id: int,
-        batch_size: int,
-        micro_batch_size: int | None = None,
-        seed: int = 0,
-        epochs: float | None = None,
+        order: RowOrder,
+        limits: Limits,
     ) -> None:
         self.examples, self.max_seq_len, self.pad_id = examples, max_seq_len, pad_id
-        self.micro_batch_size = micro_batch_size or batch_size
-        self.order = RowOrder(len(examples), batch_size, seed, epochs)
+        self.order, self.limits = order, limits
 
     def micro_batches(self, step: int) -> list[Batch]:
         # The gradient of a step is a sum over its rows: sorting them by length changes nothing
@@ -191,8 +220,9 @@ class PaddedBatcher:
         return self._cut(examples, range(len(examples)))
 
     def _cut(self, examples: Sequence[SFTExample], rows: Sequence[int]) -> Iterator[Batch]:
-        for start in range(0, len(rows), self.micro_batch_size):
-            yield self._collate(examples, tuple(rows[start : start + self.micro_batch_size]))
+        size = self.limits.rows
+        for start in range(0, len(rows), size):
+            yield self._collate(examples, tuple(rows[start : start + size]))
 
     def _collate(self, examples: Sequence[SFTExample], rows: tuple[int, ...]) -> Batch:
         chosen = [examples[row] for row in rows]

@@ -45,16 +45,17 @@ def cross_entropy_sum(
     return (losses * mask[keep]).sum()
 
 
-def logits_of(model: torch.nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+def logits_of(model: torch.nn.Module, ids_BT: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """Logits (B, T, V) of a plain module that returns them or of a Hugging Face model.
 
-    No attention mask is passed: rows are padded right and attention is causal, so that no
-    supervised position sees a pad, and kernels keep their causal fast path.
+    Without arguments no attention mask is passed: rows are padded right and attention is causal,
+    so that no supervised position sees a pad, and kernels keep their causal fast path.
     """
     config = getattr(model, "config", None)
     # A cache of keys and values is of no use in training and costs memory.
-    kwargs: dict[str, Any] = {"use_cache": False} if hasattr(config, "use_cache") else {}
-    output = model(ids_BT, **kwargs)
+    if hasattr(config, "use_cache"):
+        arguments["use_cache"] = False
+    output = model(ids_BT, **arguments)
     return output.logits if hasattr(output, "logits") else output
 
 

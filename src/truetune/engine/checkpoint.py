@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truetune.compute import Limits
+from truetune.engine.memory import get_random_state, set_random_state
 from truetune.errors import CheckpointError
 from truetune.run import write_json
 
@@ -37,7 +40,8 @@ def save_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
 
     save_file(_tensors(trainer), folder / STATE_TENSORS)
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    write_json(folder / STATE_FACTS, {"step": trainer.step, "run": dict(run), "files": sizes})
+    facts = {"step": trainer.step, "run": dict(run), "limits": _limits(trainer), "files": sizes}
+    write_json(folder / STATE_FACTS, facts)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -101,16 +105,22 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
         raise CheckpointError(
             f"the checkpoint's trainer state cannot be used: {error}", where=str(folder)
         ) from error
+    if facts.get("limits"):
+        # Lowered where memory ran out: the same cut, so that the same numbers are drawn and added.
+        trainer.batcher.limits = Limits(**facts["limits"])  # type: ignore[attr-defined]
     trainer.step = facts["step"]
+
+
+def _limits(trainer: SFTTrainer) -> dict[str, int | None] | None:
+    limits = getattr(trainer.batcher, "limits", None)
+    return None if limits is None else asdict(limits)
 
 
 def _tensors(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
     import torch
 
-    tensors = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        for index, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"rng/cuda/{index}"] = state
+    cpu, *on_cuda = get_random_state()
+    tensors = {"rng/cpu": cpu} | {f"rng/cuda/{i}": state for i, state in enumerate(on_cuda)}
     for name, parameter in trainer.named_trainable:
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
@@ -118,8 +128,6 @@ def _tensors(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
 
 
 def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
-    import torch
-
     parameters = dict(trainer.named_trainable)
     stored = {key.split("/", 2)[2] for key in tensors if key.startswith("optimizer/")}
     if stored and stored != set(parameters):
@@ -135,7 +143,5 @@ def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
                 )
             # AdamW keeps its step counter where the fused kernel wants it: beside the parameter.
             trainer.optimizer.state[parameter][field] = value.to(parameter.device)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if torch.cuda.is_available():
-        states = [v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")]
-        torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
+    on_cuda = [v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")]
+    set_random_state([tensors["rng/cpu"], *on_cuda])

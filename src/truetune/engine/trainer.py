@@ -17,11 +17,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from truetune.compute import Batch, Batcher, PaddedBatcher, loss_sum
+from truetune.compute import (
+    Batch,
+    Batcher,
+    Limits,
+    PackedBatch,
+    PackedBatcher,
+    PaddedBatcher,
+    RowOrder,
+    find_route,
+)
 from truetune.contract.example import SFTExample
+from truetune.engine.memory import get_random_state, is_out_of_memory, set_random_state
 from truetune.engine.optimizer import build_optimizer
 from truetune.engine.schedule import SchedulerType, learning_rate
-from truetune.errors import NonFiniteLoss
+from truetune.errors import NonFiniteLoss, OutOfMemory
 from truetune.findings import Finding
 from truetune.health import Probe, StepFacts, non_finite
 
@@ -47,7 +57,11 @@ class SFTTrainer:
         eval_iters: at most so many batches per evaluation, in order; 0 for all.
         log_every: steps between entries of the history; the last step always has one.
         seed: of the row order.
-        micro_batch_size: rows per forward pass; the step is the same whatever it is.
+        micro_batch_size: most rows per forward pass; the step is the same whatever it is.
+        micro_batch_tokens: most tokens per forward pass of packed rows; a longer row goes alone.
+        packing: rows without padding and loss at supervised positions only, where that is proved
+            on the model first (a transformers model); False, and any other module: the padded
+            reference path.
         epochs: end of the row stream, not before max_steps; the last step may hold fewer rows.
             None repeats.
         lr_scheduler_type: cosine, linear or constant.
@@ -83,6 +97,8 @@ class SFTTrainer:
         log_every: int = 1,
         seed: int = 0,
         micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+        packing: bool = True,
         epochs: float | None = None,
         lr_scheduler_type: SchedulerType = "cosine",
         optim: str = "adamw",
@@ -112,22 +128,27 @@ class SFTTrainer:
         self.probes = tuple(probes)
         self.on_step, self.on_eval, self.on_finding = on_step, on_eval, on_finding
         self.stop_requested = False
+        self.route = find_route(model, longest=max_seq_len, packing=packing)
         if batcher is None:
-            batcher = PaddedBatcher(
-                examples,
-                max_seq_len=max_seq_len,
-                pad_id=pad_id,
-                batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
-                seed=seed,
-                epochs=epochs,
-            )
-            end = batcher.order.num_steps
-            if end is not None and end < max_steps:
+            order = RowOrder(len(examples), batch_size, seed, epochs)
+            if order.num_steps is not None and order.num_steps < max_steps:
                 raise ValueError(
-                    f"epochs={epochs} ends after {end} steps, max_steps is {max_steps}"
+                    f"epochs={epochs} ends after {order.num_steps} steps, max_steps is {max_steps}"
+                )
+            rows = 1 if self.route.kind == "apart" else micro_batch_size or batch_size
+            limits = Limits(rows, micro_batch_tokens)
+            if self.route.kind == "padded":
+                batcher = PaddedBatcher(
+                    examples, max_seq_len=max_seq_len, pad_id=pad_id, order=order, limits=limits
+                )
+            else:
+                batcher = PackedBatcher(
+                    examples, max_seq_len=max_seq_len, order=order, limits=limits
                 )
         self.batcher: Batcher = batcher
+        for finding in self.route.findings():
+            if on_finding:
+                on_finding(finding)
         self.named_trainable = [
             (name, p) for name, p in model.named_parameters() if p.requires_grad
         ]
@@ -167,8 +188,7 @@ class SFTTrainer:
 
     def _step(self) -> StepFacts:
         started = time.perf_counter()
-        batches = [batch.to(self.device) for batch in self.batcher.micro_batches(self.step)]
-        loss = self._backward(batches)
+        batches, loss = self._fetch_and_backward()
         lr = self.lr()
         rows = tuple(row for batch in batches for row in batch.rows)
         num_tokens = sum(batch.num_tokens for batch in batches)
@@ -191,7 +211,54 @@ class SFTTrainer:
             self.on_step(done)
         return done
 
-    def _backward(self, batches: Sequence[Batch]) -> float:
+    def _fetch_and_backward(self) -> tuple[Sequence[Batch | PackedBatch], float]:
+        """The step's batches and its loss, gradients in place; on limits that memory allows."""
+        while True:
+            batches = self.batcher.micro_batches(self.step)
+            # A second try draws the same dropout as a run that had these limits from the start.
+            random_state = get_random_state()
+            try:
+                return batches, self._backward(batches)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Its frames hold the activations that are to be freed.
+                failed = error.with_traceback(None)
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_state(random_state)
+            self._lower_limits(failed)
+
+    def _lower_limits(self, error: BaseException) -> None:
+        """Half the micro-batch at the same batch size.
+
+        Raises:
+            OutOfMemory: a single row does not fit.
+        """
+        batch = self._current
+        limits = getattr(self.batcher, "limits", None)
+        if limits is None or not limits.halve(batch):
+            raise OutOfMemory(
+                f"a row of {batch.num_computed:,} tokens does not fit in memory",
+                where="rows " + ", ".join(map(str, batch.rows)),
+                why="its activations alone are larger than what is free",
+                fix="--gradient-checkpointing, a lower --max-length, or --lora",
+                rows=batch.rows,
+            ) from error
+        if self.on_finding:
+            self.on_finding(
+                Finding(
+                    "out-of-memory",
+                    "warning",
+                    f"{len(batch.rows)} rows, {batch.num_computed:,} tokens at once did not fit in "
+                    f"memory: from step {self.step + 1} on at most {limits.rows} rows"
+                    + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
+                    why="the batch size is the same, cut into more forward passes",
+                    fix=f"--micro-batch-size {limits.rows} from the start, or "
+                    "--gradient-checkpointing",
+                )
+            )
+
+    def _backward(self, batches: Sequence[Batch | PackedBatch]) -> float:
         self.model.train()
         # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
         # of this one.
@@ -200,9 +267,12 @@ class SFTTrainer:
         num_supervised = max(sum(batch.num_supervised for batch in batches), 1)
         total = 0.0
         for batch in batches:
-            with self._autocast():
-                loss = loss_sum(self.model, batch) / num_supervised
-            loss.backward()
+            self._current = batch
+            moved = batch.to(self.device)
+            with self.route.scope(moved):
+                with self._autocast():
+                    loss = self.route.loss_sum(moved) / num_supervised
+                loss.backward()
             total += loss.item()
         return total
 
@@ -249,7 +319,9 @@ class SFTTrainer:
                 for number, batch in enumerate(self.batcher.batches(examples)):
                     if self.eval_iters and number >= self.eval_iters:
                         break
-                    total += loss_sum(self.model, batch.to(self.device)).item()
+                    moved = batch.to(self.device)
+                    with self.route.scope(moved):
+                        total += self.route.loss_sum(moved).item()
                     count += batch.num_supervised
         finally:
             self.model.train(was_training)

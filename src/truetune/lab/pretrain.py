@@ -223,7 +223,7 @@ class StagedBatcher:
     """
 
     def __init__(self, run: Settings, ids: Iterator[int], pad_id: int) -> None:
-        from truetune.compute import PaddedBatcher
+        from truetune.compute import Limits, PaddedBatcher, RowOrder
 
         num_steps = run.tokens // run.step_tokens
         self._stages: list[tuple[int, PaddedBatcher]] = []  # (first step, batcher)
@@ -238,8 +238,8 @@ class StagedBatcher:
                 self.examples,
                 max_seq_len=self.max_seq_len,
                 pad_id=pad_id,
-                batch_size=self.batch_size,
-                seed=run.seed,
+                order=RowOrder(len(self.examples), self.batch_size, run.seed),
+                limits=Limits(self.batch_size),
             )
             self._stages.append((self.num_steps, batcher))
             self.num_steps += steps

@@ -1,0 +1,275 @@
+"""Output head and cross-entropy at supervised positions only, without keeping logits.
+
+input   a model's own forward pass; which positions are supervised, their targets and weights
+does    a hook on the output head takes the hidden states and hands on none of them, so the
+        model's forward costs no logits; loss and gradients are then made chunk by chunk
+output  the summed loss
+who     route.py
+
+What a model does to its logits after the head (a scale, a soft cap) is found by putting known
+numbers through its own forward, and the whole is compared with the model's own logits and
+gradients before it is used. Where it does not fit, the model's own head and tail are run on the
+supervised positions, which is right for every model and keeps their logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from truetune.compute.loss import cross_entropy_sum
+
+# Logits that exist at one time, in float32.
+CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a model makes of the head's outputs z: scale * z, or cap * tanh(scale * z / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        if self.cap is None:
+            return z if self.scale == 1 else z * self.scale
+        return self.cap * torch.tanh(z * (self.scale / self.cap))
+
+    def backward_(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Gradient of z, in place, from the gradient of logits."""
+        if self.cap is not None:
+            grad *= 1 - (logits / self.cap) ** 2
+        return grad if self.scale == 1 else grad.mul_(self.scale)
+
+
+class SupervisedHead:
+    """A model's output head, asked for supervised positions only.
+
+    Attributes:
+        module: the head.
+        tail: what follows it; None where the model's own head and tail are run instead.
+    """
+
+    def __init__(self, module: torch.nn.Module, tail: Tail | None = None) -> None:
+        self.module, self.tail = module, tail
+
+    def loss_sum(
+        self,
+        run: Callable[[], torch.Tensor],
+        positions_N: torch.Tensor,
+        targets_N: torch.Tensor,
+        weights_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """Summed cross-entropy in nats, each target times its weight (scalar, float32).
+
+        Args:
+            run: calls the model on one sequence and returns its logits (1, ., V).
+        """
+        if self.tail is None:
+            with _taking(self.module, positions_N):
+                logits_NV = run()[0]
+            return cross_entropy_sum(logits_NV, targets_N, weights_N)
+        with _taking(self.module, None) as taken:
+            run()
+        hidden_ND = taken[0][0].index_select(0, positions_N)
+        return fused_cross_entropy_sum(hidden_ND, self.module, self.tail, targets_N, weights_N)
+
+
+@contextlib.contextmanager
+def _taking(
+    head: torch.nn.Module, positions_N: torch.Tensor | None
+) -> Iterator[list[torch.Tensor]]:
+    """Collect the head's inputs (1, T, D); the head itself gets those of some positions."""
+    taken: list[torch.Tensor] = []
+
+    def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_1TD, *rest = args
+        taken.append(hidden_1TD)
+        kept = hidden_1TD[:, :0] if positions_N is None else hidden_1TD[:, positions_N]
+        return (kept, *rest)
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def fused_cross_entropy_sum(
+    hidden_ND: torch.Tensor,
+    head: torch.nn.Module,
+    tail: Tail,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+) -> torch.Tensor:
+    """Summed cross-entropy of tail(hidden @ weight.T + bias); gradients are made in the same pass.
+
+    Logits exist for a chunk of positions at a time, the softmax in float32.
+    """
+    device = hidden_ND.device.type
+    autocast = torch.is_autocast_enabled(device)
+    compute = torch.get_autocast_dtype(device) if autocast else hidden_ND.dtype
+    bias = getattr(head, "bias", None)
+    with torch.autocast(device, enabled=False):
+        loss: torch.Tensor = _Fused.apply(
+            hidden_ND, head.weight, bias, targets_N, weights_N, tail, compute
+        )
+    return loss
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        tail: Tail,
+        compute: torch.dtype,
+    ) -> torch.Tensor:
+        wants_h, wants_w, wants_b = ctx.needs_input_grad[:3]
+        w = weight_VD.to(compute)
+        dh = torch.empty_like(hidden_ND, dtype=compute) if wants_h else None
+        dw = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_w else None
+        db = torch.zeros(len(weight_VD), device=w.device) if wants_b else None
+        total = torch.zeros((), device=w.device)
+        rows = max(CHUNK_BYTES // (4 * len(weight_VD)), 1)
+        for start in range(0, len(hidden_ND), rows):
+            part = slice(start, start + rows)
+            h, targets, weights = hidden_ND[part].to(compute), targets_N[part], weights_N[part]
+            z = (h @ w.t()).float()
+            if bias_V is not None:
+                z += bias_V.float()
+            logits = tail(z)
+            lse = logits.logsumexp(-1)
+            chosen = logits.gather(1, targets[:, None])[:, 0]
+            total += ((lse - chosen) * weights).sum()
+            if not (wants_h or wants_w or wants_b):
+                continue
+            # d loss / d logits = (softmax - onehot) * weight
+            grad = (logits - lse[:, None]).exp_()
+            grad[torch.arange(len(targets), device=grad.device), targets] -= 1
+            grad *= weights[:, None]
+            grad = tail.backward_(grad, logits)
+            if db is not None:
+                db += grad.sum(0)
+            grad = grad.to(compute)
+            if dh is not None:
+                dh[part] = grad @ w
+            if dw is not None:
+                if compute == torch.float32:
+                    dw.addmm_(grad.t(), h)
+                else:
+                    dw += grad.t() @ h
+        ctx.save_for_backward(dh, dw, db)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        scaled = [
+            None if made is None else (made * grad).to(dtype)
+            for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None)
+
+
+def find_head(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> SupervisedHead | None:
+    """The head of a model, proved on it; None where the model has none that can be hooked.
+
+    Args:
+        model: a transformers model, without peft's wrapper.
+        run: calls the model on one sequence of at least 4 ids and returns its logits (1, T, V).
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is None:
+        return None
+    with torch.no_grad():
+        whole = run()
+        some = torch.tensor([2, 0], device=whole.device)
+        with _taking(head, some) as taken:
+            picked = run()
+    if len(taken) != 1 or picked.shape != (1, 2, whole.shape[-1]):
+        return None
+    if not _close(picked[0], whole[0, some]):
+        return None
+    tail = _read_tail(head, run)
+    if tail is None or not _is_fused_right(head, tail, run):
+        return SupervisedHead(head)
+    return SupervisedHead(head, tail)
+
+
+def _read_tail(head: torch.nn.Module, run: Callable[[], torch.Tensor]) -> Tail | None:
+    """Put known numbers in the place of the head's outputs and fit what comes out."""
+    put: list[torch.Tensor] = []
+
+    def replace(_: torch.nn.Module, __: Any, z_1TV: torch.Tensor) -> torch.Tensor:
+        numbers = torch.linspace(-80, 80, z_1TV.numel(), device=z_1TV.device)
+        numbers[0], numbers[-1] = 1e6, 1e-2
+        put.append(numbers.reshape(z_1TV.shape))
+        return put[0]
+
+    handle = head.register_forward_hook(replace)
+    try:
+        with torch.no_grad():
+            out = run().float()
+    finally:
+        handle.remove()
+    if not put or out.shape != put[0].shape:
+        return None
+    z, y = put[0].flatten(), out.flatten()
+    tail = Tail(scale=float(y[-1] / z[-1]))
+    if not torch.allclose(tail(z), y, rtol=1e-3, atol=1e-4):
+        tail = Tail(tail.scale, cap=float(y[0]))
+    if abs(tail.scale - 1) < 1e-6:
+        tail = Tail(1.0, tail.cap)
+    return tail if torch.allclose(tail(z), y, rtol=1e-3, atol=1e-3) else None
+
+
+def _is_fused_right(head: torch.nn.Module, tail: Tail, run: Callable[[], torch.Tensor]) -> bool:
+    """Whether loss and gradients equal those of the model's own head and tail, for the hidden
+    states and for every trained parameter of the head: an adapter on it would be seen here."""
+    if not isinstance(getattr(head, "weight", None), torch.Tensor):
+        return False
+    inputs: list[torch.Tensor] = []
+
+    def detach(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs.append(args[0][:, :4].detach().requires_grad_())
+        return (inputs[0], *args[1:])
+
+    handle = head.register_forward_pre_hook(detach)
+    try:
+        with torch.enable_grad():
+            logits_NV = run()[0]
+    finally:
+        handle.remove()
+    hidden_ND = inputs[0]
+    targets = torch.arange(len(logits_NV), device=logits_NV.device)
+    weights = torch.ones(len(targets), device=logits_NV.device)
+    with torch.enable_grad():
+        own = cross_entropy_sum(logits_NV, targets, weights)
+        fused = fused_cross_entropy_sum(hidden_ND[0], head, tail, targets, weights)
+        wanted = [hidden_ND, *(p for p in head.parameters() if p.requires_grad)]
+        pairs = zip(
+            torch.autograd.grad(own, wanted, allow_unused=True),
+            torch.autograd.grad(fused, wanted, allow_unused=True),
+            strict=True,
+        )
+        same = all(
+            a is b if a is None or b is None else _close(a, b, logits_NV.dtype) for a, b in pairs
+        )
+    return same and _close(own, fused, logits_NV.dtype)
+
+
+def _close(a: torch.Tensor, b: torch.Tensor, computed: torch.dtype | None = None) -> bool:
+    """Equal to rounding in the type they were computed in, by norm."""
+    limit = 1e-4 if (computed or a.dtype) == torch.float32 else 3e-2
+    a, b = a.float(), b.float()
+    return bool((a - b).norm() <= limit * b.norm() + 1e-12)

@@ -1,0 +1,212 @@
+"""Which tokens of a packed sequence see which: rows side by side, or trees of shared prefixes.
+
+input   the lengths of the pieces and where each one branches from
+does    says for every attention layer which stretches of queries meet which stretches of keys
+output  Layout, which travels as a keyword of the model's call; Meeting, what a kernel computes
+who     batches carry it, attention reads it
+
+A sequence is cut into nodes, each a run of tokens. A token sees the tokens before it in its own
+node and all tokens of the node's ancestors. Nodes stand depth first, so that all descendants of
+a node follow it without a gap: its keys meet them in one call. Packed rows are trees of one node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Queries [q0, q1) of the sequence meet keys [k0, k1).
+
+    Attributes:
+        kind: "causal": both are the same tokens of one node, each sees those up to itself;
+            "full": every query sees every key; "window": as the positions say, within the window.
+        count: so many stretches of equal length follow each other and are alike (causal only);
+            q1 and k1 are the end of the first.
+    """
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    kind: str
+    count: int = 1
+
+    @property
+    def queries(self) -> slice:
+        """Of the sequence."""
+        return slice(self.q0, self.q0 + self.num_queries)
+
+    @property
+    def keys(self) -> slice:
+        """Of the sequence."""
+        return slice(self.k0, self.k0 + self.count * (self.k1 - self.k0))
+
+    @property
+    def num_queries(self) -> int:
+        return self.count * (self.q1 - self.q0)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The nodes of a packed sequence, depth first.
+
+    Attributes:
+        lengths: tokens of each node, none of them empty.
+        parents: index of the node that each one continues, -1 for a root.
+        block_masks: what a kernel made of it, by window.
+
+    Raises:
+        ValueError: an empty node, or nodes that are not depth first.
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    block_masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
+    _meetings: dict[int | None, list[Meeting]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1 or len(self.lengths) != len(self.parents):
+            raise ValueError("a layout needs nodes of at least one token, each with a parent")
+        line: list[int] = []
+        for node, parent in enumerate(self.parents):
+            while line and line[-1] != parent:
+                line.pop()
+            if parent >= 0 and not line:
+                raise ValueError(f"node {node} does not follow its parent {parent} depth first")
+            line.append(node)
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int]) -> Layout:
+        """Rows side by side that share nothing."""
+        return cls(tuple(lengths), (-1,) * len(lengths))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Index in the sequence of each node's first token, and the sequence's end."""
+        starts = [0]
+        for length in self.lengths:
+            starts.append(starts[-1] + length)
+        return tuple(starts)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Tokens of each node's ancestors: the position of its first token."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + self.lengths[parent])
+        return tuple(depths)
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Index in the sequence after the last descendant of each node."""
+        ends = list(self.starts[1:])
+        for node in reversed(range(len(ends))):
+            parent = self.parents[node]
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[node])
+        return tuple(ends)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no node has a parent: rows side by side."""
+        return max(self.parents) < 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.starts[-1]
+
+    @cached_property
+    def positions(self) -> list[int]:
+        """Position of every token in its row: what rotary embeddings turn by."""
+        return [
+            depth + offset
+            for depth, length in zip(self.depths, self.lengths, strict=True)
+            for offset in range(length)
+        ]
+
+    def ancestors(self, node: int) -> list[int]:
+        """From the root down, without the node itself."""
+        line = []
+        while (node := self.parents[node]) >= 0:
+            line.append(node)
+        return line[::-1]
+
+    def meetings(self, window: int | None = None) -> list[Meeting]:
+        """All stretches that meet, for layers in which a token sees the last `window` positions,
+        itself included (all where None). Every query meets some key in each of its meetings."""
+        longest = max(d + n for d, n in zip(self.depths, self.lengths, strict=True))
+        if window is not None and window >= longest:
+            window = None
+        if window not in self._meetings:
+            found = self._windowed(window) if window else self._unlimited()
+            self._meetings[window] = found
+        return self._meetings[window]
+
+    def _unlimited(self) -> list[Meeting]:
+        found: list[Meeting] = []
+        for node, start in enumerate(self.starts[:-1]):
+            stop, end = self.starts[node + 1], self.ends[node]
+            last = found[-1] if found else None
+            if last and last.kind == "causal" and _continues(last, start, stop):
+                found[-1] = replace(last, count=last.count + 1)
+            else:
+                found.append(Meeting(start, stop, start, stop, "causal"))
+            if end > stop:
+                found.append(Meeting(stop, end, start, stop, "full"))
+        return found
+
+    def _windowed(self, window: int) -> list[Meeting]:
+        found: list[Meeting] = []
+        for node, start in enumerate(self.starts[:-1]):
+            stop, depth = self.starts[node + 1], self.depths[node]
+            for ancestor in self.ancestors(node):
+                # Keys that the node's first token sees, queries that see the ancestor's last.
+                first, after = self.depths[ancestor], self.depths[ancestor] + self.lengths[ancestor]
+                hidden = max(depth - window + 1 - first, 0)
+                reach = min(after - 1 + window - depth, stop - start)
+                if hidden < self.lengths[ancestor] and reach > 0:
+                    k0, k1 = self.starts[ancestor] + hidden, self.starts[ancestor + 1]
+                    inside = depth + reach - 1 - (first + hidden) < window
+                    kind = "full" if inside else "window"
+                    found.append(Meeting(start, start + reach, k0, k1, kind))
+            if stop - start <= window:
+                found.append(Meeting(start, stop, start, stop, "causal"))
+                continue
+            # Blocks of a window's length: no mask grows with the square of the row.
+            for q0 in range(start, stop, window):
+                q1, k0 = min(q0 + window, stop), max(q0 - window + 1, start)
+                found.append(Meeting(q0, q1, k0, q1, "window"))
+        return found
+
+
+def _continues(last: Meeting, start: int, stop: int) -> bool:
+    """Whether a causal stretch follows another one of its length."""
+    return stop - start == last.q1 - last.q0 and start == last.q0 + last.num_queries
+
+
+def visible(
+    layout: Layout,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+    window: int | None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Which keys of a stretch each query of a stretch sees, by their positions: (Q, K), bool.
+
+    Only for queries whose node is the keys' node or one of its descendants.
+    """
+    import torch
+
+    positions = layout.positions
+    q = torch.tensor(positions[slice(*queries)], device=device)[:, None]
+    k = torch.tensor(positions[slice(*keys)], device=device)[None, :]
+    seen = k <= q
+    return seen if window is None else seen & (q - k < window)

@@ -1,0 +1,253 @@
+"""Examples to packed batches: no token is padding, and none is computed twice in a batch.
+
+input   SFTExample(ids, mask), in any number and length
+does    cuts a step's rows into micro-batches by first-fit decreasing (Johnson 1973); within one,
+        rows that begin alike become a tree, in which the shared beginning stands once
+output  PackedBatch: ids, the layout of who sees whom, and the supervised positions with their
+        targets; shifted here, as `batch.py` shifts for the padded path
+who     the loop, where route.py found that the model can be packed
+
+A step's batches depend on its number alone, so a resumed run needs no state but the step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from truetune.compute.batch import Limits, RowOrder
+from truetune.compute.layout import Layout
+from truetune.contract.example import SFTExample
+
+if TYPE_CHECKING:
+    import torch
+
+# A beginning is shared from so many tokens on: below, the merging costs what the tokens save.
+MIN_SHARED = 16
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """One forward pass over rows, or trees of rows, side by side.
+
+    Attributes:
+        ids_T: int64 input ids, each node's tokens in a run.
+        layout: the nodes, and who sees whom.
+        positions_N: int64, index in the sequence from which each target is predicted. In a tree
+            a position may predict several targets.
+        targets_N: int64.
+        weights_N: float32, in how many rows the target stands; 1 where rows share nothing.
+        rows: index of the example behind each row.
+        num_tokens: unpadded tokens of the rows, each row whole, however much of it is shared.
+        num_supervised: targets of the rows: the sum of the weights.
+    """
+
+    ids_T: torch.Tensor
+    layout: Layout
+    positions_N: torch.Tensor
+    targets_N: torch.Tensor
+    weights_N: torch.Tensor
+    rows: tuple[int, ...]
+    num_tokens: int
+    num_supervised: int
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens that go through the model: a shared beginning counts once."""
+        return self.layout.num_tokens
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        return replace(
+            self,
+            ids_T=self.ids_T.to(device),
+            positions_N=self.positions_N.to(device),
+            targets_N=self.targets_N.to(device),
+            weights_N=self.weights_N.to(device),
+        )
+
+
+def pack(
+    examples: Sequence[SFTExample], rows: Sequence[int], *, min_shared: int | None = MIN_SHARED
+) -> PackedBatch:
+    """Put rows into one sequence.
+
+    Args:
+        examples: where the rows are found.
+        rows: indices of examples; one may come twice.
+        min_shared: tokens from which a common beginning is shared; None shares nothing.
+    """
+    import torch
+
+    forest = _Forest(examples, min_shared)
+    ordered = sorted(rows, key=lambda row: examples[row].ids)
+    forest.grow(ordered, 0, -1)
+    targets = forest.targets
+    return PackedBatch(
+        ids_T=torch.tensor(forest.ids, dtype=torch.int64),
+        layout=Layout(tuple(forest.lengths), tuple(forest.parents)),
+        positions_N=torch.tensor([p for p, _ in targets], dtype=torch.int64),
+        targets_N=torch.tensor([t for _, t in targets], dtype=torch.int64),
+        weights_N=torch.tensor(list(targets.values()), dtype=torch.float32),
+        rows=tuple(ordered),
+        num_tokens=sum(len(examples[row].ids) for row in ordered),
+        num_supervised=sum(examples[row].num_supervised for row in ordered),
+    )
+
+
+def _inputs(example: SFTExample) -> int:
+    """Tokens that go into the model: the last one predicts nothing. One token goes in alone."""
+    return max(len(example.ids) - 1, 1)
+
+
+class _Forest:
+    """Nodes of a packed sequence while they are laid down, depth first."""
+
+    def __init__(self, examples: Sequence[SFTExample], min_shared: int | None) -> None:
+        self.examples, self.min_shared = examples, min_shared
+        self.ids: list[int] = []
+        self.lengths: list[int] = []
+        self.parents: list[int] = []
+        # (position in the sequence, target) -> rows in which it is supervised
+        self.targets: dict[tuple[int, int], int] = {}
+
+    def grow(self, rows: Sequence[int], depth: int, parent: int, line: Sequence[int] = ()) -> None:
+        """Lay down rows that are sorted by their ids and share their first `depth` tokens.
+
+        Args:
+            parent: the node that holds the last shared token; -1 where depth is 0.
+            line: index in the sequence of each shared token.
+        """
+        # Nodes of equal length side by side go through attention together.
+        for alike, shared in sorted(self._families(rows, depth), key=lambda family: family[1]):
+            node, here = parent, list(line)
+            if shared > depth:
+                node = len(self.lengths)
+                here += range(len(self.ids), len(self.ids) + shared - depth)
+                self.ids += self.examples[alike[0]].ids[depth:shared]
+                self.lengths.append(shared - depth)
+                self.parents.append(parent)
+            ended = [row for row in alike if _inputs(self.examples[row]) == shared]
+            for row in ended:
+                self._supervise(row, here)
+            if len(ended) < len(alike):
+                self.grow([row for row in alike if row not in ended], shared, node, here)
+
+    def _families(self, rows: Sequence[int], depth: int) -> Iterator[tuple[list[int], int]]:
+        """Runs of rows that share enough beyond `depth`, each with its common length."""
+        first = 0
+        while first < len(rows):
+            shared = _inputs(self.examples[rows[first]])
+            last = first + 1
+            while last < len(rows) and self.min_shared is not None:
+                common = self._common(rows[last - 1], rows[last])
+                if common < depth + self.min_shared:
+                    break
+                shared = min(shared, common)
+                last += 1
+            yield list(rows[first:last]), shared
+            first = last
+
+    def _common(self, one: int, other: int) -> int:
+        """Input tokens with which two rows begin alike."""
+        return common_inputs(self.examples[one], self.examples[other])
+
+    def _supervise(self, row: int, line: Sequence[int]) -> None:
+        ids, mask = self.examples[row]
+        for t in range(len(ids) - 1):
+            if mask[t + 1]:
+                pair = (line[t], ids[t + 1])
+                self.targets[pair] = self.targets.get(pair, 0) + 1
+
+
+def common_inputs(one: SFTExample, other: SFTExample) -> int:
+    """Input tokens with which two examples begin alike."""
+    limit = min(_inputs(one), _inputs(other))
+    if one.ids[:limit] == other.ids[:limit]:
+        return limit
+    return next(t for t in range(limit) if one.ids[t] != other.ids[t])
+
+
+class PackedBatcher:
+    """Rows packed without padding.
+
+    Args:
+        examples: what is trained.
+        max_seq_len: longest row; longer ones lose their end, with a warning.
+        order: which rows a step trains.
+        limits: of a micro-batch; may be lowered while the run goes on.
+        min_shared: see `pack`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[SFTExample],
+        *,
+        max_seq_len: int,
+        order: RowOrder,
+        limits: Limits,
+        min_shared: int | None = MIN_SHARED,
+    ) -> None:
+        self.max_seq_len, self.order, self.limits = max_seq_len, order, limits
+        self.min_shared = min_shared
+        self.examples = self._fitting(examples)
+
+    def micro_batches(self, step: int) -> list[PackedBatch]:
+        bins: list[tuple[int, list[int]]] = []  # (tokens, rows)
+        trees = sorted(self._trees(self.order.rows(step)), key=lambda tree: -tree[0])
+        for size, rows in trees:
+            for index, (filled, there) in enumerate(bins):
+                if self.limits.take(filled + size, len(there) + len(rows)):
+                    bins[index] = (filled + size, there + rows)
+                    break
+            else:
+                bins.append((size, rows))
+        return [pack(self.examples, rows, min_shared=self.min_shared) for _, rows in bins]
+
+    def _trees(self, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+        """(tokens, rows) of runs of rows that share a beginning, each within the limits."""
+        size, tree = 0, list[int]()
+        ordered = sorted(rows, key=lambda row: self.examples[row].ids)
+        for row in ordered:
+            length = _inputs(self.examples[row])
+            shared = 0
+            if tree and self.min_shared is not None:
+                shared = common_inputs(self.examples[tree[-1]], self.examples[row])
+            grown = size + length - shared
+            joins = self.min_shared is not None and shared >= self.min_shared
+            if joins and self.limits.take(grown, len(tree) + 1):
+                size = grown
+                tree.append(row)
+                continue
+            if tree:
+                yield size, tree
+            size, tree = length, [row]
+        if tree:
+            yield size, tree
+
+    def batches(self, examples: Sequence[SFTExample]) -> Iterator[PackedBatch]:
+        """In order; a batch ends where a limit is reached."""
+        examples = self._fitting(examples)
+        filled, rows = 0, list[int]()
+        for row, example in enumerate(examples):
+            size = _inputs(example)
+            if rows and not self.limits.take(filled + size, len(rows) + 1):
+                yield pack(examples, rows, min_shared=self.min_shared)
+                filled, rows = 0, []
+            filled += size
+            rows.append(row)
+        if rows:
+            yield pack(examples, rows, min_shared=self.min_shared)
+
+    def _fitting(self, examples: Sequence[SFTExample]) -> Sequence[SFTExample]:
+        overlong = sum(len(example.ids) > self.max_seq_len for example in examples)
+        if not overlong:
+            return examples
+        warnings.warn(
+            f"{overlong} of {len(examples)} rows are longer than "
+            f"max_seq_len={self.max_seq_len} and lose their end",
+            stacklevel=3,
+        )
+        limit = self.max_seq_len
+        return [SFTExample(e.ids[:limit], e.mask[:limit]) for e in examples]

@@ -1,0 +1,263 @@
+"""How batches go through a model, proved on the model itself.
+
+input   a model and a few of its ids
+does    computes short rows packed and apart and compares; looks at which earlier tokens each
+        layer's own mask shows, and whether rotary embeddings depend on the longest row
+output  Route: packed, apart (one row at a time, where packing would be wrong) or padded (the
+        reference); the loss of a batch; what is to be told
+who     the loop makes one at its start
+
+Nothing here knows a model by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from truetune.compute.batch import Batch
+from truetune.compute.loss import loss_sum as padded_loss_sum
+from truetune.compute.packing import PackedBatch
+from truetune.findings import Finding
+
+if TYPE_CHECKING:
+    import torch
+
+    from truetune.compute.head import SupervisedHead
+
+Kind = Literal["packed", "apart", "padded"]
+
+# Nodes of the probe: different lengths, so that a mix-up of rows cannot look right, and one that
+# branches from another.
+_PROBE = (7, 12, 5, 4)
+_BRANCHES = (-1, -1, 1, -1)
+
+
+class Route:
+    """The way of batches through a model.
+
+    Attributes:
+        kind: "packed"; "apart": rows one at a time, unpadded; "padded": the reference path.
+        reason: why it is not "packed"; empty where it is.
+        head: asked for supervised positions only; None where all logits are made.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        kind: Kind,
+        *,
+        reason: str = "",
+        head: SupervisedHead | None = None,
+    ) -> None:
+        self.model, self.kind, self.reason, self.head = model, kind, reason, head
+
+    @contextlib.contextmanager
+    def scope(self, batch: Batch | PackedBatch) -> Iterator[None]:
+        """The model is as this batch needs it inside, backward pass included, and as it came
+        afterwards."""
+        if self.kind != "packed" or isinstance(batch, Batch):
+            yield
+            return
+        from truetune.compute.attention import packed_attention
+
+        with packed_attention(transformers_model(self.model)):
+            yield
+
+    def loss_sum(self, batch: Batch | PackedBatch) -> torch.Tensor:
+        """Summed cross-entropy in nats over the supervised positions (scalar, float32); inside
+        `scope`."""
+        if isinstance(batch, Batch):
+            return padded_loss_sum(self.model, batch)
+        if self.head is not None:
+            return self.head.loss_sum(
+                lambda: self.logits(batch), batch.positions_N, batch.targets_N, batch.weights_N
+            )
+        from truetune.compute.loss import cross_entropy_sum
+
+        logits_NV = self.logits(batch)[0][batch.positions_N]
+        return cross_entropy_sum(logits_NV, batch.targets_N, batch.weights_N)
+
+    def logits(self, batch: PackedBatch, *, mask: bool = False) -> torch.Tensor:
+        """(1, T, V) of the model's own forward pass; `mask` as in `packed_arguments`."""
+        from truetune.compute.loss import logits_of
+
+        if self.kind == "apart":
+            return logits_of(self.model, batch.ids_T[None])
+        from truetune.compute.attention import packed_arguments
+
+        arguments = packed_arguments(batch.layout, batch.ids_T.device, mask=mask)
+        return logits_of(self.model, batch.ids_T[None], **arguments)
+
+    def findings(self) -> list[Finding]:
+        """What is to be told: rows that run apart."""
+        if self.kind != "apart":
+            return []
+        return [
+            Finding(
+                "rows-apart",
+                "note",
+                "rows go through the model one at a time, not packed: slower, and equally exact",
+                where=type(transformers_model(self.model)).__name__,
+                why=self.reason,
+                fix="nothing to do; --no-packing pads them to one width instead",
+            )
+        ]
+
+
+def transformers_model(model: Any) -> Any:
+    """Without peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) -> Route:
+    """The fastest route that is right for this model.
+
+    Args:
+        model: a transformers model, or peft's wrapper around one, or any module.
+        longest: tokens of the longest row that will come.
+        packing: False asks for the padded reference path.
+    """
+    inner = transformers_model(model)
+    if not packing:
+        return Route(model, "padded", reason="as asked")
+    if not hasattr(inner, "set_attn_implementation") or not hasattr(inner, "get_input_embeddings"):
+        return Route(model, "padded", reason="not a transformers model")
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            reason = _against_packing(model, longest)
+        route = Route(model, "apart" if reason else "packed", reason=reason)
+        route.head = _proved_head(route)
+    finally:
+        model.train(was_training)
+    return route
+
+
+def _probe_rows(model: Any) -> list[torch.Tensor]:
+    """Rows of ids from all over the vocabulary, always the same."""
+    import torch
+
+    table = transformers_model(model).get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(table.shape[0], (length,), generator=generator).to(table.device)
+        for length in _PROBE
+    ]
+
+
+def _whole_rows(nodes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each node of the probe with what it continues."""
+    import torch
+
+    return [
+        node if parent < 0 else torch.cat([nodes[parent], node])
+        for node, parent in zip(nodes, _BRANCHES, strict=True)
+    ]
+
+
+def _own_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
+    return Route(model, "apart").logits(_batch_of([row]))[0]
+
+
+def _batch_of(rows: list[torch.Tensor], parents: tuple[int, ...] | None = None) -> PackedBatch:
+    """Rows, or nodes of trees, in one sequence; nothing supervised."""
+    import torch
+
+    from truetune.compute.layout import Layout
+
+    none = torch.zeros(0, dtype=torch.int64)
+    layout = Layout(tuple(len(row) for row in rows), parents or (-1,) * len(rows))
+    return PackedBatch(torch.cat(rows), layout, none, none, none.float(), (), 0, 0)
+
+
+def _against_packing(model: torch.nn.Module, longest: int) -> str:
+    """Why this model's rows cannot be packed; empty where they can."""
+    from truetune.compute.attention import watched_attention
+
+    rows = _probe_rows(model)
+    watched: list[Any] = []
+    with _rotary_calls(model) as rotary:
+        apart = [_own_logits(model, row) for row in _whole_rows(rows)]
+    if rotary and _depends_on_longest(rotary, longest):
+        return "its rotary embedding turns by frequencies that depend on the longest row of a batch"
+    route, batch = Route(model, "packed"), _batch_of(rows, _BRANCHES)
+    try:
+        with route.scope(batch):
+            packed = route.logits(batch)[0].split(list(_PROBE))
+        with watched_attention(transformers_model(model), watched):
+            alone = route.logits(_batch_of(rows[1:2]), mask=True)[0]
+    except Exception as error:  # whatever a model says to arguments that it does not know
+        return f"its forward pass does not take a packed sequence: {type(error).__name__}"
+    pairs = [(a, b[-len(a) :]) for a, b in zip(packed, apart, strict=True)]
+    if not all(same_to_rounding(a, b) for a, b in [*pairs, (alone, apart[1])]):
+        return "a probe computed packed and apart differs"
+    if not watched:
+        return "its attention is not reached through transformers' interface"
+    if not all(seen.is_what_the_mask_shows(longest) for seen in watched):
+        return "a layer's mask shows other tokens than its window says"
+    return ""
+
+
+def same_to_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal by norm to what rounding explains. Rows that see each other differ by far more."""
+    limit = 1e-3 if a.element_size() == 4 else 5e-2
+    return bool((a.float() - b.float()).norm() <= limit * b.float().norm())
+
+
+@contextlib.contextmanager
+def _rotary_calls(model: torch.nn.Module) -> Iterator[dict[Any, tuple[Any, Any]]]:
+    """module -> arguments of each module that turns positions into angles."""
+    calls: dict[Any, tuple[Any, Any]] = {}
+
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = (args, kwargs)
+
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in model.modules()
+        if any("inv_freq" in name for name, _ in module.named_buffers(recurse=False))
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _depends_on_longest(calls: dict[Any, tuple[Any, Any]], longest: int) -> bool:
+    """Whether the first positions turn otherwise in the company of the longest row's last."""
+    import torch
+
+    def swapped(value: Any, positions: torch.Tensor) -> Any:
+        is_positions = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        return positions if is_positions and value.ndim == 2 else value
+
+    for module, (args, kwargs) in calls.items():
+        short = torch.arange(8)[None]
+        long = torch.cat([short, torch.tensor([[max(longest - 1, 8)]])], 1)
+        turned = []
+        for positions in (short, long, short):
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            positions = positions.to(given[0].device)
+            made = module(
+                *(swapped(a, positions) for a in args),
+                **{k: swapped(v, positions) for k, v in kwargs.items()},
+            )
+            parts = made if isinstance(made, tuple) else (made,)
+            turned.append([part[..., :8, :] for part in parts])
+        if not all(torch.equal(a, b) for a, b in zip(turned[0], turned[1], strict=True)):
+            return True
+    return False
+
+
+def _proved_head(route: Route) -> SupervisedHead | None:
+    from truetune.compute.head import find_head
+
+    batch = _batch_of(_probe_rows(route.model)[:1])
+    with route.scope(batch):
+        return find_head(transformers_model(route.model), lambda: route.logits(batch))
