@@ -19,6 +19,7 @@ NAMES = [
     "TruetuneError",
     "UnfaithfulTemplate",
     "__version__",
+    "audit",
     "masked_cross_entropy",
     "pad_and_collate",
 ]

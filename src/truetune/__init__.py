@@ -18,6 +18,7 @@ _HOMES = {
     "pad_and_collate": "truetune.compute.batch",
     "masked_cross_entropy": "truetune.compute.loss",
     "SFTTrainer": "truetune.engine.trainer",
+    "audit": "truetune.integrations.audit",
     "Finding": "truetune.findings",
     "TruetuneError": "truetune.errors",
     "UnfaithfulTemplate": "truetune.errors",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from truetune.errors import TruetuneError as TruetuneError
     from truetune.errors import UnfaithfulTemplate as UnfaithfulTemplate
     from truetune.findings import Finding as Finding
+    from truetune.integrations.audit import audit as audit
 
 
 def __getattr__(name: str) -> Any:

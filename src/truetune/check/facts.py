@@ -143,7 +143,9 @@ class LabelFacts:
 
 # What people write before a turn: `Q:`, `### Response:`, `<|user|>`, `[INST]`.
 _LABEL = re.compile(
-    r"^[#*\s]*[^\W\d_][\w ]{0,30}:|^\#+ [^\n]{1,40}$|<\|?/?[a-z_]{1,30}\|?>|\[/?[A-Z_]{2,20}\]",
+    r"^[#*\s]*[^\W\d_][\w ]{0,30}:|^\#+ [^\n]{1,40}$|<\|?/?[a-z_]{1,30}\|?>|\[/?[A-Z_]{2,20}\]"
+    # In the middle of a line: `### Human: ... ### Assistant: ...`, `Q: ... A: ...`.
+    r"|(?<!\S)(?:#{2,} ?)?[A-Z]\w{0,20}:(?=\s)",
     re.MULTILINE,
 )
 

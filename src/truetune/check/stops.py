@@ -143,6 +143,9 @@ def _ends(facts: LabelFacts) -> _Ends:
     masked = set(rows[~ended & follows].tolist()) - headed
     cut = set(rows[~ended & ~follows & final & _at_limit(facts, rows)].tolist()) - headed - masked
     missing = set(rows[~ended & ~follows].tolist()) - headed - masked - cut
+    if facts.max_length is None and len(missing) > len(cut):
+        # Shorter rows end like that too: the longest are no pile at a limit.
+        missing, cut = missing | cut, set()
     last_ids = np.full(len(table), -1, np.int64)
     last_ids[rows[final]] = table.labels[last[final]]
     last_ids[sorted(headed | cut)] = -1

@@ -79,7 +79,10 @@ def _why_nothing(facts: LabelFacts, rows: list[int]) -> str:
             f"what stands before an answer, {facts.markers.answer_start!r}, is not in them: the "
             "mask looks for a marker that the rendered text does not have"
         )
-    return "the mask leaves out the whole row"
+    return (
+        "nothing in them was taken for an answer: the marker or mask that tells answers from "
+        "prompts does not fit the rendered rows"
+    )
 
 
 def padding_unsupervised(facts: LabelFacts) -> Iterator[Finding]:

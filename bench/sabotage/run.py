@@ -1,0 +1,180 @@
+"""Run a case past truetune, and past what the libraries themselves say."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.sabotage.build import Batches
+from bench.sabotage.case import Case, Negative
+from bench.sabotage.house import House
+
+_LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one case."""
+
+    case: Case
+    detected: bool
+    cause: bool
+    rows: bool | None
+    fix: bool
+    false_alarms: tuple[str, ...]
+    found: tuple[str, ...]
+    peers: str
+    finding: Any = None
+
+
+@dataclass
+class Heard:
+    """What the libraries said while a script was built and took one step."""
+
+    said: list[str] = field(default_factory=list)
+    raised: str = ""
+
+
+def audited(subject: Any) -> Any:
+    """The report on whatever a case is made of."""
+    import truetune
+
+    if isinstance(subject, Batches):
+        return truetune.audit(
+            subject.loader,
+            subject.tokenizer,
+            subject.model,
+            subject.generation_config,
+            evaluation=subject.evaluation,
+        )
+    return truetune.audit(subject)
+
+
+def judge(case: Case, house: House, *, peers: bool = True) -> Verdict:
+    """All columns of the table for one case."""
+    broken, heard = listen(lambda: case.make(house, True), step=peers)
+    twin, _ = listen(lambda: case.make(house, False), step=False)
+    report = audited(broken)
+    loud = [f for f in report.findings if f.level != "note"]
+    named = [f for f in loud if f.code in case.codes]
+    texts = [f"{f.what} {f.why}".lower() for f in named]
+    cause = any(case.says.lower() in text for text in texts)
+    fixes = any(case.fix.lower() in f.fix.lower() for f in named)
+    after = audited(twin)
+    alarms = tuple(f.code for f in after.findings if f.level != "note")
+    told = "not asked"
+    if peers:
+        _, calm = listen(lambda: case.make(house, False), step=True)
+        told = difference(heard, calm)
+    return Verdict(
+        case,
+        detected=bool(loud),
+        cause=cause,
+        rows=_rows_named(case, named),
+        fix=fixes and not alarms,
+        false_alarms=alarms,
+        found=tuple(f.code for f in loud),
+        peers=told,
+        finding=named[0] if named else None,
+    )
+
+
+def quiet(negative: Negative, house: House) -> tuple[str, ...]:
+    """Codes of findings above a note on something healthy."""
+    subject, _ = listen(lambda: negative.make(house), step=False)
+    return tuple(f.code for f in audited(subject).findings if f.level != "note")
+
+
+def _rows_named(case: Case, named: list[Any]) -> bool | None:
+    """Whether exactly the broken rows are listed; None where the fault lies in no row."""
+    if case.rows is None:
+        return None
+    listed: set[int] = set()
+    for finding in named:
+        places = finding.rows or (finding.where,)
+        listed.update(int(n) for place in places for n in re.findall(r"\d+", place)[-1:])
+    if case.rows == "all":
+        return max((f.count for f in named), default=0) >= len(listed) > 0
+    return listed == set(case.rows)
+
+
+# ------------------------------------------------------------------ what the libraries say
+
+
+def listen(make: Callable[[], Any], *, step: bool) -> tuple[Any, Heard]:
+    """Build something, take one training step if it is a trainer, and keep all that was said."""
+    heard = Heard()
+    subject = None
+    with _ears(heard):
+        try:
+            subject = make()
+        except Exception as error:  # what a library raises is what is measured
+            heard.raised = f"{type(error).__name__}: {error}"
+    if step and subject is not None and hasattr(subject, "train"):
+        # The step is taken by a second one of the same kind: training changes the model.
+        with _ears(heard):
+            try:
+                make().train()
+            except Exception as error:
+                heard.raised = f"{type(error).__name__}: {error}"
+    return subject, heard
+
+
+@contextmanager
+def _ears(heard: Heard) -> Iterator[None]:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.said.append(f"{record.name.split('.')[0]}: {record.getMessage()}")
+
+    _forget_once()
+    handler = Handler(level=logging.WARNING)
+    loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        for warning in caught:
+            module = next((n for n in _LIBRARIES if f"/{n}/" in warning.filename), "")
+            if module:
+                heard.said.append(f"{module}: {warning.message}")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def _forget_once() -> None:
+    """Warnings that are given once a process are given once a case."""
+    import accelerate.logging
+    import transformers.utils.logging as transformers_logging
+
+    for once in (
+        getattr(accelerate.logging.MultiProcessAdapter, "warning_once", None),
+        getattr(transformers_logging, "warning_once", None),
+    ):
+        if hasattr(once, "cache_clear"):
+            once.cache_clear()
+
+
+def difference(broken: Heard, healthy: Heard) -> str:
+    """What was said of the broken script and not of the healthy one."""
+    if broken.raised and not healthy.raised:
+        return f"raised: {_short(broken.raised)}"
+    known = {_shape(said) for said in healthy.said}
+    new = [said for said in broken.said if _shape(said) not in known]
+    return f"warned: {_short(new[0])}" if new else "silent"
+
+
+def _shape(said: str) -> str:
+    return re.sub(r"\d+", "0", said)[:120]
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 140 else line[:137] + "..."

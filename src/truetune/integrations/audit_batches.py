@@ -1,0 +1,213 @@
+"""Padding, attention masks, packing and held-out rows, judged on the collated batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from truetune.check.facts import LabelFacts, rows_finding, share
+from truetune.findings import Finding
+from truetune.integrations.audit_read import IGNORED, Reading, ReadRow
+from truetune.integrations.audit_subject import Subject
+
+
+def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
+    """What the table of unpadded rows cannot show."""
+    yield from _labels_outside(reading.rows, facts)
+    yield from _padding_attended(subject, reading.rows)
+    yield from _attention_holes(reading.rows)
+    yield from _dropped_rows(subject)
+
+
+def _finding(rows: Sequence[ReadRow], bad: Sequence[int], **parts: Any) -> Finding:
+    return rows_finding([row.name for row in rows], bad, **parts)
+
+
+def _labels_outside(rows: Sequence[ReadRow], facts: LabelFacts) -> Iterator[Finding]:
+    """A label is an id of the vocabulary, or -100."""
+    most = facts.head_rows or 2**31
+    bad, seen = [], set()
+    for number, row in enumerate(rows):
+        outside = row.labels[((row.labels < 0) & (row.labels != IGNORED)) | (row.labels >= most)]
+        if len(outside):
+            bad.append(number)
+            seen.update(outside[:4].tolist())
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="label-outside",
+            level="error",
+            what=f"labels of {share(len(bad), len(rows))} are no ids of the model: "
+            f"{', '.join(map(str, sorted(seen)[:4]))}",
+            why="the loss leaves out -100 and nothing else; any other value is an index, and "
+            "fails on a GPU with an unreadable message",
+            fix="labels are ids below the size of the head, and -100 where nothing is learned",
+        )
+
+
+def _padding_attended(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """Pad tokens in front of a row are read by every later token, unless the mask hides them."""
+    pad = subject.tokenizer.pad_token_id
+    if pad is None:
+        return
+    bad = []
+    for number, row in enumerate(rows):
+        ids = row.ids
+        lead = int(np.argmax(ids != pad)) if (ids != pad).any() else len(ids)
+        # One may be a begin token that the pad token is; two are padding.
+        if lead < 2 or lead == len(ids):
+            continue
+        if row.mask is None or row.mask.shape != ids.shape or row.mask[:lead].any():
+            bad.append(number)
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="padding-attended",
+            level="error",
+            what=f"{share(len(bad), len(rows))} have padding in front that the model attends to",
+            why="the attention mask is missing or 1 there: every token is computed behind a wall "
+            "of pad tokens, which no served prompt has",
+            fix="hand the tokenizer's attention_mask on to the model, or pad on the right",
+        )
+
+
+def _attention_holes(rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """Tokens of a row that the rest of it cannot see."""
+    bad = []
+    for number, row in enumerate(rows):
+        mask = row.mask
+        if mask is None or mask.shape != row.ids.shape:
+            continue
+        seen = np.flatnonzero(mask)
+        if len(seen) and not mask[seen[0] : seen[-1] + 1].all():
+            bad.append(number)
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="attention-hole",
+            level="warning",
+            what=f"the attention mask hides tokens inside {share(len(bad), len(rows))}",
+            why="a mask made from `ids != pad` hides the end tokens of earlier turns where pad and "
+            "end are one token; a server shows them to the model",
+            fix="take the attention mask from the tokenizer, or make it from lengths",
+        )
+
+
+# ------------------------------------------------------------------ rows that are gone
+
+
+def _dropped_rows(subject: Subject) -> Iterator[Finding]:
+    """Rows that a preparation dropped because truncation left them without a label.
+
+    `datasets` keeps them in the table behind the index of a filtered dataset.
+    """
+    dataset = subject.rows
+    table, kept = getattr(dataset, "_data", None), getattr(dataset, "_indices", None)
+    if table is None or kept is None or "labels" not in getattr(table, "column_names", ()):
+        return
+    total = table.num_rows
+    if total <= len(dataset) or total > 200_000:
+        return
+    present = set(kept.column(0).to_pylist())
+    gone = [i for i in range(total) if i not in present]
+    column = table.column("labels")
+    empty = [i for i in gone if not any(v != IGNORED for v in column[i].as_py() or ())]
+    if empty:
+        names = [f"of the data row {i}" for i in empty]
+        yield rows_finding(
+            names,
+            range(len(names)),
+            code="rows-dropped",
+            level="error" if len(empty) > 0.05 * total else "warning",
+            what=f"{share(len(empty), total)} were dropped before the training, without a word",
+            why="the prompt alone fills the length limit"
+            + (f" of {limit:,} tokens" if (limit := _limit(subject)) else "")
+            + ": no token of the answer was left to learn",
+            fix="raise max_length above the longest row, or leave those rows out knowingly",
+        )
+
+
+def _limit(subject: Subject) -> int | None:
+    return getattr(subject.args, "max_length", None)
+
+
+# ------------------------------------------------------------------ held-out rows
+
+
+def held_out_findings(
+    reading: Reading, held_out: Mapping[str, Reading], subject: Subject
+) -> Iterator[Finding]:
+    """Rows that are evaluated must not be trained: the loss on them says nothing."""
+    if not held_out:
+        return
+    ends = {subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id, *subject.served}
+    trained: dict[bytes, str] = {}
+    prompts: dict[bytes, str] = {}
+    for row in reading.rows:
+        for whole, prompt in _keys(row, ends):
+            trained.setdefault(whole, row.name)
+            if prompt:
+                prompts.setdefault(prompt, row.name)
+    for evaluated in held_out.values():
+        rows = evaluated.rows
+        same, asked, twins = [], [], ""
+        for number, row in enumerate(rows):
+            keys = _keys(row, ends)
+            if any(whole in trained for whole, _ in keys):
+                same.append(number)
+                twins = twins or next(trained[w] for w, _ in keys if w in trained)
+            elif any(prompt and prompt in prompts for _, prompt in keys):
+                asked.append(number)
+        if same:
+            yield _finding(
+                rows,
+                same,
+                code="eval-in-train",
+                level="error" if len(same) > 0.1 * len(rows) else "warning",
+                what=f"{share(len(same), len(rows))} held out for evaluation are trained as well "
+                f"(the first is {twins})",
+                why="the evaluation rows were drawn from the training rows without taking them "
+                "out, or the data has duplicates: the evaluation loss measures memory",
+                fix="split first, without duplicates: dataset.train_test_split, and train on "
+                "the train part only",
+            )
+        if asked:
+            yield _finding(
+                rows,
+                asked,
+                code="eval-prompt-in-train",
+                level="warning" if len(asked) > 0.1 * len(rows) else "note",
+                what=f"{share(len(asked), len(rows))} held out have a prompt that is trained too",
+                why="rows with the same prompt stand on both sides of the split",
+                fix="keep rows with the same prompt on one side",
+            )
+
+
+def _keys(row: ReadRow, ends: set[int | None]) -> list[tuple[bytes, bytes]]:
+    """(the document without end and pad tokens, its prompt where that is masked), hashed."""
+    keys = []
+    for number in range(1, int(row.real.max(initial=0)) + 1):
+        at = np.flatnonzero(row.real == number)
+        if not len(at):
+            continue
+        ids, labels = row.ids[at], row.labels[at]
+        last = len(ids)
+        while last and int(ids[last - 1]) in ends:
+            last -= 1
+        if last < 4:
+            continue
+        first = int(np.argmax(labels != IGNORED)) if (labels != IGNORED).any() else 0
+        keys.append((_hash(ids[:last]), _hash(ids[:first]) if first >= 4 else b""))
+    return keys
+
+
+def _hash(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(
+        np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16
+    ).digest()
