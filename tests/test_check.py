@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from test_check_data import CASES as DATA_CASES
 from test_check_labels import CASES as LABEL_CASES
 from tiny_models import tiny_tokenizer
 from truetune.check import Preflight, preflight
@@ -140,7 +141,7 @@ def test_every_code_of_the_checks_has_its_fixtures() -> None:
             for word in node.keywords if named in ("Finding", "rows_finding") else ():
                 if word.arg == "code" and isinstance(word.value, ast.Constant):
                     found.add(word.value.value)
-    assert found == {*CASES, *LABEL_CASES}.union(*ELSEWHERE.values())
+    assert found == {*CASES, *LABEL_CASES, *DATA_CASES}.union(*ELSEWHERE.values())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import typer.core
 
 from truetune import __version__
 from truetune.errors import TruetuneError, UsageError
-from truetune.options import canonical, with_settings
+from truetune.options import canonical, own_option, with_settings
 from truetune.recipe import (
     Recipe,
     make_recipe,
@@ -187,7 +187,53 @@ def _serve_adapter(result: RunResult) -> str:
     return line
 
 
-app.command("train", cls=_Command)(with_settings(train))
+app.command("train", cls=_Command)(
+    with_settings(
+        train,
+        own_option("resume", str | None, None, help="Continue an unfinished run.", metavar="RUN"),
+    )
+)
+
+
+def check(
+    source: str | None,
+    rows: str | None,
+    show_all: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Prove the run that the same line with `train` would start, without loading weights.
+
+    \b
+    truetune check Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --lora
+    truetune check recipe.yaml --json
+    """
+    from truetune.check_screen import CheckScreen, show_checkup
+    from truetune.checkup import check_run
+    from truetune.listener import Listener
+
+    recipe = _recipe(source, rows, None, options)
+    screen = CheckScreen()
+    listener = Listener() if as_json else screen
+    try:
+        found = check_run(recipe, listener)
+    finally:
+        screen.close()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=True))
+    else:
+        show_checkup(screen, found, everything=show_all)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+app.command("check", cls=_Command, short_help="Prove a coming run.")(
+    with_settings(
+        check,
+        own_option("show_all", bool, False, "--all", help="Every finding, not a screen of them."),
+        own_option("as_json", bool, False, "--json", help="The same facts for programs."),
+    )
+)
 
 
 @app.command(cls=_Command, short_help="Talk to a run or a model.")
@@ -384,7 +430,7 @@ def pretrain(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as in `truetune.errors`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["train"]:
+    if words[:1] in (["train"], ["check"]):
         words = canonical(words)
     try:
         code = app(args=words, prog_name="truetune", standalone_mode=False)

@@ -11,8 +11,13 @@ import typer
 from truetune.recipe import setting_types, settings
 
 
-def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb one option per recipe setting; the recipe is the only list of them."""
+def with_settings(verb: Callable[..., None], *extra: inspect.Parameter) -> Callable[..., None]:
+    """Give a verb one option per recipe setting; the recipe is the only list of them.
+
+    Args:
+        verb: takes `source` and `rows`, and the rest by name.
+        extra: options of the verb's own.
+    """
     arguments = (
         ("source", "MODEL", "A local folder, a Hub id, or a recipe.yaml."),
         ("rows", "DATA", "A file, a folder, or a Hub dataset."),
@@ -26,20 +31,19 @@ def with_settings(verb: Callable[..., None]) -> Callable[..., None]:
         )
         for name, metavar, text in arguments
     ]
-    resume = inspect.Parameter(
-        "resume",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            str | None,
-            typer.Option(help="Continue an unfinished run.", metavar="RUN", rich_help_panel="Run"),
-        ],
-    )
     types = setting_types()
-    parameters = [*own, *(_parameter(field, types[field.name]) for field in settings()), resume]
+    parameters = [*own, *(_parameter(field, types[field.name]) for field in settings()), *extra]
     verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {p.name: p.annotation for p in parameters}
     return verb
+
+
+def own_option(name: str, kind: Any, default: Any, *flags: str, **option: Any) -> inspect.Parameter:
+    """An option that is no setting of a recipe; the rest as typer has it."""
+    annotation = Annotated[kind, typer.Option(*flags, rich_help_panel="Run", **option)]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def _parameter(field: Any, declared: Any) -> inspect.Parameter:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.check import Preflight, preflight
+from truetune.check import Preflight, damage, encoded_lengths, limit_keeping, preflight
 from truetune.compute.length import Fitted, fit_length, is_text, length_table, longest
 from truetune.contract import Encoded, PromptContract, Refused, SFTExample
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
-from truetune.errors import BadRows, CheckFailed, DataError, RecipeError
+from truetune.errors import BadRows, CheckFailed, DataError, RecipeError, TruetuneError
 from truetune.findings import Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model import ModelFacts, describe, load_tokenizer, require_weights
@@ -72,6 +72,23 @@ class Prepared:
     data: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Survey:
+    """A coming run looked at whole, whatever is wrong with it.
+
+    Attributes:
+        prepared: what would be trained; its findings hold errors too.
+        encoded: the rows before the length policy.
+        train: their conversations.
+        stopping: what keeps the run from being trained, in the order it was found.
+    """
+
+    prepared: Prepared
+    encoded: list[Encoded]
+    train: list[Conversation]
+    stopping: list[TruetuneError]
+
+
 def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     """Do everything that can be done without weights.
 
@@ -80,11 +97,30 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
         CheckFailed: the preflight found an error, or too much would be lost to the length limit.
     """
+    found = survey(recipe, listener, with_weights=True)
+    if found.stopping:
+        raise found.stopping[0]
+    for finding in found.prepared.findings:
+        listener.finding(finding)
+    return found.prepared
+
+
+def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) -> Survey:
+    """Everything that can be known of a run without weights; errors are collected.
+
+    Args:
+        with_weights: refuse a model without weights at once, as training would.
+
+    Raises:
+        UsageError, InputError: options, data or model that cannot be used at all.
+        BadRows: not one row can be trained.
+    """
     require_settings(recipe)
     assert recipe.model
     listener.stage("model files")
     facts = describe(recipe.model, recipe.revision)
-    require_weights(recipe.model, recipe.revision)
+    if with_weights:
+        require_weights(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe.model, recipe.revision)
     contract = PromptContract.load(tokenizer, recipe.chat_template, _stop(recipe))
     start, start_reason = starting_point(tokenizer, facts.has_chat_template)
@@ -94,9 +130,10 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     contract = contract.fit(train)
     encoded, refused = _encode(contract, train, recipe, listener)
     eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
+    refusals = [*loaded.findings, *refused, *eval_refused]
     findings += _without_effect(recipe)
-    findings += _bad_rows([*loaded.findings, *refused, *eval_refused], recipe, len(encoded))
-    findings += [*contract.findings, *_remarks([*encoded, *eval_encoded])]
+    bad_rows, stopping = _bad_rows(refusals, recipe, len(encoded))
+    findings += [*bad_rows, *contract.findings, *_remarks([*encoded, *eval_encoded])]
 
     text = all(is_text(row) for row in encoded)
     limit = plan_length(
@@ -107,24 +144,38 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     )
     fitted = fit_length(encoded, max_length=limit[0], overlong=recipe.overlong)
     eval_fitted = fit_length(eval_encoded, max_length=limit[0], overlong=recipe.overlong)
-    findings += _length_findings(fitted, eval_fitted, encoded, limit[0], facts, recipe)
+    lost = _length_findings(fitted, eval_fitted, encoded, limit[0], facts, contract, recipe)
+    findings += lost
+    if worst(lost) == "error":
+        stopping.append(CheckFailed("too many rows are longer than the limit", lost))
     plan = make_plan(
         recipe,
         model=facts,
         start=start,
         start_reason=start_reason,
         max_length=limit,
-        num_examples=len(fitted.examples),
+        num_examples=max(len(fitted.examples), 1),
         reasoning_share=_reasoning_share(train),
     )
     if not recipe.no_check:
         listener.stage("check")
-        findings += _preflight(contract, fitted, plan, facts, text)
-    findings = merged(findings)
-    _stop_on_errors(findings)
-    for finding in findings:
-        listener.finding(finding)
-    return Prepared(
+        told = preflight(
+            _preflight(
+                contract,
+                fitted,
+                plan,
+                facts,
+                text,
+                _taken(train, encoded),
+                _taken(held_out, eval_encoded),
+            ),
+            listener.progress,
+        )
+        findings += told
+        if worst(told) == "error":
+            errors = [finding for finding in told if finding.level == "error"]
+            stopping.append(CheckFailed("the check found errors; nothing was trained", errors))
+    prepared = Prepared(
         contract,
         facts,
         fitted.examples,
@@ -132,11 +183,16 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         eval_fitted.examples,
         _answerable(held_out, eval_fitted),
         plan,
-        findings,
-        _data_facts(
-            loaded, fitted, eval_fitted, [*loaded.findings, *refused, *eval_refused], overlap
-        ),
+        merged(findings),
+        _data_facts(loaded, fitted, eval_fitted, refusals, overlap),
     )
+    return Survey(prepared, encoded, train, stopping)
+
+
+def _taken(conversations: Sequence[Conversation], encoded: Sequence[Encoded]) -> list[Conversation]:
+    """Without those refused: what is wrong with them is told already."""
+    kept = {row.row for row in encoded}
+    return [conversation for conversation in conversations if conversation.where in kept]
 
 
 def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conversation]:
@@ -224,35 +280,38 @@ def _refusal(refused: Refused) -> Finding:
     return Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
 
 
-def _bad_rows(found: Sequence[Finding], recipe: Recipe, num_left: int) -> list[Finding]:
-    """Errors stop the run, or become warnings with their count under --bad-rows drop.
+def _bad_rows(
+    found: Sequence[Finding], recipe: Recipe, num_left: int
+) -> tuple[list[Finding], list[TruetuneError]]:
+    """Findings on rows, and what stops the run: errors do, or become warnings with their count
+    under --bad-rows drop.
 
     Raises:
-        BadRows: as above, or when no row is left.
+        BadRows: no row is left.
         DataError: there was no row to begin with.
     """
     bad = [finding for finding in found if finding.level == "error"]
     others = [finding for finding in found if finding.level != "error"]
-    if bad and (recipe.bad_rows == "error" or not num_left):
-        raise BadRows(
-            f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
-            + ("" if num_left else "; no row is left to train"),
-            merged(bad),
-            fix="mend them, or leave them out with --bad-rows drop"
-            if num_left
-            else "mend them, or name the right --schema, --columns or --chat-template",
-        )
-    if not num_left:
+    if not bad and not num_left:
         raise DataError("there is no row to train", where=str(recipe.data))
+    if not bad:
+        return others, []
+    error = BadRows(
+        f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
+        + ("" if num_left else "; no row is left to train"),
+        merged(bad),
+        fix="mend them, or leave them out with --bad-rows drop"
+        if num_left
+        else "mend them, or name the right --schema, --columns or --chat-template",
+    )
+    if not num_left:
+        raise error
+    if recipe.bad_rows == "error":
+        return [*bad, *others], [error]
     return others + [
-        dataclasses.replace(
-            finding,
-            level="warning",
-            what=f"dropped: {finding.what}",
-            fix=finding.fix,
-        )
+        dataclasses.replace(finding, level="warning", what=f"dropped: {finding.what}")
         for finding in bad
-    ]
+    ], []
 
 
 def _without_effect(recipe: Recipe) -> list[Finding]:
@@ -288,13 +347,11 @@ def _length_findings(
     encoded: Sequence[Encoded],
     limit: int,
     facts: ModelFacts,
+    contract: PromptContract,
     recipe: Recipe,
 ) -> list[Finding]:
-    """What the length limit costs.
-
-    Raises:
-        CheckFailed: rows are too long under --overlong error, or too much would be dropped.
-    """
+    """What the length limit costs: an error where rows are too long under --overlong error, or too
+    much would be dropped."""
     findings = []
     if facts.context_length and limit > facts.context_length:
         findings.append(
@@ -323,8 +380,9 @@ def _length_findings(
     share = max(len(fitted.dropped) / max(total, 1), fitted.dropped_share)
     table = ", ".join(
         f"{size:,} keeps {kept:,} examples and {100 * part:.1f} % of the answers"
-        for size, kept, part in length_table(encoded)
+        for size, kept, part in length_table(encoded)[-3:]
     )
+    rows = encoded_lengths(encoded, contract)
     refused = recipe.overlong == "error" or share > recipe.max_dropped or not fitted.examples
     finding = Finding(
         code="rows-overlong",
@@ -335,40 +393,38 @@ def _length_findings(
         f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
         where=f"{where} ({tokens:,} tokens)",
         count=len(dropped),
-        why=table,
-        fix="raise --max-length, cut prompts with --overlong truncate-prompt, or accept the loss "
-        "with --max-dropped",
+        why=f"in a trainer that cuts rows, {damage(rows, limit).line()}; {table}",
+        fix=f"--max-length {limit_keeping(rows)} keeps 99 % of the rows whole; or cut prompts with "
+        "--overlong truncate-prompt, or accept the loss with --max-dropped",
     )
-    if refused:
-        raise CheckFailed("too many rows are longer than the limit", [finding])
     return [*findings, finding]
 
 
 def _preflight(
-    contract: PromptContract, fitted: Fitted, plan: Plan, facts: ModelFacts, text: bool
-) -> list[Finding]:
-    return preflight(
-        Preflight(
-            contract=contract,
-            examples=fitted.examples,
-            rows=fitted.rows,
-            is_text=text,
-            loss_on=plan.recipe.loss_on,
-            head_rows=facts.head_rows,
-            base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
-            lora=plan.recipe.lora,
-            learning_rate=plan.learning_rate,
-            suggested_rate=suggested_rate(plan, facts),
-            max_steps=plan.max_steps,
-            warmup_steps=plan.warmup_steps,
-        )
+    contract: PromptContract,
+    fitted: Fitted,
+    plan: Plan,
+    facts: ModelFacts,
+    text: bool,
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+) -> Preflight:
+    return Preflight(
+        contract=contract,
+        examples=fitted.examples,
+        rows=fitted.rows,
+        is_text=text,
+        loss_on=plan.recipe.loss_on,
+        head_rows=facts.head_rows,
+        base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
+        lora=plan.recipe.lora,
+        learning_rate=plan.learning_rate,
+        suggested_rate=suggested_rate(plan, facts),
+        max_steps=plan.max_steps,
+        warmup_steps=plan.warmup_steps,
+        train=train,
+        held_out=held_out,
     )
-
-
-def _stop_on_errors(findings: Sequence[Finding]) -> None:
-    if worst(findings) == "error":
-        errors = [finding for finding in findings if finding.level == "error"]
-        raise CheckFailed("the check found errors; nothing was trained", errors)
 
 
 def _reasoning_share(conversations: Sequence[Conversation]) -> float:

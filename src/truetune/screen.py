@@ -110,6 +110,10 @@ class Screen(Listener):
             self.line("  more findings are in findings.jsonl of the run", "dim")
         if self._shown_findings > _MOST:
             return
+        self.show(finding)
+
+    def show(self, finding: Finding) -> None:
+        """One finding, in full."""
         self._print_finding(self.console, finding)
 
     def planned(self, plan: Plan, facts: dict[str, Any]) -> None:

@@ -1,9 +1,37 @@
-"""Preflight: what can be known to go wrong before the compute is spent.
+"""What can be known to go wrong before the compute is spent.
 
-One file a family, each with a tuple of functions; a function takes the facts of the coming run
-and yields findings. Judged is the effect on ids, masks and stop ids, never a setting.
+One file a family, each with a tuple of functions; a function takes facts and yields findings.
+Judged is the effect on ids, labels and stop ids, never a setting.
+
+    table.py markers.py facts.py rows.py   what the families look at
+    targets.py stops.py prompts.py reasoning.py vocabulary.py   ids and labels (labels.py)
+    roles.py tools.py content.py style.py duplicates.py         conversations
+    run_settings.py                                             the numbers of a run
+    lengths.py                                                  what a length limit costs
+    preflight.py                                                all of them on a coming run
 """
 
+from truetune.check.labels import check_labels
+from truetune.check.lengths import (
+    Damage,
+    RowLengths,
+    damage,
+    damage_table,
+    encoded_lengths,
+    limit_keeping,
+    row_lengths,
+)
 from truetune.check.preflight import Preflight, preflight
 
-__all__ = ["Preflight", "preflight"]
+__all__ = [
+    "Damage",
+    "Preflight",
+    "RowLengths",
+    "check_labels",
+    "damage",
+    "damage_table",
+    "encoded_lengths",
+    "limit_keeping",
+    "preflight",
+    "row_lengths",
+]

@@ -7,17 +7,19 @@ output  findings, the most severe first; an error among them stops `truetune tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-from truetune.check import run_settings
+from truetune.check import content, duplicates, roles, run_settings, style, tools
 from truetune.check.facts import LabelFacts, LossOn
 from truetune.check.labels import label_findings
 from truetune.check.markers import Markers
+from truetune.check.rows import DataFacts
 from truetune.check.run_settings import RunFacts
 from truetune.check.table import TokenTable
 from truetune.contract import PromptContract, SFTExample
+from truetune.data import Conversation
 from truetune.findings import Finding, merged
 
 
@@ -34,6 +36,7 @@ class Preflight:
         lora: whether an adapter is trained.
         learning_rate, suggested_rate: what is set, and the default for this case.
         max_steps, warmup_steps: optimiser steps.
+        train, held_out: the conversations behind the examples.
     """
 
     contract: PromptContract
@@ -48,6 +51,8 @@ class Preflight:
     suggested_rate: float
     max_steps: int
     warmup_steps: int
+    train: Sequence[Conversation] = ()
+    held_out: Sequence[Conversation] = ()
 
     @cached_property
     def labels(self) -> LabelFacts:
@@ -66,6 +71,11 @@ class Preflight:
             proved=True,
         )
 
+    @cached_property
+    def data(self) -> DataFacts:
+        """The conversations as the data families look at them."""
+        return DataFacts(self.train, self.held_out, control_tokens(self.contract))
+
     @property
     def run(self) -> RunFacts:
         """The numbers of the run, without its rows."""
@@ -81,12 +91,40 @@ class Preflight:
         )
 
 
-def preflight(facts: Preflight) -> list[Finding]:
-    """All findings, the most severe first."""
-    return merged([*label_findings(facts.labels), *_run_findings(facts.run)])
+DATA_CHECKS: tuple[Callable[[DataFacts], Iterator[Finding]], ...] = (
+    *roles.CHECKS,
+    *tools.CHECKS,
+    *content.CHECKS,
+    *style.CHECKS,
+    *duplicates.CHECKS,
+)
 
 
-def _run_findings(facts: RunFacts) -> Iterator[Finding]:
-    checks: tuple[Callable[[RunFacts], Iterator[Finding]], ...] = run_settings.CHECKS
-    for check in checks:
-        yield from check(facts)
+def preflight(
+    facts: Preflight, on_progress: Callable[[int, int | None], None] | None = None
+) -> list[Finding]:
+    """All findings, the most severe first.
+
+    Args:
+        on_progress: is told (families done, families there are).
+    """
+    families: list[Callable[[], Iterable[Finding]]] = [
+        *(partial(check, facts.data) for check in DATA_CHECKS),
+        partial(label_findings, facts.labels),
+        *(partial(check, facts.run) for check in run_settings.CHECKS),
+    ]
+    found: list[Finding] = []
+    for done, family in enumerate(families):
+        if on_progress:
+            on_progress(done, len(families))
+        found += family()
+    return merged(found)
+
+
+def control_tokens(contract: PromptContract) -> tuple[str, ...]:
+    """Special tokens as text, each proved to become that token when it is written."""
+    added = getattr(contract.tokenizer, "added_tokens_decoder", {})
+    texts = [str(token.content) for token in added.values() if token.special]
+    return tuple(
+        text for text in texts if text.strip() and contract.tokens.single_id(text) is not None
+    )

@@ -1,0 +1,151 @@
+"""How a checkup looks on a terminal: the verdict, at most a screen of findings, the lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from truetune.check.lengths import percent
+from truetune.checkup import Checkup
+from truetune.findings import Finding
+from truetune.screen import Screen
+
+_EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
+# Lines of findings: with the summary about a screen.
+_MOST_LINES = 28
+
+
+class CheckScreen(Screen):
+    """Progress bars while it looks; findings are shown at the end, in their order."""
+
+    def finding(self, finding: Finding) -> None:
+        pass
+
+
+def show_checkup(
+    screen: Screen, found: Checkup, *, everything: bool = False, page: str | None = None
+) -> None:
+    """Draw what was found."""
+    shown = _first(found.findings, everything)
+    for finding in shown:
+        screen.show(finding)
+    left = len(found.findings) - len(shown)
+    if left:
+        screen.line(f"and {left} more: --all shows them", "dim")
+    if found.findings:
+        screen.line()
+    drawn = (("run", _run_lines), ("contract", _contract_lines), ("lengths", _length_lines))
+    screen.pairs(
+        [p for name, draw in drawn if name in found.summary for p in draw(found.summary[name])]
+    )
+    if "lengths" in found.summary:
+        _picture(screen, found.summary["lengths"])
+    if page:
+        screen.line(f"written: {page}", "dim")
+    screen.line(_verdict(found), "bold red" if not found.ok else "bold green")
+
+
+def _first(findings: list[Finding], everything: bool) -> list[Finding]:
+    """As many as fit on a screen, at least one."""
+    if everything:
+        return findings
+    shown: list[Finding] = []
+    lines = 0
+    for finding in findings:
+        lines += len(finding.lines())
+        if shown and lines > _MOST_LINES:
+            break
+        shown.append(finding)
+    return shown
+
+
+def _verdict(found: Checkup) -> str:
+    counts = found.counts()
+    parts = [
+        f"{number} {level}{'s' if number > 1 else ''}" for level, number in counts.items() if number
+    ]
+    told = ", ".join(parts) or "nothing found"
+    return f"ok: {told}" if found.ok else f"not ok: {told}"
+
+
+def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("model", f"{run['model']}" + (f" ({run['start']})" if "start" in run else ""))]
+    if "train" not in run:
+        return [*lines, ("rows", str(run["data"]))]
+    train, held = run["train"], run["held_out"]
+    tokens = max(train["tokens"], 1)
+    return [
+        *lines,
+        (
+            "rows",
+            f"{train['examples']:,} to train, {held['examples']:,} held out, "
+            f"{run['dropped']:,} dropped; schema {run['schema']}",
+        ),
+        (
+            "tokens",
+            f"{train['tokens']:,}, of them {train['supervised_tokens']:,} "
+            f"({percent(train['supervised_tokens'] / tokens)}) supervised",
+        ),
+        (
+            "run",
+            f"{run['method']}, {run['max_steps']:,} steps of {run['batch_size']} rows at "
+            f"{run['learning_rate']:g}",
+        ),
+    ]
+
+
+def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:
+    stops = ", ".join(f"{s['token']!r} ({s['id']})" for s in contract["stop"]) or "none"
+    arguments = contract["template_arguments"]
+    return [
+        ("template", contract["template"] + (f", with {arguments}" if arguments else "")),
+        ("stop set", stops),
+    ]
+
+
+def _length_lines(lengths: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (
+            "lengths",
+            f"median {lengths['p50']:,}, 95 % {lengths['p95']:,}, 99 % {lengths['p99']:,}, "
+            f"longest {lengths['longest']:,} tokens; {lengths['keeps_99_percent']:,} keep 99 % of "
+            "the rows whole",
+        ),
+        *(("" if i else "a limit of", _limit_line(d)) for i, d in enumerate(_limits(lengths))),
+    ]
+
+
+def _limits(lengths: dict[str, Any]) -> list[dict[str, Any]]:
+    """Limits that cost something, the largest three: below them everything is lost anyhow."""
+    return [d for d in lengths["limits"] if d["cut"]][-3:]
+
+
+def _limit_line(damage: dict[str, Any]) -> str:
+    rows = max(damage["rows"], 1)
+    text = f"{damage['limit']:,} would cut {percent(damage['cut'] / rows)}"
+    if damage["stops"]:
+        text += f"; {percent(damage['stops'] / rows)} lose the end of the answer"
+    if damage["thoughts"]:
+        share = damage["thoughts"] / max(damage["with_thoughts"], 1)
+        text += f"; {percent(share)} of those with reasoning never close it"
+    return text
+
+
+def _picture(screen: Screen, lengths: dict[str, Any]) -> None:
+    """The histogram, a line a range, joined to at most twelve."""
+    bins = _joined(lengths["histogram"], 12)
+    most = max((b["rows"] for b in bins), default=0)
+    labels = [f"{b['to']:,}" for b in bins]
+    wide = max(map(len, labels), default=0)
+    for label, part in zip(labels, bins, strict=True):
+        eighths = round(8 * 40 * part["rows"] / max(most, 1))
+        full, rest = divmod(max(eighths, 1) if part["rows"] else 0, 8)
+        bar = _EIGHTHS[8] * full + (_EIGHTHS[rest] if rest else "")
+        screen.line(f"  {label:>{wide}}  {bar} {part['rows']:,}")
+
+
+def _joined(bins: list[dict[str, int]], most: int) -> list[dict[str, int]]:
+    size = -(-len(bins) // most) or 1
+    groups = [bins[i : i + size] for i in range(0, len(bins), size)]
+    return [
+        {"from": g[0]["from"], "to": g[-1]["to"], "rows": sum(b["rows"] for b in g)} for g in groups
+    ]

@@ -1,0 +1,137 @@
+"""`truetune check`: everything that can be known of a coming run, or of a finished model.
+
+input   a recipe with model and data; or a model folder alone
+does    the stages of `prepare`, none of which stops; what the lengths cost, whether the model is
+        base or instruct, whether the run fits; with `rehearse` also what a real step shows
+output  Checkup: findings and a summary, for the terminal, --json and --html alike
+who     cli.py; nothing here prints
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.check.lengths import (
+    RowLengths,
+    damage,
+    damage_table,
+    encoded_lengths,
+    histogram,
+    limit_keeping,
+    quantiles,
+)
+from truetune.errors import BadRows
+from truetune.findings import LEVELS, Finding, merged, worst
+from truetune.listener import Listener
+from truetune.prepare import Survey, survey
+from truetune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found.
+
+    Attributes:
+        findings: the most severe first.
+        summary: plain values, by topic; a topic that was not looked at is not there.
+    """
+
+    findings: list[Finding]
+    summary: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is worse than a warning."""
+        return worst(self.findings) != "error"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            "ok": self.ok,
+            "findings": [finding.as_dict() for finding in self.findings],
+            "summary": {**self.summary, "counts": self.counts()},
+        }
+
+    def counts(self) -> dict[str, int]:
+        """level -> findings of that level."""
+        return {level: sum(f.level == level for f in self.findings) for level in LEVELS}
+
+
+def check_run(recipe: Recipe, listener: Listener) -> Checkup:
+    """Look at the run that `truetune train` would start.
+
+    Raises:
+        UsageError, InputError: options, data or model that cannot be used at all.
+    """
+    try:
+        found = survey(recipe, listener)
+    except BadRows as error:
+        # Not one row is left: the rows are all there is to tell.
+        return Checkup(
+            merged(error.findings), {"run": {"model": recipe.model, "data": recipe.data}}
+        )
+    rows = encoded_lengths(found.encoded, found.prepared.contract)
+    summary = {
+        "run": _run_summary(found),
+        "contract": _contract_summary(found),
+        **({"lengths": _length_summary(rows, found)} if len(rows) else {}),
+    }
+    return Checkup(_ordered(found.prepared.findings), summary)
+
+
+def _ordered(findings: list[Finding]) -> list[Finding]:
+    """By level, and within a level by how many rows are concerned."""
+    return sorted(merged(findings), key=lambda f: (LEVELS.index(f.level), -f.count))
+
+
+def _run_summary(found: Survey) -> dict[str, Any]:
+    prepared = found.prepared
+    plan, recipe = prepared.plan, prepared.plan.recipe
+    return {
+        "model": recipe.model,
+        "data": recipe.data,
+        "schema": prepared.data["schema"],
+        "rows_read": prepared.data["rows_read"],
+        "train": prepared.data["train"],
+        "held_out": prepared.data["held_out"],
+        "dropped": len(prepared.data["dropped"]),
+        "method": "lora" if recipe.lora else "full",
+        "start": plan.start,
+        "max_length": plan.max_length,
+        "batch_size": plan.batch_size,
+        "epochs": plan.epochs,
+        "max_steps": plan.max_steps,
+        "learning_rate": plan.learning_rate,
+    }
+
+
+def _contract_summary(found: Survey) -> dict[str, Any]:
+    contract = found.prepared.contract
+    return {
+        "template": contract.origin,
+        "template_arguments": contract.template_kwargs,
+        "stop": [{"id": i, "token": contract.tokens.decode([i])} for i in contract.stop_ids],
+    }
+
+
+def _length_summary(rows: RowLengths, found: Survey) -> dict[str, Any]:
+    model, plan = found.prepared.model, found.prepared.plan
+    return {
+        **quantiles(rows),
+        "examples": len(rows),
+        "keeps_99_percent": limit_keeping(rows),
+        "limit": damage(rows, plan.max_length).as_dict(),
+        "limits": [d.as_dict() for d in damage_table(rows, plan.max_length, model.context_length)],
+        "histogram": [dict(zip(("from", "to", "rows"), b, strict=True)) for b in histogram(rows)],
+    }
+
+
+def replaced(found: Checkup, findings: list[Finding], **topics: Any) -> Checkup:
+    """A checkup with more findings and topics."""
+    return dataclasses.replace(
+        found,
+        findings=_ordered([*found.findings, *findings]),
+        summary={**found.summary, **topics},
+    )

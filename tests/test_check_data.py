@@ -1,0 +1,389 @@
+"""Conversations judged before any template: each code with rows that bring it about, and rows as
+near to it as can be that must stay silent."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tiny_models import tiny_tokenizer
+from truetune.check.duplicates import near_pairs
+from truetune.check.preflight import DATA_CHECKS, control_tokens
+from truetune.check.rows import DataFacts
+from truetune.check.tools import call_problem, value_problem
+from truetune.contract import PromptContract
+from truetune.data import Conversation
+from truetune.findings import Finding
+
+SAID = (
+    "the river runs past old houses and under a bridge where people sell bread fruit cloth "
+    "while boats bring salt from far towns every morning before rain begins to fall on roofs"
+)
+WORDS = SAID.split()
+
+
+def prose(seed: int, length: int = 30) -> str:
+    """Words in an order of their own, common ones often."""
+    draw = random.Random(seed)
+    return " ".join(draw.choice(WORDS) for _ in range(length)).capitalize() + "."
+
+
+def row(index: int, *turns: tuple[str, Any], **fields: Any) -> Conversation:
+    messages = tuple(
+        {"role": role, **(said if isinstance(said, dict) else {"content": said})}
+        for role, said in turns
+    )
+    return Conversation(messages, f"rows.jsonl:{index}", **fields)
+
+
+def plain(index: int, answer: str | None = None, question: str | None = None) -> Conversation:
+    asked = question if question is not None else prose(index) + "?"
+    return row(index, ("user", asked), ("assistant", answer or prose(index + 5000)))
+
+
+def sound(number: int = 100) -> list[Conversation]:
+    return [plain(i) for i in range(number)]
+
+
+def with_some(
+    make: Callable[[int], Conversation], some: int, number: int = 100
+) -> list[Conversation]:
+    """Sound rows, every so-manyth made otherwise."""
+    rows = sound(number)
+    for i in range(some):
+        at = i * number // max(some, 1)
+        rows[at] = make(at)
+    return rows
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string"},
+                "days": {"type": "integer"},
+                "unit": {"type": "string", "enum": ["C", "F"]},
+            },
+            "required": ["city"],
+        },
+    },
+}
+
+
+def calling(index: int, name: str = "weather", tools: Any = (TOOL,), **arguments: Any) -> Any:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    turns = [
+        ("user", prose(index)),
+        ("assistant", {"content": "", "tool_calls": [call]}),
+        ("tool", "rain"),
+        ("assistant", prose(index + 9000)),
+    ]
+    return row(index, *turns, tools=tools)
+
+
+def facts(train: list[Conversation], held_out: list[Conversation] | None = None) -> DataFacts:
+    return DataFacts(train, held_out or [], ("<|end|>", "<|user|>", "<s>"))
+
+
+Make = Callable[[], DataFacts]
+
+
+def case(make: Callable[[int], Conversation], some: int, number: int = 100) -> Make:
+    return lambda: facts(with_some(make, some, number))
+
+
+FOREIGN = "Der Fluss flie\u00dft an alten H\u00e4usern vorbei unter einer Br\u00fccke durch, " * 3
+GREEK = "\u03c4\u03bf \u03c0\u03bf\u03c4\u03ac\u03bc\u03b9 \u03c0\u03b5\u03c1\u03bd\u03ac " * 8
+
+
+def twice(role: str) -> Callable[[int], Conversation]:
+    other = prose(7)
+    if role == "user":
+        return lambda i: row(i, ("user", prose(i)), ("user", other), ("assistant", prose(i + 1)))
+    return lambda i: row(i, ("user", prose(i)), ("assistant", other), ("assistant", prose(i + 1)))
+
+
+def changed(index: int, of: int, words: int) -> Conversation:
+    """A row that repeats another but for some words at its end."""
+    source = plain(of)
+    question, answer = (m["content"] for m in source.messages)
+    kept = answer.split()
+    kept[len(kept) - words :] = [f"other{index}x{k}" for k in range(words)]
+    return row(index, ("user", question), ("assistant", " ".join(kept)))
+
+
+CASES: dict[str, tuple[list[Make], list[Make]]] = {
+    "user-twice": (
+        [case(twice("user"), 1)],
+        # Two people speak.
+        [
+            case(
+                lambda i: row(
+                    i,
+                    ("user", {"content": prose(1), "name": "a"}),
+                    ("user", {"content": prose(2), "name": "b"}),
+                    ("assistant", prose(3)),
+                ),
+                1,
+            )
+        ],
+    ),
+    "assistant-twice": (
+        [case(twice("assistant"), 1)],
+        # A tool answers in between.
+        [case(lambda i: calling(i, city="Rome"), 3)],
+    ),
+    "question-empty": (
+        [case(lambda i: plain(i, question=" \n"), 1)],
+        [case(lambda i: plain(i, question="?"), 1)],
+    ),
+    "answer-not-last": (
+        [
+            case(
+                lambda i: row(i, ("user", prose(i)), ("assistant", prose(i + 1)), ("user", "Ok")), 1
+            )
+        ],
+        [case(plain, 1)],
+    ),
+    "system-late": (
+        [case(lambda i: row(i, ("user", "Hm"), ("system", "Hm"), ("assistant", prose(i))), 1)],
+        [
+            case(lambda i: row(i, ("system", "Hm"), ("user", "Hm"), ("assistant", prose(i))), 100),
+            case(
+                lambda i: row(
+                    i, ("system", "A"), ("developer", "B"), ("user", "C"), ("assistant", prose(i))
+                ),
+                1,
+            ),
+        ],
+    ),
+    "tools-undeclared": (
+        [case(lambda i: calling(i, tools=None, city="Rome"), 5)],
+        [case(lambda i: calling(i, city="Rome"), 5)],
+    ),
+    "tool-unknown": (
+        [case(lambda i: calling(i, name="wether", city="Rome"), 1)],
+        [case(lambda i: calling(i, city="Rome"), 5)],
+    ),
+    "tool-arguments": (
+        [
+            case(lambda i: calling(i, days=3), 1),
+            case(lambda i: calling(i, city="Rome", days="3"), 1),
+            case(lambda i: calling(i, city="Rome", unit="K"), 1),
+            case(lambda i: calling(i, town="Rome", city="Rome"), 1),
+        ],
+        [
+            case(lambda i: calling(i, city="Rome", days=3.0, unit="C"), 5),
+            # A schema that says nothing takes anything.
+            case(
+                lambda i: calling(
+                    i, tools=({"type": "function", "function": {"name": "weather"}},), x=1
+                ),
+                5,
+            ),
+        ],
+    ),
+    "control-token-in-content": (
+        [
+            case(lambda i: plain(i, question="What does <|end|> do?"), 1),
+            case(lambda i: plain(i, answer="It is <s>struck</s>."), 1),
+        ],
+        [
+            case(lambda i: plain(i, question="What does <| end |> do, or <|other|>?"), 5),
+        ],
+    ),
+    "language-outlier": (
+        [
+            case(lambda i: plain(i, GREEK, GREEK), 2),
+            case(lambda i: plain(i, FOREIGN, FOREIGN), 2),
+        ],
+        [
+            # As many as that are no outliers.
+            case(lambda i: plain(i, GREEK, GREEK), 30),
+            case(lambda i: plain(i, "A word of Greek: \u03c0\u03bf\u03c4\u03ac\u03bc\u03b9"), 2),
+            case(plain, 0),
+        ],
+    ),
+    "length-outlier": (
+        [case(lambda i: plain(i, prose(i, 3000)), 1, 200)],
+        [
+            case(lambda i: plain(i, prose(i, 60)), 1, 200),
+            # Lengths that spread anyhow.
+            lambda: facts([plain(i, prose(i, 5 + 2 * i)) for i in range(200)]),
+        ],
+    ),
+    "openers-mixed": (
+        [
+            case(lambda i: plain(i, "Sure, here it is: " + prose(i)), 4),
+            case(lambda i: plain(i, "Of course! " + prose(i)), 4),
+            case(lambda i: plain(i, "Great idea! " + prose(i)), 4),
+        ],
+        [
+            # All of them: a style. One of them: chance.
+            case(lambda i: plain(i, "Sure, here it is: " + prose(i)), 100),
+            case(lambda i: plain(i, "Sure, here it is: " + prose(i)), 1),
+            case(lambda i: plain(i, "Surely the river. " + prose(i)), 4),
+            case(lambda i: plain(i, "First, " + prose(i)), 40),
+        ],
+    ),
+    "format-in-content": (
+        [
+            case(lambda i: plain(i, question=f"### Instruction:\n{prose(i)}\n### Response:"), 100),
+            case(lambda i: plain(i, prose(i) + "\nUser: And now?\nAssistant: Yes."), 3),
+            case(lambda i: plain(i, prose(i) + "</s>"), 3),
+            case(lambda i: plain(i, question=f"[INST] {prose(i)} [/INST]"), 3),
+        ],
+        [
+            case(lambda i: plain(i, question=f"Go on:\nUser: Hi\nAssistant: Hello\n{prose(i)}"), 3),
+            case(lambda i: plain(i, prose(i) + "\n## Why\nBecause.\n### Example\nOne."), 50),
+            case(lambda i: plain(i, "Strike it with <s>this</s> tag."), 3),
+        ],
+    ),
+    "endings-mixed": (
+        [
+            case(lambda i: plain(i, prose(i) + " ###"), 30),
+            case(lambda i: plain(i, prose(i) + "\nEND"), 70),
+        ],
+        [
+            case(lambda i: plain(i, prose(i) + " ###"), 100),
+            case(lambda i: plain(i, prose(i) + " NATO"), 30),
+            case(plain, 0),
+        ],
+    ),
+    "reasoning-mixed": (
+        [case(lambda i: plain(i, f"<think>\n{prose(i)}\n</think>\n\nYes."), 40)],
+        [
+            case(lambda i: plain(i, f"<think>\n{prose(i)}\n</think>\n\nYes."), 100),
+            case(plain, 0),
+        ],
+    ),
+    "rows-duplicate": (
+        [case(lambda i: plain(3), 5), case(lambda i: plain(3), 1)],
+        [case(lambda i: plain(i, prose(3)), 5)],
+    ),
+    "rows-nearly-duplicate": (
+        [case(lambda i: changed(i, 3, 2), 1), case(lambda i: changed(i, 3, 2), 20)],
+        [
+            case(lambda i: changed(i, 3, 25), 1),
+            # Alike by their scheme only.
+            lambda: facts([plain(i, f"{i * 7}", f"What is {i} + {6 * i}?") for i in range(100)]),
+            case(plain, 0),
+        ],
+    ),
+    "eval-nearly-trained": (
+        [lambda: facts(sound(), [changed(500, 3, 2)])],
+        [lambda: facts(sound(), [plain(500)])],
+    ),
+    "prompt-repeated": (
+        [case(lambda i: plain(i, question="Which river?"), 2)],
+        [case(lambda i: plain(i, "Yes."), 2)],
+    ),
+}
+
+
+def found(given: DataFacts) -> list[Finding]:
+    return [finding for check in DATA_CHECKS for finding in check(given)]
+
+
+@pytest.mark.parametrize(
+    ("code", "make"), [(code, make) for code, (bad, _) in CASES.items() for make in bad]
+)
+def test_found(code: str, make: Make) -> None:
+    told = [finding for finding in found(make()) if finding.code == code]
+    assert len(told) == 1
+    assert told[0].what
+    assert told[0].fix
+    assert told[0].where.startswith("rows.jsonl:")
+
+
+@pytest.mark.parametrize(
+    ("code", "make"), [(code, make) for code, (_, good) in CASES.items() for make in good]
+)
+def test_near_misses(code: str, make: Make) -> None:
+    assert code not in {finding.code for finding in found(make())}
+
+
+def test_sound_rows_raise_nothing() -> None:
+    assert found(facts(sound(200), [plain(i) for i in range(300, 320)])) == []
+    assert found(facts([])) == []
+    text = [Conversation((), f"t.txt:{i}", text=prose(i, 200)) for i in range(40)]
+    assert found(facts(text)) == []
+
+
+def test_the_rows_are_named() -> None:
+    (told,) = [f for f in found(facts(with_some(twice("user"), 4))) if f.code == "user-twice"]
+    assert told.rows == ("rows.jsonl:0", "rows.jsonl:25", "rows.jsonl:50", "rows.jsonl:75")
+    assert told.count == 4
+    assert "4 of 100 rows (4 %)" in told.what
+
+
+def test_near_duplicates_name_both_rows() -> None:
+    rows = [*sound(50), changed(77, 3, 2)]
+    (told,) = [f for f in found(facts(rows)) if f.code != "prompt-repeated"]
+    assert (told.code, told.level) == ("rows-nearly-duplicate", "note")
+    assert "rows.jsonl:77 and rows.jsonl:3" in told.why
+
+
+def test_minhash_finds_what_all_pairs_find() -> None:
+    """Of pairs at or above 80 %, the bands miss next to none; of those below, none is told."""
+    draw = random.Random(0)
+    texts, expected = [], 0
+    for i in range(120):
+        words = [f"w{draw.randrange(400)}" for _ in range(60)]
+        texts.append(" ".join(words))
+        near = i % 2 == 0
+        # 1 word of 60 changes 3 of 58 runs (Jaccard 0.9); 8 spread ones change nearly all.
+        for at in [30] if near else range(0, 60, 7):
+            words[at] = f"x{i}"
+        texts.append(" ".join(words))
+        expected += near
+    pairs = near_pairs(texts)
+    assert all(b == a + 1 and a % 4 == 0 for a, b in pairs)
+    assert len(pairs) == expected == 60
+
+
+def test_a_cluster_of_copies_stays_cheap() -> None:
+    import time
+
+    text = prose(1, 60)
+    began = time.process_time()
+    pairs = near_pairs([text] * 3000)
+    assert time.process_time() - began < 5
+    assert {b for _, b in pairs} == set(range(1, 3000))
+
+
+def test_schemas_of_tools() -> None:
+    nested = {
+        "type": "object",
+        "properties": {
+            "legs": {
+                "type": "array",
+                "items": {"type": "object", "required": ["to"], "properties": {"to": {}}},
+            },
+            "when": {"type": ["string", "null"]},
+        },
+    }
+    assert value_problem({"legs": [{"to": 1}], "when": None}, nested, "") == ""
+    assert value_problem({"legs": [{}]}, nested, "") == "'legs'[0].to is required and missing"
+    assert value_problem({"when": 3}, nested, "") == "'when' is a number, not string or null"
+    assert (
+        value_problem({"a": 1}, {"additionalProperties": True, "properties": {"b": {}}}, "") == ""
+    )
+    assert value_problem(True, {"type": "integer"}, "x") == "x is a boolean, not integer"
+    # Types that nobody knows, and what people write for known ones.
+    assert value_problem(3, {"type": "quantity"}, "x") == ""
+    assert value_problem(3, {"type": "int"}, "x") == ""
+    assert call_problem({"arguments": "city=Rome"}, {}) == "the arguments are text, not an object"
+
+
+def test_control_tokens_are_those_that_writing_them_makes() -> None:
+    contract = PromptContract.load(tiny_tokenizer())
+    assert set(control_tokens(contract)) == {
+        *("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+    }

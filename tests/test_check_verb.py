@@ -1,0 +1,155 @@
+"""`truetune check MODEL DATA`: what it prints, its exit codes, its JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import tiny_config, tiny_tokenizer
+from truetune.checkup import check_run
+from truetune.cli import main
+from truetune.listener import Listener
+from truetune.recipe import make_recipe
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config and tokenizer, no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_config(max_position_embeddings=4096).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
+    return folder
+
+
+WORDS = "river boat salt bread house bridge rain roof market cloth".split()  # noqa: SIM905
+
+
+def answer(i: int) -> str:
+    return " ".join(WORDS[(i * k + k * k) % 10] for k in range(1, 14)) + f" {i}"
+
+
+def write_rows(path: Path, answers: list[str]) -> Path:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{answer(i + 500)}?"},
+                {"role": "assistant", "content": a},
+            ]
+        }
+        for i, a in enumerate(answers)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*words: Any) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(["check", *map(str, words)])
+    return int(left.value.code or 0)
+
+
+def test_sound_rows_are_ok(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(40)])
+    assert run(model, data) == 0
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("ok: nothing found")
+    assert "40 to train, 0 held out, 0 dropped" in shown
+    assert "keep 99 % of the rows whole" in shown
+
+
+def test_an_error_is_exit_code_1_and_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [answer(i) for i in range(40)]
+    rows[3] = rows[3] + "<|end|>" + rows[4]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    assert run(model, data) == 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("error[stop-in-answer]")
+    assert f"{data}:4" in shown
+    # What else is wrong with a refused row is no news.
+    assert "control-token-in-content" not in shown
+    assert "not ok: 1 error" in shown
+
+
+def test_json_has_the_same_facts(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i % 38) for i in range(40)])
+    assert run(model, data, "--json", "--lr", "1e-4") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == {"ok", "findings", "summary"}
+    assert told["ok"] is True
+    codes = {finding["code"] for finding in told["findings"]}
+    assert "prompt-repeated" not in codes
+    assert told["summary"]["counts"] == {
+        level: sum(f["level"] == level for f in told["findings"])
+        for level in ("error", "warning", "note")
+    }
+    assert told["summary"]["run"]["learning_rate"] == 1e-4
+    assert told["summary"]["run"]["train"]["examples"] == 40
+    assert told["summary"]["lengths"]["examples"] == 40
+    assert sum(b["rows"] for b in told["summary"]["lengths"]["histogram"]) == 40
+
+
+def test_a_limit_that_cuts_reasoning_is_told_in_one_line(model: Path, tmp_path: Path) -> None:
+    rows = [f"<think>{answer(i) * (8 if i < 63 else 1)}</think>yes {i}" for i in range(80)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = make_recipe(("here", {"model": str(model), "data": str(data), "max_length": 400}))
+    (found,) = [f for f in check_run(recipe, Listener()).findings if f.code == "rows-overlong"]
+    assert found.level == "error"
+    assert "78.8 % of the examples" in found.what
+    assert (
+        "78.8 % of the rows (63 of 80) are cut at 400 tokens: 78.8 % lose the token that ends the "
+        "answer, 78.8 % of those with reasoning never close it" in found.why
+    )
+    assert "keeps 99 % of the rows whole" in found.fix
+
+
+def test_rows_that_nothing_can_be_made_of(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", ["", " "])
+    assert run(model, data) == 1
+    assert capsys.readouterr().out.startswith("error[empty-answer]")
+
+
+def test_bad_input_is_exit_code_2(model: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [answer(1)])
+    assert run(tmp_path / "none", data) == 2
+    assert run(model, tmp_path / "none.jsonl") == 2
+    assert run(model, data, "--no-such-option") == 2
+    assert run() == 2
+
+
+def test_all_shows_what_a_screen_does_not_hold(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    bad = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": f"role{i}", "content": "b"}]}
+        for i in range(20)
+    ]
+    write_rows(path, [answer(i) for i in range(30)])
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in bad)
+    assert run(model, path) == 1
+    short = capsys.readouterr().out
+    assert "more: --all shows them" in short
+    assert run(model, path, "--all") == 1
+    whole = capsys.readouterr().out
+    assert whole.count("error[unknown-role]") == 20 > short.count("error[unknown-role]")
+
+
+def test_text_of_rows_cannot_draw_on_the_terminal(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    row = {"messages": [{"role": "\x1b[31mred", "content": "a"}]}
+    data.write_text(json.dumps(row) + "\n")
+    assert run(model, data) == 1
+    assert "\x1b" not in capsys.readouterr().out
