@@ -154,6 +154,16 @@ def s07(house: House, broken: bool) -> Any:
     return trl(tokenizer, house.model(tokenizer), rows, max_length=400 if broken else None)
 
 
+def s07_start(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    rows = [
+        {"messages": messages(i, reply=lambda k: answer(k, words=500 if k % 4 == 3 else 9))}
+        for i in range(_ROWS)
+    ]
+    chosen = {"max_length": 300, "truncation_mode": "keep_end"} if broken else {"max_length": None}
+    return trl(tokenizer, house.model(tokenizer), rows, **chosen)
+
+
 def s08(house: House, broken: bool) -> Any:
     tokenizer = house.tokenizer()
     rows = _chats()
@@ -179,7 +189,12 @@ def s10(house: House, broken: bool) -> Any:
 
 
 def s10_kept(house: House, broken: bool) -> Any:
+    from importlib.resources import files
+
     tokenizer = house.tokenizer("thinking")
+    # TRL trains a template that it knows with another one, which keeps all reasoning.
+    known = files("trl").joinpath("chat_templates/qwen3.jinja")
+    tokenizer.chat_template = known.read_text(encoding="utf-8")
     rows = _chats(turns=2 if broken else 1, reply=thought)
     return trl(tokenizer, house.model(tokenizer), rows, assistant_only_loss=True)
 
@@ -239,6 +254,29 @@ def mixed_mask(house: House, broken: bool) -> Any:
     return trl(tokenizer, house.model(tokenizer), rows)
 
 
+def mask_turned(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    rows = []
+    for i in range(_ROWS):
+        ids = chat_ids(tokenizer, messages(i))
+        start = len(chat_ids(tokenizer, messages(i)[:1], add_generation_prompt=True))
+        answered = [-100] * start + ids[start:]
+        asked = ids[:start] + [-100] * (len(ids) - start)
+        rows.append({"input_ids": ids, "labels": asked if broken else answered})
+    return trl(tokenizer, house.model(tokenizer), rows)
+
+
+def mask_too_long(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    rows = []
+    for i in range(_ROWS):
+        ids = chat_ids(tokenizer, messages(i))
+        start = len(chat_ids(tokenizer, messages(i)[:1], add_generation_prompt=True))
+        start += 2 * broken
+        rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
+    return trl(tokenizer, house.model(tokenizer), rows)
+
+
 def marker_absent(house: House, broken: bool) -> Any:
     tokenizer = house.tokenizer()
     marker = tokenizer("### Response:" if broken else "<|im_start|>assistant\n")["input_ids"]
@@ -265,6 +303,28 @@ def padding_trained(house: House, broken: bool) -> Any:
         tokenizer,
         house.model(tokenizer),
     )
+
+
+def padding_everywhere(house: House, broken: bool) -> Any:
+    """Rows padded when they were tokenized, `labels = input_ids.copy()`, no attention mask."""
+    import torch
+
+    tokenizer = house.tokenizer()
+    features = []
+    for i in range(_ROWS):
+        ids = chat_ids(tokenizer, messages(i))
+        gap = 128 - len(ids)
+        features.append(
+            {
+                "input_ids": ids + [tokenizer.pad_token_id] * gap,
+                "labels": ids + [tokenizer.pad_token_id if broken else -100] * gap,
+            }
+        )
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        return {k: torch.tensor([f[k] for f in batch]) for k in ("input_ids", "labels")}
+
+    return Batches(loader(features, collate), tokenizer, house.model(tokenizer))
 
 
 def ignore_index(house: House, broken: bool) -> Any:
@@ -353,6 +413,34 @@ def s17(house: House, broken: bool) -> Any:
         max_length=200 if broken else 4096,
         per_device_train_batch_size=1,
     )
+
+
+def joined_text(house: House, broken: bool) -> Any:
+    import torch
+
+    tokenizer = house.tokenizer("base")
+    tokenizer.chat_template = None
+    rows, cuts = [], []
+    for i in range(0, _ROWS, 2):
+        first, second = (
+            tokenizer(f"Q: {question(k)}\nA: {answer(k)}{tokenizer.eos_token}")["input_ids"]
+            for k in (i, i + 1)
+        )
+        rows.append({"input_ids": first + second})
+        cuts.append(len(first))
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        ids = batch[0]["input_ids"]
+        made = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+        if not broken:
+            cut = cuts[[row["input_ids"] for row in rows].index(ids)]
+            positions = [*range(cut), *range(len(ids) - cut)]
+            made["position_ids"] = torch.tensor([positions])
+        return made
+
+    model = house.model(tokenizer)
+    model.config.use_cache = False
+    return Batches(loader(rows, collate, 1), tokenizer, model)
 
 
 def mask_over_positions(house: House, broken: bool) -> Any:
@@ -510,6 +598,15 @@ CASES: tuple[Case, ...] = (
         tuple(i for i in range(_ROWS) if i % 4 in (1, 3)),
     ),
     Case(
+        "S07b",
+        "truncation that keeps the end loses the prompt",
+        s07_start,
+        ("prompt-cut",),
+        "beginning",
+        "raise the limit",
+        tuple(range(3, _ROWS, 4)),
+    ),
+    Case(
         "S08",
         "Alpaca text on an instruct model that is served with its template",
         s08,
@@ -540,7 +637,6 @@ CASES: tuple[Case, ...] = (
         ("history-not-served", "prompt-differs"),
         "server",
         "one row a turn",
-        real_only=True,
     ),
     Case(
         "S11",
@@ -581,6 +677,15 @@ CASES: tuple[Case, ...] = (
         ("packing-not-isolated",),
         "attention mask",
         "no attention mask",
+        needs_trl=False,
+    ),
+    Case(
+        "S16c",
+        "question and answer texts joined by hand, no template",
+        joined_text,
+        ("packing-not-isolated",),
+        "where a conversation begins",
+        "position_ids",
         needs_trl=False,
     ),
     Case(
@@ -638,6 +743,22 @@ CASES: tuple[Case, ...] = (
         tuple(i for i in range(_ROWS) if i % 4 == 2),
     ),
     Case(
+        "L01b",
+        "mask the wrong way round: prompts trained, answers not",
+        mask_turned,
+        ("answers-masked",),
+        "wrong way round",
+        "-100 on what the server sends",
+    ),
+    Case(
+        "L01c",
+        "mask two tokens too long: answers never begin",
+        mask_too_long,
+        ("answer-start-masked",),
+        "too long",
+        "generation prompt",
+    ),
+    Case(
         "L02",
         "response marker of another template: all labels -100",
         marker_absent,
@@ -654,6 +775,15 @@ CASES: tuple[Case, ...] = (
         "padding",
         "-100",
         None,
+        needs_trl=False,
+    ),
+    Case(
+        "L03b",
+        "rows padded to one length, labels copied from the ids, no attention mask",
+        padding_everywhere,
+        ("padding-supervised",),
+        "padding",
+        "-100",
         needs_trl=False,
     ),
     Case(

@@ -6,6 +6,7 @@ repository; `small` makes tokenizers with the same habits, so that the suite run
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -71,9 +72,7 @@ class House:
 
     def tokenizer(self, kind: Kind = "instruct") -> Any:
         """A fresh tokenizer, as a folder loads it."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder(kind))
+        return copy.deepcopy(_loaded(self.folder(kind)))
 
     def folder(self, kind: Kind) -> str:
         """The folder of a tokenizer."""
@@ -95,9 +94,9 @@ class House:
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
             "max_position_embeddings": 8192,
-            "bos_token_id": None,
+            "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": _own_eos(self, tokenizer),
-            "pad_token_id": None,
+            "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": tied,
         }
         with torch.random.fork_rng():
@@ -116,6 +115,13 @@ def _own_eos(house: House, tokenizer: Any) -> int:
     kept = (tokenizer.init_kwargs or {}).get("eos_token")
     token = getattr(kept, "content", kept)
     return tokenizer.convert_tokens_to_ids(token) if token else tokenizer.eos_token_id
+
+
+@functools.cache
+def _loaded(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @functools.cache

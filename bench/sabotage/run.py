@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
 import warnings
@@ -56,21 +58,27 @@ def audited(subject: Any) -> Any:
 
 
 def judge(case: Case, house: House, *, peers: bool = True) -> Verdict:
-    """All columns of the table for one case."""
-    broken, heard = listen(lambda: case.make(house, True), step=peers)
-    twin, _ = listen(lambda: case.make(house, False), step=False)
-    report = audited(broken)
+    """All columns of the table for one case.
+
+    Args:
+        peers: take one training step as well, and keep what the libraries say; the audit has left
+            the trainer as it was.
+    """
+    broken, heard = built(lambda: case.make(house, True))
+    twin, calm = built(lambda: case.make(house, False))
+    for subject, said in ((broken, heard), (twin, calm)):
+        if subject is None:
+            raise RuntimeError(f"{case.id} cannot be built: {said.raised}")
+    report, after = audited(broken), audited(twin)
+    if peers:
+        stepped(broken, heard)
+        stepped(twin, calm)
     loud = [f for f in report.findings if f.level != "note"]
     named = [f for f in loud if f.code in case.codes]
     texts = [f"{f.what} {f.why}".lower() for f in named]
     cause = any(case.says.lower() in text for text in texts)
     fixes = any(case.fix.lower() in f.fix.lower() for f in named)
-    after = audited(twin)
     alarms = tuple(f.code for f in after.findings if f.level != "note")
-    told = "not asked"
-    if peers:
-        _, calm = listen(lambda: case.make(house, False), step=True)
-        told = difference(heard, calm)
     return Verdict(
         case,
         detected=bool(loud),
@@ -79,14 +87,18 @@ def judge(case: Case, house: House, *, peers: bool = True) -> Verdict:
         fix=fixes and not alarms,
         false_alarms=alarms,
         found=tuple(f.code for f in loud),
-        peers=told,
+        peers=_peers(broken, heard, calm) if peers else "not asked",
         finding=named[0] if named else None,
     )
 
 
+def _peers(broken: Any, heard: Heard, calm: Heard) -> str:
+    return "by hand" if isinstance(broken, Batches) else difference(heard, calm)
+
+
 def quiet(negative: Negative, house: House) -> tuple[str, ...]:
     """Codes of findings above a note on something healthy."""
-    subject, _ = listen(lambda: negative.make(house), step=False)
+    subject, _ = built(lambda: negative.make(house))
     return tuple(f.code for f in audited(subject).findings if f.level != "note")
 
 
@@ -106,8 +118,8 @@ def _rows_named(case: Case, named: list[Any]) -> bool | None:
 # ------------------------------------------------------------------ what the libraries say
 
 
-def listen(make: Callable[[], Any], *, step: bool) -> tuple[Any, Heard]:
-    """Build something, take one training step if it is a trainer, and keep all that was said."""
+def built(make: Callable[[], Any]) -> tuple[Any, Heard]:
+    """What a script builds (None if a library refused), and all that was said meanwhile."""
     heard = Heard()
     subject = None
     with _ears(heard):
@@ -115,14 +127,18 @@ def listen(make: Callable[[], Any], *, step: bool) -> tuple[Any, Heard]:
             subject = make()
         except Exception as error:  # what a library raises is what is measured
             heard.raised = f"{type(error).__name__}: {error}"
-    if step and subject is not None and hasattr(subject, "train"):
-        # The step is taken by a second one of the same kind: training changes the model.
-        with _ears(heard):
-            try:
-                make().train()
-            except Exception as error:
-                heard.raised = f"{type(error).__name__}: {error}"
     return subject, heard
+
+
+def stepped(subject: Any, heard: Heard) -> None:
+    """One optimiser step, if it is a trainer."""
+    if not hasattr(subject, "train"):
+        return
+    with _ears(heard), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            subject.train()
+        except Exception as error:
+            heard.raised = f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -134,8 +150,9 @@ def _ears(heard: Heard) -> Iterator[None]:
     _forget_once()
     handler = Handler(level=logging.WARNING)
     loggers = [logging.getLogger(name) for name in _LIBRARIES]
+    before = [logger.handlers[:] for logger in loggers]
     for logger in loggers:
-        logger.addHandler(handler)
+        logger.handlers = [handler]
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -145,8 +162,8 @@ def _ears(heard: Heard) -> Iterator[None]:
             if module:
                 heard.said.append(f"{module}: {warning.message}")
     finally:
-        for logger in loggers:
-            logger.removeHandler(handler)
+        for logger, handlers in zip(loggers, before, strict=True):
+            logger.handlers = handlers
 
 
 def _forget_once() -> None:

@@ -78,7 +78,16 @@ class LabelFacts:
         piled = int((lengths == limit).sum())
         if piled == 0 or (self.max_length is None and (piled < 2 or longest < 32)):
             return None
-        return limit
+        # Rows that end well at the longest length are no pile at a limit.
+        return None if self.max_length is None and self._end_well(limit) else limit
+
+    def _end_well(self, length: int) -> bool:
+        """Whether half of the rows of a length close with an end token or right behind one."""
+        table = self.table
+        last = table.starts[1:][table.lengths == length] - 1
+        ends = list(self.markers.ends)
+        closed = np.isin(table.ids[last], ends) | np.isin(table.ids[np.maximum(last - 1, 0)], ends)
+        return float(closed.mean()) >= 0.5
 
     @cached_property
     def is_stream(self) -> bool:

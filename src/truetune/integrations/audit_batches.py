@@ -19,6 +19,7 @@ def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Ite
     yield from _labels_outside(reading.rows, facts)
     yield from _padding_attended(subject, reading.rows)
     yield from _attention_holes(reading.rows)
+    yield from _beginnings_cut(facts)
     yield from _dropped_rows(subject)
 
 
@@ -96,6 +97,36 @@ def _attention_holes(rows: Sequence[ReadRow]) -> Iterator[Finding]:
             why="a mask made from `ids != pad` hides the end tokens of earlier turns where pad and "
             "end are one token; a server shows them to the model",
             fix="take the attention mask from the tokenizer, or make it from lengths",
+        )
+
+
+def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:
+    """Rows as long as the limit that do not begin as the others do lost their beginning."""
+    table = facts.table
+    if facts.plain or facts.is_stream or facts.cut_at is None:
+        return
+    at_limit = np.flatnonzero(table.lengths == facts.cut_at)
+    others = np.flatnonzero((table.lengths != facts.cut_at) & (table.lengths > 0))
+    if not len(at_limit) or len(others) < 3:
+        return
+    first = table.ids[table.starts[:-1][others]]
+    values, counts = np.unique(first, return_counts=True)
+    if counts.max() < 0.9 * len(others):
+        return
+    usual = int(values[counts.argmax()])
+    cut = [int(row) for row in at_limit if table.ids[table.starts[row]] != usual]
+    if cut:
+        name = facts.markers.tokens.decode([usual])
+        yield rows_finding(
+            facts,
+            cut,
+            code="prompt-cut",
+            level="error" if len(cut) > 0.05 * len(table) else "warning",
+            what=f"{share(len(cut), len(table))} lost their beginning to the length limit of "
+            f"{facts.cut_at:,} tokens",
+            why=f"they are as long as the limit and do not begin with {name!r} as the others do: "
+            "their answers are trained behind half a prompt",
+            fix="raise the limit above the longest row, or leave those rows out",
         )
 
 

@@ -234,16 +234,33 @@ def _border(row: ReadRow, facts: LabelFacts) -> int:
     steps = np.flatnonzero(np.diff(row.real[inside]) != 0)
     if len(steps):
         return int(inside[steps[0] + 1])
+    first, last = int(inside[0]), int(inside[-1])
     for start in _conversation_starts(facts):
         size = len(start)
         hits = np.flatnonzero(row.ids[: len(row.ids) - size + 1] == start[0])
-        for at in hits[(hits > inside[0]) & (hits <= inside[-1])].tolist():
+        for at in hits[(hits > first) & (hits <= last)].tolist():
             # A begin token that stands there twice begins one document.
             if size == 1 and row.ids[at - 1] == start[0]:
                 continue
             if tuple(row.ids[at : at + size].tolist()) == start:
                 return at
-    return 0
+    if not _joined_at_ends(facts):
+        return 0
+    ends = np.flatnonzero(np.isin(row.ids, list(facts.markers.ends)))
+    behind = ends[(ends > first) & (ends + 4 <= last)]
+    return int(behind[0]) + 1 if len(behind) else 0
+
+
+def _joined_at_ends(facts: LabelFacts) -> bool:
+    """Whether an end token inside a row separates documents: where no template has turns, or in
+    blocks of one length that begin anywhere."""
+    table = facts.table
+    if not facts.markers.has_template or not facts.answer_starts.any():
+        return True
+    if not facts.is_stream or not len(table):
+        return False
+    first = table.ids[table.starts[:-1][table.lengths > 0]]
+    return float((first == first[0]).mean()) < 0.5
 
 
 def _conversation_starts(facts: LabelFacts) -> list[tuple[int, ...]]:

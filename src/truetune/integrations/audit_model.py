@@ -77,13 +77,27 @@ def _nothing_trainable(model: Any) -> Finding:
 # ------------------------------------------------------------------ rows of tokens
 
 
+def new_token_ids(tokenizer: Any) -> list[int]:
+    """Ids that were added since the tokenizer was loaded; [] where that is not known."""
+    added = set(getattr(tokenizer, "added_tokens_decoder", {}) or {})
+    made = getattr(tokenizer, "init_kwargs", None) or {}
+    loaded = made.get("added_tokens_decoder")
+    if isinstance(loaded, Mapping):
+        return sorted(added - {int(i) for i in loaded})
+    # One that was never in a folder knows its special tokens at birth only.
+    listed = getattr(tokenizer, "extra_special_tokens", None) or []
+    born = {
+        str(t)
+        for name in ("extra_special_tokens", "additional_special_tokens")
+        for t in made.get(name) or []
+    }
+    since = [t for t in listed if str(t) not in born] if isinstance(listed, list) else []
+    return sorted(i for t in since if (i := tokenizer.convert_tokens_to_ids(str(t))) in added)
+
+
 def _new_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
     """Tokens that were added to the tokenizer and stand in the rows have rows that can move."""
-    added = set(getattr(subject.tokenizer, "added_tokens_decoder", {}) or {})
-    loaded = (getattr(subject.tokenizer, "init_kwargs", None) or {}).get("added_tokens_decoder")
-    if not isinstance(loaded, Mapping):
-        return
-    new = sorted(added - {int(i) for i in loaded})
+    new = new_token_ids(subject.tokenizer)
     used, names = _rows_with(reading, new)
     frozen = [i for i in new if i in used and _frozen_sides(subject.model, i)]
     if not frozen:
@@ -254,8 +268,8 @@ def _lora_targets(model: Any) -> Iterator[Finding]:
     paths = [path for path, _ in base.named_modules()]
     for config in configs.values():
         names = getattr(config, "target_modules", None)
-        if not isinstance(names, set | list | tuple):
-            continue
+        names = set(names) if isinstance(names, set | list | tuple) else set()
+        names |= set(getattr(config, "modules_to_save", None) or ())
         counts = {n: sum(p == n or p.endswith(f".{n}") for p in paths) for n in sorted(names)}
         missing = [name for name, count in counts.items() if not count]
         if missing:
@@ -268,7 +282,7 @@ def _lora_targets(model: Any) -> Iterator[Finding]:
                 level="warning",
                 what=f"no layer is called {' or '.join(missing)}; layers matched: "
                 + (", ".join(f"{n} {c:,}" for n, c in counts.items() if c) or "none"),
-                where="LoraConfig.target_modules",
+                where="LoraConfig",
                 count=len(missing),
                 why=f"{type(base).__name__} calls its linear layers {', '.join(linear)}; peft "
                 "leaves out what it does not find",
@@ -338,7 +352,7 @@ def _is_adam(subject: Subject) -> bool:
     optimizer = getattr(subject.trainer, "optimizer", None)
     if optimizer is not None:
         return type(optimizer).__module__.startswith("torch.optim")
-    return "adamw_torch" in str(getattr(subject.args, "optim", ""))
+    return "adamw_torch" in str(getattr(subject.args, "optim", "")).lower()
 
 
 def _rate(subject: Subject) -> float | None:

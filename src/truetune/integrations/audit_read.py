@@ -284,13 +284,21 @@ def _row(
         index if isinstance(index, int) else None,
         number,
         ids,
-        labels[start:end] if labels is not None else np.full(len(ids), IGNORED),
+        _along(labels, pick["input_ids"], start, end),
         mask[start:end] if mask is not None else None,
         segments[start:end],
         isolated,
         line,
         start,
     )
+
+
+def _along(labels: Array | None, ids: Array, start: int, end: int) -> Array:
+    """The labels of a stretch of ids; all of them where they are a sequence of their own, as those
+    of an encoder-decoder are."""
+    if labels is None:
+        return np.full(end - start, IGNORED)
+    return labels[start:end] if labels.shape == ids.shape else labels
 
 
 def batch_fields(batch: Any) -> dict[str, Array]:
@@ -369,9 +377,9 @@ def _real(
             if np.array_equal(ids[start : start + known], source):
                 real = np.zeros(size, np.int64)
                 real[start : start + known] = own
-                return real
+                return _without_pad_runs(real, ids, pad_id, pad_ends)
     if mask is not None and mask.shape == ids.shape:
-        return (mask != 0).astype(np.int64)
+        return _without_pad_runs((mask != 0).astype(np.int64), ids, pad_id, pad_ends)
     solid = ids != pad_id if pad_id is not None else np.ones(size, bool)
     labelled = np.zeros(size, bool)
     if labels is not None and labels.shape == ids.shape:
@@ -383,6 +391,24 @@ def _real(
         # A pad token with a label near the end is the end: no other one has to be looked for.
         ended = bool((labelled & ~solid)[max(0, last - 3) : last].any())
         real[int(places[0]) : last if ended else min(last + pad_ends, size)] = 1
+    return _without_pad_runs(real, ids, pad_id, pad_ends)
+
+
+def _without_pad_runs(real: Array, ids: Array, pad_id: int | None, pad_ends: bool) -> Array:
+    """Two pad tokens and more at either end are padding, whatever mask and labels say of them; the
+    first at the right is the end of the row where the pad token ends answers."""
+    inside = np.flatnonzero(real)
+    if pad_id is None or not len(inside):
+        return real
+    solid = inside[ids[inside] != pad_id]
+    if not len(solid):
+        return real
+    lead = inside[inside < solid[0]]
+    if len(lead) > 1:
+        real[lead] = 0
+    tail = inside[inside > solid[-1]]
+    if len(tail) > 1:
+        real[tail[1:] if pad_ends else tail] = 0
     return real
 
 

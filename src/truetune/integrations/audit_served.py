@@ -19,6 +19,7 @@ from truetune.contract import PromptContract
 from truetune.contract.tokens import common_prefix
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
+from truetune.integrations.audit_model import new_token_ids
 from truetune.integrations.audit_read import IGNORED, Reading, ReadRow
 from truetune.integrations.audit_subject import Subject
 
@@ -78,7 +79,7 @@ def _conversations(
     subject: Subject, talks: Sequence[tuple[ReadRow, _Talk]], facts: LabelFacts
 ) -> Iterator[Finding]:
     names = [row.name for row, _ in talks]
-    yield from _control_tokens(subject, talks, names)
+    yield from _control_tokens(subject, talks, names, facts)
     if not facts.markers.has_template:
         return
     contract = PromptContract.load(subject.tokenizer)
@@ -129,21 +130,23 @@ def _judge_row(
     ids = row.ids[row.real != 0].tolist()
     labels = row.labels[row.real != 0]
     turns = [i for i, m in enumerate(talk.messages) if m.get("role") == "assistant"]
-    if not turns or (facts.cut_at is not None and len(ids) >= facts.cut_at):
+    if not turns:
         return None
+    at_limit = facts.cut_at is not None and len(ids) >= facts.cut_at
     text = contract.tokens.decode(ids)
     missing = False
     for turn in turns:
         for key in ("content", "reasoning_content"):
             part = talk.messages[turn].get(key)
-            if isinstance(part, str) and _gone(contract, part, text):
+            # What the length limit took is told where lengths are judged.
+            if isinstance(part, str) and not at_limit and _gone(contract, part, text):
                 missing = True
     try:
         served = _served(contract, talk, turns[-1])
     except TruetuneError:
         return "", missing
     same = common_prefix(ids, served)
-    if same >= len(served) or not (labels[same:] != IGNORED).any():
+    if (at_limit and not same) or same >= len(served) or not (labels[same:] != IGNORED).any():
         return "", missing
     ours = contract.tokens.decode(ids[same : same + 6])
     theirs = contract.tokens.decode(served[same : same + 6])
@@ -163,19 +166,21 @@ def _gone(contract: PromptContract, part: str, text: str) -> bool:
 
 
 def _control_tokens(
-    subject: Subject, talks: Sequence[tuple[ReadRow, _Talk]], names: Sequence[str]
+    subject: Subject,
+    talks: Sequence[tuple[ReadRow, _Talk]],
+    names: Sequence[str],
+    facts: LabelFacts,
 ) -> Iterator[Finding]:
-    """Special tokens in what people wrote become real ones."""
-    tokenizer = subject.tokenizer
-    texts = {tokenizer.convert_ids_to_tokens(i) for i in tokenizer.all_special_ids}
-    added = getattr(tokenizer, "added_tokens_decoder", {}) or {}
-    texts |= {str(token) for token in added.values() if getattr(token, "special", False)}
-    texts = {t for t in texts if t and len(t) > 2}
+    """Special tokens, and what the template writes before a turn, in what people wrote."""
+    texts = _control_texts(subject.tokenizer)
+    starts = (facts.markers.answer_start, facts.markers.user_start)
+    # A header in plain letters (`### Response:`) is a marker; a role alone (`assistant`) is not.
+    texts |= {t for t in starts if len(t) > 4 and not t.replace(" ", "").isalpha()}
     bad, seen = [], []
     for number, (_, talk) in enumerate(talks):
         for message in talk.messages:
             content = message.get("content")
-            if not isinstance(content, str) or not _may_hold(content):
+            if not isinstance(content, str):
                 continue
             hits = [t for t in texts if t in content]
             if hits:
@@ -197,8 +202,13 @@ def _control_tokens(
         )
 
 
-def _may_hold(content: str) -> bool:
-    return any(c in content for c in "<[\uff5c")
+def _control_texts(tokenizer: Any) -> set[str]:
+    """Special tokens that the tokenizer came with; those added since are meant to be written."""
+    new = set(new_token_ids(tokenizer))
+    added = getattr(tokenizer, "added_tokens_decoder", {}) or {}
+    special = {i for i, token in added.items() if getattr(token, "special", False)}
+    ids = (special | set(tokenizer.all_special_ids)) - new
+    return {text for i in ids if (text := tokenizer.convert_ids_to_tokens(i)) and len(text) > 2}
 
 
 # ------------------------------------------------------------------ prompt and completion

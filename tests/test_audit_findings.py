@@ -1,0 +1,197 @@
+"""Findings of the audit that no script of the sabotage suite stands for, each with a near miss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bench.sabotage.build import chat_ids, dataset, hf, loader
+from bench.sabotage.cases import mask_over_positions
+from bench.sabotage.house import House, answer, messages, question
+
+import truetune
+
+HOUSE = House(real=False)
+
+
+def _collator(tokenizer: Any) -> Any:
+    from transformers import DataCollatorForSeq2Seq
+
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+def _feature(tokenizer: Any, talk: Any) -> dict[str, Any]:
+    ids = chat_ids(tokenizer, talk)
+    start = len(chat_ids(tokenizer, talk[:1], add_generation_prompt=True))
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+
+
+def _found(report: Any) -> dict[str, Any]:
+    return {f.code: f for f in report.findings}
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_attention_hole(hidden: bool) -> None:
+    """`ids != pad` hides the ends of earlier turns where pad and end are one token."""
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    plain = _collator(tokenizer)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = plain(rows)
+        if hidden:
+            batch["attention_mask"] = (batch["input_ids"] != tokenizer.pad_token_id).long()
+        return batch
+
+    rows = [_feature(tokenizer, messages(i, turns=2)) for i in range(8)]
+    found = _found(truetune.audit(loader(rows, collate), tokenizer))
+    assert ("attention-hole" in found) == hidden
+    if hidden:
+        assert found["attention-hole"].count == 8
+        assert found["attention-hole"].where == "dataset[0]"
+
+
+@pytest.mark.parametrize(("asked", "level"), [(6, "warning"), (1, "note"), (0, None)])
+def test_eval_prompt_in_train(asked: int, level: str | None) -> None:
+    """Another answer to a question that is trained too."""
+    tokenizer = HOUSE.tokenizer()
+    train = [_feature(tokenizer, messages(i)) for i in range(20)]
+    held_out = []
+    for i in range(12):
+        number = i if i < asked else i + 500
+        talk = [
+            {"role": "user", "content": question(number)},
+            {"role": "assistant", "content": f"Nobody knows that of {i}."},
+        ]
+        held_out.append(_feature(tokenizer, talk))
+    collate = _collator(tokenizer)
+    report = truetune.audit(loader(train, collate), tokenizer, evaluation=loader(held_out, collate))
+    finding = _found(report).get("eval-prompt-in-train")
+    assert (finding.level if finding else None) == level
+    assert finding is None or finding.count == asked
+    assert "eval-in-train" not in report.codes
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_packing_needs_no_cache(cache: bool) -> None:
+    """Positions separate conversations only while no cache is filled."""
+    subject = mask_over_positions(HOUSE, False)
+    subject.model.config.use_cache = cache
+    report = truetune.audit(subject.loader, subject.tokenizer, subject.model)
+    assert ("packing-needs-no-cache" in report.codes) == cache
+    assert report.ok
+
+
+def test_accumulation_that_cannot_be_asked_is_a_note() -> None:
+    tokenizer = HOUSE.tokenizer()
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        raise RuntimeError("only inside a step")
+
+    rows = [
+        {"input_ids": (ids := chat_ids(tokenizer, messages(i))), "labels": ids} for i in range(8)
+    ]
+    settings = {"gradient_accumulation_steps": 4, "compute_loss_func": loss}
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), rows, _collator(tokenizer), **settings)
+    finding = _found(truetune.audit(trainer))["accumulation-not-measured"]
+    assert finding.level == "note"
+    assert "only inside a step" in finding.what
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_loss_of_ones_own_is_asked_and_not_read(summed: bool) -> None:
+    """Weights along the row are fine where the sum is divided by the count of the whole step."""
+    tokenizer = HOUSE.tokenizer()
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        wanted = labels[:, 1:]
+        each = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1).float(), wanted.reshape(-1), reduction="none"
+        )
+        # A loss that grows along the row, so that rows of other lengths have other means.
+        steps = torch.arange(wanted.shape[1]).expand_as(wanted).reshape(-1)
+        each = each * (1 + steps / 20)
+        own = (wanted != -100).sum() * 2
+        return each.sum() / (num_items_in_batch if summed else own)
+
+    rows = []
+    for i in range(12):
+        ids = chat_ids(tokenizer, messages(i, reply=lambda k: answer(k, words=3 + 30 * (k % 2))))
+        rows.append({"input_ids": ids, "labels": ids})
+    settings = {"gradient_accumulation_steps": 2, "compute_loss_func": loss}
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), rows, _collator(tokenizer), **settings)
+    codes = truetune.audit(trainer).codes
+    assert ("accumulation-changes-loss" in codes) != summed
+
+
+def test_prompt_differs_where_the_columns_show_another_system_prompt() -> None:
+    """Rows were rendered with a template that is not the one that is saved."""
+    tokenizer, other = HOUSE.tokenizer(), HOUSE.tokenizer()
+    other.chat_template = other.chat_template.replace("a helpful assistant", "a pirate")
+    for source, differs in ((tokenizer, False), (other, True)):
+        rows = dataset(
+            [{"messages": messages(i), **_feature(source, messages(i))} for i in range(8)]
+        )
+        trainer = hf(tokenizer, HOUSE.model(tokenizer), rows, _collator(tokenizer))
+        found = _found(truetune.audit(trainer))
+        assert ("prompt-differs" in found) == differs
+        if differs:
+            assert "pirate" in found["prompt-differs"].why
+            assert found["prompt-differs"].count == 8
+
+
+def test_rows_of_a_filtered_dataset_are_named_by_the_data_as_well() -> None:
+    tokenizer = HOUSE.tokenizer()
+    rows = dataset([_feature(tokenizer, messages(i)) | {"keep": i != 2} for i in range(9)])
+    rows = rows.map(
+        lambda row, i: {"labels": [*row["labels"][:-2], -100, -100]} if i == 5 else row,
+        with_indices=True,
+    ).filter(lambda row: row["keep"])
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), rows, _collator(tokenizer))
+    finding = _found(truetune.audit(trainer))["stop-not-supervised"]
+    assert finding.where == "train_dataset[4], of the data row 5"
+    assert "rows-dropped" not in [f.code for f in truetune.audit(trainer).findings]
+
+
+@pytest.mark.parametrize("added", ["special", "plain"])
+def test_new_tokens_of_a_tokenizer_from_a_folder_are_known(added: str) -> None:
+    from bench.sabotage.build import lora
+    from peft import get_peft_model
+
+    tokenizer = HOUSE.tokenizer()
+    if added == "special":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|map|>"]})
+    else:
+        tokenizer.add_tokens(["<|map|>"])
+    rows = [
+        _feature(tokenizer, messages(i, reply=lambda k: f"{answer(k)}<|map|>")) for i in range(8)
+    ]
+    model = get_peft_model(HOUSE.model(tokenizer), lora())
+    found = _found(truetune.audit(loader(rows, _collator(tokenizer)), tokenizer, model))
+    assert found["new-token-frozen"].count == 8
+    whole = HOUSE.model(tokenizer)
+    found = _found(truetune.audit(loader(rows, _collator(tokenizer)), tokenizer, whole))
+    assert "new-token-frozen" not in found
+
+
+@pytest.mark.parametrize("rows", [["embed_tokens"], {"embed_tokens", "lm_head"}])
+def test_trainable_token_rows_are_seen_by_side(rows: Any) -> None:
+    """peft's list trains the embedding's row only; a mapping with both trains both."""
+    from bench.sabotage.build import lora
+    from peft import get_peft_model
+
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|map|>"]})
+    new = tokenizer.convert_tokens_to_ids("<|map|>")
+    data = [
+        _feature(tokenizer, messages(i, reply=lambda k: f"{answer(k)}<|map|>")) for i in range(8)
+    ]
+    model = get_peft_model(
+        HOUSE.model(tokenizer), lora(trainable_token_indices={name: [new] for name in rows})
+    )
+    found = _found(truetune.audit(loader(data, _collator(tokenizer)), tokenizer, model))
+    if len(rows) == 2:
+        assert "new-token-frozen" not in found
+    else:
+        assert "rows of the head are frozen" in found["new-token-frozen"].why
