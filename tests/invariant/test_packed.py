@@ -135,8 +135,9 @@ def test_chunked_losses_are_whole_losses(kind: str, monkeypatch: pytest.MonkeyPa
     assert route.head is not None
     assert route.head.tail is not None
     expected = padded(model, rows())
-    for positions in (1, 7, 1000):
+    for positions, block in ((1, 1), (7, 2), (1000, 3), (1000, 1000)):
         monkeypatch.setattr(head, "CHUNK_BYTES", 4 * model.config.vocab_size * positions)
+        monkeypatch.setattr(head, "BLOCK_BYTES", 4 * model.config.vocab_size * block)
         require_equal(packed(model, route, rows()), expected)
 
 

@@ -13,7 +13,7 @@ Nothing here knows a model by name.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.compute.batch import Batch
@@ -41,6 +41,7 @@ class Route:
         kind: "packed"; "apart": rows one at a time, unpadded; "padded": the reference path.
         reason: why it is not "packed"; empty where it is.
         head: asked for supervised positions only; None where all logits are made.
+        adapters: LoRA layers that compute by a fast forward.
     """
 
     def __init__(
@@ -50,19 +51,24 @@ class Route:
         *,
         reason: str = "",
         head: SupervisedHead | None = None,
+        adapters: Mapping[torch.nn.Module, Callable[..., torch.Tensor]] | None = None,
     ) -> None:
         self.model, self.kind, self.reason, self.head = model, kind, reason, head
+        self.adapters = adapters or {}
 
     @contextlib.contextmanager
     def scope(self, batch: Batch | PackedBatch) -> Iterator[None]:
         """The model is as this batch needs it inside, backward pass included, and as it came
         afterwards."""
-        if self.kind != "packed" or isinstance(batch, Batch):
-            yield
-            return
-        from truetune.compute.attention import packed_attention
+        with contextlib.ExitStack() as stack:
+            if not isinstance(batch, Batch) and self.adapters:
+                from truetune.compute.adapter import fast_adapters
 
-        with packed_attention(transformers_model(self.model)):
+                stack.enter_context(fast_adapters(self.adapters))
+            if not isinstance(batch, Batch) and self.kind == "packed":
+                from truetune.compute.attention import packed_attention
+
+                stack.enter_context(packed_attention(transformers_model(self.model)))
             yield
 
     def loss_sum(self, batch: Batch | PackedBatch) -> torch.Tensor:
@@ -126,6 +132,8 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
         return Route(model, "padded", reason="not a transformers model")
     import torch
 
+    from truetune.compute.adapter import find_adapters
+
     was_training = model.training
     model.eval()
     try:
@@ -133,6 +141,7 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
             reason = _against_packing(model, longest)
         route = Route(model, "apart" if reason else "packed", reason=reason)
         route.head = _proved_head(route)
+        route.adapters = find_adapters(model)
     finally:
         model.train(was_training)
     return route
