@@ -60,9 +60,10 @@ def make_model(name: str, folder: Path) -> Path:
     return path
 
 
-# Changes to the Qwen2.5-0.5B config; "60m" has a head of 32 k rows.
+# Changes to the Qwen2.5-0.5B config; "60m" and the one of six layers have a head of 32 k rows.
 SIZES: dict[str, dict[str, Any]] = {
     "0.5b": {},
+    "0.5b-6l": {"num_hidden_layers": 6, "vocab_size": 32000},
     "60m": {
         "hidden_size": 512,
         "intermediate_size": 1536,

@@ -142,7 +142,7 @@ def test_a_recipe_runs_and_the_command_line_wins(place: Path, tmp_path: Path) ->
     assert rows["max_steps"] == {"value": 2, "origin": "command line"}
     assert rows["batch_size"] == {"value": 4, "origin": str(recipe)}
     assert rows["micro_batch_size"] == {"value": 2, "origin": str(recipe)}
-    assert "4 rows a step, packed to 2 rows or 2,048 tokens a forward pass" in shown.out
+    assert "4 rows a step, packed to 2 rows or 1,024 tokens a forward pass" in shown.out
     # What the run recorded is a recipe again, and makes the same run.
     again = command("train", tmp_path / "b" / "recipe.yaml", "-o", tmp_path / "c")
     assert again.code == 0

@@ -19,6 +19,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 ROWS = Layout.of_rows([5, 5, 5, 9, 1, 30])
 TREE = Layout((40, 5, 8, 8, 3), (-1, 0, 1, 1, 0))
 FOREST = Layout((1, 1, 6, 6, 6, 7), (-1, 0, 1, 1, 0, -1))
+# A conversation: each turn's prompt goes on from the last one, with a branch for its answer.
+CHAIN = Layout((9, 5, 4, 6, 3, 2, 7, 8), (-1, 0, 0, 2, 2, 4, 4, 6))
 
 
 @st.composite
@@ -58,15 +60,16 @@ def test_meetings_are_who_sees_whom(layout: Layout, window: int | None) -> None:
         length = meeting.q1 - meeting.q0
         for nth in range(meeting.count):
             q = slice(meeting.q0 + nth * length, meeting.q1 + nth * length)
-            k = slice(meeting.k0 + nth * length, meeting.k1 + nth * length)
-            if meeting.kind == "causal":
-                part = torch.ones(length, length, dtype=torch.int64).tril()
-            elif meeting.kind == "full":
-                part = torch.ones(length, k.stop - k.start, dtype=torch.int64)
-            else:
-                part = visible(layout, (q.start, q.stop), (k.start, k.stop), window).long()
-            assert part.any(1).all(), "a query without a key has no softmax"
-            met[q, k] += part
+            for k0, k1 in meeting.keys:
+                k = slice(k0 + nth * length, k1 + nth * length)
+                if meeting.kind == "causal":
+                    part = torch.ones(length, length, dtype=torch.int64).tril()
+                elif meeting.kind == "full":
+                    part = torch.ones(length, k1 - k0, dtype=torch.int64)
+                else:
+                    part = visible(layout, (q.start, q.stop), (k.start, k.stop), window).long()
+                assert part.any(1).all(), "a query without a key has no softmax"
+                met[q, k] += part
     assert torch.equal(met, dense(layout, window).long())
 
 
@@ -91,6 +94,14 @@ def test_positions_go_on_from_the_parent(layout: Layout) -> None:
 def test_refused_layouts(lengths: tuple[int, ...], parents: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="node"):
         Layout(lengths, parents)
+
+
+def test_a_chain_meets_its_ancestors_in_one_call() -> None:
+    full = [m for m in CHAIN.meetings(None) if m.kind == "full"]
+    assert len(full) == len(CHAIN.lengths) - 1
+    assert full[-1].keys == ((0, 9), (14, 18), (24, 27), (29, 36))
+    star = Layout((50, 6, 6, 7), (-1, 0, 0, 0))
+    assert [m.q1 - m.q0 for m in star.meetings(None) if m.kind == "full"] == [19]
 
 
 def test_a_window_wider_than_the_rows_is_none() -> None:
@@ -118,7 +129,7 @@ def by_definition(
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("layout", [ROWS, TREE, FOREST])
+@pytest.mark.parametrize("layout", [ROWS, TREE, FOREST, CHAIN])
 @pytest.mark.parametrize("window", [None, 1, 4, 7])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("softcap", [None, 5.0])

@@ -157,7 +157,7 @@ class Recipe:
         None,
         TRAIN,
         "Tokens per forward pass of packed rows; a longer row goes alone.",
-        shown="2048",
+        shown="1024",
         minimum=1,
     )
     packing: bool = _option(

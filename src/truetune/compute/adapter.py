@@ -114,6 +114,7 @@ def find_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[...,
     """The LoRA layers whose own forward the fast one equals, each with it."""
     proved: dict[Any, bool] = {}
     found: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
+    layer: Any
     for layer in model.modules():
         adapter = _plain_adapter(layer)
         if adapter is None:
@@ -159,7 +160,7 @@ def _is_equal(layer: Any, adapter: str, fast: Callable[..., torch.Tensor]) -> bo
 
     swapped = {f"lora_B.{adapter}.weight": (normal(*b.shape) * 0.1).to(b.dtype).requires_grad_()}
     x = normal(1, 3, a.shape[1]).to(layer.base_layer.weight.dtype).requires_grad_()
-    weights = [a, *swapped.values()]
+    trained = [swapped.get(n, p) for n, p in layer.named_parameters() if p.requires_grad]
     before, was_training = layer.forward, layer.training
     layer.eval()
     results = []
@@ -168,18 +169,22 @@ def _is_equal(layer: Any, adapter: str, fast: Callable[..., torch.Tensor]) -> bo
             for forward in (before, fast):
                 layer.forward = forward
                 y = torch.func.functional_call(layer, swapped, (x,))
-                wanted = [w for w in weights if w.requires_grad]
-                grads = torch.autograd.grad(y.float().square().sum(), [x, *wanted])
+                loss = y.float().square().sum()
+                grads = torch.autograd.grad(loss, [x, *trained], allow_unused=True)
                 results.append([y, *grads])
     finally:
         del layer.forward
         layer.train(was_training)
-    limit = 1e-4 if x.dtype == torch.float32 else 3e-2
-    return all(
-        one.dtype == other.dtype
-        and bool((one.float() - other.float()).norm() <= limit * one.float().norm() + 1e-12)
-        for one, other in zip(*results, strict=True)
-    )
+    return all(_same(own, other, x.dtype) for own, other in zip(*results, strict=True))
+
+
+def _same(own: torch.Tensor | None, other: torch.Tensor | None, computed: torch.dtype) -> bool:
+    """Equal by norm to rounding, in one type; what one of them leaves out, the other must too."""
+    if own is None or other is None:
+        return own is other
+    limit = 1e-4 if computed == torch.float32 else 3e-2
+    apart = (own.float() - other.float()).norm()
+    return own.dtype == other.dtype and bool(apart <= limit * own.float().norm() + 1e-12)
 
 
 @contextlib.contextmanager
@@ -188,7 +193,7 @@ def fast_adapters(
 ) -> Iterator[None]:
     """The layers compute by their fast forward inside, recomputed activations included."""
     for layer, forward in layers.items():
-        layer.forward = forward  # type: ignore[method-assign]
+        layer.forward = forward
     try:
         yield
     finally:

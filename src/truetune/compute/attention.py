@@ -163,8 +163,8 @@ class _FlashMeetings(torch.autograd.Function):
                 scale=ctx.scale,
             )
             dq[:, meeting.queries] += _rows(of_q, meeting)
-            dk[:, meeting.keys] += _shared(of_k, meeting, groups)
-            dv[:, meeting.keys] += _shared(of_v, meeting, groups)
+            _add_shared(dk, of_k, meeting)
+            _add_shared(dv, of_v, meeting)
         return dq.to(q_HTD.dtype), dk.to(q_HTD.dtype), dv.to(q_HTD.dtype), None, None, None
 
 
@@ -196,7 +196,8 @@ def _queries(t_HTD: torch.Tensor, meeting: Meeting, groups: int) -> torch.Tensor
 
 
 def _keys(t_GTD: torch.Tensor, meeting: Meeting, repeats: int) -> torch.Tensor:
-    rows = t_GTD[:, meeting.keys]
+    spans = [t_GTD[:, span] for span in meeting.spans]
+    rows = spans[0] if len(spans) == 1 else torch.cat(spans, 1)
     if meeting.count == 1:
         return rows[:, None].expand(-1, repeats, -1, -1)
     return rows.unflatten(1, (meeting.count, -1)).transpose(0, 1).repeat_interleave(repeats, 1)
@@ -209,11 +210,18 @@ def _rows(t: torch.Tensor, meeting: Meeting) -> torch.Tensor:
     return t.transpose(0, 1).flatten(1, 2)
 
 
-def _shared(t: torch.Tensor, meeting: Meeting, groups: int) -> torch.Tensor:
-    """The kernel's gradients of keys as (G, L, D), summed over the heads that share them."""
+def _add_shared(total_GTD: torch.Tensor, t: torch.Tensor, meeting: Meeting) -> None:
+    """Add the kernel's gradients of keys, summed over the heads that share them."""
+    groups = len(total_GTD)
     if meeting.count == 1:
-        return t.sum(1)
-    return t.unflatten(1, (groups, -1)).sum(2).transpose(0, 1).flatten(1, 2)
+        rows = t.sum(1)
+    else:
+        rows = t.unflatten(1, (groups, -1)).sum(2).transpose(0, 1).flatten(1, 2)
+    begin = 0
+    for span in meeting.spans:
+        end = begin + span.stop - span.start
+        total_GTD[:, span] += rows[:, begin:end]
+        begin = end
 
 
 def _mask(
@@ -221,7 +229,7 @@ def _mask(
 ) -> torch.Tensor | None:
     if meeting.kind != "window":
         return None
-    seen = visible(layout, (meeting.q0, meeting.q1), (meeting.k0, meeting.k1), window)
+    seen = visible(layout, (meeting.q0, meeting.q1), meeting.keys[0], window)
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 

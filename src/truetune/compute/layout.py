@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Meeting:
-    """Queries [q0, q1) of the sequence meet keys [k0, k1).
+    """Queries [q0, q1) of the sequence meet the keys of some stretches.
 
     Attributes:
+        keys: (begin, end) of each stretch of keys, one but for "full".
         kind: "causal": both are the same tokens of one node, each sees those up to itself;
             "full": every query sees every key; "window": as the positions say, within the window.
         count: so many stretches of equal length follow each other and are alike (causal only);
-            q1 and k1 are the end of the first.
+            q1 and the end of the keys are those of the first.
     """
 
     q0: int
     q1: int
-    k0: int
-    k1: int
+    keys: tuple[tuple[int, int], ...]
     kind: str
     count: int = 1
 
@@ -45,9 +45,9 @@ class Meeting:
         return slice(self.q0, self.q0 + self.num_queries)
 
     @property
-    def keys(self) -> slice:
-        """Of the sequence."""
-        return slice(self.k0, self.k0 + self.count * (self.k1 - self.k0))
+    def spans(self) -> list[slice]:
+        """Of the keys in the sequence."""
+        return [slice(k0, k0 + self.count * (k1 - k0)) for k0, k1 in self.keys]
 
     @property
     def num_queries(self) -> int:
@@ -152,16 +152,29 @@ class Layout:
 
     def _unlimited(self) -> list[Meeting]:
         found: list[Meeting] = []
+        by_node = self._is_deep()
         for node, start in enumerate(self.starts[:-1]):
             stop, end = self.starts[node + 1], self.ends[node]
+            line = self.ancestors(node)
+            if by_node and line:
+                spans = tuple((self.starts[a], self.starts[a + 1]) for a in line)
+                found.append(Meeting(start, stop, spans, "full"))
             last = found[-1] if found else None
             if last and last.kind == "causal" and _continues(last, start, stop):
                 found[-1] = replace(last, count=last.count + 1)
             else:
-                found.append(Meeting(start, stop, start, stop, "causal"))
-            if end > stop:
-                found.append(Meeting(stop, end, start, stop, "full"))
+                found.append(Meeting(start, stop, ((start, stop),), "causal"))
+            if not by_node and end > stop:
+                found.append(Meeting(stop, end, ((start, stop),), "full"))
         return found
+
+    def _is_deep(self) -> bool:
+        """Whether a node had better meet all its ancestors in one call of its own than each
+        ancestor all of its descendants: fewer outputs to merge, more keys to bring together."""
+        below = sum(end - stop for end, stop in zip(self.ends, self.starts[1:], strict=True))
+        own = sum(n for n, parent in zip(self.lengths, self.parents, strict=True) if parent >= 0)
+        gathered = sum(d for node, d in enumerate(self.depths) if len(self.ancestors(node)) > 1)
+        return own + gathered / 4 < below
 
     def _windowed(self, window: int) -> list[Meeting]:
         found: list[Meeting] = []
@@ -176,14 +189,14 @@ class Layout:
                     k0, k1 = self.starts[ancestor] + hidden, self.starts[ancestor + 1]
                     inside = depth + reach - 1 - (first + hidden) < window
                     kind = "full" if inside else "window"
-                    found.append(Meeting(start, start + reach, k0, k1, kind))
+                    found.append(Meeting(start, start + reach, ((k0, k1),), kind))
             if stop - start <= window:
-                found.append(Meeting(start, stop, start, stop, "causal"))
+                found.append(Meeting(start, stop, ((start, stop),), "causal"))
                 continue
             # Blocks of a window's length: no mask grows with the square of the row.
             for q0 in range(start, stop, window):
                 q1, k0 = min(q0 + window, stop), max(q0 - window + 1, start)
-                found.append(Meeting(q0, q1, k0, q1, "window"))
+                found.append(Meeting(q0, q1, ((k0, q1),), "window"))
         return found
 
 

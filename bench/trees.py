@@ -1,0 +1,138 @@
+"""Rows that share a beginning, computed as trees and as separate rows, in turn.
+
+    python bench/trees.py [--rounds 3] [--model 0.5b-6l]
+
+Prints per workload the token ratio (tokens of the separate rows over tokens of the tree), the
+speed-up, their quotient, and how far the gradients are apart by norm. Separate rows are packed
+as well: only the sharing differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from workloads import make_model
+
+Rows = list[tuple[list[int], list[int]]]
+
+
+def text(n: int, seed: str) -> list[int]:
+    chosen = random.Random(seed)
+    return [chosen.randrange(100, 30000) for _ in range(n)]
+
+
+def conversation(reasoning: int) -> Rows:
+    """Eight turns of 30 tokens of question and 60 of answer, each answered after `reasoning`
+    tokens that the template strips from history: a branch a turn."""
+    rows: Rows = []
+    history: list[int] = text(20, "system")
+    for turn in range(8):
+        prompt = history + text(30, f"question {turn}")
+        thought, answer = text(reasoning, f"thought {turn}"), text(60, f"answer {turn}")
+        completion = thought + answer
+        rows.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+        history = prompt + answer
+    return rows
+
+
+def under_one_prompt(n: int) -> Rows:
+    """Rows of 200 tokens, half of them an answer, under a system prompt of 1,500."""
+    system = text(1500, "system")
+    return [(system + text(200, f"row {r}"), [0] * 1600 + [1] * 100) for r in range(n)]
+
+
+def answers_to_one_question() -> Rows:
+    """Eight answers of 150 tokens to a question of 1,000."""
+    question = text(1000, "question")
+    return [(question + text(150, f"answer {r}"), [0] * 1000 + [1] * 150) for r in range(8)]
+
+
+WORKLOADS: dict[str, Rows] = {
+    "8 turns, reasoning of 40": conversation(40),
+    "8 turns, reasoning of 400": conversation(400),
+    "4 rows, system prompt of 1,500": under_one_prompt(4),
+    "32 rows, system prompt of 1,500": under_one_prompt(32),
+    "8 answers, question of 1,000": answers_to_one_question(),
+}
+
+
+def measured(model: Any, route: Any, rows: Rows, min_shared: int | None) -> tuple[float, int, Any]:
+    """(seconds, tokens that went through the model, gradients)."""
+    import torch
+
+    from truetune import SFTExample
+    from truetune.compute import Limits, PackedBatcher, RowOrder
+
+    examples = [SFTExample(*row) for row in rows]
+    limits = Limits(len(rows), 1700 if min_shared is None else 10**9)
+    batcher = PackedBatcher(
+        examples,
+        max_seq_len=10**6,
+        order=RowOrder(len(rows), len(rows), 0),
+        limits=limits,
+        min_shared=min_shared,
+    )
+    model.zero_grad()
+    started, tokens = time.perf_counter(), 0
+    for batch in batcher.micro_batches(0):
+        with route.scope(batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = route.loss_sum(batch)
+            loss.backward()
+        tokens += batch.num_computed
+    seconds = time.perf_counter() - started
+    grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return seconds, tokens, grads.clone()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="0.5b-6l")
+    parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
+    given = parser.parse_args()
+    import torch
+
+    from truetune.compute import find_route
+    from truetune.model import LoraSettings, add_lora, load_model
+
+    given.models.mkdir(parents=True, exist_ok=True)
+    folder = make_model(given.model, given.models)
+    loaded = load_model(folder, purpose="lora", device="cpu", dtype="bfloat16")
+    model = add_lora(loaded, LoraSettings(dropout=0.0), seed=0).model
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    model.train()
+    route = find_route(model, longest=4096)
+    sys.stdout.write(
+        "| workload | separate | tree | token ratio | speed-up | share of the ratio "
+        "| gradients apart |\n|---|---|---|---|---|---|---|\n"
+    )
+    for name, rows in WORKLOADS.items():
+        times: dict[int | None, list[float]] = {None: [], 16: []}
+        tokens: dict[int | None, int] = {}
+        grads: dict[int | None, Any] = {}
+        for _ in range(given.rounds):
+            for shared in (None, 16):
+                seconds, tokens[shared], grads[shared] = measured(model, route, rows, shared)
+                times[shared].append(seconds)
+        ratio = tokens[None] / tokens[16]
+        speed = statistics.median(times[None]) / statistics.median(times[16])
+        apart = float((grads[16] - grads[None]).norm() / grads[None].norm())
+        sys.stdout.write(
+            f"| {name} | {tokens[None]:,} | {tokens[16]:,} | {ratio:.2f} | {speed:.2f} "
+            f"| {100 * speed / ratio:.0f} % | {100 * apart:.2f} % |\n"
+        )
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

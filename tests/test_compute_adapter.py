@@ -1,0 +1,196 @@
+"""LoRA on frozen layers in one function: equal to peft's own, on the layers where that is so."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tiny_models import tiny_model
+from truetune import SFTExample, SFTTrainer
+from truetune.compute import Route, find_route
+from truetune.compute.adapter import _LoraLinear, dropped_elements, fast_adapters, find_adapters
+
+ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 40, 3)]
+
+
+def lora(kind: str = "llama", *, dropout: float = 0.0, **changes: Any) -> Any:
+    """An adapter that does something: B is no longer zeros."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": targets, "lora_dropout": dropout}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = get_peft_model(tiny_model(kind), LoraConfig(**(settings | changes)))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+    return model
+
+
+def step(model: Any, fast: bool, **changes: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(_: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                seen[name] = parameter.grad.clone()
+
+    made = SFTTrainer(
+        model,
+        examples=ROWS,
+        max_seq_len=64,
+        pad_id=0,
+        batch_size=4,
+        max_steps=1,
+        max_lr=0.0,
+        probes=[note],
+        **changes,
+    )
+    assert made.route.adapters
+    if not fast:
+        made.route.adapters = {}
+    return made.train_step()["loss"], seen
+
+
+def test_a_step_is_pefts_own_step() -> None:
+    """float32, to 2e-6 of the largest gradient."""
+    model = lora()
+    assert len(find_adapters(model)) == 6
+    (loss, fast), (expected, own) = step(model, True), step(model, False)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    largest = max(float(g.abs().max()) for g in own.values())
+    assert fast.keys() == own.keys()
+    assert all("lora_" in name for name in fast)
+    for name, gradient in own.items():
+        assert float((fast[name] - gradient).abs().max()) <= 2e-6 * largest, name
+
+
+def test_in_bfloat16_it_is_pefts_own_to_rounding() -> None:
+    """By norm: 2 % of all gradients together."""
+    model = lora()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    cast = {"autocast_dtype": torch.bfloat16}
+    (loss, fast), (expected, own) = step(model, True, **cast), step(model, False, **cast)
+    assert loss == pytest.approx(expected, rel=0.01)
+    assert {g.dtype for g in fast.values()} == {torch.float32}
+    whole, apart = (
+        torch.cat([part.flatten() for part in parts])
+        for parts in (own.values(), [fast[n] - own[n] for n in own])
+    )
+    assert apart.norm() < 0.02 * whole.norm()
+
+
+def test_dropout_is_that_of_the_adapters_input() -> None:
+    """Against the formula with the same elements dropped; the base sees all of its input."""
+    torch.manual_seed(5)
+    x, w, a, b = (torch.randn(n, m) for n, m in ((7, 6), (4, 6), (2, 6), (4, 2)))
+    for t in (x, a, b):
+        t.requires_grad_()
+    torch.manual_seed(9)
+    y = _LoraLinear.apply(x, w, None, a, b, 1.5, 0.25)
+    torch.manual_seed(9)
+    keep = torch.ones(42)
+    keep[dropped_elements(42, 0.25, x.device)] = 0
+    assert 0 < keep.sum() < 42
+    expected = x @ w.t() + 1.5 * (x * keep.view(7, 6) / 0.75) @ a.t() @ b.t()
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn(7, 4)
+    for one, other in zip(
+        torch.autograd.grad(y, (x, a, b), direction),
+        torch.autograd.grad(expected, (x, a, b), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 0.001])
+def test_each_element_is_dropped_with_its_probability(p: float) -> None:
+    """Counts of 200,000, of neighbours and of the ends, within five standard deviations."""
+    torch.manual_seed(0)
+    count = 200_000
+    found = dropped_elements(count, p, torch.device("cpu"))
+    assert torch.equal(found, found.unique())
+    assert 0 <= int(found[0]) <= int(found[-1]) < count
+    assert abs(len(found) - count * p) < 5 * (count * p * (1 - p)) ** 0.5
+    neighbours = int((found.diff() == 1).sum())
+    assert abs(neighbours - count * p * p) < 5 * (count * p * p) ** 0.5 + 5
+    ends = [dropped_elements(3, p, torch.device("cpu")) for _ in range(2000)]
+    for place in range(3):
+        hits = sum(int((e == place).sum()) for e in ends)
+        assert abs(hits - 2000 * p) < 5 * (2000 * p * (1 - p)) ** 0.5
+
+
+def test_no_dropout_in_evaluation() -> None:
+    assert dropped_elements(10, 0.0, torch.device("cpu")).tolist() == []
+    model = lora(dropout=0.5).eval()
+    layers = find_adapters(model)
+    ids = torch.arange(1, 9)[None]
+    with fast_adapters(layers), torch.no_grad():
+        first, second = model(ids).logits, model(ids).logits
+    assert torch.equal(first, second)
+
+
+def test_recomputed_activations_drop_the_same_elements() -> None:
+    """To the last bit."""
+    plain = lora(dropout=0.3)
+    checkpointed = copy.deepcopy(plain)
+    inner = checkpointed.get_base_model()
+    inner.activation_checkpointing_enable({"use_reentrant": False})
+    results = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(4)
+        results.append(step(model, True))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][n], results[1][1][n]) for n in results[0][1])
+
+
+def left_alone(**changes: Any) -> Any:
+    return find_adapters(lora(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens"]},
+        {"lora_bias": True},
+    ],
+)
+def test_other_adapters_keep_pefts_forward(changes: dict[str, Any]) -> None:
+    assert left_alone(**changes) == {}
+
+
+def test_rank_stabilised_scaling_is_only_another_number() -> None:
+    assert len(left_alone(use_rslora=True)) == 6
+
+
+def test_layers_that_are_not_plain_at_the_time() -> None:
+    model = lora()
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A"))
+    layer.base_layer.weight.requires_grad_()
+    assert len(find_adapters(model)) == 5
+    layer.base_layer.weight.requires_grad_(False)
+    with model.disable_adapter():
+        assert find_adapters(model) == {}
+    model.merge_adapter()
+    assert find_adapters(model) == {}
+
+
+def test_the_layers_are_as_they_were_outside() -> None:
+    model = lora()
+    route = find_route(model, longest=64)
+    made = SFTTrainer(
+        model, examples=ROWS, max_seq_len=64, pad_id=0, batch_size=2, max_steps=2, max_lr=1e-3
+    )
+    made.train(ROWS)
+    assert all("forward" not in vars(module) for module in model.modules())
+    with pytest.raises(ZeroDivisionError), route.scope(made.batcher.micro_batches(0)[0]):
+        _ = 1 / 0
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert Route(model, "padded").adapters == {}
