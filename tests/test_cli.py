@@ -230,7 +230,8 @@ def test_nothing_leaks_from_the_libraries(tmp_path: Path) -> None:
     rows = [{"prompt": f"a question that is long {i}", "completion": "a"} for i in range(100)]
     data = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), data)
-    train = ["train", str(model), str(data), "--max-steps", "2", "--save-steps", "1", "-o"]
+    train = ["train", str(model), str(data), "--max-steps", "2", "--save-steps", "1"]
+    train += ["--no-verify", "-o"]
     run, adapter = str(tmp_path / "run"), str(tmp_path / "adapter")
     program = f"""
 import sys

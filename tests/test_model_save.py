@@ -126,8 +126,8 @@ def test_adapter_comes_back_bit_for_bit(
     assert report.dtype == "float32"
     names = {file.name for file in report.files}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-        "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json",
+        "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(folder.resolve())

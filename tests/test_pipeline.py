@@ -78,8 +78,8 @@ def test_a_run_ends_well_and_says_how_to_go_on(trained: tuple[RunDir, Shown, str
     assert (shown.code, shown.err) == (0, "")
     artifact = run.path / ("adapter" if kind == "lora" else "model")
     assert f'from_pretrained("{artifact}")' in shown.out
-    assert f"chat   truetune chat {run.path}" in shown.out
-    assert "serve  vllm serve" in shown.out
+    assert f"chat    truetune chat {run.path}" in shown.out
+    assert "serve   vllm serve" in shown.out
     assert "114 to train, 6 held out" in shown.out
     assert "8 rows a step, packed to 1,024 tokens a forward pass" in shown.out
 
@@ -90,6 +90,7 @@ def test_a_run_is_complete(trained: tuple[RunDir, Shown, str]) -> None:
     assert {path.name for path in run.path.iterdir()} == {
         *("recipe.yaml", "contract.json", "data.json", "env.json", "metrics.jsonl"),
         *("findings.jsonl", "samples.jsonl", "checkpoints", artifact, "manifest.json"),
+        *("verify_rows.jsonl", "verify.json"),
     }
     assert run.finished
     assert run.artifact() == run.path / artifact
@@ -534,6 +535,7 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
     small(place / "tiny", data, tmp_path / "run", listener=ear)
     assert ear.stages == [
         *("model files", "rows", "template and proof", "check", "weights", "save and read back"),
+        "verify",
     ]
 
 

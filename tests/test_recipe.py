@@ -39,6 +39,12 @@ VALUES: dict[str, tuple[Any, str]] = {
     "lora_alpha": (4.5, "4.5"),
     "lora_dropout": (0.1, "0.1"),
     "target_modules": (["q_proj", "v_proj"], "q_proj, v_proj"),
+    "rslora": (True, "true"),
+    "dora": (True, "true"),
+    "qlora": (True, "true"),
+    "load_in_8bit": (True, "true"),
+    "add_token": (["<think>"], "<think>"),
+    "full_fingerprint": (True, "true"),
     "max_length": (128, "128"),
     "overlong": ("truncate-prompt", "truncate-prompt"),
     "max_dropped": (0.5, "0.5"),
@@ -67,6 +73,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "report_to": (["tensorboard", "wandb"], "tensorboard,wandb"),
     "output": ("runs/x", "runs/x"),
     "overwrite": (True, "true"),
+    "verify": (False, "false"),
     "no_check": (True, "true"),
 }
 
@@ -173,7 +180,7 @@ def test_null_sets_nothing(tmp_path: Path) -> None:
 
 def test_value_and_origin_are_read_back(tmp_path: Path) -> None:
     values = {name: value for name, (value, _) in VALUES.items() if name != "max_steps"}
-    values = {k: v for k, v in values.items() if k != "warmup_steps"}
+    values = {k: v for k, v in values.items() if k not in ("warmup_steps", "load_in_8bit")}
     recipe = make_recipe(("a.yaml", {"seed": 5}), ("command line", values))
     derived = Recipe(
         **{**values, "max_steps": 9}, origins={**recipe.origins, "max_steps": "default: x"}
@@ -245,7 +252,7 @@ def test_all_problems_come_in_one_error() -> None:
         "unknown setting 'nope' in my.yaml",
         "lora_r must be a whole number, not 'x'",
         "epochs and max_steps",
-        "optim must be adamw or sgd, not 'adam'",
+        "optim must be adamw, adamw_8bit, paged_adamw_8bit or sgd, not 'adam'",
         "learning_rate must be above 0",
     ):
         assert part in text

@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from truetune import __version__
-from truetune.errors import TruetuneError, UsageError
+from truetune.errors import CheckFailed, TruetuneError, UsageError
 from truetune.options import canonical, own_option, with_settings
 from truetune.recipe import (
     Recipe,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from truetune.lab.quickstart import Comparison
     from truetune.pipeline import RunResult
     from truetune.screen import Screen
+    from truetune.verify import Verdict
 
 
 class _Command(typer.core.TyperCommand):
@@ -160,13 +161,19 @@ def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
 def _show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
     """What was made, and the lines that load, chat with and serve it."""
     run, artifact = shlex.quote(str(result.run.path)), shlex.quote(str(result.artifact))
+    merge = [("merge", f"truetune export {run} --merge -o {run}-merged")]
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
     screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")
+    if result.verdict:
+        passed = sum(check.state == "passed" for check in result.verdict.checks)
+        screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")
     kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
     load = f"{kind}.from_pretrained({json.dumps(str(result.artifact), ensure_ascii=False)})"
     serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
-    screen.pairs([("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), *more])
+    verify = ("verify", f"truetune verify {run}")
+    told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
+    screen.pairs([*told, *(merge if result.base else []), *more])
 
 
 # vLLM makes room for rank 16 unless told otherwise, and takes these.
@@ -174,6 +181,12 @@ _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 
 def _serve_adapter(result: RunResult) -> str:
+    recipe = result.plan.recipe
+    if recipe.add_token or recipe.dora or recipe.qlora or recipe.load_in_8bit:
+        # vLLM takes no rows of new tokens and no DoRA, and would load the base unquantised.
+        merged = shlex.quote(str(result.run.path) + "-merged")
+        run = shlex.quote(str(result.run.path))
+        return f"truetune export {run} --merge -o {merged} && vllm serve {merged}"
     artifact, stops = str(result.artifact), list(result.contract.stop_ids)
     words = ["vllm", "serve", str(result.base), "--enable-lora"]
     words += ["--lora-modules", f"tuned={artifact}"]
@@ -312,6 +325,120 @@ def inspect_model(
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=True))
     else:
         show_model(_screen(), facts)
+
+
+@app.command("export", cls=_Command, short_help="Merge an adapter into its base.")
+def export_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
+    merge: Annotated[bool, typer.Option("--merge", help="As one plain model.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    ] = None,
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="original weights, or dequantised: rounded as in training. "
+            "(default: auto, what the adapter was trained on)"
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16 or float32. (default: auto, the base's)")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Merge a run's adapter into its base: one folder that needs no peft.
+
+    The sum is made in float32, on weights that are not quantised, and cast to the base's own type.
+    A fresh process then compares it with the adapter on the run's held-out prompts; a model that
+    differs gets no name.
+
+    \b
+    truetune export runs/first --merge -o merged
+    """
+    from truetune.pipeline import export
+
+    if not merge:
+        raise UsageError(
+            "nothing was asked for", fix="truetune export RUN --merge -o DIR", code="export-what"
+        )
+    if onto not in ("auto", "original", "dequantised"):
+        raise UsageError(
+            f"unknown weights {onto!r}",
+            fix="--onto auto, original or dequantised",
+            code="export-onto",
+        )
+    screen = _screen()
+    try:
+        result = export(
+            run,
+            output,
+            base=base,
+            onto=onto,  # type: ignore[arg-type]
+            dtype=None if dtype == "auto" else dtype,
+            device=device,
+            check=not no_verify,
+            listener=None if as_json else screen,
+        )
+    finally:
+        screen.close()
+    if as_json:
+        facts = result.verdict.as_dict() if result.verdict else {"passed": None, "checks": []}
+        typer.echo(
+            json.dumps({**facts, "artifact": output, "onto": result.exported.onto}, indent=2)
+        )
+        return
+    report = result.exported.report
+    screen.line(f"merged onto {result.exported.onto}, in float32; saved in {report.dtype}")
+    _show_checks(screen, result.verdict)
+    folder = shlex.quote(str(result.folder))
+    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
+    screen.pairs(
+        [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
+    )
+
+
+def _show_checks(screen: Screen, verdict: Verdict | None) -> None:
+    from truetune.verify import shown
+
+    for check in verdict.checks if verdict else ():
+        screen.line(f"  {check.state:<11}  {check.name:<8}  {shown(check)}")
+
+
+@app.command("verify", cls=_Command, short_help="Is what was saved what was trained?")
+def verify_run(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Open what was saved in a fresh process, and hold it to what was trained.
+
+    Of a run: its files by hash, its base, template and stop set, the ids that its rows give, and
+    the probabilities that the trained model gave before it was saved. Of another folder: that it
+    opens and computes.
+
+    \b
+    truetune verify runs/first
+    """
+    from truetune.verify import verify
+
+    verdict = verify(model, base=base, device=device)
+    if as_json:
+        typer.echo(json.dumps(verdict.as_dict(), indent=2))
+        raise typer.Exit(0 if verdict.passed else 1)
+    screen = _screen()
+    _show_checks(screen, verdict)
+    if not verdict.passed:
+        raise CheckFailed("what was saved is not what was trained", verdict.findings())
 
 
 @app.command(cls=_Command)

@@ -9,6 +9,7 @@ who     pipeline.train
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from truetune.compare import measure
 from truetune.contract import PromptContract
 from truetune.engine import SFTTrainer, load_state, save_state
 from truetune.environment import environment
@@ -36,13 +38,17 @@ from truetune.integrations.trackers import Trackers
 from truetune.listener import Listener
 from truetune.model import (
     LoadedModel,
+    RowsBefore,
     SaveReport,
+    rows_now,
+    rows_report,
     save_model,
     trainable_share,
 )
 from truetune.plan import Plan
 from truetune.prepare import Prepared
 from truetune.run import STEP, RunDir, write_json, write_text
+from truetune.verify import VERDICT, VERIFY_ROWS, Verdict, examples_of, row_as_dict, with_reference
 
 # Held-out prompts answered at each evaluation, for samples.jsonl.
 _NUM_SAMPLES = 4
@@ -63,6 +69,7 @@ class RunResult:
         findings: all that was found.
         base: the model without adapter, where an adapter was trained.
         base_stop_ids: on which a server of the model that training started from ends an answer.
+        verdict: what a fresh process found; None where it was not asked.
     """
 
     run: RunDir
@@ -74,6 +81,7 @@ class RunResult:
     findings: list[Finding]
     base: str | None
     base_stop_ids: tuple[int, ...]
+    verdict: Verdict | None = None
 
 
 class Job:
@@ -94,6 +102,7 @@ class Job:
         self.findings = [*prepared.findings, *findings]
         for finding in findings:
             listener.finding(finding)
+        self.rows_before = self._rows(at_start=True) if prepared.new_tokens else None
         self.trainer = self._trainer()
         self.last_loss = float("nan")
         self.last_eval: float | None = None
@@ -125,6 +134,15 @@ class Job:
             on_step=self.on_step,
             on_eval=self.on_eval,
             on_finding=self._found,
+        )
+
+    def _rows(self, *, at_start: bool = False) -> RowsBefore:
+        """The rows of new tokens, and what all others hash to."""
+        return rows_now(
+            self.loaded.model,
+            self.prepared.new_tokens,
+            is_adapter=self.loaded.is_adapter,
+            at_start=at_start,
         )
 
     def write_start(self) -> None:
@@ -188,18 +206,19 @@ class Job:
             "max_grad_norm": recipe.max_grad_norm,
             "optim": recipe.optim,
             "seed": recipe.seed,
-            "lora": recipe.lora,
+            "method": recipe.method,
+            "new_tokens": [token.text for token in self.prepared.new_tokens],
         }
 
-    def run_to_end(self) -> RunResult:
-        """The loop, the artifact, the manifest."""
+    def train_and_save(self) -> SaveReport:
+        """The loop, then the artifact."""
         try:
             with _interruptible(self.trainer):
                 self.trainer.train(self.prepared.eval_examples or None)
             if self.trainer.step < self.plan.max_steps:
                 self.save_checkpoint()
                 raise self._interrupted(f"stopped after step {self.trainer.step}; it is saved")
-            report = self._save_artifact()
+            return self._save_artifact()
         except NonFiniteLoss as error:
             self._keep_batch(error)
             raise
@@ -208,16 +227,34 @@ class Job:
             raise
         except KeyboardInterrupt:
             raise self._interrupted("stopped at once") from None
+
+    def release(self) -> None:
+        """Give the weights and the optimiser back: whoever opens the artifact needs the room."""
+        import torch
+
+        del self.trainer
+        self.loaded = replace(self.loaded, model=None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def finish(self, report: SaveReport, verdict: Verdict | None) -> RunResult:
+        """verify.json, and the manifest, last of all."""
+        if verdict:
+            write_json(self.run.file(VERDICT), verdict.as_dict())
+            for finding in verdict.findings():
+                self._found(finding)
         self.trackers.finish()
         self.run.finish(
             {
                 "finished": True,
                 "artifact": report.folder.name,
-                "steps": self.trainer.step,
+                "steps": self.plan.max_steps,
                 "train_loss": self.last_loss,
                 "eval_loss": self.last_eval,
                 "dtype": report.dtype,
                 "rounding_of_weights": report.cast_error,
+                "verified": verdict.passed if verdict else None,
             }
         )
         base = self.loaded.base if self.loaded.is_adapter else None
@@ -231,6 +268,7 @@ class Job:
             self.findings,
             base,
             self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
+            verdict,
         )
 
     def _interrupted(self, what: str) -> Interrupted:
@@ -327,6 +365,8 @@ class Job:
         if folder.exists():  # a run that died between its artifact and its manifest
             shutil.rmtree(folder)
         self.listener.stage("save and read back")
+        self._prove_rows()
+        self._measure()
         # All weights go back to the type that the model came in, so that it serves as before; the
         # rounding is measured and told. An adapter stays float32.
         dtype = None if self.loaded.is_adapter else self.prepared.model.dtype
@@ -344,6 +384,28 @@ class Job:
             self._found(finding)
         self.listener.saved(str(folder))
         return report
+
+    def _measure(self) -> None:
+        """What the model in memory says of some rows: a fresh process will be held to it."""
+        rows = self.prepared.verify_rows
+        measured = measure(self.loaded, examples_of(rows), keep_logits=False)
+        filled = with_reference(rows, measured)
+        self.run.replace_lines(VERIFY_ROWS, [row_as_dict(row) for row in filled])
+
+    def _prove_rows(self) -> None:
+        """What training did to the rows of new tokens, and to all others."""
+        if self.rows_before is None:
+            return
+        report, findings = rows_report(self.rows_before, self._rows(), self.prepared.new_tokens)
+        write_json(self.run.file("new_tokens.json"), report)
+        for finding in findings:
+            self._found(finding)
+        if any(finding.level == "error" for finding in findings):
+            raise SaveError(
+                "rows of other tokens were trained; the artifact was not written",
+                where=str(self.run.file("new_tokens.json")),
+                code="other-rows-moved",
+            )
 
     def _found(self, finding: Finding) -> None:
         self.findings.append(finding)

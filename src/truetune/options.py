@@ -61,7 +61,7 @@ def _parameter(field: Any, declared: Any) -> inspect.Parameter:
         show_default=False,
         metavar=None if declared is bool else _metavar(declared),
     )
-    python_type: Any = bool if declared is bool else str
+    python_type: Any = bool if declared is bool else list[str] if meta["repeatable"] else str
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

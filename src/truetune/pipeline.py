@@ -4,10 +4,13 @@
     template, stop set, arguments -> contract     contract/
     conversations -> examples, each proved        contract/
     examples -> length policy, plan, preflight    compute/, plan.py, check/      (prepare.py)
-    weights, adapter                              model/
+    weights, adapter                              model/                         (start.py)
     the loop, with metrics, samples, checkpoints  engine/, health/, generate.py
     the artifact, read back                       model/                         (job.py)
+    the same, by a fresh process                  verify/
     the manifest, last                            run.py
+
+    an adapter -> merged model -> compared by a fresh process      export/, verify/
 
 Nothing is written before the preflight has passed; the run directory is complete when its
 manifest is there.
@@ -15,30 +18,25 @@ manifest is there.
 
 from __future__ import annotations
 
+import os
 import shlex
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.engine import read_facts
 from truetune.environment import refuse_many_processes
-from truetune.errors import (
-    OutputExists,
-    UsageError,
-)
-from truetune.findings import Finding
+from truetune.errors import CheckFailed, OutputExists, UsageError
+from truetune.export import Exported, write_merged
 from truetune.integrations.trackers import Trackers
 from truetune.job import Job, RunResult
 from truetune.listener import Listener
-from truetune.model import (
-    LoadedModel,
-    LoraSettings,
-    add_lora,
-    enable_gradient_checkpointing,
-    load_model,
-)
-from truetune.prepare import Prepared, prepare, require_settings
+from truetune.model import Onto
+from truetune.prepare import prepare, require_settings
 from truetune.recipe import Recipe
-from truetune.run import RunDir
+from truetune.run import RunDir, opened, write_json
+from truetune.start import load_start
+from truetune.verify import VERDICT, Verdict, run_of, verify, verify_merge
 
 
 def train(
@@ -69,7 +67,7 @@ def train(
     if checkpoint:
         read_facts(checkpoint)
     listener.stage("weights")
-    loaded, findings = _load(prepared, checkpoint)
+    loaded, findings = load_start(prepared, checkpoint)
     if not resume:
         run.make(overwrite=recipe.overwrite)
     job = Job(run, prepared, loaded, listener, trackers, findings)
@@ -81,7 +79,16 @@ def train(
                 run.discard()
             raise
         job.restore(checkpoint)
-        return job.run_to_end()
+        report = job.train_and_save()
+        verdict = None
+        if recipe.verify:
+            listener.stage("verify")
+            job.release()
+            verdict = verify(str(run.path), device=recipe.device)
+        result = job.finish(report, verdict)
+        if verdict:
+            _require_passed(verdict, "what was saved is not what was trained")
+        return result
     finally:
         trackers.finish()
 
@@ -112,26 +119,85 @@ def _resumed(path: Path | str) -> RunDir:
     return run
 
 
-def _load(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel, list[Finding]]:
-    """Weights, with an adapter where one is trained; from a checkpoint when resuming."""
-    recipe = prepared.plan.recipe
-    source = str(checkpoint or recipe.model)
-    loaded = load_model(
-        source,
-        revision=None if checkpoint else recipe.revision,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        purpose="lora" if recipe.lora else "full",
-    )
-    if recipe.lora and not loaded.is_adapter:
-        targets = recipe.target_modules or "all-linear"
-        settings = LoraSettings(recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, targets)
-        loaded = add_lora(loaded, settings, recipe.seed)
-    # The contract's tokenizer is the one that the rows were proved with.
-    loaded = replace(loaded, tokenizer=prepared.contract.tokenizer)
-    if recipe.gradient_checkpointing:
-        enable_gradient_checkpointing(loaded.model)
-    return loaded, list(loaded.findings)
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` leaves.
+
+    Attributes:
+        folder: the exported model.
+        exported: how it was made.
+        verdict: what a fresh process found; None where it was not asked.
+    """
+
+    folder: Path
+    exported: Exported
+    verdict: Verdict | None
 
 
-__all__ = ["RunResult", "train"]
+def export(
+    source: str,
+    output: Path | str,
+    *,
+    base: str | None = None,
+    onto: Onto = "auto",
+    dtype: str | None = None,
+    device: str = "cpu",
+    check: bool = True,
+    listener: Listener | None = None,
+) -> ExportResult:
+    """Merge a run's adapter into its base, have a fresh process compare the two, and only then
+    give the folder its name.
+
+    Args:
+        source: a run, or an adapter folder.
+        output: must not exist.
+        base: where the adapter's base is now; None where its config says.
+        onto: see `merge_adapter`.
+        dtype: type of the written weights; None takes the base's on disk.
+        device: where to merge and to compare.
+        check: compare.
+
+    Raises:
+        TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
+            left behind.
+    """
+    listener, folder = listener or Listener(), Path(output)
+    if folder.exists():
+        raise OutputExists(
+            f"{folder} exists already",
+            fix="name another folder with --output",
+            code="output-exists",
+        )
+    adapter = opened(source)
+    unnamed = folder.with_name(f".{folder.name}.unverified-{os.getpid()}")
+    try:
+        listener.stage("merge")
+        made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
+        for finding in made.findings:
+            listener.finding(finding)
+        verdict = None
+        if check:
+            listener.stage("verify")
+            verdict = verify_merge(
+                adapter,
+                str(unnamed),
+                base=base,
+                load_in=made.load_in,
+                dtype=made.report.dtype,
+                run=run_of(source),
+                device=device,
+            )
+            _require_passed(verdict, "the merged model is not what the adapter is")
+            write_json(unnamed / VERDICT, {**verdict.as_dict(), "artifact": str(folder)})
+        unnamed.rename(folder)
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
+    return ExportResult(folder, made, verdict)
+
+
+def _require_passed(verdict: Verdict, what: str) -> None:
+    if not verdict.passed:
+        raise CheckFailed(what, verdict.findings())
+
+
+__all__ = ["ExportResult", "RunResult", "export", "train"]

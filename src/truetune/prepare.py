@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,22 @@ from truetune.check import Preflight, damage, encoded_lengths, limit_keeping, pr
 from truetune.compute.length import Fitted, fit_length, is_text, length_table, longest
 from truetune.contract import Encoded, PromptContract, Refused, SFTExample
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
-from truetune.errors import BadRows, CheckFailed, DataError, RecipeError, TruetuneError
+from truetune.errors import BadRows, CheckFailed, DataError, RecipeError, TruetuneError, UsageError
 from truetune.findings import Finding, merged, worst
 from truetune.listener import Listener
-from truetune.model import ModelFacts, describe, load_tokenizer, require_weights
+from truetune.model import (
+    ModelFacts,
+    NewToken,
+    add_tokens,
+    describe,
+    load_tokenizer,
+    num_ids,
+    require_room,
+    require_weights,
+)
 from truetune.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
 from truetune.recipe import Recipe
+from truetune.verify import MOST_ROWS, VerifyRow
 
 # What an encoded row may remark, as a note: (what, why).
 _REMARKS = {
@@ -43,7 +54,7 @@ _REMARKS = {
     ),
 }
 
-_LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
+_LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "full_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,9 @@ class Prepared:
         plan: the numbers of the run.
         findings: everything found on the way, no error among them.
         data: what data.json holds.
+        new_tokens: whose rows are trained; the contract's tokenizer has them already.
+        verify_rows: rows that the saved model will be verified on.
+        is_text: plain text, no conversation.
     """
 
     contract: PromptContract
@@ -70,6 +84,9 @@ class Prepared:
     plan: Plan
     findings: list[Finding]
     data: dict[str, Any]
+    new_tokens: list[NewToken]
+    verify_rows: list[VerifyRow]
+    is_text: bool
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     if with_weights:
         require_weights(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe.model, recipe.revision)
+    new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
     contract = PromptContract.load(tokenizer, recipe.chat_template, _stop(recipe))
     start, start_reason = starting_point(tokenizer, facts.has_chat_template)
 
@@ -131,7 +149,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     encoded, refused = _encode(contract, train, recipe, listener)
     eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
     refusals = [*loaded.findings, *refused, *eval_refused]
-    findings += _without_effect(recipe)
+    findings += [*token_findings, *_without_effect(recipe)]
     bad_rows, stopping = _bad_rows(refusals, recipe, len(encoded))
     findings += [*bad_rows, *contract.findings, *_remarks([*encoded, *eval_encoded])]
 
@@ -171,7 +189,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
             ),
             listener.progress,
         )
-        findings += told
+        findings += [*told, *_unused_tokens(new_tokens, fitted.examples)]
         if worst(told) == "error":
             errors = [finding for finding in told if finding.level == "error"]
             stopping.append(CheckFailed("the check found errors; nothing was trained", errors))
@@ -185,6 +203,10 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         plan,
         merged(findings),
         _data_facts(loaded, fitted, eval_fitted, refusals, overlap),
+        new_tokens,
+        _verify_rows(held_out, eval_encoded, plan, held_out=True)
+        or _verify_rows(train, encoded, plan, held_out=False),
+        text,
     )
     return Survey(prepared, encoded, train, stopping)
 
@@ -193,6 +215,72 @@ def _taken(conversations: Sequence[Conversation], encoded: Sequence[Encoded]) ->
     """Without those refused: what is wrong with them is told already."""
     kept = {row.row for row in encoded}
     return [conversation for conversation in conversations if conversation.where in kept]
+
+
+def _verify_rows(
+    conversations: Sequence[Conversation],
+    encoded: Sequence[Encoded],
+    plan: Plan,
+    *,
+    held_out: bool,
+) -> list[VerifyRow]:
+    """The first rows that fit as they are: what verification can do again from the row alone."""
+    by_place = {conversation.where: conversation for conversation in conversations}
+    fitting = (
+        row
+        for row in encoded
+        if row.row in by_place and all(len(e.ids) <= plan.max_length for e in row)
+    )
+    return [
+        VerifyRow(by_place[row.row], held_out, tuple((list(e.ids), list(e.mask)) for e in row))
+        for row in itertools.islice(fitting, MOST_ROWS)
+    ]
+
+
+def _new_tokens(
+    recipe: Recipe, tokenizer: Any, facts: ModelFacts
+) -> tuple[list[NewToken], list[Finding]]:
+    """Extend the tokenizer, where that was asked for.
+
+    Raises:
+        UsageError: a text that cannot be a token, or an adapter to start from.
+    """
+    if not recipe.add_token:
+        return [], []
+    if facts.base is not None:
+        raise UsageError(
+            "tokens cannot be added to an adapter",
+            where=str(recipe.model),
+            why="its rows are bound to the tokenizer it was trained with",
+            fix=f"merge it first: truetune export {recipe.model} --merge -o MERGED",
+            code="add-token-adapter",
+        )
+    tokens, findings = add_tokens(tokenizer, recipe.add_token)
+    require_room(facts.head_rows, tokenizer, tokens)
+    return tokens, findings
+
+
+def _unused_tokens(tokens: Sequence[NewToken], examples: Sequence[SFTExample]) -> list[Finding]:
+    """New tokens that training will never see, or never ask for."""
+    present = {i for example in examples for i in example.ids}
+    targets = {i for ids, mask in examples for i, on in zip(ids, mask, strict=True) if on}
+    findings = []
+    for token in tokens:
+        if token.id in targets:
+            continue
+        known = token.id in present
+        findings.append(
+            Finding(
+                "new-token-untrained",
+                "warning",
+                f"{token.text!r} is in prompts only: the model reads it and never writes it"
+                if known
+                else f"{token.text!r} is in no training row",
+                why="its row in the head is never a target" if known else "its row stays as it is",
+                fix="leave --add-token out for it, or write it into the answers",
+            )
+        )
+    return findings
 
 
 def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conversation]:
@@ -415,7 +503,9 @@ def _preflight(
         rows=fitted.rows,
         is_text=text,
         loss_on=plan.recipe.loss_on,
-        head_rows=facts.head_rows,
+        head_rows=max(facts.head_rows, num_ids(contract.tokenizer))
+        if plan.recipe.add_token
+        else facts.head_rows,
         base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
         lora=plan.recipe.lora,
         learning_rate=plan.learning_rate,

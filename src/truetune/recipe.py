@@ -35,6 +35,7 @@ def _option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    repeatable: bool = False,
 ) -> Any:
     """A setting: its default, the group and text of its help, other spellings, its range."""
     meta = {
@@ -46,6 +47,7 @@ def _option(
         "maximum": maximum,
         "above": above,
         "below": below,
+        "repeatable": repeatable,
     }
     return dataclasses.field(default=default, metadata=meta)
 
@@ -105,6 +107,26 @@ class Recipe:
     lora_dropout: float = _option(0.05, METHOD, "Dropout before the adapter.", minimum=0, below=1)
     target_modules: list[str] | None = _option(
         None, METHOD, "Layers that get an adapter.", shown="all linear layers"
+    )
+    rslora: bool = _option(
+        False, METHOD, "LoRA with the scale alpha / sqrt(r).", aliases=["use_rslora"]
+    )
+    dora: bool = _option(
+        False, METHOD, "LoRA on direction, and each weight's magnitude.", aliases=["use_dora"]
+    )
+    qlora: bool = _option(
+        False, METHOD, "LoRA on a base held in 4 bits (NF4).", aliases=["load_in_4bit"]
+    )
+    load_in_8bit: bool = _option(False, METHOD, "LoRA on a base held in 8 bits.")
+    add_token: list[str] | None = _option(
+        None,
+        METHOD,
+        "A token to add, whose row is trained in embedding and head; repeatable.",
+        aliases=["add_tokens"],
+        repeatable=True,
+    )
+    full_fingerprint: bool = _option(
+        False, METHOD, "Bind the adapter to every byte of its base, not to samples."
     )
 
     max_length: int | None = _option(
@@ -187,7 +209,9 @@ class Recipe:
     max_grad_norm: float = _option(
         1.0, TRAIN, "Clip the gradient to this norm; 0 never.", aliases=["grad_clip"], minimum=0
     )
-    optim: Literal["adamw", "sgd"] = _option("adamw", TRAIN, "Optimiser.")
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
+        "adamw", TRAIN, "Optimiser; the 8-bit ones are bitsandbytes'."
+    )
     gradient_checkpointing: bool = _option(
         False, TRAIN, "Compute activations twice to keep fewer of them."
     )
@@ -219,6 +243,9 @@ class Recipe:
     overwrite: bool = _option(
         False, RUN, "Replace a run in that folder.", aliases=["overwrite_output_dir"]
     )
+    verify: bool = _option(
+        True, RUN, "Have a fresh process open the result and compare it with what was trained."
+    )
     no_check: bool = _option(False, RUN, "Train without the preflight; recorded in the run.")
 
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False)
@@ -230,6 +257,16 @@ class Recipe:
     def given(self, name: str) -> bool:
         """Whether somebody set it; what was derived is a default."""
         return not self.origin(name).startswith("default")
+
+    @property
+    def method(self) -> str:
+        """What is trained, in words."""
+        if not self.lora:
+            return "all weights"
+        name = "DoRA" if self.dora else "LoRA"
+        name = f"rank-stabilised {name}" if self.rslora else name
+        bits = 4 * self.qlora or 8 * self.load_in_8bit
+        return f"{name} on a base in {bits} bits" if bits else name
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back.
@@ -341,6 +378,7 @@ def make_recipe(*sources: tuple[Origin, Mapping[str, Any]]) -> Recipe:
     # "auto" leaves a value to be derived, as if nobody had set it.
     values = {name: value for name, value in values.items() if value != "auto" or name in _AUTO}
     origins = {name: origins[name] for name in values}
+    _imply(values, origins)
     problems += _contradictions(values)
     recipe = _validated(values, origins, problems)
     if problems:
@@ -362,6 +400,8 @@ _INSTEAD = {
     "warmup_ratio": ("warmup_steps",),
     "warmup_steps": ("warmup_ratio",),
 }
+# Kinds of LoRA: setting one sets lora.
+_KINDS_OF_LORA = ("rslora", "dora", "qlora", "load_in_8bit")
 _LISTS = ("stop", "target_modules", "report_to")
 
 
@@ -395,6 +435,10 @@ def _unknown(spelling: str, origin: str, names: Mapping[str, str]) -> str:
     return f"unknown setting {spelling!r} in {origin}{hint}"
 
 
+# transformers' names of optimisers that ours are.
+_OPTIMIZERS = {"adamw_torch": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
+
+
 def _plain(name: str, value: Any) -> Any:
     """Texts of the command line as the lists and mappings that they stand for."""
     if name == "columns" and isinstance(value, str):
@@ -402,13 +446,26 @@ def _plain(name: str, value: Any) -> Any:
         if not pairs or not all(equals for _, equals, _ in pairs):
             return value
         return {key.strip(): column.strip() for key, _, column in pairs}
+    if name == "add_token" and isinstance(value, str):
+        return [value]
     if name in _LISTS and isinstance(value, str):
         if value in ("auto", "all-linear", "none"):
             return "auto"
         return [item.strip() for item in value.split(",") if item.strip()]
-    if name == "optim" and value == "adamw_torch":
-        return "adamw"
+    if name == "optim" and isinstance(value, str):
+        return _OPTIMIZERS.get(value, value)
     return value
+
+
+def _kinds_of_lora(values: Mapping[str, Any]) -> list[str]:
+    return [name for name in _KINDS_OF_LORA if str(values.get(name)).lower() == "true"]
+
+
+def _imply(values: dict[str, Any], origins: dict[str, Origin]) -> None:
+    """Fill in what another setting says."""
+    kinds = _kinds_of_lora(values)
+    if kinds and "lora" not in values:
+        values["lora"], origins["lora"] = True, f"by {kinds[0]} ({origins[kinds[0]]})"
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -433,6 +490,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     for one, other in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
         if one in values and other in values:
             problems.append(f"{one} and {other} both say how long: leave one of them out")
+    kinds = _kinds_of_lora(values)
+    if kinds and str(values.get("lora")).lower() == "false":
+        problems.append(f"{kinds[0]} is a kind of LoRA, and lora is false: leave one of them out")
+    if {"qlora", "load_in_8bit"} <= set(kinds):
+        problems.append("qlora holds the base in 4 bits, load_in_8bit in 8: leave one of them out")
     return problems
 
 

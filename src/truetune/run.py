@@ -2,6 +2,7 @@
 
     RUN/  recipe.yaml  contract.json  data.json  env.json
           metrics.jsonl  findings.jsonl  samples.jsonl  checkpoints/  adapter/ or model/
+          verify_rows.jsonl  verify.json  new_tokens.json (where tokens were added)
           manifest.json   (written last: its absence means unfinished)
 
 Every file is written to a temporary name and renamed; the .jsonl files are appended line by line
@@ -30,7 +31,8 @@ STEP = "step-"
 # What a run may contain besides what a manifest lists; a file of another name is a stranger's.
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
-    checkpoints adapter model trackers manifest.json non_finite_batch.json
+    checkpoints adapter model trackers manifest.json non_finite_batch.json new_tokens.json
+    verify_rows.jsonl verify.json
     """.split()  # noqa: SIM905
 )
 # What a killed process leaves: a file or folder that never got its name.

@@ -137,7 +137,7 @@ class Screen(Listener):
                 ),
                 (
                     "method",
-                    f"{'LoRA' if recipe.lora else 'all weights'}: "
+                    f"{recipe.method}: "
                     f"{facts['trainable_parameters']:,} of {facts['parameters']:,} parameters "
                     f"({share:.2f} %)",
                 ),

@@ -270,7 +270,10 @@ def _read_tail(head: torch.nn.Module, run: Callable[[], torch.Tensor]) -> Tail |
 def _is_fused_right(head: torch.nn.Module, tail: Tail, run: Callable[[], torch.Tensor]) -> bool:
     """Whether loss and gradients equal those of the model's own head and tail, for the hidden
     states and for every trained parameter of the head: an adapter on it would be seen here."""
-    if not isinstance(getattr(head, "weight", None), torch.Tensor):
+    weight = getattr(head, "weight", None)
+    # A weight that is made anew at each access (rows of new tokens put into the table) would be
+    # copied whole and get a gradient of the whole table: its module computes it by rows.
+    if not isinstance(weight, torch.Tensor) or head.weight is not weight:
         return False
     inputs: list[torch.Tensor] = []
 

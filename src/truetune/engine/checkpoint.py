@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 STATE_TENSORS = "trainer_state.safetensors"
 STATE_FACTS = "trainer_state.json"
+# Code books and scales of 8-bit moments: not of their parameter's shape.
+_CODES = ("qmap1", "qmap2", "absmax1", "absmax2")
 
 
 def save_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> None:
@@ -123,7 +125,9 @@ def _tensors(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
     tensors = {"rng/cpu": cpu} | {f"rng/cuda/{i}": state for i, state in enumerate(on_cuda)}
     for name, parameter in trainer.named_trainable:
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            # bitsandbytes shares its code books between parameters; safetensors shares nothing.
+            tensors[f"optimizer/{key}/{name}"] = tensor.clone() if key in _CODES else tensor
     return tensors
 
 
@@ -137,11 +141,15 @@ def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
         if key.startswith("optimizer/"):
             _, field, name = key.split("/", 2)
             parameter = parameters[name]
-            if value.ndim and value.shape != parameter.shape:
+            if field not in _CODES and value.ndim and value.shape != parameter.shape:
                 raise ValueError(
                     f"{name} was trained as {tuple(value.shape)}, and is {tuple(parameter.shape)}"
                 )
             # AdamW keeps its step counter where the fused kernel wants it: beside the parameter.
-            trainer.optimizer.state[parameter][field] = value.to(parameter.device)
+            # bitsandbytes counts in an int of Python.
+            counter = not value.ndim and not value.is_floating_point()
+            trainer.optimizer.state[parameter][field] = (
+                int(value) if counter else value.to(parameter.device)
+            )
     on_cuda = [v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")]
     set_random_state([tensors["rng/cpu"], *on_cuda])

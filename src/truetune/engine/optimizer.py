@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from truetune.model.quantise import require_bitsandbytes
+
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd")
 
 
 def build_optimizer(
@@ -21,10 +23,12 @@ def build_optimizer(
     """An optimiser over two groups: matrices, which decay, and the rest, which does not.
 
     AdamW's betas are (0.9, 0.999) and its eps 1e-8 (Loshchilov and Hutter 2019, and the default
-    of every peer); SGD has no momentum.
+    of every peer), in 8 bits as well (Dettmers et al. 2022, through bitsandbytes: matrices of 4,096
+    elements or more; the paged one spills to the host's memory on CUDA); SGD has no momentum.
 
     Raises:
         ValueError: an unknown name.
+        UsageError: bitsandbytes is missing.
     """
     import torch
 
@@ -37,6 +41,13 @@ def build_optimizer(
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if name in ("adamw_8bit", "paged_adamw_8bit"):
+        require_bitsandbytes(f"--optim {name}")
+        import bitsandbytes
+
+        kind = "AdamW8bit" if name == "adamw_8bit" else "PagedAdamW8bit"
+        built: torch.optim.Optimizer = getattr(bitsandbytes.optim, kind)(groups, lr=lr)
+        return built
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr)
     raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(OPTIMIZERS)}")

@@ -9,25 +9,53 @@ from truetune.model.lora import (
     enable_gradient_checkpointing,
     trainable_share,
 )
-from truetune.model.placement import Choice, Purpose
+from truetune.model.merge import Merged, Onto, merge_adapter
+from truetune.model.new_tokens import (
+    NewToken,
+    RowsBefore,
+    add_tokens,
+    make_room,
+    require_room,
+    rows_now,
+    rows_report,
+    start_full_rows,
+)
+from truetune.model.placement import Choice, Purpose, choose_device
+from truetune.model.quantise import NAMES, LoadIn, Quantised
 from truetune.model.save import SavedFile, SaveReport, save_model
-from truetune.model.tokenizer import load_tokenizer
+from truetune.model.tokenizer import load_tokenizer, num_ids
 
 __all__ = [
+    "NAMES",
     "Choice",
+    "LoadIn",
     "LoadedModel",
     "LoraSettings",
+    "Merged",
     "ModelFacts",
+    "NewToken",
+    "Onto",
     "Purpose",
+    "Quantised",
+    "RowsBefore",
     "SaveReport",
     "SavedFile",
     "add_lora",
+    "add_tokens",
+    "choose_device",
     "context_length",
     "describe",
     "enable_gradient_checkpointing",
     "load_model",
     "load_tokenizer",
+    "make_room",
+    "merge_adapter",
+    "num_ids",
+    "require_room",
     "require_weights",
+    "rows_now",
+    "rows_report",
     "save_model",
+    "start_full_rows",
     "trainable_share",
 ]

@@ -24,7 +24,25 @@ from truetune.model.architecture import (
     require_shapes,
     shape_mismatch,
 )
+from truetune.model.fingerprint import (
+    Fingerprint,
+    read_fingerprint,
+    require_same_base,
+    take_fingerprint,
+)
+from truetune.model.new_tokens import grow_for, use_row_layers
 from truetune.model.placement import Choice, Placement, Purpose, place
+from truetune.model.quantise import (
+    NAMES,
+    LoadIn,
+    Quantised,
+    dequantised,
+    quantization_config,
+    refuse_twice,
+    require_bitsandbytes,
+    same_in_evaluation,
+    stored_quantisation,
+)
 from truetune.model.source import ADAPTER_CONFIG, ModelFiles, first_line, locate, read_json
 from truetune.model.tokenizer import (
     has_tokenizer,
@@ -59,6 +77,8 @@ class LoadedModel:
         compute_dtype: for autocast; None to compute in the parameters' own type.
         choices: device, dtype and parameter dtype, each with its reason.
         findings: what is to be told about this model (warnings and notes).
+        quantised: in how many bits the base is held, None where it is not quantised here.
+        fingerprint: of the base, where the model is an adapter or is loaded to train one.
     """
 
     model: Any
@@ -73,6 +93,8 @@ class LoadedModel:
     compute_dtype: torch.dtype | None
     choices: tuple[Choice, ...]
     findings: tuple[Finding, ...] = ()
+    quantised: Quantised | None = None
+    fingerprint: Fingerprint | None = None
 
     @property
     def transformers_model(self) -> Any:
@@ -87,8 +109,13 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     purpose: Purpose = "full",
+    base: str | Path | None = None,
+    load_in: LoadIn = "as-trained",
+    full_fingerprint: bool = False,
 ) -> LoadedModel:
     """Load a causal language model, or an adapter on its base.
+
+    An adapter that truetune saved is opened only on the base it was trained on.
 
     Args:
         source: model or adapter folder, or Hub id.
@@ -98,46 +125,87 @@ def load_model(
         purpose: full: all weights trainable, in float32. lora: base frozen, in the compute type.
             inference: nothing trainable. An adapter's base is frozen whatever the purpose, and
             the adapter's weights are float32.
+        base: where an adapter's base is now; None where its config says.
+        load_in: bits that the (frozen) base is held in; see `LoadIn`.
+        full_fingerprint: hash every byte of the base, not samples.
 
     Raises:
         ModelError: the model cannot be loaded as it is; all that can be known before weights are
             read is checked first.
-        UsageError: a device or dtype that does not exist here.
+        UsageError: a device or dtype that does not exist here; bitsandbytes is missing.
     """
     files = locate(source, revision, weights=True)
-    base = locate_base(files, weights=True) if files.is_adapter else files
-    config = causal_config(base)
+    base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
+    config = causal_config(base_files)
     adapter_tensors = _require_adapter(files) if files.is_adapter else None
-    tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base)
-    tensors = read_headers(weight_files(base))
-    require_shapes(config, tensors, str(base.folder))
+    tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base_files)
+    tensors = read_headers(weight_files(base_files))
+    require_shapes(config, tensors, str(base_files.folder))
     base_dtype = main_dtype(tensors) or "float32"
-    _require_trainable(config, purpose, str(base.folder))
+    _require_trainable(config, purpose, str(base_files.folder))
+    trained = read_fingerprint(files.folder) if files.is_adapter else None
+    full = full_fingerprint or (trained is not None and trained.is_full and purpose != "inference")
+    fingerprint = None
+    if files.is_adapter or purpose == "lora":
+        size = num_ids(tokenizer)
+        fingerprint = take_fingerprint(base_files, tensors, config, size, full=full)
+    if trained and fingerprint:
+        require_same_base(trained, fingerprint, files.folder)
+    quantised = _quantised(load_in, trained, files)
     placement = place(
         device, dtype, "lora" if files.is_adapter and purpose == "full" else purpose, base_dtype
     )
-    model, findings = _read_weights(base, config, placement)
+    model, findings = _read_weights(base_files, config, placement, quantised)
+    if load_in == "dequantised" and (quantised or stored_quantisation(config)):
+        with quiet():
+            model = dequantised(model, str(base_files.folder))
+        quantised = None
     if purpose != "full" or files.is_adapter:
         model.requires_grad_(False)
+    if files.is_adapter:
+        grow_for(model, files.folder, num_ids(tokenizer))
     findings += _tokenizer_findings(model, tokenizer, files)
     if revision and not files.is_hub:
         findings.append(_useless_revision(revision, files))
     if adapter_tensors is not None:
-        model = _attach(model, files, base, adapter_tensors, trainable=purpose != "inference")
+        model = _attach(model, files, base_files, adapter_tensors, trainable=purpose != "inference")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         source=files.source,
         revision=files.revision,
-        base=base.address,
-        base_revision=base.revision,
+        base=base_files.address,
+        base_revision=base_files.revision,
         base_dtype=base_dtype,
         is_adapter=files.is_adapter,
         device=placement.device,
         compute_dtype=placement.compute,
-        choices=placement.choices,
+        choices=(*placement.choices, *_quantised_choice(quantised, trained)),
         findings=tuple(findings),
+        quantised=quantised,
+        fingerprint=fingerprint,
     )
+
+
+def _quantised(load_in: LoadIn, trained: Fingerprint | None, files: ModelFiles) -> Quantised | None:
+    """In how many bits the base is to be read."""
+    if load_in in ("4bit", "8bit"):
+        require_bitsandbytes(f"a base in {NAMES[load_in]}")
+        return load_in
+    before = trained.quantised if trained else None
+    if load_in == "as-stored" or before is None:
+        return None
+    require_bitsandbytes(f"the adapter {files.source}, trained on a base in {NAMES[before]},")
+    return before
+
+
+def _quantised_choice(
+    quantised: Quantised | None, trained: Fingerprint | None
+) -> tuple[Choice, ...]:
+    if quantised is None:
+        return ()
+    reason = "as the adapter was trained" if trained and trained.quantised else "as asked"
+    return (Choice("base", NAMES[quantised], reason),)
 
 
 def _require_trainable(config: Any, purpose: Purpose, where: str) -> None:
@@ -152,13 +220,19 @@ def _require_trainable(config: Any, purpose: Purpose, where: str) -> None:
 
 
 def _read_weights(
-    files: ModelFiles, config: Any, placement: Placement
+    files: ModelFiles, config: Any, placement: Placement, quantised: Quantised | None
 ) -> tuple[Any, list[Finding]]:
     import torch
     from transformers import AutoModelForCausalLM
 
     # On CPU without a device map: the map goes through accelerate, which has nothing to do there.
-    where = {} if placement.device.type == "cpu" else {"device_map": {"": placement.device}}
+    where: dict[str, Any] = {}
+    if placement.device.type != "cpu":
+        where["device_map"] = {"": placement.device}
+    if quantised:
+        refuse_twice(config, str(files.folder))
+        compute = placement.compute or placement.parameters
+        where["quantization_config"] = quantization_config(quantised, compute)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -188,6 +262,8 @@ def _read_weights(
             fix="check that config.json and weights belong together, or fetch the model again",
             code="model-unloadable",
         ) from error
+    if quantised or stored_quantisation(config):
+        same_in_evaluation(model)
     return model, _judge_loading(model, info, str(files.folder))
 
 
@@ -296,6 +372,7 @@ def _attach(
         with quiet():
             # peft casts adapter weights to float32 itself.
             model = PeftModel.from_pretrained(model, files.folder, is_trainable=trainable)
+            use_row_layers(model)
     except Exception as error:  # peft: RuntimeError, ValueError, KeyError, TypeError and own ones
         message = str(error)
         shapes = "size mismatch" in message or "not found in the base model" in message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from truetune.errors import UsageError
 from truetune.findings import Finding
 from truetune.model.architecture import linear_layers, projection_names
 from truetune.model.load import LoadedModel, quiet
+from truetune.model.new_tokens import NewToken, row_targets, start_adapter_rows, use_row_layers
+from truetune.model.quantise import num_weights
 
 ALL_LINEAR = "all-linear"
 
@@ -22,7 +24,7 @@ class LoraSettings:
 
     Attributes:
         r: rank.
-        alpha: the update is scaled by alpha / r.
+        alpha: the update is scaled by alpha / r, or alpha / sqrt(r) with rslora.
         dropout: share of the adapter's inputs dropped in training.
         target_modules: "all-linear" (all but the output head), or names of layers: the last part
             of their path, or more of it.
@@ -35,6 +37,8 @@ class LoraSettings:
     alpha: float = 32
     dropout: float = 0.05
     target_modules: str | Sequence[str] = ALL_LINEAR
+    rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         wrong = []
@@ -50,19 +54,27 @@ class LoraSettings:
             raise UsageError("LoRA settings: " + "; ".join(wrong), code="lora-settings")
 
 
-def add_lora(loaded: LoadedModel, settings: LoraSettings, seed: int) -> LoadedModel:
+def add_lora(
+    loaded: LoadedModel,
+    settings: LoraSettings,
+    seed: int,
+    *,
+    new_tokens: Sequence[NewToken] = (),
+) -> LoadedModel:
     """Freeze the model and put a LoRA adapter on it; its weights are float32.
 
     Args:
         loaded: a model without adapter; changed in place.
         settings: the adapter's shape.
         seed: of the adapter's first weights; the global random state is left as it was.
+        new_tokens: whose rows are trained too; the model has room for them.
 
     Returns:
         The model with adapter; `findings` gains a warning where some targets match nothing.
 
     Raises:
-        UsageError: no target matches, or the model has an adapter already.
+        UsageError: no target matches, a table is both target and home of new tokens, or the model
+            has an adapter already.
     """
     if loaded.is_adapter:
         raise UsageError(
@@ -73,6 +85,9 @@ def add_lora(loaded: LoadedModel, settings: LoraSettings, seed: int) -> LoadedMo
         )
     targets, findings = _targets(loaded.model, settings.target_modules)
     findings += _experts_left_out(loaded.model)
+    rows = row_targets(loaded.model, new_tokens) if new_tokens else None
+    if rows:
+        _refuse_table_twice(targets, rows)
     import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -82,13 +97,30 @@ def add_lora(loaded: LoadedModel, settings: LoraSettings, seed: int) -> LoadedMo
         lora_dropout=settings.dropout,
         target_modules=targets,
         task_type=TaskType.CAUSAL_LM,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        trainable_token_indices=rows,
     )
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         # autocast_adapter_dtype makes LoRA weights float32 on a bfloat16 base.
         model = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)
+        if rows:
+            use_row_layers(model)
+            start_adapter_rows(model, new_tokens)
     found = (*loaded.findings, *findings)
     return dataclasses.replace(loaded, model=model, is_adapter=True, findings=found)
+
+
+def _refuse_table_twice(targets: Sequence[str], rows: Mapping[str, Any]) -> None:
+    twice = [t for t in targets for path in rows if path == t or path.endswith(f".{t}")]
+    if twice:
+        raise UsageError(
+            f"{twice[0]} is a target of LoRA and holds rows of new tokens",
+            why="a LoRA update moves every row of the table, the new ones too",
+            fix=f"leave {twice[0]} out of --target-modules, or --add-token out",
+            code="lora-table-twice",
+        )
 
 
 def _targets(model: Any, asked: str | Sequence[str]) -> tuple[list[str], list[Finding]]:
@@ -177,8 +209,8 @@ def _experts_left_out(model: Any) -> list[Finding]:
 
 
 def trainable_share(model: Any) -> tuple[int, int]:
-    """(trainable, all) weights; a matrix used twice counts once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    """(trainable, all) weights; a matrix used twice counts once, one of 4 bits in full."""
+    sizes = [(num_weights(p), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 

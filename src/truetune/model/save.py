@@ -10,6 +10,7 @@ who     pipeline.py, checkpoints, export
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from truetune.errors import OutputExists, SaveError, TruetuneError
 from truetune.findings import Finding
+from truetune.model.fingerprint import write_fingerprint
 from truetune.model.generation_config import served_generation_config
 from truetune.model.load import LoadedModel, quiet
 from truetune.model.placement import dtype_name, parse_dtype
@@ -33,6 +35,7 @@ from truetune.model.readback import (
     check_weights,
 )
 from truetune.model.source import first_line
+from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -143,6 +146,7 @@ def _write(
     with quiet():
         if loaded.is_adapter:
             _write_adapter(loaded, folder, cast)
+            _write_origin(loaded, contract, folder)
             config.save_pretrained(folder)
         else:
             _write_full(loaded.model, config, folder, cast)
@@ -177,6 +181,17 @@ def _write_adapter(loaded: LoadedModel, folder: Path, cast: torch.dtype | None) 
         config.target_modules = sorted(config.target_modules)
     config.task_type = config.task_type or "CAUSAL_LM"
     config.save_pretrained(folder)
+
+
+def _write_origin(loaded: LoadedModel, contract: PromptContract, folder: Path) -> None:
+    """What ties the adapter to its base and tokenizer."""
+    if loaded.fingerprint:
+        known = dataclasses.replace(
+            loaded.fingerprint,
+            tokenizer_size=num_ids(contract.tokenizer),
+            quantised=loaded.quantised,
+        )
+        write_fingerprint(known, folder)
 
 
 def _require_all_trained(model: Any, state: dict[str, torch.Tensor]) -> None:

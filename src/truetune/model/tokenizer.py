@@ -90,8 +90,14 @@ def num_ids(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def locate_base(adapter: ModelFiles, *, weights: bool) -> ModelFiles:
+def locate_base(
+    adapter: ModelFiles, *, weights: bool, instead: str | Path | None = None
+) -> ModelFiles:
     """The base model that an adapter's config names.
+
+    Args:
+        weights: also fetch the weights of a Hub model.
+        instead: where the base is now, if not where the config says.
 
     Raises:
         ModelError: it names none, it is not there, or is itself an adapter.
@@ -99,6 +105,9 @@ def locate_base(adapter: ModelFiles, *, weights: bool) -> ModelFiles:
     path = adapter.folder / ADAPTER_CONFIG
     config = read_json(path)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if instead is not None:
+        name = str(instead)
+        revision = None if Path(name).expanduser().is_dir() else revision
     fix = f"put the base's folder or Hub id into base_model_name_or_path of {path}"
     if not name:
         raise ModelError(

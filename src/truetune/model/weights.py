@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from truetune.errors import ModelError
 from truetune.model.source import ModelFiles, read_json
@@ -45,10 +45,21 @@ _MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What a header says of one tensor: torch's name of the dtype, and the shape."""
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: torch's name of it.
+        shape: rows first.
+        path: the file that holds it.
+        start: its first byte in that file.
+        num_bytes: its size there.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    path: Path
+    start: int
+    num_bytes: int
 
     @property
     def num_elements(self) -> int:
@@ -159,12 +170,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         end = max((facts["data_offsets"][1] for facts in header.values()), default=0)
-        tensors = {
-            name: TensorFacts(
-                _TORCH_NAMES.get(facts["dtype"], facts["dtype"].lower()), tuple(facts["shape"])
-            )
-            for name, facts in header.items()
-        }
+        tensors = {name: _facts(path, 8 + length, facts) for name, facts in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _damaged(path, "its header is not readable") from error
     if 8 + length + end != size:
@@ -172,6 +178,14 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
             path, f"its header describes {8 + length + end:,} bytes, the file has {size:,}"
         )
     return tensors
+
+
+def _facts(path: Path, data: int, facts: dict[str, Any]) -> TensorFacts:
+    start, end = (int(offset) for offset in facts["data_offsets"])
+    if not 0 <= start <= end:
+        raise ValueError("a tensor ends before it begins")
+    dtype = _TORCH_NAMES.get(facts["dtype"], facts["dtype"].lower())
+    return TensorFacts(dtype, tuple(facts["shape"]), path, data + start, end - start)
 
 
 def _damaged(path: Path, why: str) -> ModelError:

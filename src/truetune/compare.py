@@ -1,0 +1,212 @@
+"""Two models on the same tokens: how far their logits are apart.
+
+input   a loaded model, rows of ids with their supervised positions
+does    one forward pass a row, no padding; keeps what the supervised positions predict
+output  Measured of one model; Agreement of two
+who     verify (reloaded against trained, merged against adapter), the look at a 4-bit base
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from truetune.findings import Finding
+from truetune.model import LoadedModel
+
+if TYPE_CHECKING:
+    import torch
+
+# Positions of a row that are measured, spread over it: 256 x 152k logits in float32 are 155 MB.
+_POSITIONS = 256
+# Of those, positions whose logits are kept for comparison with another model.
+_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model says at the supervised positions of some rows; one entry per row.
+
+    Attributes:
+        logprobs: natural logarithm of the probability of each target.
+        greedy: the likeliest token at each position.
+        logits: at up to 16 positions a row (P, V), float32 on CPU; () where not kept.
+    """
+
+    logprobs: tuple[tuple[float, ...], ...]
+    greedy: tuple[tuple[int, ...], ...]
+    logits: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Nats per measured token."""
+        return -sum(map(sum, self.logprobs)) / max(sum(map(len, self.logprobs)), 1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model is from a reference.
+
+    Attributes:
+        max_difference, mean_difference: of logits; None where none were kept.
+        spread: standard deviation of the reference's logits at a position, averaged.
+        max_logprob_difference: of the targets' log-probabilities, in nats.
+        greedy: share of the positions where both take the same token.
+        reference_loss, loss: nats per token.
+        num_positions: compared.
+    """
+
+    max_difference: float | None
+    mean_difference: float | None
+    spread: float | None
+    max_logprob_difference: float
+    greedy: float
+    reference_loss: float
+    loss: float
+    num_positions: int
+
+    @property
+    def relative(self) -> float | None:
+        """Mean difference in units of the spread."""
+        if self.mean_difference is None or self.spread is None:
+            return None
+        return self.mean_difference / max(self.spread, 1e-12)
+
+
+def measure(
+    loaded: LoadedModel,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    keep_logits: bool = True,
+) -> Measured:
+    """Run a model over rows (ids, mask: 1 is supervised); rows without a target are left out.
+
+    The model is left in the mode it was in.
+    """
+    import torch
+
+    logprobs, greedy, kept = [], [], []
+    with evaluating(loaded):
+        for ids, mask in rows:
+            targets = [i for i, on in enumerate(mask) if on and i]
+            if not targets:
+                continue
+            targets = _spread(targets, _POSITIONS)
+            logits_PV = _logits(loaded, ids, [i - 1 for i in targets])
+            log_PV = logits_PV.log_softmax(dim=-1)
+            wanted = torch.tensor([ids[i] for i in targets])
+            logprobs.append(tuple(log_PV.gather(1, wanted[:, None])[:, 0].tolist()))
+            greedy.append(tuple(logits_PV.argmax(dim=-1).tolist()))
+            if keep_logits:
+                kept.append(logits_PV[_spread(list(range(len(targets))), _KEPT)].clone())
+    return Measured(tuple(logprobs), tuple(greedy), tuple(kept))
+
+
+def agreement(reference: Measured, other: Measured) -> Agreement:
+    """Compare two models measured on the same rows."""
+    pairs = [
+        (a, b)
+        for one, two in zip(reference.logprobs, other.logprobs, strict=True)
+        for a, b in zip(one, two, strict=True)
+    ]
+    same = [
+        a == b
+        for one, two in zip(reference.greedy, other.greedy, strict=True)
+        for a, b in zip(one, two, strict=True)
+    ]
+    worst = mean = spread = None
+    if reference.logits and other.logits:
+        total, count, worst, deviation = 0.0, 0, 0.0, 0.0
+        for one_PV, two_PV in zip(reference.logits, other.logits, strict=True):
+            columns = min(one_PV.shape[-1], two_PV.shape[-1])
+            apart = (one_PV[:, :columns] - two_PV[:, :columns]).abs()
+            worst = max(worst, float(apart.max()))
+            total, count = total + float(apart.sum()), count + apart.numel()
+            deviation += float(one_PV.std(dim=-1).sum())
+        mean = total / max(count, 1)
+        spread = deviation / max(sum(len(rows) for rows in reference.logits), 1)
+    return Agreement(
+        max_difference=worst,
+        mean_difference=mean,
+        spread=spread,
+        max_logprob_difference=max((abs(a - b) for a, b in pairs), default=0.0),
+        greedy=sum(same) / max(len(same), 1),
+        reference_loss=reference.loss,
+        loss=other.loss,
+        num_positions=len(pairs),
+    )
+
+
+# What rounding the base may cost before it is a warning. QLoRA's promise is none (Dettmers et al.
+# 2023, section 4); small models lose more than the large ones it was shown on.
+_MOST_LOSS, _LEAST_GREEDY = 0.1, 0.8
+
+
+def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
+    """What holding the base in fewer bits costs before any training, as a note or a warning.
+
+    Args:
+        found: the quantised base against the original.
+        bits: the kind, in words.
+        num_rows: that were compared.
+    """
+    rise = found.loss - found.reference_loss
+    what = (
+        f"in {bits} the untrained base has a loss of {found.loss:.3f} on {num_rows} rows, "
+        f"{found.reference_loss:.3f} as it is stored, and takes the same token at "
+        f"{100 * found.greedy:.1f} % of {found.num_positions:,} positions"
+    )
+    if rise <= _MOST_LOSS and found.greedy >= _LEAST_GREEDY:
+        return Finding("quantised-base", "note", what, count=num_rows)
+    return Finding(
+        "quantised-base-differs",
+        "warning",
+        what,
+        count=num_rows,
+        why=f"more than {_MOST_LOSS:g} nats of loss, or less than {100 * _LEAST_GREEDY:.0f} % of "
+        "the tokens: rounding breaks this model, and the adapter starts from the broken one",
+        fix="--lora or --load-in-8bit, or a larger model in 4 bits",
+    )
+
+
+def _spread(places: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, evenly spread, the first and the last among them."""
+    if len(places) <= most:
+        return list(places)
+    return [places[(len(places) - 1) * i // (most - 1)] for i in range(most)]
+
+
+def _logits(loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    """Logits (P, V) of one row at some positions, float32 on CPU."""
+    import torch
+
+    model = loaded.model
+    ids_BT = torch.tensor([list(ids)], device=loaded.device)
+    wanted = torch.tensor(list(positions), device=loaded.device)
+    asked: dict[str, Any] = {"use_cache": False}
+    selects = "logits_to_keep" in inspect.signature(loaded.transformers_model.forward).parameters
+    if selects:
+        asked["logits_to_keep"] = wanted
+    autocast = (
+        torch.autocast(loaded.device.type, dtype=loaded.compute_dtype)
+        if loaded.compute_dtype is not None
+        else contextlib.nullcontext()
+    )
+    with torch.no_grad(), autocast:
+        logits_PV = model(ids_BT, **asked).logits[0]
+    chosen = logits_PV if selects else logits_PV[wanted]
+    return chosen.float().cpu()
+
+
+@contextlib.contextmanager
+def evaluating(loaded: LoadedModel) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was_training = loaded.model.training
+    loaded.model.eval()
+    try:
+        yield
+    finally:
+        loaded.model.train(was_training)

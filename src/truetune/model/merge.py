@@ -1,0 +1,195 @@
+"""An adapter merged into its base: in float32, never into quantised weights.
+
+input   an adapter folder
+does    opens the base as it is stored, or rounded to the bits it was trained on and in plain layers
+        again; adds the adapter in float32, new rows included; unties a head that the adapter
+        changed on one side only
+output  Merged: a plain model in float32, to be saved in the base's own type
+who     export
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from truetune.errors import ModelError, UsageError
+from truetune.findings import Finding
+from truetune.model.architecture import causal_config
+from truetune.model.fingerprint import read_fingerprint
+from truetune.model.load import LoadedModel, load_model, quiet
+from truetune.model.quantise import NAMES, LoadIn, stored_quantisation
+from truetune.model.source import locate
+from truetune.model.tokenizer import locate_base
+
+Onto = Literal["auto", "original", "dequantised"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model.
+
+    Attributes:
+        loaded: float32, without adapter.
+        onto: which weights the adapter was added to, in words.
+        load_in: how the adapter is opened to compute the same.
+        dtype: torch name of the type to save in: the base's on disk.
+        tied: whether head and embedding are still one matrix; None where they never were.
+        findings: notes.
+    """
+
+    loaded: LoadedModel
+    onto: str
+    load_in: LoadIn
+    dtype: str
+    tied: bool | None
+    findings: tuple[Finding, ...]
+
+
+def merge_adapter(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    onto: Onto = "auto",
+    device: str = "cpu",
+) -> Merged:
+    """Merge an adapter into its base, in memory.
+
+    Args:
+        source: adapter folder or Hub id.
+        base: where the base is now; None where the adapter's config says.
+        onto: original: the weights as they are stored. dequantised: rounded to the bits that the
+            adapter was trained on, then in float32 again. auto: what the adapter was trained on.
+        device: where to add; float32 weights must fit there.
+
+    Raises:
+        UsageError: no adapter, or `dequantised` where nothing is quantised.
+        ModelError: it cannot be loaded, its base is another one, or the sum is not finite.
+    """
+    files = locate(source, weights=True)
+    if not files.is_adapter:
+        raise UsageError(
+            f"{source} is no adapter: there is nothing to merge",
+            why="it has no adapter_config.json; a run of all weights is whole already",
+            fix="use the model as it is",
+            code="merge-no-adapter",
+        )
+    stored = stored_quantisation(causal_config(locate_base(files, weights=True, instead=base)))
+    trained = read_fingerprint(files.folder)
+    bits = trained.quantised if trained else None
+    load_in = _choose(onto, bits is not None, stored, str(files.folder))
+    loaded = load_model(
+        source, base=base, device=device, dtype="float32", purpose="inference", load_in=load_in
+    )
+    tied, findings = _untie(loaded)
+    config = loaded.transformers_model.config
+    try:
+        with quiet():
+            model = loaded.model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(
+            f"the merged weights are not finite: {error}",
+            where=str(files.folder),
+            why="the adapter holds NaN or infinite numbers",
+            fix="merge an earlier checkpoint of the run",
+            code="merge-not-finite",
+        ) from error
+    model.requires_grad_(False)
+    dtype = loaded.base_dtype
+    if stored:
+        dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
+    if load_in == "dequantised":
+        rounded = NAMES[bits] if bits else f"what the files hold ({stored})"
+        words = f"the base rounded to {rounded} and dequantised, as the adapter was trained"
+        if bits == "4bit":
+            # The layers of 4 bits compute with the same weights; those of 8 bits round their
+            # inputs as well, which no merged model can.
+            load_in = "as-trained"
+    else:
+        words = "the base's original weights"
+        if bits:
+            findings.append(_trained_on_other(NAMES[bits]))
+    plain = dataclasses.replace(
+        loaded, model=model, is_adapter=False, quantised=None, fingerprint=None
+    )
+    return Merged(plain, words, load_in, dtype, tied, tuple(findings))
+
+
+def _choose(onto: Onto, trained_quantised: bool, stored: str | None, where: str) -> LoadIn:
+    if onto == "original" and stored:
+        raise UsageError(
+            f"the base has no original weights: its files are quantised ({stored})",
+            where=where,
+            fix="--onto dequantised, or name the unquantised base with --base",
+            code="merge-no-original",
+        )
+    quantised = trained_quantised or stored is not None
+    if onto == "dequantised" and not quantised:
+        raise UsageError(
+            "nothing is quantised: the adapter was trained on the original weights",
+            where=where,
+            fix="leave --onto out",
+            code="merge-not-quantised",
+        )
+    return "as-stored" if onto == "original" or not quantised else "dequantised"
+
+
+def _trained_on_other(bits: str) -> Finding:
+    return Finding(
+        "merged-onto-other-weights",
+        "warning",
+        f"the adapter was trained on {bits}, and merged onto the original weights",
+        why="it learned to correct the rounding too: the merged model is not the one that was "
+        "trained",
+        fix="--onto dequantised, unless the original scores better on your rows",
+    )
+
+
+def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
+    """Give the head a matrix of its own where the adapter changes one side of a tied pair.
+
+    Merged in place, the update of one side would move the other as well. New rows are the same on
+    both sides, and stay tied.
+    """
+    import torch
+
+    model = loaded.transformers_model
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None:
+        return None, []
+    inner, outer = _plain(embedding), _plain(head)
+    if inner.weight is not outer.weight:
+        return None, []
+    if not any(_has_lora(module) for module in (embedding, head)):
+        return True, []
+    outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    text_config = model.config.get_text_config(decoder=True)
+    text_config.tie_word_embeddings = False
+    note = Finding(
+        "head-untied",
+        "note",
+        "output head and input embedding are two matrices in the merged model",
+        where="config.json (tie_word_embeddings: false)",
+        why="they were one, and the adapter changes only one side",
+    )
+    return False, [note]
+
+
+def _plain(module: Any) -> Any:
+    """The layer under peft's wrappers."""
+    while True:
+        if hasattr(module, "get_base_layer"):
+            module = module.get_base_layer()
+        elif hasattr(module, "original_module"):
+            module = module.original_module
+        else:
+            return module
+
+
+def _has_lora(module: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)

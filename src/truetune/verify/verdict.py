@@ -1,0 +1,154 @@
+"""What verification found: a list of checks, each with its numbers; verify.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from truetune.compare import Agreement
+from truetune.findings import Finding
+
+State = Literal["passed", "failed", "not-checked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: files, opens, contract, rows, logits, merge.
+        state: passed, failed, or not-checked with the reason in `what`.
+        what: one sentence.
+        numbers: what was measured.
+        fix: the next command, where it failed.
+    """
+
+    name: str
+    state: State
+    what: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks of an artifact."""
+
+    artifact: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; what could not be checked is no failure."""
+        return all(check.state != "failed" for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What verify.json holds."""
+        return {
+            "passed": self.passed,
+            "artifact": self.artifact,
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+        }
+
+    def findings(self) -> list[Finding]:
+        """An error for each check that failed."""
+        return [
+            Finding(
+                code="verify-failed",
+                level="error",
+                what=f"{check.name}: {check.what}",
+                where=self.artifact,
+                fix=check.fix,
+            )
+            for check in self.checks
+            if check.state == "failed"
+        ]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far apart two models may be that differ by a cast only.
+
+    Attributes:
+        relative: mean difference of logits, in units of their spread (standard deviation).
+        greedy: least share of positions where both take the same token.
+        loss: nats per token.
+    """
+
+    relative: float
+    greedy: float
+    loss: float
+
+
+# By the type the weights were saved in. What merging and reloading cost where nothing is wrong,
+# and what a merge into 4-bit weights costs (relative 0.8), is measured in docs/log.md.
+TOLERANCES = {
+    "float32": Tolerance(relative=1e-4, greedy=0.999, loss=1e-4),
+    "float16": Tolerance(relative=2e-2, greedy=0.95, loss=2e-2),
+    "bfloat16": Tolerance(relative=0.1, greedy=0.9, loss=0.1),
+}
+
+
+def judge(name: str, found: Agreement, dtype: str, what: str) -> Check:
+    """A check from two models' agreement.
+
+    Args:
+        dtype: that the weights were saved in.
+        what: the comparison in words: "merged against the adapter".
+    """
+    allowed = TOLERANCES.get(dtype, TOLERANCES["bfloat16"])
+    over = []
+    if found.relative is not None and found.relative > allowed.relative:
+        over.append(
+            f"logits differ by {found.relative:.2g} of their spread on average, "
+            f"{allowed.relative:g} is allowed"
+        )
+    if found.greedy < allowed.greedy:
+        over.append(
+            f"the same token is taken at {100 * found.greedy:.1f} % of the positions, "
+            f"{100 * allowed.greedy:g} % is asked"
+        )
+    if abs(found.loss - found.reference_loss) > allowed.loss:
+        over.append(f"the loss went from {found.reference_loss:.4f} to {found.loss:.4f}")
+    return Check(
+        name,
+        "failed" if over else "passed",
+        f"{what}: {'; '.join(over)}" if over else what,
+        {
+            **dataclasses.asdict(found),
+            "relative": found.relative,
+            "dtype": dtype,
+            "tolerance": dataclasses.asdict(allowed),
+        },
+        fix="do not serve it; train or merge again, and report it if it stays" if over else "",
+    )
+
+
+def shown(check: Check) -> str:
+    """The check in one line, with its most telling numbers."""
+    numbers = check.numbers
+    parts = []
+    if numbers.get("max_difference") is not None:
+        parts.append(
+            f"logits differ by at most {numbers['max_difference']:.2g}, "
+            f"{numbers['mean_difference']:.2g} on average"
+        )
+    elif "max_logprob_difference" in numbers:
+        parts.append(
+            f"log-probabilities differ by at most {numbers['max_logprob_difference']:.2g} nats"
+        )
+    if "greedy" in numbers:
+        parts.append(
+            f"the same token at {100 * numbers['greedy']:.1f} % of "
+            f"{numbers['num_positions']:,} positions"
+        )
+    if check.state != "passed":
+        parts = []
+    return "; ".join([check.what, *parts])
+
+
+def first_failure(checks: Sequence[Check]) -> Check | None:
+    """The first check that failed."""
+    return next((check for check in checks if check.state == "failed"), None)

@@ -1,0 +1,355 @@
+"""Merging: the merged model is the adapter's, whole, in the base's type, or it is not there."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fresh_process import in_this_process  # noqa: F401  (a fixture)
+from tiny_models import edit_json, write_model
+from tiny_runs import command, write_rows
+from truetune.compare import agreement, measure
+from truetune.contract import PromptContract
+from truetune.errors import CheckFailed, ModelError, OutputExists, UsageError
+from truetune.export import write_merged
+from truetune.model import (
+    LoadedModel,
+    LoraSettings,
+    add_lora,
+    add_tokens,
+    load_model,
+    make_room,
+    num_ids,
+    save_model,
+)
+from truetune.pipeline import export
+
+KINDS = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
+THINK = ["<think>", "</think>"]
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="the bitsandbytes extra is missing"
+)
+
+
+def trained(
+    folder: Path,
+    kind: str = "llama",
+    *,
+    texts: list[str] = THINK,
+    settings: LoraSettings | None = None,
+    load_in: Any = "as-trained",
+    **changes: Any,
+) -> LoadedModel:
+    """An adapter in folder/adapter on folder/base, every weight of it moved."""
+    import torch
+
+    write_model(folder / "base", kind, **changes)
+    loaded = load_model(folder / "base", purpose="lora", device="cpu", load_in=load_in)
+    tokens, _ = add_tokens(loaded.tokenizer, texts)
+    make_room(loaded.model, num_ids(loaded.tokenizer))
+    settings = settings or LoraSettings(r=2, dropout=0.0)
+    loaded = add_lora(loaded, settings, seed=0, new_tokens=tokens)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    save_model(loaded, PromptContract.load(loaded.tokenizer), folder / "adapter")
+    return loaded
+
+
+ROWS = [(list(range(16)), [1] * 16), ([*range(5), 261, 262, *range(70, 80)], [1] * 17)]
+
+
+def apart(one: LoadedModel, other: LoadedModel) -> Any:
+    return agreement(measure(one, ROWS), measure(other, ROWS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_is_the_adapter_in_float32(tmp_path: Path, kind: str, tied: bool) -> None:
+    import torch
+
+    adapter = trained(tmp_path, kind, tie_word_embeddings=tied)
+    made = write_merged(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    assert (made.report.dtype, made.report.cast_error) == ("float32", None)
+    assert made.tied is (True if tied else None)
+    found = apart(adapter, merged)
+    # float32: x @ W + x @ A @ B against x @ (W + A @ B).
+    assert found.max_difference is not None
+    assert found.max_difference < 2e-5 * max(found.spread or 0, 1)
+    assert found.greedy == 1
+    head, embedding = merged.model.get_output_embeddings(), merged.model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
+    # Of the tables, the new rows moved and no other.
+    base = load_model(tmp_path / "base", device="cpu", purpose="inference").model
+    pairs = [(base.get_input_embeddings(), embedding), (base.get_output_embeddings(), head)]
+    new = merged.tokenizer.convert_tokens_to_ids(THINK)
+    old = [i for i in range(len(head.weight)) if i not in new]
+    for before, after in pairs:
+        assert torch.equal(before.weight[old], after.weight[old])
+        assert (before.weight[new] != after.weight[new]).any(dim=1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_is_the_adapter_within_bfloat16(tmp_path: Path, kind: str) -> None:
+    import torch
+
+    adapter = trained(tmp_path, kind, dtype="bfloat16", tie_word_embeddings=True)
+    made = write_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert made.report.dtype == "bfloat16"
+    assert [f.code for f in made.findings] == ["weights-rounded"]
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    assert merged.base_dtype == "bfloat16"
+    found = apart(adapter, merged)
+    # bfloat16 keeps 8 bits: a relative rounding of 2**-9 a weight.
+    assert found.relative is not None
+    assert found.relative < 0.03
+    base = load_model(tmp_path / "base", device="cpu", purpose="inference").model
+    old = slice(0, 261)
+    assert torch.equal(
+        base.get_input_embeddings().weight[old], merged.model.get_input_embeddings().weight[old]
+    )
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_tied_head_is_untied_where_one_side_changes(tmp_path: Path, target: str) -> None:
+    settings = LoraSettings(r=2, dropout=0.0, target_modules=["q_proj", target])
+    adapter = trained(tmp_path, texts=[], settings=settings, tie_word_embeddings=True)
+    made = write_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert made.tied is False
+    assert [f.code for f in made.findings] == ["head-untied"]
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is False
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    assert apart(adapter, merged).max_difference < 2e-5
+
+
+def test_a_longer_table_is_merged_whole(tmp_path: Path) -> None:
+    texts = [f"<{i}>" for i in range(6)]
+    adapter = trained(tmp_path, texts=texts, tie_word_embeddings=True)
+    write_merged(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    assert merged.findings == ()
+    assert merged.model.config.vocab_size == 261 + 6
+    assert apart(adapter, merged).max_difference < 2e-5
+
+
+@pytest.mark.parametrize("kind", [{"rslora": True}, {"dora": True}])
+def test_kinds_of_lora_are_merged(tmp_path: Path, kind: dict[str, bool]) -> None:
+    adapter = trained(tmp_path, settings=LoraSettings(r=2, dropout=0.0, **kind))
+    write_merged(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    assert apart(adapter, merged).max_difference < 2e-5
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_base_is_dequantised_first(tmp_path: Path, bits: str) -> None:
+    adapter = trained(tmp_path, load_in=bits, hidden_size=64, intermediate_size=96)
+    made = write_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert "dequantised" in made.onto
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert "quantization_config" not in config
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    found = apart(adapter, merged)
+    # LLM.int8 also rounds the inputs of each layer, which a plain layer does not.
+    assert found.relative < (1e-5 if bits == "4bit" else 0.05)
+    # Onto the original weights it is another model, and that is told.
+    other = write_merged(tmp_path / "adapter", tmp_path / "original", onto="original")
+    assert [f.code for f in other.findings] == ["merged-onto-other-weights"]
+    onto_original = load_model(tmp_path / "original", device="cpu", purpose="inference")
+    assert apart(adapter, onto_original).relative > found.relative
+
+
+def test_the_folder_is_complete(tmp_path: Path) -> None:
+    trained(tmp_path)
+    write_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    settings = json.loads((tmp_path / "merged/generation_config.json").read_text())
+    assert settings["eos_token_id"] == 257
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def break_adapter(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[min(tensors)][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def swap_base(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "base/model.safetensors"
+    tensors = {name: -tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "adapter/adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def lose_base(folder: Path) -> None:
+    (folder / "base").rename(folder / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("harm", "code"),
+    [
+        (break_adapter, "merge-not-finite"),
+        (swap_base, "adapter-wrong-base"),
+        (cut_weights, "model-weights-damaged"),
+        (lose_base, "adapter-no-base"),
+    ],
+)
+def test_bad_input_leaves_nothing(tmp_path: Path, harm: Callable[[Path], None], code: str) -> None:
+    trained(tmp_path)
+    harm(tmp_path)
+    before = left(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        export(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert caught.value.code == code
+    assert left(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("onto", "code"), [("dequantised", "merge-not-quantised"), ("original", "")]
+)
+def test_onto_what_is_not_there(tmp_path: Path, onto: Any, code: str) -> None:
+    trained(tmp_path)
+    if code:
+        with pytest.raises(UsageError) as caught:
+            write_merged(tmp_path / "adapter", tmp_path / "merged", onto=onto)
+        assert caught.value.code == code
+    else:
+        assert write_merged(tmp_path / "adapter", tmp_path / "merged", onto=onto).findings == ()
+
+
+@needs_bitsandbytes
+def test_a_base_that_is_stored_quantised(tmp_path: Path) -> None:
+    """A folder as the Hub has many: bitsandbytes' own 4-bit files."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    write_model(tmp_path / "plain", hidden_size=64, intermediate_size=96)
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain",
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    write_model(tmp_path / "base", hidden_size=64, intermediate_size=96)
+    (tmp_path / "base/model.safetensors").unlink()
+    packed.save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base", purpose="lora", device="cpu")
+    loaded = add_lora(loaded, LoraSettings(r=2, dropout=0.0), seed=0)
+    save_model(loaded, PromptContract.load(loaded.tokenizer), tmp_path / "adapter")
+    with pytest.raises(UsageError) as caught:
+        write_merged(tmp_path / "adapter", tmp_path / "merged", onto="original")
+    assert caught.value.code == "merge-no-original"
+    made = write_merged(tmp_path / "adapter", tmp_path / "merged")
+    assert "what the files hold (bitsandbytes)" in made.onto
+    merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
+    assert apart(loaded, merged).relative < 1e-5
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_merge_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import truetune.export.merged as module
+
+    trained(tmp_path)
+    merge = module.merge_adapter
+
+    def wrong(*given: Any, **settings: Any) -> Any:
+        import torch
+
+        made = merge(*given, **settings)
+        weight = made.loaded.model.model.layers[0].mlp.down_proj.weight
+        # What rounding to 4 bits does to a weight.
+        with torch.no_grad():
+            weight.copy_((weight * 4).round() / 4)
+        return made
+
+    monkeypatch.setattr(module, "merge_adapter", wrong)
+    before = left(tmp_path)
+    with pytest.raises(CheckFailed) as caught:
+        export(str(tmp_path / "adapter"), tmp_path / "merged")
+    (finding,) = caught.value.findings
+    assert (finding.code, caught.value.exit_code) == ("verify-failed", 1)
+    assert "merged against the adapter on 3 neutral prompts" in finding.what
+    assert left(tmp_path) == before
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    trained(tmp_path)
+    before = left(tmp_path)
+    monkeypatch.setattr("truetune.pipeline.verify_merge", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(str(tmp_path / "adapter"), tmp_path / "merged")
+    assert left(tmp_path) == before
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
+    trained(tmp_path)
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(OutputExists):
+        export(str(tmp_path / "adapter"), tmp_path / "merged")
+    with pytest.raises(UsageError) as caught:
+        export(str(tmp_path / "base"), tmp_path / "new")
+    assert caught.value.code == "merge-no-adapter"
+    assert left(tmp_path) == {"base", "adapter", "merged"}
+
+
+def test_from_the_command_line_through_a_fresh_process(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", dtype="bfloat16", tie_word_embeddings=True)
+    rows = [{"prompt": f"{i}+1?", "completion": f"<think>a</think>{i + 1}."} for i in range(110)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    shown = command(
+        *("train", tmp_path / "base", data, "--lora", "-o", tmp_path / "run"),
+        *("--max-steps", 3, "--batch-size", 4, "--eval-steps", 3),
+        *("--add-token", "<think>", "--add-token", "</think>"),
+    )
+    assert shown.code == 0, shown.err
+    wrong = command("export", tmp_path / "run", "-o", tmp_path / "merged")
+    assert (wrong.code, "truetune export RUN --merge -o DIR" in wrong.err) == (2, True)
+    wrong = command("export", tmp_path / "run", "--merge", "--onto", "x", "-o", tmp_path / "merged")
+    assert (wrong.code, "unknown weights 'x'" in wrong.err) == (2, True)
+    shown = command("export", tmp_path / "run", "--merge", "-o", tmp_path / "merged")
+    assert shown.code == 0, shown.err
+    assert "merged onto the base's original weights, in float32; saved in bfloat16" in shown.out
+    assert "merged against the adapter on 6 held-out prompts; logits differ" in shown.out
+    verdict = json.loads((tmp_path / "merged/verify.json").read_text())
+    assert verdict["passed"]
+    assert verdict["artifact"] == str(tmp_path / "merged")
+    (check,) = [c for c in verdict["checks"] if c["name"] == "merge"]
+    assert {"max_difference", "mean_difference", "greedy", "same_replies"} <= set(check["numbers"])
+    answered = command("chat", tmp_path / "merged", "--prompt", "1+1?", "--max-new-tokens", 2)
+    assert answered.code == 0, answered.err
+    edit_json(tmp_path / "run/adapter/adapter_config.json", base_model_name_or_path="nowhere")
+    moved = ("--base", tmp_path / "base", "--no-verify", "--json", "--dtype", "float32")
+    shown = command("export", tmp_path / "run", "--merge", "-o", tmp_path / "again", *moved)
+    assert shown.code == 0, shown.err
+    assert json.loads(shown.out) == {
+        "passed": None,
+        "checks": [],
+        "artifact": str(tmp_path / "again"),
+        "onto": "the base's original weights",
+    }
+    assert load_model(tmp_path / "again").base_dtype == "float32"

@@ -1,0 +1,293 @@
+"""Verification: files alone must show that what was saved is what was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fresh_process import in_this_process  # noqa: F401  (a fixture)
+from tiny_models import edit_json, tiny_tokenizer, write_model
+from tiny_runs import command, sums, write_rows
+from truetune.compare import Agreement
+from truetune.errors import InputError, UsageError
+from truetune.run import RunDir, sha256
+from truetune.verify import VERIFY_ROWS, Verdict, verify
+from truetune.verify.rows import read_rows
+from truetune.verify.verdict import judge
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in bfloat16, and a run of each kind on it."""
+    folder = tmp_path_factory.mktemp("verify")
+    write_model(folder / "base", dtype="bfloat16", tie_word_embeddings=True)
+    data = write_rows(folder / "rows.jsonl", sums(110))
+    for kind, more in (("adapter", ["--lora"]), ("model", [])):
+        shown = command(
+            *("train", folder / "base", data, *more, "-o", folder / kind),
+            *("--max-steps", 2, "--batch-size", 4, "--eval-steps", 2, "--save-steps", 1),
+        )
+        assert shown.code == 0, shown.err
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, tmp_path: Path) -> Path:
+    """The adapter's run, on a base of its own."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    folder = Path(shutil.copytree(place / "adapter", tmp_path / "run"))
+    with_manifest(
+        folder,
+        lambda: edit_json(
+            folder / "adapter/adapter_config.json",
+            base_model_name_or_path=str(tmp_path / "base"),
+        ),
+    )
+    return folder
+
+
+def with_manifest(folder: Path, change: Callable[[], Any]) -> None:
+    """Change a run so that its hashes still fit: as if it had been saved like this."""
+    change()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in list(manifest["files"]):
+        if (folder / name).is_file():
+            manifest["files"][name]["sha256"] = sha256(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def states(verdict: Verdict) -> dict[str, str]:
+    return {check.name: check.state for check in verdict.checks}
+
+
+def failure(verdict: Verdict) -> Any:
+    (check,) = [check for check in verdict.checks if check.state == "failed"]
+    return check
+
+
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_run_as_it_was_saved(place: Path, kind: str) -> None:
+    verdict = verify(str(place / kind))
+    assert verdict.passed
+    assert states(verdict) == dict.fromkeys(
+        ("files", "opens", "contract", "rows", "logits"), "passed"
+    )
+    numbers = verdict.checks[-1].numbers
+    # An adapter comes back as it was; all weights were rounded to the base's bfloat16.
+    assert (numbers["max_logprob_difference"] == 0) == (kind == "adapter")
+    assert numbers["num_positions"] > 10
+    assert verdict.findings() == []
+
+
+def test_a_checkpoint_and_a_plain_folder(place: Path) -> None:
+    assert states(verify(str(place / "base"))) == {"opens": "passed"}
+    verdict = verify(str(place / "adapter/checkpoints/step-00000001"))
+    assert verdict.passed
+    assert states(verdict)["logits"] == "not-checked"
+    # The artifact by its own path is the run's.
+    assert states(verify(str(place / "adapter/adapter")))["logits"] == "passed"
+
+
+def test_rows_are_those_held_out_and_whole(place: Path) -> None:
+    rows = read_rows(RunDir(place / "adapter"))
+    assert len(rows) == 6
+    assert all(row.held_out for row in rows)
+    assert all(len(row.logprobs[0]) == sum(row.examples[0][1]) for row in rows)
+
+
+def test_a_changed_file(run: Path) -> None:
+    path = run / "adapter/adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 0x40
+    path.write_bytes(data)
+    verdict = verify(str(run))
+    assert states(verdict)["files"] == "failed"
+    assert "changed: adapter/adapter_model.safetensors" in verdict.checks[0].what
+    (finding, *_) = verdict.findings()
+    assert (finding.code, finding.level) == ("verify-failed", "error")
+
+
+def test_a_missing_file(run: Path) -> None:
+    (run / "adapter/chat_template.jinja").unlink()
+    verdict = verify(str(run))
+    assert "missing: adapter/chat_template.jinja" in verdict.checks[0].what
+
+
+def test_other_weights_with_fitting_hashes(run: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = run / "adapter/adapter_model.safetensors"
+    tensors = {name: tensor * 3 for name, tensor in load_file(path).items()}
+    with_manifest(run, lambda: save_file(tensors, path, metadata={"format": "pt"}))
+    check = failure(verify(str(run)))
+    assert check.name == "logits"
+    assert "the loss went from" in check.what or "the same token" in check.what
+
+
+def test_another_base(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "base/model.safetensors"
+    tensors = {name: -tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    check = failure(verify(str(run)))
+    assert (check.name, check.numbers["code"]) == ("opens", "adapter-wrong-base")
+
+
+def test_a_moved_base(run: Path, tmp_path: Path) -> None:
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    assert failure(verify(str(run))).numbers["code"] == "adapter-no-base"
+    assert verify(str(run), base=str(moved)).passed
+
+
+def test_another_template(run: Path) -> None:
+    path = run / "adapter/chat_template.jinja"
+    with_manifest(
+        run,
+        lambda: path.write_text(
+            path.read_text()
+            .replace("<|user|>", "<|system|>")
+            .replace("<|{{ m.role }}|>", "{{ m.role }}: ")
+        ),
+    )
+    verdict = verify(str(run))
+    check = failure(verdict)
+    assert check.name == "rows"
+    assert "6 of 6 rows give other ids" in check.what
+
+
+def test_another_stop_set(run: Path) -> None:
+    path = run / "adapter/generation_config.json"
+    with_manifest(run, lambda: edit_json(path, eos_token_id=[257, 258]))
+    verdict = verify(str(run))
+    check = next(check for check in verdict.checks if check.name == "contract")
+    assert check.state == "failed"
+    assert "stop: [257] then, [257, 258] now" in check.what
+
+
+def test_another_tokenizer(run: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["x1"])
+
+    with_manifest(run, lambda: tokenizer.save_pretrained(run / "adapter"))
+    assert failure(verify(str(run))).numbers["code"] == "adapter-wrong-tokenizer"
+
+
+def test_an_unfinished_run(run: Path) -> None:
+    (run / "manifest.json").unlink()
+    verdict = verify(str(run))
+    assert verdict.passed
+    assert states(verdict)["files"] == "not-checked"
+    (run / VERIFY_ROWS).unlink()
+    assert states(verify(str(run)))["rows"] == "not-checked"
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UsageError):
+        verify(str(run))
+
+
+@pytest.mark.parametrize("name", [VERIFY_ROWS, "manifest.json", "contract.json"])
+def test_damaged_records(run: Path, name: str) -> None:
+    (run / name).write_text('{"conversation": 3}\n')
+    with pytest.raises(InputError):
+        verify(str(run))
+
+
+@pytest.mark.usefixtures("verified_runs")
+@pytest.mark.parametrize("method", [["--lora"], []])
+def test_a_run_ends_with_its_verification(place: Path, tmp_path: Path, method: list[str]) -> None:
+    run = tmp_path / "run"
+    shown = command(
+        *("train", place / "base", place / "rows.jsonl", *method, "-o", run),
+        *("--max-steps", 1, "--batch-size", 4, "--eval-steps", 1),
+    )
+    assert shown.code == 0, shown.err
+    assert "verified by a fresh process: 4 checks passed (verify.json)" in shown.out
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["verified"] is True
+    assert "verify.json" in manifest["files"]
+    verdict = json.loads((run / "verify.json").read_text())
+    # The manifest is written after it.
+    assert [c["name"] for c in verdict["checks"] if c["state"] != "passed"] == ["files"]
+    assert verify(str(run)).passed
+
+
+@pytest.mark.usefixtures("verified_runs")
+def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import truetune.job as module
+
+    save = module.save_model
+
+    def forgetful(loaded: Any, contract: Any, folder: Path, **settings: Any) -> Any:
+        report = save(loaded, contract, folder, **settings)
+        if folder.name == "model":
+            edit_json(folder / "generation_config.json", eos_token_id=[258])
+        return report
+
+    monkeypatch.setattr(module, "save_model", forgetful)
+    run = tmp_path / "run"
+    shown = command(
+        *("train", place / "base", place / "rows.jsonl", "-o", run, "--max-steps", 1),
+        *("--batch-size", 4, "--eval-steps", 1),
+    )
+    assert shown.code == 1
+    assert "what was saved is not what was trained" in shown.err
+    assert "stop: [257] then, [257, 258] now" in shown.err
+    assert json.loads((run / "manifest.json").read_text())["verified"] is False
+    assert (run / "model/model.safetensors").is_file()
+
+
+def found(**changes: Any) -> Agreement:
+    same: dict[str, Any] = {
+        "max_difference": 0.0, "mean_difference": 0.0, "spread": 1.0,
+        "max_logprob_difference": 0.0, "greedy": 1.0, "reference_loss": 2.0, "loss": 2.0,
+        "num_positions": 100,
+    }  # fmt: skip
+    return Agreement(**(same | changes))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "state"),
+    [
+        ("float32", {}, "passed"),
+        ("float32", {"mean_difference": 9e-5}, "passed"),
+        ("float32", {"mean_difference": 2e-4}, "failed"),
+        ("bfloat16", {"mean_difference": 0.05}, "passed"),
+        ("bfloat16", {"mean_difference": 0.8}, "failed"),
+        ("bfloat16", {"greedy": 0.95}, "passed"),
+        ("bfloat16", {"greedy": 0.5}, "failed"),
+        ("float16", {"loss": 2.1}, "failed"),
+        ("bfloat16", {"loss": 2.05, "mean_difference": None, "spread": None}, "passed"),
+    ],
+)
+def test_what_is_too_far(dtype: str, changes: dict[str, Any], state: str) -> None:
+    assert judge("merge", found(**changes), dtype, "a against b").state == state
+
+
+def test_from_the_command_line_through_a_fresh_process(
+    place: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run / "adapter/generation_config.json"
+    with_manifest(run, lambda: edit_json(path, eos_token_id=[258]))
+    shown = command("verify", run, "--json")
+    assert (shown.code, json.loads(shown.out)["passed"]) == (1, False)
+    monkeypatch.undo()
+    shown = command("verify", place / "model")
+    assert shown.code == 0, shown.err
+    assert "passed       opens" in shown.out
+    assert "reloaded against the trained model in memory on 6 rows" in shown.out
+    # A process that dies, as one without memory does.
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    shown = command("verify", run)
+    assert shown.code == 1
+    assert "ended with 1" in shown.out
