@@ -248,7 +248,7 @@ for words in (
         assert not exit.code, words
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stdout)
