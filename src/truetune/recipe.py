@@ -91,7 +91,7 @@ class Recipe:
     chat_template: str | None = _option(
         None,
         PROMPT,
-        "A .jinja file, or built-in: instruction-response, chatml-lite.",
+        "A .jinja file, or built-in: instruction-response, chatml-lite, user-assistant-think.",
         shown="the model's own",
     )
     stop: list[str] | None = _option(

@@ -2,7 +2,8 @@
 
 `instruction-response` is the default for them: it ends an answer on the model's own end token and
 needs no new token. `chatml-lite` needs the tokens <|user|>, <|assistant|> and <|end|>, which the
-embedded base reserves.
+embedded base reserves. `user-assistant-think` writes reasoning between <think> and </think> before
+the answer, as plain text or as tokens of the model's own; the prompt does not open the block.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from importlib import resources
 from typing import Any
 
 DEFAULT = "instruction-response"
-NAMES = ("instruction-response", "chatml-lite")
+NAMES = ("instruction-response", "chatml-lite", "user-assistant-think")
 
 
 def builtin_template(name: str, tokenizer: Any) -> str:
