@@ -21,7 +21,10 @@ from truetune.findings import Finding
 from truetune.recipe import settings
 from truetune.screen import Screen, side_by_side, visible
 
-VERBS = [[], ["train"], ["chat"], ["inspect"], ["quickstart"], ["lab"], ["lab", "pretrain"]]
+VERBS = [
+    *([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["quickstart"]),
+    *(["lab"], ["lab", "pretrain"], ["lab", "reasoning"]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def test_help_imports_nothing_heavy() -> None:
     program = """
 import sys
 from truetune.cli import main
-for verb in ([], ["train"], ["chat"], ["inspect"], ["quickstart"], ["lab"], ["lab", "pretrain"]):
+for verb in ([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["lab", "reasoning"]):
     for flag in ("-h", "--help"):
         try:
             main([*verb, flag])

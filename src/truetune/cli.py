@@ -554,6 +554,30 @@ def pretrain(
     screen.line(f"written and measured: {folder} (its README.md has the numbers)")
 
 
+@lab.command(cls=_Command, short_help="Train twins with and without reasoning, and ask both.")
+def reasoning(
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
+    seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each.", min=1)] = 600,
+) -> None:
+    """Train twins on two-step sums and world questions, with and without a worked step between
+    new markers, and ask both what neither has seen."""
+    from truetune.lab.reasoning import Twins, experiment
+
+    screen = _screen()
+
+    def show(twins: Twins) -> None:
+        found, plain = twins.reasoning, twins.plain
+        screen.line(
+            f"seed {twins.seed}  opens the block {found.opened}/{found.total}, closes it and "
+            f"answers {found.closed}/{found.total}; two-step sums {found.sums[0]}/{found.sums[1]} "
+            f"with reasoning, {plain.sums[0]}/{plain.sums[1]} without; world questions "
+            f"{found.places[0]}/{found.places[1]} and {plain.places[0]}/{plain.places[1]}"
+        )
+
+    experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as in `truetune.errors`."""
     words = list(sys.argv[1:] if arguments is None else arguments)
