@@ -218,7 +218,7 @@ train(make_recipe(("test", eval(sys.argv[1]))), Kill())
 
 def test_a_process_that_is_really_killed(place: Place, tmp_path: Path) -> None:
     settings = place.settings("lora", tmp_path / "run")
-    done = subprocess.run([sys.executable, "-c", KILL, repr(settings)], timeout=600, check=False)
+    done = subprocess.run([sys.executable, "-c", KILL, repr(settings)], timeout=120, check=False)
     assert done.returncode == 9
     assert resume(tmp_path / "run").code == 0
     assert_same(RunDir(tmp_path / "run"), place.uninterrupted("lora"))
@@ -246,8 +246,6 @@ def test_a_second_ctrl_c_stops_at_once(place: Place, tmp_path: Path) -> None:
         def step(self, facts: Any, plan: Any) -> None:
             if facts.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
-                # Two signals that wait at the same time are one.
-                time.sleep(0.05)
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
 
@@ -271,7 +269,7 @@ def test_ctrl_c_at_the_keyboard(place: Place, tmp_path: Path) -> None:
             if line.startswith("step "):
                 break
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130, err

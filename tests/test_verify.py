@@ -220,6 +220,33 @@ def test_a_run_ends_with_its_verification(place: Path, tmp_path: Path, method: l
     assert verify(str(run)).passed
 
 
+def test_an_interrupted_save_leaves_the_old_artifact(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import truetune.job as module
+
+    run = Path(shutil.copytree(place / "model", tmp_path / "run"))
+    # As if the process had died between its artifact and its manifest.
+    (run / "manifest.json").unlink()
+    before = {p.name: sha256(p) for p in (run / "model").iterdir()}
+    save = module.save_model
+
+    def interrupted(loaded: Any, contract: Any, folder: Path, **settings: Any) -> Any:
+        if folder.name == ".model.partial":
+            raise KeyboardInterrupt
+        return save(loaded, contract, folder, **settings)
+
+    monkeypatch.setattr(module, "save_model", interrupted)
+    assert command("train", "--resume", run).code == 130
+    assert {p.name: sha256(p) for p in (run / "model").iterdir()} == before
+    monkeypatch.setattr(module, "save_model", save)
+    shown = command("train", "--resume", run)
+    assert shown.code == 0, shown.err
+    # Resumed to the same weights; nothing is left of the two attempts.
+    assert {p.name: sha256(p) for p in (run / "model").iterdir()} == before
+    assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
+
+
 @pytest.mark.usefixtures("verified_runs")
 def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,7 +257,7 @@ def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
 
     def forgetful(loaded: Any, contract: Any, folder: Path, **settings: Any) -> Any:
         report = save(loaded, contract, folder, **settings)
-        if folder.name == "model":
+        if folder.name == ".model.partial":
             edit_json(folder / "generation_config.json", eos_token_id=[258])
         return report
 

@@ -362,15 +362,17 @@ class Job:
     def _save_artifact(self) -> SaveReport:
         name = "adapter" if self.loaded.is_adapter else "model"
         folder = self.run.file(name)
-        if folder.exists():  # a run that died between its artifact and its manifest
-            shutil.rmtree(folder)
         self.listener.stage("save and read back")
         self._prove_rows()
         self._measure()
         # All weights go back to the type that the model came in, so that it serves as before; the
         # rounding is measured and told. An adapter stays float32.
         dtype = None if self.loaded.is_adapter else self.prepared.model.dtype
-        report = save_model(self.loaded, self.contract, folder, dtype=dtype)
+        fresh = folder.with_name(f".{name}.partial")
+        shutil.rmtree(fresh, ignore_errors=True)
+        report = save_model(self.loaded, self.contract, fresh, dtype=dtype)
+        _replace_folder(folder, fresh)
+        report = replace(report, folder=folder)
         if report.cast_error:
             self._found(
                 Finding(
@@ -436,6 +438,17 @@ class Job:
                 error.code, "error", error.what, error.where, 1, error.why, error.fix
             ).as_dict(),
         )
+
+
+def _replace_folder(folder: Path, fresh: Path) -> None:
+    """Give a folder's name to another one; what had it (of a run that died before its manifest)
+    goes last."""
+    old = folder.with_name(f".{folder.name}.partial-1")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -280,7 +280,8 @@ def _unnamed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [(path, _UNNAMED.fullmatch(path.name)) for path in sorted(folder.iterdir())]
-    return [p for p, m in found if m and (m[1] in _OWN or m[1].lstrip(".").startswith(STEP))]
+    named = [(path, match[1].lstrip(".")) for path, match in found if match]
+    return [path for path, name in named if name in _OWN or name.startswith(STEP)]
 
 
 def _remove(path: Path) -> None:
