@@ -280,12 +280,12 @@ def test_plain_text_is_trained_whole_and_closed() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "code"),
     [
-        ("NO_TERMINATOR", TWO, "no-stop"),
-        ("OPENS_THINKING", TWO, "prompt-differs"),
+        ("UNKNOWN_TERMINATOR", TWO, "no-stop"),
+        ("OPENS_THINKING", TWO, "thinking-only"),
         ("DELETING", chat("a", "<think>\nyes\n</think>\n\nno"), "target-dropped"),
         ("HYBRID", TWO, "target-invented"),
         ("HYBRID", chat("a", ""), "target-invented"),
-        ("NO_SYSTEM", chat("a", "b", system="s"), "unfaithful-template"),
+        ("NO_SYSTEM", chat("a", "b", system="s"), "template-refuses"),
         ("PLAIN", chat("a", "yes<|end|>no"), "stop-in-answer"),
         ("PLAIN", chat("a", "<|end|>"), "stop-in-answer"),
         ("PLAIN", chat("a"), "no-assistant-turn"),
@@ -306,15 +306,16 @@ def test_the_reason_names_what_it_saw() -> None:
 
     assert "no system turn here" in reason(tiny.NO_SYSTEM, chat("a", "b", system="s"))
     assert r"'<think>\n'" in reason(tiny.OPENS_THINKING, TWO)
-    assert r"yes, no\n" in reason(tiny.NO_TERMINATOR, chat("a", "yes, no"))
-    assert r"<think>\n\n</think>" in reason(tiny.HYBRID, TWO)
+    assert "yes, no(end)" in reason(tiny.UNKNOWN_TERMINATOR, chat("a", "yes, no"))
+    assert "<think></think>" in reason(tiny.HYBRID, TWO)
+    assert "--template-arg thinking=false" in reason(tiny.HYBRID, TWO)
     assert "'<|end|>'" in reason(tiny.PLAIN, chat("a", "yes<|end|>"))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("reasoning_content", "because of this", "reasoning content"),
+        ("reasoning_content", "because of this", "the reasoning"),
         ("tool_calls", [{"function": {"name": "add", "arguments": {"a": 1}}}], "'add'"),
         ("tool_calls", [{"function": {"name": "Hello", "arguments": {"a": "deep"}}}], "tool call"),
     ],

@@ -88,8 +88,10 @@ def test_auto_adds_the_token_that_the_template_writes() -> None:
     assert "'</s>'" in note.what
     assert "'<|end|>'" in note.why
     assert load(tiny.END_OF_TEXT, stop="auto").stop_ids == ids(END, S)
-    none = load(tiny.NO_TERMINATOR)
+    none = load(tiny.OPEN_ENDED)
     assert (none.stop_ids, none.findings) == (ids(END), ())
+    # Nothing stands behind a last answer: what begins the next turn ends it.
+    assert load(tiny.NO_TERMINATOR).stop_ids == ids(END, "<|user|>")
 
 
 def test_auto_looks_past_whitespace_and_no_further() -> None:
@@ -219,8 +221,10 @@ def test_a_row_may_carry_its_own_arguments() -> None:
     assert served != contract.prompt_ids(ROW[:1])
     fitted = contract.fit([ROW])
     own = Conversation(tuple(ROW), "f:1", template_kwargs={"thinking": True})
-    with pytest.raises(UnfaithfulTemplate):
-        fitted.encode(own)
+    # Asked for by hand: the answer alone is trained, and that is told.
+    unlearned = fitted.encode(own)
+    assert supervised_texts(contract, unlearned) == ["yes<|end|>"]
+    assert unlearned.remarks == ("thinking-unlearned",)
 
 
 def test_arguments_are_what_nobody_provides() -> None:

@@ -398,11 +398,16 @@ def test_a_config_that_cannot_be_saved_at_all_keeps_its_ids() -> None:
 def test_one_of_several_templates_is_saved_and_told(folder: Path, tmp_path: Path) -> None:
     loaded = load_model(folder)
     default = loaded.tokenizer.chat_template
-    loaded.tokenizer.chat_template = {"default": default, "tool_use": "other"}
+    loaded.tokenizer.chat_template = {"default": default, "tool_use": default, "rag": "other"}
     report = save_model(loaded, contract_of(loaded), tmp_path / "out")
     assert [f.code for f in report.findings] == ["templates-dropped"]
-    assert "tool_use" in report.findings[0].what
-    assert load_model(tmp_path / "out").tokenizer.chat_template == default
+    assert "rag" in report.findings[0].what
+    assert "tool_use" not in report.findings[0].what
+    # A server takes the one for tools where tools are offered: both were trained.
+    kept = load_model(tmp_path / "out").tokenizer.chat_template
+    assert kept == {"default": default, "tool_use": default}
+    loaded.tokenizer.chat_template = {"default": default, "tool_use": default}
+    assert save_model(loaded, contract_of(loaded), tmp_path / "two").findings == ()
 
 
 def test_a_sharded_model_is_read_back_whole(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from truetune import Encoded, PromptContract
+from truetune.contract.shape import Markers, shown
 
 MARKERS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<s>", "</s>")
 WORDS = (
@@ -128,6 +129,12 @@ HYBRID = (
 )
 OPENS_THINKING = _turns(_TURN, prompt="<|assistant|>\n<think>\n")
 NO_TERMINATOR = _turns("{{- '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '\\n' -}}")
+# An end marker that is no token of these tokenizers.
+UNKNOWN_TERMINATOR = _turns(
+    "{{- '\\n### ' ~ m.role ~ '\\n' ~ m.content ~ '(end)' -}}", prompt="\n### assistant\n"
+)
+# Answers are closed by nothing at all.
+OPEN_ENDED = _turns("{{- '\\n### ' ~ m.role ~ '\\n' ~ m.content -}}", prompt="\n### assistant\n")
 DELETING = _turns(
     "{%- set c = m.content.split('</think>')[-1] if m.role == 'assistant' else m.content -%}"
     "{{- '<|' ~ m.role ~ '|>\\n' ~ c ~ '<|end|>\\n' -}}"
@@ -190,7 +197,9 @@ def require_equation(
         end = 0
         for turn in turns:
             served = contract.prompt_ids(shown[:turn], tools)
-            assert served == served_by_transformers(contract, shown[:turn], tools)
+            # Where reasoning goes another way than its field, messages are sent in that form.
+            if encoded.route in ("", "reasoning_content"):
+                assert served == served_by_transformers(contract, shown[:turn], tools)
             assert example.ids[: len(served)] == served
             assert len(served) >= end, "a later prompt is shorter than the turn before it"
             stops = (
@@ -219,9 +228,11 @@ def served_by_transformers(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
 ) -> list[int]:
-    """What a server built on transformers sends."""
+    """What a server built on transformers sends, arguments of calls in the template's form."""
     ids = contract.tokenizer.apply_chat_template(
-        list(messages),
+        shown(
+            [dict(m) for m in messages], contract.behaviour().shape, "reasoning_content", Markers()
+        ),
         tools=list(tools) if tools else None,
         chat_template=contract.chat_template,
         add_generation_prompt=True,

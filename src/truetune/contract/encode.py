@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
 from truetune.contract.example import SFTExample
-from truetune.contract.render import Renderer
 from truetune.contract.tokens import Tokens, common_prefix
+from truetune.contract.turns import TurnText, excerpt
 from truetune.errors import UnfaithfulTemplate
 
 LossOn = Literal["assistant", "last", "all"]
@@ -36,7 +36,15 @@ class Encoded(Sequence[SFTExample]):
         row: where the row came from.
         remarks: what was found on the way, one word each, repeated per turn: "stripped" (the
             template strips outer whitespace of the answer), "normalised" (the tokenizer's own
-            normaliser changed it), "seam" (joint encoding would have merged prompt and answer).
+            normaliser changed it), "seam" (joint encoding would have merged prompt and answer),
+            "framed" (the template writes control tokens around the answer, which are learned),
+            "stop-appended" (the template closes answers with nothing: the model's own end does),
+            "reasoning-empty" (the block that the prompt opens is closed at once),
+            "thinking-unlearned" (an answer without reasoning where the template would think),
+            "prompt-realigned" (the served prompt's earlier part differs from the rendering's).
+        reasons: per example why it is none with the one before: which text of history the template
+            wrote anew; "" for a root.
+        route: how reasoning reached the template, "" for a row without.
     """
 
     examples: tuple[SFTExample, ...]
@@ -45,6 +53,8 @@ class Encoded(Sequence[SFTExample]):
     turns: tuple[tuple[int, ...], ...]
     row: str = ""
     remarks: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    route: str = ""
 
     @overload
     def __getitem__(self, index: int) -> SFTExample: ...
@@ -61,66 +71,23 @@ class Encoded(Sequence[SFTExample]):
 
 
 @dataclass(frozen=True)
-class TurnText:
-    """One trained turn as text: the served prompt, and the template's rendering through it."""
+class Ends:
+    """How a turn is closed where the template writes no stop behind it.
 
-    turn: int
-    prompt: str
-    through: str
-
-
-def trained_turns(messages: Sequence[Mapping[str, Any]], loss_on: LossOn) -> list[int]:
-    """Indices of the assistant turns that are targets.
-
-    Raises:
-        UnfaithfulTemplate: there is none.
+    Attributes:
+        answer, call: the stop that stands before the next user turn and before a tool's answer;
+            None where the template writes none there either.
+        own: the model's own end, for templates that close answers with nothing at all.
+        lead: what the template writes before every answer: a format may name a recipient or a
+            channel first.
+        bare: whether the template writes nothing but whitespace behind a last answer.
     """
-    turns = [
-        index
-        for index, message in enumerate(messages)
-        if message.get("role") == "assistant" and message.get("train") is not False
-    ]
-    if not turns:
-        raise UnfaithfulTemplate(
-            "the conversation has no assistant turn to train",
-            fix="add an answer, or leave the row out with --bad-rows drop",
-            code="no-assistant-turn",
-        )
-    return turns[-1:] if loss_on == "last" else turns
 
-
-def turn_texts(
-    renderer: Renderer,
-    messages: Sequence[Mapping[str, Any]],
-    turns: Sequence[int],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None,
-    arguments: Mapping[str, Any] | None,
-) -> list[TurnText]:
-    """Render the two texts of each turn.
-
-    Raises:
-        UnfaithfulTemplate: the template refuses the messages, or writes something else before an
-            answer in history than the server sends, or nothing stands before an answer.
-    """
-    visible = [{k: v for k, v in message.items() if k != "train"} for message in messages]
-    texts = []
-    for turn in turns:
-        if turn == 0:
-            raise UnfaithfulTemplate(
-                "the conversation begins with an answer to train",
-                why="a server has no prompt to send before it: it takes no empty conversation",
-                fix="put a message before it, or set train: false on it",
-                code="no-prompt",
-            )
-        prompt = renderer.render(
-            visible[:turn], tools=tools, add_generation_prompt=True, arguments=arguments
-        )
-        through = renderer.render(visible[: turn + 1], tools=tools, arguments=arguments)
-        if not through.startswith(prompt):
-            raise _diverging(turn, prompt, through)
-        texts.append(TurnText(turn, prompt, through))
-    return texts
+    answer: int | None = None
+    call: int | None = None
+    own: int | None = None
+    lead: str = ""
+    bare: bool = False
 
 
 def assemble(
@@ -130,8 +97,10 @@ def assemble(
     *,
     tokens: Tokens,
     stop_ids: Sequence[int],
+    ends: Ends,
     loss_on: LossOn,
     row: str,
+    route: str = "",
 ) -> Encoded:
     """Examples from the tokenized texts of one conversation, each turn proved.
 
@@ -143,11 +112,16 @@ def assemble(
     shared: list[int] = []
     turns: list[list[int]] = []
     remarks: list[str] = []
+    reasons: list[str] = []
     for text in texts:
         prompt = ids_of[text.prompt]
-        completion, seam = _completion(text, ids_of, tokens, stop_ids)
-        remarks += ["seam"] * seam
-        remarks += _prove(text.turn, messages[text.turn], prompt, completion, tokens)
+        message = messages[text.turn]
+        completion, how = _completion(text, message, ids_of, tokens, stop_ids, ends)
+        remarks += [*text.remarks, *how]
+        rest = text.through[len(text.prompt) :]
+        found = _prove(text.turn, message, prompt, completion, rest, ends.lead, tokens)
+        if "reasoning-empty" not in text.remarks:  # the closing marker is no frame
+            remarks += found
         last = examples[-1].ids if examples else []
         if examples and prompt[: len(last)] == last:
             context = [0] * (len(prompt) - len(last))
@@ -155,8 +129,12 @@ def assemble(
             examples[-1] = SFTExample([*prompt, *completion], mask)
             turns[-1].append(text.turn)
             continue
-        parents.append(len(examples) - 1 if examples else None)
-        shared.append(common_prefix(last, [*prompt, *completion]))
+        ids = [*prompt, *completion]
+        common = [common_prefix(example.ids, ids) for example in examples]
+        best = max(range(len(common)), key=lambda i: (common[i], i), default=None)
+        parents.append(best)
+        shared.append(0 if best is None else common[best])
+        reasons.append("" if best is None else _rewriting(text.turn, last, prompt, tokens))
         mask = [0] * len(prompt) + [1] * len(completion)
         examples.append(SFTExample([*prompt, *completion], mask))
         turns.append([text.turn])
@@ -173,15 +151,23 @@ def assemble(
         tuple(map(tuple, turns)),
         row,
         tuple(remarks),
+        tuple(reasons),
+        route,
     )
 
 
 def _completion(
-    text: TurnText, ids_of: Mapping[str, list[int]], tokens: Tokens, stop_ids: Sequence[int]
-) -> tuple[list[int], bool]:
-    """Ids of the answer up to and with the first stop, and whether the seam would have merged."""
+    text: TurnText,
+    message: Mapping[str, Any],
+    ids_of: Mapping[str, list[int]],
+    tokens: Tokens,
+    stop_ids: Sequence[int],
+    ends: Ends,
+) -> tuple[list[int], list[str]]:
+    """Ids of the answer up to and with the first stop, and remarks."""
     prompt, through = ids_of[text.prompt], ids_of[text.through]
     seam = through[: len(prompt)] != prompt
+    remarks = ["seam"] if seam else []
     written = text.through[len(text.prompt) :]
     ids = through[len(prompt) :]
     # Some tokenizers put a space before whatever follows a special token.
@@ -190,7 +176,12 @@ def _completion(
         ids = tokens.encode_completion(prompt, written)
     for position, token in enumerate(ids):
         if token in stop_ids:
-            return ids[: position + 1], seam
+            return ids[: position + 1], remarks
+    following = ends.call if message.get("tool_calls") else ends.answer
+    if following is not None and following in stop_ids:
+        return [*ids, following], remarks
+    if ends.own is not None and ends.bare and not message.get("tool_calls"):
+        return [*ids, ends.own], [*remarks, "stop-appended"]
     stops = ", ".join(repr(tokens.decode([i])) for i in stop_ids) or "none at all"
     raise UnfaithfulTemplate(
         f"the answer of message {text.turn} ends on no stop token",
@@ -205,6 +196,8 @@ def _prove(
     message: Mapping[str, Any],
     prompt: Sequence[int],
     completion: Sequence[int],
+    written: str,
+    lead: str,
     tokens: Tokens,
 ) -> list[str]:
     """Compare the decoded completion with the data; returns remarks.
@@ -223,7 +216,7 @@ def _prove(
         )
     if message.get("reasoning_content") or message.get("tool_calls"):
         # Before any comparison with the content: a template that drops both leaves the content.
-        _prove_parts(turn, message, body, tokens)
+        _prove_parts(turn, message, body, written, tokens)
         return []
     if body == content:
         return []
@@ -231,33 +224,72 @@ def _prove(
         return ["stripped"]
     if body.strip() == tokens.normalised(content).strip():
         return ["normalised"]
+    if _framed(content, body.strip().removeprefix(lead.strip()), completion[:-1], tokens):
+        return ["framed"]
     raise _rewritten(turn, content, body, tokens, completion[-1])
 
 
-def _prove_parts(turn: int, message: Mapping[str, Any], body: str, tokens: Tokens) -> None:
+def _framed(content: str, body: str, ids: Sequence[int], tokens: Tokens) -> bool:
+    """Whether nothing but control tokens of the template stand around the whole answer.
+
+    A format may have the model name its channel before it answers, which the template then writes
+    before every answer (`Ends.lead`, taken off here). Words behind an answer are no format: they
+    would be invented. So each piece beside the answer must touch a control token.
+    """
+    for part in dict.fromkeys((content.strip(), tokens.normalised(content).strip())):
+        before, found, after = body.rpartition(part) if part else (body, "", "")
+        if part and not found:
+            continue
+        pieces = [piece for piece in (before.strip(), after.strip()) if piece]
+        marks = [tokens.decode([token]).strip() for token in ids if token in tokens.special_ids]
+        if all(
+            any(piece.startswith(m) or piece.endswith(m) for m in marks if m) for piece in pieces
+        ):
+            return True
+    return False
+
+
+def _prove_parts(
+    turn: int, message: Mapping[str, Any], body: str, written: str, tokens: Tokens
+) -> None:
     """Reasoning, content and tool calls must all be in the completion, reasoning first."""
     start = 0
-    for name in ("reasoning_content", "content"):
+    for name, label in (("reasoning_content", "the reasoning"), ("content", "the content")):
         part = str(message.get(name) or "").strip()
         found = _find(part, body, start, tokens)
         if found is None:
-            raise UnfaithfulTemplate(
-                f"the template drops the {name.replace('_', ' ')} of message {turn}",
-                why=f"the completion would be {_excerpt(body)}",
-                fix="use a template that renders it, or put it into the content",
-                code="target-dropped",
-            )
+            raise _missing(turn, label, part, body, written)
         start = found
     for call in message.get("tool_calls") or []:
         function = call.get("function", call)
         for leaf in [function.get("name", ""), *_leaves(function.get("arguments", {}))]:
-            if not any(_find(form, body, 0, tokens) is not None for form in _json_forms(leaf)):
-                raise UnfaithfulTemplate(
-                    f"the template drops {leaf!r} of a tool call of message {turn}",
-                    why=f"the completion would be {_excerpt(body)}",
-                    fix="use a template that renders tool calls",
-                    code="target-dropped",
-                )
+            forms = _json_forms(leaf)
+            if not any(_find(form, body, 0, tokens) is not None for form in forms):
+                label = f"{leaf!r} of a tool call"
+                raise _missing(turn, label, str(leaf), body, written)
+
+
+def _missing(turn: int, label: str, part: str, body: str, written: str) -> UnfaithfulTemplate:
+    """A part of the target that is not in the completion: behind its end, or nowhere."""
+    if part and part in written:
+        return UnfaithfulTemplate(
+            f"the template ends the turn before {label} of message {turn}",
+            why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
+            if body
+            else "a stop token stands in front of it: a server would end the answer there",
+            fix="put it into a turn of its own, or use a template that keeps a turn in one piece",
+            code="target-behind-stop",
+        )
+    reasoning = label == "the reasoning"
+    return UnfaithfulTemplate(
+        f"the template drops {label} of message {turn}",
+        why=f"the completion would be {excerpt(body)}",
+        fix="write it between think markers with --reasoning inline, or leave it out of the data "
+        "with --reasoning drop"
+        if reasoning
+        else "use a template that renders it, or put it into the content",
+        code="target-dropped",
+    )
 
 
 def _find(part: str, body: str, start: int, tokens: Tokens) -> int | None:
@@ -290,17 +322,13 @@ def _json_forms(leaf: Any) -> list[str]:
     return [json.dumps(leaf), str(leaf)]
 
 
-def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(prompt, through, strict=False)) if a != b),
-        min(len(prompt), len(through)),
-    )
-    return UnfaithfulTemplate(
-        f"what the server sends before message {turn} is not what the template writes before it",
-        why=f"the served prompt goes on with {_excerpt(prompt[at:])}, the rendered conversation "
-        f"with {_excerpt(through[at:])}",
-        fix="use a template whose history equals its prompts, or set the template's arguments",
-        code="prompt-differs",
+def _rewriting(turn: int, last: Sequence[int], prompt: Sequence[int], tokens: Tokens) -> str:
+    """Where a later prompt leaves the sequence before it."""
+    at = common_prefix(last, prompt)
+    before, now = tokens.decode(last[at : at + 24]), tokens.decode(prompt[at : at + 24])
+    return (
+        f"the prompt of message {turn} has {excerpt(now, 40)} where the sequence before it has "
+        f"{excerpt(before, 40)}"
     )
 
 
@@ -308,7 +336,7 @@ def _rewritten(turn: int, content: str, body: str, tokens: Tokens, stop: int) ->
     if content.strip() in body:
         added = body.replace(content.strip(), "\u2026", 1)
         return UnfaithfulTemplate(
-            f"the template adds {_excerpt(added)} around the answer of message {turn}",
+            f"the template adds {excerpt(added)} around the answer of message {turn}",
             why="nothing that is not in the data may become a target",
             fix="set the template argument that leaves it out, or use another template",
             code="target-invented",
@@ -323,15 +351,10 @@ def _rewritten(turn: int, content: str, body: str, tokens: Tokens, stop: int) ->
         )
     return UnfaithfulTemplate(
         f"the template rewrites the answer of message {turn}",
-        why=f"the data says {_excerpt(content)}, the completion {_excerpt(body)}",
+        why=f"the data says {excerpt(content)}, the completion {excerpt(body)}",
         fix="use a template that renders the answer as it is",
         code="target-dropped",
     )
-
-
-def _excerpt(text: str, limit: int = 60) -> str:
-    """A quoted beginning, control characters shown."""
-    return repr(text if len(text) <= limit else text[: limit - 1] + "\u2026") if text else "nothing"
 
 
 def _tail(text: str, limit: int = 30) -> str:

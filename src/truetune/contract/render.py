@@ -1,14 +1,20 @@
 """Messages to text: a chat template with its arguments, rendered as an inference server renders it.
 
 Rendering goes through transformers' own sandbox and preparation of messages, because that is what
-servers built on it run; there is no second way of making prompt text.
+servers built on it run; there is no second way of making prompt text. It happens in a worker
+process (`sandbox.py`), because a template is a program that nobody has read.
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeAlias
 
+from truetune.contract import sandbox
 from truetune.errors import UnfaithfulTemplate
 
 # What transformers or a server gives every template; anything else a template reads is an argument.
@@ -19,26 +25,59 @@ PROVIDED = frozenset(
     image_token video_token audio_token add_vision_id""".split()  # noqa: SIM905
 )
 
+# Fields of messages, tools and calls that have a meaning of their own, and methods of strings.
+KNOWN_FIELDS = frozenset(
+    """role content name tool_calls tool_call_id function arguments id index type text train
+    parameters properties description required items enum append get keys
+    reasoning_content reasoning thinking
+    values items strip lstrip rstrip split rsplit replace startswith endswith upper lower title join
+    format first last index0 previtem nextitem length update pop find count image image_url video
+    audio default title anyOf oneOf allOf return nullable format defs functions function_call
+    """.split()  # noqa: SIM905
+)
 
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+Rendered: TypeAlias = str | UnfaithfulTemplate
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to make.
+
+    Attributes:
+        messages: as the template is to see them.
+        tools: tool schemas.
+        prompt: whether the generation prompt is added.
+        arguments: beside those of the run, and over them.
+    """
+
+    messages: Messages
+    tools: Sequence[Mapping[str, Any]] | None = None
+    prompt: bool = False
+    arguments: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Renderer:
-    """A template source bound to a tokenizer's special tokens and the run's arguments.
+    """Template sources bound to a tokenizer's special tokens, the run's arguments and its date.
 
-    Args:
+    Attributes:
         source: Jinja source.
         special_tokens: names to texts, as `tokenizer.special_tokens_map` gives them.
         arguments: template arguments of the run.
+        tool_source: the source that serves conversations with tools, where it is another one.
+        date: ISO date that the template takes for today; None is today.
     """
 
-    def __init__(
-        self, source: str, special_tokens: Mapping[str, Any], arguments: Mapping[str, Any]
-    ) -> None:
-        self.source = source
-        self.special_tokens = dict(special_tokens)
-        self.arguments = dict(arguments)
+    source: str
+    special_tokens: Mapping[str, Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tool_source: str | None = None
+    date: str | None = None
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
@@ -49,66 +88,112 @@ class Renderer:
         Raises:
             UnfaithfulTemplate: the template refuses these messages, or fails on them.
         """
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
+        (text,) = self.render_many([Job(messages, tools, add_generation_prompt, arguments)])
+        if isinstance(text, UnfaithfulTemplate):
+            raise text
+        return text
 
-        # transformers deletes fields that are None before rendering.
-        chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
-        try:
-            texts, _ = render_jinja_template(
-                conversations=[chat],
-                tools=list(tools) if tools else None,
-                chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens, **self.arguments, **(arguments or {})},
+    def render_many(self, jobs: Sequence[Job]) -> list[Rendered]:
+        """The text of each job, or why there is none; equal jobs are rendered once."""
+        groups: dict[str, dict[str, list[Any]]] = {}
+        keys = []
+        for job in jobs:
+            source = self.tool_source if job.tools and self.tool_source else self.source
+            arguments = {**self.arguments, **(job.arguments or {})}
+            tools = list(job.tools) if job.tools else None
+            plain = [list(job.messages), tools, job.prompt, arguments]
+            key = json.dumps(plain, default=repr)
+            groups.setdefault(source, {}).setdefault(key, plain)
+            keys.append((source, key))
+        made: dict[tuple[str, str], Rendered] = {}
+        for source, unique in groups.items():
+            answers = sandbox.render(
+                source, dict(self.special_tokens), self.today, list(unique.values())
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise UnfaithfulTemplate(
-                f"the chat template is not valid Jinja: {error.message}",
-                where=f"template line {error.lineno}",
-                fix="give another one with --chat-template FILE",
-            ) from error
-        except Exception as error:  # a template is somebody's program: it fails in its own ways
-            raise UnfaithfulTemplate(
-                f"the chat template refuses this conversation: {error}",
-                why="templates may demand certain roles, their order, or fields",
-                fix="change the row, or give another template with --chat-template",
-            ) from error
-        return texts[0]
+            for key, answer in zip(unique, answers, strict=True):
+                made[source, key] = _rendered(answer)
+        return [made[key] for key in keys]
+
+    @property
+    def today(self) -> str:
+        return self.date or datetime.date.today().isoformat()
 
     def require_valid(self) -> None:
-        """Compile the template; what it makes of messages does not matter here.
+        """Compile the templates; what they make of messages does not matter here.
 
         Raises:
-            UnfaithfulTemplate: it is not valid Jinja.
+            UnfaithfulTemplate: one is not valid Jinja, or cannot be compiled within bounds.
         """
-        import jinja2
-
-        try:
-            self.render([{"role": "user", "content": "?"}])
-        except UnfaithfulTemplate as error:
-            if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
-                raise
+        for facts in self._facts:
+            if isinstance(facts, UnfaithfulTemplate):
+                raise facts
 
     def variables(self) -> list[str]:
         """Names that the template reads and nobody provides: its arguments, sorted."""
-        import jinja2
-        import jinja2.ext
-        import jinja2.meta
+        found = {name for facts in self._read for name in facts["variables"]}
+        return sorted(found - PROVIDED)
 
-        class Ignored(jinja2.ext.Extension):
-            """`{% generation %}` marks a span for trainers; it is like any block here."""
+    def choices(self, name: str) -> list[Any]:
+        """Constants that the template compares an argument with."""
+        found = [value for facts in self._read for value in facts["choices"].get(name, [])]
+        return list(dict.fromkeys(found))
 
-            tags = {"generation"}  # noqa: RUF012
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """Fields that the template reads of something and that messages do not have commonly."""
+        found = {name for facts in self._read for name in facts["fields"]}
+        return tuple(sorted(name for name in found - KNOWN_FIELDS if name.isidentifier())[:40])
 
-            def parse(self, parser: Any) -> Any:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return jinja2.nodes.Scope(body, lineno=line)
+    @cached_property
+    def literals(self) -> str:
+        """All text that stands in the template, pieces set apart by a null character."""
+        return "\0".join(text for facts in self._read for text in facts["literals"])
 
-        environment = jinja2.Environment(extensions=[Ignored, "jinja2.ext.loopcontrols"])
-        try:
-            tree = environment.parse(self.source)
-        except jinja2.TemplateSyntaxError:
-            return []
-        return sorted(jinja2.meta.find_undeclared_variables(tree) - PROVIDED)
+    @cached_property
+    def reads_date(self) -> bool:
+        """Whether what it writes depends on the day."""
+        return any("strftime_now" in facts["variables"] for facts in self._read)
+
+    @property
+    def _read(self) -> list[dict[str, Any]]:
+        return [facts for facts in self._facts if isinstance(facts, dict)]
+
+    @cached_property
+    def _facts(self) -> list[dict[str, Any] | UnfaithfulTemplate]:
+        sources = [self.source, *([self.tool_source] if self.tool_source else [])]
+        answers = [sandbox.describe(source) for source in sources]
+        return [a[1] if a[0] == "ok" else _error(a) for a in answers]
+
+
+def _rendered(answer: sandbox.Answer) -> Rendered:
+    return str(answer[1]) if answer[0] == "ok" else _error(answer)
+
+
+def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
+    kind = answer[0]
+    other = "give another one with --chat-template FILE"
+    if kind == "syntax":
+        return UnfaithfulTemplate(
+            f"the chat template is not valid Jinja: {answer[1]}",
+            where=f"template line {answer[2]}",
+            fix=other,
+        )
+    if kind == "error":
+        return UnfaithfulTemplate(
+            f"the chat template refuses this conversation: {answer[1]}",
+            why="templates may demand certain roles, their order, or fields",
+            fix="change the row, or give another template with --chat-template",
+            code="template-refuses",
+        )
+    what = {
+        "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds",
+        "memory": "fills the memory",
+        "size": "writes a text without measure",
+        "died": "ended the process that rendered it",
+    }[kind]
+    return UnfaithfulTemplate(
+        f"the chat template {what}",
+        why="a template is a program; it is run apart, with a limit on memory and time",
+        fix=f"read it before you trust it, and {other}",
+        code="template-out-of-bounds",
+    )

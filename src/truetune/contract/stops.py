@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.contract.render import Renderer
-from truetune.contract.tokens import Tokens
-from truetune.errors import UnfaithfulTemplate, UsageError
+from truetune.contract.behaviour import Behaviour
+from truetune.contract.tokens import Tokens, common_prefix
+from truetune.errors import UsageError
 from truetune.findings import Finding
-
-_QUESTION, _ANSWER = "qqsentinelqq", "aasentinelaa"
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def _read_json(
 def stop_set(
     own: tuple[int, ...],
     stop: str | Sequence[str | int] | None,
-    renderer: Renderer,
+    behaviour: Behaviour,
     tokens: Tokens,
 ) -> StopSet:
     """The stop set for a run.
@@ -79,27 +77,35 @@ def stop_set(
     Args:
         own: the model's own ids.
         stop: None or "auto" to find the template's; else tokens (texts or ids) to add.
+        behaviour: what the template writes after an answer and after a tool call.
 
     Raises:
         UsageError: a stop text that is no single token of the vocabulary, or an id outside it.
     """
-    if stop is None or stop == "auto":
-        written = written_stop(renderer, tokens, own)
-        if written is None or written in own:
-            return StopSet(own)
-        note = Finding(
-            code="stop-added",
-            level="note",
-            what=f"the stop set gains {tokens.decode([written])!r} ({written}), which the template "
-            "writes after an answer",
-            why="the model's own stop ids are "
-            + (", ".join(f"{tokens.decode([i])!r} ({i})" for i in own) or "none"),
-            fix="nothing to do: the saved generation_config holds it",
-        )
-        return StopSet((*own, written), (note,))
-    asked = [stop] if isinstance(stop, str | int) else list(stop)
-    ids = [_stop_id(item, tokens) for item in asked]
-    return StopSet(tuple(dict.fromkeys([*own, *ids])))
+    if stop is not None and stop != "auto":
+        asked = [stop] if isinstance(stop, str | int) else list(stop)
+        ids = [_stop_id(item, tokens) for item in asked]
+        return StopSet(tuple(dict.fromkeys([*own, *ids])))
+    answer = answer_stop(behaviour, tokens, own)
+    known = own if answer is None else tuple(dict.fromkeys([*own, answer]))
+    call = call_stop(behaviour, tokens, known)
+    added = [i for i in dict.fromkeys([answer, call]) if i is not None and i not in own]
+    notes = tuple(
+        _added(i, own, tokens, "a tool call" if i == call else "an answer") for i in added
+    )
+    return StopSet((*own, *added), notes)
+
+
+def _added(token: int, own: Sequence[int], tokens: Tokens, after: str) -> Finding:
+    return Finding(
+        code="stop-added",
+        level="note",
+        what=f"the stop set gains {tokens.decode([token])!r} ({token}), which the template "
+        f"writes after {after}",
+        why="the model's own stop ids are "
+        + (", ".join(f"{tokens.decode([i])!r} ({i})" for i in own) or "none"),
+        fix="nothing to do: the saved generation_config holds it",
+    )
 
 
 def _stop_id(item: str | int, tokens: Tokens) -> int:
@@ -114,26 +120,54 @@ def _stop_id(item: str | int, tokens: Tokens) -> int:
     return found
 
 
-def written_stop(renderer: Renderer, tokens: Tokens, own: Sequence[int]) -> int | None:
-    """The token that the template writes right after an answer, None if it writes none.
+def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int | None:
+    """The token that ends an answer: what the template writes behind it, last and in history.
 
-    Of the tokens that follow a sentinel answer, the first that is a special token or one of the
-    model's own stops counts; whitespace may stand before it (the model learns to write it).
+    What stands in both places is the end of the turn (behind it, the end of a text may stand once);
+    of several such tokens the one that ends a question too, else the last. Where the two have
+    nothing in common, the last answer's own counts; where nothing follows a last answer, what
+    begins the next turn does.
     """
-    conversation = [
-        {"role": "user", "content": _QUESTION},
-        {"role": "assistant", "content": _ANSWER},
-    ]
-    try:
-        text = renderer.render(conversation)
-    except UnfaithfulTemplate:
-        return None
-    _, found, tail = text.rpartition(_ANSWER)
-    if not found:
-        return None
+    last, later = (_written(tail, tokens, own) for tail in behaviour.answer_end)
+    common = last[: common_prefix(last, later)] if last and later else []
+    asked = _written(behaviour.user_end, tokens, own)[:1]
+    if asked and asked[0] in common and not any(token in own for token in common):
+        return asked[0]
+    for candidates, take in ((common, -1), (last, 0), (later, 0)):
+        if any(token in own for token in candidates):
+            return next(token for token in candidates if token in own)
+        if candidates:
+            return candidates[take]
+    return None
+
+
+def call_stop(behaviour: Behaviour, tokens: Tokens, known: Sequence[int]) -> int | None:
+    """The token that ends a turn of tool calls; tokens that stand between two calls are none."""
+    inner = set(_special(behaviour.call_between, tokens, known)) - set(known)
+    last, later = (
+        [t for t in _special(tail, tokens, known) if t not in inner] for tail in behaviour.call_end
+    )
+    common = last[: common_prefix(last, later)] if last and later else []
+    for candidates, take in ((common, -1), (last, -1), (later, 0)):
+        if any(token in known for token in candidates):
+            return next(token for token in candidates if token in known)
+        if candidates:
+            return candidates[take]
+    return None
+
+
+def _special(text: str, tokens: Tokens, own: Sequence[int]) -> list[int]:
+    """The control tokens and stops in a text."""
+    ids = tokens.encode([text])[0] if text else []
+    return [token for token in ids if token in tokens.special_ids or token in own]
+
+
+def _written(tail: str, tokens: Tokens, own: Sequence[int]) -> list[int]:
+    """The control tokens behind an answer, past whitespace and no further."""
+    found = []
     for token in tokens.encode([tail])[0] if tail else []:
         if token in tokens.special_ids or token in own:
-            return token
-        if tokens.decode([token]).strip():
-            return None
-    return None
+            found.append(token)
+        elif tokens.decode([token]).strip():
+            break
+    return found

@@ -94,6 +94,11 @@ class Tokens:
             self.tokenizer.all_special_ids
         )
 
+    @cached_property
+    def added_texts(self) -> tuple[str, ...]:
+        """The texts of `special_ids`."""
+        return tuple(self.decode([token]) for token in sorted(self.special_ids))
+
     @property
     def unknown_id(self) -> int | None:
         return self.tokenizer.unk_token_id

@@ -215,19 +215,22 @@ def _own_dtype(loaded: LoadedModel) -> torch.dtype:
 def _write_tokenizer(contract: PromptContract, folder: Path) -> list[Finding]:
     tokenizer = contract.tokenizer
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    with _changed(tokenizer, chat_template=contract.saved_template()):
+    saved = contract.saved_template()
+    with _changed(tokenizer, chat_template=saved):
         tokenizer.save_pretrained(folder)
     _forget_origin(folder / "tokenizer_config.json")
-    if len(named) < 2:
+    kept = set(saved) if isinstance(saved, dict) else {"default"}
+    dropped = sorted(set(named) - kept) if len(named) > 1 else []
+    if not dropped:
         return []
     return [
         Finding(
             code="templates-dropped",
             level="note",
-            what="one chat template is saved, the one that was trained; the tokenizer had "
-            + ", ".join(sorted(named)),
+            what="only the chat templates that were trained are saved; the tokenizer had beside "
+            "them: " + ", ".join(dropped),
             where="chat_template.jinja",
-            count=len(named) - 1,
+            count=len(dropped),
             why="with several, a server picks by the request, and may serve one never trained",
         )
     ]

@@ -1,0 +1,376 @@
+"""What a template does, found by rendering sentinels and looking; no names of models.
+
+input   a renderer, template arguments, the texts of the tokenizer's added tokens
+does    renders a handful of short conversations and reads off: the shape of messages it takes,
+        where reasoning goes, whether its generation prompt opens or closes a think block, what it
+        writes after an answer and after a tool call, and whether history stays as it was
+output  Behaviour
+who     PromptContract, once per set of template arguments
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.contract.render import Job, Rendered, Renderer
+from truetune.contract.shape import (
+    PART_KEYS,
+    ROUTES,
+    Markers,
+    Message,
+    Shape,
+    field_route,
+    shown,
+)
+
+Q, A, R, Q2, V, TOOL_SAID = (
+    "qqsentinelqq",
+    "aasentinelaa",
+    "rrsentinelrr",
+    "ppsentinelpp",
+    "vvsentinelvv",
+    "ttsentineltt",
+)
+_NAME = "ffsentinelff"
+TOOL: Message = {
+    "type": "function",
+    "function": {
+        "name": _NAME,
+        "description": "A probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"kk": {"type": "string", "description": "A value."}},
+            "required": ["kk"],
+        },
+    },
+}
+# Something in brackets, as control tokens are written.
+_MARKER = re.compile(
+    r"[<\[\u25c1\u300a\u3010]\|?[/\w:.\-\uff5c\u2581]{1,40}\|?[>\]\u25b7\u300b\u3011]"
+)
+# Of the pairs of markers that a template holds, those around reasoning. Only where no field of a
+# message leads to them does the name decide.
+_THOUGHT = re.compile(r"think|reason|thought|analysis|scratch|\bcot\b", re.IGNORECASE)
+_ENDS = (("END", "START"), ("END", "BEGIN"), ("end", "start"), ("end", "begin"))
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a template does under one set of arguments.
+
+    Attributes:
+        shape: the form of messages.
+        markers: around reasoning; None where the template knows none.
+        pairs: all opening and closing markers around reasoning that the template holds.
+        opened: the end of a served prompt that leaves a think block open, "" if it does not.
+        closed: the end of a served prompt that opens and closes one, "" if it does not.
+        routes: ways in which reasoning reaches the completion, in the order tried.
+        user_end: text between a question and the answer, in a served prompt.
+        lead: what the template writes before every plain answer, "" where nothing.
+        answer_end: text after an answer where it is last, and where a user turn follows.
+        call_end: the same after a tool call, where a tool's answer follows.
+        call_between: text between two calls of one turn, "" where it takes one only.
+        stable: whether a turn is written in history as it was written last.
+    """
+
+    shape: Shape
+    markers: Markers | None
+    pairs: tuple[tuple[str, str], ...]
+    opened: str
+    closed: str
+    routes: tuple[str, ...]
+    user_end: str
+    lead: str
+    answer_end: tuple[str, str]
+    call_end: tuple[str, str]
+    call_between: str
+    stable: bool
+
+
+def user(text: str = Q) -> Message:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str = A, **more: Any) -> Message:
+    return {"role": "assistant", "content": text, **more}
+
+
+def _calls(*values: str, **more: Any) -> Message:
+    calls = [
+        {
+            "type": "function",
+            "id": f"call0000{i}",
+            "function": {"name": _NAME, "arguments": {"kk": value, "bb": True}},
+        }
+        for i, value in enumerate(values)
+    ]
+    return answer("", tool_calls=calls, **more)
+
+
+def _said(number: int = 0) -> Message:
+    return {
+        "role": "tool",
+        "name": _NAME,
+        "tool_call_id": f"call0000{number}",
+        "content": TOOL_SAID,
+    }
+
+
+class _Probe:
+    """Renders with one shape and one set of arguments; a refusal is an empty text."""
+
+    def __init__(self, renderer: Renderer, arguments: Mapping[str, Any] | None) -> None:
+        self.renderer = renderer
+        self.arguments = arguments
+        self.shape = Shape()
+        self.markers = Markers()
+
+    def texts(self, *jobs: tuple[Sequence[Message], str, bool, bool]) -> list[str]:
+        """(messages, route, generation prompt, tools) each."""
+        made = self.renderer.render_many(
+            [
+                Job(
+                    shown(messages, self.shape, route, self.markers),
+                    [TOOL] if tools else None,
+                    prompt,
+                    self.arguments,
+                )
+                for messages, route, prompt, tools in jobs
+            ]
+        )
+        return [_text(text) for text in made]
+
+
+def _text(rendered: Rendered) -> str:
+    return rendered if isinstance(rendered, str) else ""
+
+
+def observe(
+    renderer: Renderer, arguments: Mapping[str, Any] | None, added: Iterable[str]
+) -> Behaviour:
+    """Probe a template; it raises nothing: what a template refuses, it does not do."""
+    probe = _Probe(renderer, arguments)
+    pairs = think_pairs(renderer.literals, added)
+    plain, through, later = _plain(probe)
+    if not (Q in through and A in through):
+        probe.shape = Shape(content="parts")
+        plain, through, later = _plain(probe)
+        if not (Q in through and A in through):
+            probe.shape = Shape()
+            plain, through, later = _plain(probe)
+    probe.shape = dataclasses.replace(probe.shape, arguments=_argument_form(probe))
+    found = _field_markers(probe, plain, pairs)
+    known = tuple(dict.fromkeys([*([(found.open, found.close)] if found else []), *pairs]))
+    opened, closed, pair = tail_of(plain, known)
+    filled = _empty_block(plain.removesuffix(opened), through, known) if not opened else None
+    markers = found or filled or (_default_markers(pair or known[0], opened) if known else None)
+    probe.markers = markers or Markers()
+    routes = _routes(probe, plain, opened, known)
+    if filled and not found:
+        routes = ("filled", *routes)
+    routes += tuple(r for r in _call_routes(probe) if r not in routes)
+    call_end, between = _call_ends(probe)
+    return Behaviour(
+        probe.shape,
+        markers,
+        known,
+        opened,
+        closed,
+        (*routes, *(["opened"] if opened else [])),
+        _after(plain, Q, ""),
+        _lead(plain, through),
+        (_after(through, A, ""), _after(later, A, Q2)),
+        call_end,
+        between,
+        _stable(probe),
+    )
+
+
+def _plain(probe: _Probe) -> list[str]:
+    return probe.texts(
+        ([user()], "none", True, False),
+        ([user(), answer()], "none", False, False),
+        ([user(), answer(), user(Q2)], "none", False, False),
+    )
+
+
+def _argument_form(probe: _Probe) -> Any:
+    """ "string" where an object comes out as Python's own text and a string as JSON."""
+    turn = [user(), _calls(V)]
+    as_object = probe.texts((turn, "none", False, True))[0]
+    if V in as_object and "{'kk'" not in as_object:
+        return "object"
+    whole = probe.shape
+    probe.shape = dataclasses.replace(whole, arguments="string")
+    as_string = probe.texts((turn, "none", False, True))[0]
+    probe.shape = whole
+    good = V in as_string and '\\"kk' not in as_string
+    return "string" if good else "object"
+
+
+def _field_markers(probe: _Probe, plain: str, pairs: Sequence[tuple[str, str]]) -> Markers | None:
+    """Markers from the text around reasoning that a field of the message carried."""
+    turn = [user(), answer(reasoning_content=R)]
+    for route in ROUTES[:-1]:
+        (text,) = probe.texts((turn, route, False, False))
+        at, end = text.find(R), text.rfind(A)
+        if at < 0 or end < at or any(key in text[at:end] for key in PART_KEYS):
+            continue
+        before, between = text[:at], text[at + len(R) : end]
+        for opening, closing in pairs:
+            if closing in between and opening in before:
+                start = before.rindex(opening)
+                return Markers(opening, closing, before[start:], between)
+        if plain and before.startswith(plain) and between.strip():
+            opening = before[len(plain) :]
+            return Markers(opening.strip(), between.strip(), opening, between)
+        marks = _MARKER.findall(before)
+        if marks and between.strip():
+            return Markers(marks[-1], between.strip(), before[before.rindex(marks[-1]) :], between)
+    return None
+
+
+def tail_of(
+    prompt: str, pairs: Sequence[tuple[str, str]]
+) -> tuple[str, str, tuple[str, str] | None]:
+    """(opened, closed, pair): the end of a prompt that leaves a think block open, or closes it."""
+    stripped = prompt.rstrip()
+    for opening, closing in pairs:
+        if stripped.endswith(opening):
+            return prompt[len(stripped) - len(opening) :], "", (opening, closing)
+        if stripped.endswith(closing):
+            start = stripped.rfind(opening)
+            inner = stripped[start + len(opening) : -len(closing)] if start >= 0 else "?"
+            start = start if start >= 0 and not inner.strip() else len(stripped) - len(closing)
+            return "", prompt[start:], (opening, closing)
+    return "", "", None
+
+
+def _default_markers(pair: tuple[str, str], opened: str) -> Markers:
+    """Whitespace as most have it, or as the prompt's own opening marker has it."""
+    opening, closing = pair
+    space = opened[len(opening) :] if opened else "\n"
+    return Markers(opening, closing, opening + space, f"{space}{closing}{space * 2}")
+
+
+def _empty_block(prompt: str, through: str, pairs: Sequence[tuple[str, str]]) -> Markers | None:
+    """Markers from an empty think block that the template writes before an answer."""
+    if not through.startswith(prompt):
+        return None
+    written = through[len(prompt) :].partition(A)[0]
+    for opening, closing in pairs:
+        lead = written.lstrip()
+        inner, found, rest = lead[len(opening) :].partition(closing)
+        if lead.startswith(opening) and found and not inner.strip() and not rest.strip():
+            half = inner[: len(inner) // 2 + len(inner) % 2]
+            after = inner[len(half) :] or half
+            return Markers(opening, closing, opening + half, after + closing + rest)
+    return None
+
+
+def _routes(
+    probe: _Probe, plain: str, opened: str, pairs: Sequence[tuple[str, str]]
+) -> tuple[str, ...]:
+    """Routes under which a sentinel of reasoning stands in a completion, before the answer and
+    set apart from it."""
+    turn = [user(), answer(reasoning_content=R)]
+    tried = [route for route in ROUTES if route != "markers in content"]
+    tried += [field_route(name) for name in probe.renderer.fields]
+    tried += ["markers in content"] if pairs else []
+    texts = probe.texts(*((turn, route, False, False) for route in tried))
+    base = plain.removesuffix(opened)
+    good = []
+    for route, text in zip(tried, texts, strict=True):
+        written = text[len(base) :] if text.startswith(base) else ""
+        at, end = written.find(R), written.rfind(A)
+        between = written[at + len(R) : end]
+        empty = _empty_block(base, text.replace(R, A, 1), pairs)
+        printed = any(key in written[:end] for key in PART_KEYS)
+        if 0 <= at < end and between.strip() and not empty and not printed:
+            good.append(route)
+    return tuple(good)
+
+
+def _call_routes(probe: _Probe) -> tuple[str, ...]:
+    """Fields of the template's own that carry reasoning in front of a tool call."""
+    tried = [field_route(name) for name in probe.renderer.fields]
+    turn = [user(), _calls(V, reasoning_content=R)]
+    texts = probe.texts(*((turn, route, False, True) for route in tried))
+    return tuple(
+        route
+        for route, text in zip(tried, texts, strict=True)
+        if 0 <= text.find(R) < text.rfind(V) and text[text.find(R) + len(R) : text.rfind(V)].strip()
+    )
+
+
+def _lead(plain: str, through: str) -> str:
+    """The text between a served prompt and the answer behind it."""
+    if not through.startswith(plain):
+        return ""
+    lead, found, _ = through[len(plain) :].partition(A)
+    return lead if found else ""
+
+
+def _after(text: str, sentinel: str, end: str) -> str:
+    """What stands behind the last `sentinel`, up to `end`."""
+    _, found, tail = text.rpartition(sentinel)
+    if not found:
+        return ""
+    return tail[: tail.find(end)] if end and end in tail else tail if not end else ""
+
+
+def _call_ends(probe: _Probe) -> tuple[tuple[str, str], str]:
+    one, followed, two = probe.texts(
+        ([user(), _calls(V)], "none", False, True),
+        ([user(), _calls(V), _said()], "none", False, True),
+        ([user(), _calls(V, A)], "none", False, True),
+    )
+    between = ""
+    if V in two and A in two[two.rindex(V) :]:
+        between = two[two.rindex(V) + len(V) : two.rindex(A)]
+    return (_after(one, V, ""), _after(followed, V, TOOL_SAID)), between
+
+
+def _stable(probe: _Probe) -> bool:
+    """Whether each earlier turn, as it is written when it is last, begins the longer text."""
+    turns = [user(), answer(), user(Q2), answer(R), user(V), answer(TOOL_SAID)]
+    system = [{"role": "system", "content": "sssentinelss"}, *turns]
+    for conversation in (turns, system):
+        cuts = [i + 1 for i, m in enumerate(conversation) if m["role"] == "assistant"]
+        whole, *parts = probe.texts(
+            *((conversation[:cut], "none", False, False) for cut in reversed(cuts))
+        )
+        prompts = probe.texts(*((conversation[: cut - 1], "none", True, False) for cut in cuts))
+        if not whole and conversation is system:
+            continue
+        if not all(text and whole.startswith(text) for text in [*parts, *prompts]):
+            return False
+    return True
+
+
+def think_pairs(literals: str, added: Iterable[str]) -> list[tuple[str, str]]:
+    """(opening, closing) markers around reasoning, by their names, the template's own first."""
+    texts = _MARKER.findall(literals)
+    names = set(added)
+    pairs: dict[tuple[str, str], None] = {}
+    for mark in [*texts, *sorted(names)]:
+        for opening, closing in _partners(mark):
+            known = opening in literals or opening in names
+            both = closing in literals or closing in names
+            if both and (known or mark in literals) and _THOUGHT.search(closing):
+                pairs.setdefault((opening, closing))
+    return [p for p in pairs if p[0] in literals or p[1] in literals]
+
+
+def _partners(mark: str) -> list[tuple[str, str]]:
+    found = []
+    if "/" in mark[:3]:
+        found.append((mark.replace("/", "", 1), mark))
+    for end, start in _ENDS:
+        if end in mark:
+            found.append((mark.replace(end, start, 1), mark))
+    return found

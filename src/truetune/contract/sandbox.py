@@ -1,0 +1,177 @@
+"""Rendering in a process of its own, with a memory limit and a deadline.
+
+input   template source, special tokens, date, jobs
+does    keeps one worker process, hands it jobs in batches, kills it when it stands still
+output  one answer per job, as `worker.py` gives it; ["hang"] or ["died"] where there was none;
+        a template that was stopped once is not run again
+who     `render.py`
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import queue
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Seconds without an answer after which a template hangs. One render takes well under a millisecond;
+# a very long conversation some tens.
+DEADLINE = 15.0
+# A loaded machine may take its time to import the libraries.
+_START = 120.0
+_BATCH = 512
+
+Answer = list[Any]
+
+
+class Worker:
+    """The worker process and the thread that reads its answers."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        # -P: the folder of the file is not searched for modules.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        self.owner = os.getpid()
+        self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
+        self._ready = False
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        stream = self.process.stdout
+        assert stream
+        try:
+            while len(head := stream.read(4)) == 4:
+                size = struct.unpack("<I", head)[0]
+                data = stream.read(size)
+                if len(data) < size:
+                    break
+                self._answers.put(json.loads(data))
+        except (OSError, ValueError):
+            pass
+        self._answers.put(None)
+
+    def send(self, request: dict[str, Any]) -> None:
+        data = json.dumps(request, default=_placeholder).encode("ascii")
+        assert self.process.stdin
+        try:
+            self.process.stdin.write(struct.pack("<I", len(data)) + data)
+            self.process.stdin.flush()
+        except OSError:
+            pass  # it is gone; the reader says so
+
+    def receive(self) -> Answer:
+        """The next answer; ["hang"] after the deadline, ["died"] when the process has ended."""
+        if not self._ready:
+            if self._next(_START) != ["ready"]:
+                return ["died"]
+            self._ready = True
+        return self._next(DEADLINE)
+
+    def _next(self, seconds: float) -> Answer:
+        try:
+            answer = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            return ["hang"]
+        return ["died"] if answer is None else answer
+
+    @property
+    def usable(self) -> bool:
+        # A forked child must not talk through its parent's pipes.
+        return self.process.poll() is None and self.owner == os.getpid()
+
+    def kill(self) -> None:
+        if self.owner == os.getpid():
+            self.process.kill()
+            self.process.wait()
+            for stream in (self.process.stdin, self.process.stdout):
+                if stream:
+                    with contextlib.suppress(OSError):
+                        stream.close()
+
+
+_lock = threading.RLock()
+_worker: Worker | None = None
+# Templates that were stopped: their other rows are not waited for.
+_stopped: dict[str, Answer] = {}
+_LAST = ("hang", "died", "memory", "size")
+
+
+def _started() -> Worker:
+    global _worker
+    if _worker is None or not _worker.usable:
+        _worker = Worker()
+    return _worker
+
+
+def start() -> None:
+    """Begin to start the worker, while the caller does something else."""
+    with _lock:
+        _started()
+
+
+def describe(source: str) -> Answer:
+    """What a template reads and writes; see `worker.py`."""
+    with _lock:
+        if source not in _stopped:
+            answer = _answers({"describe": source}, 1)[0]
+            if answer[0] not in _LAST:
+                return answer
+            _stopped[source] = answer
+        return _stopped[source]
+
+
+def render(
+    source: str, special: dict[str, Any], date: str, jobs: Sequence[list[Any]]
+) -> list[Answer]:
+    """One answer per job, in order. A template that had to be stopped is not run again."""
+    answers: list[Answer] = []
+    with _lock:
+        for first in range(0, len(jobs), _BATCH):
+            if source in _stopped:
+                break
+            batch = list(jobs[first : first + _BATCH])
+            request = {"source": source, "special": special, "date": date, "jobs": batch}
+            answers += _answers(request, len(batch))
+            if answers[-1][0] in _LAST:
+                _stopped[source] = answers[-1]
+    return (
+        answers + [_stopped[source]] * (len(jobs) - len(answers)) if source in _stopped else answers
+    )
+
+
+def _answers(request: dict[str, Any], number: int) -> list[Answer]:
+    worker = _started()
+    worker.send(request)
+    answers: list[Answer] = []
+    while len(answers) < number:
+        answers.append(worker.receive())
+        if answers[-1][0] in _LAST:
+            # What it still has in hand belongs to a template that is not trusted any more.
+            worker.kill()
+            return answers + [answers[-1]] * (number - len(answers))
+    return answers
+
+
+def _placeholder(value: Any) -> str:
+    """As transformers shows a template what is no plain data."""
+    return f"<{type(value).__name__}>"
+
+
+@atexit.register
+def _stop() -> None:
+    if _worker is not None:
+        _worker.kill()

@@ -1,0 +1,193 @@
+"""Messages in the forms that templates take.
+
+Rows have one form (`data/conversation.py`); templates read several: reasoning in one of three
+fields, in typed parts, or between markers in the content; arguments of tool calls as an object or
+as JSON text; content as a string or as a list of parts. Which of them a template takes is found in
+`behaviour.py`; here the forms are made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from truetune.data.messages import content_of
+from truetune.data.rows import BadRow
+from truetune.errors import UnfaithfulTemplate
+
+Message = dict[str, Any]
+# Reasoning that the row's message carries in no other form: the completion is composed.
+COMPOSED = ("opened", "filled", "inline")
+_FIELDS = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a template wants messages.
+
+    Attributes:
+        content: "string", or "parts" where it reads lists of typed parts only.
+        arguments: "object", or "string" where it writes an object as Python and not as JSON.
+    """
+
+    content: Literal["string", "parts"] = "string"
+    arguments: Literal["object", "string"] = "object"
+
+
+def canonical(message: Mapping[str, Any]) -> Message:
+    """A message as rows hold it: string content, `reasoning_content`, arguments as objects.
+
+    Messages from the data room have that form already; those of a caller may have any that
+    OpenAI's clients send.
+
+    Raises:
+        UnfaithfulTemplate: content that is no text, reasoning or tool call.
+    """
+    made = {key: value for key, value in message.items() if value is not None}
+    reasoning = [made.pop(name) for name in _FIELDS if made.get(name)]
+    content = made.get("content", "")
+    if not isinstance(content, str):
+        try:
+            text, thought, calls = content_of(content)
+        except BadRow as error:
+            raise UnfaithfulTemplate(error.what, why=error.why, code=error.code) from error
+        content = text
+        reasoning += [thought] if thought else []
+        if calls:
+            made["tool_calls"] = [*made.get("tool_calls", []), *calls]
+    made["content"] = content
+    if reasoning:
+        made["reasoning_content"] = reasoning[0]
+    if made.get("tool_calls"):
+        made["tool_calls"] = [_call(call) for call in made["tool_calls"]]
+    elif "tool_calls" in made:
+        del made["tool_calls"]
+    return made
+
+
+def split_reasoning(message: Message, pairs: Iterable[tuple[str, str]]) -> Message:
+    """A message whose content begins with a think block, as reasoning and content; others as they
+    are."""
+    content = message.get("content", "")
+    if message.get("role") != "assistant" or message.get("reasoning_content"):
+        return message
+    for opening, closing in pairs:
+        inside, found, rest = content.lstrip().partition(closing)
+        if found and inside.startswith(opening):
+            reasoning = inside[len(opening) :].strip("\n")
+            rest = rest.lstrip("\n")
+            return {**message, "content": rest, **_reasoned(reasoning)}
+    return message
+
+
+def _reasoned(reasoning: str) -> Message:
+    return {"reasoning_content": reasoning} if reasoning.strip() else {}
+
+
+def _call(call: Mapping[str, Any]) -> Message:
+    function = dict(call.get("function", call))
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+    rest = {k: v for k, v in call.items() if k in ("id", "index")}
+    return {"type": "function", **rest, "function": function}
+
+
+def shown(messages: Sequence[Message], shape: Shape, route: str, markers: Markers) -> list[Message]:
+    """The messages as a template of this shape is given them, reasoning by `route`."""
+    return [_shown(message, shape, route, markers) for message in messages]
+
+
+@dataclass(frozen=True)
+class Markers:
+    """What stands around reasoning.
+
+    Attributes:
+        open, close: the bare markers.
+        open_text, close_text: with the whitespace that goes with them.
+    """
+
+    open: str = "<think>"
+    close: str = "</think>"
+    open_text: str = "<think>\n"
+    close_text: str = "\n</think>\n\n"
+
+
+def _shown(message: Message, shape: Shape, route: str, markers: Markers) -> Message:
+    made = {key: value for key, value in message.items() if key != "train"}
+    if shape.arguments == "string" and made.get("tool_calls"):
+        made["tool_calls"] = [_as_text(call) for call in made["tool_calls"]]
+    reasoning = made.get("reasoning_content")
+    if reasoning:
+        put = _ROUTES.get(route) or _field(route.removeprefix(_OWN_FIELD))
+        made = put(made, reasoning, markers)
+    if shape.content == "parts" and isinstance(made.get("content"), str):
+        made["content"] = [{"type": "text", "text": made["content"]}]
+    return made
+
+
+def _as_text(call: Message) -> Message:
+    arguments = call["function"].get("arguments", {})
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": text}}
+
+
+def _field(name: str) -> Callable[[Message, str, Markers], Message]:
+    def put(message: Message, reasoning: str, markers: Markers) -> Message:
+        rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+        return {**rest, name: reasoning}
+
+    return put
+
+
+def _part(kind: str, key: str, nested: bool) -> Callable[[Message, str, Markers], Message]:
+    def put(message: Message, reasoning: str, markers: Markers) -> Message:
+        rest = {k: v for k, v in message.items() if k != "reasoning_content"}
+        thought: Any = [{"type": "text", "text": reasoning}] if nested else reasoning
+        parts: list[Message] = [{"type": kind, key: thought}]
+        if rest.get("content"):
+            parts.append({"type": "text", "text": rest["content"]})
+        return {**rest, "content": parts}
+
+    return put
+
+
+def _content(message: Message, reasoning: str, markers: Markers) -> Message:
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    text = f"{markers.open_text}{reasoning}{markers.close_text}{rest.get('content', '')}"
+    return {**rest, "content": text}
+
+
+_OWN_FIELD = "field "
+
+
+def field_route(name: str) -> str:
+    """The route through a field that only this template reads."""
+    return _OWN_FIELD + name
+
+
+# In the order in which they are tried.
+_ROUTES: dict[str, Callable[[Message, str, Markers], Message]] = {
+    **{name: _field(name) for name in _FIELDS},
+    "thinking part": _part("thinking", "thinking", nested=False),
+    "thinking part of parts": _part("thinking", "thinking", nested=True),
+    "reasoning part": _part("reasoning", "reasoning", nested=False),
+    "reasoning text part": _part("reasoning", "text", nested=False),
+    "markers in content": _content,
+    "opened": _field("reasoning_content"),
+    "filled": _field("reasoning_content"),
+    "inline": _content,
+    "none": lambda message, reasoning, markers: {
+        key: value for key, value in message.items() if key != "reasoning_content"
+    },
+}
+ROUTES = tuple(name for name in _ROUTES if name not in (*COMPOSED, "none"))
+# Keys of typed parts: where a template prints them, it has printed the list and not its text.
+PART_KEYS = ("'type':", '"type":')

@@ -1,0 +1,273 @@
+"""One trained turn as text: what the server sends, and what the model must write after it.
+
+The completion is what the template writes where its rendering of the turn goes on from the served
+prompt. Where it does not go on from there, the two are brought together by what was observed: a
+prompt that opens a think block is continued with reasoning, closing marker and the turn as the
+template writes it without; a prompt that closes one is continued with the turn; a prompt that
+differs in its earlier part only (a system text that moves to the last question) is continued with
+what stands behind the same question. Everything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.contract.behaviour import Behaviour, tail_of
+from truetune.contract.shape import COMPOSED, Markers, split_reasoning
+from truetune.errors import UnfaithfulTemplate
+
+
+@dataclass(frozen=True)
+class TurnText:
+    """One trained turn: the served prompt, the text through the turn, and what was done to it.
+
+    Attributes:
+        turn: index of the message.
+        prompt: what the server sends.
+        through: the same text and what follows; the completion is cut out of it by tokens.
+        remarks: see `Encoded.remarks`.
+    """
+
+    turn: int
+    prompt: str
+    through: str
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a turn is derived under.
+
+    Attributes:
+        behaviour: of the template under the row's arguments.
+        route: how reasoning reaches the template.
+        markers: around composed reasoning.
+        empty: whether a row without reasoning may close an opened block at once, or stand where
+            the template would write an empty block.
+        unlearn: returns whether a think switch was set by hand, so that an empty block is left out.
+    """
+
+    behaviour: Behaviour
+    route: str
+    markers: Markers
+    empty: bool
+    unlearn: Callable[[], bool]
+
+
+def derive(
+    turn: int,
+    message: Mapping[str, Any],
+    before: Mapping[str, Any],
+    prompt: str,
+    through: str,
+    situation: Situation,
+) -> TurnText:
+    """The text of a turn.
+
+    Args:
+        turn: index of the message.
+        message: the turn, canonical.
+        before: the message before it.
+        prompt: the served prompt.
+        through: the template's rendering of the conversation through the turn; without its
+            reasoning under a composing route.
+
+    Raises:
+        UnfaithfulTemplate: the two cannot be brought together, or an empty block would be learned.
+    """
+    markers = situation.markers
+    opened, closed, pair = tail_of(prompt, situation.behaviour.pairs)
+    if pair and pair != (markers.open, markers.close):
+        markers = Markers(pair[0], pair[1], f"{pair[0]}\n", f"\n{pair[1]}\n\n")
+    reasoning = str(message.get("reasoning_content") or "").strip("\n")
+    inline = split_reasoning(dict(message), [(markers.open, markers.close)])
+    if closed and inline.get("reasoning_content"):
+        raise _off(turn, closed)
+    rest, remarks = _behind(prompt, through, opened or closed, before, message)
+    if rest is None:
+        raise _diverging(turn, prompt, through)
+    rest = _once(rest, opened, closed, markers)
+    composed = situation.route in COMPOSED and bool(reasoning)
+    pairs = dict.fromkeys([(markers.open, markers.close), *situation.behaviour.pairs])
+    rest, empty = _without_block(rest, pairs, bool(opened))
+    if composed:
+        start = "" if opened else markers.open_text
+        return _joined(turn, prompt, start + reasoning + markers.close_text + rest, *remarks)
+    if opened and (empty or markers.close not in rest):
+        if reasoning:
+            raise _dropped(turn, opened)
+        if not situation.empty:
+            raise _thinks(turn, opened)
+        # The prompt's own line break serves; a second one would merge with it into another token.
+        close = markers.close_text.lstrip("\n") if opened.endswith("\n") else markers.close_text
+        return _joined(turn, prompt, close + rest, *remarks, "reasoning-empty")
+    if empty and not reasoning and not (situation.empty or situation.unlearn()):
+        raise _invented(turn, markers)
+    if not (reasoning or opened or closed) and (empty or situation.unlearn()):
+        remarks = [*remarks, "thinking-unlearned"]
+    return _joined(turn, prompt, rest, *remarks)
+
+
+def _behind(
+    prompt: str,
+    through: str,
+    tail: str,
+    before: Mapping[str, Any],
+    message: Mapping[str, Any],
+) -> tuple[str | None, list[str]]:
+    """What the template writes for the turn, and remarks.
+
+    Args:
+        tail: a think block that the prompt opens or closes at its end: the rendering may go on
+            behind it, or beside it from the same place.
+    """
+    base = prompt.removesuffix(tail)
+    for start in dict.fromkeys((prompt, base)):
+        if through.startswith(start):
+            return through[len(start) :], []
+    for start in dict.fromkeys((prompt, base)):
+        rest = _realigned(start, through, before, message)
+        if rest is not None:
+            return rest, ["prompt-realigned"]
+    return None, []
+
+
+def _once(rest: str, opened: str, closed: str, markers: Markers) -> str:
+    """The turn without a think block that the prompt has written already."""
+    if opened and rest.lstrip().startswith(markers.open):
+        return rest.lstrip()[len(markers.open) :].lstrip("\n")
+    if closed:
+        rest = _without_block(rest, [(markers.open, markers.close)], opened=False)[0]
+        if rest.lstrip().startswith(markers.close):
+            return rest.lstrip()[len(markers.close) :].lstrip("\n")
+    return rest
+
+
+def _joined(turn: int, prompt: str, text: str, *remarks: str) -> TurnText:
+    return TurnText(turn, prompt, prompt + text, remarks)
+
+
+def _realigned(
+    prompt: str, through: str, before: Mapping[str, Any], message: Mapping[str, Any]
+) -> str | None:
+    """What follows the same last message in both texts; None where that is not to be found.
+
+    The end of the prompt from the last message's own text on must stand in the rendering too, in
+    front of the turn.
+    """
+    said = str(before.get("content") or "").strip()
+    answer = str(message.get("content") or "").strip()
+    limit = through.rfind(answer) if answer else -1
+    for form in dict.fromkeys((said, json.dumps(said)[1:-1], json.dumps(json.dumps(said))[3:-3])):
+        at = prompt.rfind(form) if form else -1
+        if at < 0:
+            continue
+        seam = prompt[at:]
+        found = through.rfind(seam, 0, limit if limit >= 0 else len(through))
+        if found >= 0:
+            return through[found + len(seam) :]
+    return None
+
+
+def _without_block(text: str, pairs: Iterable[tuple[str, str]], opened: bool) -> tuple[str, bool]:
+    """(the text behind an empty think block at its beginning, whether there was one)."""
+    for opening, closing in pairs:
+        rest = text.lstrip()
+        if not opened:
+            if not rest.startswith(opening):
+                continue
+            rest = rest[len(opening) :].lstrip()
+        if rest.startswith(closing):
+            return rest[len(closing) :].lstrip("\n"), True
+    return text, False
+
+
+def _dropped(turn: int, opened: str) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"the template drops the reasoning of message {turn}",
+        why=f"the prompt ends on {opened!r}, and the rendered turn has no such block",
+        fix="--reasoning inline writes it between think markers, --reasoning drop leaves it "
+        "out of the data",
+        code="target-dropped",
+    )
+
+
+def _thinks(turn: int, opened: str) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"the served prompt opens a think block before message {turn}, which has no reasoning",
+        why=f"the prompt ends on {opened!r}: what is trained there begins inside the block",
+        fix="give the row reasoning, set the template's own switch with --template-arg where it "
+        "has one, or close the block at once with --reasoning empty",
+        code="thinking-only",
+    )
+
+
+def _invented(turn: int, markers: Markers) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"the template writes an empty think block before the answer of message {turn}",
+        why=f"{markers.open}{markers.close} is not in the data: the model would learn to write it "
+        "and to think nothing",
+        fix="set the template's own switch with --template-arg where it has one, or train the "
+        "answer without the block with --reasoning empty",
+        code="target-invented",
+    )
+
+
+def _off(turn: int, closed: str) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"message {turn} has reasoning, and the served prompt closes the think block before it",
+        why=f"the prompt ends on {closed!r}",
+        fix="take back the template argument that switches thinking off, or leave the reasoning "
+        "out of the data with --reasoning drop",
+        code="thinking-off",
+    )
+
+
+def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(prompt, through, strict=False)) if a != b),
+        min(len(prompt), len(through)),
+    )
+    return UnfaithfulTemplate(
+        f"what the server sends before message {turn} is not what the template writes before it",
+        why=f"the served prompt goes on with {excerpt(prompt[at:])}, the rendered conversation "
+        f"with {excerpt(through[at:])}",
+        fix="use a template whose history equals its prompts, or set the template's arguments",
+        code="prompt-differs",
+    )
+
+
+def excerpt(text: str, limit: int = 60) -> str:
+    """A quoted beginning, control characters shown."""
+    return repr(text if len(text) <= limit else text[: limit - 1] + "\u2026") if text else "nothing"
+
+
+def trained_turns(messages: Sequence[Mapping[str, Any]], loss_on: str) -> list[int]:
+    """Indices of the assistant turns that are targets.
+
+    Raises:
+        UnfaithfulTemplate: there is none, or one has nothing before it.
+    """
+    turns = [
+        index
+        for index, message in enumerate(messages)
+        if message.get("role") == "assistant" and message.get("train") is not False
+    ]
+    if not turns:
+        raise UnfaithfulTemplate(
+            "the conversation has no assistant turn to train",
+            fix="add an answer, or leave the row out with --bad-rows drop",
+            code="no-assistant-turn",
+        )
+    turns = turns[-1:] if loss_on == "last" else turns
+    if turns[0] == 0:
+        raise UnfaithfulTemplate(
+            "the conversation begins with an answer to train",
+            why="a server has no prompt to send before it: it takes no empty conversation",
+            fix="put a message before it, or set train: false on it",
+            code="no-prompt",
+        )
+    return turns

@@ -1,0 +1,160 @@
+"""The process that runs chat templates: started by `sandbox.py`, one for a whole run.
+
+A template is a program out of somebody else's folder. transformers' sandbox keeps it from files and
+attributes; only a process boundary keeps a nested loop from running for ever and a multiplied
+string from filling the memory. This file is run by path, in a process without torch, and imports
+nothing of truetune.
+
+Frames are a length of four bytes and JSON. A request is {"describe": source} or {"source",
+"special", "date", "jobs": [[messages, tools, add_generation_prompt, arguments], ...]}; each job is
+answered by a frame of its own, so that the parent sees progress.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+from datetime import datetime, timedelta
+from typing import Any, BinaryIO
+
+# Beyond what the process has once its libraries are loaded.
+_MORE_MEMORY = 768 * 2**20
+_LONGEST_TEXT = 32_000_000
+
+
+def main() -> None:
+    """Answer requests until the pipe closes."""
+    import signal
+
+    # Ctrl-C reaches the whole group; the parent decides when this process ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    from transformers.utils import chat_template_utils as library
+
+    _limit_memory()
+    _send(answers, ["ready"])
+    while (request := _receive(requests)) is not None:
+        if "describe" in request:
+            _send(answers, _guarded(lambda r=request: _describe(library, r["describe"])))
+            continue
+        _freeze(library, request["date"])
+        for job in request["jobs"]:
+            _send(answers, _guarded(lambda j=job, r=request: _render(library, r, j)))
+
+
+def _render(library: Any, request: dict[str, Any], job: list[Any]) -> list[Any]:
+    messages, tools, prompt, arguments = job
+    # transformers deletes fields that are None before rendering.
+    chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    texts, _ = library.render_jinja_template(
+        conversations=[chat],
+        tools=tools or None,
+        chat_template=request["source"],
+        add_generation_prompt=prompt,
+        **{**request["special"], **arguments},
+    )
+    if len(texts[0]) > _LONGEST_TEXT:
+        return ["size", len(texts[0])]
+    return ["ok", texts[0]]
+
+
+def _describe(library: Any, source: str) -> list[Any]:
+    """Names that the template reads and nobody sets, the constants it compares them with, the
+    fields it reads of anything, and all literal text in it."""
+    from jinja2 import meta, nodes
+
+    tree = library._compile_jinja_template(source).environment.parse(source)
+    free = meta.find_undeclared_variables(tree)
+    choices: dict[str, list[Any]] = {}
+    for compare in tree.find_all(nodes.Compare):
+        sides = [compare.expr, *(operand.expr for operand in compare.ops)]
+        names = [s.name for s in sides if isinstance(s, nodes.Name) and s.name in free]
+        for side in sides:
+            options = side.items if isinstance(side, nodes.List | nodes.Tuple) else [side]
+            values = [o.value for o in options if isinstance(o, nodes.Const)]
+            for name in names:
+                choices.setdefault(name, []).extend(v for v in values if isinstance(v, str | int))
+    literals = [node.data for node in tree.find_all(nodes.TemplateData)]
+    literals += [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
+    fields = {node.attr for node in tree.find_all(nodes.Getattr)}
+    fields |= {n.arg.value for n in tree.find_all(nodes.Getitem) if isinstance(n.arg, nodes.Const)}
+    fields |= {
+        call.args[0].value
+        for call in tree.find_all(nodes.Call)
+        if isinstance(call.node, nodes.Getattr)
+        and call.node.attr == "get"
+        and call.args
+        and isinstance(call.args[0], nodes.Const)
+    }
+    facts = {
+        "variables": sorted(free),
+        "choices": choices,
+        "literals": literals,
+        "fields": sorted(name for name in fields if isinstance(name, str)),
+    }
+    return ["ok", facts]
+
+
+def _guarded(work: Any) -> list[Any]:
+    """The answer to a job, or what it failed with: a template fails in its own ways."""
+    import jinja2
+
+    try:
+        return list(work())
+    except jinja2.TemplateSyntaxError as error:
+        return ["syntax", str(error.message), error.lineno]
+    except MemoryError:
+        return ["memory"]
+    except RecursionError:
+        return ["error", "it recurses without end"]
+    except Exception as error:
+        return ["error", str(error)[:2000] or type(error).__name__]
+
+
+class _Frozen(datetime):
+    """A clock that stands still: templates that ask for today get the run's date."""
+
+    at = datetime(2000, 1, 1)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return cls.at
+
+
+def _freeze(library: Any, date: str) -> None:
+    # transformers' strftime_now reads `datetime` of its own module, and takes no argument for it.
+    _Frozen.at = datetime.fromisoformat(date) + timedelta(hours=12)
+    library.datetime = _Frozen
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+        from pathlib import Path
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * os.sysconf("SC_PAGE_SIZE") + _MORE_MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    except (ImportError, OSError, ValueError):
+        pass  # only Linux keeps such a limit; the deadline holds everywhere
+
+
+def _send(stream: BinaryIO, value: list[Any]) -> None:
+    data = json.dumps(value).encode("ascii")
+    stream.write(struct.pack("<I", len(data)) + data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> dict[str, Any] | None:
+    head = stream.read(4)
+    if len(head) < 4:
+        return None
+    request: dict[str, Any] = json.loads(stream.read(struct.unpack("<I", head)[0]))
+    return request
+
+
+if __name__ == "__main__":
+    main()
