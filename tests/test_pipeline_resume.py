@@ -246,6 +246,7 @@ def test_a_second_ctrl_c_stops_at_once(place: Place, tmp_path: Path) -> None:
         def step(self, facts: Any, plan: Any) -> None:
             if facts.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)  # two signals that wait together would be delivered as one
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
 

@@ -34,6 +34,13 @@ VALUES: dict[str, tuple[Any, str]] = {
     "chat_template": ("chatml-lite", "chatml-lite"),
     "stop": (["<|a|>", "<|b|>"], "<|a|>,<|b|>"),
     "loss_on": ("last", "last"),
+    "template_arg": ({"enable_thinking": False}, "enable_thinking=false"),
+    "reasoning": ("inline", "inline"),
+    "think_markers": (["<r>", "</r>"], "<r>,</r>"),
+    "history": ("no-reasoning", "no-reasoning"),
+    "merge_system": (True, "true"),
+    "content_specials": ("error", "error"),
+    "date": ("2026-11-20", "2026-11-20"),
     "lora": (True, "true"),
     "lora_r": (8, "8"),
     "lora_alpha": (4.5, "4.5"),
@@ -376,3 +383,43 @@ def test_yaml_cannot_make_objects(tmp_path: Path) -> None:
     file = write(tmp_path / "r.yaml", "model: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(InputError, match="not valid YAML"):
         read_recipe(file)
+
+
+def test_template_arguments_are_json_where_they_can_be() -> None:
+    given = ("thinking=false", "effort=low", 'tools=["a", "b"]', "level=3")
+    recipe = make_recipe(("command line", {"template_arg": given}))
+    assert recipe.template_arg == {
+        "thinking": False,
+        "effort": "low",
+        "tools": ["a", "b"],
+        "level": 3,
+    }
+    with pytest.raises(RecipeError, match="pairs such as enable_thinking=false"):
+        make_recipe(("command line", {"template_arg": ("thinking",)}))
+
+
+def test_an_option_given_twice_adds_up() -> None:
+    recipe = make_recipe(("command line", {"stop": ("<|a|>", "<|b|>,<|c|>")}))
+    assert recipe.stop == ["<|a|>", "<|b|>", "<|c|>"]
+    recipe = make_recipe(("command line", {"columns": ("prompt=q", "completion=a")}))
+    assert recipe.columns == {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"date": "20. November"}, "YYYY-MM-DD"),
+        ({"reasoning": "inline", "think_markers": ["<r>"]}, "think_markers are two"),
+        ({"reasoning": "some"}, "reasoning must be auto, inline, empty or drop"),
+    ],
+)
+def test_prompt_settings_that_cannot_hold(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(("recipe.yaml", given))
+    assert told in str(caught.value)
+
+
+def test_yaml_dates_are_dates(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("date: 2026-11-20\n")
+    assert make_recipe((str(path), read_recipe(path))).date == "2026-11-20"

@@ -118,7 +118,12 @@ def _recipe(
     source: str | None, rows: str | None, resume: str | None, options: dict[str, Any]
 ) -> Recipe:
     """Recipe file, then command line; a resumed run's own recipe."""
-    given = {name: value for name, value in options.items() if value is not None}
+    # An option that may be repeated comes as a list; a recipe tells it by being a tuple.
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if value is not None and value != []
+    }
     if resume is not None:
         return _resumed_recipe(resume, bool(source or rows or given))
     file = source if source and source.lower().endswith((".yaml", ".yml")) else None
@@ -306,6 +311,35 @@ def chat(
         talk.loop()
 
 
+_ROWS = "Rows"
+
+
+def _inspect_rows(
+    own: dict[str, Any],
+    settings: Sequence[str],
+    row: int | None,
+    page: str | None,
+    *,
+    with_ids: bool,
+) -> None:
+    """Rows on the terminal or as a page."""
+    from truetune.rows_screen import show_rows, view_rows, write_page
+
+    pairs = [text.partition("=") for text in settings]
+    for text, (_, equals, _) in zip(settings, pairs, strict=True):
+        if not equals:
+            raise UsageError(f"--set {text!r} is no NAME=VALUE", fix="e.g. --set loss_on=last")
+    given = [("command line", {name: value}) for name, _, value in pairs]
+    recipe = make_recipe(*given, ("command line", {k: v for k, v in own.items() if v is not None}))
+    contract, views, total = view_rows(recipe, row, most=50 if page else 1)
+    screen = _screen()
+    if page is None:
+        show_rows(screen, contract, views, total, with_ids=with_ids)
+        return
+    write_page(Path(page), contract, views, total, f"{own['data']} for {own['model']}")
+    screen.line(f"{len(views):,} of {total:,} rows: {page}")
+
+
 @app.command("inspect", cls=_Command, short_help="Show what a model brings.")
 def inspect_model(
     model: Annotated[
@@ -316,8 +350,48 @@ def inspect_model(
         str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to show as they are trained.", rich_help_panel=_ROWS)
+    ] = None,
+    row: Annotated[
+        int | None, typer.Option(help="Its number. (default: 1)", rich_help_panel=_ROWS)
+    ] = None,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Token ids beside the text.", rich_help_panel=_ROWS)
+    ] = False,
+    page: Annotated[
+        str | None,
+        typer.Option("--html", help="Write a page, of 50 rows or of --row.", rich_help_panel=_ROWS),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any setting of `train`, e.g. loss_on=last; may be repeated.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
 ) -> None:
-    """Show what a model brings: template, stop set, vocabulary, head, LoRA targets."""
+    """Show what a model brings: template, stop set, vocabulary, head, LoRA targets.
+
+    With --data, show rows as they are trained: served prompt, supervised, stop.
+
+    \b
+    truetune inspect MODEL
+    truetune inspect MODEL --data rows.jsonl --row 17
+    truetune inspect MODEL --data rows.jsonl --html rows.html
+    """
+    if data is not None:
+        own = {"model": model, "revision": revision, "chat_template": chat_template, "data": data}
+        _inspect_rows(own, setting or [], row, page, with_ids=ids)
+        return
+    if row is not None or page or ids or setting:
+        raise UsageError(
+            "--row, --ids, --html and --set show rows, and there are none",
+            fix=f"truetune inspect {shlex.quote(model)} --data DATA",
+            code="rows-without-data",
+        )
     from truetune.model_screen import model_facts, show_model
 
     facts = model_facts(model, revision=revision, chat_template=chat_template)

@@ -61,7 +61,8 @@ def _parameter(field: Any, declared: Any) -> inspect.Parameter:
         show_default=False,
         metavar=None if declared is bool else _metavar(declared),
     )
-    python_type: Any = bool if declared is bool else list[str] if meta["repeatable"] else str
+    several = any(get_origin(kind) in (list, dict) for kind in get_args(declared))
+    python_type: Any = bool if declared is bool else list[str] if several else str
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -19,7 +19,14 @@ from typing import Any
 
 from truetune.check import Preflight, damage, encoded_lengths, limit_keeping, preflight
 from truetune.compute.length import Fitted, fit_length, is_text, length_table, longest
-from truetune.contract import Encoded, PromptContract, Refused, SFTExample
+from truetune.contract import (
+    Encoded,
+    Policy,
+    PromptContract,
+    Refused,
+    SFTExample,
+    find_controls,
+)
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
 from truetune.errors import BadRows, CheckFailed, DataError, RecipeError, TruetuneError, UsageError
 from truetune.findings import Finding, merged, worst
@@ -47,6 +54,27 @@ _REMARKS = {
     "normalised": (
         "the tokenizer's own normaliser changes characters of answers",
         "the model cannot write what its tokenizer has no form for",
+    ),
+    "framed": (
+        "the template writes markers of its own around answers; the model learns to write them",
+        "a format may name a channel or a recipient before it answers",
+    ),
+    "stop-appended": (
+        "the template closes answers with nothing; the model's own end token closes them",
+        "without an end a served answer would go on",
+    ),
+    "reasoning-empty": (
+        "the think block that the prompt opens is closed at once, as --reasoning empty asks",
+        "the model learns not to think",
+    ),
+    "thinking-unlearned": (
+        "answers without reasoning are trained where the template would have the model think",
+        "thinking will be unlearned there",
+    ),
+    "prompt-realigned": (
+        "the template renders earlier turns of a finished conversation unlike it serves them; the "
+        "served prompt is trained",
+        "a server sends the prompt",
     ),
     "seam": (
         "prompt and answer would have merged into one token; they are kept apart",
@@ -140,14 +168,28 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         require_weights(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(recipe.model, recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
-    contract = PromptContract.load(tokenizer, recipe.chat_template, _stop(recipe))
+    contract = contract_of(tokenizer, recipe)
+    if contract.date and not recipe.date:
+        # A resumed run goes on with the day on which it was started.
+        origins = {**recipe.origins, "date": "the day of the start"}
+        recipe = dataclasses.replace(recipe, date=contract.date, origins=origins)
     start, start_reason = starting_point(tokenizer, facts.has_chat_template)
 
     train, held_out, loaded, findings, overlap = _rows(recipe, listener)
     listener.stage("template and proof")
-    contract = contract.fit(train)
+    contract = contract.fit(train, loss_on=recipe.loss_on)
     encoded, refused = _encode(contract, train, recipe, listener)
     eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
+    controls = find_controls(
+        contract, [*train, *held_out], refuse=recipe.content_specials == "error"
+    )
+    if recipe.content_specials == "error":
+        refused += controls
+        held = {finding.where.partition(",")[0] for finding in controls}
+        encoded = [row for row in encoded if row.row not in held]
+        eval_encoded = [row for row in eval_encoded if row.row not in held]
+    else:
+        findings += controls
     refusals = [*loaded.findings, *refused, *eval_refused]
     findings += [*token_findings, *_without_effect(recipe)]
     bad_rows, stopping = _bad_rows(refusals, recipe, len(encoded))
@@ -304,8 +346,21 @@ def require_settings(recipe: Recipe, *others: str) -> None:
         )
 
 
-def _stop(recipe: Recipe) -> list[str | int] | None:
-    return None if recipe.stop is None else list(recipe.stop)
+def contract_of(tokenizer: Any, recipe: Recipe) -> PromptContract:
+    """The contract that a recipe asks for, not yet fitted to rows."""
+    return PromptContract.load(
+        tokenizer,
+        recipe.chat_template,
+        None if recipe.stop is None else list(recipe.stop),
+        recipe.template_arg,
+        policy=Policy(
+            recipe.reasoning,
+            (recipe.think_markers[0], recipe.think_markers[1]) if recipe.think_markers else None,
+            recipe.history,
+            "merge" if recipe.merge_system else "keep",
+        ),
+        date=recipe.date,
+    )
 
 
 def _rows(
@@ -403,17 +458,19 @@ def _bad_rows(
 
 
 def _without_effect(recipe: Recipe) -> list[Finding]:
-    """Settings of an adapter that is not trained."""
-    given = [name for name in _LORA_ONLY if recipe.given(name) and not recipe.lora]
+    """Settings that another one would have to make use of."""
+    needs = [(name, "--lora") for name in _LORA_ONLY if not recipe.lora]
+    needs += [("think_markers", "--reasoning inline")] * (recipe.reasoning != "inline")
     return [
         Finding(
             "setting-without-effect",
             "warning",
-            f"{name} has no effect without lora",
+            f"{name} has no effect without {other}",
             where=recipe.origin(name),
-            fix="add --lora, or leave it out",
+            fix=f"add {other}, or leave it out",
         )
-        for name in given
+        for name, other in needs
+        if recipe.given(name)
     ]
 
 

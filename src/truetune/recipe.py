@@ -11,7 +11,9 @@ them. A value of None (or "auto") is derived later from model and data; `plan.py
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
+import json
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +37,6 @@ def _option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
-    repeatable: bool = False,
 ) -> Any:
     """A setting: its default, the group and text of its help, other spellings, its range."""
     meta = {
@@ -47,7 +48,6 @@ def _option(
         "maximum": maximum,
         "above": above,
         "below": below,
-        "repeatable": repeatable,
     }
     return dataclasses.field(default=default, metadata=meta)
 
@@ -100,6 +100,37 @@ class Recipe:
     loss_on: Literal["assistant", "last", "all"] = _option(
         "assistant", PROMPT, "Which tokens are targets."
     )
+    template_arg: dict[str, Any] | None = _option(
+        None,
+        PROMPT,
+        "Argument of the template, e.g. enable_thinking=false; may be repeated.",
+        aliases=["template_args", "template_kwargs", "chat_template_kwargs"],
+        shown="the value under which the rows fit",
+    )
+    reasoning: Literal["auto", "inline", "empty", "drop"] = _option(
+        "auto",
+        PROMPT,
+        "Reasoning of the rows: where the template takes it, between think markers, an opened "
+        "block closed at once, or left out.",
+    )
+    think_markers: list[str] | None = _option(
+        None,
+        PROMPT,
+        "Opening and closing marker for --reasoning inline.",
+        shown="the template's own, or <think>,</think>",
+    )
+    history: Literal["as-data", "no-reasoning"] = _option(
+        "as-data", PROMPT, "Whether earlier turns show the template their reasoning."
+    )
+    merge_system: bool = _option(
+        False, PROMPT, "Put the system text in front of the first question."
+    )
+    content_specials: Literal["keep", "error"] = _option(
+        "keep", PROMPT, "Rows whose text holds control tokens: told, or refused."
+    )
+    date: str | None = _option(
+        None, PROMPT, "Today, for templates that write it (YYYY-MM-DD).", shown="the day of the run"
+    )
 
     lora: bool = _option(False, METHOD, "Train a LoRA adapter instead of all weights.")
     lora_r: int = _option(16, METHOD, "Rank.", aliases=["lora_rank"], minimum=1)
@@ -123,7 +154,6 @@ class Recipe:
         METHOD,
         "A token to add, whose row is trained in embedding and head; repeatable.",
         aliases=["add_tokens"],
-        repeatable=True,
     )
     full_fingerprint: bool = _option(
         False, METHOD, "Bind the adapter to every byte of its base, not to samples."
@@ -392,7 +422,7 @@ def make_recipe(*sources: tuple[Origin, Mapping[str, Any]]) -> Recipe:
 
 
 # Settings for which "auto" is a value of its own.
-_AUTO = ("device", "dtype", "schema")
+_AUTO = ("device", "dtype", "schema", "reasoning")
 # A source that sets one of these replaces what an earlier source said by the other.
 _INSTEAD = {
     "epochs": ("max_steps",),
@@ -402,7 +432,8 @@ _INSTEAD = {
 }
 # Kinds of LoRA: setting one sets lora.
 _KINDS_OF_LORA = ("rslora", "dora", "qlora", "load_in_8bit")
-_LISTS = ("stop", "target_modules", "report_to")
+# Lists whose items may be separated by commas.
+_LISTS = ("stop", "target_modules", "report_to", "think_markers")
 
 
 def _named(
@@ -441,6 +472,11 @@ _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
 
 def _plain(name: str, value: Any) -> Any:
     """Texts of the command line as the lists and mappings that they stand for."""
+    # An option of the command line that was given several times.
+    if isinstance(value, tuple):
+        value = ",".join(value) if name in (*_LISTS, "columns") else list(value)
+    if name == "template_arg" and isinstance(value, str | list):
+        return _arguments([value] if isinstance(value, str) else value)
     if name == "columns" and isinstance(value, str):
         pairs = [item.partition("=") for item in value.split(",") if item.strip()]
         if not pairs or not all(equals for _, equals, _ in pairs):
@@ -452,6 +488,8 @@ def _plain(name: str, value: Any) -> Any:
         if value in ("auto", "all-linear", "none"):
             return "auto"
         return [item.strip() for item in value.split(",") if item.strip()]
+    if name == "date" and isinstance(value, datetime.date):
+        return value.isoformat()  # YAML reads a date as one
     if name == "optim" and isinstance(value, str):
         return _OPTIMIZERS.get(value, value)
     return value
@@ -466,6 +504,20 @@ def _imply(values: dict[str, Any], origins: dict[str, Origin]) -> None:
     kinds = _kinds_of_lora(values)
     if kinds and "lora" not in values:
         values["lora"], origins["lora"] = True, f"by {kinds[0]} ({origins[kinds[0]]})"
+
+
+def _arguments(texts: Sequence[str]) -> Any:
+    """name=value pairs; a value that is JSON is what it says, others are text."""
+    found = {}
+    for text in texts:
+        name, equals, value = str(text).partition("=")
+        if not equals or not name.strip():
+            return text  # no mapping: `_validated` says what one looks like
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -495,7 +547,20 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"{kinds[0]} is a kind of LoRA, and lora is false: leave one of them out")
     if {"qlora", "load_in_8bit"} <= set(kinds):
         problems.append("qlora holds the base in 4 bits, load_in_8bit in 8: leave one of them out")
+    markers = values.get("think_markers")
+    if markers is not None and (not isinstance(markers, list) or len(markers) != 2):
+        problems.append("think_markers are two: opening and closing, e.g. <think>,</think>")
+    if (date := values.get("date")) is not None and not _is_date(date):
+        problems.append(f"date must be YYYY-MM-DD, not {date!r}")
     return problems
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        datetime.date.fromisoformat(str(value))
+    except ValueError:
+        return False
+    return True
 
 
 def _whole(value: Any) -> int | None:
@@ -541,6 +606,7 @@ def _described(declared: Any) -> str:
         str: "text",
         list[str]: "a list of texts",
         dict[str, str]: "pairs such as prompt=question",
+        dict[str, Any]: "pairs such as enable_thinking=false",
     }
     return words[kinds[0]]
 

@@ -1,0 +1,90 @@
+"""Control tokens inside the text of rows.
+
+input   conversations, a contract
+does    finds the tokens that the template builds prompts of, written out in a message's text
+output  one finding a row: which token, in which field
+who     prepare.py
+
+A tokenizer turns `<|im_end|>` in a user's message into the control token, in training as on a
+server: the message ends there and whatever follows speaks in a role of its own choice. transformers
+can render such text harmless (`sanitize_control_tokens`), and does not by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from truetune.data.conversation import Conversation
+from truetune.findings import Finding
+
+if TYPE_CHECKING:
+    from truetune.contract.contract import PromptContract
+
+
+def control_tokens(contract: PromptContract) -> tuple[str, ...]:
+    """Texts of the tokens that carry the structure of prompts, longest first.
+
+    They are the tokenizer's special tokens, the stop set, and the added tokens that stand in a
+    rendered conversation; markers around reasoning are none, because rows may hold them.
+    """
+    tokens, seen = contract.tokens, contract.behaviour()
+    rendered = "".join([seen.user_end, *seen.answer_end, *seen.call_end, seen.call_between])
+    with contextlib.suppress(ValueError):
+        rendered += contract.prompt_text([{"role": "user", "content": "?"}])
+    ids = {*contract.stop_ids, *contract.tokenizer.all_special_ids}
+    ids |= {token for token in tokens.encode([rendered])[0] if token in tokens.special_ids}
+    thinking = {marker for pair in seen.pairs for marker in pair}
+    texts = {tokens.decode([token]) for token in ids} - thinking
+    return tuple(sorted((t for t in texts if len(t.strip()) > 1), key=len, reverse=True))
+
+
+def find_controls(
+    contract: PromptContract, conversations: Iterable[Conversation], *, refuse: bool
+) -> list[Finding]:
+    """One finding for each row that holds a control token in a message's text.
+
+    Args:
+        refuse: whether such a row is an error, to be mended or dropped.
+    """
+    texts = control_tokens(contract)
+    if not texts:
+        return []
+    pattern = re.compile("|".join(map(re.escape, texts)))
+    return [
+        _finding(conversation, *found, refuse=refuse)
+        for conversation in conversations
+        for found in _first(pattern, conversation)
+    ]
+
+
+def _first(
+    pattern: re.Pattern[str], conversation: Conversation
+) -> Iterator[tuple[int, str, str, str]]:
+    """(message, role, field, token) of the first one in a row."""
+    for index, message in enumerate(conversation.messages):
+        # In an answer the end of the answer is judged where it is encoded.
+        for name in ("content", "reasoning_content"):
+            found = pattern.search(message.get(name) or "")
+            if found:
+                yield index, str(message["role"]), name, found.group()
+                return
+
+
+def _finding(
+    conversation: Conversation, index: int, role: str, field: str, token: str, *, refuse: bool
+) -> Finding:
+    return Finding(
+        code="control-token-in-text",
+        level="error" if refuse else "warning",
+        what=f"the text of a {role} turn holds the control token {token!r}",
+        where=f"{conversation.where}, messages[{index}].{field}",
+        count=1,
+        why="it becomes the token itself, in training as on a server that does not sanitise: the "
+        "turn ends or changes its speaker there",
+        fix="take it out of the row"
+        if refuse
+        else "take it out of the rows, or refuse them with --content-specials error",
+    )
