@@ -11,10 +11,10 @@ import pytest
 
 from tiny_models import tiny_tokenizer
 from truetune.check.duplicates import near_pairs
-from truetune.check.preflight import DATA_CHECKS, control_tokens
+from truetune.check.preflight import DATA_CHECKS
 from truetune.check.rows import DataFacts
 from truetune.check.tools import call_problem, value_problem
-from truetune.contract import PromptContract
+from truetune.contract import PromptContract, control_tokens
 from truetune.data import Conversation
 from truetune.findings import Finding
 

@@ -496,7 +496,7 @@ def test_settings_without_effect_are_told(place: Path, tmp_path: Path) -> None:
     without = small(place / "tiny", data, tmp_path / "a", lora_r=8)
     with_lora = small(place / "tiny", data, tmp_path / "b", lora_r=8, lora=True)
     assert [f.what for f in without.findings if f.code == "setting-without-effect"] == [
-        "lora_r has no effect without lora"
+        "lora_r has no effect without --lora"
     ]
     assert "setting-without-effect" not in {f.code for f in with_lora.findings}
 

@@ -180,16 +180,13 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     contract = contract.fit(train, loss_on=recipe.loss_on)
     encoded, refused = _encode(contract, train, recipe, listener)
     eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
-    controls = find_controls(
-        contract, [*train, *held_out], refuse=recipe.content_specials == "error"
-    )
     if recipe.content_specials == "error":
-        refused += controls
+        controls = find_controls(contract, [*train, *held_out], refuse=True)
+        already = {finding.where.partition(",")[0] for finding in [*refused, *eval_refused]}
+        refused += [c for c in controls if c.where.partition(",")[0] not in already]
         held = {finding.where.partition(",")[0] for finding in controls}
         encoded = [row for row in encoded if row.row not in held]
         eval_encoded = [row for row in eval_encoded if row.row not in held]
-    else:
-        findings += controls
     refusals = [*loaded.findings, *refused, *eval_refused]
     findings += [*token_findings, *_without_effect(recipe)]
     bad_rows, stopping = _bad_rows(refusals, recipe, len(encoded))

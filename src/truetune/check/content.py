@@ -24,10 +24,12 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
     pattern = re.compile("|".join(map(re.escape, sorted(facts.control, key=len, reverse=True))))
     first = {token[0] for token in facts.control}
     found: dict[int, str] = {}
+    field = ""
     for index, conversation in enumerate(facts.train):
-        for text in _contents(conversation):
+        for name, text in _contents(conversation):
             if any(char in text for char in first) and (hit := pattern.search(text)):
                 found[index] = hit.group()
+                field = field or name
                 break
     if found:
         common = Counter(found.values()).most_common(3)
@@ -38,20 +40,22 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
             code="control-token-in-content",
             level="warning",
             what=f"{share(len(found), len(facts.train))} hold control tokens in their text: "
-            f"{shown}",
+            f"{shown}; the first in {field}",
             why="the tokenizer makes the real token of it: the text opens or closes a turn of its "
             "own, in training and when served",
-            fix="take them out, or write them apart (`<| im_end |>`)",
+            fix="take them out, write them apart (`<| im_end |>`), or refuse such rows with "
+            "--content-specials error",
         )
 
 
-def _contents(conversation: Conversation) -> Iterator[str]:
+def _contents(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """(field, text) of everything that is said."""
     if conversation.text is not None:
-        yield conversation.text
-    for message in conversation.messages:
-        yield message["content"]
+        yield "text", conversation.text
+    for index, message in enumerate(conversation.messages):
+        yield f"messages[{index}].content", message["content"]
         if reasoning := message.get("reasoning_content"):
-            yield reasoning
+            yield f"messages[{index}].reasoning_content", reasoning
 
 
 # ------------------------------------------------------------------ languages

@@ -18,7 +18,7 @@ from truetune.check.markers import Markers
 from truetune.check.rows import DataFacts
 from truetune.check.run_settings import RunFacts
 from truetune.check.table import TokenTable
-from truetune.contract import PromptContract, SFTExample
+from truetune.contract import PromptContract, SFTExample, control_tokens
 from truetune.data import Conversation
 from truetune.findings import Finding, merged
 
@@ -119,12 +119,3 @@ def preflight(
             on_progress(done, len(families))
         found += family()
     return merged(found)
-
-
-def control_tokens(contract: PromptContract) -> tuple[str, ...]:
-    """Special tokens as text, each proved to become that token when it is written."""
-    added = getattr(contract.tokenizer, "added_tokens_decoder", {})
-    texts = [str(token.content) for token in added.values() if token.special]
-    return tuple(
-        text for text in texts if text.strip() and contract.tokens.single_id(text) is not None
-    )

@@ -3,7 +3,7 @@
 input   conversations, a contract
 does    finds the tokens that the template builds prompts of, written out in a message's text
 output  one finding a row: which token, in which field
-who     prepare.py
+who     prepare.py where such rows are refused, `truetune inspect --data`; check tells of them
 
 A tokenizer turns `<|im_end|>` in a user's message into the control token, in training as on a
 server: the message ends there and whatever follows speaks in a role of its own choice. transformers
@@ -34,11 +34,15 @@ def control_tokens(contract: PromptContract) -> tuple[str, ...]:
     rendered = "".join([seen.user_end, *seen.answer_end, *seen.call_end, seen.call_between])
     with contextlib.suppress(ValueError):
         rendered += contract.prompt_text([{"role": "user", "content": "?"}])
+    added = getattr(contract.tokenizer, "added_tokens_decoder", {})
     ids = {*contract.stop_ids, *contract.tokenizer.all_special_ids}
+    ids |= {token for token, entry in added.items() if entry.special}
     ids |= {token for token in tokens.encode([rendered])[0] if token in tokens.special_ids}
     thinking = {marker for pair in seen.pairs for marker in pair}
     texts = {tokens.decode([token]) for token in ids} - thinking
-    return tuple(sorted((t for t in texts if len(t.strip()) > 1), key=len, reverse=True))
+    # A token that its own text does not lead to does no harm there.
+    real = (t for t in texts if len(t.strip()) > 1 and tokens.single_id(t) is not None)
+    return tuple(sorted(real, key=len, reverse=True))
 
 
 def find_controls(
@@ -77,7 +81,7 @@ def _finding(
     conversation: Conversation, index: int, role: str, field: str, token: str, *, refuse: bool
 ) -> Finding:
     return Finding(
-        code="control-token-in-text",
+        code="control-token-in-content",
         level="error" if refuse else "warning",
         what=f"the text of a {role} turn holds the control token {token!r}",
         where=f"{conversation.where}, messages[{index}].{field}",
