@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -364,10 +365,17 @@ class PromptContract:
         if loss_on not in LOSS_ON:
             raise ValueError(f"unknown loss_on {loss_on!r}; known: {', '.join(LOSS_ON)}")
         results: list[Encoded | Refused] = []
-        for start in range(0, len(conversations), _CHUNK):
-            results += self._encode_chunk(conversations[start : start + _CHUNK], loss_on)
-            if on_progress:
-                on_progress(len(results))
+        chunks = [conversations[i : i + _CHUNK] for i in range(0, len(conversations), _CHUNK)]
+        # Templates are rendered in another process: the next chunk's, while this one is tokenized.
+        with ThreadPoolExecutor(1) as ahead:
+            begun = None
+            for chunk in [*chunks, None]:
+                next_one = self._begin(chunk, loss_on, ahead) if chunk is not None else None
+                if begun is not None:
+                    results += self._finish(*begun, loss_on)
+                    if on_progress:
+                        on_progress(len(results))
+                begun = next_one
         return self._with_advice(conversations, results, loss_on)
 
     def _with_advice(
@@ -400,6 +408,16 @@ class PromptContract:
     def _encode_chunk(
         self, conversations: Sequence[Conversation], loss_on: LossOn
     ) -> list[Encoded | Refused]:
+        return self._finish(*self._begin(conversations, loss_on, None), loss_on)
+
+    def _begin(
+        self,
+        conversations: Sequence[Conversation],
+        loss_on: LossOn,
+        ahead: ThreadPoolExecutor | None,
+    ) -> tuple[list[Encoded | Refused | _Row], list[list[Job]], Callable[[], list[Rendered]]]:
+        """What is known without rendering, the texts that the rows ask for, and a way to wait for
+        them."""
         results: list[Encoded | Refused | _Row] = []
         for conversation in conversations:
             try:
@@ -409,9 +427,25 @@ class PromptContract:
                     results.append(self._row(conversation, loss_on))
             except UnfaithfulTemplate as error:
                 results.append(_refused(conversation, error))
+        jobs = [self._jobs(row) for row in results if isinstance(row, _Row)]
+        flat = [job for some in jobs for job in some]
+        if ahead is None:
+            return results, jobs, lambda: self.renderer.render_many(flat)
+        return results, jobs, ahead.submit(self.renderer.render_many, flat).result
+
+    def _finish(
+        self,
+        results: list[Encoded | Refused | _Row],
+        jobs: list[list[Job]],
+        rendered: Callable[[], list[Rendered]],
+        loss_on: LossOn,
+    ) -> list[Encoded | Refused]:
         rows = [row for row in results if isinstance(row, _Row)]
+        self._attempt(rows, jobs, rendered(), loss_on)
         while pending := [row for row in rows if row.result is None and row.ways]:
-            self._attempt(pending, loss_on)
+            jobs = [self._jobs(row) for row in pending]
+            flat = [job for some in jobs for job in some]
+            self._attempt(pending, jobs, self.renderer.render_many(flat), loss_on)
         return [_outcome(item) if isinstance(item, _Row) else item for item in results]
 
     def _row(self, conversation: Conversation, loss_on: LossOn) -> _Row:
@@ -449,19 +483,24 @@ class PromptContract:
             return Markers(opening, closing, f"{opening}\n", f"\n{closing}\n\n")
         return seen.markers or Markers()
 
-    def _attempt(self, rows: Sequence[_Row], loss_on: LossOn) -> None:
-        """Render, tokenize and prove each row by the next of its routes."""
-        jobs = [self._jobs(row) for row in rows]
-        rendered = iter(self.renderer.render_many([job for some in jobs for job in some]))
-        texts: dict[str, list[int]] = {}
+    def _attempt(
+        self,
+        rows: Sequence[_Row],
+        jobs: Sequence[Sequence[Job]],
+        texts: Sequence[Rendered],
+        loss_on: LossOn,
+    ) -> None:
+        """Tokenize and prove each row by the way that it has in hand."""
+        rendered = iter(texts)
+        pairs: list[tuple[str, str]] = []
         for row, some in zip(rows, jobs, strict=True):
             made = [next(rendered) for _ in some]
             try:
                 row.texts = self._turn_texts(row, made)
-                texts |= {t: [] for turn in row.texts for t in (turn.prompt, turn.through)}
+                pairs += [(turn.prompt, turn.through) for turn in row.texts]
             except UnfaithfulTemplate as error:
                 _failed(row, error)
-        ids_of = dict(zip(texts, self.tokens.encode(list(texts)), strict=True))
+        ids_of = self.tokens.encode_turns(pairs)
         for row in rows:
             if not row.texts:
                 continue

@@ -171,7 +171,7 @@ def _completion(
     written = text.through[len(text.prompt) :]
     ids = through[len(prompt) :]
     # Some tokenizers put a space before whatever follows a special token.
-    gained = tokens.decode_after(prompt, ids[:1])[:1] == " " != written[:1]
+    gained = bool(ids) and tokens.gains_space(prompt, ids[0], written)
     if seam or gained:
         ids = tokens.encode_completion(prompt, written)
     for position, token in enumerate(ids):

@@ -7,6 +7,7 @@ first token of a text specially.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 _ANCHORS = ("\n", ":", ".", "a", "0", "<", "|")
 # Prompt tokens kept in front of a completion when it is decoded: enough to complete a character.
 _CONTEXT = 8
+_MOST_CONTEXTS = 10_000
 
 
 class Tokens:
@@ -28,6 +30,12 @@ class Tokens:
         """Ids of each text, nothing added, nothing cut."""
         if not texts:
             return []
+        if self._backend is not None and self._backend.truncation is self._backend.padding is None:
+            made = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in made]
+        return self._encode_through_wrapper(texts)
+
+    def _encode_through_wrapper(self, texts: Sequence[str]) -> list[list[int]]:
         # verbose=False: a text beyond model_max_length is judged by the length policy.
         encoded = self.tokenizer(
             list(texts),
@@ -37,6 +45,65 @@ class Tokens:
             verbose=False,
         )
         return list(encoded["input_ids"])
+
+    def encode_turns(self, pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
+        """text -> ids for pairs of a prompt and a longer text, which begins with it or does not.
+
+        Where the tokenizer splits at the last special token of the prompt, what stands before it is
+        encoded once for both.
+        """
+        parts: dict[str, tuple[str, str]] = {}
+        for prompt, through in pairs:
+            cut = self._cut(prompt) if through.startswith(prompt) else 0
+            parts.setdefault(prompt, (prompt[:cut], prompt[cut:]))
+            parts.setdefault(through, (through[:cut], through[cut:]))
+        pieces = dict.fromkeys(piece for pair in parts.values() for piece in pair if piece)
+        ids_of = dict(zip(pieces, self.encode(list(pieces)), strict=True)) | {"": []}
+        return {text: ids_of[head] + ids_of[tail] for text, (head, tail) in parts.items()}
+
+    def _cut(self, text: str) -> int:
+        """Where a text may be cut: behind its last splitting token, 0 where there is none."""
+        if self._splitting is None:
+            return 0
+        # The last one is near the end: a generation prompt begins with it.
+        ends = [found.end() for found in self._splitting.finditer(text, max(0, len(text) - 200))]
+        return ends[-1] if ends else 0
+
+    @cached_property
+    def _splitting(self) -> re.Pattern[str] | None:
+        """Special tokens behind which a text may be cut without changing its ids, found by trying.
+
+        A tokenizer takes added tokens out of a text before it merges anything. But some put a space
+        before what follows, or strip it: each token is tried with what may follow.
+        """
+        tries = ("a", " a", "\n", "\n\na", "\u00e9", "\u6f22", "assistant\nThe 1", "  x", ".")
+        found = []
+        for text in self.added_texts:
+            # A shorter token that begins like a longer one would cut inside it.
+            if len(text) < 4 or any(o != text and o.startswith(text) for o in self.added_texts):
+                continue
+            joint = self.encode(["z" + text + end for end in tries])
+            head, *rest = self.encode(["z" + text, *tries])
+            if all(whole == head + end for whole, end in zip(joint, rest, strict=True)):
+                found.append(text)
+        longest = sorted(found, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest))) if found else None
+
+    @cached_property
+    def _backend(self) -> Any:
+        """The library's own tokenizer under transformers' wrapper, where the two do the same."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or not hasattr(backend, "encode_batch_fast"):
+            return None
+        probes = ["Hello  world\n\n", " a\u0301 \u6f22\U0001f600", "<s>x</s> y"]
+        probes += [f"a{text} b" for text in self.tokenizer.all_special_tokens[:8]]
+        expected = self._encode_through_wrapper(probes)
+        found = [e.ids for e in backend.encode_batch_fast(probes, add_special_tokens=False)]
+        same = found == expected and all(
+            backend.decode(ids, skip_special_tokens=False) == self._decode_through_wrapper(ids)
+            for ids in expected
+        )
+        return backend if same else None
 
     def encode_completion(self, prompt_ids: Sequence[int], text: str) -> list[int]:
         """Ids of a completion on its own, without a prefix space, for where joint encoding merges
@@ -54,16 +121,44 @@ class Tokens:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of ids, special tokens and spaces as they are."""
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        if self._backend is not None:
+            return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return self._decode_through_wrapper(ids)
+
+    def _decode_through_wrapper(self, ids: Sequence[int]) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         )
 
     def decode_after(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """The text that `ids` add after a prompt."""
-        context = list(prompt_ids[-_CONTEXT:])
-        head = self.decode(context)
+        context = tuple(prompt_ids[-_CONTEXT:])
+        head = self._contexts.get(context)
+        if head is None:
+            if len(self._contexts) > _MOST_CONTEXTS:
+                self._contexts.clear()
+            head = self._contexts[context] = self.decode(context)
         whole = self.decode([*context, *ids])
         return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
+
+    def gains_space(self, prompt_ids: Sequence[int], first: int, written: str) -> bool:
+        """Whether the first token behind a prompt reads with a space that was not written."""
+        if written[:1] == " ":
+            return False
+        key = (*prompt_ids[-2:], first)
+        if key not in self._gains:
+            self._gains[key] = self.decode_after(prompt_ids[-2:], [first])[:1] == " "
+        return self._gains[key]
+
+    @cached_property
+    def _contexts(self) -> dict[tuple[int, ...], str]:
+        return {}
+
+    @cached_property
+    def _gains(self) -> dict[tuple[int, ...], bool]:
+        return {}
 
     def single_id(self, text: str) -> int | None:
         """The id of a text that is one token of the vocabulary, else None."""
