@@ -363,7 +363,20 @@ def think_pairs(literals: str, added: Iterable[str]) -> list[tuple[str, str]]:
             both = closing in literals or closing in names
             if both and (known or mark in literals) and _THOUGHT.search(closing):
                 pairs.setdefault((opening, closing))
-    return [p for p in pairs if p[0] in literals or p[1] in literals]
+    found = [p for p in pairs if p[0] in literals or p[1] in literals]
+    # A template may open a block and leave closing it to the model alone.
+    for mark in dict.fromkeys(texts):
+        if _THOUGHT.search(mark) and not any(mark in pair for pair in found):
+            found += [(mark, closing) for closing in _closings(mark)]
+    return found
+
+
+def _closings(mark: str) -> list[str]:
+    """The marker that closes an opening one, by the way in which such pairs are written."""
+    for end, start in _ENDS:
+        if start in mark:
+            return [mark.replace(start, end, 1)]
+    return [] if "/" in mark else [mark[0] + "/" + mark[1:]]
 
 
 def _partners(mark: str) -> list[tuple[str, str]]:
