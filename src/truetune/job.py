@@ -116,7 +116,7 @@ class Job:
             pad_id=self.contract.pad_id,
             batch_size=plan.batch_size,
             micro_batch_size=plan.micro_batch_size,
-            micro_batch_tokens=plan.micro_batch_tokens,
+            micro_batch_tokens=recipe.micro_batch_tokens,
             packing=recipe.packing,
             max_steps=plan.max_steps,
             epochs=plan.epochs,
@@ -154,7 +154,11 @@ class Job:
             "trainable_parameters": trainable,
             "parameters": total,
             "choices": [vars(choice) for choice in self.loaded.choices],
-            "route": {"kind": self.trainer.route.kind, "reason": self.trainer.route.reason},
+            "route": {
+                "kind": self.trainer.route.kind,
+                "reason": self.trainer.route.reason,
+                "micro_batch_tokens": self.trainer.limits.tokens if self.trainer.limits else None,
+            },
             "check": "skipped by --no-check" if self.recipe.no_check else "passed",
         }
         recipe = yaml.safe_dump(self.recipe.rows(), sort_keys=False, allow_unicode=True)
@@ -195,7 +199,7 @@ class Job:
             "contract": self.contract.fingerprint(),
             "batch_size": plan.batch_size,
             "micro_batch_size": plan.micro_batch_size,
-            "micro_batch_tokens": plan.micro_batch_tokens,
+            "micro_batch_tokens": recipe.micro_batch_tokens,
             "packing": recipe.packing,
             "max_length": plan.max_length,
             "max_steps": plan.max_steps,

@@ -27,9 +27,6 @@ _TEXT_BLOCK = 1024
 # Logits in float32, their gradient and one copy, per micro-batch.
 _LOGIT_BYTES = 4 * 3
 _LOGIT_BUDGET = 2 * 2**30
-# Tokens of a forward pass over packed rows: on CPU matrix products run at full speed from about
-# 500 rows on, and every further token only takes memory.
-_MICRO_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,6 @@ class Plan:
         start: whether training starts from a base or an instruct model.
         max_length: longest row in tokens.
         batch_size, micro_batch_size: rows per optimiser step and, at most, per forward pass.
-        micro_batch_tokens: most tokens of packed rows per forward pass.
         learning_rate: the peak.
         epochs: passes over the rows; None where max_steps was set.
         max_steps, warmup_steps, eval_steps, save_steps: optimiser steps.
@@ -52,7 +48,6 @@ class Plan:
     max_length: int
     batch_size: int
     micro_batch_size: int
-    micro_batch_tokens: int
     learning_rate: float
     epochs: float | None
     max_steps: int
@@ -120,7 +115,6 @@ def make_plan(
     filled["max_length"], reasons["max_length"] = max_length
     batch, micro = _sizes(recipe, max_length[0], model.head_rows, reasons)
     filled |= {"batch_size": batch, "micro_batch_size": micro}
-    tokens = take("micro_batch_tokens", lambda: (_MICRO_TOKENS, "enough for full speed on CPU"))
     rate = take(
         "learning_rate",
         lambda: _learning_rate(recipe.lora, model, start, start_reason, reasoning_share),
@@ -147,7 +141,6 @@ def make_plan(
         max_length=max_length[0],
         batch_size=batch,
         micro_batch_size=micro,
-        micro_batch_tokens=tokens,
         learning_rate=rate,
         epochs=epochs,
         max_steps=steps,

@@ -209,7 +209,7 @@ class Recipe:
         None,
         TRAIN,
         "Tokens per forward pass of packed rows; a longer row goes alone.",
-        shown="1024",
+        shown="1024 on CPU, else 16384, or what fits",
         minimum=1,
     )
     packing: bool = _option(

@@ -141,7 +141,7 @@ class Screen(Listener):
                     f"{facts['trainable_parameters']:,} of {facts['parameters']:,} parameters "
                     f"({share:.2f} %)",
                 ),
-                ("batch", _batch(plan, facts["route"]["kind"])),
+                ("batch", _batch(plan, facts["route"])),
                 (
                     "steps",
                     f"{plan.max_steps:,}, {plan.warmup_steps} of them warm-up "
@@ -210,15 +210,15 @@ class Screen(Listener):
             self.errors.print(Text(visible(line)))
 
 
-def _batch(plan: Plan, route: str) -> str:
+def _batch(plan: Plan, route: dict[str, Any]) -> str:
     """How a step is cut."""
     step = f"{plan.batch_size} rows a step"
-    if route == "apart":
+    if route["kind"] == "apart":
         return f"{step}, one at a time"
-    if route == "packed":
+    if route["kind"] == "packed":
         rows = min(plan.micro_batch_size, plan.batch_size)
         cut = f"{rows} rows or " if rows < plan.batch_size else ""
-        return f"{step}, packed to {cut}{plan.micro_batch_tokens:,} tokens a forward pass"
+        return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens a forward pass"
     passes = -(-plan.batch_size // plan.micro_batch_size)
     return (
         f"{step}, {plan.micro_batch_size} at a time "

@@ -9,20 +9,24 @@ from truetune.compute.batch import (
     pad_and_collate,
 )
 from truetune.compute.loss import cross_entropy_sum, logits_of, loss_sum, masked_cross_entropy
+from truetune.compute.memory import Footprint, available_bytes, footprint
 from truetune.compute.packing import PackedBatch, PackedBatcher
 from truetune.compute.route import Route, find_route
 
 __all__ = [
     "Batch",
     "Batcher",
+    "Footprint",
     "Limits",
     "PackedBatch",
     "PackedBatcher",
     "PaddedBatcher",
     "Route",
     "RowOrder",
+    "available_bytes",
     "cross_entropy_sum",
     "find_route",
+    "footprint",
     "logits_of",
     "loss_sum",
     "masked_cross_entropy",

@@ -61,6 +61,16 @@ class SupervisedHead:
     def __init__(self, module: torch.nn.Module, tail: Tail | None = None) -> None:
         self.module, self.tail = module, tail
 
+    def buffer_bytes(self, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
+        """Of the fused loss: a chunk of logits, and the weight in the type of the computation."""
+        if self.tail is None:
+            return 0
+        weight: Any = self.module.weight
+        with autocast():
+            compute = _compute_dtype(weight)
+        cast = 0 if compute == weight.dtype else weight.numel() * compute.itemsize
+        return _chunk_rows(len(weight), compute) * len(weight) * compute.itemsize + cast
+
     def loss_sum(
         self,
         run: Callable[[], torch.Tensor],
@@ -114,15 +124,21 @@ def fused_cross_entropy_sum(
 
     Logits exist for a chunk of positions at a time, the softmax in float32.
     """
-    device = hidden_ND.device.type
-    autocast = torch.is_autocast_enabled(device)
-    compute = torch.get_autocast_dtype(device) if autocast else hidden_ND.dtype
+    device, compute = hidden_ND.device.type, _compute_dtype(hidden_ND)
     bias = getattr(head, "bias", None)
     with torch.autocast(device, enabled=False):
         loss: torch.Tensor = _Fused.apply(
             hidden_ND, head.weight, bias, targets_N, weights_N, tail, compute
         )
     return loss
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Of autocast, or the tensor's own."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 class _Fused(torch.autograd.Function):
@@ -143,7 +159,7 @@ class _Fused(torch.autograd.Function):
         dw = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_w else None
         db = torch.zeros(len(weight_VD), device=w.device) if wants_b else None
         total = torch.zeros((), device=w.device)
-        rows = _chunk_rows(w)
+        rows = _chunk_rows(len(w), compute)
         z_buffer = w.new_empty(min(rows, len(hidden_ND)), len(w))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
@@ -175,8 +191,8 @@ class _Fused(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def _chunk_rows(w_VD: torch.Tensor) -> int:
-    return max(min(CHUNK_BYTES // (w_VD.element_size() * len(w_VD)), CHUNK_ROWS), 1)
+def _chunk_rows(columns: int, compute: torch.dtype) -> int:
+    return max(min(CHUNK_BYTES // (compute.itemsize * columns), CHUNK_ROWS), 1)
 
 
 def _losses_to_gradients_(

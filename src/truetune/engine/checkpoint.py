@@ -42,7 +42,8 @@ def save_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
 
     save_file(_tensors(trainer), folder / STATE_TENSORS)
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    facts = {"step": trainer.step, "run": dict(run), "limits": _limits(trainer), "files": sizes}
+    limits = asdict(trainer.limits) if trainer.limits else None
+    facts = {"step": trainer.step, "run": dict(run), "limits": limits, "files": sizes}
     write_json(folder / STATE_FACTS, facts)
 
 
@@ -111,11 +112,6 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
         # Lowered where memory ran out: the same cut, so that the same numbers are drawn and added.
         trainer.batcher.limits = Limits(**facts["limits"])  # type: ignore[attr-defined]
     trainer.step = facts["step"]
-
-
-def _limits(trainer: SFTTrainer) -> dict[str, int | None] | None:
-    limits = getattr(trainer.batcher, "limits", None)
-    return None if limits is None else asdict(limits)
 
 
 def _tensors(trainer: SFTTrainer) -> dict[str, torch.Tensor]:

@@ -51,3 +51,9 @@ def build_optimizer(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr)
     raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(OPTIMIZERS)}")
+
+
+def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
+    """What the optimiser will keep: two moments a weight for AdamW, nothing for SGD."""
+    moments = 2 if name == "adamw" else 0
+    return moments * sum(p.numel() * p.element_size() for p in parameters)
