@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-slow check docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/truetune quickstart --overwrite
@@ -20,6 +20,14 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
+
+# Peers are installed for the measurement alone; hours on a small machine. The 0.5B jobs take real
+# rows and a model's config from ../shared.
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl==1.16.0
+	$(BIN)/python bench/compare.py --write
+	$(BIN)/python bench/trees.py
+	$(BIN)/python bench/memory.py
 
 # Installed anew whenever the pins or the package's metadata change.
 $(STAMP): constraints.txt pyproject.toml

@@ -10,7 +10,7 @@ import torch
 
 from tiny_families import family
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import Footprint, available_bytes, find_route, footprint
+from truetune.compute import Footprint, Limits, available_bytes, find_route, footprint
 from truetune.compute.memory import _kept
 from truetune.compute.packing import pack
 from truetune.engine import trainer as loop
@@ -68,17 +68,17 @@ def trainer(**changes: Any) -> SFTTrainer:
 
 
 def test_the_micro_batch_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert trainer().limits.tokens == 1024
+    assert trainer().limits == Limits(6, 1024, 8192)
     usual = trainer().train_step()["loss"]
     made = trainer()
     moments = 2 * sum(4 * p.numel() for p in made.model.parameters())
     room = int((made.footprint.of(50) + moments) / loop._ROOM) + 1
     monkeypatch.setattr(loop, "available_bytes", lambda device: room)
     small = trainer()
-    assert small.limits.tokens == 50
+    assert small.limits == Limits(6, 50, 50)
     assert [b.num_computed for b in small.batcher.micro_batches(0)] == [38, 38, 38]
     assert small.train_step()["loss"] == pytest.approx(usual, rel=2e-6)
-    assert trainer(micro_batch_tokens=77).limits.tokens == 77
+    assert trainer(micro_batch_tokens=77).limits == Limits(6, 77)
 
 
 @pytest.mark.parametrize("known", [0, 10**12])

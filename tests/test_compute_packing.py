@@ -111,6 +111,16 @@ def test_the_limit_counts_shared_tokens_once() -> None:
     assert [b.num_computed for b in two] == [23, 21]
 
 
+def test_a_tree_may_be_larger_than_rows_side_by_side() -> None:
+    """Cutting it would compute the shared part again; rows that share nothing keep their limit."""
+    rows = [row(*range(20), 50 + n, 60 + n) for n in range(4)] + [row(*range(70, 85))]
+    made = batcher(rows, batch_size=5, limits=Limits(5, 15, 24))
+    assert sorted(b.num_computed for b in made.micro_batches(0)) == [14, 24]
+    made.limits.halve(max(made.micro_batches(0), key=lambda b: b.num_computed))
+    assert made.limits == Limits(2, 12, 12)
+    assert sorted(b.num_computed for b in made.micro_batches(0)) == [14, 21, 21, 21, 21]
+
+
 def test_the_same_step_is_the_same_batch_at_each_call() -> None:
     rows = [row(*range(n, 2 * n + 3)) for n in range(9)]
     made, other = batcher(rows), batcher(rows)

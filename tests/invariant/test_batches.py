@@ -144,10 +144,11 @@ def test_memory_that_runs_out_changes_nothing(
 
     monkeypatch.setattr(Route, "loss_sum", limited)
     found: list[Any] = []
-    require_equal(one_step(model, 8, on_finding=found.append), whole)
-    assert failed == [8, 4]
+    given = {"on_finding": found.append, "micro_batch_tokens": 1000}
+    require_equal(one_step(model, 8, **given), whole)
+    assert failed == [8, 3]
     assert [finding.code for finding in found] == ["out-of-memory"] * 2
-    assert found[-1].what.endswith("at most 2 rows")
+    assert "from step 1 on at most 2 rows" in found[-1].what
 
 
 def test_the_mean_is_over_tokens_and_not_over_rows(folder: Path) -> None:
@@ -192,10 +193,11 @@ def test_checkpointed_activations_are_the_same_step(kind: str, folder: Path) -> 
     inner = checkpointed.get_base_model() if kind == "lora" else checkpointed
     calls = []
     inner.model.layers[0].input_layernorm.register_forward_hook(
-        # Probes at the start run without dropout; the step trains.
+        # Probes at the start run in evaluation mode; the step trains.
         lambda module, *_: calls.append(1) if module.training else None
     )
-    loss, gradient = one_step(checkpointed, 8)
+    # With a limit that is given, no memory is measured.
+    loss, gradient = one_step(checkpointed, 8, micro_batch_tokens=1000)
     assert len(calls) == 2, "nothing was recomputed"
     expected_loss, expected = one_step(plain, 8)
     assert loss == expected_loss

@@ -115,14 +115,18 @@ class Limits:
     Attributes:
         rows: of a forward pass.
         tokens: of a forward pass; None leaves the rows to decide.
+        tree_tokens: of one tree of rows that share a beginning, where that is more: cutting a
+            tree computes what is shared again.
     """
 
     rows: int
     tokens: int | None = None
+    tree_tokens: int | None = None
 
-    def take(self, tokens: int, rows: int) -> bool:
-        """Whether so much is within the limits."""
-        return rows <= self.rows and (self.tokens is None or tokens <= self.tokens)
+    def take(self, tokens: int, rows: int, *, tree: bool = False) -> bool:
+        """Whether so much, as one tree or side by side, is within the limits."""
+        most = max(self.tokens, self.tree_tokens or 0) if tree and self.tokens else self.tokens
+        return rows <= self.rows and (most is None or tokens <= most)
 
     def halve(self, batch: Batch | PackedBatch) -> bool:
         """Lower the limits below a batch that did not fit; False where it is a single row."""
@@ -130,7 +134,9 @@ class Limits:
             return False
         self.rows = min(self.rows, -(-len(batch.rows) // 2))
         if self.tokens is not None:
-            self.tokens = min(self.tokens, -(-batch.num_computed // 2))
+            half = -(-batch.num_computed // 2)
+            self.tokens = min(self.tokens, half)
+            self.tree_tokens = min(self.tree_tokens or half, half)
         return True
 
 

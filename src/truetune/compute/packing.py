@@ -216,7 +216,7 @@ class PackedBatcher:
                 shared = common_inputs(self.examples[tree[-1]], self.examples[row])
             grown = size + length - shared
             joins = self.min_shared is not None and shared >= self.min_shared
-            if joins and self.limits.take(grown, len(tree) + 1):
+            if joins and self.limits.take(grown, len(tree) + 1, tree=True):
                 size = grown
                 tree.append(row)
                 continue

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 # Tokens per forward pass: on CPU matrix products run at full speed from about 500 rows on, and
 # every further token only takes memory.
 _CPU_TOKENS, _DEVICE_TOKENS = 1024, 16_384
+# A tree of rows that share a beginning may be so many times larger: what it saves is worth it.
+_TREE = 8
 # Of the free memory, what a forward pass may take: the estimate is right within 15 %.
 _ROOM = 0.85
 
@@ -69,7 +71,8 @@ class SFTTrainer:
         micro_batch_size: most rows per forward pass; the step is the same whatever it is.
         micro_batch_tokens: most tokens per forward pass of packed rows; a longer row goes alone.
             None: 1,024 on CPU, where more brings no speed, 16,384 elsewhere, and fewer where an
-            estimate says that they would not fit into the memory that is free.
+            estimate says that they would not fit into the memory that is free; of a tree of rows
+            that share a beginning up to eight times as many.
         packing: rows without padding and loss at supervised positions only, where that is proved
             on the model first (a transformers model); False, and any other module: the padded
             reference path.
@@ -153,7 +156,7 @@ class SFTTrainer:
                     f"epochs={epochs} ends after {order.num_steps} steps, max_steps is {max_steps}"
                 )
             rows = 1 if self.route.kind == "apart" else micro_batch_size or batch_size
-            limits = Limits(rows, micro_batch_tokens or self._fitting_tokens(optim))
+            limits = self._limits(rows, micro_batch_tokens, optim)
             if self.route.kind == "padded":
                 batcher = PaddedBatcher(
                     examples, max_seq_len=max_seq_len, pad_id=pad_id, order=order, limits=limits
@@ -175,17 +178,18 @@ class SFTTrainer:
         """Of a micro-batch, as they are now; None where a batcher of one's own has none."""
         return getattr(self.batcher, "limits", None)
 
-    def _fitting_tokens(self, optim: str) -> int | None:
-        """Tokens per forward pass that are fast and fit; None on the padded path."""
-        if self.route.kind == "padded":
-            return None
+    def _limits(self, rows: int, tokens: int | None, optim: str) -> Limits:
+        """Of a micro-batch: as asked, or what is fast and fits."""
+        if tokens or self.route.kind == "padded":
+            return Limits(rows, tokens)
         usual = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         room = available_bytes(self.device)
         if not room:
-            return usual
+            return Limits(rows, usual, usual)
         self.footprint = footprint(self.route, self._autocast)
         moments = optimizer_bytes(optim, [p for _, p in self.named_trainable])
-        return min(usual, self.footprint.fitting(int(_ROOM * room) - moments))
+        fitting = self.footprint.fitting(int(_ROOM * room) - moments)
+        return Limits(rows, min(usual, fitting), min(_TREE * usual, fitting))
 
     def lr(self, step: int | None = None) -> float:
         """Learning rate of a step (0-based; the coming one where None).
@@ -271,6 +275,7 @@ class SFTTrainer:
                 why="its activations alone are larger than what is free",
                 fix="--gradient-checkpointing, a lower --max-length, or --lora",
                 rows=batch.rows,
+                code="row-too-large",
             ) from error
         if self.on_finding:
             self.on_finding(
