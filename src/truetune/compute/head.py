@@ -251,7 +251,7 @@ def find_head(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> Superv
     if not _close(picked[0], whole[0, some]):
         return None
     tail = _read_tail(head, run)
-    if tail is None or not _is_fused_right(head, tail, run):
+    if tail is None or not _is_fused_right(model, head, tail, run):
         return SupervisedHead(head)
     return SupervisedHead(head, tail)
 
@@ -283,9 +283,12 @@ def _read_tail(head: torch.nn.Module, run: Callable[[], torch.Tensor]) -> Tail |
     return tail if torch.allclose(tail(z), y, rtol=1e-3, atol=1e-3) else None
 
 
-def _is_fused_right(head: torch.nn.Module, tail: Tail, run: Callable[[], torch.Tensor]) -> bool:
+def _is_fused_right(
+    model: torch.nn.Module, head: torch.nn.Module, tail: Tail, run: Callable[[], torch.Tensor]
+) -> bool:
     """Whether loss and gradients equal those of the model's own head and tail, for the hidden
-    states and for every trained parameter of the head: an adapter on it would be seen here."""
+    states and for every trained parameter, wherever it lives: an adapter on the head, or trained
+    rows that it shares with the embedding, would be seen here."""
     weight = getattr(head, "weight", None)
     # A weight that is made anew at each access (rows of new tokens put into the table) would be
     # copied whole and get a gradient of the whole table: its module computes it by rows.
@@ -309,7 +312,7 @@ def _is_fused_right(head: torch.nn.Module, tail: Tail, run: Callable[[], torch.T
     with torch.enable_grad():
         own = cross_entropy_sum(logits_NV, targets, weights)
         fused = fused_cross_entropy_sum(hidden_ND[0], head, tail, targets, weights)
-        wanted = [hidden_ND, *(p for p in head.parameters() if p.requires_grad)]
+        wanted = [hidden_ND, *(p for p in model.parameters() if p.requires_grad)]
         pairs = zip(
             torch.autograd.grad(own, wanted, allow_unused=True),
             torch.autograd.grad(fused, wanted, allow_unused=True),

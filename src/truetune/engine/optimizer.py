@@ -54,6 +54,9 @@ def build_optimizer(
 
 
 def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
-    """What the optimiser will keep: two moments a weight for AdamW, nothing for SGD."""
-    moments = 2 if name == "adamw" else 0
-    return moments * sum(p.numel() * p.element_size() for p in parameters)
+    """What the optimiser will keep: two moments a weight for AdamW, of one byte each in 8 bits
+    (from 4,096 elements on); nothing for SGD."""
+    if name == "sgd":
+        return 0
+    small = 4096 if name.endswith("8bit") else float("inf")
+    return sum(2 * p.numel() * (1 if p.numel() >= small else p.element_size()) for p in parameters)
