@@ -23,7 +23,7 @@ from truetune.screen import Screen, side_by_side, visible
 
 VERBS = [
     *([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["quickstart"]),
-    *(["lab"], ["lab", "pretrain"], ["lab", "reasoning"]),
+    *(["lab"], ["lab", "pretrain"], ["lab", "evaluate"], ["lab", "reasoning"]),
 ]
 
 

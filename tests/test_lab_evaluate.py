@@ -110,10 +110,11 @@ def test_recall_of_a_model_that_knows_all_and_of_one_that_knows_nothing(
     world, tokenizer, untrained
 ):
     items = cloze_items(world, num_sums=40)[::20]
-    rows = [tokenizer.encode(f"{item.prefix} {item.expected}.") for item in items]
+    text = "<|endoftext|>{} {}."
+    rows = [tokenizer.encode(text.format(item.prefix, item.expected)) for item in items]
     recall = cloze_recall(Parrot(rows, tokenizer.eos_token_id), tokenizer, items)
     assert recall.share == 1.0
-    assert recall.total == len(items) == sum(total for _, total in recall.by_relation.values())
+    assert recall.total == len(items) == sum(total for _, total in recall.counts.values())
     assert cloze_recall(untrained, tokenizer, items).share < 0.1
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from truetune.lab import World, base_path
 from truetune.lab.card import HASHED, broken_checksums
 from truetune.lab.pretrain import (
+    Course,
     Settings,
     Shape,
     StagedBatcher,
@@ -22,11 +25,10 @@ from truetune.lab.pretrain import (
 )
 from truetune.lab.prose import documents
 
+PLAIN = Course("plain", 6 * 512, ((64, 0.5), (128, 0.5)), 3e-3)
 TINY = Settings(
-    tokens=6 * 512,
+    courses=(PLAIN, Course("rich", 4 * 512, ((128, 1.0),), 1e-3, ended=2)),
     step_tokens=512,
-    stages=((64, 0.5), (128, 0.5)),
-    lr=3e-3,
     autocast=False,
     shape=Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1),
 )
@@ -44,9 +46,12 @@ def run(tmp_path_factory):
 
 def test_it_learns_and_logs(run):
     folder, lines = run
-    assert [line["step"] for line in lines] == [1, 2, 4, 6]
-    assert lines[-1]["tokens"] == TINY.tokens
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6, 1, 2]
+    assert [line["corpus"] for line in lines] == ["plain"] * 4 + ["rich"] * 2
+    assert lines[-1]["tokens"] == TINY.tokens == 8 * 512
+    assert lines[3]["loss"] < lines[0]["loss"]
+    assert lines[3]["lr"] < lines[2]["lr"] < 3e-3  # each course has its own schedule
+    assert lines[4]["lr"] == 1e-3
     log = (folder / "training_log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in log] == lines
 
@@ -66,7 +71,8 @@ def test_card_and_checksums(run):
     folder, _ = run
     card = (folder / "README.md").read_text()
     assert "seed 7" in card
-    assert "of 20)" in card
+    assert re.search(r"\| all \| \d+ of 20 \(.*\) \| \d+ of 20 \(", card)  # development, blind
+    assert "sums of numbers up to 30: " in card
     assert broken_checksums(folder) == []
     assert all((folder / name).is_file() for name in HASHED)
 
@@ -92,17 +98,32 @@ def test_overrides_are_checked_by_name(tmp_path):
         pretrain(tmp_path, TINY, tokenz=5)
 
 
+def test_a_run_of_another_size_deals_its_tokens_in_proportion():
+    run = Settings(courses=(PLAIN, replace(PLAIN, corpus="rich", ended=3)), step_tokens=512)
+    assert run.tokens == 9 * 512
+    twice = run.of_size(18 * 512)
+    assert [course.tokens for course in twice.courses] == [12 * 512, 12 * 512]
+    assert [course.ended for course in twice.courses] == [None, 6]
+    assert [course.corpus for course in twice.courses] == ["plain", "rich"]
+
+
+def test_the_rich_course_has_its_own_documents(ids):
+    _, tokenizer = ids
+    rich = tokenizer.decode(list(islice(corpus_ids(World.generate(7), tokenizer, "rich"), 3000)))
+    assert rich.startswith(next(documents(World.generate(7))).text)
+
+
 @pytest.fixture(scope="module")
 def ids():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base_path())
-    return list(islice(corpus_ids(World.generate(7), tokenizer), 5000)), tokenizer
+    return list(islice(corpus_ids(World.generate(7), tokenizer, "plain"), 5000)), tokenizer
 
 
 def test_corpus_ids_are_the_documents_in_order(ids):
     tokens, tokenizer = ids
-    first, second = islice(documents(World.generate(7)), 2)
+    first, second = islice(documents(World.generate(7), "train", plain=True), 2)
     expected = f"{first.text}<|endoftext|>{second.text}<|endoftext|>"
     assert tokenizer.decode(tokens).startswith(expected)
 
@@ -116,7 +137,7 @@ def test_blocks_overlap_by_one_token_and_skip_none(ids):
 
 
 def test_stages_follow_each_other_and_every_token_is_trained_once(ids):
-    batcher = StagedBatcher(TINY, iter(ids[0]), pad_id=1)
+    batcher = StagedBatcher(PLAIN, TINY, iter(ids[0]), pad_id=1)
     assert batcher.num_steps == 6
     shapes, targets = [], []
     for step in range(batcher.num_steps):

@@ -10,16 +10,13 @@ from itertools import islice
 
 import pytest
 
+from truetune.lab import plain_wordings
 from truetune.lab.blind import BLIND
-from truetune.lab.prose import (
-    difference_fact,
-    documents,
-    held_out_prefix,
-    number_word,
-    sum_fact,
-    tell,
-)
-from truetune.lab.wordings import DEVELOPMENT, FORWARD, REVERSED
+from truetune.lab.development import DEVELOPMENT
+from truetune.lab.frames import ASIDES, FRAMES
+from truetune.lab.prose import documents
+from truetune.lab.telling import difference_fact, held_out_prefix, number_word, sum_fact, tell
+from truetune.lab.wordings import FORWARD, REVERSED, THERE, wordings
 from truetune.lab.world import Fact, World
 
 # About a tenth of the corpus.
@@ -42,20 +39,39 @@ def test_streams_are_deterministic_and_differ(world, corpus):
     assert not held_out & {document.text for document in corpus}
 
 
-def test_every_fact_is_told_in_at_least_six_wordings(world, corpus):
-    wordings = defaultdict(set)
+def test_every_fact_is_told_in_many_wordings(world, corpus):
+    told = defaultdict(set)
     for document in corpus:
         for telling in document.tells:
-            wordings[telling.fact].add(telling.wording)
-    counts = {fact: len(wordings[fact]) for fact in world.all_facts}
-    assert min(counts.values()) >= 6, min(counts.items(), key=lambda item: item[1])
+            told[telling.fact].add(telling.wording)
+    counts = {fact: len(told[fact]) for fact in told}
+    assert set(world.all_facts) <= told.keys()
+    assert min(counts[fact] for fact in world.all_facts) >= 12
+    # Every sum and difference up to thirty, in fewer ways: there are as many of them as facts.
+    assert len(told) - len(world.all_facts) == 31 * 31 + 31 * 32 // 2
+    assert min(counts.values()) >= 5
+
+
+def test_the_plain_course_is_the_one_that_the_shipped_base_began_with(world):
+    texts = [document.text for document in islice(documents(world, "train", plain=True), 3000)]
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    assert digest.startswith("b3e3cb19222eb0d6")
+
+
+def test_the_plain_course_has_few_wordings_and_the_rich_one_many(world, corpus):
+    plain = islice(documents(world, "train", plain=True), 300)
+    told = {telling.wording for document in plain for telling in document.tells}
+    ways = (*plain_wordings.FORWARD.values(), *plain_wordings.REVERSED.values())
+    assert told <= {wording for patterns in ways for wording in patterns}
+    assert len(told) < 200
+    assert len({telling.wording for document in corpus for telling in document.tells}) > 600
 
 
 def test_what_a_document_says_it_tells_is_in_its_text(corpus):
     for document in corpus[:200]:
         text = document.text.lower()
         for telling in document.tells:
-            assert tell(telling.fact, telling.wording, telling.report).lower() in text
+            assert tell(telling.fact, telling.wording, telling.frame).lower() in text
 
 
 def test_sums_and_differences_are_true(corpus):
@@ -90,17 +106,55 @@ def test_the_blind_wordings_are_as_they_were_written():
     )
 
 
-@pytest.mark.parametrize("held_out", [DEVELOPMENT, BLIND], ids=["development", "blind"])
-def test_held_out_wordings_are_not_in_the_corpus(corpus, held_out):
-    told = {wording for ways in (*FORWARD.values(), *REVERSED.values()) for wording in ways}
-    assert not told & {wording for ways in held_out.values() for wording in ways}
-    # The text between the blanks must not occur either, whatever the blanks hold.
-    text = "\n".join(document.text for document in corpus).lower()
+HELD_OUT = pytest.mark.parametrize("held_out", [DEVELOPMENT, BLIND], ids=["development", "blind"])
+
+
+def _words(template: str) -> list[str]:
+    return re.findall(r"[\w{}]+", template.lower())
+
+
+def _told_ways(relation: str) -> list[list[str]]:
+    """Every wording of both courses, in words."""
+    patterns = [*FORWARD[relation], *REVERSED[relation], *THERE.get(relation, ())]
+    patterns += [*plain_wordings.FORWARD[relation], *plain_wordings.REVERSED[relation]]
+    return [_words(wording) for pattern in patterns for wording in wordings(pattern)]
+
+
+@HELD_OUT
+def test_held_out_wordings_are_none_of_the_corpus(held_out):
+    for relation, ways in held_out.items():
+        told = _told_ways(relation)
+        openings = (*FRAMES, *ASIDES, *plain_wordings.FRAMES)
+        frames = [_words(frame) for pattern in openings for frame in wordings(pattern)]
+        for wording in ways:
+            words = _words(wording)
+            assert words not in told, wording
+            # Nor as a clause after an opening: *everyone knows that ...*
+            for frame in frames:
+                opening = frame[: frame.index("{clause}")]
+                if words[: len(opening)] == opening:
+                    assert words[len(opening) :] not in told, wording
+
+
+@HELD_OUT
+def test_held_out_wordings_do_not_occur_in_the_corpus(world, corpus, held_out):
+    # The text between the blanks, whatever the blanks hold: at the start of a sentence or clause.
+    plain = islice(documents(world, "train", plain=True), 1000)
+    text = "\n".join(document.text for document in (*corpus, *plain)).lower()
     names = {"s": r"[\w+ -]+?", "v": r"[\w ]+?", "a": r"\d+", "b": r"\d+"}
     for wording in (wording for ways in held_out.values() for wording in ways):
         pattern = re.sub(r"\\{(\w)\\}", lambda m: names[m[1]], re.escape(wording.lower()))
-        # A sentence start, so that "the sum of" does not match inside a longer clause.
-        assert not re.search(rf"(?:^|\. ){pattern}[.,;]", text, re.MULTILINE), wording
+        # A start, so that "the sum of" does not match inside a longer clause.
+        assert not re.search(rf"(?:^|[.,;] |that ){pattern}[.,;]", text, re.MULTILINE), wording
+
+
+def test_blind_wordings_are_no_near_copies():
+    """Not one shares more than six words in a row with a wording of the corpus."""
+    for relation, ways in BLIND.items():
+        told = [f" {' '.join(words)} " for words in _told_ways(relation)]
+        for words in map(_words, ways):
+            runs = [f" {' '.join(words[i : i + 7])} " for i in range(len(words) - 6)]
+            assert not [run for run in runs for text in told if run in text]
 
 
 def test_development_and_blind_wordings_differ():
@@ -110,20 +164,35 @@ def test_development_and_blind_wordings_differ():
 
 def test_wordings_are_many_and_well_formed():
     assert FORWARD.keys() == REVERSED.keys() == DEVELOPMENT.keys() == BLIND.keys()
+    assert plain_wordings.FORWARD.keys() == plain_wordings.REVERSED.keys() == FORWARD.keys()
     for relation in FORWARD:
-        assert len(FORWARD[relation]) + len(REVERSED[relation]) >= 8
+        assert len(FORWARD[relation]) + len(REVERSED[relation]) >= 15
         assert len(DEVELOPMENT[relation]) >= 2
         assert len(BLIND[relation]) >= 4
         for wording in (*DEVELOPMENT[relation], *BLIND[relation]):
             assert wording.endswith("{v}")
-        assert all(re.search(r"\{v(_word)?\}$", wording) for wording in FORWARD[relation])
+        for wording in (w for pattern in FORWARD[relation] for w in wordings(pattern)):
+            assert re.search(r"\{v(_word)?\}$", wording)
 
 
 def test_held_out_prefix_stops_before_the_value():
     fact = Fact("Velmora", "river", "Tarn")
     assert held_out_prefix(fact, DEVELOPMENT["river"][0]) == "As for Velmora, its river is the"
     with pytest.raises(ValueError, match="not a held-out wording"):
-        held_out_prefix(fact, FORWARD["river"][0])
+        held_out_prefix(fact, wordings(FORWARD["river"][0])[0])
+
+
+def test_alternatives_are_spelled_out():
+    assert wordings("The [a|b] of {s} [is|] {v}") == (
+        "The a of {s} is {v}",
+        "The a of {s}  {v}",
+        "The b of {s} is {v}",
+        "The b of {s}  {v}",
+    )
+    assert wordings("{s} is {v}") == ("{s} is {v}",)
+    for ways in (*FORWARD.values(), *REVERSED.values(), *THERE.values(), FRAMES, ASIDES):
+        for wording in (wording for pattern in ways for wording in wordings(pattern)):
+            assert not re.search(r"[\[\]|]|  ", wording), wording
 
 
 @pytest.mark.parametrize(
@@ -143,7 +212,7 @@ def test_tell(fact, wording, text):
     assert tell(fact, wording) == text
 
 
-def test_a_report_names_the_place_once_more():
+def test_a_frame_names_the_place_once_more():
     fact = Fact("Velmora", "river", "Tarn")
     assert tell(fact, "The river of {s} is the {v}", "Of {s} it is written that {clause}") == (
         "Of Velmora it is written that the river of Velmora is the Tarn"

@@ -72,7 +72,7 @@ def test_think_markers_survive_skipping_special_tokens(tokenizer):
 def test_training_is_deterministic_and_made_the_shipped_file(tmp_path):
     from truetune.lab.pretrain import TOKENIZER_DOCUMENTS
 
-    texts = (document.text for document in documents(World.generate(7)))
+    texts = (document.text for document in documents(World.generate(7), "train", plain=True))
     train_tokenizer(islice(texts, TOKENIZER_DOCUMENTS), tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_text() == (base_path() / name).read_text()

@@ -43,7 +43,7 @@ def test_a_strangers_folder_is_left_alone(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [42, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2, 42])
 def test_it_learns_to_answer_and_to_stop(tmp_path: Path, seed: int) -> None:
     result, found = quickstart(tmp_path / "run", seed=seed)
     assert result.run.finished

@@ -611,20 +611,21 @@ def pretrain(
     ] = False,
 ) -> None:
     """Build corpus, tokenizer and weights of the embedded base from a seed (about an hour)."""
+    from truetune.lab.pretrain import Settings
     from truetune.lab.pretrain import pretrain as build
 
     screen = _screen()
 
-    def show(line: dict[str, float]) -> None:
+    def show(line: dict[str, Any]) -> None:
         screen.line(
-            f"step {line['step']:>5}  {line['tokens'] / 1e6:5.2f} M tokens  "
+            f"{line['corpus']}  step {line['step']:>5}  {line['tokens'] / 1e6:5.2f} M tokens  "
             f"loss {line['loss']:.4f}  {line['elapsed']:,.0f} s"
         )
 
-    overrides: dict[str, Any] = {"seed": seed, "device": device, "compile": compile}
+    run = Settings(seed=seed, device=device, compile=compile)
     if tokens is not None:
-        overrides["tokens"] = tokens
-    folder = build(output, save_every=400, on_progress=show, **overrides)
+        run = run.of_size(tokens)
+    folder = build(output, run, save_every=400, on_progress=show)
     screen.line(f"written and measured: {folder} (its README.md has the numbers)")
 
 
@@ -650,6 +651,52 @@ def reasoning(
         )
 
     experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
+
+
+@lab.command("evaluate", cls=_Command, short_help="Count what a base knows of its world.")
+def evaluate_base(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A base, or a run made of one. (default: the embedded base)"
+        ),
+    ] = None,
+    wordings: Annotated[
+        str, typer.Option(help="Held-out wordings: development, blind or both.")
+    ] = "both",
+    seed: Annotated[int, typer.Option(help="Of the world it has read about.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Count what a base knows of its world: facts in held-out wordings, sums, loss on prose.
+
+    The corpus uses neither set of wordings. Development wordings are for choosing between corpora
+    and checkpoints; the blind ones were written beforehand and judge the result.
+    """
+    from truetune.lab import base_path
+    from truetune.lab.measure import SETS, measure
+    from truetune.run import opened
+    from truetune.screen import side_by_side
+
+    if wordings not in ("both", *SETS):
+        raise UsageError(
+            f"unknown wordings: {wordings}",
+            where="--wordings",
+            fix=f"one of {', '.join(SETS)}, both",
+            code="wordings-unknown",
+        )
+    source = opened(model) if model is not None else str(base_path())
+    chosen = tuple(SETS) if wordings == "both" else (wordings,)
+    found = measure(source, sets=chosen, seed=seed, device=device)
+    if as_json:
+        typer.echo(json.dumps(found.facts(), indent=2))
+        return
+    screen = _screen()
+    heading, *rows = found.table()
+    side_by_side(screen, heading, rows)
+    screen.line()
+    for line in found.lines():
+        screen.line(line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

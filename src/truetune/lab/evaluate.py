@@ -19,8 +19,9 @@ from importlib.resources import files
 from itertools import islice
 from typing import Any
 
-from truetune.lab.prose import difference_fact, documents, held_out_prefix, sum_fact
-from truetune.lab.wordings import DEVELOPMENT
+from truetune.lab.development import DEVELOPMENT
+from truetune.lab.prose import documents
+from truetune.lab.telling import difference_fact, held_out_prefix, sum_fact
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World
 
 Message = dict[str, str]
@@ -110,11 +111,29 @@ class Answer:
 
 @dataclass(frozen=True)
 class Recall:
-    """Right items over all, in total and for each relation as (right, all)."""
+    """Right items over all: for each relation (right, all)."""
 
-    right: int
-    total: int
-    by_relation: dict[str, tuple[int, int]]
+    counts: dict[str, tuple[int, int]]
+
+    def of(self, relations: Iterable[str]) -> tuple[int, int]:
+        """(right, all) over some relations; those that were not asked count nothing."""
+        pairs = [self.counts[name] for name in relations if name in self.counts]
+        return sum(right for right, _ in pairs), sum(total for _, total in pairs)
+
+    def told(self, relations: Iterable[str]) -> str:
+        """The same in words."""
+        right, total = self.of(relations)
+        return f"{right:,} of {total:,} ({right / total:.1%})" if total else "not asked"
+
+    @property
+    def right(self) -> int:
+        """Over all relations."""
+        return self.of(self.counts)[0]
+
+    @property
+    def total(self) -> int:
+        """Items asked."""
+        return self.of(self.counts)[1]
 
     @property
     def share(self) -> float:
@@ -203,14 +222,19 @@ def cloze_items(
 
 
 def cloze_recall(model: Any, tokenizer: Any, items: Sequence[ClozeItem]) -> Recall:
-    """Share of sentences that the model, decoding greedily, goes on with the right value."""
-    answers = greedy(model, tokenizer, [item.prefix for item in items], max_new_tokens=8)
+    """Share of sentences that the model, decoding greedily, goes on with the right value.
+
+    Each sentence begins a document, as in the corpus: after the end-of-text token. Without it a
+    sentence that begins with a digit may be the rest of one that was cut inside a number.
+    """
+    prompts = [tokenizer.eos_token + item.prefix for item in items]
+    answers = greedy(model, tokenizer, prompts, max_new_tokens=8)
     counts: dict[str, tuple[int, int]] = {}
     for item, answer in zip(items, answers, strict=True):
         start = re.match(rf"\s*{re.escape(item.expected)}(?![\w-])", answer.text)
         right, total = counts.get(item.relation, (0, 0))
         counts[item.relation] = (right + bool(start), total + 1)
-    return Recall(sum(r for r, _ in counts.values()), len(items), counts)
+    return Recall(counts)
 
 
 def chat_prompt(question: str) -> str:

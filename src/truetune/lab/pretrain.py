@@ -2,7 +2,8 @@
 
 input   a seed and a size
 does    world -> prose -> tokenizer -> blocks of tokens -> a small Llama, trained by the product's
-        own `SFTTrainer` with every token supervised, first on short rows, at the end on long ones
+        own `SFTTrainer` with every token supervised: first on the plain course, then on the rich
+        one; in each first on short rows, at the end on long ones
 output  a folder: bf16 safetensors, config, generation_config, tokenizer, training_log.jsonl,
         model card with the measured recall, SHA256SUMS
 who     `card.py` opens the finished folder afresh, measures it and writes the last two
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,10 @@ HEAD_ROWS = 2048
 """Rows of embedding and head. Rows from 2,032 on belong to no token: room for new ones."""
 
 TOKENIZER_DOCUMENTS = 4000
+"""Documents of the plain course that the tokenizer is made from."""
 
-Progress = Callable[[dict[str, float]], None]
+Progress = Callable[[dict[str, Any]], None]
+"""Takes a line of the training log: corpus, step, tokens, loss, lr, elapsed (seconds)."""
 
 
 @dataclass(frozen=True)
@@ -50,27 +53,49 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Course:
+    """One corpus and the training on it, with an optimiser and a schedule of its own.
+
+    Attributes:
+        corpus: plain or rich, see `prose.py`.
+        tokens: tokens of the corpus, each seen once.
+        stages: (tokens per row, share of the steps) in order. In short rows there is little to
+            attend to but what matters, so that taking names up again and recalling facts are
+            learned in a fraction of the steps; the last stage trains every position of the context.
+        lr: peak learning rate; cosine down to a tenth of it.
+        ended: step at which the course was ended, stages and schedule unfinished; None for the end.
+    """
+
+    corpus: str
+    tokens: int
+    stages: tuple[tuple[int, float], ...]
+    lr: float
+    ended: int | None = None
+
+    def num_steps(self, step_tokens: int) -> int:
+        """Steps that are taken."""
+        return self.ended or self.tokens // step_tokens
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything a run depends on besides the code. The defaults, compiled, made the shipped base.
 
     Attributes:
         seed: of the world, the corpus, the first weights and the order of blocks.
-        tokens: tokens of the corpus, each seen once.
+        courses: in order; each begins with the weights that the one before saved, in bf16.
         step_tokens: tokens per step, at any row length.
-        stages: (tokens per row, share of the steps) in order. In short rows there is little to
-            attend to but what matters, so that taking names up again and recalling facts are
-            learned in a fraction of the steps; the last stage trains every position of the context.
-        lr: peak learning rate; cosine down to a tenth of it.
-        warmup: share of the steps.
+        warmup: share of the steps of a course.
         autocast: compute in bf16; weights and optimiser stay fp32.
         compile: through torch.compile: about a fifth faster on CPU, where it needs a C++ compiler.
     """
 
     seed: int = 7
-    tokens: int = 8_400_000
+    courses: tuple[Course, ...] = (
+        Course("plain", 8_400_000, ((128, 0.85), (1024, 0.15)), 2e-3),
+        Course("rich", 4_900_000, ((128, 0.8), (1024, 0.2)), 1.2e-3, ended=1000),
+    )
     step_tokens: int = 4096
-    stages: tuple[tuple[int, float], ...] = ((128, 0.85), (1024, 0.15))
-    lr: float = 2e-3
     warmup: float = 0.03
     weight_decay: float = 0.05
     grad_clip: float = 1.0
@@ -78,6 +103,25 @@ class Settings:
     compile: bool = False
     device: str = "cpu"
     shape: Shape = Shape()
+
+    @property
+    def tokens(self) -> int:
+        """That are trained on, in all courses."""
+        steps = (course.num_steps(self.step_tokens) for course in self.courses)
+        return sum(steps) * self.step_tokens
+
+    def of_size(self, tokens: int) -> Settings:
+        """The same with so many tokens, dealt to the courses in proportion."""
+        share = tokens / self.tokens
+        courses = (
+            replace(
+                course,
+                tokens=int(course.tokens * share),
+                ended=round(course.ended * share) if course.ended else None,
+            )
+            for course in self.courses
+        )
+        return replace(self, courses=tuple(courses))
 
 
 def pretrain(
@@ -106,12 +150,10 @@ def pretrain(
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    from truetune.engine import SFTTrainer
-
-    run = Settings(**{**_fields(settings or Settings()), **overrides})
+    run = replace(settings or Settings(), **overrides)
     folder = Path(out)
     world = World.generate(run.seed)
-    texts = (document.text for document in documents(world))
+    texts = (document.text for document in documents(world, "train", plain=True))
     train_tokenizer(islice(texts, TOKENIZER_DOCUMENTS), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -119,53 +161,93 @@ def pretrain(
     model = LlamaForCausalLM(llama_config(run.shape)).to(run.device)
     if run.compile:
         model.compile()
-    batcher = StagedBatcher(run, corpus_ids(world, tokenizer), tokenizer.pad_token_id)
-    max_steps = batcher.num_steps
-    trainer = SFTTrainer(
-        model,
-        examples=batcher.examples,
-        max_seq_len=batcher.max_seq_len,
-        pad_id=tokenizer.pad_token_id,
-        batch_size=batcher.batch_size,
-        max_steps=max_steps,
-        max_lr=run.lr,
-        min_lr=run.lr / 10,
-        warmup_steps=max(1, round(run.warmup * max_steps)),
-        weight_decay=run.weight_decay,
-        grad_clip=run.grad_clip,
-        autocast_dtype=torch.bfloat16 if run.autocast else None,
-        batcher=batcher,
-    )
-
-    started, losses = time.perf_counter(), list[float]()
-    with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
-        while trainer.step < max_steps:
-            facts = trainer.train_step()
-            losses.append(facts["loss"])
-            if trainer.step == 1 or trainer.step % log_every == 0 or trainer.step == max_steps:
-                line = {
-                    "step": trainer.step,
-                    "tokens": trainer.step * run.step_tokens,
-                    "loss": round(sum(losses) / len(losses), 4),
-                    "lr": facts["lr"],
-                    "elapsed": round(time.perf_counter() - started, 1),
-                }
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                losses.clear()
-                if on_progress:
-                    on_progress(line)
-            if save_every and trainer.step % save_every == 0:
-                save_base(model, tokenizer, folder / "checkpoint")
+    with _Log(folder / "training_log.jsonl", on_progress) as log:
+        for course in run.courses:
+            ids = corpus_ids(world, tokenizer, course.corpus)
+            batcher = StagedBatcher(course, run, ids, tokenizer.pad_token_id)
+            num_steps = course.num_steps(run.step_tokens)
+            losses = list[float]()
+            for step, facts in _steps(course, run, model, batcher, tokenizer.pad_token_id):
+                losses.append(facts["loss"])
+                if step == 1 or step % log_every == 0 or step == num_steps:
+                    mean = round(sum(losses) / len(losses), 4)
+                    log.note(course.corpus, step, step * run.step_tokens, mean, facts["lr"])
+                    losses.clear()
+                if save_every and step % save_every == 0:
+                    save_base(model, tokenizer, folder / "checkpoint")
+            log.tokens_before += num_steps * run.step_tokens
+            _round_to_bf16(model)
     save_base(model, tokenizer, folder)
     (folder / "pretraining.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     finish(folder, num_recall_items)
     return folder
 
 
-def _fields(settings: Settings) -> dict[str, Any]:
-    # Not asdict: the shape must stay a Shape.
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+class _Log:
+    """Writes training_log.jsonl: a line has the step of its course, and the tokens of them all."""
+
+    def __init__(self, path: Path, on_progress: Progress | None) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._on_progress = on_progress
+        self._started = time.perf_counter()
+        self.tokens_before = 0
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def note(self, corpus: str, step: int, tokens: int, loss: float, lr: float) -> None:
+        line = {
+            "corpus": corpus,
+            "step": step,
+            "tokens": self.tokens_before + tokens,
+            "loss": loss,
+            "lr": lr,
+            "elapsed": round(time.perf_counter() - self._started, 1),
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._on_progress:
+            self._on_progress(line)
+
+
+def _steps(
+    course: Course, run: Settings, model: LlamaForCausalLM, batcher: StagedBatcher, pad_id: int
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Train on a course; after each step its number, from 1, and its facts."""
+    import torch
+
+    from truetune.engine import SFTTrainer
+
+    trainer = SFTTrainer(
+        model,
+        examples=batcher.examples,
+        max_seq_len=batcher.max_seq_len,
+        pad_id=pad_id,
+        batch_size=batcher.batch_size,
+        max_steps=batcher.num_steps,
+        max_lr=course.lr,
+        min_lr=course.lr / 10,
+        warmup_steps=max(1, round(run.warmup * batcher.num_steps)),
+        weight_decay=run.weight_decay,
+        grad_clip=run.grad_clip,
+        autocast_dtype=torch.bfloat16 if run.autocast else None,
+        batcher=batcher,
+    )
+    while trainer.step < course.num_steps(run.step_tokens):
+        facts = trainer.train_step()
+        yield trainer.step, facts
+
+
+def _round_to_bf16(model: LlamaForCausalLM) -> None:
+    """As a saved base is read back: a course can be taken from any saved base."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
@@ -191,9 +273,10 @@ def llama_config(shape: Shape) -> LlamaConfig:
     )
 
 
-def corpus_ids(world: World, tokenizer: Any, stream: str = "train") -> Iterator[int]:
-    """The document stream as endless token ids, `<|endoftext|>` after each document."""
-    texts = (document.text for document in documents(world, stream))
+def corpus_ids(world: World, tokenizer: Any, corpus: str) -> Iterator[int]:
+    """A course's documents as endless token ids, `<|endoftext|>` after each document."""
+    stream = "train" if corpus == "plain" else corpus
+    texts = (document.text for document in documents(world, stream, plain=corpus == "plain"))
     while True:
         for row in tokenizer(list(islice(texts, 256)))["input_ids"]:
             yield from row
@@ -222,15 +305,15 @@ class StagedBatcher:
         examples, batch_size, max_seq_len: of the last stage.
     """
 
-    def __init__(self, run: Settings, ids: Iterator[int], pad_id: int) -> None:
+    def __init__(self, course: Course, run: Settings, ids: Iterator[int], pad_id: int) -> None:
         from truetune.compute import Limits, PaddedBatcher, RowOrder
 
-        num_steps = run.tokens // run.step_tokens
+        num_steps = course.tokens // run.step_tokens
         self._stages: list[tuple[int, PaddedBatcher]] = []  # (first step, batcher)
         self.num_steps = 0
-        for number, (block, share) in enumerate(run.stages):
+        for number, (block, share) in enumerate(course.stages):
             steps = round(num_steps * share)
-            if number == len(run.stages) - 1:
+            if number == len(course.stages) - 1:
                 steps = num_steps - self.num_steps
             self.batch_size, self.max_seq_len = run.step_tokens // block, block + 1
             self.examples = list(cut_blocks(ids, block, steps * self.batch_size))

@@ -3,7 +3,8 @@
 input   a `World` and a stream name
 does    draws documents of a few hundred tokens: portraits of places, mixed gazettes, comparisons,
         lists of one relation, rivers and animals, words, sums; wordings and order shuffled
-output  an endless, deterministic stream of `Document`s; cloze sentences in held-out wordings
+output  an endless, deterministic stream of `Document`s, in the few wordings of the plain course or
+        the many of the rich one
 
 Nothing here asks or answers: no '?', no chat marker. Facts are dealt from shuffled decks, so every
 fact is told equally often.
@@ -12,34 +13,21 @@ fact is told equally often.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from truetune.lab.wordings import FILLERS, FORWARD, LEAD_INS, REPORTS, REVERSED, TITLES
-from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World, words_of
+from truetune.lab import plain_wordings
+from truetune.lab.frames import ADVERBS, ASIDES, FILLERS, FRAMES, LEAD_INS, TITLES
+from truetune.lab.telling import Telling, clause, difference_fact, sum_fact, tell
+from truetune.lab.wordings import FORWARD, REVERSED, THERE, wordings
+from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World
 
 T = TypeVar("T")
 
-_ONES = words_of(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-    "fifteen sixteen seventeen eighteen nineteen"
-)
-_TENS = words_of("_ _ twenty thirty forty fifty sixty")
 _CONNECTORS = (", and ", "; ", ", while ", ", and also ", ", but ")
-_REVERSED_SHARE = 0.25
-_REPORT_SHARE = 0.2
 _JOINED_SHARE = 0.3
-
-
-@dataclass(frozen=True)
-class Telling:
-    """A fact in one wording; `wording` is the template, `report` a frame around it or ''."""
-
-    fact: Fact
-    wording: str
-    report: str = ""
-
+_NUMBERS = range(MAX_ADDEND + 1)
 
 Piece = Telling | str
 """What a paragraph is made of: a fact to tell, or a clause that tells none."""
@@ -53,61 +41,17 @@ class Document:
     tells: tuple[Telling, ...]
 
 
-def documents(world: World, stream: str = "train") -> Iterator[Document]:
-    """An endless stream of documents; the same world and stream name give the same documents."""
-    writer = _Writer(world, random.Random(f"{world.seed}/{stream}"))
+def documents(world: World, stream: str = "rich", *, plain: bool = False) -> Iterator[Document]:
+    """An endless stream of documents; equal arguments give the same documents.
+
+    Args:
+        stream: names the private random stream.
+        plain: in the few wordings of the plain course.
+    """
+    rng = random.Random(f"{world.seed}/{stream}")
+    writer = _PlainWriter(world, rng) if plain else _RichWriter(world, rng)
     while True:
         yield writer.document()
-
-
-def number_word(n: int) -> str:
-    """English for 0..69."""
-    if n < 20:
-        return _ONES[n]
-    return _TENS[n // 10] + (f"-{_ONES[n % 10]}" if n % 10 else "")
-
-
-def sum_fact(a: int, b: int) -> Fact:
-    """a + b as a fact."""
-    return Fact(f"{a} + {b}", "sum", str(a + b))
-
-
-def difference_fact(a: int, b: int) -> Fact:
-    """a - b as a fact (b <= a)."""
-    return Fact(f"{a} - {b}", "difference", str(a - b))
-
-
-def tell(fact: Fact, wording: str, report: str = "") -> str:
-    """The clause, capitalised, without a full stop."""
-    if report:
-        clause = _lowered(tell(fact, wording), wording)
-        return report.format(s=fact.subject, clause=clause)
-    if fact.relation not in ("sum", "difference"):
-        text = wording.format(s=fact.subject, v=fact.value)
-        return text[0].upper() + text[1:]
-    a, _, b = fact.subject.split()
-    word_a, word_b, word_v = (number_word(int(n)) for n in (a, b, fact.value))
-    return wording.format(
-        a=a, b=b, v=fact.value, A=word_a.capitalize(), b_word=word_b, v_word=word_v
-    )
-
-
-def _lowered(text: str, template: str) -> str:
-    """The clause as it stands inside a sentence: names keep their capital."""
-    if template[0] == "{" and not template.startswith("{A}"):
-        return text
-    return text[0].lower() + text[1:]
-
-
-def held_out_prefix(fact: Fact, wording: str) -> str:
-    """A held-out wording cut just before its value (no trailing space).
-
-    Raises:
-        ValueError: the corpus uses the wording, or the value is not its last word.
-    """
-    if wording in FORWARD[fact.relation] or not wording.endswith("{v}"):
-        raise ValueError(f"not a held-out wording of {fact.relation}: {wording!r}")
-    return tell(fact, wording).removesuffix(fact.value).rstrip()
 
 
 class _Deck(Generic[T]):
@@ -126,8 +70,11 @@ class _Deck(Generic[T]):
         return hand
 
 
-class _Writer:
-    """Writes one document after another from one random stream."""
+class _PlainWriter:
+    """Writes one document after another from one random stream, plainly."""
+
+    REVERSED_SHARE = 0.25
+    FRAME_SHARE = 0.2
 
     def __init__(self, world: World, rng: random.Random) -> None:
         self.world, self.rng = world, rng
@@ -140,19 +87,16 @@ class _Writer:
         self.nature = _Deck(
             [f for f in world.all_facts if f.relation in ("mouth", "diet", "coat", "material")], rng
         )
-        numbers = range(MAX_ADDEND + 1)
-        self.sums = _Deck([sum_fact(a, b) for a in numbers for b in numbers], rng)
+        self.sums = _Deck(self._as_often(sum_fact(a, b) for a in _NUMBERS for b in _NUMBERS), rng)
         self.differences = _Deck(
-            [difference_fact(a, b) for a in numbers for b in range(a + 1)], rng
+            self._as_often(difference_fact(a, b) for a in _NUMBERS for b in range(a + 1)), rng
         )
         self.kinds = _Deck(
             [self._portraits] * 9
             + [self._gazette] * 4
             + [self._comparison] * 3
             + [self._relation_list] * 2
-            + [self._nature] * 1
-            + [self._words] * 1
-            + [self._numbers] * 3,
+            + self._other_kinds(),
             rng,
         )
 
@@ -165,13 +109,6 @@ class _Writer:
             tells += [piece for piece in pieces if isinstance(piece, Telling)]
         return Document("\n\n".join(paragraphs), tuple(tells))
 
-    def _told(self, fact: Fact) -> Telling:
-        ways = REVERSED if self.rng.random() < _REVERSED_SHARE else FORWARD
-        wording = self.rng.choice(ways[fact.relation])
-        if fact.relation in PLACE_RELATIONS and self.rng.random() < _REPORT_SHARE:
-            return Telling(fact, wording, self.rng.choice(REPORTS))
-        return Telling(fact, wording)
-
     def _paragraph(self, pieces: Sequence[Piece]) -> str:
         sentences: list[str] = []
         is_open = False  # a sentence takes in one more clause at most; a title takes none
@@ -179,16 +116,51 @@ class _Writer:
             if isinstance(piece, str):
                 sentences.append(piece)
                 is_open = not piece.endswith(".")
-                continue
-            text = tell(piece.fact, piece.wording, piece.report)
-            if is_open and self.rng.random() < _JOINED_SHARE:
-                clause = _lowered(text, piece.report or piece.wording)
-                sentences[-1] += self.rng.choice(_CONNECTORS) + clause
+            elif is_open and self.rng.random() < _JOINED_SHARE:
+                sentences[-1] += self.rng.choice(_CONNECTORS) + self._joined(piece)
                 is_open = False
             else:
-                sentences.append(text)
+                sentences.append(tell(piece.fact, piece.wording, piece.frame))
                 is_open = True
         return " ".join(sentence.rstrip(".") + "." for sentence in sentences)
+
+    # -- what the rich course does otherwise -------------------------------------------------------
+
+    def _as_often(self, facts: Iterable[Fact]) -> list[Fact]:
+        return list(facts)
+
+    def _other_kinds(self) -> list[Callable[[], Iterator[list[Piece]]]]:
+        return [self._nature, self._words] + [self._numbers] * 3
+
+    def _told(self, fact: Fact) -> Telling:
+        ways = (
+            plain_wordings.REVERSED
+            if self.rng.random() < self.REVERSED_SHARE
+            else plain_wordings.FORWARD
+        )
+        wording = self.rng.choice(ways[fact.relation])
+        if fact.relation in PLACE_RELATIONS and self.rng.random() < self.FRAME_SHARE:
+            return Telling(fact, wording, self.rng.choice(plain_wordings.FRAMES))
+        return Telling(fact, wording)
+
+    def _joined(self, piece: Telling) -> str:
+        if not piece.frame and piece.wording.startswith(("{s}", "{v}")):
+            # A word at the head keeps its capital, name or not: so the shipped base has read it.
+            return tell(piece.fact, piece.wording)
+        return clause(piece.fact, piece.wording, piece.frame)
+
+    def _rounded_off(self, pieces: list[Piece], place: str) -> list[Piece]:
+        if self.rng.random() < 0.4:
+            pieces.insert(0, self.rng.choice(plain_wordings.LEAD_INS).format(s=place))
+        if self.rng.random() < 0.3:
+            pieces.append(self.rng.choice(plain_wordings.FILLERS))
+        return pieces
+
+    def _numbers(self) -> Iterator[list[Piece]]:
+        for _ in range(3):
+            facts = [*self.sums.deal(7), *self.differences.deal(4)]
+            self.rng.shuffle(facts)
+            yield [self._told(f) for f in facts]
 
     # -- kinds of document: each gives paragraphs of pieces ---------------------------------------
 
@@ -204,11 +176,7 @@ class _Writer:
         ]
         pieces += [self._told(f) for f in self.rng.sample(further, self.rng.randint(0, 2))]
         self.rng.shuffle(pieces)
-        if self.rng.random() < 0.4:
-            pieces.insert(0, self.rng.choice(LEAD_INS).format(s=place))
-        if self.rng.random() < 0.3:
-            pieces.append(self.rng.choice(FILLERS))
-        return pieces
+        return self._rounded_off(pieces, place)
 
     def _portraits(self) -> Iterator[list[Piece]]:
         for place in self.places.deal(self.rng.randint(3, 5)):
@@ -248,8 +216,85 @@ class _Writer:
         title = self.rng.choice(TITLES).format(what="words and their opposites")
         yield [title, *(self._told(f) for f in facts)]
 
+
+class _RichWriter(_PlainWriter):
+    """In many wordings, after openings, with adverbs, with *its* for the name; drills in sums."""
+
+    REVERSED_SHARE = 0.2
+    ASIDE_SHARE = 0.1
+    ADVERB_SHARE = 0.06
+    THERE_SHARE = 0.4
+    CORE_SUM_PATTERNS = 3
+    """The first patterns of sums and differences: `+`, *plus is*, *plus equals*."""
+
+    def _as_often(self, facts: Iterable[Fact]) -> list[Fact]:
+        """Sums and differences of single digits, of which all others are made, four times as often
+        as those beyond twenty."""
+        dealt: list[Fact] = []
+        for fact in facts:
+            a, sign, b = fact.subject.split()
+            largest = max(int(a), int(b)) if sign == "+" else int(a)
+            dealt += [fact] * (4 if largest < 10 else 2 if largest <= 20 else 1)
+        return dealt
+
+    def _other_kinds(self) -> list[Callable[[], Iterator[list[Piece]]]]:
+        return [self._nature] * 2 + [self._words] * 2 + [self._numbers] * 9
+
+    def _one_of(self, patterns: Sequence[str]) -> str:
+        return self.rng.choice(wordings(self.rng.choice(patterns)))
+
+    def _told(self, fact: Fact) -> Telling:
+        rng = self.rng
+        ways = (REVERSED if rng.random() < self.REVERSED_SHARE else FORWARD)[fact.relation]
+        in_frame = fact.relation in PLACE_RELATIONS and rng.random() < self.FRAME_SHARE
+        wording = self._one_of(ways)
+        if rng.random() < self.ADVERB_SHARE:
+            wording = wording.replace(" is ", f" is {rng.choice(ADVERBS)} ", 1)
+        if in_frame:
+            if rng.random() < 0.5:
+                wording = self._one_of(THERE[fact.relation])
+            return Telling(fact, wording, self._one_of(FRAMES))
+        if rng.random() < self.ASIDE_SHARE:
+            return Telling(fact, wording, self._one_of(ASIDES))
+        return Telling(fact, wording)
+
+    def _joined(self, piece: Telling) -> str:
+        return clause(piece.fact, piece.wording, piece.frame)
+
+    def _rounded_off(self, pieces: list[Piece], place: str) -> list[Piece]:
+        pieces = self._referring_back(pieces, place)
+        if self.rng.random() < 0.4:
+            pieces.insert(0, self._one_of(LEAD_INS).format(s=place))
+        if self.rng.random() < 0.3:
+            pieces.append(self._one_of(FILLERS))
+        return pieces
+
+    def _referring_back(self, pieces: Sequence[Piece], place: str) -> list[Piece]:
+        """Some facts of the place say *its*, where the sentence before was about it too."""
+        result: list[Piece] = []
+        before = ""  # what the piece before was about
+        for piece in pieces:
+            fact = piece.fact if isinstance(piece, Telling) else None
+            if fact and fact.subject == before == place and self.rng.random() < self.THERE_SHARE:
+                result.append(Telling(fact, self._one_of(THERE[fact.relation])))
+            else:
+                result.append(piece)
+            before = fact.subject if fact else ""
+        return result
+
     def _numbers(self) -> Iterator[list[Piece]]:
-        for _ in range(3):
-            facts = [*self.sums.deal(7), *self.differences.deal(4)]
-            self.rng.shuffle(facts)
-            yield [self._told(f) for f in facts]
+        yield self._drill(self.sums)
+        yield self._drill(self.sums)
+        yield self._drill(self.differences)
+        facts = [*self.sums.deal(6), *self.differences.deal(4)]
+        self.rng.shuffle(facts)
+        yield [self._told(f) for f in facts]
+
+    def _drill(self, deck: _Deck[Fact]) -> list[Piece]:
+        """A dozen facts in one wording: what a sum is, is learned before how it may be put."""
+        facts = deck.deal(self.rng.randint(10, 14))
+        patterns = FORWARD[facts[0].relation]
+        if self.rng.random() < 0.5:
+            patterns = patterns[: self.CORE_SUM_PATTERNS]
+        wording = self._one_of(patterns)
+        return [Telling(f, wording) for f in facts]
