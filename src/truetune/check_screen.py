@@ -33,7 +33,13 @@ def show_checkup(
         screen.line(f"and {left} more: --all shows them", "dim")
     if found.findings:
         screen.line()
-    drawn = (("run", _run_lines), ("contract", _contract_lines), ("lengths", _length_lines))
+    drawn = (
+        ("model", _model_lines),
+        ("verdict", _verdict_lines),
+        ("run", _run_lines),
+        ("contract", _contract_lines),
+        ("lengths", _length_lines),
+    )
     screen.pairs(
         [p for name, draw in drawn if name in found.summary for p in draw(found.summary[name])]
     )
@@ -91,6 +97,30 @@ def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
             f"{run['learning_rate']:g}",
         ),
     ]
+
+
+def _model_lines(model: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("folder", str(model["folder"]))]
+    if "architecture" not in model:
+        return lines
+    base = f" on {model['base']}" if model["base"] else ""
+    ends = model["template_ends_with"]
+    lines.append(
+        ("model", f"{model['kind']} of {model['architecture']}{base}, weights: {model['weights']}")
+    )
+    lines.append(
+        ("tokens", f"{model['vocabulary']:,} known, {model['head_rows']:,} rows in the model")
+    )
+    stops = ", ".join(f"{s['token']!r} ({s['id']})" for s in model["stop"]) or "none"
+    lines.append(("served stop", f"{stops}, from {model['stop_from']}"))
+    if ends:
+        lines.append(("template", f"ends answers with {ends['token']!r} ({ends['id']})"))
+    return lines
+
+
+def _verdict_lines(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+    kind = "cannot tell" if verdict["kind"] == "unknown" else verdict["kind"]
+    return [("base?", f"{kind}: {'; '.join(verdict['reasons'])}"), ("means", verdict["means"])]
 
 
 def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,6 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.check.checkpoint import CHECKS as CHECKPOINT_CHECKS
+from truetune.check.checkpoint import Checkpoint, gather
 from truetune.check.lengths import (
     RowLengths,
     damage,
@@ -22,11 +24,12 @@ from truetune.check.lengths import (
     limit_keeping,
     quantiles,
 )
-from truetune.errors import BadRows
+from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
 from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
+from truetune.run import opened
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,47 @@ def check_run(recipe: Recipe, listener: Listener) -> Checkup:
         **({"lengths": _length_summary(rows, found)} if len(rows) else {}),
     }
     return Checkup(_ordered(found.prepared.findings), summary)
+
+
+def check_model(recipe: Recipe, listener: Listener) -> Checkup:
+    """Look at a finished model or adapter, from any tool; of a run, at what it saved.
+
+    Raises:
+        ModelError: it is no model folder at all.
+        UsageError: a run that has saved nothing yet, or no model was named.
+    """
+    if not recipe.model:
+        raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
+    listener.stage("model files")
+    found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
+    findings = [finding for check in CHECKPOINT_CHECKS for finding in check(found)]
+    verdict = found.verdict
+    summary: dict[str, Any] = {"model": _model_summary(found, recipe)}
+    if verdict is not None:
+        summary["verdict"] = verdict.as_dict()
+    return Checkup(_ordered(findings), summary)
+
+
+def _model_summary(found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    facts, markers = found.facts, found.markers
+    summary: dict[str, Any] = {"model": recipe.model, "folder": str(found.folder)}
+    if facts is None or markers is None:
+        return summary
+    decode = markers.tokens.decode
+    ends = markers.terminator
+    return summary | {
+        "kind": "adapter" if found.is_adapter else "model",
+        "base": facts.base,
+        "architecture": facts.architecture,
+        "parameters": facts.num_parameters,
+        "weights": facts.weights or "none here",
+        "vocabulary": facts.tokenizer_length,
+        "head_rows": facts.head_rows,
+        "stop": [{"id": i, "token": decode([i])} for i in sorted(markers.served_stops)],
+        "stop_from": found.served_from,
+        "template_ends_with": None if ends is None else {"id": ends, "token": decode([ends])},
+        "rows_judged": sorted(found.rows),
+    }
 
 
 def _ordered(findings: list[Finding]) -> list[Finding]:

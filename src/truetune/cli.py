@@ -218,38 +218,47 @@ def check(
     rows: str | None,
     show_all: bool,
     as_json: bool,
+    html: str | None,
     **options: Any,
 ) -> None:
     """Prove the run that the same line with `train` would start, without loading weights.
 
+    Without DATA: what a finished model or adapter, from any tool, would do when it is served.
+
     \b
     truetune check Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --lora
-    truetune check recipe.yaml --json
+    truetune check recipe.yaml --html check.html
+    truetune check path/to/checkpoint
     """
     from truetune.check_screen import CheckScreen, show_checkup
-    from truetune.checkup import check_run
+    from truetune.checkup import check_model, check_run
     from truetune.listener import Listener
 
     recipe = _recipe(source, rows, None, options)
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:
-        found = check_run(recipe, listener)
+        found = check_run(recipe, listener) if recipe.data else check_model(recipe, listener)
     finally:
         screen.close()
+    if html:
+        from truetune.check.page import write_page
+
+        write_page(Path(html), found.as_dict())
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=True))
     else:
-        show_checkup(screen, found, everything=show_all)
+        show_checkup(screen, found, everything=show_all, page=html)
     if not found.ok:
         raise typer.Exit(1)
 
 
-app.command("check", cls=_Command, short_help="Prove a coming run.")(
+app.command("check", cls=_Command, short_help="Prove a coming run, or a finished model.")(
     with_settings(
         check,
         own_option("show_all", bool, False, "--all", help="Every finding, not a screen of them."),
         own_option("as_json", bool, False, "--json", help="The same facts for programs."),
+        own_option("html", str | None, None, "--html", help="Write a page.", metavar="FILE"),
     )
 )
 

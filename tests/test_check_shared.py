@@ -1,0 +1,97 @@
+"""The check on real rows and real tokenizers: what it is expected to find, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from truetune.checkup import check_model, check_run
+from truetune.listener import Listener
+from truetune.recipe import make_recipe
+
+SHARED = Path(__file__).parents[2] / "shared"
+pytestmark = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="needs ../shared: real tokenizers and rows"
+)
+
+QWEN, QWEN_BASE, QWEN3 = "qwen2.5-0.5b-instruct", "qwen2.5-0.5b-base", "qwen3-0.6b"
+LLAMA, PHI = "llama-3.2-1b-instruct", "phi-3.5-mini-instruct"
+
+# (model, rows) -> code: (level, count). Anything else is a false alarm, anything less a miss.
+EXPECTED: dict[tuple[str, str], dict[str, tuple[str, int]]] = {
+    (QWEN, "gsm8k_train.jsonl"): {},
+    (QWEN, "gsm8k_test.jsonl"): {},
+    (QWEN, "alpaca_en_demo.json"): {
+        "openers-mixed": ("warning", 24),
+        "rows-duplicate": ("warning", 14),
+    },
+    (PHI, "alpaca_en_demo.json"): {
+        "openers-mixed": ("warning", 24),
+        "rows-duplicate": ("warning", 14),
+    },
+    (QWEN_BASE, "code_alpaca_2k.json"): {
+        "empty-answer": ("warning", 2),
+        "stop-added": ("note", 1),
+    },
+    (LLAMA, "self_instruct_seed_tasks.jsonl"): {"unused-columns": ("note", 3)},
+    (QWEN3, "reason_tool_use_demo_50.jsonl"): {"tool-arguments": ("warning", 1)},
+    (QWEN, "glaive_toolcall_en_demo.json"): {
+        "openers-mixed": ("warning", 69),
+        "rows-duplicate": ("warning", 34),
+        "tool-arguments": ("warning", 1),
+        "prompt-repeated": ("note", 39),
+        "rows-nearly-duplicate": ("note", 8),
+    },
+    (QWEN_BASE, "wikitext2_valid.txt"): {
+        "text-pieces": ("note", 201),
+        "rows-split": ("note", 164),
+        "stop-added": ("note", 1),
+    },
+}
+SLOW = {
+    (QWEN, "gsm8k_train.jsonl"),
+    (QWEN, "gsm8k_test.jsonl"),
+    (PHI, "alpaca_en_demo.json"),
+    (QWEN_BASE, "code_alpaca_2k.json"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "rows"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] if pair in SLOW else [], id="-".join(pair))
+        for pair in EXPECTED
+    ],
+)
+def test_rows(model: str, rows: str) -> None:
+    recipe = make_recipe(
+        (
+            "test",
+            {
+                "model": str(SHARED / "models" / model),
+                "data": str(SHARED / "data" / rows),
+                "bad_rows": "drop",
+            },
+        )
+    )
+    found = check_run(recipe, Listener()).findings
+    assert {f.code: (f.level, f.count) for f in found} == EXPECTED[model, rows]
+
+
+def test_published_models_raise_no_error() -> None:
+    """Small files only; what a base's template ends with is a fact that is told."""
+    found = {}
+    for name in (QWEN, QWEN_BASE, QWEN3, LLAMA, PHI):
+        recipe = make_recipe(("test", {"model": str(SHARED / "models" / name)}))
+        told = check_model(recipe, Listener())
+        codes = {f.code: f.level for f in told.findings}
+        found[name] = (told.summary["verdict"]["kind"], codes)
+    small = {"model-no-weights": "note"}
+    assert found == {
+        QWEN: ("instruct", small),
+        QWEN_BASE: ("base", {"stop-not-served": "warning", **small}),
+        QWEN3: ("instruct", {"template-unfaithful": "note", **small}),
+        LLAMA: ("instruct", small),
+        PHI: ("instruct", small),
+    }
