@@ -265,6 +265,18 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
         ],
         [case(on_answers)],
     ),
+    "answers-masked": (
+        [
+            # The mask is the wrong way round.
+            case(
+                lambda t: [
+                    (i, [-100 if x != -100 else token for token, x in zip(i, labels, strict=True)])
+                    for i, labels in on_answers(t)
+                ]
+            )
+        ],
+        [case(on_answers), case(on_everything)],
+    ),
     "reasoning-unclosed": (
         [case(lambda t: thoughts(t, closed=False))],
         [case(thoughts), case(on_everything)],

@@ -76,7 +76,9 @@ def test_rows(model: str, rows: str) -> None:
         )
     )
     found = check_run(recipe, Listener()).findings
-    assert {f.code: (f.level, f.count) for f in found} == EXPECTED[model, rows]
+    # How much memory is free is a fact of the machine.
+    told = {f.code: (f.level, f.count) for f in found if f.code != "memory-short"}
+    assert told == EXPECTED[model, rows]
 
 
 def test_published_models_raise_no_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from truetune.check.fit import gib
 from truetune.check.lengths import percent
 from truetune.checkup import Checkup
 from truetune.findings import Finding
@@ -38,6 +39,8 @@ def show_checkup(
         ("verdict", _verdict_lines),
         ("run", _run_lines),
         ("contract", _contract_lines),
+        ("plan", _plan_lines),
+        ("rehearsal", _rehearsal_lines),
         ("lengths", _length_lines),
     )
     screen.pairs(
@@ -130,6 +133,39 @@ def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:
         ("template", contract["template"] + (f", with {arguments}" if arguments else "")),
         ("stop set", stops),
     ]
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = ", ".join(f"{name} {gib(n)}" for name, n in plan["parts"].items())
+    free = plan["available"]
+    told = f", {gib(free)} free" if free is not None else ""
+    lines = [
+        ("memory", f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{told}: {parts}")
+    ]
+    if plan["seconds"]:
+        lines.append(("time", " to ".join(map(_duration, plan["seconds"])) + " of steps"))
+    return lines
+
+
+def _rehearsal_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+    if "loss" not in numbers:
+        return []
+    text = f"{numbers['rows']} rows, loss {numbers['loss']:.3f}"
+    if "loss_after_a_step" in numbers:
+        text += f", after a step {numbers['loss_after_a_step']:.3f}"
+    text += (
+        f"; row by row the same to {max(numbers['loss_difference'], 1e-9):.0e} (loss) and "
+        f"{max(numbers['gradient_difference'], 1e-9):.0e} (gradient)"
+    )
+    if "reload_difference" in numbers:
+        text += f"; saved, reloaded: logits within {numbers['reload_difference']:.1e}"
+    return [("rehearsal", text)]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _length_lines(lengths: dict[str, Any]) -> list[tuple[str, str]]:

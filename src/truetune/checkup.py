@@ -15,6 +15,7 @@ from typing import Any
 
 from truetune.check.checkpoint import CHECKS as CHECKPOINT_CHECKS
 from truetune.check.checkpoint import Checkpoint, gather
+from truetune.check.fit import Fit, estimate
 from truetune.check.lengths import (
     RowLengths,
     damage,
@@ -24,11 +25,17 @@ from truetune.check.lengths import (
     limit_keeping,
     quantiles,
 )
-from truetune.errors import BadRows, RecipeError
+from truetune.check.markers import Markers
+from truetune.check.start import judge_rows
+from truetune.errors import BadRows, RecipeError, TruetuneError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
+from truetune.model.source import locate
+from truetune.model.tables import read_tables
+from truetune.model.tokenizer import locate_base, num_ids
 from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
+from truetune.rehearse import rehearse
 from truetune.run import opened
 
 
@@ -62,8 +69,11 @@ class Checkup:
         return {level: sum(f.level == level for f in self.findings) for level in LEVELS}
 
 
-def check_run(recipe: Recipe, listener: Listener) -> Checkup:
+def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = False) -> Checkup:
     """Look at the run that `truetune train` would start.
+
+    Args:
+        with_rehearsal: load the model too, and take one real step.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
@@ -76,12 +86,75 @@ def check_run(recipe: Recipe, listener: Listener) -> Checkup:
             merged(error.findings), {"run": {"model": recipe.model, "data": recipe.data}}
         )
     rows = encoded_lengths(found.encoded, found.prepared.contract)
+    listener.stage("memory and time")
+    fit = _fit(found, rows)
     summary = {
         "run": _run_summary(found),
         "contract": _contract_summary(found),
         **({"lengths": _length_summary(rows, found)} if len(rows) else {}),
+        "plan": fit.as_dict(),
     }
-    return Checkup(_ordered(found.prepared.findings), summary)
+    told = [*found.prepared.findings, *fit.findings(), *_rows_untrained(found)]
+    if with_rehearsal and found.prepared.examples:
+        listener.stage("rehearsal")
+        rehearsed, numbers = rehearse(found.prepared)
+        told += rehearsed
+        summary["rehearsal"] = numbers
+    return Checkup(_ordered(told), summary)
+
+
+def _rows_untrained(found: Survey) -> list[Finding]:
+    """Chat tokens whose rows nobody trained, under a method that does not train them either;
+    judged where the weights lie on this machine."""
+    prepared = found.prepared
+    recipe, contract = prepared.plan.recipe, prepared.contract
+    assert recipe.model
+    if not recipe.lora or not prepared.examples:
+        return []
+    markers = Markers.probe(
+        contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
+    )
+    used = {i for example in prepared.examples[:200] for i in example.ids}
+    trained = {token.id for token in prepared.new_tokens}
+    plain = {contract.tokenizer.bos_token_id}
+    ids = sorted((used & markers.tokens.special_ids) - plain - trained)
+    try:
+        files = locate(recipe.model, recipe.revision, weights=False)
+        base = locate_base(files, weights=False) if files.is_adapter else files
+        tables = read_tables(base, ids)
+    except TruetuneError:
+        return []  # no weights here: nothing can be told
+    judged = [judge_rows(t, ids, num_ids(contract.tokenizer)) for t in tables.values()]
+    lost = sorted({i for rows in judged for i in rows.untrained})
+    if not lost:
+        return []
+    named = ", ".join(f"{contract.tokens.decode([i])!r} ({i})" for i in lost[:4])
+    why = next(rows.why[lost[0]] for rows in judged if lost[0] in rows.why)
+    return [
+        Finding(
+            "rows-untrained",
+            "error",
+            f"the rows carry {named}, whose rows in the model were never trained, and LoRA leaves "
+            "them as they are",
+            str(recipe.model),
+            len(lost),
+            why=f"{why}: the model cannot tell them from unused tokens, and would not learn to "
+            "end an answer",
+            fix="train their rows with --add-token, train all weights, or use a template of "
+            "trained tokens (--chat-template instruction-response)",
+        )
+    ]
+
+
+def _fit(found: Survey, rows: RowLengths) -> Fit:
+    prepared = found.prepared
+    plan, train = prepared.plan, prepared.data["train"]
+    per_example = train["tokens"] / max(train["examples"], 1)
+    return estimate(
+        plan,
+        tokens=int(per_example * plan.batch_size * plan.max_steps),
+        p99=limit_keeping(rows),
+    )
 
 
 def check_model(recipe: Recipe, listener: Listener) -> Checkup:

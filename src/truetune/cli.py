@@ -216,6 +216,7 @@ app.command("train", cls=_Command)(
 def check(
     source: str | None,
     rows: str | None,
+    rehearse: bool,
     show_all: bool,
     as_json: bool,
     html: str | None,
@@ -238,7 +239,11 @@ def check(
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:
-        found = check_run(recipe, listener) if recipe.data else check_model(recipe, listener)
+        found = (
+            check_run(recipe, listener, with_rehearsal=rehearse)
+            if recipe.data
+            else check_model(recipe, listener)
+        )
     finally:
         screen.close()
     if html:
@@ -256,6 +261,13 @@ def check(
 app.command("check", cls=_Command, short_help="Prove a coming run, or a finished model.")(
     with_settings(
         check,
+        own_option(
+            "rehearse",
+            bool,
+            False,
+            "--rehearse",
+            help="Load the model too: one real step, a dry save and reload.",
+        ),
         own_option("show_all", bool, False, "--all", help="Every finding, not a screen of them."),
         own_option("as_json", bool, False, "--json", help="The same facts for programs."),
         own_option("html", str | None, None, "--html", help="Write a page.", metavar="FILE"),

@@ -1,0 +1,164 @@
+"""The rehearsal and the estimate: what they measure, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from test_check_checkpoint import END, set_row, tensors_changed, trained
+from test_check_verb import answer, write_rows
+from tiny_models import tiny_tokenizer
+from truetune.check.fit import Shape, _saved, estimate, gib, run_shape
+from truetune.checkup import Checkup, check_run
+from truetune.listener import Listener
+from truetune.plan import Plan
+from truetune.prepare import survey
+from truetune.recipe import Recipe, make_recipe
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rehearse")
+    write_rows(folder / "rows.jsonl", [answer(i) for i in range(12)])
+    trained(max_position_embeddings=512).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": END}))
+    return folder
+
+
+def recipe(place: Path, **settings: Any) -> Recipe:
+    given = {"model": str(place / "model"), "data": str(place / "rows.jsonl")}
+    return make_recipe(("test", given | settings))
+
+
+def checked(place: Path, **settings: Any) -> Checkup:
+    return check_run(recipe(place, **settings), Listener(), with_rehearsal=True)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_sound_run_rehearses_in_silence(place: Path, lora: bool) -> None:
+    before = sorted(p.name for p in place.rglob("*"))
+    found = checked(place, lora=lora)
+    assert [f for f in found.findings if f.level != "note"] == []
+    numbers = found.summary["rehearsal"]
+    # Two ways of one step, in float32.
+    assert numbers["loss_difference"] < 1e-5
+    assert numbers["gradient_difference"] < 1e-4
+    assert numbers["unmoved_tensors"] == 0
+    assert numbers["reload_difference"] < 1e-4
+    assert sorted(p.name for p in place.rglob("*")) == before
+
+
+def test_a_rate_that_overshoots(place: Path) -> None:
+    codes = {f.code: f.level for f in checked(place, learning_rate=10.0).findings}
+    assert codes["step-overshoots"] == "warning"
+    assert codes["learning-rate-unusual"] == "warning"
+
+
+def test_weights_that_hold_nan(place: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(place, tmp_path / "p")
+
+    def broken(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+
+    tensors_changed(broken)(tmp_path / "p" / "model")
+    found = checked(tmp_path / "p")
+    assert "rehearsal-not-finite" in {f.code for f in found.findings}
+    assert not found.ok
+
+
+def test_chat_rows_that_lora_does_not_train(place: Path, tmp_path: Path) -> None:
+    """The end token's row is that of an unused token; all weights would train it."""
+    import shutil
+
+    shutil.copytree(place, tmp_path / "p")
+    tensors_changed(set_row("lm_head.weight", END, 262))(tmp_path / "p" / "model")
+    settings = {"model": str(tmp_path / "p" / "model")}
+    found = check_run(recipe(place, lora=True, **settings), Listener())
+    (told,) = [f for f in found.findings if f.level == "error"]
+    assert told.code == "rows-untrained"
+    assert "'<|end|>' (257)" in told.what
+    assert check_run(recipe(place, **settings), Listener()).ok
+    assert check_run(recipe(place, lora=True), Listener()).ok
+
+
+# ------------------------------------------------------------------ memory and time
+
+
+def plan(place: Path, **settings: Any) -> Plan:
+    return survey(recipe(place, **settings), Listener()).prepared.plan
+
+
+def test_what_is_exact_in_the_estimate(place: Path) -> None:
+    full = run_shape(plan(place), "cpu")
+    parts = full.parts()
+    assert parts["weights"] == parts["gradients"] == 4 * full.parameters
+    assert parts["optimiser"] == 8 * full.parameters
+    lora = run_shape(plan(place, lora=True, lora_r=4), "cpu")
+    from truetune.model import LoraSettings, add_lora, load_model, trainable_share
+
+    loaded = load_model(place / "model", device="cpu", purpose="lora")
+    adapted = add_lora(loaded, LoraSettings(4, 8, 0.0, "all-linear"), 0)
+    assert lora.trainable == trainable_share(adapted.model)[0]
+
+
+def test_the_meta_device_keeps_what_the_real_one_keeps() -> None:
+    """Bytes that autograd keeps, counted without memory and with it."""
+    from tiny_models import tiny_config, tiny_model
+    from truetune.model.architecture import meta_model
+
+    counted = _saved(meta_model(tiny_config()), 32)
+    model = tiny_model()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        if value.untyped_storage().data_ptr() not in own:
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
+        return value
+
+    model.train()
+    ids = torch.zeros(1, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 1, 1), logits_to_keep=1)
+    # The meta device has no fused attention, which keeps less: 22 % of these two tiny layers.
+    real = sum(s.nbytes() for s in kept.values())
+    assert real <= counted <= 1.3 * real
+
+
+def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
+    fit = estimate(plan(place), tokens=10_000, p99=100)
+    assert [way[0].split()[0] for way in fit.ways] == [
+        *("--micro-batch-tokens", "--gradient-checkpointing", "--max-length", "--lora", "--qlora")
+    ]
+    whole = sum(fit.parts.values())
+    assert all(way[1] < whole for way in fit.ways)
+    assert fit.low < whole < fit.high
+    assert fit.seconds is not None
+    assert 0 < fit.seconds[0] < fit.seconds[1]
+
+
+def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
+    import dataclasses
+
+    fit = estimate(plan(place), tokens=10_000)
+    short = dataclasses.replace(fit, available=fit.low - 1)
+    (told,) = short.findings()
+    assert (told.code, told.level) == ("memory-short", "warning")
+    assert "in the order of cost" in told.fix
+    assert list(dataclasses.replace(fit, available=fit.low).findings()) == []
+    assert list(dataclasses.replace(fit, available=None).findings()) == []
+
+
+def test_operations_and_units() -> None:
+    shape = Shape(100, 100, 4, 1.0, 1.0, 10, 8, False, False)
+    assert shape.operations(7) == 6 * 100 * 7
+    assert Shape(100, 1, 4, 1.0, 1.0, 10, 8, True, True).operations(7) == 6 * 100 * 7
+    assert gib(3 * 2**30) == "3.0 GiB"
+    assert gib(5 * 2**20) == "5 MiB"
