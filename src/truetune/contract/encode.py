@@ -182,6 +182,9 @@ def _completion(
         return [*ids, following], remarks
     if ends.own is not None and ends.bare and not message.get("tool_calls"):
         return [*ids, ends.own], [*remarks, "stop-appended"]
+    if message.get("reasoning_content") or message.get("tool_calls"):
+        # What the template leaves out is the truer reason.
+        _prove_parts(text.turn, message, tokens.decode_after(prompt, ids), written, tokens)
     stops = ", ".join(repr(tokens.decode([i])) for i in stop_ids) or "none at all"
     raise UnfaithfulTemplate(
         f"the answer of message {text.turn} ends on no stop token",

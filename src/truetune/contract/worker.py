@@ -68,14 +68,15 @@ def _describe(library: Any, source: str) -> list[Any]:
 
     tree = library._compile_jinja_template(source).environment.parse(source)
     free = meta.find_undeclared_variables(tree)
+    stands_for = _aliases(tree, free)
     choices: dict[str, list[Any]] = {}
     for compare in tree.find_all(nodes.Compare):
         sides = [compare.expr, *(operand.expr for operand in compare.ops)]
-        names = [s.name for s in sides if isinstance(s, nodes.Name) and s.name in free]
+        names = {name for side in sides for name in _names(side, free, stands_for)}
         for side in sides:
             options = side.items if isinstance(side, nodes.List | nodes.Tuple) else [side]
             values = [o.value for o in options if isinstance(o, nodes.Const)]
-            for name in names:
+            for name in sorted(names):
                 choices.setdefault(name, []).extend(v for v in values if isinstance(v, str | int))
     literals = [node.data for node in tree.find_all(nodes.TemplateData)]
     literals += [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
@@ -96,6 +97,40 @@ def _describe(library: Any, source: str) -> list[Any]:
         "fields": sorted(name for name in fields if isinstance(name, str)),
     }
     return ["ok", facts]
+
+
+def _names(expression: Any, free: set[str], stands_for: dict[Any, set[str]]) -> set[str]:
+    """The arguments that an expression is made of, through names that the template gave them."""
+    from jinja2 import nodes
+
+    found: set[str] = set()
+    for node in (expression, *expression.find_all((nodes.Name, nodes.Getattr))):
+        if isinstance(node, nodes.Name):
+            found |= {node.name} & free or stands_for.get(node.name, set())
+        elif isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+            found |= stands_for.get((node.node.name, node.attr), set())
+    return found
+
+
+def _aliases(tree: Any, free: set[str]) -> dict[Any, set[str]]:
+    """Which arguments a name stands for that the template sets itself; (name, attribute) where it
+    is an attribute of a namespace."""
+    from jinja2 import nodes
+
+    found: dict[Any, set[str]] = {}
+    for _ in range(3):  # an alias of an alias of an alias
+        for assign in tree.find_all(nodes.Assign):
+            target = assign.target
+            if isinstance(target, nodes.Name):
+                key: Any = target.name
+            elif isinstance(target, nodes.NSRef):
+                key = (target.name, target.attr)
+            else:
+                continue
+            names = _names(assign.node, free, found)
+            if names:
+                found.setdefault(key, set()).update(names)
+    return found
 
 
 def _guarded(work: Any) -> list[Any]:
