@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from truetune import Encoded, PromptContract
@@ -28,10 +30,9 @@ def _finished(backend: Any, special: Sequence[str], **names: Any) -> Any:
     return tokenizer
 
 
-def byte_level(own_bos: bool = False) -> Any:
-    """Byte-level BPE with merges, which also merge line breaks; `own_bos`: it begins every text
-    with a BOS of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+@cache
+def _trained_byte_level() -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -41,6 +42,15 @@ def byte_level(own_bos: bool = False) -> Any:
         vocab_size=340, initial_alphabet=alphabet, special_tokens=list(MARKERS), show_progress=False
     )
     backend.train_from_iterator([WORDS] * 3, trainer)
+    return backend.to_str()
+
+
+def byte_level(own_bos: bool = False) -> Any:
+    """Byte-level BPE with merges, which also merge line breaks; `own_bos`: it begins every text
+    with a BOS of its own."""
+    from tokenizers import Tokenizer, processors
+
+    backend = Tokenizer.from_str(_trained_byte_level())
     if own_bos:
         bos = backend.token_to_id("<s>")
         backend.post_processor = processors.TemplateProcessing(
@@ -63,6 +73,48 @@ def prefix_space() -> Any:
     backend.train_from_iterator([WORDS] * 3, trainer)
     return _finished(
         backend,
+        MARKERS,
+        bos_token="<s>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        unk_token="<unk>",
+    )
+
+
+@cache
+def _trained_byte_fallback() -> str:
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["<unk>", *MARKERS], show_progress=False
+    )
+    backend.train_from_iterator(WORDS.replace(" ", "\u2581").split("\n") * 3, trainer)
+    made = json.loads(backend.to_str())
+    vocabulary = made["model"]["vocab"]
+    # Bytes are plain entries of the vocabulary, no tokens that a text is split at.
+    vocabulary |= {f"<0x{i:02X}>": len(vocabulary) + i for i in range(256)}
+    return json.dumps(made)
+
+
+def byte_fallback() -> Any:
+    """As Llama 2 has it: a normaliser makes spaces a letter and puts one in front of every piece;
+    what has no letter is spelt in bytes."""
+    from tokenizers import Tokenizer
+
+    return _finished(
+        Tokenizer.from_str(_trained_byte_fallback()),
         MARKERS,
         bos_token="<s>",
         eos_token="<|end|>",
