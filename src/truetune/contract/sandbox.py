@@ -113,6 +113,8 @@ _LAST = ("hang", "died", "memory", "size")
 def _started() -> Worker:
     global _worker
     if _worker is None or not _worker.usable:
+        if _worker is not None:
+            _worker.kill()  # it is gone; its pipes are not
         _worker = Worker()
     return _worker
 
@@ -155,14 +157,19 @@ def render(
 
 def _answers(request: dict[str, Any], number: int) -> list[Answer]:
     worker = _started()
-    worker.send(request)
     answers: list[Answer] = []
-    while len(answers) < number:
-        answers.append(worker.receive())
-        if answers[-1][0] in _LAST:
-            # What it still has in hand belongs to a template that is not trusted any more.
-            worker.kill()
-            return answers + [answers[-1]] * (number - len(answers))
+    try:
+        worker.send(request)
+        while len(answers) < number:
+            answers.append(worker.receive())
+            if answers[-1][0] in _LAST:
+                # What it still has in hand belongs to a template that is not trusted any more.
+                worker.kill()
+                return answers + [answers[-1]] * (number - len(answers))
+    except BaseException:
+        # Interrupted: the answers still to come would be taken for those of the next request.
+        worker.kill()
+        raise
     return answers
 
 
