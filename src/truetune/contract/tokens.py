@@ -172,10 +172,15 @@ class Tokens:
         return known and self.tokenizer.convert_ids_to_tokens(token) is not None
 
     def normalised(self, text: str) -> str:
-        """The text as the tokenizer's own normaliser leaves it, with the space marker undone."""
-        if self._normaliser is None:
-            return text
-        return self._normaliser.normalize_str(text).replace("\u2581", " ")
+        """The text as the tokenizer's own normaliser leaves it, read back: where it writes spaces
+        as a letter, that letter comes back as a space."""
+        if self._normaliser is not None:
+            text = self._normaliser.normalize_str(text)
+        return text.replace("\u2581", " ") if self._space_letter else text
+
+    @cached_property
+    def _space_letter(self) -> bool:
+        return self.decode(self.encode(["a\u2581a"])[0]).strip() == "a a"
 
     @cached_property
     def _normaliser(self) -> Any:
