@@ -139,6 +139,8 @@ BEGIN = f"""
 import os, signal, sys, time
 from truetune.contract import sandbox
 from truetune.contract.render import Renderer
+# A shell that puts a job in the background has it ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 good, bad = Renderer("{{{{ messages[0].content }}}}", {{}}), Renderer({LOOPS!r}, {{}})
 def said(text):
     return [{{"role": "user", "content": text}}]
