@@ -1,0 +1,119 @@
+"""docs/templates.md says what the code does; each official template is refused for known reasons.
+
+The official templates lie beside the repository where it is developed, and are no part of it; they
+take a minute: `scripts/test -m slow tests/test_template_table.py`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from scripts import template_table
+
+import template_corpus as corpus
+
+pytestmark = pytest.mark.filterwarnings("error")
+REMAKE = "remake it: python scripts/template_table.py"
+official = cache(template_table.official)
+needs_official = pytest.mark.skipif(
+    not (corpus.OFFICIAL and corpus.MODELS), reason="the templates are not beside the checkout"
+)
+
+PLAIN = ("one turn", "three turns", "train: false", "last only", "tools offered")
+REASONING = ("reasoning last", "reasoning every")
+CALLS = ("one call", "parallel calls", "call, answer")
+
+
+def refused(code: str, *kinds: str) -> dict[str, str]:
+    return dict.fromkeys(kinds, code)
+
+
+# No field, no marker: reasoning has no place.
+NO_REASONING = refused("target-dropped", *REASONING, "reasoned call")
+# Calls are not written, or replaced by nothing.
+NO_CALLS = refused("target-dropped", *CALLS, "reasoned call")
+# Every prompt opens a think block, and no argument closes it.
+THINKS = refused("thinking-only", *PLAIN, "system", *CALLS)
+# It calls list.append, which the sandbox of every server forbids.
+UNSAFE_CALLS = refused("template-refuses", *CALLS, "reasoned call")
+ONE_CALL = refused("template-refuses", "parallel calls")
+
+# Every refusal there is. What is not named here is exact.
+REFUSED: dict[str, dict[str, str]] = {
+    # The reasoning of a call goes into a plan that stands behind the block which the prompt closes.
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": refused("thinking-off", "reasoned call"),
+    # A function call stands behind the separator of messages.
+    "GigaChat3-10B-A1.8B": NO_REASONING | refused("target-behind-stop", *CALLS),
+    "HuggingFaceTB-SmolLM3-3B": NO_CALLS,
+    "Kimi-K2-Instruct": NO_REASONING | UNSAFE_CALLS,
+    # An empty block before every answer, and no switch.
+    "Kimi-K2-Thinking": refused("target-invented", *PLAIN, "system") | UNSAFE_CALLS,
+    "LFM2-8B-A1B": NO_REASONING | NO_CALLS,
+    "LFM2.5-Instruct": NO_CALLS,
+    "MiMo-VL": NO_REASONING,
+    "MiniMax-M2": THINKS,
+    "NVIDIA-Nemotron-Nano-v2": THINKS,
+    "Qwen-Qwen2.5-7B-Instruct": NO_REASONING,
+    "Qwen3-Coder": NO_REASONING,
+    "StepFun3.5-Flash": THINKS,
+    # It demands arguments of its own: functions and a date.
+    "fireworks-ai-llama-3-firefunction-v2": refused(
+        "template-refuses", *PLAIN, "system", *REASONING, *CALLS, "reasoned call"
+    ),
+    # Neither a system role nor a tool's.
+    "google-gemma-2-2b-it": NO_REASONING
+    | NO_CALLS
+    | refused("template-refuses", "system", "call, answer", "reasoned call"),
+    "ibm-granite-granite-3.3-2B-Instruct": NO_CALLS,
+    "llama-cpp-rwkv-world": NO_CALLS,
+    "meetkai-functionary-medium-v3.1": NO_REASONING,
+    "meetkai-functionary-medium-v3.2": NO_REASONING,
+    "meta-llama-Llama-3.2-3B-Instruct": NO_REASONING | ONE_CALL,
+    "microsoft-Phi-3.5-mini-instruct": NO_REASONING | NO_CALLS,
+    "mistralai-Mistral-Nemo-Instruct-2407": NO_REASONING,
+    "moonshotai-Kimi-K2": NO_REASONING,
+    # It writes the first call only.
+    "openai-gpt-oss-120b": refused("target-dropped", "parallel calls"),
+    "llama-3.2-1b-instruct": NO_REASONING | ONE_CALL,
+    "phi-3.5-mini-instruct": NO_REASONING | NO_CALLS,
+    "qwen2.5-0.5b-base": NO_REASONING,
+    "qwen2.5-0.5b-instruct": NO_REASONING,
+}
+
+
+def test_the_page_says_what_becomes_of_our_own_templates() -> None:
+    assert template_table.parts()[0] == template_table.own_part(), REMAKE
+
+
+def test_the_page_explains_every_word_in_its_tables() -> None:
+    text = template_table.PAGE.read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.count("|") == len(corpus.KINDS) + 3]
+    assert rows
+    words = {
+        cell
+        for row in rows
+        for cell in (part.strip() for part in row.split("|")[2:-2])
+        if cell and not cell[0].isdigit() and not cell.startswith("---")
+    }
+    words -= {kind.name for kind in corpus.KINDS}
+    assert words <= set(template_table.SHORT.values())
+    assert text.startswith(template_table.INTRO)
+    for word, code in ((w, c) for c, w in template_table.SHORT.items()):
+        assert f"| {word} | `{code}` |" in text
+
+
+@pytest.mark.slow
+@needs_official
+def test_official_templates_are_exact_or_refused_for_the_reason_known() -> None:
+    for name, found in [pair for some in official() for pair in some]:
+        codes: dict[str, Any] = {kind: made.code for kind, made in found.items() if made.code}
+        assert codes == REFUSED.get(name, {}), name
+        assert set(found) == {kind.name for kind in corpus.KINDS}
+
+
+@pytest.mark.slow
+@needs_official
+def test_the_page_says_what_becomes_of_official_templates() -> None:
+    assert template_table.parts()[1] == template_table.official_part(*official()), REMAKE
