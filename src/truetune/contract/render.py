@@ -152,7 +152,7 @@ class Renderer:
     @cached_property
     def reads_date(self) -> bool:
         """Whether what it writes depends on the day."""
-        return any("strftime_now" in facts["variables"] for facts in self._read)
+        return any(facts["dated"] for facts in self._read)
 
     @property
     def _read(self) -> list[dict[str, Any]]:

@@ -66,8 +66,10 @@ def _describe(library: Any, source: str) -> list[Any]:
     fields it reads of anything, and all literal text in it."""
     from jinja2 import meta, nodes
 
-    tree = library._compile_jinja_template(source).environment.parse(source)
-    free = meta.find_undeclared_variables(tree)
+    environment = library._compile_jinja_template(source).environment
+    # It folds the constants of the tree that it is given.
+    free = meta.find_undeclared_variables(environment.parse(source))
+    tree = environment.parse(source)
     stands_for = _aliases(tree, free)
     choices: dict[str, list[Any]] = {}
     for compare in tree.find_all(nodes.Compare):
@@ -95,6 +97,8 @@ def _describe(library: Any, source: str) -> list[Any]:
         "choices": choices,
         "literals": literals,
         "fields": sorted(name for name in fields if isinstance(name, str)),
+        # No free variable: the library provides it.
+        "dated": any(node.name == "strftime_now" for node in tree.find_all(nodes.Name)),
     }
     return ["ok", facts]
 
