@@ -504,8 +504,10 @@ class PromptContract:
         for row in rows:
             if not row.texts:
                 continue
+            # Merged turns are counted as the row counts them.
+            merged = len(row.conversation.messages) - len(row.messages)
             try:
-                row.result = assemble(
+                encoded = assemble(
                     row.texts,
                     ids_of,
                     row.messages,
@@ -516,6 +518,8 @@ class PromptContract:
                     row=row.conversation.where,
                     route="" if row.route == "none" else row.route,
                 )
+                turns = tuple(tuple(t + merged for t in some) for some in encoded.turns)
+                row.result = replace(encoded, turns=turns)
             except UnfaithfulTemplate as error:
                 _failed(row, error)
 

@@ -92,7 +92,7 @@ def derive(
     rest = _once(rest, opened, closed, markers)
     composed = situation.route in COMPOSED and bool(reasoning)
     pairs = dict.fromkeys([(markers.open, markers.close), *situation.behaviour.pairs])
-    rest, empty = _without_block(rest, pairs, bool(opened))
+    rest, empty = _without_block(rest, pairs, bool(opened), situation.behaviour.lead)
     if composed:
         start = "" if opened else markers.open_text
         return _joined(turn, prompt, start + reasoning + markers.close_text + rest, *remarks)
@@ -172,9 +172,18 @@ def _realigned(
     return None
 
 
-def _without_block(text: str, pairs: Iterable[tuple[str, str]], opened: bool) -> tuple[str, bool]:
-    """(the text behind an empty think block at its beginning, whether there was one)."""
+def _without_block(
+    text: str, pairs: Iterable[tuple[str, str]], opened: bool, lead: str = ""
+) -> tuple[str, bool]:
+    """(the text behind an empty think block at its beginning, whether there was one).
+
+    `lead` is what the template writes before every answer: where that is the block, its line breaks
+    are known from those of the answer.
+    """
     for opening, closing in pairs:
+        block = closing if opened else opening + closing
+        if "".join(lead.split()) == block and text.startswith(lead):
+            return text[len(lead) :], True
         rest = text.lstrip()
         if not opened:
             if not rest.startswith(opening):
