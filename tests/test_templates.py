@@ -523,11 +523,19 @@ def test_markers_in_any_text_are_learned_as_they_are_or_refused(name: str, data:
 
 
 def _apart(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answer as it is, and with the think block at its beginning as reasoning."""
-    found = re.fullmatch(r"\s*<think>\s*(.*?)\s*</think>\s*(.*)", message["content"], re.DOTALL)
-    if not found or not found[1]:
-        return [message]
-    return [message, {**message, "reasoning_content": found[1], "content": found[2]}]
+    """The answer as it is, and with think blocks at its beginning as reasoning; empty ones are
+    nothing."""
+    for opening, closing in BLOCKS:
+        block = rf"\s*{re.escape(opening)}\n*(.*?)\n*{re.escape(closing)}\n*(.*)"
+        found = re.fullmatch(block, message["content"], re.DOTALL)
+        if found and found[1].strip():
+            return [message, {**message, "reasoning_content": found[1], "content": found[2]}]
+        if found:
+            return [message, *_apart({**message, "content": found[2]})]
+    return [message]
+
+
+BLOCKS = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"))
 
 
 @pytest.mark.parametrize("name", [name for name in HABITS if HABITS[name].think])
