@@ -275,7 +275,10 @@ def judge(
         assert len(spans) == len(turns)
         assert spans[-1][1] == len(example.ids)
         for (start, end), turn in zip(spans, turns, strict=True):
-            assert example.ids[:start] == served(contract, name, messages[:turn], row.tools)
+            # A block inside the content may be taken for reasoning, in the history as well.
+            histories = [messages[:turn], [alternatives(m)[-1] for m in messages[:turn]]]
+            prompts = [served(contract, name, history, row.tools) for history in histories]
+            assert example.ids[:start] in prompts
             stops = [i for i in range(start, end) if example.ids[i] in contract.stop_ids]
             assert stops == [end - 1]
             text = decode(example.ids[:end])[len(decode(example.ids[:start])) :]
@@ -437,7 +440,7 @@ def test_every_template_of_the_folder_has_a_formula() -> None:
 
 
 @pytest.mark.parametrize("name", HABITS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_any_plain_conversation(name: str, data: Any) -> None:
     habit, contract = HABITS[name], contract_for(name, reasoned=False)
@@ -455,7 +458,7 @@ def test_any_plain_conversation(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in HABITS if HABITS[name].think])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_any_conversation_with_reasoning(name: str, data: Any) -> None:
     habit, contract = HABITS[name], contract_for(name, reasoned=True)
@@ -466,7 +469,7 @@ def test_any_conversation_with_reasoning(name: str, data: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["NFC", "byte fallback"])
 @pytest.mark.parametrize("name", ["plain", "hybrid_switch", "closed_by_nothing", "channels"])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(data=st.data())
 def test_any_conversation_under_a_normaliser(name: str, kind: Tokenizer, data: Any) -> None:
     reasoned = HABITS[name].think is not None and data.draw(st.booleans())
@@ -490,7 +493,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", HABITS)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15, derandomize=True)
 @given(data=st.data())
 def test_markers_in_any_text_are_learned_as_they_are_or_refused(name: str, data: Any) -> None:
     """A question may hold what it likes; an answer may hold what is no stop and what the template
@@ -525,6 +528,8 @@ def test_markers_in_any_text_are_learned_as_they_are_or_refused(name: str, data:
 def _apart(message: dict[str, Any]) -> list[dict[str, Any]]:
     """The answer as it is, and with think blocks at its beginning as reasoning; empty ones are
     nothing."""
+    if message["role"] != "assistant":
+        return [message]
     for opening, closing in BLOCKS:
         block = rf"\s*{re.escape(opening)}\n*(.*?)\n*{re.escape(closing)}\n*(.*)"
         found = re.fullmatch(block, message["content"], re.DOTALL)
