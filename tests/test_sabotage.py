@@ -19,6 +19,7 @@ HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
 def _params(cases: Any) -> list[Any]:
+    """Cases for pytest; those of TRL are skipped where it is not installed."""
     marks = [pytest.mark.skipif(not HAS_TRL, reason="trl is not installed")]
     return [
         pytest.param(case, id=case.id, marks=marks if case.needs_trl else [])

@@ -40,8 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
     import datasets
+    from datasets.fingerprint import generate_random_fingerprint
 
     datasets.disable_progress_bars()
+    # Each `map` of a trainer would serialise the tokenizer to name a cache that nobody reads.
+    datasets.fingerprint.update_fingerprint = lambda *_: generate_random_fingerprint()
     houses = [House(real=True), House(real=False)]
     if chosen.house != "both":
         houses = [house for house in houses if house.name == chosen.house]

@@ -19,6 +19,13 @@ class Batches:
     evaluation: Any = None
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A folder that somebody saved."""
+
+    folder: str
+
+
 def dataset(rows: Sequence[dict[str, Any]]) -> Any:
     from datasets import Dataset
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.sabotage.build import Batches, chat_ids, hf, loader, lora, trl
+from bench.sabotage.build import Batches, Saved, chat_ids, hf, loader, lora, trl
 from bench.sabotage.case import Case
 from bench.sabotage.house import House, answer, messages, question
 
@@ -135,6 +135,59 @@ def s18(house: House, broken: bool) -> Any:
     names = ["q_proj", "query_key_value", "c_attn"] if broken else ["q_proj", "k_proj", "v_proj"]
     model = house.model(tokenizer)
     return trl(tokenizer, model, _chats(), peft_config=lora(target_modules=names))
+
+
+def _trained_adapter(house: House) -> tuple[Any, str, str]:
+    """(tokenizer, folder of the base, folder of an adapter that was trained)."""
+    import tempfile
+
+    from peft import get_peft_model
+
+    tokenizer = house.tokenizer()
+    base, adapter = (tempfile.mkdtemp(prefix=f"sabotage-{n}-") for n in ("base", "adapter"))
+    house.model(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = get_peft_model(_opened(base), lora())
+    trl(tokenizer, model, _chats(), learning_rate=1e-2).train()
+    model.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    return tokenizer, base, adapter
+
+
+def _opened(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def s20(house: House, broken: bool) -> Any:
+    import tempfile
+
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    tokenizer, base, adapter = _trained_adapter(house)
+    model = (
+        get_peft_model(_opened(base), PeftConfig.from_pretrained(adapter))
+        if broken
+        else PeftModel.from_pretrained(_opened(base), adapter)
+    )
+    again = tempfile.mkdtemp(prefix="sabotage-again-")
+    model.save_pretrained(again)
+    tokenizer.save_pretrained(again)
+    return Saved(again)
+
+
+def s20_merged(house: House, broken: bool) -> Any:
+    import tempfile
+
+    from peft import PeftModel
+
+    tokenizer, base, adapter = _trained_adapter(house)
+    merged = tempfile.mkdtemp(prefix="sabotage-merged-")
+    PeftModel.from_pretrained(_opened(base), adapter).merge_and_unload().save_pretrained(merged)
+    if not broken:
+        tokenizer.save_pretrained(merged)
+    return Saved(merged)
 
 
 def config_without_weights(house: House, broken: bool) -> Any:
@@ -350,6 +403,24 @@ CASES: tuple[Case, ...] = (
         ("lora-targets-unmatched",),
         "query_key_value",
         "names above",
+        None,
+    ),
+    Case(
+        "S20",
+        "adapter saved again from get_peft_model: the trained weights are gone (check MODEL)",
+        s20,
+        ("adapter-empty",),
+        "changes nothing",
+        "from the trained model",
+        None,
+    ),
+    Case(
+        "S20b",
+        "merged model saved without its tokenizer (check MODEL)",
+        s20_merged,
+        ("tokenizer-missing", "model-no-tokenizer"),
+        "tokenizer",
+        "tokenizer.save_pretrained",
         None,
     ),
     Case(

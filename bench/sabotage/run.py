@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.sabotage.build import Batches
+from bench.sabotage.build import Batches, Saved
 from bench.sabotage.case import Case, Negative
 from bench.sabotage.house import House
 
@@ -43,9 +43,16 @@ class Heard:
 
 
 def audited(subject: Any) -> Any:
-    """The report on whatever a case is made of."""
+    """The report on whatever a case is made of: `truetune.audit` of what is to be trained,
+    `truetune check MODEL` of what was saved."""
     import truetune
 
+    if isinstance(subject, Saved):
+        from truetune.checkup import check_model
+        from truetune.listener import Listener
+        from truetune.recipe import Recipe
+
+        return check_model(Recipe(model=subject.folder), Listener())
     if isinstance(subject, Batches):
         return truetune.audit(
             subject.loader,

@@ -1,0 +1,129 @@
+"""The breakages that can occur in truetune's own pipeline: `truetune check` sees them, `truetune
+train` refuses what it must, and the healthy twins pass."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.sabotage.house import LLAMA3, NO_END, House, answer, messages, question, thought
+
+from truetune.checkup import check_run
+from truetune.errors import TruetuneError
+from truetune.listener import Listener
+from truetune.pipeline import train
+from truetune.recipe import Recipe
+
+HOUSE = House(real=False)
+_ROWS = 24
+
+
+def _model(folder: Path, kind: Any = "instruct", template: str | None = None) -> str:
+    tokenizer = HOUSE.tokenizer(kind)
+    model = HOUSE.model(tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def _data(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def _chats(n: int = _ROWS, **kwargs: Any) -> list[dict[str, Any]]:
+    return [{"messages": messages(i, **kwargs)} for i in range(n)]
+
+
+def _loud(found: Any) -> set[str]:
+    return {f.code for f in found.findings if f.level != "note"}
+
+
+def _long(i: int) -> str:
+    return answer(i, words=300 if i % 3 == 1 else 9)
+
+
+# What is broken: how the model, the rows and the settings are, and the code that names it.
+BROKEN: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], str]] = {
+    "S02 no terminator": ({"template": NO_END}, _chats(), {}, "no-stop"),
+    "S09 markers of another family": (
+        {"template": LLAMA3.replace("{{- bos_token -}}", "")},
+        _chats(),
+        {},
+        "no-stop",
+    ),
+    "S07 rows beyond the limit": (
+        {},
+        _chats(reply=_long),
+        {"max_length": 200},
+        "rows-overlong",
+    ),
+    "S19 control tokens in content": (
+        {},
+        [
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": question(i) + ("<|im_end|>\n<|im_start|>assistant" * (i == 5)),
+                    },
+                    {"role": "assistant", "content": answer(i)},
+                ]
+            }
+            for i in range(_ROWS)
+        ],
+        {},
+        "control-token-in-content",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_check_sees_it(name: str, tmp_path: Path) -> None:
+    model, rows, settings, code = BROKEN[name]
+    recipe = Recipe(
+        model=_model(tmp_path / "model", **model),
+        data=_data(tmp_path / "rows.jsonl", rows),
+        **settings,
+    )
+    found = check_run(recipe, Listener())
+    assert code in _loud(found)
+
+
+@pytest.mark.parametrize("kind", ["instruct", "base", "thinking", "bos"])
+def test_healthy_rows_pass(kind: Any, tmp_path: Path) -> None:
+    """S04, S06, S10 and S12 cannot be built: the contract adds the stop, writes the begin token
+    once, trains each turn on its own prompt and encodes answers behind fixed prompts."""
+    reply = thought if kind == "thinking" else answer
+    recipe = Recipe(
+        model=_model(tmp_path / "model", kind),
+        data=_data(tmp_path / "rows.jsonl", _chats(turns=2, reply=reply)),
+    )
+    found = check_run(recipe, Listener())
+    assert found.ok, [f.lines() for f in found.findings]
+
+
+def test_train_stops_where_no_answer_can_end(tmp_path: Path) -> None:
+    recipe = Recipe(
+        model=_model(tmp_path / "model", template=NO_END),
+        data=_data(tmp_path / "rows.jsonl", _chats()),
+        output=str(tmp_path / "run"),
+        max_steps=1,
+    )
+    with pytest.raises(TruetuneError):
+        train(recipe)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_held_out_by_the_user_that_are_trained_as_well(tmp_path: Path) -> None:
+    rows = _chats()
+    recipe = Recipe(
+        model=_model(tmp_path / "model"),
+        data=_data(tmp_path / "rows.jsonl", rows),
+        eval_data=_data(tmp_path / "eval.jsonl", rows[:6]),
+    )
+    assert "eval-overlaps-train" in _loud(check_run(recipe, Listener()))
