@@ -62,6 +62,12 @@ BROKEN: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], st
         {"max_length": 200},
         "rows-overlong",
     ),
+    "S18 target modules": (
+        {},
+        _chats(),
+        {"lora": True, "target_modules": ["q_proj", "c_attn"]},
+        "lora-targets-unmatched",
+    ),
     "S19 control tokens in content": (
         {},
         [

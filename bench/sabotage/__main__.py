@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         good = good and all(map(_passed, verdicts)) and not any(alarms.values())
         pages.append((house, verdicts, alarms))
     if chosen.write and not chosen.ids:
-        PAGE.write_text(page(pages), encoding="utf-8")
+        command = "python -m bench.sabotage --write"
+        if chosen.house != "both":
+            command += f" --house {chosen.house}"
+        PAGE.write_text(page(pages, command), encoding="utf-8")
     return 0 if good else 1
 
 
@@ -111,8 +114,9 @@ def _whispered(negative: Negative, codes: tuple[str, ...], house: House) -> tupl
 
 def page(
     parts: Sequence[tuple[House, Sequence[Verdict], dict[Negative, tuple[str, ...]]]],
+    command: str = "python -m bench.sabotage --write",
 ) -> str:
-    """docs/sabotage.md."""
+    """docs/sabotage.md, with the command that makes it."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
         for name in ("torch", "transformers", "peft", "trl")
@@ -123,7 +127,7 @@ def page(
         "",
         "Training scripts that are broken on purpose, each with a healthy twin: the same script",
         "with the fix applied that the finding names. Written by",
-        f"`python -m bench.sabotage --write` on {time.strftime('%Y-%m-%d')} with {versions}.",
+        f"`{command}` on {time.strftime('%Y-%m-%d')} with {versions}.",
         "",
         "* *detected*: `truetune.audit` finds something above a note before the first step;",
         "* *cause*: it names the cause and not only a symptom; *rows*: exactly the broken rows are",

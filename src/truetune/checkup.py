@@ -33,6 +33,7 @@ from truetune.listener import Listener
 from truetune.model.source import locate
 from truetune.model.tables import read_tables
 from truetune.model.tokenizer import locate_base, num_ids
+from truetune.model import lora_target_findings
 from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
 from truetune.rehearse import rehearse
@@ -196,6 +197,14 @@ def _model_summary(found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "template_ends_with": None if ends is None else {"id": ends, "token": decode([ends])},
         "rows_judged": sorted(found.rows),
     }
+    return Checkup(_ordered([*found.prepared.findings, *_targets(recipe)]), summary)
+
+
+def _targets(recipe: Recipe) -> list[Finding]:
+    """Names of layers that LoRA was given and the model does not have."""
+    if not (recipe.model and recipe.lora and recipe.target_modules):
+        return []
+    return lora_target_findings(str(recipe.model), recipe.target_modules, recipe.revision)
 
 
 def _ordered(findings: list[Finding]) -> list[Finding]:

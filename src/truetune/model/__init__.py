@@ -7,6 +7,7 @@ from truetune.model.lora import (
     LoraSettings,
     add_lora,
     enable_gradient_checkpointing,
+    lora_target_findings,
     trainable_share,
 )
 from truetune.model.merge import Merged, Onto, merge_adapter
@@ -48,6 +49,7 @@ __all__ = [
     "enable_gradient_checkpointing",
     "load_model",
     "load_tokenizer",
+    "lora_target_findings",
     "make_room",
     "merge_adapter",
     "num_ids",

@@ -10,10 +10,17 @@ from typing import Any
 
 from truetune.errors import UsageError
 from truetune.findings import Finding
-from truetune.model.architecture import linear_layers, projection_names
+from truetune.model.architecture import (
+    causal_config,
+    linear_layers,
+    meta_model,
+    projection_names,
+)
 from truetune.model.load import LoadedModel, quiet
 from truetune.model.new_tokens import NewToken, row_targets, start_adapter_rows, use_row_layers
 from truetune.model.quantise import num_weights
+from truetune.model.source import locate
+from truetune.model.tokenizer import locate_base
 
 ALL_LINEAR = "all-linear"
 
@@ -121,6 +128,20 @@ def _refuse_table_twice(targets: Sequence[str], rows: Mapping[str, Any]) -> None
             fix=f"leave {twice[0]} out of --target-modules, or --add-token out",
             code="lora-table-twice",
         )
+
+
+def lora_target_findings(
+    source: str, targets: str | Sequence[str], revision: str | None = None
+) -> list[Finding]:
+    """What `add_lora` will find of the names of layers, told from the config: no weights are read.
+
+    Raises:
+        ModelError: the model's files cannot be read.
+        UsageError: no name matches a layer.
+    """
+    files = locate(source, revision, weights=False)
+    base = locate_base(files, weights=False) if files.is_adapter else files
+    return _targets(meta_model(causal_config(base)), targets)[1]
 
 
 def _targets(model: Any, asked: str | Sequence[str]) -> tuple[list[str], list[Finding]]:
