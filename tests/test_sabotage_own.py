@@ -1,5 +1,5 @@
-"""The breakages that can occur in truetune's own pipeline: `truetune check` sees them, `truetune
-train` refuses what it must, and the healthy twins pass."""
+"""The breakages that can occur in truetune's own pipeline: `truetune check` sees them, and the
+healthy twins pass."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.sabotage.house import LLAMA3, NO_END, House, answer, messages, question, thought
+from bench.sabotage.house import LLAMA3, House, answer, messages, question, thought
 
 from truetune.checkup import check_run
-from truetune.errors import TruetuneError
 from truetune.listener import Listener
-from truetune.pipeline import train
 from truetune.recipe import Recipe
 
 HOUSE = House(real=False)
@@ -49,7 +47,6 @@ def _long(i: int) -> str:
 
 # What is broken: how the model, the rows and the settings are, and the code that names it.
 BROKEN: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], str]] = {
-    "S02 no terminator": ({"template": NO_END}, _chats(), {}, "no-stop"),
     "S09 markers of another family": (
         {"template": LLAMA3.replace("{{- bos_token -}}", "")},
         _chats(),
@@ -102,8 +99,9 @@ def test_check_sees_it(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["instruct", "base", "thinking", "bos"])
 def test_healthy_rows_pass(kind: Any, tmp_path: Path) -> None:
-    """S04, S06, S10 and S12 cannot be built: the contract adds the stop, writes the begin token
-    once, trains each turn on its own prompt and encodes answers behind fixed prompts."""
+    """S02, S04, S06, S10 and S12 cannot be built: the contract closes answers, adds the stop,
+    writes the begin token once, trains each turn on its own prompt and encodes answers behind
+    fixed prompts."""
     reply = thought if kind == "thinking" else answer
     recipe = Recipe(
         model=_model(tmp_path / "model", kind),
@@ -111,18 +109,6 @@ def test_healthy_rows_pass(kind: Any, tmp_path: Path) -> None:
     )
     found = check_run(recipe, Listener())
     assert found.ok, [f.lines() for f in found.findings]
-
-
-def test_train_stops_where_no_answer_can_end(tmp_path: Path) -> None:
-    recipe = Recipe(
-        model=_model(tmp_path / "model", template=NO_END),
-        data=_data(tmp_path / "rows.jsonl", _chats()),
-        output=str(tmp_path / "run"),
-        max_steps=1,
-    )
-    with pytest.raises(TruetuneError):
-        train(recipe)
-    assert not (tmp_path / "run").exists()
 
 
 def test_rows_held_out_by_the_user_that_are_trained_as_well(tmp_path: Path) -> None:
