@@ -12,13 +12,10 @@ from bench.sabotage.house import House
 from bench.sabotage.negatives import NEGATIVES
 from bench.sabotage.run import Heard, difference, judge, quiet
 
-import truetune.checkup
 from truetune.errors import CheckFailed
 
 HOUSE = House(real=False)
 HAS_TRL = importlib.util.find_spec("trl") is not None
-# What was saved is looked at by `truetune check MODEL`.
-LOOKS_AT_MODELS = hasattr(truetune.checkup, "check_model")
 
 
 def _params(cases: Any) -> list[Any]:
@@ -27,7 +24,7 @@ def _params(cases: Any) -> list[Any]:
     return [
         pytest.param(case, id=case.id, marks=marks if case.needs_trl else [])
         for case in cases
-        if not case.real_only and (LOOKS_AT_MODELS or case.id not in ("S20", "S20b"))
+        if not case.real_only
     ]
 
 

@@ -30,10 +30,10 @@ from truetune.check.start import judge_rows
 from truetune.errors import BadRows, RecipeError, TruetuneError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
+from truetune.model import lora_target_findings
 from truetune.model.source import locate
 from truetune.model.tables import read_tables
 from truetune.model.tokenizer import locate_base, num_ids
-from truetune.model import lora_target_findings
 from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
 from truetune.rehearse import rehearse
@@ -95,7 +95,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         **({"lengths": _length_summary(rows, found)} if len(rows) else {}),
         "plan": fit.as_dict(),
     }
-    told = [*found.prepared.findings, *fit.findings(), *_rows_untrained(found)]
+    told = [*found.prepared.findings, *fit.findings(), *_rows_untrained(found), *_targets(recipe)]
     if with_rehearsal and found.prepared.examples:
         listener.stage("rehearsal")
         rehearsed, numbers = rehearse(found.prepared)
@@ -197,7 +197,6 @@ def _model_summary(found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "template_ends_with": None if ends is None else {"id": ends, "token": decode([ends])},
         "rows_judged": sorted(found.rows),
     }
-    return Checkup(_ordered([*found.prepared.findings, *_targets(recipe)]), summary)
 
 
 def _targets(recipe: Recipe) -> list[Finding]:
