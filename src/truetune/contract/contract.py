@@ -196,6 +196,22 @@ class PromptContract:
             findings.append(_dated(made.renderer.today, given=date is not None))
         return replace(made, stop_ids=stops.ids, findings=tuple(findings))
 
+    @classmethod
+    def of_record(cls, source: str | Path | Any, record: Mapping[str, Any]) -> PromptContract:
+        """The contract of a saved tokenizer under the decisions of the run that saved it.
+
+        Args:
+            source: as in `load`; its template has the run's arguments as defaults.
+            record: what contract.json holds (`as_dict`), or {}.
+        """
+        given = record.get("template_kwargs_given", False)
+        return cls.load(
+            source,
+            template_kwargs=record.get("template_kwargs") if given else None,
+            policy=Policy.from_dict(record.get("policy") or {}),
+            date=record.get("date"),
+        )
+
     @cached_property
     def tokens(self) -> Tokens:
         return Tokens(self.tokenizer)
@@ -627,6 +643,7 @@ class PromptContract:
                 **({"tool_use": self.tool_template} if self.tool_template else {}),
             },
             "template_kwargs": self.template_kwargs,
+            "template_kwargs_given": self.explicit_kwargs,
             "policy": self.policy.as_dict(),
             "date": self.date,
             "stop": [{"id": i, "token": self.tokens.decode([i])} for i in self.stop_ids],

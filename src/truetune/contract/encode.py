@@ -119,9 +119,9 @@ def assemble(
         completion, how = _completion(text, message, ids_of, tokens, stop_ids, ends)
         remarks += [*text.remarks, *how]
         rest = text.through[len(text.prompt) :]
-        found = _prove(text.turn, message, prompt, completion, rest, ends.lead, tokens)
-        if "reasoning-empty" not in text.remarks:  # the closing marker is no frame
-            remarks += found
+        lead = text.lead or ends.lead
+        found = _prove(text.turn, message, prompt, completion, rest, lead, tokens)
+        remarks += [remark for remark in found if not (remark == "framed" and text.lead)]
         last = examples[-1].ids if examples else []
         if examples and prompt[: len(last)] == last:
             context = [0] * (len(prompt) - len(last))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 ReasoningPolicy = Literal["auto", "inline", "empty", "drop"]
 HistoryPolicy = Literal["as-data", "no-reasoning"]
@@ -38,3 +39,12 @@ class Policy:
             "history": self.history,
             "system": self.system,
         }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Policy:
+        """What `as_dict` wrote; what it lacks is as it was before there was a choice."""
+        known = {
+            name: record[name] for name in ("reasoning", "history", "system") if name in record
+        }
+        markers = record.get("think_markers")
+        return cls(**known, think_markers=(markers[0], markers[1]) if markers else None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from truetune.contract.behaviour import Behaviour, tail_of
@@ -29,12 +29,15 @@ class TurnText:
         prompt: what the server sends.
         through: the same text and what follows; the completion is cut out of it by tokens.
         remarks: see `Encoded.remarks`.
+        lead: what was put before the answer that is not in the row: the marker of a block that is
+            closed at once.
     """
 
     turn: int
     prompt: str
     through: str
     remarks: tuple[str, ...] = ()
+    lead: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def derive(
             raise _thinks(turn, opened)
         # The prompt's own line break serves; a second one would merge with it into another token.
         close = markers.close_text.lstrip("\n") if opened.endswith("\n") else markers.close_text
-        return _joined(turn, prompt, close + rest, *remarks, "reasoning-empty")
+        made = _joined(turn, prompt, close + rest, *remarks, "reasoning-empty")
+        return replace(made, lead=close)
     if empty and not reasoning and not (situation.empty or situation.unlearn()):
         raise _invented(turn, markers)
     if not (reasoning or opened or closed) and (empty or situation.unlearn()):

@@ -159,22 +159,19 @@ def check_prompts(contract: PromptContract, folder: Path) -> list[Finding]:
     """
     from transformers import AutoTokenizer
 
+    from truetune.contract.contract import PromptContract
+
     with quiet():
         reopened = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # A server passes no argument: the run's are the saved template's defaults.
+    again = PromptContract.load(reopened, template_kwargs={}, date=contract.date)
     for probe in _PROBES:
         messages = [{"role": "user", "content": probe}]
         try:
             wanted = list(contract.prompt_ids(messages))
         except UnfaithfulTemplate as error:
             return [_not_compared(error)]
-        served = reopened.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            # What is beyond model_max_length was judged by the length policy.
-            tokenizer_kwargs={"verbose": False},
-        )
+        served = again.prompt_ids(messages)
         if list(served) != wanted:
             at = next(
                 (i for i, (a, b) in enumerate(zip(served, wanted, strict=False)) if a != b),

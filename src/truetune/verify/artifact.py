@@ -52,6 +52,7 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
         "conversations": [dataclasses.asdict(row.conversation) for row in rows],
         "rows": examples_of(rows) or _probe_rows(folder),
         "loss_on": _loss_on(run),
+        "contract": _recorded(run),
         "device": device,
     }
     try:
@@ -95,6 +96,7 @@ def verify_merge(
         "conversations": [dataclasses.asdict(row.conversation) for row in rows],
         "rows": examples_of(rows) or _probe_rows(adapter),
         "loss_on": _loss_on(run),
+        "contract": _recorded(run),
         "num_replies": _NUM_REPLIES,
         "device": device,
     }
@@ -262,6 +264,15 @@ def _loss_on(run: RunDir | None) -> str:
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return "assistant"
     return str(value)
+
+
+def _recorded(run: RunDir | None) -> dict[str, Any]:
+    """What contract.json says of how prompts were made; {} where it says nothing."""
+    try:
+        found = json.loads(run.file(CONTRACT).read_text(encoding="utf-8")) if run else {}
+    except (OSError, ValueError):
+        return {}  # told where the contract is compared
+    return found if isinstance(found, dict) else {}
 
 
 def _probe_rows(folder: str) -> list[tuple[list[int], list[int]]]:

@@ -59,7 +59,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def _open(what: dict[str, Any], request: dict[str, Any]) -> tuple[LoadedModel, PromptContract]:
     folder = what["folder"]
-    contract = PromptContract.load(load_tokenizer(folder))
+    contract = PromptContract.of_record(load_tokenizer(folder), request.get("contract") or {})
     loaded = load_model(
         folder,
         base=what.get("base"),
