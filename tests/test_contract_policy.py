@@ -79,6 +79,22 @@ def test_dropped_reasoning_is_not_there(name: str) -> None:
     assert contract.template_kwargs == own_contract(name).fit([PLAIN]).template_kwargs
 
 
+@pytest.mark.parametrize("name", ["plain", "hybrid_switch"])
+def test_reasoning_inside_the_content_is_dropped_too(name: str) -> None:
+    contract = own_contract(name, policy=Policy(reasoning="drop"), template_kwargs={})
+    inside = chat("Hi", "<think>\nfirst\n</think>\n\nHello.")
+    if name == "plain":
+        assert list(contract.encode(inside)) == list(contract.encode(chat("Hi", "Hello.")))
+    fitted = own_contract(name, policy=Policy(reasoning="drop")).fit([inside])
+    assert not any("first" in text for text in supervised_texts(fitted, fitted.encode(inside)))
+
+
+def test_an_answer_that_mentions_a_marker_keeps_it() -> None:
+    kept = chat("Hi", "The marker <think> opens it, </think> closes it.")
+    dropping = own_contract("plain", policy=Policy(reasoning="drop"))
+    assert list(dropping.encode(kept)) == list(own_contract("plain").encode(kept))
+
+
 @pytest.mark.parametrize("answer", ["Hello.", "\nHello.", "\n\n", ""])
 def test_an_opened_block_is_closed_at_once_where_that_is_asked(answer: str) -> None:
     row = chat("Hi", answer)

@@ -481,7 +481,9 @@ class PromptContract:
         """The messages in their one form, under the run's policy."""
         made = [canonical(message) for message in messages]
         if self.policy.reasoning == "drop":
-            made = _without_reasoning(made)
+            # Reasoning stands in the content too, between the template's markers or the usual ones.
+            pairs = (*self.behaviour().pairs, (Markers().open, Markers().close))
+            made = _without_reasoning([split_reasoning(message, pairs) for message in made])
         return _merged_system(made) if self.policy.system == "merge" else made
 
     def _routes(self, seen: Behaviour, messages: Messages) -> tuple[str, ...]:
