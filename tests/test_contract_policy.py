@@ -356,3 +356,14 @@ def test_the_letter_for_a_space_is_a_letter_where_the_tokenizer_has_none() -> No
     encoded = contract.encode(chat("Hi", "\u2581A\u0300"))
     assert supervised_texts(contract, encoded) == ["\u2581\u00c0<|end|>"]
     assert encoded.remarks == ("normalised",)
+
+
+def test_tools_may_be_bare_functions() -> None:
+    contract = PromptContract.load(byte_level(), tiny.TOOLS)
+    function = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    wrapped = [{"type": "function", "function": function}]
+    row = chat("Sum?", "yes")
+    assert contract.prompt_ids(row[:1], [function]) == contract.prompt_ids(row[:1], wrapped)
+    assert list(contract.encode(row, [function])) == list(contract.encode(row, wrapped))
+    with pytest.raises(UnfaithfulTemplate, match="a tool has no name"):
+        contract.encode(row, [{"parameters": {}}])

@@ -6,13 +6,20 @@ take a minute: `scripts/test -m slow tests/test_template_table.py`.
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from scripts import template_table
 
 import template_corpus as corpus
+from tiny_contracts import require_equation, supervised_texts
+from truetune import PromptContract, UnfaithfulTemplate
 
 pytestmark = pytest.mark.filterwarnings("error")
 REMAKE = "remake it: python scripts/template_table.py"
@@ -117,3 +124,74 @@ def test_official_templates_are_exact_or_refused_for_the_reason_known() -> None:
 @needs_official
 def test_the_page_says_what_becomes_of_official_templates() -> None:
     assert template_table.parts()[1] == template_table.official_part(*official()), REMAKE
+
+
+# ---------------------------------------------------------------- any text, on every template
+
+# Markers and switches of templates are written with these; rows that hold them are tested apart.
+_WRITTEN = st.characters(
+    exclude_categories=("Cs",), exclude_characters="<>[]|\u2581/\uff5c\u25c1\u25b7"
+)
+_SAID = st.text(
+    st.one_of(_WRITTEN, st.sampled_from(" \n\t\u00a0\u2028e\u0301")), min_size=1, max_size=40
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """One to three turns of any text that is not all whitespace, a system text sometimes."""
+    said = _SAID.filter(str.strip)
+    turns = draw(st.integers(1, 3))
+    rows = [{"role": "system", "content": draw(said)}] if draw(st.booleans()) else []
+    for _ in range(turns):
+        rows += [
+            {"role": "user", "content": draw(said)},
+            {"role": "assistant", "content": draw(said)},
+        ]
+    return rows
+
+
+@cache
+def fitted(path: Path) -> tuple[PromptContract, set[bool]]:
+    """A contract for plain rows, and whether they may have a system text: those that it takes."""
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    # The day that transformers writes, which they are compared with.
+    contract = replace(corpus.official_contract(path), date=None).fit([plain])
+    taken = set()
+    for system in (False, True):
+        rows = [{"role": "system", "content": "Be short."}, *plain] if system else plain
+        try:
+            contract.encode(rows)
+            taken.add(system)
+        except UnfaithfulTemplate:
+            pass
+    return contract, taken
+
+
+def bare(text: str) -> str:
+    """What a tokenizer's normaliser and a template's stripping leave alone."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+@needs_official
+@pytest.mark.slow
+@pytest.mark.parametrize("path", corpus.OFFICIAL, ids=lambda path: path.stem)
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=conversations())
+def test_any_text_survives_on_every_template(path: Path, rows: list[dict[str, Any]]) -> None:
+    contract, taken = fitted(path)
+    if not taken:
+        pytest.skip("it refuses plain rows: its refusals are named above")
+    assume((rows[0]["role"] == "system") in taken)
+    encoded = contract.encode(rows)
+    require_equation(contract, rows, encoded)
+    trained = [turn for turns in encoded.turns for turn in turns]
+    assert trained == [i for i, m in enumerate(rows) if m["role"] == "assistant"]
+    for text, turn in zip(supervised_texts(contract, encoded), trained, strict=True):
+        said = bare(str(rows[turn]["content"]))
+        # The frame of a format may stand around the answer, and the stop behind it.
+        assert said in bare(text)
+        frame = bare(text).replace(said, "", 1)
+        assert not any(
+            bare(str(m["content"])) in frame for m in rows if len(str(m["content"])) > 20
+        )

@@ -29,6 +29,8 @@ from truetune.contract.stops import answer_stop, call_stop, own_stop_ids, stop_s
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import Situation, TurnText, derive, trained_turns
 from truetune.data.conversation import Conversation
+from truetune.data.rows import BadRow
+from truetune.data.tools import tools_of
 from truetune.errors import UnfaithfulTemplate, UsageError
 from truetune.findings import Finding
 
@@ -325,7 +327,7 @@ class PromptContract:
         route = self._routes(seen, listed)[0]
         return self.renderer.render(
             shown(listed, seen.shape, route, self._markers(seen)),
-            tools=tools,
+            tools=_tools(tools),
             add_generation_prompt=True,
             arguments=template_kwargs,
         )
@@ -796,9 +798,20 @@ def _special(tokenizer: Any) -> dict[str, Any]:
 
 def _conversation(value: Messages | Conversation, tools: ToolList | None) -> Conversation:
     if isinstance(value, Conversation):
-        return value if tools is None else replace(value, tools=tuple(map(dict, tools)))
-    listed = None if tools is None else tuple(map(dict, tools))
-    return Conversation(tuple(map(dict, value)), where="", tools=listed)
+        return value if tools is None else replace(value, tools=_tools(tools))
+    return Conversation(tuple(map(dict, value)), where="", tools=_tools(tools))
+
+
+def _tools(tools: ToolList | None) -> tuple[dict[str, Any], ...] | None:
+    """Schemas as rows have them: a bare function is wrapped.
+
+    Raises:
+        UnfaithfulTemplate: one has no name.
+    """
+    try:
+        return tools_of([dict(tool) for tool in tools]) if tools is not None else None
+    except BadRow as error:
+        raise UnfaithfulTemplate(error.what, fix=error.fix, code=error.code) from error
 
 
 def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
