@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune import SFTExample
-from truetune.compute import Limits, PaddedBatcher, RowOrder
+from truetune.compute import Limits, PaddedBatcher, RowOrder, TokenOrder
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -79,6 +80,44 @@ def test_epochs_and_seeds_are_shuffled_apart() -> None:
     assert sorted(first) == sorted(second) == list(range(50))
     assert first != second
     assert first not in (list(range(50)), RowOrder(50, 50, 1).rows(0))
+
+
+# ---------------------------------------------------------------- TokenOrder
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=20),
+    st.integers(1, 60),
+    st.sampled_from([0.4, 1, 2.5]),
+    st.randoms(use_true_random=False),
+)
+def test_steps_of_tokens_are_the_stream_cut_where_the_next_row_is_too_much(
+    lengths: list[int], tokens: int, epochs: float, chosen: random.Random
+) -> None:
+    order = TokenOrder(lengths, tokens, 5, epochs)
+    rows = RowOrder(len(lengths), 1, 5, epochs)
+    assert rows.num_steps is not None
+    assert order.num_steps is not None
+    stream = [row for step in range(rows.num_steps) for row in rows.rows(step)]
+    steps = [order.rows(step) for step in range(order.num_steps)]
+    assert [row for taken in steps for row in taken] == stream
+    for taken, after in zip(steps, [*steps[1:], []], strict=True):
+        filled = sum(lengths[row] for row in taken)
+        assert len(taken) == 1 or 0 < filled <= tokens
+        assert not after or filled + lengths[after[0]] > tokens
+    assert order.rows(order.num_steps) == []
+    # A resumed run asks anew, from any step on.
+    first = chosen.randrange(order.num_steps)
+    again = TokenOrder(lengths, tokens, 5, epochs)
+    assert [again.rows(step) for step in range(first, order.num_steps)] == steps[first:]
+    assert again.rows(0) == steps[0]
+
+
+def test_steps_of_tokens_without_epochs_go_on_for_ever() -> None:
+    order = TokenOrder([3, 4, 5], 7, 0)
+    assert order.num_steps is None
+    seen = Counter(row for step in range(300) for row in order.rows(step))
+    assert max(seen.values()) - min(seen.values()) <= 1
 
 
 # ---------------------------------------------------------------- PaddedBatcher

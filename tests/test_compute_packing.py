@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune import SFTExample
-from truetune.compute import Limits, PackedBatcher, RowOrder
+from truetune.compute import Limits, PackedBatcher, RowOrder, TokenOrder
 from truetune.compute.packing import pack
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -171,3 +171,31 @@ def test_halving_goes_down_to_a_row() -> None:
         if not made.limits.halve(batch):
             break
     assert seen == [(5, 5, 100), (2, 3, 20), (1, 1, 8)]
+
+
+@given(
+    st.lists(st.integers(2, 21), min_size=1, max_size=24), st.integers(20, 60), st.integers(0, 9)
+)
+def test_first_fit_decreasing_is_the_same_for_whoever_asks(
+    lengths: list[int], tokens: int, step: int
+) -> None:
+    """A step's passes depend on the rows and the step's number alone, and no pass has room for the
+    longest row of a later one."""
+    rows = [row(*[100 * r + t for t in range(n)]) for r, n in enumerate(lengths)]
+
+    def made() -> PackedBatcher:
+        order = TokenOrder(lengths, 4 * tokens, 3)
+        limits = Limits(10**6, tokens)
+        return PackedBatcher(rows, max_seq_len=50, order=order, limits=limits, min_shared=None)
+
+    first, again = made(), made()
+    for earlier in range(step):
+        first.micro_batches(earlier)
+    cut = [batch.rows for batch in first.micro_batches(step)]
+    assert cut == [batch.rows for batch in again.micro_batches(step)]
+    assert sorted(r for rows in cut for r in rows) == sorted(again.order.rows(step))
+    filled = [sum(lengths[r] - 1 for r in rows) for rows in cut]
+    assert max(filled) <= tokens
+    longest = [max(lengths[r] - 1 for r in rows) for rows in cut]
+    for i, there in enumerate(filled):
+        assert all(there + row > tokens for row in longest[i + 1 :])

@@ -43,7 +43,7 @@ def plan(
         start=start,
         start_reason="REASON",
         max_length=(length, "default: test"),
-        num_examples=examples,
+        lengths=[100] * examples,
         reasoning_share=reasoning,
     )
 
@@ -229,3 +229,14 @@ def test_base_or_instruct_by_the_stop_that_the_model_brings(
 def test_a_template_that_is_no_jinja_makes_no_instruct_model() -> None:
     tokenizer = tiny_tokenizer("{% for %}")
     assert starting_point(tokenizer, True)[0] == "base"
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_steps_that_count_tokens(tiny: ModelFacts, lora: bool) -> None:
+    """1,000 rows of 100 tokens: 5 rows fit into 512 tokens, twice over all of them."""
+    made = plan(tiny, {"tokens_per_step": 512, "epochs": 2, "lora": lora})
+    assert (made.batch_size, made.tokens_per_step, made.micro_batch_size) == (None, 512, None)
+    assert made.max_steps == 2 * 1000 / 5
+    assert made.warmup_steps == 12
+    padded = plan(tiny, {"tokens_per_step": 512, "packing": False}, head_rows=2**20)
+    assert padded.micro_batch_size == 1

@@ -58,6 +58,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "epochs": (1.5, "1.5"),
     "max_steps": (9, "9"),
     "batch_size": (8, "8"),
+    "tokens_per_step": (4096, "4096"),
     "micro_batch_size": (4, "4"),
     "micro_batch_tokens": (512, "512"),
     "packing": (False, "false"),
@@ -187,7 +188,8 @@ def test_null_sets_nothing(tmp_path: Path) -> None:
 
 def test_value_and_origin_are_read_back(tmp_path: Path) -> None:
     values = {name: value for name, (value, _) in VALUES.items() if name != "max_steps"}
-    values = {k: v for k, v in values.items() if k not in ("warmup_steps", "load_in_8bit")}
+    others = ("warmup_steps", "load_in_8bit", "tokens_per_step")
+    values = {k: v for k, v in values.items() if k not in others}
     recipe = make_recipe(("a.yaml", {"seed": 5}), ("command line", values))
     derived = Recipe(
         **{**values, "max_steps": 9}, origins={**recipe.origins, "max_steps": "default: x"}
@@ -327,6 +329,9 @@ def test_values_at_the_edge_are_right(name: str, value: Any) -> None:
         ({"batch_size": 16, "micro_batch_size": 3, "gradient_accumulation_steps": 4}, "= 12"),
         ({"batch_size": "16", "micro_batch_size": "32"}, "is more than"),
         ({"batch_size": 10, "gradient_accumulation_steps": 3}, "cannot be cut into 3"),
+        ({"tokens_per_step": 4096, "batch_size": 16}, "both say how large a step is"),
+        ({"tokens_per_step": "4096", "gradient_accumulation_steps": 2}, "both say how large"),
+        ({"tokens_per_step": 512, "micro_batch_tokens": 513}, "more than tokens_per_step 512"),
     ],
 )
 def test_contradicting_batch_sizes(sizes: dict[str, Any], told: str) -> None:
@@ -340,11 +345,20 @@ def test_contradicting_batch_sizes(sizes: dict[str, Any], told: str) -> None:
         {"batch_size": 16, "micro_batch_size": 16},
         {"batch_size": 10, "micro_batch_size": 4},
         {"batch_size": 10, "gradient_accumulation_steps": 5},
+        {"tokens_per_step": 512, "micro_batch_tokens": 512, "micro_batch_size": 3},
     ],
 )
 def test_agreeing_batch_sizes(sizes: dict[str, Any]) -> None:
     recipe = make_recipe(("f", sizes))
     assert {name: getattr(recipe, name) for name in sizes} == sizes
+
+
+def test_tokens_of_the_command_line_replace_rows_of_the_file_and_back() -> None:
+    rows, tokens = {"batch_size": 8, "gradient_accumulation_steps": 2}, {"tokens_per_step": 512}
+    recipe = make_recipe(("file", rows), ("line", tokens))
+    assert (recipe.batch_size, recipe.gradient_accumulation_steps) == (None, None)
+    recipe = make_recipe(("file", tokens), ("line", {"batch_size": 8}))
+    assert (recipe.batch_size, recipe.tokens_per_step) == (8, None)
 
 
 def test_one_setting_spelled_twice_in_one_source() -> None:

@@ -82,6 +82,8 @@ def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
         return [*lines, ("rows", str(run["data"]))]
     train, held = run["train"], run["held_out"]
     tokens = max(train["tokens"], 1)
+    rows, most = run["batch_size"], run["tokens_per_step"]
+    step = f"{rows} rows" if rows else f"up to {most:,} tokens"
     return [
         *lines,
         (
@@ -96,8 +98,7 @@ def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "run",
-            f"{run['method']}, {run['max_steps']:,} steps of {run['batch_size']} rows at "
-            f"{run['learning_rate']:g}",
+            f"{run['method']}, {run['max_steps']:,} steps of {step} at {run['learning_rate']:g}",
         ),
     ]
 

@@ -151,9 +151,10 @@ def _fit(found: Survey, rows: RowLengths) -> Fit:
     prepared = found.prepared
     plan, train = prepared.plan, prepared.data["train"]
     per_example = train["tokens"] / max(train["examples"], 1)
+    per_step = plan.tokens_per_step or per_example * (plan.batch_size or 1)
     return estimate(
         plan,
-        tokens=int(per_example * plan.batch_size * plan.max_steps),
+        tokens=int(per_step * plan.max_steps),
         p99=limit_keeping(rows),
     )
 
@@ -226,6 +227,7 @@ def _run_summary(found: Survey) -> dict[str, Any]:
         "start": plan.start,
         "max_length": plan.max_length,
         "batch_size": plan.batch_size,
+        "tokens_per_step": plan.tokens_per_step,
         "epochs": plan.epochs,
         "max_steps": plan.max_steps,
         "learning_rate": plan.learning_rate,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truetune.compute.batch import rows_of_epochs
+from truetune.compute.batch import TokenOrder, rows_of_epochs
 from truetune.contract import PromptContract
 from truetune.errors import UnfaithfulTemplate
 from truetune.model import ModelFacts
@@ -36,7 +36,9 @@ class Plan:
     Attributes:
         start: whether training starts from a base or an instruct model.
         max_length: longest row in tokens.
-        batch_size, micro_batch_size: rows per optimiser step and, at most, per forward pass.
+        batch_size: rows per optimiser step; None where tokens were counted instead.
+        tokens_per_step: tokens per optimiser step, at most; None where rows are counted.
+        micro_batch_size: rows per forward pass, at most; None leaves tokens to decide.
         learning_rate: the peak.
         epochs: passes over the rows; None where max_steps was set.
         max_steps, warmup_steps, eval_steps, save_steps: optimiser steps.
@@ -46,8 +48,9 @@ class Plan:
 
     start: Start
     max_length: int
-    batch_size: int
-    micro_batch_size: int
+    batch_size: int | None
+    tokens_per_step: int | None
+    micro_batch_size: int | None
     learning_rate: float
     epochs: float | None
     max_steps: int
@@ -92,13 +95,13 @@ def make_plan(
     start: Start,
     start_reason: str,
     max_length: tuple[int, str],
-    num_examples: int,
+    lengths: Sequence[int],
     reasoning_share: float,
 ) -> Plan:
     """Fill in what the recipe leaves open.
 
     Args:
-        num_examples: training examples.
+        lengths: of the training examples, in tokens.
         reasoning_share: of the conversations, the share with reasoning.
     """
     filled: dict[str, Any] = {}
@@ -127,8 +130,8 @@ def make_plan(
     steps = take(
         "max_steps",
         lambda: (
-            math.ceil(rows_of_epochs(num_examples, epochs or 1) / batch),
-            f"{epochs:g} epochs of {num_examples:,} examples",
+            _num_steps(recipe, lengths, batch, epochs or 1),
+            f"{epochs:g} epochs of {len(lengths):,} examples",
         ),
     )
     ratio = 0.03 if recipe.warmup_ratio is None else recipe.warmup_ratio
@@ -140,6 +143,7 @@ def make_plan(
         start=start,
         max_length=max_length[0],
         batch_size=batch,
+        tokens_per_step=recipe.tokens_per_step,
         micro_batch_size=micro,
         learning_rate=rate,
         epochs=epochs,
@@ -152,10 +156,24 @@ def make_plan(
     )
 
 
+def _num_steps(recipe: Recipe, lengths: Sequence[int], batch: int | None, epochs: float) -> int:
+    if batch is not None:
+        return math.ceil(rows_of_epochs(len(lengths), epochs) / batch)
+    assert recipe.tokens_per_step
+    steps = TokenOrder(lengths, recipe.tokens_per_step, recipe.seed, epochs).num_steps
+    assert steps is not None
+    return steps
+
+
 def _sizes(
     recipe: Recipe, max_length: int, head_rows: int, reasons: dict[str, str]
-) -> tuple[int, int]:
+) -> tuple[int | None, int | None]:
     """Rows per step and per forward pass; contradictions were refused with the recipe."""
+    if recipe.tokens_per_step:
+        micro = recipe.micro_batch_size
+        if micro is None and not recipe.packing:
+            micro = _rows_of_logits(max_length, head_rows, reasons)
+        return None, micro
     batch, micro = recipe.batch_size, recipe.micro_batch_size
     accumulation = recipe.gradient_accumulation_steps
     if batch is None and micro and accumulation:
@@ -173,12 +191,16 @@ def _sizes(
         micro = batch
         reasons["micro_batch_size"] = "default: the batch; tokens limit a forward pass"
     if micro is None:
-        fits = _LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES)
-        micro = max(1, min(batch, fits))
-        reasons["micro_batch_size"] = (
-            f"default: logits of {head_rows:,} columns stay under 2 GiB at {max_length:,} tokens"
-        )
+        micro = min(batch, _rows_of_logits(max_length, head_rows, reasons))
     return batch, micro
+
+
+def _rows_of_logits(max_length: int, head_rows: int, reasons: dict[str, str]) -> int:
+    """Padded rows of which all logits are made at once."""
+    reasons["micro_batch_size"] = (
+        f"default: logits of {head_rows:,} columns stay under 2 GiB at {max_length:,} tokens"
+    )
+    return max(_LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES), 1)
 
 
 def suggested_rate(plan: Plan, model: ModelFacts) -> float:

@@ -211,7 +211,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         start=start,
         start_reason=start_reason,
         max_length=limit,
-        num_examples=max(len(fitted.examples), 1),
+        lengths=[len(example.ids) for example in fitted.examples] or [1],
         reasoning_share=_reasoning_share(train),
     )
     if not recipe.no_check:

@@ -197,6 +197,13 @@ class Recipe:
         shown="16",
         minimum=1,
     )
+    tokens_per_step: int | None = _option(
+        None,
+        TRAIN,
+        "Instead of --batch-size: at most so many tokens of whole rows per optimiser step.",
+        shown="not used",
+        minimum=1,
+    )
     micro_batch_size: int | None = _option(
         None,
         TRAIN,
@@ -427,6 +434,8 @@ _AUTO = ("device", "dtype", "schema", "reasoning")
 _INSTEAD = {
     "epochs": ("max_steps",),
     "max_steps": ("epochs",),
+    "batch_size": ("tokens_per_step",),
+    "tokens_per_step": ("batch_size", "gradient_accumulation_steps"),
     "warmup_ratio": ("warmup_steps",),
     "warmup_steps": ("warmup_ratio",),
 }
@@ -539,6 +548,14 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
             f"batch_size {batch} cannot be cut into {accumulation} equal forward passes "
             "(gradient_accumulation_steps)"
         )
+    tokens, at_once = (_whole(values.get(n)) for n in ("tokens_per_step", "micro_batch_tokens"))
+    for other in ("batch_size", "gradient_accumulation_steps"):
+        if tokens and other in values:
+            problems.append(
+                f"tokens_per_step and {other} both say how large a step is: leave one of them out"
+            )
+    if tokens and at_once and at_once > tokens:
+        problems.append(f"micro_batch_tokens {at_once} is more than tokens_per_step {tokens}")
     for one, other in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
         if one in values and other in values:
             problems.append(f"{one} and {other} both say how long: leave one of them out")

@@ -72,7 +72,7 @@ def _trainer(
         "max_seq_len": max(plan.max_length, 2),
         "pad_id": prepared.contract.pad_id,
         "batch_size": len(examples),
-        "micro_batch_size": min(plan.micro_batch_size, len(examples)),
+        "micro_batch_size": min(plan.micro_batch_size or len(examples), len(examples)),
         "micro_batch_tokens": recipe.micro_batch_tokens,
         "packing": recipe.packing,
         "max_steps": 2,

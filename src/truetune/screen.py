@@ -212,18 +212,17 @@ class Screen(Listener):
 
 def _batch(plan: Plan, route: dict[str, Any]) -> str:
     """How a step is cut."""
-    step = f"{plan.batch_size} rows a step"
+    size, at_once = plan.batch_size, plan.micro_batch_size
+    step = f"{size} rows a step" if size else f"up to {plan.tokens_per_step:,} tokens a step"
     if route["kind"] == "apart":
         return f"{step}, one at a time"
     if route["kind"] == "packed":
-        rows = min(plan.micro_batch_size, plan.batch_size)
-        cut = f"{rows} rows or " if rows < plan.batch_size else ""
+        cut = f"{at_once} rows or " if at_once and at_once < (size or at_once + 1) else ""
         return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens a forward pass"
-    passes = -(-plan.batch_size // plan.micro_batch_size)
-    return (
-        f"{step}, {plan.micro_batch_size} at a time "
-        f"({passes} forward pass{'es' if passes > 1 else ''})"
-    )
+    if not size or not at_once:
+        return f"{step}, {at_once} rows at a time"
+    passes = -(-size // at_once)
+    return f"{step}, {at_once} at a time ({passes} forward pass{'es' if passes > 1 else ''})"
 
 
 def side_by_side(screen: Screen, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

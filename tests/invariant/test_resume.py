@@ -32,7 +32,9 @@ def start(base: Path, kind: str) -> LoadedModel:
     return add_lora(loaded, LoraSettings(r=4, dropout=0.3), seed=1)
 
 
-def trainer(loaded: LoadedModel, contract: PromptContract, optim: str) -> SFTTrainer:
+def trainer(
+    loaded: LoadedModel, contract: PromptContract, optim: str, tokens: int | None = None
+) -> SFTTrainer:
     chats = [
         [{"role": "user", "content": "q" * r}, {"role": "assistant", "content": f"answer {r}"}]
         for r in range(1, 7)
@@ -42,7 +44,8 @@ def trainer(loaded: LoadedModel, contract: PromptContract, optim: str) -> SFTTra
         examples=[example for chat in chats for example in contract.encode(chat)],
         max_seq_len=64,
         pad_id=contract.pad_id,
-        batch_size=4,
+        batch_size=None if tokens else 4,
+        tokens_per_step=tokens,
         micro_batch_size=2,
         max_steps=6,
         max_lr=1e-2,
@@ -53,11 +56,16 @@ def trainer(loaded: LoadedModel, contract: PromptContract, optim: str) -> SFTTra
     )
 
 
-@pytest.mark.parametrize(("kind", "optim"), [("full", "adamw"), ("lora", "adamw"), ("lora", "sgd")])
-def test_resumed_is_uninterrupted(base: Path, kind: str, optim: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "optim", "tokens"),
+    [("full", "adamw", None), ("lora", "adamw", None), ("lora", "sgd", 90), ("full", "sgd", 90)],
+)
+def test_resumed_is_uninterrupted(
+    base: Path, kind: str, optim: str, tokens: int | None, tmp_path: Path
+) -> None:
     loaded = start(base, kind)
     contract = PromptContract.load(loaded.tokenizer)
-    whole = trainer(loaded, contract, optim)
+    whole = trainer(loaded, contract, optim, tokens)
     torch.manual_seed(3)
     steps: list[dict[str, Any]] = []
     for step in range(6):
@@ -67,7 +75,7 @@ def test_resumed_is_uninterrupted(base: Path, kind: str, optim: str, tmp_path: P
         steps.append(whole.train_step())
     torch.manual_seed(1234)
     opened = load_model(tmp_path / "c", purpose="full" if kind == "full" else "lora", device="cpu")
-    again = trainer(opened, PromptContract.load(opened.tokenizer), optim)
+    again = trainer(opened, PromptContract.load(opened.tokenizer), optim, tokens)
     load_state(again, tmp_path / "c", run=RUN)
     assert again.step == 3
     assert [again.train_step() for _ in range(3)] == steps[3:]

@@ -185,7 +185,7 @@ def run_shape(plan: Plan, device: str) -> Shape:
     # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
     packed = max(recipe.micro_batch_tokens or usual, most)
-    forward = packed if recipe.packing else plan.micro_batch_size * most
+    forward = packed if recipe.packing else (plan.micro_batch_size or 1) * most
     return Shape(
         parameters=parameters,
         trainable=trainable,
@@ -276,7 +276,7 @@ def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
         option = (
             f"--micro-batch-tokens {half}"
             if plan.recipe.packing
-            else f"--micro-batch-size {max(plan.micro_batch_size // 2, 1)}"
+            else f"--micro-batch-size {max((plan.micro_batch_size or 1) // 2, 1)}"
         )
         yield option, dataclasses.replace(shape, tokens=half).total, "the same result, more passes"
     if not shape.checkpointing:

@@ -6,6 +6,7 @@ from truetune.compute.batch import (
     Limits,
     PaddedBatcher,
     RowOrder,
+    TokenOrder,
     pad_and_collate,
 )
 from truetune.compute.loss import cross_entropy_sum, logits_of, loss_sum, masked_cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "PaddedBatcher",
     "Route",
     "RowOrder",
+    "TokenOrder",
     "available_bytes",
     "cross_entropy_sum",
     "find_route",

@@ -158,39 +158,97 @@ def rows_of_epochs(num_rows: int, epochs: float) -> int:
     return max(math.ceil(round(num_rows * epochs, 6)), 1)
 
 
-class RowOrder:
-    """Which rows a step trains: a stream of epochs, each a permutation drawn from (seed, epoch).
+class RowStream:
+    """The rows of a run in their order: epochs, each a permutation drawn from (seed, epoch).
 
     A step that reaches the end of an epoch goes on in the next one, so every row is seen equally
     often. With `epochs` the stream ends there and the last step may be smaller.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, epochs: float | None = None):
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+    def __init__(self, num_rows: int, seed: int, epochs: float | None = None) -> None:
+        self.num_rows, self.seed = num_rows, seed
         self.end = None if epochs is None else rows_of_epochs(num_rows, epochs)
         self._epoch, self._order = -1, list[int]()
 
     @property
     def num_steps(self) -> int | None:
         """Steps until the stream ends, None where it does not."""
-        return None if self.end is None else -(-self.end // self.batch_size)
+        raise NotImplementedError
 
     def rows(self, step: int) -> list[int]:
-        """Indices of the rows of one step, in order."""
-        start = step * self.batch_size
-        stop = start + self.batch_size
-        if self.end is not None:
-            stop = min(stop, self.end)
-        return [
-            self._permutation(i // self.num_rows)[i % self.num_rows] for i in range(start, stop)
-        ]
+        """Indices of the rows of one step (0-based), in order; a function of its arguments."""
+        raise NotImplementedError
 
-    def _permutation(self, epoch: int) -> list[int]:
+    def _row(self, place: int) -> int:
+        """Index of the row at a place of the stream."""
+        epoch, offset = divmod(place, self.num_rows)
         if epoch != self._epoch:
             order = list(range(self.num_rows))
             random.Random(f"{self.seed}/{epoch}").shuffle(order)
             self._epoch, self._order = epoch, order
-        return self._order
+        return self._order[offset]
+
+
+class RowOrder(RowStream):
+    """Steps of equally many rows."""
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, epochs: float | None = None):
+        super().__init__(num_rows, seed, epochs)
+        self.batch_size = batch_size
+
+    @property
+    def num_steps(self) -> int | None:
+        return None if self.end is None else -(-self.end // self.batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        start = step * self.batch_size
+        stop = start + self.batch_size
+        if self.end is not None:
+            stop = min(stop, self.end)
+        return [self._row(place) for place in range(start, stop)]
+
+
+class TokenOrder(RowStream):
+    """Steps of at most so many tokens: a step takes the next rows of the stream while they fit,
+    and at least one.
+
+    Args:
+        lengths: tokens of each row.
+        tokens: of a step.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], tokens: int, seed: int, epochs: float | None = None
+    ) -> None:
+        super().__init__(len(lengths), seed, epochs)
+        self.lengths, self.tokens = lengths, tokens
+        # Places of the stream where the steps begin, as far as they are known.
+        self._begins = [0]
+
+    @property
+    def num_steps(self) -> int | None:
+        if self.end is None:
+            return None
+        while self._begins[-1] < self.end:
+            self._cut()
+        return len(self._begins) - 1
+
+    def rows(self, step: int) -> list[int]:
+        while len(self._begins) < step + 2 and self._begins[-1] != self.end:
+            self._cut()
+        begins = self._begins[step : step + 2]
+        return [self._row(place) for place in range(*begins)] if len(begins) == 2 else []
+
+    def _cut(self) -> None:
+        """Find where the next step ends."""
+        begin = place = self._begins[-1]
+        filled = 0
+        while self.end is None or place < self.end:
+            filled += self.lengths[self._row(place)]
+            if filled > self.tokens and place > begin:
+                break
+            place += 1
+        self._begins.append(place)
 
 
 class PaddedBatcher:
@@ -210,7 +268,7 @@ class PaddedBatcher:
         *,
         max_seq_len: int,
         pad_id: int,
-        order: RowOrder,
+        order: RowStream,
         limits: Limits,
     ) -> None:
         self.examples, self.max_seq_len, self.pad_id = examples, max_seq_len, pad_id

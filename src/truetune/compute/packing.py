@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from truetune.compute.batch import Limits, RowOrder
+from truetune.compute.batch import Limits, RowStream
 from truetune.compute.layout import Layout
 from truetune.contract.example import SFTExample
 
@@ -185,7 +185,7 @@ class PackedBatcher:
         examples: Sequence[SFTExample],
         *,
         max_seq_len: int,
-        order: RowOrder,
+        order: RowStream,
         limits: Limits,
         min_shared: int | None = MIN_SHARED,
     ) -> None:

@@ -25,6 +25,7 @@ from truetune.compute import (
     PackedBatcher,
     PaddedBatcher,
     RowOrder,
+    TokenOrder,
     available_bytes,
     find_route,
     footprint,
@@ -60,6 +61,8 @@ class SFTTrainer:
         max_seq_len: longest row in tokens, at least 2.
         pad_id: fills short rows; never supervised.
         batch_size: rows per optimiser step.
+        tokens_per_step: instead of batch_size: at most so many tokens of whole rows per optimiser
+            step, in the order of the rows; a longer row is a step of its own.
         max_steps: optimiser steps of `train`.
         max_lr, min_lr, warmup_steps: see `lr`.
         weight_decay: on matrices only, as usual for AdamW (biases and norms are left out).
@@ -89,7 +92,8 @@ class SFTTrainer:
 
     Raises:
         ValueError: empty examples, batch_size < 1, micro_batch_size < 1, max_seq_len < 2, nothing
-            to train, an unknown name, or epochs that end before max_steps.
+            to train, an unknown name, epochs that end before max_steps, or not exactly one of
+            batch_size and tokens_per_step.
     """
 
     def __init__(
@@ -99,9 +103,10 @@ class SFTTrainer:
         examples: Sequence[SFTExample],
         max_seq_len: int,
         pad_id: int,
-        batch_size: int,
         max_steps: int,
         max_lr: float,
+        batch_size: int | None = None,
+        tokens_per_step: int | None = None,
         min_lr: float = 0.0,
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
@@ -125,8 +130,11 @@ class SFTTrainer:
     ) -> None:
         if not examples:
             raise ValueError("SFTTrainer needs at least one example")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if (batch_size is None) == (tokens_per_step is None):
+            raise ValueError("give batch_size or tokens_per_step")
+        for name, value in (("batch_size", batch_size), ("tokens_per_step", tokens_per_step)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if max_seq_len < 2:
             raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
         if micro_batch_size is not None and micro_batch_size < 1:
@@ -150,12 +158,13 @@ class SFTTrainer:
         self.device = self.named_trainable[0][1].device
         self.route = find_route(model, longest=max_seq_len, packing=packing)
         if batcher is None:
-            order = RowOrder(len(examples), batch_size, seed, epochs)
+            order = _order(examples, batch_size, tokens_per_step, seed, epochs)
             if order.num_steps is not None and order.num_steps < max_steps:
                 raise ValueError(
                     f"epochs={epochs} ends after {order.num_steps} steps, max_steps is {max_steps}"
                 )
-            rows = 1 if self.route.kind == "apart" else micro_batch_size or batch_size
+            most = micro_batch_size or batch_size or len(examples)
+            rows = 1 if self.route.kind == "apart" else most
             limits = self._limits(rows, micro_batch_tokens, optim)
             if self.route.kind == "padded":
                 batcher = PaddedBatcher(
@@ -392,3 +401,17 @@ class SFTTrainer:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+def _order(
+    examples: Sequence[SFTExample],
+    batch_size: int | None,
+    tokens_per_step: int | None,
+    seed: int,
+    epochs: float | None,
+) -> RowOrder | TokenOrder:
+    """Which rows a step trains."""
+    if tokens_per_step is None:
+        assert batch_size is not None
+        return RowOrder(len(examples), batch_size, seed, epochs)
+    return TokenOrder([len(e.ids) for e in examples], tokens_per_step, seed, epochs)
