@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from truetune.contract.shape import Markers, canonical, split_reasoning
+
+if TYPE_CHECKING:
+    from truetune.contract.behaviour import Behaviour
 
 ReasoningPolicy = Literal["auto", "inline", "empty", "drop"]
 HistoryPolicy = Literal["as-data", "no-reasoning"]
@@ -48,3 +53,54 @@ class Policy:
         }
         markers = record.get("think_markers")
         return cls(**known, think_markers=(markers[0], markers[1]) if markers else None)
+
+    def prepared(
+        self, messages: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]
+    ) -> list[dict[str, Any]]:
+        """The messages in their one form: reasoning left out and system merged where asked.
+
+        Args:
+            pairs: think markers that the template knows.
+
+        Raises:
+            UnfaithfulTemplate: content that is no text, reasoning or tool call.
+        """
+        made = [canonical(message) for message in messages]
+        if self.reasoning == "drop":
+            # Reasoning stands in the content too, between the template's markers or the usual ones.
+            known = (*pairs, (Markers().open, Markers().close))
+            made = _without_reasoning([split_reasoning(message, known) for message in made])
+        return _merged_system(made) if self.system == "merge" else made
+
+    def past(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Earlier turns as the template is given them."""
+        return _without_reasoning(messages) if self.history == "no-reasoning" else messages
+
+    def routes(self, seen: Behaviour, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+        """The ways for the reasoning of a conversation, in the order tried."""
+        if not any(message.get("reasoning_content") for message in messages):
+            return ("none",)
+        if self.reasoning == "inline":
+            return ("inline",)
+        return seen.routes or ("reasoning_content",)
+
+    def markers(self, seen: Behaviour) -> Markers:
+        """What stands around reasoning that is written into the content."""
+        if self.think_markers:
+            opening, closing = self.think_markers
+            return Markers(opening, closing, f"{opening}\n", f"\n{closing}\n\n")
+        return seen.markers or Markers()
+
+
+def _without_reasoning(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+
+
+def _merged_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A first system turn put in front of the first user turn, as its text."""
+    if len(messages) < 2 or messages[0]["role"] not in ("system", "developer"):
+        return messages
+    if messages[1]["role"] != "user":
+        return messages
+    text = f"{messages[0]['content']}\n\n{messages[1]['content']}".strip()
+    return [{**messages[1], "content": text}, *messages[2:]]

@@ -1,0 +1,190 @@
+"""Template arguments: which of them change what is served, and under which the rows fit.
+
+input   a `PromptContract` and rows
+does    renders prompts with each value of each argument that the template reads; encodes rows
+        under those that differ
+output  `ArgumentSearch.fit`: a contract under which the rows fit; `advise`: refusals that name the
+        argument that would take the row
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from truetune.contract.behaviour import answer, tail_of, user
+from truetune.contract.encode import Encoded, LossOn
+from truetune.contract.encoder import Refused
+from truetune.contract.render import Job
+from truetune.contract.shape import split_reasoning
+from truetune.data.conversation import Conversation
+from truetune.errors import UnfaithfulTemplate
+from truetune.findings import Finding
+
+if TYPE_CHECKING:
+    from truetune.contract.contract import Messages, PromptContract
+
+# Rows looked at when template arguments are chosen: enough to see every kind of row, cheap.
+_FIT_ROWS = 200
+# Values of one argument that are tried, and values in all: each is tried on the sample of rows.
+_MOST_CHOICES, _MOST_CANDIDATES = 8, 32
+# Refusals that a template argument may mend.
+_ARGUMENT_ERRORS = frozenset({"target-invented", "target-dropped", "thinking-only", "thinking-off"})
+
+
+class ArgumentSearch:
+    """The template arguments around one contract."""
+
+    def __init__(self, contract: PromptContract) -> None:
+        self.contract = contract
+
+    def fit(self, conversations: list[Conversation], loss_on: LossOn) -> PromptContract:
+        """See `PromptContract.fit`."""
+        contract = self.contract
+        sample = [c for c in _spread(conversations, _FIT_ROWS) if c.text is None]
+        if (contract.explicit_kwargs and not contract.template_kwargs) or not sample:
+            return contract
+        # The template's own way comes before a block that is closed by hand.
+        trial = contract
+        if contract.policy.reasoning == "empty":
+            trial = replace(contract, policy=replace(contract.policy, reasoning="auto"))
+        pairs = contract.behaviour().pairs
+        plain = not any(
+            split_reasoning(m, pairs).get("reasoning_content")
+            for c in sample
+            for m in trial.prepared(c.messages)
+        )
+        hybrid = plain and not contract.behaviour().closed
+        best, best_refused = contract.template_kwargs, _num_refused(trial, sample, loss_on)
+        for kwargs in self._candidates() if best_refused or hybrid else []:
+            candidate = replace(trial, template_kwargs={**contract.template_kwargs, **kwargs})
+            # A row without reasoning takes the form in which the template does not think.
+            switched_off = hybrid and bool(candidate.behaviour().closed)
+            if not (best_refused or switched_off):
+                continue
+            refused = _num_refused(candidate, sample, loss_on)
+            if refused < best_refused or (switched_off and not refused):
+                best, best_refused = candidate.template_kwargs, refused
+                hybrid = hybrid and not switched_off
+            if best_refused == 0 and not hybrid:
+                break
+        if best == contract.template_kwargs:
+            return contract
+        chosen = {k: v for k, v in best.items() if k not in contract.template_kwargs}
+        note = Finding(
+            code="template-argument",
+            level="note",
+            what=f"the template argument {json.dumps(chosen)} was chosen: under it the rows fit as "
+            "they are",
+            why="without it the template adds or drops something in the answers",
+            fix="nothing to do: it is written into the saved template as its default",
+        )
+        return replace(contract, template_kwargs=best, findings=(*contract.findings, note))
+
+    def advise(
+        self,
+        conversations: Sequence[Conversation],
+        results: list[Encoded | Refused],
+        loss_on: LossOn,
+    ) -> list[Encoded | Refused]:
+        """Name the template argument that would take a refused row, found on the first of each
+        kind."""
+        advice: dict[str, str] = {}
+        for index, result in enumerate(results):
+            if not isinstance(result, Refused) or result.error.code not in _ARGUMENT_ERRORS:
+                continue
+            code = result.error.code
+            if code not in advice:
+                advice[code] = self._argument_for(conversations[index], loss_on)
+            if advice[code]:
+                results[index] = replace(result, error=_advised(result.error, advice[code]))
+        return results
+
+    def _argument_for(self, conversation: Conversation, loss_on: LossOn) -> str:
+        for kwargs in self._changing(self.contract.renderer.variables()):
+            candidate = replace(
+                self.contract, template_kwargs={**self.contract.template_kwargs, **kwargs}
+            )
+            (result,) = candidate.encoder.few([conversation], loss_on)
+            if kwargs and isinstance(result, Encoded):
+                return " ".join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
+        return ""
+
+    def is_switched(self, template_kwargs: Mapping[str, Any]) -> bool:
+        """Whether an argument that changes served prompts was set by hand.
+
+        Args:
+            template_kwargs: those of a row.
+        """
+        contract = self.contract
+        given = {*(contract.template_kwargs if contract.explicit_kwargs else ()), *template_kwargs}
+        return any(name in given for name in self._switches)
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        """Values of arguments that change a served prompt, those set by hand left out."""
+        names = [
+            n for n in self.contract.renderer.variables() if n not in self.contract.template_kwargs
+        ]
+        return [kwargs for kwargs in self._changing(names) if kwargs]
+
+    @cached_property
+    def _switches(self) -> frozenset[str]:
+        """Names of arguments, set or not, that open or close the think block of a prompt."""
+        pairs = self.contract.behaviour().pairs
+        found = set()
+        for name in self.contract.renderer.variables():
+            texts = self._served([{name: value} for value in self._values(name)], [user("?")])
+            tails = {tail_of(text, pairs)[:2] for text in texts if text}
+            if len(tails) > 1:
+                found.add(name)
+        return frozenset(found)
+
+    def _values(self, name: str) -> list[Any]:
+        choices = self.contract.renderer.choices(name)[:_MOST_CHOICES]
+        return [False, True, *(c for c in choices if not isinstance(c, bool))]
+
+    def _served(self, tried: Sequence[Mapping[str, Any]], messages: Messages) -> list[str]:
+        """The served prompt under each set of arguments, "" where the template refuses."""
+        made = self.contract.renderer.render_many(
+            [Job(messages, prompt=True, arguments=k) for k in tried]
+        )
+        return [text if isinstance(text, str) else "" for text in made]
+
+    def _changing(self, names: Iterable[str]) -> list[dict[str, Any]]:
+        tried: list[dict[str, Any]] = [{}]
+        tried += [{name: value} for name in names for value in self._values(name)]
+        tried = tried[: _MOST_CANDIDATES + 1]
+        first = self._served(tried, [user("?")])
+        second = self._served(tried, [user("?"), answer("!"), user("?")])
+        seen: set[tuple[str, str]] = set()
+        found = []
+        for kwargs, *texts in zip(tried, first, second, strict=True):
+            key = (texts[0], texts[1])
+            if any(key) and key not in seen:
+                found.append(kwargs)
+            seen.add(key)
+        return found
+
+
+def _num_refused(contract: PromptContract, sample: Sequence[Conversation], loss_on: LossOn) -> int:
+    return sum(isinstance(result, Refused) for result in contract.encoder.few(sample, loss_on))
+
+
+def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
+    fix = (
+        f"--template-arg {argument} would take this row; a row may also carry its own "
+        "chat_template_kwargs"
+    )
+    return UnfaithfulTemplate(
+        error.what, where=error.where, why=error.why, fix=fix, code=error.code
+    )
+
+
+def _spread(items: list[Any], most: int) -> list[Any]:
+    """At most `most` items, evenly over the list."""
+    if len(items) <= most:
+        return items
+    return [items[i * len(items) // most] for i in range(most)]

@@ -1,0 +1,322 @@
+"""Rows to token examples: rendered and tokenized in batches, every trained turn proved.
+
+input   conversations and a `PromptContract`
+does    asks for the served prompt and the rendering of each trained turn, a batch ahead of the
+        tokenizer; where one way for the reasoning fails, the row goes on by the next
+output  `Encoded`, or `Refused` with the reason, in the place of each row
+who     `encode.py` proves the turns of one row; `PromptContract.encode_all` is the door
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from truetune.contract.behaviour import Behaviour
+from truetune.contract.encode import Encoded, Ends, LossOn, assemble
+from truetune.contract.example import SFTExample
+from truetune.contract.render import Job, Rendered
+from truetune.contract.shape import COMPOSED, shown, split_reasoning
+from truetune.contract.stops import answer_stop, call_stop
+from truetune.contract.turns import Situation, TurnText, derive, trained_turns
+from truetune.data.conversation import Conversation
+from truetune.errors import UnfaithfulTemplate
+
+if TYPE_CHECKING:
+    from truetune.contract.contract import PromptContract
+
+CHUNK = 256
+"""Rows rendered together."""
+
+# Refusals that another route for the reasoning may mend.
+_ROUTE_ERRORS = frozenset(
+    {
+        "target-dropped",
+        "target-behind-stop",
+        "template-refuses",
+        "prompt-differs",
+        "no-stop",
+        "thinking-only",
+        "thinking-off",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row without a faithful completion."""
+
+    row: str
+    error: UnfaithfulTemplate
+
+
+@dataclass
+class _Row:
+    """A conversation on its way to examples, and the ways for it that are not tried yet.
+
+    Attributes:
+        ways: (messages, route of their reasoning); the first is the one in hand.
+        shortcut: whether a served prompt may stand for the rendering of the turn before it.
+    """
+
+    conversation: Conversation
+    turns: list[int]
+    behaviour: Behaviour
+    ways: list[tuple[list[dict[str, Any]], str]]
+    shortcut: bool
+    error: UnfaithfulTemplate | None = None
+    result: Encoded | None = None
+    texts: list[TurnText] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return self.ways[0][0]
+
+    @property
+    def route(self) -> str:
+        return self.ways[0][1]
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but text in system, user and assistant turns, in that template's own history."""
+        return (
+            self.shortcut
+            and self.behaviour.stable
+            and not self.conversation.tools
+            and self.route == "none"
+            and not any(
+                m.get("tool_calls") or m["role"] not in ("system", "user", "assistant")
+                for m in self.messages
+            )
+        )
+
+
+_Begun: TypeAlias = tuple[
+    list["Encoded | Refused | _Row"], list[list[Job]], Callable[[], list[Rendered]]
+]
+
+
+class Encoder:
+    """Encodes rows under one contract."""
+
+    def __init__(self, contract: PromptContract) -> None:
+        self.contract = contract
+        self.policy, self.renderer = contract.policy, contract.renderer
+
+    def batches(
+        self, conversations: Sequence[Conversation], loss_on: LossOn
+    ) -> Iterator[list[Encoded | Refused]]:
+        """The rows' outcomes, batch by batch, in order."""
+        chunks = [conversations[i : i + CHUNK] for i in range(0, len(conversations), CHUNK)]
+        # Templates are rendered in another process: the next chunk's, while this one is tokenized.
+        with ThreadPoolExecutor(1) as ahead:
+            begun = None
+            for chunk in [*chunks, None]:
+                next_one = self._begin(chunk, loss_on, ahead) if chunk is not None else None
+                if begun is not None:
+                    yield self._finish(*begun, loss_on)
+                begun = next_one
+
+    def few(
+        self, conversations: Sequence[Conversation], loss_on: LossOn
+    ) -> list[Encoded | Refused]:
+        """The same in one batch, in this thread."""
+        return self._finish(*self._begin(conversations, loss_on, None), loss_on)
+
+    def _begin(
+        self,
+        conversations: Sequence[Conversation],
+        loss_on: LossOn,
+        ahead: ThreadPoolExecutor | None,
+    ) -> _Begun:
+        """What is known without rendering, the texts that the rows ask for, and a way to wait for
+        them."""
+        results: list[Encoded | Refused | _Row] = []
+        for conversation in conversations:
+            try:
+                if conversation.text is not None:
+                    results.append(self._encode_text(conversation))
+                else:
+                    results.append(self._row(conversation, loss_on))
+            except UnfaithfulTemplate as error:
+                results.append(refused(conversation, error))
+        jobs = [self._jobs(row) for row in results if isinstance(row, _Row)]
+        flat = [job for some in jobs for job in some]
+        if ahead is None:
+            return results, jobs, lambda: self.renderer.render_many(flat)
+        return results, jobs, ahead.submit(self.renderer.render_many, flat).result
+
+    def _finish(
+        self,
+        results: list[Encoded | Refused | _Row],
+        jobs: list[list[Job]],
+        rendered: Callable[[], list[Rendered]],
+        loss_on: LossOn,
+    ) -> list[Encoded | Refused]:
+        rows = [row for row in results if isinstance(row, _Row)]
+        self._attempt(rows, jobs, rendered(), loss_on)
+        while pending := [row for row in rows if row.result is None and row.ways]:
+            jobs = [self._jobs(row) for row in pending]
+            flat = [job for some in jobs for job in some]
+            self._attempt(pending, jobs, self.renderer.render_many(flat), loss_on)
+        return [_outcome(item) if isinstance(item, _Row) else item for item in results]
+
+    def _row(self, conversation: Conversation, loss_on: LossOn) -> _Row:
+        """Raises UnfaithfulTemplate where there is nothing to train."""
+        contract, policy = self.contract, self.policy
+        messages = contract.prepared(conversation.messages)
+        turns = trained_turns(messages, loss_on)
+        seen = contract.behaviour(conversation.template_kwargs)
+        ways = [(messages, route) for route in policy.routes(seen, messages)]
+        # Where the template has no place for a think block inside the content, it may have one for
+        # the reasoning that the block holds.
+        apart = [split_reasoning(message, seen.pairs) for message in messages]
+        if apart != messages:
+            ways += [(apart, route) for route in policy.routes(seen, apart)]
+        return _Row(conversation, turns, seen, ways, self._closes_itself)
+
+    def _attempt(
+        self,
+        rows: Sequence[_Row],
+        jobs: Sequence[Sequence[Job]],
+        texts: Sequence[Rendered],
+        loss_on: LossOn,
+    ) -> None:
+        """Tokenize and prove each row by the way that it has in hand."""
+        rendered = iter(texts)
+        pairs: list[tuple[str, str]] = []
+        for row, some in zip(rows, jobs, strict=True):
+            made = [next(rendered) for _ in some]
+            try:
+                row.texts = self._turn_texts(row, made)
+                pairs += [(turn.prompt, turn.through) for turn in row.texts]
+            except UnfaithfulTemplate as error:
+                _failed(row, error)
+        ids_of = self.contract.tokens.encode_turns(pairs)
+        for row in rows:
+            if not row.texts:
+                continue
+            # Merged turns are counted as the row counts them.
+            merged = len(row.conversation.messages) - len(row.messages)
+            try:
+                encoded = assemble(
+                    row.texts,
+                    ids_of,
+                    row.messages,
+                    tokens=self.contract.tokens,
+                    stop_ids=self.contract.stop_ids,
+                    ends=self._ends,
+                    loss_on=loss_on,
+                    row=row.conversation.where,
+                    route="" if row.route == "none" else row.route,
+                )
+                turns = tuple(tuple(t + merged for t in some) for some in encoded.turns)
+                row.result = replace(encoded, turns=turns)
+            except UnfaithfulTemplate as error:
+                _failed(row, error)
+
+    def _jobs(self, row: _Row) -> list[Job]:
+        """The served prompt of each trained turn, and the rendering through it.
+
+        Where the template is known to leave history as it was, the next served prompt holds the
+        turn before it, and only the last turn is rendered for itself.
+        """
+        row.texts = []
+        route, markers = row.route, self.policy.markers(row.behaviour)
+        tools, kwargs = row.conversation.tools, row.conversation.template_kwargs
+        jobs = []
+        for turn in row.turns:
+            own = row.messages[turn]
+            before = shown(
+                self.policy.past(row.messages[:turn]), row.behaviour.shape, route, markers
+            )
+            jobs.append(Job(before, tools, prompt=True, arguments=kwargs))
+            if row.plain and turn != row.turns[-1]:
+                continue
+            how = "none" if route in COMPOSED else route
+            whole = [*before, *shown([own], row.behaviour.shape, how, markers)]
+            jobs.append(Job(whole, tools, arguments=kwargs))
+        return jobs
+
+    def _turn_texts(self, row: _Row, rendered: list[Rendered]) -> list[TurnText]:
+        situation = Situation(
+            row.behaviour,
+            row.route,
+            self.policy.markers(row.behaviour),
+            self.policy.reasoning == "empty",
+            lambda: self.contract.arguments.is_switched(row.conversation.template_kwargs),
+        )
+        texts = []
+        for text in rendered:
+            if isinstance(text, UnfaithfulTemplate):
+                raise text
+            texts.append(text)
+        if row.plain:
+            # Each prompt is followed by the next one, the last by the whole.
+            pairs = list(itertools.pairwise(texts))
+        else:
+            pairs = list(zip(texts[::2], texts[1::2], strict=True))
+        return [
+            derive(turn, row.messages[turn], row.messages[turn - 1], prompt, through, situation)
+            for turn, (prompt, through) in zip(row.turns, pairs, strict=True)
+        ]
+
+    def _encode_text(self, conversation: Conversation) -> Encoded:
+        """Plain text: every token trained, closed by the tokenizer's end token."""
+        tokenizer = self.contract.tokenizer
+        ids = list(tokenizer(conversation.text, verbose=False)["input_ids"])
+        end = tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        example = SFTExample(ids, [1] * len(ids))
+        return Encoded((example,), (None,), (0,), ((),), conversation.where)
+
+    @cached_property
+    def _ends(self) -> Ends:
+        contract = self.contract
+        seen, tokens, stop_ids = contract.behaviour(), contract.tokens, contract.stop_ids
+        return Ends(
+            answer_stop(seen, tokens, stop_ids),
+            call_stop(seen, tokens, stop_ids),
+            stop_ids[0] if stop_ids else None,
+            seen.lead,
+            not seen.answer_end[0].strip(),
+        )
+
+    @cached_property
+    def _closes_itself(self) -> bool:
+        """Whether a stop stands behind a last answer, so that history holds it as well."""
+        tail = self.contract.behaviour().answer_end[0]
+        ids = self.contract.tokens.encode([tail])[0] if tail else []
+        return any(token in self.contract.stop_ids for token in ids)
+
+
+def _failed(row: _Row, error: UnfaithfulTemplate) -> None:
+    """Keep the first reason: the later ways are the less likely ones."""
+    row.texts = []
+    if row.plain and len(row.turns) > 1:
+        row.shortcut = False  # this row's history may be rewritten where others' is not
+        return
+    row.error = row.error or error
+    row.ways = row.ways[1:] if error.code in _ROUTE_ERRORS else []
+
+
+def _outcome(row: _Row) -> Encoded | Refused:
+    if row.result is not None:
+        return row.result
+    assert row.error
+    return refused(row.conversation, row.error)
+
+
+def refused(conversation: Conversation, error: UnfaithfulTemplate) -> Refused:
+    """With the row's place in the error."""
+    if conversation.where:
+        where = f"{conversation.where}{', ' + error.where if error.where else ''}"
+        error = UnfaithfulTemplate(
+            error.what, where=where, why=error.why, fix=error.fix, code=error.code
+        )
+    return Refused(conversation.where, error)

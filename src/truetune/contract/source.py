@@ -1,0 +1,81 @@
+"""Where a template comes from, and how it is saved.
+
+input   what the run asked for, a tokenizer, template arguments
+does    finds the Jinja source: the model's own, one of its named ones, a built-in, a file; writes
+        arguments into it as defaults
+output  source, the source for conversations with tools, and their origin in words
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from truetune.contract.builtin import DEFAULT, NAMES, builtin_template
+from truetune.errors import UsageError
+
+
+def template_source(asked: str | None, tokenizer: Any) -> tuple[str, str | None, str]:
+    """(Jinja source, the source for conversations with tools or None, where they came from).
+
+    Raises:
+        UsageError: no such template, or several and none of them the default.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    named = dict(own) if isinstance(own, Mapping) else {}
+    if asked is None or asked == "auto":
+        if named and "default" not in named and len(named) > 1:
+            raise UsageError(
+                "the model has several chat templates and none is its default",
+                fix="name one with --chat-template: " + ", ".join(sorted(named)),
+                code="no-default-template",
+            )
+        if named:
+            # A server takes the one for tools where tools are offered.
+            first = named.get("default") or next(iter(named.values()))
+            tools = named.get("tool_use") if "default" in named else None
+            return str(first), tools, "the model's own"
+        if own:
+            return str(own), None, "the model's own"
+        return builtin_template(DEFAULT, tokenizer), None, f"built-in {DEFAULT}: the model has none"
+    if asked in named:
+        return str(named[asked]), None, f"the model's own, named {asked}"
+    if asked in NAMES:
+        return builtin_template(asked, tokenizer), None, f"built-in {asked}"
+    if "{%" in asked or "{{" in asked:
+        return asked, None, "given as source"
+    path = Path(asked)
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), None, f"file {asked}"
+    raise UsageError(
+        f"--chat-template {asked!r} is neither a file nor a built-in template",
+        fix="name a .jinja file, or one of: " + ", ".join([*NAMES, *sorted(named)]),
+        code="no-such-template",
+    )
+
+
+def with_defaults(source: str, arguments: Mapping[str, Any]) -> str:
+    """The template with arguments as its defaults: a server that passes none renders the same, one
+    that passes them wins."""
+    defaults = [
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_jinja(value)} -%}}"
+        # A line of its own: the renderer drops the line break after a block and nothing else,
+        # so that the template's own beginning stays as it is.
+        "{%- endif %}\n"
+        for name, value in sorted(arguments.items())
+    ]
+    return "".join(defaults) + source
+
+
+def _jinja(value: Any) -> str:
+    """A JSON value as a Jinja literal, with the lower-case constants that every engine knows."""
+    if value is None:
+        return "none"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_jinja(k)}: {_jinja(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_jinja, value)) + "]"
+    # Jinja reads an escaped surrogate pair as two characters: nothing is escaped that need not be.
+    return json.dumps(value, ensure_ascii=False)
