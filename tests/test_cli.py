@@ -110,7 +110,7 @@ def test_each_option_reaches_the_run_and_beats_the_recipe(
     value, text = VALUES[name]
     given: list[Any] = []
     monkeypatch.setattr("truetune.pipeline.train", lambda recipe, *_, **__: given.append(recipe))
-    monkeypatch.setattr("truetune.cli._show_result", lambda *_: None)
+    monkeypatch.setattr("truetune.result_screen.show_result", lambda *_: None)
     file = tmp_path / "r.yaml"
     base: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
     if isinstance(value, bool) and name != "no_check":

@@ -10,74 +10,26 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-import typer.core
 
-from truetune import __version__
+from truetune import __version__, lab_verbs
 from truetune.errors import CheckFailed, TruetuneError, UsageError
 from truetune.options import canonical, own_option, with_settings
-from truetune.recipe import (
-    Recipe,
-    make_recipe,
-    read_recipe,
-    recorded_recipe,
-)
+from truetune.recipe import Recipe, make_recipe, read_recipe, recorded_recipe
+from truetune.verb import CONTEXT, Verb, open_screen
 
-if TYPE_CHECKING:
-    from truetune.generate import Reply
-    from truetune.lab.quickstart import Comparison
-    from truetune.pipeline import RunResult
-    from truetune.screen import Screen
-    from truetune.verify import Verdict
-
-
-class _Command(typer.core.TyperCommand):
-    """A verb whose help is plain text, options grouped, no name cut off."""
-
-    # typer keeps click's types to itself, so there is nothing to annotate these with.
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        parameters: list[Any] = self.get_params(ctx)
-        for parameter in parameters:
-            if parameter.param_type_name == "argument":
-                groups.setdefault("Arguments", []).append(
-                    (parameter.display_name_raw, parameter.help)
-                )
-                continue
-            parameter.metavar = parameter.metavar or _METAVARS.get(parameter.bare_type())
-            if record := parameter.get_help_record(ctx):
-                groups.setdefault(parameter.rich_help_panel or "Options", []).append(record)
-        for title, records in groups.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
-
-_METAVARS = {"str": "TEXT", "int": "INT", "float": "FLOAT"}
-_CONTEXT = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
     name="truetune",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings=_CONTEXT,
+    context_settings=CONTEXT,
     help="Supervised fine-tuning where what is trained is what is served.",
 )
-lab = typer.Typer(
-    no_args_is_help=True,
-    context_settings=_CONTEXT,
-    rich_markup_mode=None,
-    help="The micro world and the embedded base model.",
-)
-app.add_typer(lab, name="lab")
-
-
-def _screen() -> Screen:
-    from truetune.screen import Screen
-
-    return Screen()
+app.add_typer(lab_verbs.lab, name="lab")
 
 
 def _version(asked: bool) -> None:
@@ -105,13 +57,15 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     """
     from truetune.pipeline import train as run
 
-    screen = _screen()
+    screen = open_screen()
     try:
         recipe = _recipe(source, rows, resume, options)
         result = run(recipe, screen, resume=resume)
     finally:
         screen.close()
-    _show_result(screen, result)
+    from truetune.result_screen import show_result
+
+    show_result(screen, result)
 
 
 def _recipe(
@@ -163,49 +117,7 @@ def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
     return recorded_recipe(RunDir.open(resume).file(RECIPE))
 
 
-def _show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
-    """What was made, and the lines that load, chat with and serve it."""
-    run, artifact = shlex.quote(str(result.run.path)), shlex.quote(str(result.artifact))
-    merge = [("merge", f"truetune export {run} --merge -o {run}-merged")]
-    held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
-    screen.line()
-    screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")
-    if result.verdict:
-        passed = sum(check.state == "passed" for check in result.verdict.checks)
-        screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")
-    kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
-    load = f"{kind}.from_pretrained({json.dumps(str(result.artifact), ensure_ascii=False)})"
-    serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
-    verify = ("verify", f"truetune verify {run}")
-    told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
-    screen.pairs([*told, *(merge if result.base else []), *more])
-
-
-# vLLM makes room for rank 16 unless told otherwise, and takes these.
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
-
-
-def _serve_adapter(result: RunResult) -> str:
-    recipe = result.plan.recipe
-    if recipe.add_token or recipe.dora or recipe.qlora or recipe.load_in_8bit:
-        # vLLM takes no rows of new tokens and no DoRA, and would load the base unquantised.
-        merged = shlex.quote(str(result.run.path) + "-merged")
-        run = shlex.quote(str(result.run.path))
-        return f"truetune export {run} --merge -o {merged} && vllm serve {merged}"
-    artifact, stops = str(result.artifact), list(result.contract.stop_ids)
-    words = ["vllm", "serve", str(result.base), "--enable-lora"]
-    words += ["--lora-modules", f"tuned={artifact}"]
-    words += ["--chat-template", f"{artifact}/chat_template.jinja"]
-    rank = next((r for r in _VLLM_RANKS if r >= result.plan.recipe.lora_r), _VLLM_RANKS[-1])
-    if rank > _VLLM_RANKS[0]:
-        words += ["--max-lora-rank", str(rank)]
-    line = shlex.join(words)
-    if not set(stops) <= set(result.base_stop_ids):
-        line += f"\n         (requests need stop_token_ids={stops})"
-    return line
-
-
-app.command("train", cls=_Command)(
+app.command("train", cls=Verb)(
     with_settings(
         train,
         own_option("resume", str | None, None, help="Continue an unfinished run.", metavar="RUN"),
@@ -258,7 +170,7 @@ def check(
         raise typer.Exit(1)
 
 
-app.command("check", cls=_Command, short_help="Prove a coming run, or a finished model.")(
+app.command("check", cls=Verb, short_help="Prove a coming run, or a finished model.")(
     with_settings(
         check,
         own_option(
@@ -275,7 +187,7 @@ app.command("check", cls=_Command, short_help="Prove a coming run, or a finished
 )
 
 
-@app.command(cls=_Command, short_help="Talk to a run or a model.")
+@app.command(cls=Verb, short_help="Talk to a run or a model.")
 def chat(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
@@ -307,7 +219,7 @@ def chat(
     from truetune.chat_screen import Talk
     from truetune.generate import Sampling
 
-    screen = _screen()
+    screen = open_screen()
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -353,7 +265,7 @@ def _inspect_rows(
     given = [("command line", {name: value}) for name, _, value in pairs]
     recipe = make_recipe(*given, ("command line", {k: v for k, v in own.items() if v is not None}))
     contract, views, total = view_rows(recipe, row, most=50 if page else 1)
-    screen = _screen()
+    screen = open_screen()
     if page is None:
         show_rows(screen, contract, views, total, with_ids=with_ids)
         return
@@ -361,7 +273,7 @@ def _inspect_rows(
     screen.line(f"{len(views):,} of {total:,} rows: {page}")
 
 
-@app.command("inspect", cls=_Command, short_help="Show what a model brings.")
+@app.command("inspect", cls=Verb, short_help="Show what a model brings.")
 def inspect_model(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
@@ -419,10 +331,10 @@ def inspect_model(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=True))
     else:
-        show_model(_screen(), facts)
+        show_model(open_screen(), facts)
 
 
-@app.command("export", cls=_Command, short_help="Merge an adapter into its base.")
+@app.command("export", cls=Verb, short_help="Merge an adapter into its base.")
 def export_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter folder.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
@@ -467,7 +379,7 @@ def export_run(
             fix="--onto auto, original or dequantised",
             code="export-onto",
         )
-    screen = _screen()
+    screen = open_screen()
     try:
         result = export(
             run,
@@ -489,7 +401,9 @@ def export_run(
         return
     report = result.exported.report
     screen.line(f"merged onto {result.exported.onto}, in float32; saved in {report.dtype}")
-    _show_checks(screen, result.verdict)
+    from truetune.result_screen import show_checks
+
+    show_checks(screen, result.verdict)
     folder = shlex.quote(str(result.folder))
     load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
     screen.pairs(
@@ -497,14 +411,7 @@ def export_run(
     )
 
 
-def _show_checks(screen: Screen, verdict: Verdict | None) -> None:
-    from truetune.verify import shown
-
-    for check in verdict.checks if verdict else ():
-        screen.line(f"  {check.state:<11}  {check.name:<8}  {shown(check)}")
-
-
-@app.command("verify", cls=_Command, short_help="Is what was saved what was trained?")
+@app.command("verify", cls=Verb, short_help="Is what was saved what was trained?")
 def verify_run(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
@@ -530,13 +437,15 @@ def verify_run(
     if as_json:
         typer.echo(json.dumps(verdict.as_dict(), indent=2))
         raise typer.Exit(0 if verdict.passed else 1)
-    screen = _screen()
-    _show_checks(screen, verdict)
+    screen = open_screen()
+    from truetune.result_screen import show_checks
+
+    show_checks(screen, verdict)
     if not verdict.passed:
         raise CheckFailed("what was saved is not what was trained", verdict.findings())
 
 
-@app.command(cls=_Command)
+@app.command(cls=Verb)
 def quickstart(
     output: Annotated[
         str, typer.Option("-o", "--output", help="Folder of the run.")
@@ -551,7 +460,7 @@ def quickstart(
     """
     from truetune.lab.quickstart import quickstart as start
 
-    screen = _screen()
+    screen = open_screen()
 
     def tell(text: str) -> None:
         screen.close()
@@ -567,157 +476,16 @@ def quickstart(
         )
     finally:
         screen.close()
-    _show_comparison(screen, comparison)
+    from truetune.result_screen import show_comparison, show_result
+
+    show_comparison(screen, comparison)
     run = shlex.quote(str(result.run.path))
     more = [
         ("compare", f"truetune chat {run} --compare base"),
         ("inspect", f"truetune inspect {run}"),
         ("your own", "truetune train MODEL DATA --lora -o runs/mine"),
     ]
-    _show_result(screen, result, more)
-
-
-def _shortened(reply: Reply, most: int = 64) -> str:
-    """An answer that fits the table; one that did not end is marked."""
-    text = reply.text if len(reply.text) <= most else reply.text[: most - 1].rstrip() + "\u2026"
-    return text if reply.stopped else f"{text} (not ended)"
-
-
-def _show_comparison(screen: Screen, found: Comparison) -> None:
-    from truetune.screen import side_by_side
-
-    screen.line()
-    shown = [
-        [question.text, *(_shortened(reply) for reply in (base, tuned))]
-        for question, base, tuned in zip(
-            found.questions[:6], found.base.replies, found.tuned.replies, strict=False
-        )
-    ]
-    side_by_side(screen, ["unseen question", "base", "tuned"], shown)
-    total = len(found.questions)
-    screen.line()
-    side_by_side(
-        screen,
-        [f"of {total} questions", "base", "tuned"],
-        [
-            [
-                "answers that end on the stop token",
-                f"{100 * found.base.finished / total:.0f} %",
-                f"{100 * found.tuned.finished / total:.0f} %",
-            ],
-            [
-                "exact facts",
-                f"{100 * found.base.correct / total:.0f} %",
-                f"{100 * found.tuned.correct / total:.0f} %",
-            ],
-            [
-                "loss on prose (nats per token)",
-                f"{found.base.prose_loss:.3f}",
-                f"{found.tuned.prose_loss:.3f}",
-            ],
-        ],
-    )
-
-
-@lab.command(cls=_Command, short_help="Build the embedded base from a seed (about an hour).")
-def pretrain(
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
-    seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the corpus. (default: as the shipped base)")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    compile: Annotated[
-        bool, typer.Option("--compile", help="Through torch.compile; needs a C++ compiler.")
-    ] = False,
-) -> None:
-    """Build corpus, tokenizer and weights of the embedded base from a seed (about an hour)."""
-    from truetune.lab.pretrain import Settings
-    from truetune.lab.pretrain import pretrain as build
-
-    screen = _screen()
-
-    def show(line: dict[str, Any]) -> None:
-        screen.line(
-            f"{line['corpus']}  step {line['step']:>5}  {line['tokens'] / 1e6:5.2f} M tokens  "
-            f"loss {line['loss']:.4f}  {line['elapsed']:,.0f} s"
-        )
-
-    run = Settings(seed=seed, device=device, compile=compile)
-    if tokens is not None:
-        run = run.of_size(tokens)
-    folder = build(output, run, save_every=400, on_progress=show)
-    screen.line(f"written and measured: {folder} (its README.md has the numbers)")
-
-
-@lab.command(cls=_Command, short_help="Train twins with and without reasoning, and ask both.")
-def reasoning(
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
-    seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each.", min=1)] = 600,
-) -> None:
-    """Train twins on two-step sums and world questions, with and without a worked step between
-    new markers, and ask both what neither has seen."""
-    from truetune.lab.reasoning import Twins, experiment
-
-    screen = _screen()
-
-    def show(twins: Twins) -> None:
-        found, plain = twins.reasoning, twins.plain
-        screen.line(
-            f"seed {twins.seed}  opens the block {found.opened}/{found.total}, closes it and "
-            f"answers {found.closed}/{found.total}; two-step sums {found.sums[0]}/{found.sums[1]} "
-            f"with reasoning, {plain.sums[0]}/{plain.sums[1]} without; world questions "
-            f"{found.places[0]}/{found.places[1]} and {plain.places[0]}/{plain.places[1]}"
-        )
-
-    experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
-
-
-@lab.command("evaluate", cls=_Command, short_help="Count what a base knows of its world.")
-def evaluate_base(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="A base, or a run made of one. (default: the embedded base)"
-        ),
-    ] = None,
-    wordings: Annotated[
-        str, typer.Option(help="Held-out wordings: development, blind or both.")
-    ] = "both",
-    seed: Annotated[int, typer.Option(help="Of the world it has read about.")] = 7,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
-) -> None:
-    """Count what a base knows of its world: facts in held-out wordings, sums, loss on prose.
-
-    The corpus uses neither set of wordings. Development wordings are for choosing between corpora
-    and checkpoints; the blind ones were written beforehand and judge the result.
-    """
-    from truetune.lab import base_path
-    from truetune.lab.measure import SETS, measure
-    from truetune.run import opened
-    from truetune.screen import side_by_side
-
-    if wordings not in ("both", *SETS):
-        raise UsageError(
-            f"unknown wordings: {wordings}",
-            where="--wordings",
-            fix=f"one of {', '.join(SETS)}, both",
-            code="wordings-unknown",
-        )
-    source = opened(model) if model is not None else str(base_path())
-    chosen = tuple(SETS) if wordings == "both" else (wordings,)
-    found = measure(source, sets=chosen, seed=seed, device=device)
-    if as_json:
-        typer.echo(json.dumps(found.facts(), indent=2))
-        return
-    screen = _screen()
-    heading, *rows = found.table()
-    side_by_side(screen, heading, rows)
-    screen.line()
-    for line in found.lines():
-        screen.line(line)
+    show_result(screen, result, more)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -738,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stderr.write(f"{error}\n")
         sys.exit(2)
     except TruetuneError as error:
-        _screen().error(error)
+        open_screen().error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -10,15 +10,21 @@ who     pipeline.train
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.check import Preflight, damage, encoded_lengths, limit_keeping, preflight
-from truetune.compute.length import Fitted, fit_length, is_text, length_table, longest
+from truetune.account import (
+    bad_rows_told,
+    data_facts,
+    length_findings,
+    remarks,
+    unused_tokens,
+    without_effect,
+)
+from truetune.check import Preflight, preflight
+from truetune.compute.length import Fitted, fit_length, is_text, longest
 from truetune.contract import (
     Encoded,
     Policy,
@@ -28,7 +34,7 @@ from truetune.contract import (
     find_controls,
 )
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
-from truetune.errors import BadRows, CheckFailed, DataError, RecipeError, TruetuneError, UsageError
+from truetune.errors import CheckFailed, RecipeError, TruetuneError, UsageError
 from truetune.findings import Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model import (
@@ -44,45 +50,6 @@ from truetune.model import (
 from truetune.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
 from truetune.recipe import Recipe
 from truetune.verify import MOST_ROWS, VerifyRow
-
-# What an encoded row may remark, as a note: (what, why).
-_REMARKS = {
-    "stripped": (
-        "the template strips outer whitespace of answers",
-        "the model is trained on the answer as the template writes it",
-    ),
-    "normalised": (
-        "the tokenizer's own normaliser changes characters of answers",
-        "the model cannot write what its tokenizer has no form for",
-    ),
-    "framed": (
-        "the template writes markers of its own around answers; the model learns to write them",
-        "a format may name a channel or a recipient before it answers",
-    ),
-    "stop-appended": (
-        "the template closes answers with nothing; the model's own end token closes them",
-        "without an end a served answer would go on",
-    ),
-    "reasoning-empty": (
-        "the think block that the prompt opens is closed at once, as --reasoning empty asks",
-        "the model learns not to think",
-    ),
-    "thinking-unlearned": (
-        "answers without reasoning are trained where the template would have the model think",
-        "thinking will be unlearned there",
-    ),
-    "prompt-realigned": (
-        "the template renders earlier turns of a finished conversation unlike it serves them; the "
-        "served prompt is trained",
-        "a server sends the prompt",
-    ),
-    "seam": (
-        "prompt and answer would have merged into one token; they are kept apart",
-        "a server sends the prompt alone, so the answer starts a token of its own",
-    ),
-}
-
-_LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "full_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -188,9 +155,9 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         encoded = [row for row in encoded if row.row not in held]
         eval_encoded = [row for row in eval_encoded if row.row not in held]
     refusals = [*loaded.findings, *refused, *eval_refused]
-    findings += [*token_findings, *_without_effect(recipe)]
-    bad_rows, stopping = _bad_rows(refusals, recipe, len(encoded))
-    findings += [*bad_rows, *contract.findings, *_remarks([*encoded, *eval_encoded])]
+    findings += [*token_findings, *without_effect(recipe)]
+    bad_rows, stopping = bad_rows_told(refusals, recipe, len(encoded))
+    findings += [*bad_rows, *contract.findings, *remarks([*encoded, *eval_encoded])]
 
     text = all(is_text(row) for row in encoded)
     limit = plan_length(
@@ -201,7 +168,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     )
     fitted = fit_length(encoded, max_length=limit[0], overlong=recipe.overlong)
     eval_fitted = fit_length(eval_encoded, max_length=limit[0], overlong=recipe.overlong)
-    lost = _length_findings(fitted, eval_fitted, encoded, limit[0], facts, contract, recipe)
+    lost = length_findings(fitted, eval_fitted, encoded, limit[0], facts, contract, recipe)
     findings += lost
     if worst(lost) == "error":
         stopping.append(CheckFailed("too many rows are longer than the limit", lost))
@@ -228,7 +195,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
             ),
             listener.progress,
         )
-        findings += [*told, *_unused_tokens(new_tokens, fitted.examples)]
+        findings += [*told, *unused_tokens(new_tokens, fitted.examples)]
         if worst(told) == "error":
             errors = [finding for finding in told if finding.level == "error"]
             stopping.append(CheckFailed("the check found errors; nothing was trained", errors))
@@ -241,7 +208,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         _answerable(held_out, eval_fitted),
         plan,
         merged(findings),
-        _data_facts(loaded, fitted, eval_fitted, refusals, overlap),
+        data_facts(loaded, fitted, eval_fitted, refusals, overlap),
         new_tokens,
         _verify_rows(held_out, eval_encoded, plan, held_out=True)
         or _verify_rows(train, encoded, plan, held_out=False),
@@ -297,29 +264,6 @@ def _new_tokens(
     tokens, findings = add_tokens(tokenizer, recipe.add_token)
     require_room(facts.head_rows, tokenizer, tokens)
     return tokens, findings
-
-
-def _unused_tokens(tokens: Sequence[NewToken], examples: Sequence[SFTExample]) -> list[Finding]:
-    """New tokens that training will never see, or never ask for."""
-    present = {i for example in examples for i in example.ids}
-    targets = {i for ids, mask in examples for i, on in zip(ids, mask, strict=True) if on}
-    findings = []
-    for token in tokens:
-        if token.id in targets:
-            continue
-        known = token.id in present
-        findings.append(
-            Finding(
-                "new-token-untrained",
-                "warning",
-                f"{token.text!r} is in prompts only: the model reads it and never writes it"
-                if known
-                else f"{token.text!r} is in no training row",
-                why="its row in the head is never a target" if known else "its row stays as it is",
-                fix="leave --add-token out for it, or write it into the answers",
-            )
-        )
-    return findings
 
 
 def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conversation]:
@@ -420,128 +364,6 @@ def _refusal(refused: Refused) -> Finding:
     return Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
 
 
-def _bad_rows(
-    found: Sequence[Finding], recipe: Recipe, num_left: int
-) -> tuple[list[Finding], list[TruetuneError]]:
-    """Findings on rows, and what stops the run: errors do, or become warnings with their count
-    under --bad-rows drop.
-
-    Raises:
-        BadRows: no row is left.
-        DataError: there was no row to begin with.
-    """
-    bad = [finding for finding in found if finding.level == "error"]
-    others = [finding for finding in found if finding.level != "error"]
-    if not bad and not num_left:
-        raise DataError("there is no row to train", where=str(recipe.data))
-    if not bad:
-        return others, []
-    error = BadRows(
-        f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
-        + ("" if num_left else "; no row is left to train"),
-        merged(bad),
-        fix="mend them, or leave them out with --bad-rows drop"
-        if num_left
-        else "mend them, or name the right --schema, --columns or --chat-template",
-    )
-    if not num_left:
-        raise error
-    if recipe.bad_rows == "error":
-        return [*bad, *others], [error]
-    return others + [
-        dataclasses.replace(finding, level="warning", what=f"dropped: {finding.what}")
-        for finding in bad
-    ], []
-
-
-def _without_effect(recipe: Recipe) -> list[Finding]:
-    """Settings that another one would have to make use of."""
-    needs = [(name, "--lora") for name in _LORA_ONLY if not recipe.lora]
-    needs += [("think_markers", "--reasoning inline")] * (recipe.reasoning != "inline")
-    return [
-        Finding(
-            "setting-without-effect",
-            "warning",
-            f"{name} has no effect without {other}",
-            where=recipe.origin(name),
-            fix=f"add {other}, or leave it out",
-        )
-        for name, other in needs
-        if recipe.given(name)
-    ]
-
-
-def _remarks(encoded: Sequence[Encoded]) -> list[Finding]:
-    counts: Counter[str] = Counter(remark for row in encoded for remark in row.remarks)
-    first: dict[str, str] = {}
-    for row in encoded:
-        for remark in row.remarks:
-            first.setdefault(remark, row.row)
-    return [
-        Finding(f"answer-{name}", "note", _REMARKS[name][0], first[name], count, _REMARKS[name][1])
-        for name, count in counts.items()
-    ]
-
-
-def _length_findings(
-    fitted: Fitted,
-    eval_fitted: Fitted,
-    encoded: Sequence[Encoded],
-    limit: int,
-    facts: ModelFacts,
-    contract: PromptContract,
-    recipe: Recipe,
-) -> list[Finding]:
-    """What the length limit costs: an error where rows are too long under --overlong error, or too
-    much would be dropped."""
-    findings = []
-    if facts.context_length and limit > facts.context_length:
-        findings.append(
-            Finding(
-                "length-beyond-context",
-                "warning",
-                f"--max-length {limit:,} is beyond the model's context of "
-                f"{facts.context_length:,} tokens",
-                why="positions that the model never saw",
-                fix=f"--max-length {facts.context_length}",
-            )
-        )
-    counts = ((fitted.num_truncated, "truncated"), (fitted.num_split, "split"))
-    for count, how in counts:
-        if count:
-            what = {
-                "truncated": "prompts lost their beginning to the length limit",
-                "split": "plain texts were split into blocks; every token is trained",
-            }[how]
-            findings.append(Finding(f"rows-{how}", "note", what, str(recipe.data), count))
-    if not fitted.dropped and not eval_fitted.dropped:
-        return findings
-    dropped = [*fitted.dropped, *eval_fitted.dropped]
-    where, tokens = dropped[0]
-    total = sum(len(row) for row in encoded)
-    share = max(len(fitted.dropped) / max(total, 1), fitted.dropped_share)
-    table = ", ".join(
-        f"{size:,} keeps {kept:,} examples and {100 * part:.1f} % of the answers"
-        for size, kept, part in length_table(encoded)[-3:]
-    )
-    rows = encoded_lengths(encoded, contract)
-    refused = recipe.overlong == "error" or share > recipe.max_dropped or not fitted.examples
-    finding = Finding(
-        code="rows-overlong",
-        level="error" if refused else "warning",
-        what=f"{len(dropped):,} examples are longer than {limit:,} tokens and "
-        f"{'would be' if refused else 'are'} dropped: "
-        f"{100 * len(fitted.dropped) / max(total, 1):.1f} % of the examples, "
-        f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
-        where=f"{where} ({tokens:,} tokens)",
-        count=len(dropped),
-        why=f"in a trainer that cuts rows, {damage(rows, limit).line()}; {table}",
-        fix=f"--max-length {limit_keeping(rows)} keeps 99 % of the rows whole; or cut prompts with "
-        "--overlong truncate-prompt, or accept the loss with --max-dropped",
-    )
-    return [*findings, finding]
-
-
 def _preflight(
     contract: PromptContract,
     fitted: Fitted,
@@ -576,59 +398,3 @@ def _reasoning_share(conversations: Sequence[Conversation]) -> float:
         any(message.get("reasoning_content") for message in c.messages) for c in conversations
     )
     return with_reasoning / max(len(conversations), 1)
-
-
-def _data_facts(
-    loaded: Loaded,
-    fitted: Fitted,
-    eval_fitted: Fitted,
-    found: Sequence[Finding],
-    overlap: Sequence[str],
-) -> dict[str, Any]:
-    """What data.json holds: files, counts, every drop with its reason."""
-    drops = [
-        {"where": finding.where, "code": finding.code, "what": finding.what}
-        for finding in found
-        if finding.level == "error"
-    ]
-    drops += [
-        {"where": where, "code": "rows-overlong", "what": f"{tokens} tokens"}
-        for where, tokens in [*fitted.dropped, *eval_fitted.dropped]
-    ]
-    drops += [
-        {
-            "where": where,
-            "code": "eval-overlaps-train",
-            "what": "a held-out row whose prompt is trained",
-        }
-        for where in overlap
-    ]
-    return {
-        "schema": loaded.schema,
-        "files": [dataclasses.asdict(file) for file in loaded.files],
-        "rows_read": loaded.num_rows,
-        "train": _counts(fitted),
-        "held_out": _counts(eval_fitted),
-        "dropped": drops,
-    }
-
-
-def _counts(fitted: Fitted) -> dict[str, Any]:
-    examples = fitted.examples
-    return {
-        "examples": len(examples),
-        "tokens": sum(len(e.ids) for e in examples),
-        "supervised_tokens": sum(e.num_supervised for e in examples),
-        "longest": max((len(e.ids) for e in examples), default=0),
-        "truncated_prompts": fitted.num_truncated,
-        "split_texts": fitted.num_split,
-        "sha256": digest(examples),
-    }
-
-
-def digest(examples: Sequence[SFTExample]) -> str:
-    """sha256 over ids and masks, in order: equal exactly where the same thing is trained."""
-    hashed = hashlib.sha256()
-    for ids, mask in examples:
-        hashed.update(repr((ids, mask)).encode())
-    return hashed.hexdigest()
