@@ -11,6 +11,7 @@ import pytest
 from tiny_models import NUM_TOKENS, edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, write_rows
 from truetune.contract import PromptContract
+from truetune.data import Conversation
 from truetune.errors import ModelError, UsageError
 from truetune.model import (
     LoadedModel,
@@ -26,6 +27,7 @@ from truetune.model import (
     save_model,
     start_full_rows,
 )
+from truetune.verify import VerifyRow, written_findings, written_tokens
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
 THINK = ["<think>", "</think>"]
@@ -232,6 +234,34 @@ def test_an_other_row_that_moved_is_an_error(tmp_path: Path) -> None:
     assert [(f.code, f.level) for f in findings] == [("other-rows-moved", "error")]
 
 
+def test_tokens_that_the_model_writes_and_those_it_does_not(tmp_path: Path) -> None:
+    import torch
+
+    loaded, tokens = prepared(tmp_path, THINK, tie_word_embeddings=True)
+    first, last = (token.id for token in tokens)
+    contract = PromptContract.load(loaded.tokenizer)
+    ids = [*contract.prompt_ids([{"role": "user", "content": "1+1?"}]), first, 50, last, 51, 257]
+    start = ids.index(first)
+    chat = Conversation(({"role": "user", "content": "1+1?"},), where="rows:1")
+    row = VerifyRow(chat, True, ((ids, [0] * start + [1] * 5),))
+    plain = VerifyRow(chat, True, ((ids[:start] + [50, 257], [0] * start + [1] * 2),))
+    (before, _) = written_tokens(loaded, contract, [plain, row, row], tokens)
+    assert (before.text, before.asked, before.written) == ("<think>", 2, 0)
+    (finding,) = written_findings([before])
+    assert (finding.code, finding.level, finding.count) == ("new-token-unwritten", "warning", 1)
+    assert "held-out prompts that should hold them" in finding.what
+
+    train(loaded.model, torch.tensor([ids]), steps=40)
+    counts = written_tokens(loaded, contract, [plain, row, row], tokens)
+    assert [(c.text, c.asked, c.written) for c in counts] == [("<think>", 2, 2), ("</think>", 2, 2)]
+    (finding,) = written_findings(counts)
+    assert (finding.code, finding.level) == ("new-tokens-written", "note")
+    assert "'<think>' in 2 of 2, '</think>' in 2 of 2" in finding.what
+    # A token that no answer should hold is not asked for.
+    assert written_tokens(loaded, contract, [plain], tokens) == []
+    assert written_findings([]) == []
+
+
 def test_a_token_that_exists_keeps_its_value() -> None:
     tokenizer = tiny_tokenizer()
     tokens, (note,) = add_tokens(tokenizer, ["<|user|>", "<new>", "<new>"])
@@ -286,6 +316,10 @@ def test_from_the_command_line(tmp_path: Path, method: list[str]) -> None:
     report = json.loads((run / "new_tokens.json").read_text())
     assert [token["text"] for token in report["tokens"]] == THINK
     assert all(c > 0 for changes in report["largest_change"].values() for c in changes)
+    assert [(entry["text"], entry["asked"]) for entry in report["written"]] == [
+        ("<think>", 6),
+        ("</think>", 6),
+    ]
     artifact = run / ("adapter" if method else "model")
     assert load_model(artifact).tokenizer.encode("<think>") == [NUM_TOKENS]
     # A checkpoint is an artifact as well.

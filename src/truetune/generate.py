@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from truetune.contract.contract import PromptContract
 
-__all__ = ["Reply", "Sampling", "replies", "stream"]
+__all__ = ["Reply", "Sampling", "replies", "replies_to_ids", "stream"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -79,10 +79,26 @@ def replies(
     Raises:
         UsageError: a prompt that leaves no room in the model's context; batch_size below 1.
     """
+    prompts = [_prompt(contract, messages, tools, prefix) for messages in conversations]
+    return replies_to_ids(loaded, contract, prompts, sampling, batch_size=batch_size)
+
+
+def replies_to_ids(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | None = None,
+    *,
+    batch_size: int = 16,
+) -> list[Reply]:
+    """`replies` to prompts that are ids already: the beginnings of trained rows.
+
+    Raises:
+        UsageError: as `replies`.
+    """
     sampling = sampling or Sampling()
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, must be at least 1", code="sampling")
-    prompts = [_prompt(contract, messages, tools, prefix) for messages in conversations]
     limits = [_limit(loaded, sampling, ids, row) for row, ids in enumerate(prompts)]
     tokens = Tokens(contract.tokenizer)
     found: dict[int, Reply] = {}

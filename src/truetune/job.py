@@ -48,7 +48,16 @@ from truetune.model import (
 from truetune.plan import Plan
 from truetune.prepare import Prepared
 from truetune.run import STEP, RunDir, write_json, write_text
-from truetune.verify import VERDICT, VERIFY_ROWS, Verdict, examples_of, row_as_dict, with_reference
+from truetune.verify import (
+    VERDICT,
+    VERIFY_ROWS,
+    Verdict,
+    examples_of,
+    row_as_dict,
+    with_reference,
+    written_findings,
+    written_tokens,
+)
 
 # Held-out prompts answered at each evaluation, for samples.jsonl.
 _NUM_SAMPLES = 4
@@ -401,10 +410,15 @@ class Job:
         self.run.replace_lines(VERIFY_ROWS, [row_as_dict(row) for row in filled])
 
     def _prove_rows(self) -> None:
-        """What training did to the rows of new tokens, and to all others."""
+        """What training did to the rows of new tokens and to all others, and whether the model
+        writes the tokens."""
         if self.rows_before is None:
             return
-        report, findings = rows_report(self.rows_before, self._rows(), self.prepared.new_tokens)
+        tokens = self.prepared.new_tokens
+        report, findings = rows_report(self.rows_before, self._rows(), tokens)
+        counts = written_tokens(self.loaded, self.contract, self.prepared.verify_rows, tokens)
+        findings += written_findings(counts)
+        report["written"] = [vars(count) for count in counts]
         write_json(self.run.file("new_tokens.json"), report)
         for finding in findings:
             self._found(finding)

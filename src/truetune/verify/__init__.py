@@ -1,6 +1,7 @@
 """A fresh process opens what was saved, and says whether it is what was trained."""
 
 from truetune.verify.artifact import VERDICT, run_of, verify, verify_merge
+from truetune.verify.new_tokens import Written, written_findings, written_tokens
 from truetune.verify.rows import (
     MOST_ROWS,
     VERIFY_ROWS,
@@ -18,6 +19,7 @@ __all__ = [
     "Check",
     "Verdict",
     "VerifyRow",
+    "Written",
     "examples_of",
     "row_as_dict",
     "run_of",
@@ -25,4 +27,6 @@ __all__ = [
     "verify",
     "verify_merge",
     "with_reference",
+    "written_findings",
+    "written_tokens",
 ]
