@@ -32,6 +32,12 @@ from truetune.recipe import make_recipe
 OPEN, CLOSE = "<think>", "</think>"
 TEMPLATE = "user-assistant-think"
 
+STEPS = 300
+ROWS = (1400, 1200)
+"""Two-step sums and world questions. With 2,000 and 600 the same steps see each kind of question
+too seldom: the written step then tells a true fact of the place that was not asked for, in 15 of
+100 questions (docs/log.md)."""
+
 _SUM = ("What is {a} plus {b} plus {c}?", "Add {a}, {b} and {c}.", "How much is {a} + {b} + {c}?")
 _PLACE = ("What is the {r} of {s}?", "Tell me the {r} of {s}.", "{s}: which {r}?")
 
@@ -222,8 +228,8 @@ def experiment(
     output: Path | str,
     *,
     seeds: Sequence[int] = (1, 2, 3),
-    steps: int = 600,
-    num_rows: tuple[int, int] = (2000, 600),
+    steps: int = STEPS,
+    num_rows: tuple[int, int] = ROWS,
     num_questions: tuple[int, int] = (300, 100),
     on_twins: Callable[[Twins], None] | None = None,
     listener: Listener | None = None,
