@@ -244,7 +244,7 @@ def test_tokens_that_the_model_writes_and_those_it_does_not(tmp_path: Path) -> N
     start = ids.index(first)
     chat = Conversation(({"role": "user", "content": "1+1?"},), where="rows:1")
     row = VerifyRow(chat, True, ((ids, [0] * start + [1] * 5),))
-    plain = VerifyRow(chat, True, ((ids[:start] + [50, 257], [0] * start + [1] * 2),))
+    plain = VerifyRow(chat, True, (([*ids[:start], 50, 257], [0] * start + [1] * 2),))
     (before, _) = written_tokens(loaded, contract, [plain, row, row], tokens)
     assert (before.text, before.asked, before.written) == ("<think>", 2, 0)
     (finding,) = written_findings([before])
