@@ -128,6 +128,13 @@ def test_a_window_that_is_in_the_mask_alone_matters_where_rows_reach_it() -> Non
     assert find_route(model, longest=33).kind == "apart"
 
 
+def test_a_compiled_model_is_probed_bare() -> None:
+    # Traced, transformers writes a mask of the probe's length, which longer rows fall out of.
+    model = tiny_model("llama")
+    model.compile(backend="eager")
+    assert find_route(model, longest=300).kind == "packed"
+
+
 def test_the_probe_leaves_no_trace() -> None:
     model = family("gemma2").train()
     model.config.attention_dropout = 0.5

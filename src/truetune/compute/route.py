@@ -137,11 +137,13 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            reason = _against_packing(model, longest)
-        route = Route(model, "apart" if reason else "packed", reason=reason)
-        route.head = _proved_head(route)
-        route.adapters = find_adapters(model)
+        # A compiled forward writes masks for the probe's lengths only: the model is probed bare.
+        with torch.compiler.set_stance("force_eager"):
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                reason = _against_packing(model, longest)
+            route = Route(model, "apart" if reason else "packed", reason=reason)
+            route.head = _proved_head(route)
+            route.adapters = find_adapters(model)
     finally:
         model.train(was_training)
     return route

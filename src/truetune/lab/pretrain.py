@@ -235,6 +235,7 @@ def _steps(
         grad_clip=run.grad_clip,
         autocast_dtype=torch.bfloat16 if run.autocast else None,
         batcher=batcher,
+        packing=False,  # full rows of one length: there is no padding to save
     )
     while trainer.step < course.num_steps(run.step_tokens):
         facts = trainer.train_step()
