@@ -21,7 +21,7 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `recipe.py` by `make docs`. Each is an option of `truetune train`",
+        "Made from `recipe/settings.py` by `make docs`. Each is an option of `truetune train`",
         "(`--learning-rate`) and a line of a YAML recipe (`learning_rate: 1e-4`); the command line",
         "wins. `recipe.yaml` of a run holds the value and the origin of each.",
     ]

@@ -1,0 +1,333 @@
+"""Settings of a run: what can be set, and where each value came from.
+
+output  `Recipe`: frozen, typed, with the origin of every value; `settings`, the list of its fields
+who     `sources.py` makes one from files and options
+
+The fields of `Recipe` are the only list of settings: the command line and its help are made from
+them. A value of None (or "auto") is derived later from model and data; `plan.py` says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Origin = str
+
+
+def _option(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    aliases: Sequence[str] = (),
+    shown: str = "",
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A setting: its default, the group and text of its help, other spellings, its range."""
+    meta = {
+        "group": group,
+        "help": help,
+        "aliases": tuple(aliases),
+        "shown": shown,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+    }
+    return dataclasses.field(default=default, metadata=meta)
+
+
+INPUT, PROMPT, METHOD, LENGTH, TRAIN, WATCH, RUN = (
+    "Input",
+    "Prompt and answer",
+    "Method",
+    "Length",
+    "Training",
+    "Watching",
+    "Run",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of a training run. See `docs/settings.md` or `truetune train --help`."""
+
+    model: str | None = _option(
+        None, INPUT, "A local folder or Hub id.", aliases=["model_name_or_path"]
+    )
+    data: str | None = _option(None, INPUT, "A file, folder or Hub dataset.", aliases=["dataset"])
+    revision: str | None = _option(None, INPUT, "Revision of a model on the Hub.")
+    split: str | None = _option(None, INPUT, "Split of a Hub dataset.", shown="train")
+    schema: str = _option("auto", INPUT, "Shape of the rows, where it is not to be recognised.")
+    columns: dict[str, str] | None = _option(
+        None, INPUT, "Column names, e.g. prompt=question,completion=answer."
+    )
+    bad_rows: Literal["error", "drop"] = _option(
+        "error", INPUT, "Rows that cannot be trained: stop, or drop and count them."
+    )
+    max_train_samples: int | None = _option(
+        None, INPUT, "Read only the first rows.", minimum=1, shown="all"
+    )
+    eval_data: str | None = _option(
+        None, INPUT, "Held-out rows of your own.", shown="5 % of the rows, at most 200"
+    )
+    eval_split: str | None = _option(None, INPUT, "Split of --eval-data, or of DATA.")
+
+    chat_template: str | None = _option(
+        None,
+        PROMPT,
+        "A .jinja file, or built-in: instruction-response, chatml-lite, user-assistant-think.",
+        shown="the model's own",
+    )
+    stop: list[str] | None = _option(
+        None, PROMPT, "Tokens that end an answer, beside the model's own.", shown="auto"
+    )
+    loss_on: Literal["assistant", "last", "all"] = _option(
+        "assistant", PROMPT, "Which tokens are targets."
+    )
+    template_arg: dict[str, Any] | None = _option(
+        None,
+        PROMPT,
+        "Argument of the template, e.g. enable_thinking=false; may be repeated.",
+        aliases=["template_args", "template_kwargs", "chat_template_kwargs"],
+        shown="the value under which the rows fit",
+    )
+    reasoning: Literal["auto", "inline", "empty", "drop"] = _option(
+        "auto",
+        PROMPT,
+        "Reasoning of the rows: where the template takes it, between think markers, an opened "
+        "block closed at once, or left out.",
+    )
+    think_markers: list[str] | None = _option(
+        None,
+        PROMPT,
+        "Opening and closing marker for --reasoning inline.",
+        shown="the template's own, or <think>,</think>",
+    )
+    history: Literal["as-data", "no-reasoning"] = _option(
+        "as-data", PROMPT, "Whether earlier turns show the template their reasoning."
+    )
+    merge_system: bool = _option(
+        False, PROMPT, "Put the system text in front of the first question."
+    )
+    content_specials: Literal["keep", "error"] = _option(
+        "keep", PROMPT, "Rows whose text holds control tokens: told, or refused."
+    )
+    date: str | None = _option(
+        None, PROMPT, "Today, for templates that write it (YYYY-MM-DD).", shown="the day of the run"
+    )
+
+    lora: bool = _option(False, METHOD, "Train a LoRA adapter instead of all weights.")
+    lora_r: int = _option(16, METHOD, "Rank.", aliases=["lora_rank"], minimum=1)
+    lora_alpha: float = _option(32, METHOD, "Scale; alpha / r multiplies the update.", above=0)
+    lora_dropout: float = _option(0.05, METHOD, "Dropout before the adapter.", minimum=0, below=1)
+    target_modules: list[str] | None = _option(
+        None, METHOD, "Layers that get an adapter.", shown="all linear layers"
+    )
+    rslora: bool = _option(
+        False, METHOD, "LoRA with the scale alpha / sqrt(r).", aliases=["use_rslora"]
+    )
+    dora: bool = _option(
+        False, METHOD, "LoRA on direction, and each weight's magnitude.", aliases=["use_dora"]
+    )
+    qlora: bool = _option(
+        False, METHOD, "LoRA on a base held in 4 bits (NF4).", aliases=["load_in_4bit"]
+    )
+    load_in_8bit: bool = _option(False, METHOD, "LoRA on a base held in 8 bits.")
+    add_token: list[str] | None = _option(
+        None,
+        METHOD,
+        "A token to add, whose row is trained in embedding and head; repeatable.",
+        aliases=["add_tokens"],
+    )
+    full_fingerprint: bool = _option(
+        False, METHOD, "Bind the adapter to every byte of its base, not to samples."
+    )
+
+    max_length: int | None = _option(
+        None,
+        LENGTH,
+        "Longest row in tokens.",
+        aliases=["max_seq_length", "max_seq_len", "cutoff_len"],
+        shown="auto: the longest row, up to the model's context",
+        minimum=2,
+    )
+    overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
+        "drop", LENGTH, "What happens to longer rows; plain text is always split."
+    )
+    max_dropped: float = _option(
+        0.05,
+        LENGTH,
+        "Largest share of rows or supervised tokens to lose to length.",
+        minimum=0,
+        maximum=1,
+    )
+
+    epochs: float | None = _option(
+        None,
+        TRAIN,
+        "Passes over the rows.",
+        aliases=["num_train_epochs", "num_epochs"],
+        shown="3 on a base model, 2 on an instruct model",
+        above=0,
+    )
+    max_steps: int | None = _option(
+        None, TRAIN, "Optimiser steps, instead of epochs.", minimum=1, shown="from epochs"
+    )
+    batch_size: int | None = _option(
+        None,
+        TRAIN,
+        "Rows per optimiser step, over all devices.",
+        aliases=["train_batch_size"],
+        shown="16",
+        minimum=1,
+    )
+    tokens_per_step: int | None = _option(
+        None,
+        TRAIN,
+        "Instead of --batch-size: at most so many tokens of whole rows per optimiser step.",
+        shown="not used",
+        minimum=1,
+    )
+    micro_batch_size: int | None = _option(
+        None,
+        TRAIN,
+        "Rows per forward pass.",
+        aliases=["per_device_train_batch_size"],
+        shown="the batch; without packing, by size of the logits",
+        minimum=1,
+    )
+    micro_batch_tokens: int | None = _option(
+        None,
+        TRAIN,
+        "Tokens per forward pass of packed rows; a longer row goes alone.",
+        shown="1024 on CPU, else 16384, or what fits",
+        minimum=1,
+    )
+    packing: bool = _option(
+        True, TRAIN, "Rows without padding, shared beginnings once; --no-packing pads."
+    )
+    gradient_accumulation_steps: int | None = _option(
+        None, TRAIN, "Forward passes per optimiser step.", minimum=1, shown="from the other two"
+    )
+    learning_rate: float | None = _option(
+        None,
+        TRAIN,
+        "Peak learning rate.",
+        aliases=["lr", "max_lr"],
+        shown="LoRA 2e-4 base, 1e-4 instruct; full 2e-5 base, 1e-5 instruct, 3e-4 under 50 M",
+        above=0,
+    )
+    warmup_ratio: float | None = _option(
+        None, TRAIN, "Share of the steps to warm up.", shown="0.03", minimum=0, maximum=1
+    )
+    warmup_steps: int | None = _option(
+        None, TRAIN, "Steps to warm up.", shown="from the ratio", minimum=0
+    )
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = _option(
+        "cosine", TRAIN, "How the rate falls after warm-up."
+    )
+    weight_decay: float = _option(0.0, TRAIN, "AdamW's decay, on matrices only.", minimum=0)
+    max_grad_norm: float = _option(
+        1.0, TRAIN, "Clip the gradient to this norm; 0 never.", aliases=["grad_clip"], minimum=0
+    )
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
+        "adamw", TRAIN, "Optimiser; the 8-bit ones are bitsandbytes'."
+    )
+    gradient_checkpointing: bool = _option(
+        False, TRAIN, "Compute activations twice to keep fewer of them."
+    )
+    seed: int = _option(
+        42,
+        TRAIN,
+        "Of row order, held-out split, adapter and dropout.",
+        minimum=0,
+        maximum=2**32 - 1,
+    )
+    device: Literal["auto", "cuda", "mps", "cpu"] = _option("auto", TRAIN, "Where to compute.")
+    dtype: Literal["auto", "bfloat16", "float32"] = _option(
+        "auto", TRAIN, "Type to compute in; trained weights are float32 always."
+    )
+
+    eval_steps: int | None = _option(
+        None, WATCH, "Steps between evaluations.", shown="10 per run", minimum=1
+    )
+    save_steps: int | None = _option(
+        None, WATCH, "Steps between checkpoints.", shown="4 per run", minimum=1
+    )
+    save_total_limit: int = _option(2, WATCH, "Checkpoints to keep.", minimum=1)
+    logging_steps: int = _option(1, WATCH, "Steps between lines of metrics.jsonl.", minimum=1)
+    report_to: list[str] | None = _option(
+        None, WATCH, "Trackers: tensorboard, wandb, mlflow, trackio.", shown="none"
+    )
+
+    output: str | None = _option(None, RUN, "Folder of the run.", aliases=["output_dir"])
+    overwrite: bool = _option(
+        False, RUN, "Replace a run in that folder.", aliases=["overwrite_output_dir"]
+    )
+    verify: bool = _option(
+        True, RUN, "Have a fresh process open the result and compare it with what was trained."
+    )
+    no_check: bool = _option(False, RUN, "Train without the preflight; recorded in the run.")
+
+    origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False)
+
+    def origin(self, name: str) -> Origin:
+        """Where a value came from."""
+        return self.origins.get(name, "default")
+
+    def given(self, name: str) -> bool:
+        """Whether somebody set it; what was derived is a default."""
+        return not self.origin(name).startswith("default")
+
+    @property
+    def method(self) -> str:
+        """What is trained, in words."""
+        if not self.lora:
+            return "all weights"
+        name = "DoRA" if self.dora else "LoRA"
+        name = f"rank-stabilised {name}" if self.rslora else name
+        bits = 4 * self.qlora or 8 * self.load_in_8bit
+        return f"{name} on a base in {bits} bits" if bits else name
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back.
+
+        Local files are absolute: a run is resumed and compared from any folder.
+        """
+        return {
+            name: {"value": self._located(name), "origin": self.origin(name)}
+            for name in setting_names()
+        }
+
+    def _located(self, name: str) -> Any:
+        value = getattr(self, name)
+        if name in _INPUTS and value and Path(value).expanduser().exists():
+            return str(Path(value).expanduser().absolute())
+        return value
+
+
+# Settings that may name something on this machine.
+_INPUTS = ("model", "data", "eval_data", "chat_template")
+
+
+def settings() -> tuple[dataclasses.Field[Any], ...]:
+    """The fields that are settings, in the order of the help."""
+    return tuple(f for f in dataclasses.fields(Recipe) if f.name != "origins")
+
+
+def setting_names() -> tuple[str, ...]:
+    return tuple(field.name for field in settings())
+
+
+def setting_types() -> dict[str, Any]:
+    """name -> declared type."""
+    return typing.get_type_hints(Recipe)
