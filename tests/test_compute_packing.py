@@ -199,3 +199,19 @@ def test_first_fit_decreasing_is_the_same_for_whoever_asks(
     longest = [max(lengths[r] - 1 for r in rows) for rows in cut]
     for i, there in enumerate(filled):
         assert all(there + row > tokens for row in longest[i + 1 :])
+
+
+@given(rows_of_few_ids, st.integers(1, 3), st.sampled_from([1, 7, 100]))
+def test_processes_share_a_step_whatever_their_limits_are(
+    ids: list[list[int]], size: int, tokens: int
+) -> None:
+    rows = [row(*line) for line in ids]
+    taken = []
+    for rank in range(size):
+        order = RowOrder(len(rows), len(rows), 0)
+        # The last process has run out of memory before.
+        limits = Limits(1, 1) if rank == size - 1 else Limits(len(rows), tokens)
+        made = PackedBatcher(rows, max_seq_len=50, order=order, limits=limits, share=(rank, size))
+        taken.append([r for batch in made.micro_batches(0) for r in batch.rows])
+    assert sorted(r for own in taken for r in own) == list(range(len(rows)))
+    assert max(map(len, taken)) <= -(-len(rows) // size) + size or size == 1

@@ -544,13 +544,18 @@ def test_what_has_no_default_is_named_at_once(tmp_path: Path) -> None:
         train(make_recipe())
 
 
-def test_several_processes_are_refused(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "code"), [("SHELL", "no-launcher"), ("ACCELERATE_USE_FSDP", "sharding")]
+)
+def test_processes_that_would_not_train_as_asked_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, code: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, "true")
     shown = command("train", place / "tiny", place / "rows.jsonl", "-o", tmp_path / "run")
     assert shown.code == 2
-    assert "error[many-processes]" in shown.err
+    assert f"error[{code}]" in shown.err
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from truetune import __version__, lab_verbs
-from truetune.errors import CheckFailed, TruetuneError, UsageError
+from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
 from truetune.options import canonical, own_option, with_settings
 from truetune.recipe import Recipe, make_recipe, read_recipe, recorded_recipe
 from truetune.verb import CONTEXT, Verb, open_screen
@@ -505,6 +505,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             sys.stderr.write(f"{error}\n")
         sys.exit(2)
+    except ToldElsewhere as error:
+        sys.exit(error.exit_code)
     except TruetuneError as error:
         open_screen().error(error)
         sys.exit(error.exit_code)

@@ -1,14 +1,11 @@
-"""Where a run happened: versions, machine, command; and what it cannot run on."""
+"""Where a run happened: versions, machine, command."""
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from importlib import metadata
 from typing import Any
-
-from truetune.errors import UsageError
 
 _PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
@@ -32,19 +29,3 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def refuse_many_processes() -> None:
-    """One process trains; several would each train on their own and write the same files.
-
-    Raises:
-        UsageError: started by a launcher with more than one process.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    if size > 1:
-        raise UsageError(
-            f"truetune was started as {size} processes, and trains in one",
-            why="WORLD_SIZE is set, as torchrun and accelerate launch do",
-            fix="start it without a launcher",
-            code="many-processes",
-        )

@@ -14,7 +14,8 @@ TruetuneError                 1   the work failed part way; what was saved stays
 ├── OutOfMemory               1   a single row does not fit in memory; nothing was stepped
 ├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
 ├── SaveError                 1   what was written does not read back as what was trained
-└── Interrupted             130   Ctrl-C; a checkpoint was saved
+├── Interrupted             130   Ctrl-C; a checkpoint was saved
+└── ToldElsewhere             1   another process of this run stopped, and tells why; its code
 """
 
 from __future__ import annotations
@@ -169,3 +170,13 @@ class Interrupted(TruetuneError):
 
     exit_code = 130
     default_code = "interrupted"
+
+
+class ToldElsewhere(TruetuneError):
+    """Another process of the run failed, or was stopped; that one tells why."""
+
+    default_code = "stopped-elsewhere"
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the run stopped")
+        self.exit_code = exit_code

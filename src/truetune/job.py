@@ -22,7 +22,7 @@ from typing import Any
 
 from truetune.compare import measure
 from truetune.contract import PromptContract
-from truetune.engine import SFTTrainer, load_state, save_state
+from truetune.engine import Group, SFTTrainer, gather_states, load_state, save_state
 from truetune.environment import environment
 from truetune.errors import (
     Interrupted,
@@ -104,8 +104,9 @@ class Job:
         listener: Listener,
         trackers: Trackers,
         findings: list[Finding],
+        group: Group,
     ) -> None:
-        self.run, self.prepared, self.loaded = run, prepared, loaded
+        self.run, self.prepared, self.loaded, self.group = run, prepared, loaded, group
         self.plan, self.recipe = prepared.plan, prepared.plan.recipe
         self.contract, self.listener, self.trackers = prepared.contract, listener, trackers
         self.findings = [*prepared.findings, *findings]
@@ -141,6 +142,7 @@ class Job:
             log_every=recipe.logging_steps,
             seed=recipe.seed,
             autocast_dtype=self.loaded.compute_dtype,
+            group=self.group,
             on_step=self.on_step,
             on_eval=self.on_eval,
             on_finding=self._found,
@@ -169,6 +171,7 @@ class Job:
                 "reason": self.trainer.route.reason,
                 "micro_batch_tokens": self.trainer.limits.tokens if self.trainer.limits else None,
             },
+            "processes": self.group.size,
             "check": "skipped by --no-check" if self.recipe.no_check else "passed",
         }
         recipe = yaml.safe_dump(self.recipe.rows(), sort_keys=False, allow_unicode=True)
@@ -184,11 +187,16 @@ class Job:
         """Seed a new run, or continue a checkpoint's."""
         import torch
 
-        torch.manual_seed(self.recipe.seed)
-        if checkpoint:
-            load_state(self.trainer, checkpoint, run=self.identity())
-        self.run.rewind(self.trainer.step)
+        # Each process draws dropout of its own.
+        torch.manual_seed(self.recipe.seed + self.group.rank)
+        with self.group.together():
+            if checkpoint:
+                load_state(self.trainer, checkpoint, run=self.identity())
+            self._rewind()
         self._evaluate_again()
+
+    def _rewind(self) -> None:
+        self.run.rewind(self.trainer.step)
 
     def _evaluate_again(self) -> None:
         """A checkpoint is saved before its step is evaluated: the run may have been killed between
@@ -196,10 +204,14 @@ class Job:
         step, examples = self.trainer.step, self.prepared.eval_examples
         if not step or not examples or step % self.plan.eval_steps:
             return
+        self._keep_until(step)
+        self.on_eval(step, self.trainer.evaluate(examples))
+
+    def _keep_until(self, step: int) -> None:
+        """Take away what was written of the evaluation of a step."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [v for v in self.run.lines(name) if v["step"] < step or "loss" in v]
             self.run.replace_lines(name, kept)
-        self.on_eval(step, self.trainer.evaluate(examples))
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued exactly."""
@@ -223,12 +235,13 @@ class Job:
             "seed": recipe.seed,
             "method": recipe.method,
             "new_tokens": [token.text for token in self.prepared.new_tokens],
+            "processes": self.group.size,
         }
 
     def train_and_save(self) -> SaveReport:
         """The loop, then the artifact."""
         try:
-            with _interruptible(self.trainer):
+            with interruptible(self.trainer):
                 self.trainer.train(self.prepared.eval_examples or None)
             if self.trainer.step < self.plan.max_steps:
                 self.save_checkpoint()
@@ -272,10 +285,14 @@ class Job:
                 "verified": verdict.passed if verdict else None,
             }
         )
+        return self.result(report.folder, verdict)
+
+    def result(self, artifact: Path, verdict: Verdict | None = None) -> RunResult:
+        """Of the finished run."""
         base = self.loaded.base if self.loaded.is_adapter else None
         return RunResult(
             self.run,
-            report.folder,
+            artifact,
             self.plan,
             self.contract,
             self.last_loss,
@@ -311,8 +328,12 @@ class Job:
             self.run.append("metrics.jsonl", line)
             self.trackers.log(line, facts.step)
         self.listener.step(facts, self.plan)
-        if facts.step % self.plan.save_steps == 0 and facts.step < self.plan.max_steps:
+        if self.is_saved_after(facts.step):
             self.save_checkpoint()
+
+    def is_saved_after(self, step: int) -> bool:
+        """Whether a step is followed by a checkpoint; the last one by the artifact."""
+        return step % self.plan.save_steps == 0 and step < self.plan.max_steps
 
     def on_eval(self, step: int, loss: float) -> None:
         self.last_eval = loss
@@ -327,6 +348,7 @@ class Job:
     def save_checkpoint(self) -> None:
         """Weights as an artifact that transformers or peft opens, beside them the trainer's state;
         the folder gets its name when all of it is on disk."""
+        states = gather_states(self.trainer)
         final = self.run.checkpoint_path(self.trainer.step)
         if final.exists():
             return
@@ -334,7 +356,7 @@ class Job:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             save_model(self.loaded, self.contract, partial)
-            save_state(self.trainer, partial, run=self.identity())
+            save_state(self.trainer, partial, run=self.identity(), states=states)
             os.replace(partial, final)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -472,7 +494,7 @@ def _replace_folder(folder: Path, fresh: Path) -> None:
 
 
 @contextlib.contextmanager
-def _interruptible(trainer: SFTTrainer) -> Iterator[None]:
+def interruptible(trainer: SFTTrainer) -> Iterator[None]:
     """The first Ctrl-C ends the run after its step; the second one at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

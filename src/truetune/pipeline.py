@@ -24,10 +24,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from truetune.engine import read_facts
-from truetune.environment import refuse_many_processes
+from truetune.engine import Group, joined, read_facts
 from truetune.errors import CheckFailed, OutputExists, UsageError
 from truetune.export import Exported, write_merged
+from truetune.follower import Follower
 from truetune.integrations.trackers import Trackers
 from truetune.job import Job, RunResult
 from truetune.listener import Listener
@@ -54,43 +54,75 @@ def train(
             training itself fails.
     """
     listener = listener or Listener()
-    refuse_many_processes()
+    with joined() as group:
+        # Under torchrun all processes come this way, each with its share of every step; the first
+        # one writes and tells.
+        with group.together():
+            job, checkpoint = _started(
+                recipe, listener if group.leads else Listener(), group, resume
+            )
+        try:
+            if isinstance(job, Follower):
+                return _follow(job, checkpoint)
+            return _lead(job, checkpoint)
+        finally:
+            job.trackers.finish()
+
+
+def _started(
+    recipe: Recipe, listener: Listener, group: Group, resume: Path | str | None
+) -> tuple[Job, Path | None]:
+    """The run before its first step, and the checkpoint that it goes on from."""
     require_settings(recipe, *(() if resume else ("output",)))
     run = _resumed(resume) if resume else RunDir(str(recipe.output))
-    if not resume:
+    if not resume and group.leads:
         run.require_room(overwrite=recipe.overwrite)
         _refuse_own_input(recipe, run)
     prepared = prepare(recipe, listener)
-    trackers = Trackers(recipe.report_to or [], run.path)
-
+    trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
     checkpoint = run.checkpoints()[-1] if resume and run.checkpoints() else None
     if checkpoint:
         read_facts(checkpoint)
     listener.stage("weights")
     loaded, findings = load_start(prepared, checkpoint)
+    if not group.leads:
+        return Follower(run, prepared, loaded, listener, trackers, findings, group), checkpoint
     if not resume:
         run.make(overwrite=recipe.overwrite)
-    job = Job(run, prepared, loaded, listener, trackers, findings)
+    job = Job(run, prepared, loaded, listener, trackers, findings, group)
     try:
-        try:
-            job.write_start()
-        except Exception:
-            if not resume:
-                run.discard()
-            raise
-        job.restore(checkpoint)
-        report = job.train_and_save()
-        verdict = None
-        if recipe.verify:
-            listener.stage("verify")
-            job.release()
-            verdict = verify(str(run.path), device=recipe.device)
-        result = job.finish(report, verdict)
-        if verdict:
-            _require_passed(verdict, "what was saved is not what was trained")
-        return result
-    finally:
+        job.write_start()
+    except Exception:
         trackers.finish()
+        if not resume:
+            run.discard()
+        raise
+    return job, checkpoint
+
+
+def _lead(job: Job, checkpoint: Path | None) -> RunResult:
+    job.restore(checkpoint)
+    report = job.train_and_save()
+    verdict = None
+    if job.recipe.verify:
+        job.listener.stage("verify")
+        job.release()
+        verdict = verify(str(job.run.path), device=job.recipe.device)
+    result = job.finish(report, verdict)
+    job.group.gather("finished")
+    if verdict:
+        _require_passed(verdict, "what was saved is not what was trained")
+    return result
+
+
+def _follow(job: Follower, checkpoint: Path | None) -> RunResult:
+    job.restore(checkpoint)
+    job.follow()
+    job.release()
+    job.group.gather("finished")
+    artifact = job.run.artifact()
+    assert artifact is not None
+    return job.result(artifact)
 
 
 def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:

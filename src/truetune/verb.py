@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import typer.core
@@ -36,7 +37,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 def open_screen() -> Screen:
-    """The terminal, opened when something is to be told."""
+    """The terminal, opened when something is to be told: of several processes that torchrun
+    started, by the first one."""
     from truetune.screen import Screen
 
-    return Screen()
+    return Screen(quiet=os.environ.get("RANK", "0") != "0")

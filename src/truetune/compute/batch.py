@@ -260,6 +260,7 @@ class PaddedBatcher:
         pad_id: fills the rest.
         order: which rows a step trains.
         limits: of a forward pass (its rows: padded tokens are not limited).
+        share: of a step's rows, (this process, processes).
     """
 
     def __init__(
@@ -270,15 +271,17 @@ class PaddedBatcher:
         pad_id: int,
         order: RowStream,
         limits: Limits,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.examples, self.max_seq_len, self.pad_id = examples, max_seq_len, pad_id
-        self.order, self.limits = order, limits
+        self.order, self.limits, self.share = order, limits, share
 
     def micro_batches(self, step: int) -> list[Batch]:
         # The gradient of a step is a sum over its rows: sorting them by length changes nothing
         # but the padding.
         rows = sorted(self.order.rows(step), key=lambda row: len(self.examples[row].ids))
-        return list(self._cut(self.examples, rows))
+        rank, size = self.share
+        return list(self._cut(self.examples, rows[rank::size]))
 
     def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
         return self._cut(examples, range(len(examples)))

@@ -178,6 +178,7 @@ class PackedBatcher:
         order: which rows a step trains.
         limits: of a micro-batch; may be lowered while the run goes on.
         min_shared: see `pack`.
+        share: of a step's rows, (this process, processes).
     """
 
     def __init__(
@@ -188,15 +189,15 @@ class PackedBatcher:
         order: RowStream,
         limits: Limits,
         min_shared: int | None = MIN_SHARED,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.max_seq_len, self.order, self.limits = max_seq_len, order, limits
-        self.min_shared = min_shared
+        self.min_shared, self.share = min_shared, share
         self.examples = self._fitting(examples)
 
     def micro_batches(self, step: int) -> list[PackedBatch]:
         bins: list[tuple[int, list[int]]] = []  # (tokens, rows)
-        trees = sorted(self._trees(self.order.rows(step)), key=lambda tree: -tree[0])
-        for size, rows in trees:
+        for size, rows in self._trees(self._dealt(self.order.rows(step)), self.limits):
             for index, (filled, there) in enumerate(bins):
                 if self.limits.take(filled + size, len(there) + len(rows)):
                     bins[index] = (filled + size, there + rows)
@@ -205,8 +206,26 @@ class PackedBatcher:
                 bins.append((size, rows))
         return [pack(self.examples, rows, min_shared=self.min_shared) for _, rows in bins]
 
-    def _trees(self, rows: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-        """(tokens, rows) of runs of rows that share a beginning, each within the limits."""
+    def _dealt(self, rows: Sequence[int]) -> Sequence[int]:
+        """This process's rows of a step. Rows that share a beginning stay together, and the next
+        largest tree goes to whoever has least; a rule of the rows alone, whatever the limits have
+        come to in one of the processes."""
+        rank, size = self.share
+        if size == 1:
+            return rows
+        piles: list[tuple[int, list[int]]] = [(0, []) for _ in range(size)]
+        for tokens, tree in self._trees(rows, Limits(rows=-(-len(rows) // size))):
+            least = min(range(size), key=lambda pile: piles[pile][0])
+            filled, there = piles[least]
+            piles[least] = (filled + tokens, there + tree)
+        return piles[rank][1]
+
+    def _trees(self, rows: Sequence[int], limits: Limits) -> list[tuple[int, list[int]]]:
+        """(tokens, rows) of runs of rows that share a beginning, each within the limits; the
+        largest first."""
+        return sorted(self._runs(rows, limits), key=lambda tree: -tree[0])
+
+    def _runs(self, rows: Sequence[int], limits: Limits) -> Iterator[tuple[int, list[int]]]:
         size, tree = 0, list[int]()
         ordered = sorted(rows, key=lambda row: self.examples[row].ids)
         for row in ordered:
@@ -216,7 +235,7 @@ class PackedBatcher:
                 shared = common_inputs(self.examples[tree[-1]], self.examples[row])
             grown = size + length - shared
             joins = self.min_shared is not None and shared >= self.min_shared
-            if joins and self.limits.take(grown, len(tree) + 1, tree=True):
+            if joins and limits.take(grown, len(tree) + 1, tree=True):
                 size = grown
                 tree.append(row)
                 continue

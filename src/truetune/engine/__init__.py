@@ -1,15 +1,19 @@
 """Optimiser, schedule, checkpoint and resume, the loop."""
 
-from truetune.engine.checkpoint import load_state, read_facts, save_state
+from truetune.engine.checkpoint import gather_states, load_state, read_facts, save_state
 from truetune.engine.optimizer import OPTIMIZERS
+from truetune.engine.parallel import Group, joined
 from truetune.engine.schedule import SCHEDULER_TYPES, SchedulerType
 from truetune.engine.trainer import SFTTrainer
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULER_TYPES",
+    "Group",
     "SFTTrainer",
     "SchedulerType",
+    "gather_states",
+    "joined",
     "load_state",
     "read_facts",
     "save_state",

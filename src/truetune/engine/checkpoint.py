@@ -1,6 +1,7 @@
 """Trainer state on disk: what a resumed run needs beside the weights.
 
-    CHECKPOINT/  trainer_state.safetensors   optimiser moments by parameter name, random state
+    CHECKPOINT/  trainer_state.safetensors   optimiser moments by parameter name, random state of
+                                             each process
                  trainer_state.json          step, settings, size of every file (written last)
                  weights, tokenizer, ...     written by the model room before
 
@@ -11,7 +12,7 @@ Nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,17 +33,31 @@ STATE_FACTS = "trainer_state.json"
 _CODES = ("qmap1", "qmap2", "absmax1", "absmax2")
 
 
-def save_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> None:
+def gather_states(trainer: SFTTrainer) -> list[dict[str, Any]]:
+    """What each process of the run has of its own: random state and limits. All must call."""
+    limits = asdict(trainer.limits) if trainer.limits else None
+    return trainer.group.gather({"random": get_random_state(), "limits": limits})
+
+
+def save_state(
+    trainer: SFTTrainer,
+    folder: Path,
+    *,
+    run: Mapping[str, Any],
+    states: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
     """Write the trainer's state into a checkpoint that already holds the weights.
 
     Args:
         run: what must be equal when the run resumes (data, batch size, schedule...).
+        states: of `gather_states`; None where there is one process.
     """
     from safetensors.torch import save_file
 
-    save_file(_tensors(trainer), folder / STATE_TENSORS)
+    states = gather_states(trainer) if states is None else states
+    save_file(_tensors(trainer, states), folder / STATE_TENSORS)
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
-    limits = asdict(trainer.limits) if trainer.limits else None
+    limits = [state["limits"] for state in states]
     facts = {"step": trainer.step, "run": dict(run), "limits": limits, "files": sizes}
     write_json(folder / STATE_FACTS, facts)
 
@@ -108,17 +123,20 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
         raise CheckpointError(
             f"the checkpoint's trainer state cannot be used: {error}", where=str(folder)
         ) from error
-    if facts.get("limits"):
+    if limits := facts["limits"][trainer.group.rank]:
         # Lowered where memory ran out: the same cut, so that the same numbers are drawn and added.
-        trainer.batcher.limits = Limits(**facts["limits"])  # type: ignore[attr-defined]
+        trainer.batcher.limits = Limits(**limits)  # type: ignore[attr-defined]
     trainer.step = facts["step"]
 
 
-def _tensors(trainer: SFTTrainer) -> dict[str, torch.Tensor]:
+def _tensors(trainer: SFTTrainer, states: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     import torch
 
-    cpu, *on_cuda = get_random_state()
-    tensors = {"rng/cpu": cpu} | {f"rng/cuda/{i}": state for i, state in enumerate(on_cuda)}
+    tensors = {
+        f"rng/{rank}/{i:04d}": drawn
+        for rank, state in enumerate(states)
+        for i, drawn in enumerate(state["random"])
+    }
     for name, parameter in trainer.named_trainable:
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
             tensor = torch.as_tensor(value).detach().cpu().contiguous()
@@ -147,5 +165,5 @@ def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
             trainer.optimizer.state[parameter][field] = (
                 int(value) if counter else value.to(parameter.device)
             )
-    on_cuda = [v for k, v in sorted(tensors.items()) if k.startswith("rng/cuda/")]
-    set_random_state([tensors["rng/cpu"], *on_cuda])
+    own = f"rng/{trainer.group.rank}/"
+    set_random_state([v for k, v in sorted(tensors.items()) if k.startswith(own)])

@@ -33,6 +33,7 @@ from truetune.compute import (
 from truetune.contract.example import SFTExample
 from truetune.engine.memory import get_random_state, is_out_of_memory, set_random_state
 from truetune.engine.optimizer import build_optimizer, optimizer_bytes
+from truetune.engine.parallel import Group
 from truetune.engine.schedule import SchedulerType, learning_rate
 from truetune.errors import NonFiniteLoss, OutOfMemory
 from truetune.findings import Finding
@@ -84,7 +85,8 @@ class SFTTrainer:
         lr_scheduler_type: cosine, linear or constant.
         optim: see `build_optimizer`.
         autocast_dtype: compute type under autocast; None computes in the parameters' own type.
-        batcher: replaces the padded reference batcher.
+        batcher: replaces the padded reference batcher; for one process.
+        group: the processes that train together; each takes its share of a step's rows.
         probes: asked before each optimiser step; a finding of level error stops.
         on_step: called after each step with its facts.
         on_eval: called after each evaluation with (step, loss).
@@ -123,6 +125,7 @@ class SFTTrainer:
         optim: str = "adamw",
         autocast_dtype: torch.dtype | None = None,
         batcher: Batcher | None = None,
+        group: Group | None = None,
         probes: Sequence[Probe] = (non_finite,),
         on_step: Callable[[StepFacts], None] | None = None,
         on_eval: Callable[[int, float], None] | None = None,
@@ -139,8 +142,9 @@ class SFTTrainer:
             raise ValueError(f"max_seq_len must be at least 2, got {max_seq_len}")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
-        self.model = model
+        self.model, self.group = model, group or Group()
         self.step = 0
+        self._alike = False
         self.max_steps, self.batch_size = max_steps, batch_size
         self.max_lr, self.min_lr, self.warmup_steps = max_lr, min_lr, warmup_steps
         self.lr_scheduler_type = lr_scheduler_type
@@ -155,6 +159,8 @@ class SFTTrainer:
         ]
         if not self.named_trainable:
             raise ValueError("no parameter of the model requires a gradient: nothing to train")
+        if batcher is not None and self.group.size > 1:
+            raise ValueError("a batcher of one's own does not deal rows to several processes")
         self.device = self.named_trainable[0][1].device
         self.route = find_route(model, longest=max_seq_len, packing=packing)
         if batcher is None:
@@ -166,14 +172,16 @@ class SFTTrainer:
             most = micro_batch_size or batch_size or len(examples)
             rows = 1 if self.route.kind == "apart" else most
             limits = self._limits(rows, micro_batch_tokens, optim)
+            common: dict[str, Any] = {
+                "max_seq_len": max_seq_len,
+                "order": order,
+                "limits": limits,
+                "share": (self.group.rank, self.group.size),
+            }
             if self.route.kind == "padded":
-                batcher = PaddedBatcher(
-                    examples, max_seq_len=max_seq_len, pad_id=pad_id, order=order, limits=limits
-                )
+                batcher = PaddedBatcher(examples, pad_id=pad_id, **common)
             else:
-                batcher = PackedBatcher(
-                    examples, max_seq_len=max_seq_len, order=order, limits=limits
-                )
+                batcher = PackedBatcher(examples, **common)
         self.batcher: Batcher = batcher
         for finding in self.route.findings():
             if on_finding:
@@ -229,11 +237,11 @@ class SFTTrainer:
 
     def _step(self) -> StepFacts:
         started = time.perf_counter()
-        batches, loss = self._fetch_and_backward()
+        if not self._alike:
+            self.group.same_start_([p for _, p in self.named_trainable])
+            self._alike = True
         lr = self.lr()
-        rows = tuple(row for batch in batches for row in batch.rows)
-        num_tokens = sum(batch.num_tokens for batch in batches)
-        num_supervised = sum(batch.num_supervised for batch in batches)
+        loss, (rows, num_tokens, num_supervised) = self._fetch_and_backward()
         grad_norm = self._clip()
 
         def facts(seconds: float) -> StepFacts:
@@ -252,14 +260,17 @@ class SFTTrainer:
             self.on_step(done)
         return done
 
-    def _fetch_and_backward(self) -> tuple[Sequence[Batch | PackedBatch], float]:
-        """The step's batches and its loss, gradients in place; on limits that memory allows."""
+    def _fetch_and_backward(self) -> tuple[float, tuple[tuple[int, ...], int, int]]:
+        """The step's loss, and its rows, tokens and supervised tokens, of all processes;
+        gradients in place; on limits that memory allows."""
+        batches = self.batcher.micro_batches(self.step)
+        counted = self._counted(batches)
         while True:
-            batches = self.batcher.micro_batches(self.step)
             # A second try draws the same dropout as a run that had these limits from the start.
             random_state = get_random_state()
             try:
-                return batches, self._backward(batches)
+                loss = self._backward(batches, counted[2])
+                break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -268,6 +279,19 @@ class SFTTrainer:
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(random_state)
             self._lower_limits(failed)
+            batches = self.batcher.micro_batches(self.step)
+        self.group.sum_gradients([p for _, p in self.named_trainable])
+        return self.group.sum_numbers(loss)[0], counted
+
+    def _counted(self, batches: Sequence[Batch | PackedBatch]) -> tuple[tuple[int, ...], int, int]:
+        """Rows, tokens and supervised tokens of a step, over all processes."""
+        own = (
+            tuple(row for batch in batches for row in batch.rows),
+            sum(batch.num_tokens for batch in batches),
+            sum(batch.num_supervised for batch in batches),
+        )
+        rows, tokens, supervised = zip(*self.group.gather(own), strict=True)
+        return tuple(row for taken in rows for row in taken), sum(tokens), sum(supervised)
 
     def _lower_limits(self, error: BaseException) -> None:
         """Half the micro-batch at the same batch size.
@@ -300,13 +324,13 @@ class SFTTrainer:
                 )
             )
 
-    def _backward(self, batches: Sequence[Batch | PackedBatch]) -> float:
+    def _backward(self, batches: Sequence[Batch | PackedBatch], num_supervised: int) -> float:
         self.model.train()
         # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
         # of this one.
         self.optimizer.zero_grad(set_to_none=True)
         # A step without a target divides by 1: its loss and gradients are 0, never NaN.
-        num_supervised = max(sum(batch.num_supervised for batch in batches), 1)
+        num_supervised = max(num_supervised, 1)
         total = 0.0
         for batch in batches:
             self._current = batch
@@ -355,18 +379,21 @@ class SFTTrainer:
             raise ValueError("evaluate needs at least one example")
         was_training = self.model.training
         self.model.eval()
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         try:
             with torch.no_grad(), self._autocast():
                 for number, batch in enumerate(self.batcher.batches(examples)):
                     if self.eval_iters and number >= self.eval_iters:
                         break
+                    if number % self.group.size != self.group.rank:
+                        continue
                     moved = batch.to(self.device)
                     with self.route.scope(moved):
                         total += self.route.loss_sum(moved).item()
                     count += batch.num_supervised
         finally:
             self.model.train(was_training)
+        total, count = self.group.sum_numbers(total, count)
         return total / count if count else 0.0
 
     def train(self, eval_examples: Sequence[SFTExample] | None = None) -> dict[str, list[Any]]:
@@ -379,7 +406,7 @@ class SFTTrainer:
         history: dict[str, list[Any]] = {
             key: [] for key in ("step", "train_loss", "lr", "grad_norm", "val_step", "val_loss")
         }
-        while self.step < self.max_steps and not self.stop_requested:
+        while self.step < self.max_steps and not self.group.any(self.stop_requested):
             facts = self._step()
             last = self.step == self.max_steps
             if last or (self.log_every and self.step % self.log_every == 0):

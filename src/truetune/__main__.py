@@ -1,0 +1,5 @@
+"""`python -m truetune`, and `torchrun ... -m truetune`: the command line."""
+
+from truetune.cli import main
+
+main()

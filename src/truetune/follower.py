@@ -1,0 +1,62 @@
+"""A run at work in a process other than the first: the same loop on other rows, nothing written.
+
+input   as job.py, and the group
+does    what keeps step with process 0: gradients, evaluations, states for its checkpoints
+output  its own RunResult, when process 0 has finished the run
+who     pipeline.train under torchrun
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from truetune.engine import gather_states
+from truetune.errors import Interrupted, NonFiniteLoss, ToldElsewhere
+from truetune.findings import Finding
+from truetune.health import StepFacts
+from truetune.job import Job, interruptible
+
+
+class Follower(Job):
+    """`Job` without files and words."""
+
+    def write_start(self) -> None:
+        pass
+
+    def on_step(self, facts: StepFacts) -> None:
+        self.last_loss = facts.loss
+        if self.is_saved_after(facts.step):
+            self.save_checkpoint()
+
+    def on_eval(self, step: int, loss: float) -> None:
+        self.last_eval = loss
+
+    def save_checkpoint(self) -> None:
+        gather_states(self.trainer)
+
+    def follow(self) -> None:
+        """Train to the end.
+
+        Raises:
+            ToldElsewhere: the run stopped; process 0 tells why.
+        """
+        try:
+            with interruptible(self.trainer):
+                self.trainer.train(self.prepared.eval_examples or None)
+        except (NonFiniteLoss, KeyboardInterrupt) as error:
+            raise ToldElsewhere(getattr(error, "exit_code", Interrupted.exit_code)) from error
+        if self.trainer.step < self.plan.max_steps:
+            self.save_checkpoint()
+            raise ToldElsewhere(Interrupted.exit_code)
+
+    def _rewind(self) -> None:
+        pass
+
+    def _keep_until(self, step: int) -> None:
+        pass
+
+    def _found(self, finding: Finding) -> None:
+        self.findings.append(finding)
+
+    def _rows(self, *, at_start: bool = False) -> Any:
+        return None
