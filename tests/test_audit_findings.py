@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bench.sabotage.build import chat_ids, dataset, hf, loader
-from bench.sabotage.cases import mask_over_positions
+from bench.sabotage.cases.packing import mask_over_positions
 from bench.sabotage.house import House, answer, messages, question
 
 import truetune
@@ -71,6 +71,37 @@ def test_eval_prompt_in_train(asked: int, level: str | None) -> None:
     assert (finding.level if finding else None) == level
     assert finding is None or finding.count == asked
     assert "eval-in-train" not in report.codes
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_end_is_held_against_the_models_own_generation_config(known: bool) -> None:
+    """The tokenizer's end token is not what `generate` stops on."""
+    tokenizer = HOUSE.tokenizer()
+    model = HOUSE.model(tokenizer)
+    other = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model.generation_config.eos_token_id = [other, *([tokenizer.eos_token_id] * known)]
+    rows = [_feature(tokenizer, messages(i)) for i in range(8)]
+    found = _found(truetune.audit(loader(rows, _collator(tokenizer)), tokenizer, model))
+    assert ("stop-not-served" in found) != known
+    if not known:
+        assert found["stop-not-served"].level == "warning"
+        assert str(tokenizer.eos_token_id) in found["stop-not-served"].fix
+    # Without the model nothing else was said: the tokenizer's end is what counts.
+    assert truetune.audit(loader(rows, _collator(tokenizer)), tokenizer).ok
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_cut_in_front_without_a_word_of_the_limit(side: str) -> None:
+    tokenizer = HOUSE.tokenizer()
+    rows = [
+        _feature(tokenizer, messages(i, reply=lambda k: answer(k, words=150 if k % 3 else 6)))
+        for i in range(12)
+    ]
+    kept = slice(-200, None) if side == "left" else slice(None, 200)
+    rows = [{name: ids[kept] for name, ids in row.items()} for row in rows]
+    found = _found(truetune.audit(loader(rows, _collator(tokenizer)), tokenizer))
+    assert ("prompt-cut" in found) == (side == "left")
+    assert ("answer-cut" in found) == (side == "right")
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -99,6 +99,34 @@ def two_turns(tok: Any, first: str, template: str | None = None) -> Rows:
     return [(ids, list(ids))] * 4
 
 
+def talks(tok: Any, *conversations: Any) -> Rows:
+    """Conversations with a label on every token."""
+    return [(ids, list(ids)) for ids in (rendered(tok, talk) for talk in conversations)]
+
+
+def closed_at(tok: Any, limit: int, answers: int) -> list[list[int]]:
+    """Rows of many lengths, of which a third is long; cut at a limit and closed there."""
+    rows = []
+    for number in range(answers):
+        long = number % 3 == 0
+        text = "The quick fox jumps " * (9 if long else 1 + number % 4) + "over the dog."
+        ids = rendered(tok, chat("Hm?", text))
+        rows.append([*ids[: limit - 1], end(tok)] if len(ids) > limit else ids)
+    return rows
+
+
+def mask_from_first_answer(tok: Any, *, questions: bool = True) -> Rows:
+    """The first prompt has no labels; later questions have some or none."""
+    talk = chat("Question?", "Yes, no.", "And what about that?", "Maybe.")
+    ids = rendered(tok, talk)
+    labels = [-100] * len(ids)
+    for turn in (1, 3):
+        start = len(rendered(tok, talk[:turn], add_generation_prompt=True))
+        stop = len(ids) if questions else len(rendered(tok, talk[: turn + 1]))
+        labels[start:stop] = ids[start:stop]
+    return [(ids, labels)] * 4
+
+
 def thinking(tok: Any) -> Any:
     made = byte_level()
     made.chat_template = THINKING
@@ -143,6 +171,8 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
     ),
     "answer-cut": (
         [
+            # Closed by hand where it was cut.
+            case(lambda t: [(i, list(i)) for i in closed_at(t, 70, answers=12)]),
             case(lambda t: cut(on_answers(t), 40)),
             # Each row its own length, and the limit is known.
             case(lambda t: cut(on_everything(t), 38), max_length=38),
@@ -150,6 +180,8 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
         [
             # As long as the limit, and whole.
             case(lambda t: [on_answers(t)[0]] * 4, max_length=10_000),
+            # The longest rows are of one length, and end with the end of a sentence.
+            case(lambda t: [(i, list(i)) for i in closed_at(t, 10_000, answers=12)]),
             case(lambda t: [on_answers(t)[0]] * 4),
         ],
     ),
@@ -276,6 +308,29 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             )
         ],
         [case(on_answers), case(on_everything)],
+    ),
+    "empty-answer": (
+        [
+            case(lambda t: on_answers(t) + talks(t, chat("Hm?", ""))),
+        ],
+        [case(on_answers), case(lambda t: talks(t, chat("Hm?", "a")))],
+    ),
+    "control-token-in-content": (
+        [case(lambda t: on_everything(t) + talks(t, chat("Hm?", "An <|end|> is a token.")))],
+        [
+            case(on_everything),
+            case(lambda t: talks(t, chat("Hm?", "Yes.", "And?", "No."))),
+            # A template that goes on behind the token in every row.
+            case(lambda t: talks(t, chat("Hm?", "An <|end|> is a token."))),
+        ],
+    ),
+    "question-supervised": (
+        [case(lambda t: mask_from_first_answer(t))],
+        [
+            # Every answer, and nothing between them.
+            case(lambda t: mask_from_first_answer(t, questions=False)),
+            case(lambda t: talks(t, chat("Hm?", "Yes.", "And?", "No."))),
+        ],
     ),
     "reasoning-unclosed": (
         [case(lambda t: thoughts(t, closed=False))],

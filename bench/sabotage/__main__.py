@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.sabotage.case import Case, Negative
-from bench.sabotage.cases import CASES as DATA_CASES
+from bench.sabotage.cases import CASES
 from bench.sabotage.house import MODELS, House
-from bench.sabotage.model_cases import CASES as MODEL_CASES
 from bench.sabotage.negatives import NEGATIVES
 from bench.sabotage.run import Verdict, judge, quiet
 
-CASES = (*DATA_CASES, *MODEL_CASES)
 PAGE = Path(__file__).parents[2] / "docs" / "sabotage.md"
 _YES = {True: "yes", False: "**no**", None: "n/a"}
 

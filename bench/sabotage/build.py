@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.sabotage.house import messages
+
+# Rows of a case, unless it needs more.
+ROWS = 24
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -84,6 +89,42 @@ _QUIET: dict[str, Any] = {
 def chat_ids(tokenizer: Any, messages: Any, **kwargs: Any) -> list[int]:
     """Ids of a conversation as the tokenizer's template writes it."""
     return list(tokenizer.apply_chat_template(messages, return_dict=False, **kwargs))
+
+
+def chats(n: int = ROWS, **kwargs: Any) -> list[dict[str, Any]]:
+    """Rows of a `messages` column."""
+    return [{"messages": messages(i, **kwargs)} for i in range(n)]
+
+
+def answered(tokenizer: Any, talk: Any) -> tuple[list[int], int]:
+    """(ids of a conversation, where its last answer begins)."""
+    prompt = chat_ids(tokenizer, talk[:-1], add_generation_prompt=True)
+    return chat_ids(tokenizer, talk), len(prompt)
+
+
+def on_answer(tokenizer: Any, talk: Any) -> dict[str, list[int]]:
+    """A row with labels on its last answer."""
+    ids, start = answered(tokenizer, talk)
+    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+
+
+def padded(
+    tokenizer: Any, features: Sequence[dict[str, Any]], label_pad: int = -100
+) -> dict[str, Any]:
+    """A collator by hand: pads on the right by length."""
+    import torch
+
+    pad = tokenizer.pad_token_id
+    longest = max(len(f["input_ids"]) for f in features)
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for feature in features:
+        ids = list(feature["input_ids"])
+        labels = list(feature.get("labels", ids))
+        gap = longest - len(ids)
+        batch["input_ids"].append(ids + [pad] * gap)
+        batch["attention_mask"].append([1] * len(ids) + [0] * gap)
+        batch["labels"].append(labels + [label_pad] * gap)
+    return {name: torch.tensor(rows) for name, rows in batch.items()}
 
 
 def lora(**settings: Any) -> Any:

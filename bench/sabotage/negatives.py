@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.sabotage.build import Batches, chat_ids, hf, loader, lora, trl
+from bench.sabotage.build import ROWS, Batches, chat_ids, chats, hf, loader, lora, trl
 from bench.sabotage.case import Negative
 from bench.sabotage.house import House, answer, messages, question, thought
-
-_ROWS = 24
-
-
-def _chats(n: int = _ROWS, **kwargs: Any) -> list[dict[str, Any]]:
-    return [{"messages": messages(i, **kwargs)} for i in range(n)]
 
 
 def pad_is_end(house: House) -> Any:
     tokenizer = house.tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    return trl(tokenizer, house.model(tokenizer), _chats())
+    return trl(tokenizer, house.model(tokenizer), chats())
 
 
 def two_stops(house: House) -> Any:
@@ -26,14 +20,14 @@ def two_stops(house: House) -> Any:
     model = house.model(tokenizer)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")]
     model.generation_config.eos_token_id = ends
-    return trl(tokenizer, model, _chats())
+    return trl(tokenizer, model, chats())
 
 
 def spare_rows(house: House) -> Any:
     tokenizer = house.tokenizer()
     model = house.model(tokenizer)
     assert len(tokenizer) < model.config.vocab_size
-    return trl(tokenizer, model, _chats(), peft_config=lora())
+    return trl(tokenizer, model, chats(), peft_config=lora())
 
 
 def left_padding(house: House) -> Any:
@@ -42,25 +36,24 @@ def left_padding(house: House) -> Any:
     tokenizer = house.tokenizer()
     tokenizer.padding_side = "left"
     rows = [
-        {"input_ids": (ids := chat_ids(tokenizer, messages(i))), "labels": ids}
-        for i in range(_ROWS)
+        {"input_ids": (ids := chat_ids(tokenizer, messages(i))), "labels": ids} for i in range(ROWS)
     ]
     return hf(tokenizer, house.model(tokenizer), rows, DataCollatorForSeq2Seq(tokenizer))
 
 
 def prompt_loss(house: House) -> Any:
     tokenizer = house.tokenizer()
-    return trl(tokenizer, house.model(tokenizer), _chats(turns=3))
+    return trl(tokenizer, house.model(tokenizer), chats(turns=3))
 
 
 def one_turn_thinking(house: House) -> Any:
     tokenizer = house.tokenizer("thinking")
-    return trl(tokenizer, house.model(tokenizer), _chats())
+    return trl(tokenizer, house.model(tokenizer), chats())
 
 
 def reasoning_once(house: House) -> Any:
     tokenizer = house.tokenizer("thinking")
-    return trl(tokenizer, house.model(tokenizer), _chats(reply=thought))
+    return trl(tokenizer, house.model(tokenizer), chats(reply=thought))
 
 
 def plain_text(house: House) -> Any:
@@ -82,7 +75,7 @@ def packed_apart(house: House) -> Any:
 
     tokenizer = house.tokenizer()
     rows = []
-    for i in range(_ROWS):
+    for i in range(ROWS):
         ids = chat_ids(tokenizer, messages(i))
         start = len(chat_ids(tokenizer, messages(i)[:1], add_generation_prompt=True))
         rows.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})
@@ -91,7 +84,7 @@ def packed_apart(house: House) -> Any:
 
 def trl_padding_free(house: House) -> Any:
     tokenizer = house.tokenizer()
-    return trl(tokenizer, house.model(tokenizer), _chats(), padding_free=True, max_length=None)
+    return trl(tokenizer, house.model(tokenizer), chats(), padding_free=True, max_length=None)
 
 
 def completion_rows(house: House) -> Any:
@@ -101,14 +94,14 @@ def completion_rows(house: House) -> Any:
             "prompt": [{"role": "user", "content": question(i)}],
             "completion": [{"role": "assistant", "content": answer(i)}],
         }
-        for i in range(_ROWS)
+        for i in range(ROWS)
     ]
     return trl(tokenizer, house.model(tokenizer), rows)
 
 
 def clean_split(house: House) -> Any:
     tokenizer = house.tokenizer()
-    rows = _chats(40)
+    rows = chats(40)
     return trl(tokenizer, house.model(tokenizer), rows[:32], eval_dataset=rows[32:])
 
 
@@ -116,7 +109,7 @@ def same_opening(house: House) -> Any:
     """Other questions behind the same long system prompt are not the same rows."""
     tokenizer = house.tokenizer()
     system = {"role": "system", "content": answer(3, words=60)}
-    rows = [{"messages": [system, *row["messages"]]} for row in _chats(40)]
+    rows = [{"messages": [system, *row["messages"]]} for row in chats(40)]
     return trl(tokenizer, house.model(tokenizer), rows[:32], eval_dataset=rows[32:])
 
 
@@ -125,17 +118,17 @@ def new_tokens_trained(house: House) -> Any:
     model = house.model(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|map|>"]})
     # Added and never used: nothing has to be learned.
-    return trl(tokenizer, model, _chats(), peft_config=lora())
+    return trl(tokenizer, model, chats(), peft_config=lora())
 
 
 def bos_once(house: House) -> Any:
     tokenizer = house.tokenizer("bos")
-    return trl(tokenizer, house.model(tokenizer), _chats(turns=2))
+    return trl(tokenizer, house.model(tokenizer), chats(turns=2))
 
 
 def angle_brackets(house: House) -> Any:
     tokenizer = house.tokenizer()
-    rows = _chats()
+    rows = chats()
     rows[3]["messages"][0]["content"] += (
         " Is <b>bold</b> and a < b | c > d, [INST] or <|x|> special?"
     )
@@ -144,7 +137,7 @@ def angle_brackets(house: House) -> Any:
 
 def accumulated(house: House) -> Any:
     tokenizer = house.tokenizer()
-    rows = _chats(reply=lambda i: answer(i, words=(5, 60, 10, 90)[i % 4]))
+    rows = chats(reply=lambda i: answer(i, words=(5, 60, 10, 90)[i % 4]))
     return trl(
         tokenizer,
         house.model(tokenizer),
@@ -158,12 +151,12 @@ def base_with_own_form(house: House) -> Any:
     """A base model without a template, in a form of its own that ends."""
     tokenizer = house.tokenizer("base")
     tokenizer.chat_template = None
-    rows = [{"text": f"Q: {question(i)}\nA: {answer(i)}"} for i in range(_ROWS)]
+    rows = [{"text": f"Q: {question(i)}\nA: {answer(i)}"} for i in range(ROWS)]
     return trl(tokenizer, house.model(tokenizer), rows)
 
 
 def decoder_ok(house: House) -> Any:
-    from bench.sabotage.model_cases import decoder_no_end
+    from bench.sabotage.cases.decoders import decoder_no_end
 
     return decoder_no_end(house, False)
 
@@ -171,7 +164,7 @@ def decoder_ok(house: House) -> Any:
 def by_hand(house: House) -> Any:
     tokenizer = house.tokenizer()
     features = []
-    for i in range(_ROWS):
+    for i in range(ROWS):
         ids = chat_ids(tokenizer, messages(i))
         start = len(chat_ids(tokenizer, messages(i)[:1], add_generation_prompt=True))
         features.append({"input_ids": ids, "labels": [-100] * start + ids[start:]})

@@ -4,7 +4,7 @@ One file a family, each with a tuple of functions; a function takes facts and yi
 Judged is the effect on ids, labels and stop ids, never a setting.
 
     table.py markers.py facts.py rows.py   what the families look at
-    targets.py stops.py prompts.py reasoning.py vocabulary.py   ids and labels (labels.py)
+    targets.py answers.py turns.py stops.py prompts.py reasoning.py vocabulary.py   (labels.py)
     roles.py tools.py content.py style.py duplicates.py         conversations
     run_settings.py                                             the numbers of a run
     lengths.py                                                  what a length limit costs

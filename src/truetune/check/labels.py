@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from truetune.check import answers, prompts, reasoning, stops, targets, vocabulary
+from truetune.check import answers, prompts, reasoning, stops, targets, turns, vocabulary
 from truetune.check.facts import LabelFacts, LossOn
 from truetune.check.markers import Markers, served_stop_ids
 from truetune.check.table import TokenTable
@@ -20,6 +20,7 @@ from truetune.findings import Finding, merged
 CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
     *targets.CHECKS,
     *answers.CHECKS,
+    *turns.CHECKS,
     *vocabulary.CHECKS,
     *stops.CHECKS,
     *prompts.CHECKS,

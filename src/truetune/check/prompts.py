@@ -185,6 +185,43 @@ def answers_start_where_prompts_end(facts: LabelFacts) -> Iterator[Finding]:
     )
 
 
+def labels_begin_behind_headings(facts: LabelFacts) -> Iterator[Finding]:
+    """Rows without a template: labels begin right behind the heading of the answer, `Answer:`."""
+    table = facts.table
+    if facts.proved or facts.plain or facts.is_stream or facts.answer_starts.any():
+        return
+    tails: dict[int, str] = {}
+    looked, heading = 0, ""
+    for row in facts.sample:
+        on = np.flatnonzero(table.supervised[table.starts[row] : table.starts[row + 1]])
+        if not len(on) or on[0] < 2:
+            continue
+        looked += 1
+        begin = int(on[0])
+        ids = table.row_ids(row)
+        before = facts.markers.tokens.decode(ids[: begin - 1]).rstrip()
+        # One token behind the heading, and it begins a word.
+        swallowed = facts.markers.tokens.decode(ids[:begin])[len(before) :]
+        above = next((text for text in facts.scaffold if before.endswith(text)), "")
+        if above and swallowed.strip().isalnum():
+            heading, tails[row] = above, swallowed
+    if len(tails) < max(3, 0.5 * looked):
+        return
+    shown = ", ".join(repr(text) for text in sorted(set(tails.values()))[:3])
+    yield rows_finding(
+        facts,
+        tails,
+        code="answer-start-masked",
+        level="warning",
+        what=f"the first word of the answer has no label in {len(tails)} of {looked} rows looked "
+        f"at: {shown}",
+        why=f"prompt and answer were encoded together and merged across the seam behind {heading!r}"
+        ", so the first token of the answer is counted as prompt (a prompt that ends with a space "
+        "does that)",
+        fix="move the space from the end of the prompt to the beginning of the answer",
+    )
+
+
 def _spread(starts: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, int]]:
     most = 400
     step = max(1, len(starts) // most)
@@ -205,4 +242,5 @@ CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
     served_form,
     markers_whole,
     answers_start_where_prompts_end,
+    labels_begin_behind_headings,
 )

@@ -62,6 +62,20 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             "to stop nowhere, or in the middle",
             fix="raise the limit above the longest row, or leave those rows out",
         )
+    if closed := _closed_at_limit(facts):
+        longest = int(facts.table.lengths.max())
+        yield rows_finding(
+            facts,
+            closed,
+            code="answer-cut",
+            level=_level(closed, total),
+            what=f"{share(len(closed), total)} are cut to {longest:,} tokens and closed there with "
+            "an end token",
+            why="they are all as long as the longest row and stop in the middle of a sentence, as "
+            "the others do not: the model learns to stop when a length is reached",
+            fix="raise the limit above the longest row, or leave those rows out; never put an end "
+            "token behind a cut",
+        )
     if ends.missing:
         yield rows_finding(
             facts,
@@ -153,6 +167,48 @@ def _ends(facts: LabelFacts) -> _Ends:
     # The second family asks for the same; a frozen value may keep what was computed from it.
     facts.__dict__["_answer_ends"] = found
     return found
+
+
+# A pile at the longest length: rows, and their share among those that are judged.
+_PILE, _PILE_SHARE = 3, 0.02
+
+
+def _closed_at_limit(facts: LabelFacts) -> list[int]:
+    """Rows of the greatest length whose answers break off, where those of the others do not.
+
+    Told by the last character before the end token: prose, code and numbers end in all kinds, so
+    that only a pile of rows of one length that differs from all others is taken for a cut.
+    """
+    table = facts.table
+    longest = int(table.lengths.max(initial=0))
+    pile = np.flatnonzero(table.lengths == longest)
+    if facts.proved or longest < 32 or len(pile) < max(_PILE, _PILE_SHARE * len(table)):
+        return []
+    others = [row for row in facts.sample if table.lengths[row] < longest]
+    if len(others) < 2 * _PILE:
+        return []
+    broken = [row for row in pile[:200].tolist() if _breaks_off(facts, row)]
+    usual = sum(_breaks_off(facts, row) for row in others) / len(others)
+    if len(broken) < _PILE or len(broken) < 0.5 * len(pile[:200]) or usual > 0.1:
+        return []
+    return pile.tolist()
+
+
+def _breaks_off(facts: LabelFacts, row: int) -> bool:
+    """Whether the text before the closing end token ends in a letter, a space or a comma."""
+    ids, ends = facts.table.row_ids(row), facts.markers.ends
+    while ids and _blank(facts, np.array(ids[-1:]))[0]:
+        ids.pop()
+    if not ids or ids.pop() not in ends:
+        return False
+    text = facts.markers.tokens.decode(ids[-8:])
+    return bool(text) and (text[-1].isalpha() or text[-1] in " ,;:-(")
+
+
+def stops_trained(facts: LabelFacts) -> frozenset[int]:
+    """The special tokens that answers are trained to end on."""
+    last = _ends(facts).last_ids
+    return frozenset(np.unique(last[_special(facts, last) & (last >= 0)]).tolist())
 
 
 def _at_limit(facts: LabelFacts, rows: Indices) -> Flags:

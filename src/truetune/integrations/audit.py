@@ -25,7 +25,7 @@ from truetune.integrations.audit_model import head_rows, model_findings
 from truetune.integrations.audit_read import IGNORED, Reading, read_batches
 from truetune.integrations.audit_report import AuditReport
 from truetune.integrations.audit_seq2seq import seq2seq_findings
-from truetune.integrations.audit_served import served_findings
+from truetune.integrations.audit_served import served_findings, stop_findings
 from truetune.integrations.audit_state import tokenizer_untouched, untouched
 from truetune.integrations.audit_subject import (
     Subject,
@@ -111,11 +111,20 @@ def _judge(subject: Subject, max_rows: int | None) -> tuple[list[Finding], Readi
         facts = _facts(subject, reading)
         findings += label_findings(facts)
         findings += batch_findings(subject, reading, facts)
+        findings += stop_findings(subject, facts)
         findings += served_findings(subject, reading, facts)
         findings += measured_findings(subject, reading, facts)
+        findings = _told_once(findings)
     findings += held_out_findings(reading, held_out, subject)
     findings += model_findings(subject, reading)
     return findings, reading
+
+
+def _told_once(findings: list[Finding]) -> list[Finding]:
+    """Control tokens that the data shows need not be told of the ids as well."""
+    code = "control-token-in-content"
+    told = [finding for finding in findings if finding.code == code]
+    return [f for f in findings if f.code != code or f is told[-1]]
 
 
 def _facts(subject: Subject, reading: Reading) -> LabelFacts:

@@ -103,11 +103,13 @@ def _attention_holes(rows: Sequence[ReadRow]) -> Iterator[Finding]:
 def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:
     """Rows as long as the limit that do not begin as the others do lost their beginning."""
     table = facts.table
-    if facts.plain or facts.is_stream or facts.cut_at is None:
+    if facts.plain or facts.is_stream or not len(table):
         return
-    at_limit = np.flatnonzero(table.lengths == facts.cut_at)
-    others = np.flatnonzero((table.lengths != facts.cut_at) & (table.lengths > 0))
-    if not len(at_limit) or len(others) < 3:
+    # Rows that were cut in front end well: the longest length is the limit where rows share it.
+    limit = facts.cut_at or int(table.lengths.max())
+    at_limit = np.flatnonzero(table.lengths == limit)
+    others = np.flatnonzero((table.lengths != limit) & (table.lengths > 0))
+    if len(at_limit) < 2 or len(others) < 3:
         return
     first = table.ids[table.starts[:-1][others]]
     values, counts = np.unique(first, return_counts=True)
@@ -123,7 +125,7 @@ def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:
             code="prompt-cut",
             level="error" if len(cut) > 0.05 * len(table) else "warning",
             what=f"{share(len(cut), len(table))} lost their beginning to the length limit of "
-            f"{facts.cut_at:,} tokens",
+            f"{limit:,} tokens",
             why=f"they are as long as the limit and do not begin with {name!r} as the others do: "
             "their answers are trained behind half a prompt",
             fix="raise the limit above the longest row, or leave those rows out",

@@ -248,7 +248,21 @@ def _border(row: ReadRow, facts: LabelFacts) -> int:
         return 0
     ends = np.flatnonzero(np.isin(row.ids, list(facts.markers.ends)))
     behind = ends[(ends > first) & (ends + 4 <= last)]
-    return int(behind[0]) + 1 if len(behind) else 0
+    return next((at + 1 for at in behind.tolist() if _begins(row, at + 1, facts)), 0)
+
+
+def _begins(row: ReadRow, at: int, facts: LabelFacts) -> bool:
+    """Whether what follows an end token is no turn of the same conversation: it begins with no
+    special token, or as rows begin."""
+    special = facts.markers.tokens.special_ids
+    behind = row.ids[at : at + 4].tolist()
+    blank = facts.markers.tokens.decode
+    while behind and behind[0] not in special and not blank(behind[:1]).strip():
+        behind = behind[1:]
+    if not behind or behind[0] not in special:
+        return bool(behind)
+    begins = row.ids[int(np.flatnonzero(row.real)[0]) :][: len(behind)].tolist()
+    return behind[:2] == begins[:2]
 
 
 def _joined_at_ends(facts: LabelFacts) -> bool:

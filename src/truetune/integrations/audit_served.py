@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from truetune.check.facts import LabelFacts, rows_finding, share
+from truetune.check.stops import stops_trained
 from truetune.contract import PromptContract
 from truetune.contract.tokens import common_prefix
 from truetune.errors import TruetuneError
-from truetune.findings import Finding
+from truetune.findings import MOST_ROWS, Finding
 from truetune.integrations.audit_model import new_token_ids
 from truetune.integrations.audit_read import IGNORED, Reading, ReadRow
 from truetune.integrations.audit_subject import Subject
@@ -70,6 +71,32 @@ def _conversation(cells: Mapping[str, Any]) -> _Talk | None:
     # A table fills fields that a row does not have with None.
     kept = [{k: v for k, v in m.items() if v is not None} for m in messages]
     return _Talk(kept, tools or None, {k: v for k, v in kwargs.items() if v is not None})
+
+
+def stop_findings(subject: Subject, facts: LabelFacts) -> Iterator[Finding]:
+    """An end that the tokenizer knows, and the generation config of the model does not."""
+    if facts.plain or facts.is_stream or subject.model is None or not subject.served:
+        return
+    trained = stops_trained(facts) & set(subject.said) - set(subject.served)
+    if not trained:
+        return
+    tokens = facts.markers.tokens
+    ends, known = (
+        ", ".join(f"{tokens.decode([i])!r} ({i})" for i in sorted(ids))
+        for ids in (trained, subject.served)
+    )
+    yield Finding(
+        code="stop-not-served",
+        level="warning",
+        what=f"answers are trained to end on {ends}, the model's generation config stops on "
+        f"{known} only",
+        where="model.generation_config.eos_token_id",
+        count=len(facts.table),
+        why="the tokenizer knows the end and the config does not: `generate` goes on after it, and "
+        "a server that reads the saved generation_config does too",
+        fix=f"model.generation_config.eos_token_id = {sorted({*subject.served, *trained})}",
+        rows=tuple(facts.table.where[:MOST_ROWS]),
+    )
 
 
 # ------------------------------------------------------------------ conversations

@@ -1,0 +1,126 @@
+"""Adapters that adapt less than was meant, and what was saved of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.sabotage.build import Saved, chats, lora, trl
+from bench.sabotage.case import Case
+from bench.sabotage.house import House
+
+
+def s18(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    names = ["q_proj", "query_key_value", "c_attn"] if broken else ["q_proj", "k_proj", "v_proj"]
+    model = house.model(tokenizer)
+    return trl(tokenizer, model, chats(), peft_config=lora(target_modules=names))
+
+
+def _trained_adapter(house: House) -> tuple[Any, str, str]:
+    """(tokenizer, folder of the base, folder of an adapter that was trained)."""
+    import tempfile
+
+    from peft import get_peft_model
+
+    tokenizer = house.tokenizer()
+    base, adapter = (tempfile.mkdtemp(prefix=f"sabotage-{n}-") for n in ("base", "adapter"))
+    house.model(tokenizer).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = get_peft_model(_opened(base), lora())
+    trl(tokenizer, model, chats(), learning_rate=1e-2).train()
+    model.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    return tokenizer, base, adapter
+
+
+def _opened(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def s20(house: House, broken: bool) -> Any:
+    import tempfile
+
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    tokenizer, base, adapter = _trained_adapter(house)
+    model = (
+        get_peft_model(_opened(base), PeftConfig.from_pretrained(adapter))
+        if broken
+        else PeftModel.from_pretrained(_opened(base), adapter)
+    )
+    again = tempfile.mkdtemp(prefix="sabotage-again-")
+    model.save_pretrained(again)
+    tokenizer.save_pretrained(again)
+    return Saved(again)
+
+
+def s20_merged(house: House, broken: bool) -> Any:
+    import tempfile
+
+    from peft import PeftModel
+
+    tokenizer, base, adapter = _trained_adapter(house)
+    merged = tempfile.mkdtemp(prefix="sabotage-merged-")
+    PeftModel.from_pretrained(_opened(base), adapter).merge_and_unload().save_pretrained(merged)
+    if not broken:
+        tokenizer.save_pretrained(merged)
+    return Saved(merged)
+
+
+def config_without_weights(house: House, broken: bool) -> Any:
+    import tempfile
+
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    tokenizer = house.tokenizer()
+    folder = tempfile.mkdtemp(prefix="sabotage-adapter-")
+    get_peft_model(house.model(tokenizer), lora()).save_pretrained(folder)
+    base = house.model(tokenizer)
+    model = (
+        get_peft_model(base, PeftConfig.from_pretrained(folder))
+        if broken
+        else PeftModel.from_pretrained(base, folder, is_trainable=True)
+    )
+    return trl(tokenizer, model, chats())
+
+
+CASES: tuple[Case, ...] = (
+    Case(
+        "S18",
+        "target_modules that match in part",
+        s18,
+        ("lora-targets-unmatched",),
+        "query_key_value",
+        "names above",
+        None,
+    ),
+    Case(
+        "S20",
+        "adapter saved again from get_peft_model: the trained weights are gone (check MODEL)",
+        s20,
+        ("adapter-empty",),
+        "changes nothing",
+        "from the trained model",
+        None,
+    ),
+    Case(
+        "S20b",
+        "merged model saved without its tokenizer (check MODEL)",
+        s20_merged,
+        ("tokenizer-missing", "model-no-tokenizer"),
+        "tokenizer",
+        "tokenizer.save_pretrained",
+        None,
+    ),
+    Case(
+        "S20c",
+        "adapter from its config only (get_peft_model), then trained",
+        config_without_weights,
+        ("nothing-trainable",),
+        "weights were not read",
+        "from_pretrained",
+        None,
+    ),
+)
