@@ -261,7 +261,7 @@ def test_all_problems_come_in_one_error() -> None:
         "unknown setting 'nope' in my.yaml",
         "lora_r must be a whole number, not 'x'",
         "epochs and max_steps",
-        "optim must be adamw, adamw_8bit, paged_adamw_8bit or sgd, not 'adam'",
+        "optim must be adamw, adamw_bf16, adamw_8bit, paged_adamw_8bit or sgd, not 'adam'",
         "learning_rate must be above 0",
     ):
         assert part in text
@@ -359,6 +359,14 @@ def test_tokens_of_the_command_line_replace_rows_of_the_file_and_back() -> None:
     assert (recipe.batch_size, recipe.gradient_accumulation_steps) == (None, None)
     recipe = make_recipe(("file", tokens), ("line", {"batch_size": 8}))
     assert (recipe.batch_size, recipe.tokens_per_step) == (8, None)
+
+
+def test_what_an_optimiser_of_bfloat16_weights_does_not_go_with() -> None:
+    told = problems(("f", {"optim": "adamw_bf16", "dora": True, "dtype": "float32"}))
+    assert "adamw_bf16 is for all weights" in told
+    assert "adamw_bf16 computes in bfloat16" in told
+    for others in ({"dtype": "bfloat16"}, {"lora": False}, {}):
+        make_recipe(("f", {"optim": "adamw_bf16", **others}))
 
 
 def test_one_setting_spelled_twice_in_one_source() -> None:

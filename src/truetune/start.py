@@ -61,6 +61,7 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
         purpose="lora" if recipe.lora else "full",
         load_in=_bits(recipe),
         full_fingerprint=recipe.full_fingerprint,
+        bf16_weights=recipe.optim == "adamw_bf16",
     )
     if original:
         rows = _rounding_rows(prepared)

@@ -15,7 +15,7 @@ import torch
 from tiny_models import write_model
 from truetune import PromptContract, SFTTrainer
 from truetune.engine import load_state, save_state
-from truetune.model import LoadedModel, LoraSettings, add_lora, load_model, save_model
+from truetune.model import LoadedModel, LoraSettings, Purpose, add_lora, load_model, save_model
 
 RUN = {"seed": 3}
 
@@ -25,9 +25,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("resume") / "m")
 
 
-def start(base: Path, kind: str) -> LoadedModel:
+def start(base: Path, kind: str, optim: str) -> LoadedModel:
     if kind == "full":
-        return load_model(base, device="cpu")
+        return load_model(base, device="cpu", bf16_weights=optim == "adamw_bf16")
     loaded = load_model(base, purpose="lora", device="cpu")
     return add_lora(loaded, LoraSettings(r=4, dropout=0.3), seed=1)
 
@@ -58,12 +58,17 @@ def trainer(
 
 @pytest.mark.parametrize(
     ("kind", "optim", "tokens"),
-    [("full", "adamw", None), ("lora", "adamw", None), ("lora", "sgd", 90), ("full", "sgd", 90)],
+    [
+        ("full", "adamw", None),
+        ("lora", "adamw", None),
+        ("lora", "sgd", 90),
+        ("full", "adamw_bf16", 90),
+    ],
 )
 def test_resumed_is_uninterrupted(
     base: Path, kind: str, optim: str, tokens: int | None, tmp_path: Path
 ) -> None:
-    loaded = start(base, kind)
+    loaded = start(base, kind, optim)
     contract = PromptContract.load(loaded.tokenizer)
     whole = trainer(loaded, contract, optim, tokens)
     torch.manual_seed(3)
@@ -74,7 +79,9 @@ def test_resumed_is_uninterrupted(
             save_state(whole, tmp_path / "c", run=RUN)
         steps.append(whole.train_step())
     torch.manual_seed(1234)
-    opened = load_model(tmp_path / "c", purpose="full" if kind == "full" else "lora", device="cpu")
+    bf16 = optim == "adamw_bf16"
+    purpose: Purpose = "full" if kind == "full" else "lora"
+    opened = load_model(tmp_path / "c", purpose=purpose, device="cpu", bf16_weights=bf16)
     again = trainer(opened, PromptContract.load(opened.tokenizer), optim, tokens)
     load_state(again, tmp_path / "c", run=RUN)
     assert again.step == 3
@@ -86,7 +93,7 @@ def test_resumed_is_uninterrupted(
 
 def test_dropout_is_what_the_random_state_is_for(base: Path) -> None:
     """Without the stored random state the resumed losses would differ."""
-    loaded = start(base, "lora")
+    loaded = start(base, "lora", "sgd")
     contract = PromptContract.load(loaded.tokenizer)
     losses = []
     with torch.no_grad():

@@ -173,7 +173,8 @@ def run_shape(plan: Plan, device: str) -> Shape:
     config = causal_config(base)
     model = meta_model(config)
     lora = recipe.lora or files.is_adapter
-    halved = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
+    split = recipe.optim == "adamw_bf16"
+    halved = split or recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
     parameters = sum(p.numel() for p in model.parameters())
     # Before the model is given an adapter, whose layers are linear too.
     targets = recipe.target_modules
@@ -190,14 +191,18 @@ def run_shape(plan: Plan, device: str) -> Shape:
         parameters=parameters,
         trainable=trainable,
         # Trained weights are float32, frozen ones of the type they compute in, or fewer bits.
-        weight_bytes=_weight_bytes(recipe, lora and halved),
+        weight_bytes=_weight_bytes(recipe, split or (lora and halved)),
         kept_bytes=kept,
         layer_bytes=layer,
         tokens=forward,
-        optimiser_bytes={"adamw": 8, "sgd": 0}.get(recipe.optim, 2),
+        optimiser_bytes=_OPTIMISER.get(recipe.optim, 2),
         checkpointing=recipe.gradient_checkpointing,
         lora=lora,
     )
+
+
+# Bytes of a trained weight beside its gradient; the 8-bit ones take two.
+_OPTIMISER = {"adamw": 8, "adamw_bf16": 10, "sgd": 0}
 
 
 def _weight_bytes(recipe: Recipe, halved: bool) -> float:

@@ -10,7 +10,7 @@ from truetune.model.quantise import require_bitsandbytes
 if TYPE_CHECKING:
     import torch
 
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "sgd")
+OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd")
 
 
 def build_optimizer(
@@ -24,7 +24,8 @@ def build_optimizer(
 
     AdamW's betas are (0.9, 0.999) and its eps 1e-8 (Loshchilov and Hutter 2019, and the default
     of every peer), in 8 bits as well (Dettmers et al. 2022, through bitsandbytes: matrices of 4,096
-    elements or more; the paged one spills to the host's memory on CUDA); SGD has no momentum.
+    elements or more; the paged one spills to the host's memory on CUDA); `adamw_bf16` takes weights
+    in bfloat16 and is AdamW on float32 ones, see split_adamw.py; SGD has no momentum.
 
     Raises:
         ValueError: an unknown name.
@@ -41,6 +42,10 @@ def build_optimizer(
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if name == "adamw_bf16":
+        from truetune.engine.split_adamw import SplitAdamW
+
+        return SplitAdamW(groups, lr=lr)
     if name in ("adamw_8bit", "paged_adamw_8bit"):
         require_bitsandbytes(f"--optim {name}")
         import bitsandbytes
@@ -55,8 +60,10 @@ def build_optimizer(
 
 def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
     """What the optimiser will keep: two moments a weight for AdamW, of one byte each in 8 bits
-    (from 4,096 elements on); nothing for SGD."""
+    (from 4,096 elements on), and the lower half of bfloat16 weights; nothing for SGD."""
     if name == "sgd":
         return 0
+    if name == "adamw_bf16":
+        return sum(p.numel() * (10 if p.element_size() == 2 else 8) for p in parameters)
     small = 4096 if name.endswith("8bit") else float("inf")
     return sum(2 * p.numel() * (1 if p.numel() >= small else p.element_size()) for p in parameters)

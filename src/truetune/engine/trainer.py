@@ -343,11 +343,15 @@ class SFTTrainer:
         return total
 
     def _clip(self) -> float:
+        """Norm of the gradient before clipping, in float32."""
         import torch
 
-        parameters = [p for _, p in self.named_trainable]
-        limit = self.grad_clip or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        parameters = [p for _, p in self.named_trainable if p.grad is not None]
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        return float(norm)
 
     def _ask_probes(self, facts: StepFacts) -> None:
         for probe in self.probes:

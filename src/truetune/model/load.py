@@ -112,6 +112,7 @@ def load_model(
     base: str | Path | None = None,
     load_in: LoadIn = "as-trained",
     full_fingerprint: bool = False,
+    bf16_weights: bool = False,
 ) -> LoadedModel:
     """Load a causal language model, or an adapter on its base.
 
@@ -128,6 +129,7 @@ def load_model(
         base: where an adapter's base is now; None where its config says.
         load_in: bits that the (frozen) base is held in; see `LoadIn`.
         full_fingerprint: hash every byte of the base, not samples.
+        bf16_weights: purpose full with weights in bfloat16, for an optimiser that keeps the rest.
 
     Raises:
         ModelError: the model cannot be loaded as it is; all that can be known before weights are
@@ -153,7 +155,11 @@ def load_model(
         require_same_base(trained, fingerprint, files.folder)
     quantised = _quantised(load_in, trained, files)
     placement = place(
-        device, dtype, "lora" if files.is_adapter and purpose == "full" else purpose, base_dtype
+        device,
+        dtype,
+        "lora" if files.is_adapter and purpose == "full" else purpose,
+        base_dtype,
+        bf16_weights=bf16_weights,
     )
     model, findings = _read_weights(base_files, config, placement, quantised)
     if load_in == "dequantised" and (quantised or stored_quantisation(config)):

@@ -75,7 +75,9 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def place(device: str, dtype: str, purpose: Purpose, base_dtype: str) -> Placement:
+def place(
+    device: str, dtype: str, purpose: Purpose, base_dtype: str, *, bf16_weights: bool = False
+) -> Placement:
     """Choose device and dtypes.
 
     Args:
@@ -83,11 +85,20 @@ def place(device: str, dtype: str, purpose: Purpose, base_dtype: str) -> Placeme
         dtype: auto, or the type to compute in.
         purpose: what the model is loaded for.
         base_dtype: what the weights have on disk.
+        bf16_weights: of purpose full: held and computed in bfloat16; the optimiser keeps the rest.
 
     Raises:
         UsageError: a device that is not there, an unknown dtype, training in float16.
     """
     where, device_choice = choose_device(device)
+    if bf16_weights and purpose == "full":
+        import torch
+
+        reason = "as held: the optimiser keeps the lower half of each weight"
+        if base_dtype == "float32":
+            reason += "; what the file has beyond bfloat16 is rounded away"
+        held = Choice("parameter dtype", "bfloat16", reason)
+        return Placement(where, torch.bfloat16, None, (device_choice, held))
     compute, dtype_choice = _choose_compute(where, dtype, purpose, base_dtype)
     parameters, parameter_choice = _choose_parameters(compute, purpose)
     return Placement(

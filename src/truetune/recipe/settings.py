@@ -239,8 +239,11 @@ class Recipe:
     max_grad_norm: float = _option(
         1.0, TRAIN, "Clip the gradient to this norm; 0 never.", aliases=["grad_clip"], minimum=0
     )
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
-        "adamw", TRAIN, "Optimiser; the 8-bit ones are bitsandbytes'."
+    optim: Literal["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
+        "adamw",
+        TRAIN,
+        "Optimiser; adamw_bf16: all weights in bfloat16, the rest of each beside it; the 8-bit "
+        "ones are bitsandbytes'.",
     )
     gradient_checkpointing: bool = _option(
         False, TRAIN, "Compute activations twice to keep fewer of them."
@@ -254,7 +257,7 @@ class Recipe:
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = _option("auto", TRAIN, "Where to compute.")
     dtype: Literal["auto", "bfloat16", "float32"] = _option(
-        "auto", TRAIN, "Type to compute in; trained weights are float32 always."
+        "auto", TRAIN, "Type to compute in; trained weights are float32, but for adamw_bf16."
     )
 
     eval_steps: int | None = _option(

@@ -244,6 +244,11 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"{kinds[0]} is a kind of LoRA, and lora is false: leave one of them out")
     if {"qlora", "load_in_8bit"} <= set(kinds):
         problems.append("qlora holds the base in 4 bits, load_in_8bit in 8: leave one of them out")
+    if values.get("optim") == "adamw_bf16":
+        if kinds or str(values.get("lora")).lower() == "true":
+            problems.append("adamw_bf16 is for all weights, LoRA has float32 ones: leave one out")
+        if values.get("dtype") == "float32":
+            problems.append("adamw_bf16 computes in bfloat16, and dtype is float32: leave one out")
     markers = values.get("think_markers")
     if markers is not None and (not isinstance(markers, list) or len(markers) != 2):
         problems.append("think_markers are two: opening and closing, e.g. <think>,</think>")
