@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_models import TEMPLATE, edit_json, tiny_model, tiny_tokenizer
-from truetune.check.checkpoint import CHECKS, Checkpoint, gather
+from truetune.check import saved_files, saved_weights
+from truetune.check.checkpoint import Checkpoint, gather
 from truetune.check.start import verdict
 from truetune.cli import main
 from truetune.errors import ModelError
@@ -72,7 +73,11 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, sound: Path) -> Path:
 
 
 def judged(found: Checkpoint) -> list[Finding]:
-    return [finding for check in CHECKS for finding in check(found)]
+    return [
+        finding
+        for check in (*saved_files.CHECKS, *saved_weights.CHECKS)
+        for finding in check(found)
+    ]
 
 
 def copied(source: Path, target: Path, change: Callable[[Path], None]) -> Path:
@@ -106,6 +111,10 @@ def zeroed(tensors: dict[str, Any], names: str = "lora_B") -> None:
     for name, value in tensors.items():
         if names in name:
             value.zero_()
+
+
+def without_head(tensors: dict[str, Any]) -> None:
+    del tensors["lm_head.weight"]
 
 
 def hollow(tensors: dict[str, Any]) -> None:
@@ -150,6 +159,23 @@ MODELS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "id-beyond-head": ("error", more_tokens),
     "rows-untrained": ("error", tensors_changed(set_row("model.embed_tokens.weight", END, 262))),
     "weights-not-finite": ("error", tensors_changed(broken_number)),
+    "model-weights-missing": ("error", tensors_changed(without_head)),
+    "weights-unused": (
+        "warning",
+        tensors_changed(lambda t: t.update({"model.layers.7.norm.weight": torch.ones(4)})),
+    ),
+    "model-shape-mismatch": (
+        "error",
+        tensors_changed(lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+    ),
+    "weights-zero": (
+        "error",
+        tensors_changed(lambda t: zeroed(t, "layers.1.mlp.down_proj")),
+    ),
+    "head-not-tied": (
+        "error",
+        lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True),
+    ),
     "model-no-weights": ("warning", lambda folder: (folder / "model.safetensors").unlink()),
     "model-weights-damaged": (
         "error",
@@ -222,7 +248,52 @@ def test_hollow_tensors_are_an_empty_adapter(tmp_path: Path, adapter: Path) -> N
     assert "have no numbers" in told.what
 
 
+def tied_twice(folder: Path) -> None:
+    """The config ties the head, and the file holds the same table under both names."""
+    tensors_changed(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(
+        folder
+    )
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+
+
+def tied_once(folder: Path) -> None:
+    """The head is in no file, because it is the embedding."""
+    tensors_changed(without_head)(folder)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+
+
+def one_zero_row(tensors: dict[str, Any]) -> None:
+    tensors["model.layers.1.mlp.down_proj.weight"][0].zero_()
+
+
+def test_a_wrapped_model_that_was_saved_names_the_prefix(tmp_path: Path, sound: Path) -> None:
+    def prefixed(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[f"base_model.model.{name}"] = tensors.pop(name)
+
+    found = judged(gather(str(copied(sound, tmp_path / "m", tensors_changed(prefixed)))))
+    (told,) = [f for f in found if f.level == "error"]
+    assert told.code == "model-weights-missing"
+    assert "prefix" in told.why
+    assert "merge_and_unload" in told.fix
+
+
+def test_nan_anywhere_is_seen_and_a_broken_template_is_not_called_missing(
+    tmp_path: Path, sound: Path
+) -> None:
+    def infinite(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+
+    found = judged(gather(str(copied(sound, tmp_path / "m", tensors_changed(infinite)))))
+    assert [f.code for f in found] == ["weights-not-finite"]
+    found = judged(gather(str(copied(sound, tmp_path / "t", template("{% if %}")))))
+    assert [(f.code, f.level) for f in found] == [("template-unfaithful", "error")]
+
+
 NEAR = {
+    "a head that is the embedding, in the file twice": tied_twice,
+    "a head that is the embedding, in the file once": tied_once,
+    "a row of zeros": tensors_changed(one_zero_row),
     "two stop ids, one of them unused": stops(END, 256),
     "no generation config, the config says it": lambda folder: (
         folder / "generation_config.json"

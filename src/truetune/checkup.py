@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.check.checkpoint import CHECKS as CHECKPOINT_CHECKS
+from truetune.check import saved_files, saved_weights
 from truetune.check.checkpoint import Checkpoint, gather
 from truetune.check.fit import Fit, estimate
 from truetune.check.lengths import (
@@ -159,6 +159,9 @@ def _fit(found: Survey, rows: RowLengths) -> Fit:
     )
 
 
+_SAVED = (*saved_files.CHECKS, *saved_weights.CHECKS)
+
+
 def check_model(recipe: Recipe, listener: Listener) -> Checkup:
     """Look at a finished model or adapter, from any tool; of a run, at what it saved.
 
@@ -170,7 +173,7 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
         raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
     listener.stage("model files")
     found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
-    findings = [finding for check in CHECKPOINT_CHECKS for finding in check(found)]
+    findings = [finding for check in _SAVED for finding in check(found)]
     verdict = found.verdict
     summary: dict[str, Any] = {"model": _model_summary(found, recipe)}
     if verdict is not None:
