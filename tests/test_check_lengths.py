@@ -7,9 +7,10 @@ import pytest
 
 from tiny_models import TEMPLATE, tiny_tokenizer
 from truetune.check import damage, damage_table, encoded_lengths, limit_keeping, row_lengths
-from truetune.check.lengths import histogram, percent, quantiles
+from truetune.check.lengths import histogram, length_report, percent, quantiles, report_lines
 from truetune.check.table import TokenTable
 from truetune.contract import PromptContract, SFTExample
+from truetune.contract.policy import Policy
 from truetune.data import Conversation
 
 THINK = 50
@@ -107,6 +108,26 @@ def test_lengths_of_what_a_contract_encoded() -> None:
     assert list(found.where) == ["r:0", "r:1"]
     # The marker is eight tokens here; the last may merge with what follows elsewhere.
     assert np.array_equal(found.thought, [5 + 8 + 6, -1])
+
+
+def test_markers_of_ones_own_close_the_reasoning() -> None:
+    contract = PromptContract.load(
+        tiny_tokenizer(TEMPLATE), policy=Policy("inline", think_markers=("<|a|>", "<|b|>"))
+    )
+    turns = [
+        {"role": "user", "content": "Hm?"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "so"},
+    ]
+    encoded = contract.encode_all([Conversation(tuple(turns), "r:0")])
+    report = length_report(encoded_lengths(encoded, contract), 14, None)  # type: ignore[arg-type]
+    # 5 prompt tokens, then <|a|> newline s o newline <|b|>, of which the last byte is not asked.
+    assert report["limit"] == next(d for d in report["limits"] if d["limit"] == 14)
+    assert (report["limit"]["thoughts"], report["limit"]["with_thoughts"]) == (1, 1)
+    names, texts = zip(*report_lines(report), strict=True)
+    assert names == ("lengths", "a limit of")
+    assert texts[1].startswith("14 would cut 100 %; 100 % lose the end of the answer; 100 % of")
+    plain = length_report(encoded_lengths(encoded, contract), 400, None)  # type: ignore[arg-type]
+    assert len(report_lines(plain)) == 1
 
 
 def test_percent() -> None:

@@ -214,8 +214,10 @@ def data_facts(
     eval_fitted: Fitted,
     found: Sequence[Finding],
     overlap: Sequence[str],
+    lengths: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """What data.json holds: files, counts, every drop with its reason."""
+    """What data.json holds: files, counts, every drop with its reason, the length report of rows
+    with reasoning."""
     drops = [
         {"where": finding.where, "code": finding.code, "what": finding.what}
         for finding in found
@@ -240,6 +242,7 @@ def data_facts(
         "train": _counts(fitted),
         "held_out": _counts(eval_fitted),
         "dropped": drops,
+        **({"lengths": lengths} if lengths else {}),
     }
 
 

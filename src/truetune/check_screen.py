@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from truetune.check.fit import gib
-from truetune.check.lengths import percent
+from truetune.check.lengths import percent, report_lines
 from truetune.checkup import Checkup
 from truetune.findings import Finding
 from truetune.screen import Screen
@@ -41,7 +41,7 @@ def show_checkup(
         ("contract", _contract_lines),
         ("plan", _plan_lines),
         ("rehearsal", _rehearsal_lines),
-        ("lengths", _length_lines),
+        ("lengths", report_lines),
     )
     screen.pairs(
         [p for name, draw in drawn if name in found.summary for p in draw(found.summary[name])]
@@ -167,34 +167,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _length_lines(lengths: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (
-            "lengths",
-            f"median {lengths['p50']:,}, 95 % {lengths['p95']:,}, 99 % {lengths['p99']:,}, "
-            f"longest {lengths['longest']:,} tokens; {lengths['keeps_99_percent']:,} keep 99 % of "
-            "the rows whole",
-        ),
-        *(("" if i else "a limit of", _limit_line(d)) for i, d in enumerate(_limits(lengths))),
-    ]
-
-
-def _limits(lengths: dict[str, Any]) -> list[dict[str, Any]]:
-    """Limits that cost something, the largest three: below them everything is lost anyhow."""
-    return [d for d in lengths["limits"] if d["cut"]][-3:]
-
-
-def _limit_line(damage: dict[str, Any]) -> str:
-    rows = max(damage["rows"], 1)
-    text = f"{damage['limit']:,} would cut {percent(damage['cut'] / rows)}"
-    if damage["stops"]:
-        text += f"; {percent(damage['stops'] / rows)} lose the end of the answer"
-    if damage["thoughts"]:
-        share = damage["thoughts"] / max(damage["with_thoughts"], 1)
-        text += f"; {percent(share)} of those with reasoning never close it"
-    return text
 
 
 def _picture(screen: Screen, lengths: dict[str, Any]) -> None:

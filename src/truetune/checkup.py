@@ -18,12 +18,9 @@ from truetune.check.checkpoint import Checkpoint, gather
 from truetune.check.fit import Fit, estimate
 from truetune.check.lengths import (
     RowLengths,
-    damage,
-    damage_table,
     encoded_lengths,
-    histogram,
+    length_report,
     limit_keeping,
-    quantiles,
 )
 from truetune.check.markers import Markers
 from truetune.check.start import judge_rows
@@ -92,7 +89,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
     summary = {
         "run": _run_summary(found),
         "contract": _contract_summary(found),
-        **({"lengths": _length_summary(rows, found)} if len(rows) else {}),
+        **({"lengths": length_report(rows, *_limits(found))} if len(rows) else {}),
         "plan": fit.as_dict(),
     }
     told = [*found.prepared.findings, *fit.findings(), *_rows_untrained(found), *_targets(recipe)]
@@ -102,6 +99,11 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         told += rehearsed
         summary["rehearsal"] = numbers
     return Checkup(_ordered(told), summary)
+
+
+def _limits(found: Survey) -> tuple[int, int | None]:
+    """Of the run, and of the model."""
+    return found.prepared.plan.max_length, found.prepared.model.context_length
 
 
 def _rows_untrained(found: Survey) -> list[Finding]:
@@ -243,18 +245,6 @@ def _contract_summary(found: Survey) -> dict[str, Any]:
         "template": contract.origin,
         "template_arguments": contract.template_kwargs,
         "stop": [{"id": i, "token": contract.tokens.decode([i])} for i in contract.stop_ids],
-    }
-
-
-def _length_summary(rows: RowLengths, found: Survey) -> dict[str, Any]:
-    model, plan = found.prepared.model, found.prepared.plan
-    return {
-        **quantiles(rows),
-        "examples": len(rows),
-        "keeps_99_percent": limit_keeping(rows),
-        "limit": damage(rows, plan.max_length).as_dict(),
-        "limits": [d.as_dict() for d in damage_table(rows, plan.max_length, model.context_length)],
-        "histogram": [dict(zip(("from", "to", "rows"), b, strict=True)) for b in histogram(rows)],
     }
 
 

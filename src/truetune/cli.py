@@ -346,11 +346,15 @@ def export_run(
         str,
         typer.Option(
             help="original weights, or dequantised: rounded as in training. "
-            "(default: auto, what the adapter was trained on)"
+            "(default: auto, what the adapter was trained on)",
+            show_default=False,
         ),
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="bfloat16, float16 or float32. (default: auto, the base's)")
+        str,
+        typer.Option(
+            help="bfloat16, float16 or float32. (default: auto, the base's)", show_default=False
+        ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
     no_verify: Annotated[

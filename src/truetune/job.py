@@ -77,6 +77,7 @@ class RunResult:
             rows), in nats per supervised token.
         findings: all that was found.
         base: the model without adapter, where an adapter was trained.
+        base_revision: its commit, where it came from the Hub.
         base_stop_ids: on which a server of the model that training started from ends an answer.
         verdict: what a fresh process found; None where it was not asked.
     """
@@ -91,6 +92,7 @@ class RunResult:
     base: str | None
     base_stop_ids: tuple[int, ...]
     verdict: Verdict | None = None
+    base_revision: str | None = None
 
 
 class Job:
@@ -301,6 +303,7 @@ class Job:
             base,
             self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
             verdict,
+            self.loaded.base_revision if base else None,
         )
 
     def _interrupted(self, what: str) -> Interrupted:

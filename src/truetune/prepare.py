@@ -23,7 +23,7 @@ from truetune.account import (
     unused_tokens,
     without_effect,
 )
-from truetune.check import Preflight, preflight
+from truetune.check import Preflight, encoded_lengths, length_report, preflight
 from truetune.compute.length import Fitted, fit_length, is_text, longest
 from truetune.contract import (
     Encoded,
@@ -181,6 +181,11 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         lengths=[len(example.ids) for example in fitted.examples] or [1],
         reasoning_share=_reasoning_share(train),
     )
+    lengths = None
+    if plan.reasoning_share and encoded:
+        # Where reasoning is cut, neither the closing marker nor the answer is left.
+        rows = encoded_lengths(encoded, contract)
+        lengths = length_report(rows, plan.max_length, facts.context_length)
     if not recipe.no_check:
         listener.stage("check")
         told = preflight(
@@ -208,7 +213,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         _answerable(held_out, eval_fitted),
         plan,
         merged(findings),
-        data_facts(loaded, fitted, eval_fitted, refusals, overlap),
+        data_facts(loaded, fitted, eval_fitted, refusals, overlap, lengths),
         new_tokens,
         _verify_rows(held_out, eval_encoded, plan, held_out=True)
         or _verify_rows(train, encoded, plan, held_out=False),

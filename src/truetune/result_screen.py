@@ -46,7 +46,10 @@ def _serve_adapter(result: RunResult) -> str:
         run = shlex.quote(str(result.run.path))
         return f"truetune export {run} --merge -o {merged} && vllm serve {merged}"
     artifact, stops = str(result.artifact), list(result.contract.stop_ids)
-    words = ["vllm", "serve", str(result.base), "--enable-lora"]
+    words = ["vllm", "serve", str(result.base)]
+    if result.base_revision:
+        words += ["--revision", result.base_revision]
+    words += ["--enable-lora"]
     words += ["--lora-modules", f"tuned={artifact}"]
     words += ["--chat-template", f"{artifact}/chat_template.jinja"]
     rank = next((r for r in _VLLM_RANKS if r >= result.plan.recipe.lora_r), _VLLM_RANKS[-1])

@@ -135,6 +135,7 @@ class Screen(Listener):
                     f"{trained['tokens']:,}, of them {trained['supervised_tokens']:,} supervised; "
                     f"longest row {trained['longest']:,} of {plan.max_length:,}",
                 ),
+                *_lengths(data),
                 (
                     "method",
                     f"{recipe.method}: "
@@ -208,6 +209,13 @@ class Screen(Listener):
         self.errors.print(head)
         for line in labelled(error.parts()):
             self.errors.print(Text(visible(line)))
+
+
+def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a length limit would cost, where there is reasoning to lose."""
+    from truetune.check.lengths import report_lines
+
+    return report_lines(data["lengths"]) if "lengths" in data else []
 
 
 def _batch(plan: Plan, route: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from truetune.check.lengths import (
     damage,
     damage_table,
     encoded_lengths,
+    length_report,
     limit_keeping,
     row_lengths,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "damage",
     "damage_table",
     "encoded_lengths",
+    "length_report",
     "limit_keeping",
     "preflight",
     "row_lengths",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,10 +134,7 @@ def encoded_lengths(encoded: Sequence[Encoded], contract: PromptContract) -> Row
     table = TokenTable.of_examples(
         [example for row in chats for example in row], [row.row for row in chats for _ in row]
     )
-    markers = Markers.probe(
-        contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
-    )
-    closing = markers.think[1]
+    closing = Markers.of_contract(contract).think[1]
     ids = contract.tokens.encode([closing])[0]
     if len(ids) > 1:
         # The last character may merge with what follows.
@@ -202,6 +199,49 @@ def histogram(rows: RowLengths, bins: int = 24) -> list[tuple[int, int, int]]:
     size = max(-(-longest // bins), 1)
     counts = np.bincount((rows.total - 1) // size, minlength=1)
     return [(i * size + 1, (i + 1) * size, int(n)) for i, n in enumerate(counts.tolist())]
+
+
+def length_report(rows: RowLengths, *limits: int | None) -> dict[str, Any]:
+    """Quantiles, the limit that keeps 99 %, the damage at each candidate limit and at those given,
+    and the histogram, as JSON has it.
+
+    Args:
+        limits: of the run, and of the model's context; the first one is told apart.
+    """
+    return {
+        **quantiles(rows),
+        "examples": len(rows),
+        "keeps_99_percent": limit_keeping(rows),
+        "limit": damage(rows, limits[0]).as_dict() if limits and limits[0] else None,
+        "limits": [d.as_dict() for d in damage_table(rows, *limits)],
+        "histogram": [dict(zip(("from", "to", "rows"), b, strict=True)) for b in histogram(rows)],
+    }
+
+
+def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A length report in names and texts, without its histogram."""
+    # Limits that cost something, the largest three: below them everything is lost anyhow.
+    costly = [d for d in report["limits"] if d["cut"]][-3:]
+    return [
+        (
+            "lengths",
+            f"median {report['p50']:,}, 95 % {report['p95']:,}, 99 % {report['p99']:,}, "
+            f"longest {report['longest']:,} tokens; {report['keeps_99_percent']:,} keep 99 % of "
+            "the rows whole",
+        ),
+        *(("" if i else "a limit of", _limit_line(d)) for i, d in enumerate(costly)),
+    ]
+
+
+def _limit_line(damage: Mapping[str, Any]) -> str:
+    rows = max(damage["rows"], 1)
+    text = f"{damage['limit']:,} would cut {percent(damage['cut'] / rows)}"
+    if damage["stops"]:
+        text += f"; {percent(damage['stops'] / rows)} lose the end of the answer"
+    if damage["thoughts"]:
+        share = damage["thoughts"] / max(damage["with_thoughts"], 1)
+        text += f"; {percent(share)} of those with reasoning never close it"
+    return text
 
 
 def percent(part: float) -> str:

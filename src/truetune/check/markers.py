@@ -8,6 +8,7 @@ who     the label families, which never read a template's source
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,16 @@ class Markers:
         if contract is None:
             return _without_template(tokens, served)
         return _probed(contract, tokens, served)
+
+    @classmethod
+    def of_contract(cls, contract: PromptContract) -> Markers:
+        """What a contract serves; the think markers are those that it writes itself where it
+        does."""
+        found = cls.probe(
+            contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
+        )
+        own = contract.policy.think_markers if contract.policy.reasoning == "inline" else None
+        return dataclasses.replace(found, think=own) if own else found
 
 
 def served_stop_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -58,13 +58,9 @@ class Preflight:
     def labels(self) -> LabelFacts:
         """The examples as the label families look at them. Their prompts are proved: they came
         out of the contract."""
-        contract = self.contract
-        markers = Markers.probe(
-            contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
-        )
         return LabelFacts(
             TokenTable.of_examples(self.examples, self.rows),
-            markers,
+            Markers.of_contract(self.contract),
             head_rows=self.head_rows,
             loss_on=self.loss_on,
             is_text=self.is_text,

@@ -189,7 +189,10 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
         ModelError: another base, revision, config or tokenizer, with both values.
     """
     where = str(adapter)
-    fix = "open it on the base it was trained on: base_model_name_or_path of adapter_config.json"
+    fix = (
+        "open it on the base it was trained on: with --base, or base_model_name_or_path of "
+        "adapter_config.json"
+    )
     if trained.tokenizer_size != found.tokenizer_size:
         raise ModelError(
             f"the tokenizer has {found.tokenizer_size:,} ids, the adapter was trained with "
@@ -209,8 +212,8 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
             where=where,
             why=f"trained on  {_named(trained)}  {trained.digest[:16]}\n"
             f"found       {_named(found)}  {found.digest[:16]}\n"
-            f"{name}: {_shown(trained, name)} then, {_shown(found, name)} now; "
-            f"all that differ: {listed(differing)}",
+            f"{name}: {_shown(trained, name)} then, {_shown(found, name)} now"
+            + (f"\nthe others: {listed(differing[1:])}" if differing[1:] else ""),
             fix=fix,
             code="adapter-wrong-base",
         )

@@ -59,7 +59,8 @@ class Verdict:
                 code="verify-failed",
                 level="error",
                 what=f"{check.name}: {check.what}",
-                where=self.artifact,
+                where=check.numbers.get("where") or self.artifact,
+                why=check.numbers.get("why", ""),
                 fix=check.fix,
             )
             for check in self.checks
