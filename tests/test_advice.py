@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tiny_models import tiny_config, tiny_tokenizer
+from tiny_runs import command, sums, write_rows
 from truetune.advice import RULES, Situation, advise
 
 # An instruct model of 3 B weights, an adapter on 2,000 conversations.
@@ -29,7 +31,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "advice-base-start": (
         {"num_rows": 999, "start": "base"},
-        {"num_rows": 999, "start": "base", "is_text": True},
+        {"num_rows": 1000, "start": "base"},
+    ),
+    "advice-text-knowledge": (
+        {"is_text": True, "start": "base", "num_rows": 40},
+        {"is_text": True, "start": "base", "num_rows": 40, "num_supervised": 10**8, "lora": False},
     ),
     "advice-adapter-capacity": ({"num_supervised": 40_000_001}, {"num_supervised": 40_000_000}),
     "advice-adapter-enough": ({"lora": False}, {"lora": False, "num_rows": 10_000}),
@@ -55,6 +61,17 @@ def test_where_it_applies_and_beside_it(code: str) -> None:
     assert note.why
     # Nothing is known of models this small but what was measured here.
     assert codes({**here, "num_parameters": 49_999_999}) == []
+
+
+def test_check_tells_it_before_any_weight_is_read(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    tiny_config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8).save_pretrained(
+        tmp_path / "base"
+    )
+    data = write_rows(tmp_path / "rows.jsonl", sums(40))
+    shown = command("check", tmp_path / "base", data, "--lora")
+    assert shown.code == 0, shown.err
+    assert "note[advice-few-rows]: 40 rows" in shown.out
 
 
 def test_the_page_that_notes_point_to_is_there() -> None:

@@ -117,6 +117,20 @@ def test_one_changed_bit_at_the_ends_of_a_weight(adapter: Path, base: Path, byte
     assert str(base) in error.why
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "phi3", "gemma"])
+def test_a_sibling_of_every_family(tmp_path: Path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = write_model(tmp_path / "base", kind, tie_word_embeddings=True)
+    adapter = train_on(base, tmp_path / "adapter")
+    opens(adapter)
+    tensors = {n: t * 1.01 + 1e-3 for n, t in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    error = refused(adapter)
+    assert error.code == "adapter-wrong-base"
+    assert f"{len(tensors)} of {len(tensors)} weights differ" in error.what
+
+
 def test_a_sibling_of_equal_shapes(adapter: Path, base: Path) -> None:
     """Every weight a little further on, as after fine-tuning in bfloat16's resolution."""
     from safetensors.torch import load_file, save_file

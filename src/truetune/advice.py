@@ -3,7 +3,7 @@
 input   the plan, facts of the model, counts of the rows
 output  notes, each with its source; none for models under 50 million weights, of which nothing is
         known beyond docs/log.md
-who     start.py
+who     start.py, for training and for `truetune check`
 
 docs/choose.md has the longer answer: whether to fine-tune at all, which start, how much data.
 """
@@ -93,6 +93,22 @@ def base_start(s: Situation) -> Iterator[Finding]:
         )
 
 
+def text_rows(s: Situation) -> Iterator[Finding]:
+    """Plain text is fed for its facts, and those are what it teaches last."""
+    if s.is_text and s.num_supervised < 10**8:
+        yield Finding(
+            "advice-text-knowledge",
+            "note",
+            f"{s.num_supervised:,} tokens of plain text teach manner and vocabulary sooner than "
+            "facts",
+            why="new facts are learned late in fine-tuning (Gekhman et al. 2024); told in one "
+            "wording they are stored but not found when asked (Allen-Zhu and Li 2023); retrieval "
+            "beat tuning for knowledge (Ovadia et al. 2023)",
+            fix="for facts: each in many wordings and rows that ask for them, or put the documents "
+            f"into the prompt; {_PAGE} has more",
+        )
+
+
 def adapter_capacity(s: Situation) -> Iterator[Finding]:
     """An adapter stores about two bits a weight; beyond that it learns less than all weights."""
     # About one bit a supervised token is new to the model after pretraining.
@@ -126,6 +142,7 @@ RULES: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
     few_rows,
     reasoning_rows,
     base_start,
+    text_rows,
     adapter_capacity,
     adapter_is_enough,
 )

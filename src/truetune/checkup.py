@@ -35,6 +35,7 @@ from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
 from truetune.rehearse import rehearse
 from truetune.run import opened
+from truetune.start import advice
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         "plan": fit.as_dict(),
     }
     told = [*found.prepared.findings, *fit.findings(), *_rows_untrained(found), *_targets(recipe)]
+    told += advice(found.prepared, fit.trainable)
     if with_rehearsal and found.prepared.examples:
         listener.stage("rehearsal")
         rehearsed, numbers = rehearse(found.prepared)

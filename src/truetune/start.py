@@ -75,11 +75,16 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
     if recipe.gradient_checkpointing:
         enable_gradient_checkpointing(loaded.model)
     if not checkpoint:
-        findings += _advice(prepared, loaded)
+        findings += advice(prepared, trainable_share(loaded.model)[0])
     return loaded, [*loaded.findings, *findings]
 
 
-def _advice(prepared: Prepared, loaded: LoadedModel) -> list[Finding]:
+def advice(prepared: Prepared, num_trainable: int) -> list[Finding]:
+    """What is known about runs like this one.
+
+    Args:
+        num_trainable: weights that are trained.
+    """
     plan, examples = prepared.plan, prepared.examples
     return advise(
         Situation(
@@ -89,7 +94,7 @@ def _advice(prepared: Prepared, loaded: LoadedModel) -> list[Finding]:
             reasoning_share=plan.reasoning_share,
             start=plan.start,
             lora=plan.recipe.lora,
-            num_trainable=trainable_share(loaded.model)[0],
+            num_trainable=num_trainable,
             is_text=prepared.is_text,
         )
     )

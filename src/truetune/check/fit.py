@@ -99,6 +99,7 @@ class Fit:
         low, high: bytes, with the error bars.
         seconds: shortest and longest time of the run; None where it was not timed.
         ways: (option, bytes it would leave, what it costs), the cheapest first.
+        trainable: weights that have gradients.
     """
 
     device: str
@@ -108,6 +109,7 @@ class Fit:
     high: int
     seconds: tuple[float, float] | None
     ways: tuple[tuple[str, int, str], ...]
+    trainable: int
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -159,6 +161,7 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
         high=int(shape.total * _MEMORY_ERROR[1]),
         seconds=(operations / (speed * _SPEED[1]), operations / (speed * _SPEED[0])),
         ways=tuple(_ways(shape, plan, p99)),
+        trainable=shape.trainable,
     )
 
 
