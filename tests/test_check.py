@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from test_check_checkpoint import CODES as CHECKPOINT_CODES
-from test_check_data import CASES as DATA_CASES
-from test_check_labels import CASES as LABEL_CASES
 from tiny_models import tiny_tokenizer
 from truetune.check import Preflight, preflight
 from truetune.contract import PromptContract, SFTExample
@@ -123,34 +117,6 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
         ],
     ),
 }
-
-
-# Codes whose fixtures have a form of their own.
-ELSEWHERE = {
-    "test_check_rehearse": {"memory-short"},
-    "test_check_labels": {
-        *("history-not-served", "reasoning-lost", "padding-supervised", "bos-missing")
-    },
-}
-
-
-def test_every_code_of_the_checks_has_its_fixtures() -> None:
-    folder = Path(inspect.getfile(preflight)).parent
-    found = set()
-    for path in folder.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            named = isinstance(node, ast.Call) and getattr(node.func, "id", "")
-            if named not in ("Finding", "rows_finding"):
-                continue
-            values = [word.value for word in node.keywords if word.arg == "code"]
-            values += node.args[:1] if named == "Finding" else []
-            found |= {value.value for value in values if isinstance(value, ast.Constant)}
-    tables = {*CASES, *LABEL_CASES, *DATA_CASES, *CHECKPOINT_CODES}
-    # Loading tells it too; the check only hands it on.
-    assert found == tables.union(*ELSEWHERE.values()) - {
-        "model-no-weights",
-        "model-weights-damaged",
-    }
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,70 @@ def test_chat_rows_that_lora_does_not_train(place: Path, tmp_path: Path) -> None
     assert check_run(recipe(place, lora=True), Listener()).ok
 
 
+# What a rehearsal must see, done to the model right after it was loaded: code -> (settings,
+# change). A sound run of the same settings has none of them (above).
+
+
+def noisy(model: Any) -> None:
+    """Draws that no switch of the rehearsal turns off: two ways of one step differ."""
+    model.model.layers[0].mlp.register_forward_hook(lambda m, i, out: out + torch.randn_like(out))
+
+
+def shared(model: Any) -> None:
+    """A frozen tensor lies in the memory of a trained one."""
+    parameters = dict(model.named_parameters())
+    trained = next(p for n, p in parameters.items() if "lora_A" in n)
+    frozen = next(p for n, p in parameters.items() if n.endswith("norm.weight"))
+    frozen.data = trained.data.reshape(-1)[: frozen.numel()]
+
+
+def unsaved(model: Any) -> None:
+    """What the model computes is not in its weights."""
+    model.lm_head.register_forward_hook(lambda m, i, out: -out)
+
+
+def untouched(model: Any) -> None:
+    """Nothing is done; the settings alone are wrong."""
+
+
+REHEARSED = {
+    "weights-unmoved": ({"learning_rate": 1e-14}, untouched),
+    "step-not-equal": ({}, noisy),
+    "frozen-moved": ({"lora": True}, shared),
+    "reload-differs": ({}, unsaved),
+}
+
+
+@pytest.mark.parametrize("code", REHEARSED)
+def test_what_a_rehearsal_sees(place: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    import truetune.rehearse as rehearsal
+
+    settings, change = REHEARSED[code]
+    load = rehearsal.load_start
+
+    def loaded_and_changed(*arguments: Any) -> Any:
+        loaded, findings = load(*arguments)
+        change(loaded.model)
+        return loaded, findings
+
+    monkeypatch.setattr(rehearsal, "load_start", loaded_and_changed)
+    found = {f.code: f for f in checked(place, **settings).findings}
+    assert found[code].level == "error"
+    assert found[code].why
+    assert found[code].fix
+
+
+def test_dropout_of_any_kind_is_no_difference_between_two_ways(place: Path, tmp_path: Path) -> None:
+    """Attention keeps its rate as a plain number, not as a module."""
+    import shutil
+
+    shutil.copytree(place, tmp_path / "p")
+    config = tmp_path / "p" / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.5}))
+    found = checked(tmp_path / "p")
+    assert [f.code for f in found.findings if f.level != "note"] == []
+
+
 # ------------------------------------------------------------------ memory and time
 
 

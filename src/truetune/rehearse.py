@@ -92,17 +92,23 @@ def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 @contextmanager
 def _without_dropout(model: Any) -> Iterator[None]:
-    """Two ways of one step draw other dropout: it is off for the comparison."""
-    import torch
+    """Two ways of one step draw other dropout: it is off for the comparison.
 
-    found = [(m, m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    for module, _ in found:
-        module.p = 0.0
+    Attention keeps its rate as a number of its own, which it hands to a kernel.
+    """
+    found = [
+        (module, name, rate)
+        for module in model.modules()
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and rate and (name == "p" or "drop" in name)
+    ]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
-        for module, p in found:
-            module.p = p
+        for module, name, rate in found:
+            setattr(module, name, rate)
 
 
 def _two_ways(

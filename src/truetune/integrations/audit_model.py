@@ -378,6 +378,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             level="error",
             what=f"the learning rate is {rate:g}: nothing is learned",
             where="args.learning_rate",
+            why="it was never set, or a schedule of one's own begins at 0 and is taken for it",
             fix="learning_rate=1e-4 for LoRA, 1e-5 to 2e-5 for all weights",
         )
     elif rate >= most or rate < 1e-8:

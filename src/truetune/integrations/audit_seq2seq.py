@@ -51,6 +51,7 @@ def _targets_end(
             code="nothing-supervised",
             level="error",
             what=f"no token is a target in {share(len(empty), len(names))}",
+            why="their targets are empty, or all of them were masked",
             fix="leave those rows out, or mend what makes the targets",
         )
     if missing:

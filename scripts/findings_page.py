@@ -1,0 +1,269 @@
+"""docs/findings.md: what each code says, why, and what to do, read from where it is raised.
+
+input   the sources
+does    finds every Finding, error and refused row; writes its sentences out, with what is filled in
+        at run time in angle quotes
+output  one section a code; `codes` for the tests
+who     make_docs.py
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "truetune"
+_FINDINGS = ("Finding", "rows_finding", "_finding", "_say")
+# Fields by place, where they are not named.
+_FINDING_FIELDS = ("code", "level", "what", "where", "count", "why", "fix")
+# Helpers whose result is plain to say.
+_CALLS = {"share": "N of M rows", "len": "N", "gib": "N GiB", "percent": "N %"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place at which a code is raised.
+
+    Attributes:
+        kind: finding, error or row error.
+        level: of a finding; "" where it depends.
+        what, why, fix: their sentences; "" where there is none.
+        module: below the package.
+    """
+
+    code: str
+    kind: str
+    level: str
+    what: str
+    why: str
+    fix: str
+    module: str
+
+
+def sites() -> Iterator[Site]:
+    """All of them, in the order of the sources."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        module = _Module(tree)
+        for function, call in module.calls():
+            found = _site(call, module, function, str(path.relative_to(SOURCE)))
+            if found is not None:
+                yield found
+
+
+def finding_codes() -> dict[str, set[str]]:
+    """code -> modules, of all findings."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for site in sites():
+        if site.kind == "finding":
+            found[site.code].add(site.module)
+    return dict(found)
+
+
+def findings_page() -> str:
+    """The page."""
+    by_code: dict[str, list[Site]] = defaultdict(list)
+    for site in sites():
+        by_code[site.code].append(site)
+    lines = [
+        "# Findings and errors by code",
+        "",
+        "Made from the sources by `make docs`. A *finding* has a level (error, warning, note; none",
+        "here where it depends on how many rows it concerns) and is told with where, count, why",
+        "and fix; an *error* ends the command with the exit code of its class (`errors.py`); a",
+        "*row error* refuses one row, and is counted. Codes are stable. What is filled in when it",
+        "is told stands in \u2039quotes\u203a.",
+    ]
+    for code, places in sorted(by_code.items()):
+        kinds = ", ".join(dict.fromkeys(_kind(site) for site in places))
+        modules = ", ".join(f"`{name}`" for name in dict.fromkeys(s.module for s in places))
+        lines += ["", f"## `{code}`", "", f"{kinds}; {modules}", ""]
+        for what, why, fix in dict.fromkeys((s.what, s.why, s.fix) for s in places):
+            lines.append(f"* {_escaped(what)}")
+            lines += [f"    * likely cause: {_escaped(why)}"] * bool(why)
+            lines += [f"    * fix: {_escaped(fix)}"] * bool(fix)
+    return "\n".join(lines) + "\n"
+
+
+def _kind(site: Site) -> str:
+    return f"finding ({site.level})" if site.level else site.kind
+
+
+def _escaped(text: str) -> str:
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("\n", " ").strip()
+
+
+# ------------------------------------------------------------------ reading a call
+
+
+class _Module:
+    """A parsed module: its functions by name, and its calls with the function around them."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.tree = tree
+        self.functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+    def calls(self) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
+        yield from self._within(self.tree, None)
+
+    def _within(
+        self, node: ast.AST, function: ast.FunctionDef | None
+    ) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
+        for child in ast.iter_child_nodes(node):
+            inside = child if isinstance(child, ast.FunctionDef) else function
+            if isinstance(child, ast.Call):
+                yield inside, child
+            yield from self._within(child, inside)
+
+
+def _site(
+    call: ast.Call, module: _Module, function: ast.FunctionDef | None, name: str
+) -> Site | None:
+    called = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+    values = {word.arg: word.value for word in call.keywords if word.arg}
+    finding = called in _FINDINGS
+    if called == "Finding":
+        for field, value in zip(_FINDING_FIELDS, call.args, strict=False):
+            values.setdefault(field, value)
+    elif called == "BadRow":
+        for field, value in zip(("code", "what"), call.args, strict=False):
+            values.setdefault(field, value)
+    elif not finding and call.args:
+        values.setdefault("what", call.args[0])
+    code = values.get("code")
+    if not isinstance(code, ast.Constant) or not isinstance(code.value, str) or not code.value:
+        return None
+    level = values.get("level")
+    said = _Said(module, function)
+    return Site(
+        code=code.value,
+        kind="finding" if finding else "row error" if called == "BadRow" else "error",
+        level=str(level.value) if finding and isinstance(level, ast.Constant) else "",
+        what=said.of(values.get("what")),
+        why=said.of(values.get("why")),
+        fix=said.of(values.get("fix")),
+        module=name,
+    )
+
+
+class _Said:
+    """An expression of text as a person would read it."""
+
+    def __init__(self, module: _Module, function: ast.FunctionDef | None) -> None:
+        self.module = module
+        self.function = function
+        self._open: set[str] = set()
+
+    def of(self, node: ast.expr | None) -> str:
+        """The text; several, joined by " / ", where it depends."""
+        match node:
+            case None:
+                return ""
+            case ast.Constant(value=str(text)):
+                return text
+            case ast.JoinedStr(values=parts):
+                return "".join(self.of(part) for part in parts)
+            case ast.FormattedValue(value=inner):
+                return self._filled(inner)
+            case ast.BinOp(op=ast.Add(), left=left, right=right):
+                return self.of(left) + self.of(right)
+            case ast.IfExp(body=body, orelse=other):
+                return _either(self.of(body), self.of(other))
+            case ast.BoolOp(values=[first, *rest]):
+                return _either(*map(self.of, [first, *rest]))
+            case ast.NamedExpr(value=value):
+                return self.of(value)
+            case ast.Name(id=name):
+                return self._named(name)
+            case ast.Call(func=ast.Name(id=name)) if name in self.module.functions:
+                return self._returned(name)
+            case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
+                return _CALLS[name]
+            case ast.Constant():
+                return ""
+        return _quoted(node)
+
+    def _filled(self, node: ast.expr) -> str:
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
+                return _CALLS[name]
+            case ast.IfExp(body=body, orelse=other) if _is_text(body) or _is_text(other):
+                return _either(self.of(body), self.of(other))
+            case ast.Constant(value=value):
+                return str(value)
+        return _quoted(node)
+
+    def _named(self, name: str) -> str:
+        """What a local variable was set to, where that is text."""
+        if self.function is None or name in self._open:
+            return f"\u2039{name.replace('_', ' ').strip()}\u203a"
+        self._open.add(name)
+        found = []
+        for node in ast.walk(self.function):
+            if isinstance(node, ast.Assign):
+                targets = [t.id for t in node.targets if isinstance(t, ast.Name)]
+                if name in targets and _is_text(node.value):
+                    found.append(self.of(node.value))
+        self._open.discard(name)
+        return _either(*found) if found else f"\u2039{name.replace('_', ' ').strip()}\u203a"
+
+    def _returned(self, name: str) -> str:
+        if name in self._open:
+            return f"\u2039{name.strip('_').replace('_', ' ')}\u203a"
+        self._open.add(name)
+        inner = _Said(self.module, self.module.functions[name])
+        inner._open = self._open
+        found = [
+            inner.of(node.value)
+            for node in ast.walk(self.module.functions[name])
+            if isinstance(node, ast.Return) and node.value is not None and _is_text(node.value)
+        ]
+        self._open.discard(name)
+        return _either(*found) if found else f"\u2039{name.strip('_').replace('_', ' ')}\u203a"
+
+
+def _is_text(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value=str()) | ast.JoinedStr():
+            return True
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            return _is_text(left) or _is_text(right)
+        case ast.IfExp(body=body, orelse=other):
+            return _is_text(body) or _is_text(other)
+    return False
+
+
+def _either(*texts: str) -> str:
+    distinct = list(dict.fromkeys(text for text in texts if text))
+    if len(distinct) == 1 and "" in texts:
+        return f"[{distinct[0]}]"
+    return " / ".join(distinct)
+
+
+def _quoted(node: ast.expr) -> str:
+    """A name for a value that is only there at run time."""
+    match node:
+        case ast.Name(id=name):
+            text = name
+        case ast.Attribute(attr=name):
+            text = name
+        case ast.Subscript(value=value) | ast.Starred(value=value):
+            return _quoted(value)
+        case ast.Call(func=ast.Attribute(attr="join"), args=[inner, *_]):
+            return _quoted(inner)
+        case ast.Call(args=[inner, *_]):
+            return _quoted(inner)
+        case ast.Call(func=func):
+            return _quoted(func)
+        case ast.BinOp(left=left):
+            return _quoted(left)
+        case ast.GeneratorExp(generators=[ast.comprehension(iter=source), *_]):
+            return _quoted(source)
+        case ast.Constant(value=value):
+            return str(value)
+        case _:
+            text = "\u2026"
+    return f"\u2039{text.replace('_', ' ').strip()}\u203a"

@@ -1,0 +1,112 @@
+"""Every code of check, audit and rehearsal has rows or models that bring it about, and near misses
+that must not; docs/findings.md says of each what it means, its cause and what to do."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from bench.sabotage.cases import CASES as SABOTAGE
+from scripts.findings_page import finding_codes, findings_page, sites
+
+from test_check import CASES as RUN_CASES
+from test_check_checkpoint import ADAPTERS, MODELS
+from test_check_data import CASES as DATA_CASES
+from test_check_labels import CASES as LABEL_CASES
+
+ROOMS = ("check/", "integrations/audit", "checkup.py", "rehearse.py")
+# (what brings it about, what nearly does), where a table would not do: tests by file and name.
+LABELS, AUDIT = "test_check_labels.py", "test_audit_findings.py"
+REHEARSAL, SOUND = "test_check_rehearse.py", "test_a_sound_run_rehearses_in_silence"
+ELSEWHERE: dict[str, tuple[str, str, str]] = {
+    "history-not-served": (
+        *(LABELS, "test_history_that_no_server_sends"),
+        "test_a_template_that_keeps_reasoning_is_none_of_that",
+    ),
+    "reasoning-lost": (
+        *(LABELS, "test_history_that_no_server_sends"),
+        "test_a_template_that_keeps_reasoning_is_none_of_that",
+    ),
+    "padding-supervised": (
+        *(LABELS, "test_labels_on_padding_are_seen_before_it_is_taken_off"),
+        "test_padding_without_a_mask_keeps_one_token",
+    ),
+    "bos-missing": (
+        *(LABELS, "test_a_begin_token_that_served_prompts_have"),
+        "test_a_begin_token_that_served_prompts_have",
+    ),
+    "memory-short": (
+        *(REHEARSAL, "test_only_what_surely_does_not_fit_is_told"),
+        "test_only_what_surely_does_not_fit_is_told",
+    ),
+    "accumulation-not-measured": (
+        *(AUDIT, "test_accumulation_that_cannot_be_asked_is_a_note"),
+        "test_a_loss_of_ones_own_is_asked_and_not_read",
+    ),
+    "attention-hole": (AUDIT, "test_attention_hole", "test_attention_hole"),
+    "eval-prompt-in-train": (AUDIT, "test_eval_prompt_in_train", "test_eval_prompt_in_train"),
+    "packing-needs-no-cache": (
+        *(AUDIT, "test_packing_needs_no_cache"),
+        "test_packing_needs_no_cache",
+    ),
+    "batch-fails": (
+        *("test_audit.py", "test_a_collator_that_fails_is_a_finding_and_its_rows_are_judged_alone"),
+        "test_a_clean_report_hands_itself_on_and_control_characters_are_shown",
+    ),
+    "rehearsal-not-finite": (REHEARSAL, "test_weights_that_hold_nan", SOUND),
+    "step-overshoots": (REHEARSAL, "test_a_rate_that_overshoots", SOUND),
+    "weights-unmoved": (REHEARSAL, "test_what_a_rehearsal_sees", SOUND),
+    "step-not-equal": (
+        *(REHEARSAL, "test_what_a_rehearsal_sees"),
+        "test_dropout_of_any_kind_is_no_difference_between_two_ways",
+    ),
+    "frozen-moved": (REHEARSAL, "test_what_a_rehearsal_sees", SOUND),
+    "reload-differs": (REHEARSAL, "test_what_a_rehearsal_sees", SOUND),
+}
+
+
+def test_every_code_has_its_fixture_and_its_near_miss() -> None:
+    found = {
+        code
+        for code, modules in finding_codes().items()
+        if any(module.startswith(ROOMS) for module in modules)
+    }
+    tables = {**RUN_CASES, **LABEL_CASES, **DATA_CASES}
+    assert all(bad and good for bad, good in tables.values())
+    # A case of the suite has a twin; a sound model and a sound adapter raise nothing.
+    named = {code for case in SABOTAGE for code in case.codes}
+    shown = {*tables, *MODELS, *ADAPTERS, *named, *ELSEWHERE}
+    assert found - shown == set()
+    assert set(ELSEWHERE) <= found
+
+
+@pytest.mark.parametrize("code", ELSEWHERE)
+def test_what_is_named_elsewhere_is_there(code: str) -> None:
+    file, bad, good = ELSEWHERE[code]
+    text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+    tests = {n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)}
+    assert {bad, good} <= tests
+    assert f'"{code}"' in text
+
+
+def test_every_finding_says_what_and_an_error_why_and_what_to_do() -> None:
+    told = [site for site in sites() if site.kind == "finding"]
+    assert [site.code for site in told if not site.what] == []
+    judged = [site for site in told if site.module.startswith(ROOMS) and site.level != "note"]
+    assert [site.code for site in judged if not site.fix] == []
+    assert [site.code for site in judged if not site.why and site.code != "prompt-differs"] == []
+
+
+def test_the_page_has_a_section_a_code_with_its_sentences() -> None:
+    page = findings_page()
+    section = page.partition("## `labels-misaligned`")[2].partition("\n## ")[0]
+    assert "finding (error); `check/targets.py`" in section
+    assert "* labels are \u2039name\u203a instead of the token they stand at / " in section
+    assert "    * likely cause: the labels were shifted before the model shifts them" in section
+    assert "    * fix: labels = input_ids, with -100 where nothing is to be learned; no" in section
+    # What a helper of the module says is written out.
+    section = page.partition("## `stop-not-supervised`")[2].partition("\n## ")[0]
+    assert "the collator masks every pad token" in section
+    assert "the mask stops before the end token" in section
+    assert page.count("\n## `") == len({site.code for site in sites()})
