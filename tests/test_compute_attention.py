@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from truetune.compute import gathered
 from truetune.compute.attention import _explicit, attention
 from truetune.compute.flex import flex, rule
 from truetune.compute.layout import Layout, visible
@@ -129,6 +130,16 @@ def by_definition(
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
+@pytest.fixture(params=["in one product", "by meetings"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short nodes go through attention together; here also as long ones do."""
+    if request.param == "by meetings":
+        monkeypatch.setattr(gathered, "MOST_KEYS", 0)
+    for layout in (ROWS, TREE, FOREST, CHAIN):
+        layout.made.clear()
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", [ROWS, TREE, FOREST, CHAIN])
 @pytest.mark.parametrize("window", [None, 1, 4, 7])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
@@ -150,6 +161,7 @@ def test_attention_and_its_gradients(
         torch.testing.assert_close(a, b, atol=5e-6, rtol=0)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("layout", [ROWS, TREE])
 def test_bfloat16_is_float32_to_rounding(layout: Layout) -> None:
     """By norm, 1 % of outputs and 2 % of gradients."""
@@ -162,6 +174,16 @@ def test_bfloat16_is_float32_to_rounding(layout: Layout) -> None:
     theirs = torch.autograd.grad(expected.square().sum(), (q, k, v))
     for a, b in zip(ours, theirs, strict=True):
         assert (a.float() - b.float()).norm() < 0.02 * b.float().norm()
+
+
+def test_what_goes_through_attention_in_one_product() -> None:
+    """Many short nodes; neither long rows, nor one long node among short ones."""
+    short, long = Layout.of_rows([20] * 5 + [26] * 3), Layout.of_rows([20, 65])
+    uneven = Layout.of_rows([2] * 300 + [60])
+    assert gathered.places(short, None) is not None
+    assert gathered.places(short, None) is gathered.places(short, None)
+    assert gathered.places(long, None) is None
+    assert gathered.places(uneven, None) is None
 
 
 def test_sinks_take_part_of_the_weight() -> None:

@@ -20,6 +20,7 @@ from truetune.compute import (
     Route,
     RowOrder,
     find_route,
+    gathered,
     head,
     loss_sum,
 )
@@ -106,8 +107,14 @@ def require_equal(a: Any, b: Any) -> None:
         assert float((a[1][name] - gradient).abs().max()) <= GRADIENT * largest, name
 
 
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("kind", [*FAMILIES, *MORE])
-def test_packed_rows_and_trees_are_padded_rows(kind: str) -> None:
+def test_packed_rows_and_trees_are_padded_rows(
+    kind: str, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention over short nodes in one product, and by meetings as over long ones."""
+    if not together:
+        monkeypatch.setattr(gathered, "MOST_KEYS", 0)
     model = family(kind).eval()
     before = model.config._attn_implementation
     route = find_route(model, longest=64)

@@ -7,7 +7,8 @@ does    each stretch of queries meets the stretches of keys that it sees, one ke
 output  (1, T, H, D) as the interface wants it
 who     route.py switches a model to it for the length of a step, after it was proved on the model
 
-Kernels: torch's flash attention on CPU, FlexAttention on CUDA. On CPU soft caps, and anywhere
+Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py),
+FlexAttention on CUDA. On CPU soft caps, and anywhere
 attention sinks, attention dropout and other devices, take a softmax written out, node by node.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from truetune.compute.gathered import Gathered, places
 from truetune.compute.layout import Layout, Meeting, visible
 from truetune.model.load import quiet
 
@@ -72,7 +74,12 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     query, key, value = _one_dtype(query, key, value)
     plain = not softcap and s_aux is None and not dropout and query.shape[-1] == value.shape[-1]
-    if plain and query.device.type == "cpu":
+    on_cpu = query.device.type == "cpu"
+    if plain and on_cpu and (at := places(layout, sliding_window)):
+        # Autocast would compute its products in bfloat16.
+        with torch.autocast("cpu", enabled=False):
+            mixed = Gathered.apply(query[0], key[0], value[0], at, scale)
+    elif plain and on_cpu:
         mixed = _FlashMeetings.apply(query[0], key[0], value[0], layout, sliding_window, scale)
     elif query.device.type == "cuda" and s_aux is None and not dropout:
         from truetune.compute.flex import flex

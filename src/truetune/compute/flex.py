@@ -67,8 +67,9 @@ def flex(
 
 def _blocks(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
     """Made once for all layers of a batch that have this window."""
-    if window not in layout.block_masks:
+    key = "flex", window
+    if key not in layout.made:
         length = layout.num_tokens
         made = create_block_mask(rule(layout, window, device), None, None, length, length, device)
-        layout.block_masks[window] = made
-    return layout.block_masks[window]
+        layout.made[key] = made
+    return layout.made[key]

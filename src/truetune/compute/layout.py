@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+# Keys of a query up to which nodes may go through attention in one padded product: beyond, the
+# weights that it keeps take more memory than the rest of a layer.
+MOST_KEYS = 64
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -61,7 +65,7 @@ class Layout:
     Attributes:
         lengths: tokens of each node, none of them empty.
         parents: index of the node that each one continues, -1 for a root.
-        block_masks: what a kernel made of it, by window.
+        made: what kernels made of it, by kernel and window.
 
     Raises:
         ValueError: an empty node, or nodes that are not depth first.
@@ -69,7 +73,7 @@ class Layout:
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
-    block_masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
+    made: dict[tuple[str, int | None], Any] = field(default_factory=dict, repr=False)
     _meetings: dict[int | None, list[Meeting]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

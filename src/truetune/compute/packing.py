@@ -15,17 +15,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from truetune.compute.batch import Limits, RowStream
-from truetune.compute.layout import Layout
+from truetune.compute.layout import MOST_KEYS, Layout
 from truetune.contract.example import SFTExample
 
 if TYPE_CHECKING:
     import torch
 
-# A beginning is shared from so many tokens on: below, the merging costs what the tokens save.
-MIN_SHARED = 16
+# A beginning is shared from so many tokens on: below, the merging costs what the tokens save. Short
+# rows go through attention together, and nothing is merged.
+MIN_SHARED, MIN_SHARED_SHORT = 16, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +178,7 @@ class PackedBatcher:
         max_seq_len: longest row; longer ones lose their end, with a warning.
         order: which rows a step trains.
         limits: of a micro-batch; may be lowered while the run goes on.
-        min_shared: see `pack`.
+        min_shared: see `pack`; "auto" shares what pays.
         share: of a step's rows, (this process, processes).
     """
 
@@ -188,7 +189,7 @@ class PackedBatcher:
         max_seq_len: int,
         order: RowStream,
         limits: Limits,
-        min_shared: int | None = MIN_SHARED,
+        min_shared: int | Literal["auto"] | None = "auto",
         share: tuple[int, int] = (0, 1),
     ) -> None:
         self.max_seq_len, self.order, self.limits = max_seq_len, order, limits
@@ -197,16 +198,26 @@ class PackedBatcher:
 
     def micro_batches(self, step: int) -> list[PackedBatch]:
         bins: list[tuple[int, list[int]]] = []  # (tokens, rows)
-        for size, rows in self._trees(self._dealt(self.order.rows(step)), self.limits):
+        step_rows = self.order.rows(step)
+        # Of the whole step, so that all processes share alike.
+        least = self._least(self.examples, step_rows)
+        for size, rows in self._trees(self._dealt(step_rows, least), self.limits, least):
             for index, (filled, there) in enumerate(bins):
                 if self.limits.take(filled + size, len(there) + len(rows)):
                     bins[index] = (filled + size, there + rows)
                     break
             else:
                 bins.append((size, rows))
-        return [pack(self.examples, rows, min_shared=self.min_shared) for _, rows in bins]
+        return [pack(self.examples, rows, min_shared=least) for _, rows in bins]
 
-    def _dealt(self, rows: Sequence[int]) -> Sequence[int]:
+    def _least(self, examples: Sequence[SFTExample], rows: Sequence[int]) -> int | None:
+        """Tokens from which a beginning is shared."""
+        if self.min_shared != "auto":
+            return self.min_shared
+        longest = max((_inputs(examples[row]) for row in rows), default=0)
+        return MIN_SHARED_SHORT if longest <= MOST_KEYS else MIN_SHARED
+
+    def _dealt(self, rows: Sequence[int], least: int | None) -> Sequence[int]:
         """This process's rows of a step. Rows that share a beginning stay together, and the next
         largest tree goes to whoever has least; a rule of the rows alone, whatever the limits have
         come to in one of the processes."""
@@ -214,27 +225,31 @@ class PackedBatcher:
         if size == 1:
             return rows
         piles: list[tuple[int, list[int]]] = [(0, []) for _ in range(size)]
-        for tokens, tree in self._trees(rows, Limits(rows=-(-len(rows) // size))):
+        for tokens, tree in self._trees(rows, Limits(rows=-(-len(rows) // size)), least):
             least = min(range(size), key=lambda pile: piles[pile][0])
             filled, there = piles[least]
             piles[least] = (filled + tokens, there + tree)
         return piles[rank][1]
 
-    def _trees(self, rows: Sequence[int], limits: Limits) -> list[tuple[int, list[int]]]:
+    def _trees(
+        self, rows: Sequence[int], limits: Limits, least: int | None
+    ) -> list[tuple[int, list[int]]]:
         """(tokens, rows) of runs of rows that share a beginning, each within the limits; the
         largest first."""
-        return sorted(self._runs(rows, limits), key=lambda tree: -tree[0])
+        return sorted(self._runs(rows, limits, least), key=lambda tree: -tree[0])
 
-    def _runs(self, rows: Sequence[int], limits: Limits) -> Iterator[tuple[int, list[int]]]:
+    def _runs(
+        self, rows: Sequence[int], limits: Limits, least: int | None
+    ) -> Iterator[tuple[int, list[int]]]:
         size, tree = 0, list[int]()
         ordered = sorted(rows, key=lambda row: self.examples[row].ids)
         for row in ordered:
             length = _inputs(self.examples[row])
             shared = 0
-            if tree and self.min_shared is not None:
+            if tree and least is not None:
                 shared = common_inputs(self.examples[tree[-1]], self.examples[row])
             grown = size + length - shared
-            joins = self.min_shared is not None and shared >= self.min_shared
+            joins = least is not None and shared >= least
             if joins and limits.take(grown, len(tree) + 1, tree=True):
                 size = grown
                 tree.append(row)
@@ -252,12 +267,12 @@ class PackedBatcher:
         for row, example in enumerate(examples):
             size = _inputs(example)
             if rows and not self.limits.take(filled + size, len(rows) + 1):
-                yield pack(examples, rows, min_shared=self.min_shared)
+                yield pack(examples, rows, min_shared=self._least(examples, rows))
                 filled, rows = 0, []
             filled += size
             rows.append(row)
         if rows:
-            yield pack(examples, rows, min_shared=self.min_shared)
+            yield pack(examples, rows, min_shared=self._least(examples, rows))
 
     def _fitting(self, examples: Sequence[SFTExample]) -> Sequence[SFTExample]:
         overlong = sum(len(example.ids) > self.max_seq_len for example in examples)
