@@ -11,6 +11,7 @@ import pytest
 from tiny_models import NUM_TOKENS, tiny_config, tiny_tokenizer, write_model
 from tiny_runs import command, write_rows
 from truetune.contract import PromptContract
+from truetune.export import write_merged
 from truetune.lab import base_path
 from truetune.model import load_model
 
@@ -128,12 +129,16 @@ def test_gsm8k_on_the_embedded_base_with_markers_of_ones_own(tmp_path: Path) -> 
     assert report["written"][0]["written"] == 8
     assert report["written"][1]["written"] >= 6
 
-    # The base's rows are what they were, bit for bit; its file was not touched.
-    base = load_model(base_path(), purpose="inference", device="cpu")
-    tuned = load_model(tmp_path / "run/adapter", purpose="inference", device="cpu")
-    old = base.model.get_input_embeddings().weight
-    table = tuned.transformers_model.get_input_embeddings().get_base_layer().weight
-    assert torch.equal(old[:2032], table[:2032])
+    # Merged, all rows but the new ones are those of the base, bit for bit.
+    write_merged(tmp_path / "run/adapter", tmp_path / "merged")
+    old, new = (
+        load_model(folder, purpose="inference", device="cpu").model.get_input_embeddings().weight
+        for folder in (base_path(), tmp_path / "merged")
+    )
+    added = [token["id"] for token in report["tokens"]]
+    rest = [i for i in range(len(old)) if i not in added]
+    assert torch.equal(old[rest], new[rest])
+    assert (old[added] != new[added]).any(dim=1).all()
     (check,) = [
         c
         for c in json.loads((tmp_path / "run/verify.json").read_text())["checks"]
