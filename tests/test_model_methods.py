@@ -269,6 +269,8 @@ def test_qlora_from_the_command_line(base: Path, tmp_path: Path) -> None:
     assert "4 bits (NF4, double quantisation) (as asked)" in shown.out
     assert "in 4 bits (NF4, double quantisation) the untrained base has a loss of" in shown.out
     assert "on 64 rows" in shown.out
+    # Without it peft opens the original weights, on which the adapter is another model.
+    assert 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"' in shown.out
     env = json.loads((tmp_path / "run/env.json").read_text())
     assert 0 < env["trainable_parameters"] < env["parameters"]
     # What was measured in training is what a fresh load gives.

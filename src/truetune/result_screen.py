@@ -27,11 +27,25 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
         passed = sum(check.state == "passed" for check in result.verdict.checks)
         screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")
     kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
-    load = f"{kind}.from_pretrained({json.dumps(str(result.artifact), ensure_ascii=False)})"
+    folder = json.dumps(str(result.artifact), ensure_ascii=False)
+    load = f"{kind}.from_pretrained({folder}{_bits(result)})"
     serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
     verify = ("verify", f"truetune verify {run}")
     told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
     screen.pairs([*told, *(merge if result.base else []), *more])
+
+
+def _bits(result: RunResult) -> str:
+    """What peft must be told of a quantised base: by itself it opens the original weights, and the
+    adapter on them is another model."""
+    recipe = result.plan.recipe
+    if recipe.qlora:
+        how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+    elif recipe.load_in_8bit:
+        how = "load_in_8bit=True"
+    else:
+        return ""
+    return f", quantization_config=BitsAndBytesConfig({how})"
 
 
 # vLLM makes room for rank 16 unless told otherwise, and takes these.
