@@ -109,6 +109,13 @@ def test_a_quantised_base_is_opened_as_it_was_trained(
 
 
 @needs_bitsandbytes
+def test_eight_bits_do_not_flood_the_screen(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = load_model(base, purpose="lora", device="cpu", load_in="8bit")
+    logits(loaded.model)
+    assert caplog.messages == []
+
+
+@needs_bitsandbytes
 def test_four_bits_compute_in_evaluation_as_in_training(base: Path) -> None:
     import torch
 

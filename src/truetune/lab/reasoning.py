@@ -32,11 +32,11 @@ from truetune.recipe import make_recipe
 OPEN, CLOSE = "<think>", "</think>"
 TEMPLATE = "user-assistant-think"
 
-STEPS = 300
+STEPS, BATCH_SIZE = 500, 8
 ROWS = (1400, 1200)
-"""Two-step sums and world questions. With 2,000 and 600 the same steps see each kind of question
-too seldom: the written step then tells a true fact of the place that was not asked for, in 15 of
-100 questions (docs/log.md)."""
+"""Two-step sums and world questions. Facts and sums are the base's own: what is learned late is to
+copy the asked relation, or the third number, into the step. It takes steps and both kinds of
+question in number (docs/log.md)."""
 
 _SUM = ("What is {a} plus {b} plus {c}?", "Add {a}, {b} and {c}.", "How much is {a} + {b} + {c}?")
 _PLACE = ("What is the {r} of {s}?", "Tell me the {r} of {s}.", "{s}: which {r}?")
@@ -177,7 +177,7 @@ def run_twin(
         "lora_dropout": 0.0,
         "learning_rate": 2e-3,
         "max_steps": steps,
-        "batch_size": 16,
+        "batch_size": BATCH_SIZE,
         "eval_steps": steps,
         "save_steps": steps,
         "seed": seed,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Quantised = Literal["4bit", "8bit"]
 # On a CPU it tells at import (peft's too) which kernel it goes without; nothing is missing for it.
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+# And at every product of 8 bits that it computes in float16, as LLM.int8 is made: thousands of
+# lines in a run of ten steps.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 # as-trained: an adapter's base as it was in training, else as-stored. as-stored: what the files
 # hold. dequantised: rounded to 4 or 8 bits as in training, then in plain layers again.
