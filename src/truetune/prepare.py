@@ -41,8 +41,7 @@ from truetune.model import (
     ModelFacts,
     NewToken,
     add_tokens,
-    describe,
-    load_tokenizer,
+    look_at,
     num_ids,
     require_room,
     require_weights,
@@ -130,10 +129,9 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     require_settings(recipe)
     assert recipe.model
     listener.stage("model files")
-    facts = describe(recipe.model, recipe.revision)
+    facts, tokenizer = look_at(recipe.model, recipe.revision)
     if with_weights:
         require_weights(recipe.model, recipe.revision)
-    tokenizer = load_tokenizer(recipe.model, recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
     contract = contract_of(tokenizer, recipe)
     if contract.date and not recipe.date:

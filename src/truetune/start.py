@@ -62,6 +62,8 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
         load_in=_bits(recipe),
         full_fingerprint=recipe.full_fingerprint,
         bf16_weights=recipe.optim == "adamw_bf16",
+        # New tokens are not the base's.
+        tokenizer=None if prepared.new_tokens else prepared.contract.tokenizer,
     )
     if original:
         rows = _rounding_rows(prepared)

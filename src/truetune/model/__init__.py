@@ -1,7 +1,7 @@
 """The only place that loads or saves weights: model and tokenizer bound together."""
 
 from truetune.model.architecture import context_length
-from truetune.model.inspect import ModelFacts, describe, require_weights
+from truetune.model.inspect import ModelFacts, describe, look_at, require_weights
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.lora import (
     LoraSettings,
@@ -49,6 +49,7 @@ __all__ = [
     "enable_gradient_checkpointing",
     "load_model",
     "load_tokenizer",
+    "look_at",
     "lora_target_findings",
     "make_room",
     "merge_adapter",

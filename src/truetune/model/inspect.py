@@ -90,6 +90,11 @@ def describe(source: str | Path, revision: str | None = None) -> ModelFacts:
     Raises:
         ModelError: not there, not a causal language model, without tokenizer, or damaged.
     """
+    return look_at(source, revision)[0]
+
+
+def look_at(source: str | Path, revision: str | None = None) -> tuple[ModelFacts, Any]:
+    """As `describe`, with the tokenizer, which takes a second to open."""
     files = locate(source, revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
     config = causal_config(base)
@@ -99,7 +104,7 @@ def describe(source: str | Path, revision: str | None = None) -> ModelFacts:
     generation = base.folder / "generation_config.json"
     dtype, num_bytes = _on_disk(base)
     rows = embedding_rows(model)
-    return ModelFacts(
+    facts = ModelFacts(
         source=files.source,
         revision=files.revision,
         base=base.address if files.is_adapter else None,
@@ -126,6 +131,7 @@ def describe(source: str | Path, revision: str | None = None) -> ModelFacts:
         weights=weights_format(base.folder),
         num_weight_bytes=num_bytes,
     )
+    return facts, tokenizer
 
 
 def _on_disk(files: ModelFiles) -> tuple[str | None, int]:

@@ -113,6 +113,7 @@ def load_model(
     load_in: LoadIn = "as-trained",
     full_fingerprint: bool = False,
     bf16_weights: bool = False,
+    tokenizer: Any = None,
 ) -> LoadedModel:
     """Load a causal language model, or an adapter on its base.
 
@@ -130,6 +131,7 @@ def load_model(
         load_in: bits that the (frozen) base is held in; see `LoadIn`.
         full_fingerprint: hash every byte of the base, not samples.
         bf16_weights: purpose full with weights in bfloat16, for an optimiser that keeps the rest.
+        tokenizer: the model's own, where it is open already.
 
     Raises:
         ModelError: the model cannot be loaded as it is; all that can be known before weights are
@@ -140,7 +142,8 @@ def load_model(
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
     config = causal_config(base_files)
     adapter_tensors = _require_adapter(files) if files.is_adapter else None
-    tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base_files)
+    if tokenizer is None:
+        tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base_files)
     tensors = read_headers(weight_files(base_files))
     require_shapes(config, tensors, str(base_files.folder))
     base_dtype = main_dtype(tensors) or "float32"
