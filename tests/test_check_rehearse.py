@@ -12,8 +12,9 @@ import torch
 from test_check_checkpoint import END, set_row, tensors_changed, trained
 from test_check_verb import answer, write_rows
 from tiny_models import tiny_tokenizer
-from truetune.check.fit import Shape, _saved, estimate, gib, run_shape
+from truetune.check.fit import Shape, estimate, gib, layer_speed, run_shape
 from truetune.checkup import Checkup, check_run
+from truetune.compute import Footprint
 from truetune.listener import Listener
 from truetune.plan import Plan
 from truetune.prepare import survey
@@ -50,6 +51,11 @@ def test_a_sound_run_rehearses_in_silence(place: Path, lora: bool) -> None:
     assert numbers["gradient_difference"] < 1e-4
     assert numbers["unmoved_tensors"] == 0
     assert numbers["reload_difference"] < 1e-4
+    # The time of the run is that of a step that was taken.
+    per_token, (low, high) = numbers["seconds_per_token"], found.summary["plan"]["seconds"]
+    train, run = found.summary["run"]["train"], found.summary["run"]
+    whole = per_token * train["tokens"] / train["examples"] * run["batch_size"] * run["max_steps"]
+    assert low < whole < high
     assert sorted(p.name for p in place.rglob("*")) == before
 
 
@@ -172,28 +178,38 @@ def test_what_is_exact_in_the_estimate(place: Path) -> None:
     assert lora.trainable == trainable_share(adapted.model)[0]
 
 
-def test_the_meta_device_keeps_what_the_real_one_keeps() -> None:
-    """Bytes that autograd keeps, counted without memory and with it."""
-    from tiny_models import tiny_config, tiny_model
-    from truetune.model.architecture import meta_model
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("halved", [False, True])
+def test_the_estimate_is_what_the_loop_measures(place: Path, lora: bool, halved: bool) -> None:
+    """To the byte: the same computation, with numbers and without."""
+    import contextlib
 
-    counted = _saved(meta_model(tiny_config()), 32)
-    model = tiny_model()
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+    from truetune.compute import find_route, footprint
+    from truetune.model import LoraSettings, add_lora, load_model
 
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        if value.untyped_storage().data_ptr() not in own:
-            kept[value.untyped_storage().data_ptr()] = value.untyped_storage()
-        return value
+    settings = {"lora": lora, "lora_dropout": 0.0, "dtype": "bfloat16" if halved else "float32"}
+    foreseen = run_shape(plan(place, **settings), "cpu").footprint
+    loaded = load_model(
+        place / "model",
+        device="cpu",
+        dtype="bfloat16" if halved else "float32",
+        purpose="lora" if lora else "full",
+    )
+    if lora:
+        loaded = add_lora(loaded, LoraSettings(16, 32, 0.0, "all-linear"), 0)
 
-    model.train()
-    ids = torch.zeros(1, 32, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 1, 1), logits_to_keep=1)
-    # The meta device has no fused attention, which keeps less: 22 % of these two tiny layers.
-    real = sum(s.nbytes() for s in kept.values())
-    assert real <= counted <= 1.3 * real
+    def autocast() -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext()
+
+    measured = footprint(find_route(loaded.model, longest=64), autocast)
+    assert foreseen == measured
+
+
+def test_one_layer_is_timed_and_what_cannot_be_made_is_not(place: Path) -> None:
+    timed = layer_speed(plan(place), "cpu")
+    assert timed is not None
+    assert timed[0] > 0
+    assert timed[1][0] < 1 < timed[1][1]
 
 
 def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
@@ -201,7 +217,7 @@ def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
     assert [way[0].split()[0] for way in fit.ways] == [
         *("--micro-batch-tokens", "--gradient-checkpointing", "--max-length", "--lora", "--qlora")
     ]
-    whole = sum(fit.parts.values())
+    whole = run_shape(plan(place), "cpu").total
     assert all(way[1] < whole for way in fit.ways)
     assert fit.low < whole < fit.high
     assert fit.seconds is not None
@@ -221,8 +237,13 @@ def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
 
 
 def test_operations_and_units() -> None:
-    shape = Shape(100, 100, 4, 1.0, 1.0, 10, 8, False, False)
+    made = Footprint(fixed=7, per_token=30, gradients=400)
+    shape = Shape(100, 100, 4, 4, made, 5.0, 10, 8, False, False)
     assert shape.operations(7) == 6 * 100 * 7
-    assert Shape(100, 1, 4, 1.0, 1.0, 10, 8, True, True).operations(7) == 6 * 100 * 7
+    # Gradients of 400 bytes come as activations of 300 go.
+    assert shape.total == 400 + 400 + 800 + 7
+    checkpointed = Shape(100, 1, 4, 4, made, 5.0, 10, 8, True, True)
+    assert checkpointed.operations(7) == 6 * 100 * 7
+    assert checkpointed.parts()["activations"] == 50
     assert gib(3 * 2**30) == "3.0 GiB"
     assert gib(5 * 2**20) == "5 MiB"

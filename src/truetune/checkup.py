@@ -100,6 +100,9 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         rehearsed, numbers = rehearse(found.prepared)
         told += rehearsed
         summary["rehearsal"] = numbers
+        if "seconds_per_token" in numbers:
+            timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
+            summary["plan"] = timed.as_dict()
     return Checkup(_ordered(told), summary)
 
 
@@ -152,15 +155,15 @@ def _rows_untrained(found: Survey) -> list[Finding]:
 
 
 def _fit(found: Survey, rows: RowLengths) -> Fit:
-    prepared = found.prepared
-    plan, train = prepared.plan, prepared.data["train"]
+    return estimate(found.prepared.plan, tokens=_tokens(found), p99=limit_keeping(rows))
+
+
+def _tokens(found: Survey) -> int:
+    """That are trained on, over all epochs."""
+    plan, train = found.prepared.plan, found.prepared.data["train"]
     per_example = train["tokens"] / max(train["examples"], 1)
     per_step = plan.tokens_per_step or per_example * (plan.batch_size or 1)
-    return estimate(
-        plan,
-        tokens=int(per_step * plan.max_steps),
-        p99=limit_keeping(rows),
-    )
+    return int(per_step * plan.max_steps)
 
 
 _SAVED = (*saved_files.CHECKS, *saved_weights.CHECKS)

@@ -1,23 +1,24 @@
 """Does the run fit, and how long will it take? With error bars, and what to change if not.
 
 input   config and plan; no weights
-does    counts what is exact (weights, gradients, optimiser); runs the model on the meta device,
-        where tensors have shapes and no memory, and adds up what autograd keeps; times one matrix
-        product on the device
+does    counts what is exact (weights, gradients, optimiser); asks the loop's own measurement of a
+        micro-batch on tensors that have no numbers; times one layer of the model on the device
 output  Fit: bytes by part, seconds, ways to make it smaller, the cheapest first
 who     `truetune check MODEL DATA`
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from truetune.compute import Footprint, available_bytes, foreseen_footprint
 from truetune.findings import Finding
 from truetune.model.architecture import causal_config, linear_layers, meta_model
 from truetune.model.source import locate
@@ -25,17 +26,14 @@ from truetune.model.tokenizer import locate_base
 from truetune.plan import Plan
 from truetune.recipe import Recipe
 
-if TYPE_CHECKING:
-    import torch
-
-# Measured peaks against the sum (docs/log.md): kernels of the loop keep less than autograd does
-# on the meta device, allocators and workspaces add.
-_MEMORY_ERROR = (0.6, 1.3)
-# Share of one large product's speed that a whole step reaches.
-_SPEED = (0.25, 0.9)
-# Logits exist for one chunk of positions: in float32, with their gradient and a copy.
-_HEAD = 3 * 64 * 2**20
-_PROBE = (64, 128)
+# Measured peaks against the sum (docs/log.md).
+_MEMORY_ERROR = (0.85, 1.25)
+# Speed of a whole run against that of one layer, and of one large product (docs/log.md).
+_LAYER_SPEED, _PRODUCT_SPEED = (0.5, 1.4), (0.25, 0.9)
+# A rehearsed step against the run.
+PACE_ERROR = (0.7, 1.4)
+# Tokens that the layer is timed on, and the largest one that is made for it.
+_TIMED, _LARGEST_LAYER = 256, 60_000_000
 # Most tokens of a forward pass where nobody says, as the loop takes them.
 _CPU_TOKENS, _DEVICE_TOKENS = 1024, 16_384
 
@@ -47,8 +45,9 @@ class Shape:
     Attributes:
         parameters: of the model; `trainable` of them, or of the adapter, have gradients.
         weight_bytes: a frozen or trained weight takes.
-        kept_bytes: autograd keeps for each token of a forward pass.
-        layer_bytes: of those, of one layer and of the input of every layer, as checkpointing
+        gradient_bytes: of a trained weight.
+        footprint: of a micro-batch, as the loop measures it.
+        layer_bytes: a token keeps of one layer and of the input of every layer, as checkpointing
             keeps them.
         tokens: most tokens of a forward pass.
         optimiser_bytes: a trained weight takes beside its gradient.
@@ -57,7 +56,8 @@ class Shape:
     parameters: int
     trainable: int
     weight_bytes: float
-    kept_bytes: float
+    gradient_bytes: int
+    footprint: Footprint
     layer_bytes: float
     tokens: int
     optimiser_bytes: int
@@ -65,20 +65,21 @@ class Shape:
     lora: bool
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part."""
-        kept = self.layer_bytes if self.checkpointing else self.kept_bytes
+        """Bytes by part; gradients come as activations go, so that the larger of the two counts."""
+        per_token = self.layer_bytes if self.checkpointing else self.footprint.per_token
         adapter = self.trainable * 4 if self.lora else 0
         return {
             "weights": int(self.parameters * self.weight_bytes) + adapter,
-            "gradients": self.trainable * 4,
+            "gradients": self.trainable * self.gradient_bytes,
             "optimiser": self.trainable * self.optimiser_bytes,
-            "activations": int(kept * self.tokens),
-            "logits": _HEAD,
+            "activations": int(per_token * self.tokens),
+            "head and process": self.footprint.fixed,
         }
 
     @property
     def total(self) -> int:
-        return sum(self.parts().values())
+        parts = self.parts()
+        return sum(parts.values()) - min(parts["gradients"], parts["activations"])
 
     def operations(self, tokens: int) -> float:
         """Multiplications and additions of training on so many tokens: 2 a weight forward, 2 for
@@ -113,6 +114,11 @@ class Fit:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def timed(self, seconds_per_token: float, tokens: int) -> Fit:
+        """The same with the time of a step that was really taken."""
+        whole = seconds_per_token * tokens
+        return dataclasses.replace(self, seconds=(whole * PACE_ERROR[0], whole * PACE_ERROR[1]))
 
     def findings(self) -> Iterator[Finding]:
         """What surely does not fit; what may not is in the summary, since free memory comes and
@@ -151,15 +157,15 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = run_shape(plan, device)
-    speed = product_speed(device, shape)
+    speed, (low, high) = layer_speed(plan, device) or (product_speed(device), _PRODUCT_SPEED)
     operations = shape.operations(tokens)
     return Fit(
         device=device,
-        available=available_bytes(device),
+        available=available_bytes(torch.device(device)) or None,
         parts=shape.parts(),
         low=int(shape.total * _MEMORY_ERROR[0]),
         high=int(shape.total * _MEMORY_ERROR[1]),
-        seconds=(operations / (speed * _SPEED[1]), operations / (speed * _SPEED[0])),
+        seconds=(operations / (speed * high), operations / (speed * low)),
         ways=tuple(_ways(shape, plan, p99)),
         trainable=shape.trainable,
     )
@@ -170,21 +176,24 @@ def run_shape(plan: Plan, device: str) -> Shape:
     import torch
 
     recipe = plan.recipe
-    assert recipe.model
-    files = locate(recipe.model, recipe.revision, weights=False)
-    base = locate_base(files, weights=False) if files.is_adapter else files
-    config = causal_config(base)
-    model = meta_model(config)
-    lora = recipe.lora or files.is_adapter
+    config, adapted = _config(plan)
+    lora = recipe.lora or adapted
     split = recipe.optim == "adamw_bf16"
     halved = split or recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
+    model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    # Before the model is given an adapter, whose layers are linear too.
-    targets = recipe.target_modules
-    trainable = _lora_size(model, recipe.lora_r, targets) if lora else parameters
-    with torch.device("meta"):
-        trained = model.to(torch.bfloat16 if halved else torch.float32)
-        kept, layer = _kept(trained, config, lora, recipe.lora_dropout)
+    model.to(torch.bfloat16 if split or (lora and halved) else torch.float32)
+    dropped = 0.0
+    if lora:
+        # The ids of dropped elements are kept for the backward pass.
+        dropped = 8 * recipe.lora_dropout * _inputs(model, recipe.target_modules)
+        model = _with_lora(model, recipe.lora_r, recipe.target_modules)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    made = _footprint(model, config, halved)
+    made = dataclasses.replace(made, per_token=made.per_token + int(dropped))
+    text = config.get_text_config(decoder=True)
+    layers, size = text.num_hidden_layers, 2 if halved else 4
+    inputs = layers * text.hidden_size * size
     most = plan.max_length
     # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
@@ -195,13 +204,40 @@ def run_shape(plan: Plan, device: str) -> Shape:
         trainable=trainable,
         # Trained weights are float32, frozen ones of the type they compute in, or fewer bits.
         weight_bytes=_weight_bytes(recipe, split or (lora and halved)),
-        kept_bytes=kept,
-        layer_bytes=layer,
+        gradient_bytes=2 if split else 4,
+        footprint=made,
+        layer_bytes=(made.per_token - made.transient) / layers + made.transient + inputs,
         tokens=forward,
         optimiser_bytes=_OPTIMISER.get(recipe.optim, 2),
         checkpointing=recipe.gradient_checkpointing,
         lora=lora,
     )
+
+
+def _config(plan: Plan) -> tuple[Any, bool]:
+    """(config of the base, whether the model that was named is an adapter)."""
+    recipe = plan.recipe
+    assert recipe.model
+    files = locate(recipe.model, recipe.revision, weights=False)
+    base = locate_base(files, weights=False) if files.is_adapter else files
+    return causal_config(base), files.is_adapter
+
+
+def _footprint(model: Any, config: Any, halved: bool) -> Footprint:
+    """Of the loop, on a model without numbers; a usual count where the model cannot run so."""
+    import torch
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext()
+
+    try:
+        return foreseen_footprint(model, autocast)
+    except Exception:  # code of a model that asks its numbers while it computes
+        text = config.get_text_config(decoder=True)
+        wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        size = 2 if halved else 4
+        kept = text.num_hidden_layers * size * (16 * text.hidden_size + 6 * wide)
+        return Footprint(200 * 2**20, kept, 0, size * wide)
 
 
 # Bytes of a trained weight beside its gradient; the 8-bit ones take two.
@@ -217,64 +253,28 @@ def _weight_bytes(recipe: Recipe, halved: bool) -> float:
     return 2 if halved else 4
 
 
-def _lora_size(model: Any, rank: int, targets: list[str] | None) -> int:
-    """Parameters of the two matrices of every adapted layer."""
-    total = 0
-    for path, module in linear_layers(model):
-        weight: Any = module.weight
-        rows, columns = weight.shape
-        if targets is None or path.rpartition(".")[2] in targets:
-            total += rank * (int(rows) + int(columns))
-    return total
+def _targets(model: Any, names: list[str] | None) -> list[tuple[str, Any]]:
+    """The linear layers that an adapter is put on."""
+    layers = linear_layers(model)
+    return [(p, m) for p, m in layers if names is None or p.rpartition(".")[2] in names]
 
 
-def _kept(model: Any, config: Any, lora: bool, dropout: float) -> tuple[float, float]:
-    """Bytes that autograd keeps for a token: of all layers, and of one layer and all inputs."""
-    text = config.get_text_config(decoder=True)
-    layers, hidden = text.num_hidden_layers, text.hidden_size
-    size = next(model.parameters()).element_size()
-    if lora:
-        model = _with_lora(model, dropout)
-    try:
-        short, long = (_saved(model, tokens) for tokens in _PROBE)
-        kept = (long - short) / (_PROBE[1] - _PROBE[0])
-    except Exception:  # a model that cannot run without data: the usual count
-        kept = layers * size * (16 * hidden + 6 * getattr(text, "intermediate_size", 4 * hidden))
-    return kept, kept / layers + layers * hidden * size
+def _inputs(model: Any, names: list[str] | None) -> int:
+    """Elements that a token gives to all adapted layers."""
+    return sum(int(module.weight.shape[1]) for _, module in _targets(model, names))
 
 
-def _with_lora(model: Any, dropout: float) -> Any:
+def _with_lora(model: Any, rank: int, names: list[str] | None) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    names = sorted({path.rpartition(".")[2] for path, _ in linear_layers(model)})
+    targets = sorted({path.rpartition(".")[2] for path, _ in _targets(model, names)})
     model.requires_grad_(False)
+    if not targets:
+        return model  # told as lora-targets-unmatched
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = LoraConfig(r=8, lora_dropout=dropout, target_modules=names)
+        settings = LoraConfig(r=rank, lora_dropout=0.0, target_modules=targets)
         return get_peft_model(model, settings, low_cpu_mem_usage=True)
-
-
-def _saved(model: Any, tokens: int) -> int:
-    """Bytes of all tensors that a forward pass keeps for the backward pass, weights left out."""
-    import torch
-
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(value: torch.Tensor) -> torch.Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in own:
-            # Held, so that no later storage is given the same place.
-            kept[storage._cdata] = storage
-        return value
-
-    model.train()
-    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    # A mask of four dimensions is taken as it is, so none is built from values that are not there.
-    mask = torch.zeros(1, 1, 1, 1, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
@@ -304,22 +304,42 @@ def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
         yield "--qlora", smaller.total, "the base in 4 bits, with its rounding"
 
 
-def available_bytes(device: str) -> int | None:
-    """Free memory of a device."""
+def layer_speed(plan: Plan, device: str) -> tuple[float, tuple[float, float]] | None:
+    """(operations a second of one layer's forward and backward pass, the error bars of a run by
+    it); None where one layer cannot be made, or is too large to be made for that."""
     import torch
+    from transformers import AutoModelForCausalLM
 
-    if device == "cuda" and torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    path = Path("/proc/meminfo")
-    if device != "cpu" or not path.is_file():
+    config = copy.deepcopy(_config(plan)[0])
+    text = config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    text.num_hidden_layers, text.vocab_size = 1, 256
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    where = device if device != "cuda" or torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if where == "cuda" else torch.float32
+    try:
+        size = sum(p.numel() for p in meta_model(config).parameters())
+        if size > _LARGEST_LAYER * (1 if where == "cpu" else 8) or layers < 1:
+            return None
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(where)
+            ids = torch.zeros(1, _TIMED, dtype=torch.long, device=where)
+            best = float("inf")
+            for _ in range(3):
+                began = time.perf_counter()
+                model(input_ids=ids, use_cache=False).logits.sum().backward()
+                if where == "cuda":
+                    torch.cuda.synchronize()
+                best = min(best, time.perf_counter() - began)
+    except Exception:  # a layer that cannot stand alone
         return None
-    for line in path.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return 6.0 * size * _TIMED / best, _LAYER_SPEED
 
 
-def product_speed(device: str, shape: Shape) -> float:
+def product_speed(device: str) -> float:
     """Operations a second of a matrix product of a step's size on a device, the best of three."""
     import torch
 

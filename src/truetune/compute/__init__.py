@@ -10,7 +10,12 @@ from truetune.compute.batch import (
     pad_and_collate,
 )
 from truetune.compute.loss import cross_entropy_sum, logits_of, loss_sum, masked_cross_entropy
-from truetune.compute.memory import Footprint, available_bytes, footprint
+from truetune.compute.memory import (
+    Footprint,
+    available_bytes,
+    footprint,
+    foreseen_footprint,
+)
 from truetune.compute.packing import PackedBatch, PackedBatcher
 from truetune.compute.route import Route, find_route
 
@@ -29,6 +34,7 @@ __all__ = [
     "cross_entropy_sum",
     "find_route",
     "footprint",
+    "foreseen_footprint",
     "logits_of",
     "loss_sum",
     "masked_cross_entropy",

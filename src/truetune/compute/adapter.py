@@ -134,6 +134,12 @@ def find_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[...,
     return found
 
 
+def plain_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
+    """The LoRA layers that `find_adapters` would ask, unasked: for a model without numbers."""
+    layers = ((layer, _plain_adapter(layer)) for layer in model.modules())
+    return {layer: _fast_forward(layer, name) for layer, name in layers if name is not None}
+
+
 def _plain_adapter(layer: Any) -> str | None:
     """The one adapter of a LoRA layer on a frozen linear layer; None for anything else."""
     if not all(hasattr(layer, name) for name in ("base_layer", "lora_A", "lora_B", "scaling")):

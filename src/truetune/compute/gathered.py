@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from truetune.compute.layout import MOST_KEYS, Layout
 
@@ -45,7 +46,9 @@ def places(layout: Layout, window: int | None) -> Places | None:
     """Made once for all layers of a batch that have this window; None where meetings cost less."""
     key = "gathered", window
     if key not in layout.made:
-        layout.made[key] = _places(layout, window) if _pays(layout, window) else None
+        # A model without numbers is computed inside a mode; its indices have numbers all the same.
+        with _disable_current_modes():
+            layout.made[key] = _places(layout, window) if _pays(layout, window) else None
     found: Places | None = layout.made[key]
     return found
 

@@ -39,11 +39,13 @@ class Footprint:
         per_token: activations that are kept, and what is on its way in one layer.
         gradients: of all trained weights. They come as activations go, so that the larger of the
             two decides.
+        transient: of `per_token`, what is on its way in one layer.
     """
 
     fixed: int
     per_token: int
     gradients: int
+    transient: int = 0
 
     def of(self, tokens: int) -> int:
         return self.fixed + max(self.per_token * tokens, self.gradients)
@@ -80,7 +82,43 @@ def footprint(route: Route, autocast: Callable[[], AbstractContextManager[Any]])
         fixed=_PROCESS + head + max(sum(small) - kept * 15 * _SMALL, 0),
         per_token=kept + _TRANSIENT * widest,
         gradients=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        transient=_TRANSIENT * widest,
     )
+
+
+def foreseen_footprint(
+    model: Any, autocast: Callable[[], AbstractContextManager[Any]], device: str = "cpu"
+) -> Footprint:
+    """`footprint` of a model whose weights are not there: the loop's own computation on tensors
+    that have shapes, types and a device, and no numbers.
+
+    Args:
+        model: on the meta device, with its adapter if it has one (without dropout); is changed.
+        device: that the tensors claim to be on.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from truetune.compute.adapter import plain_adapters
+    from truetune.compute.head import SupervisedHead, Tail
+    from truetune.compute.route import Route
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, value in [*module._parameters.items()]:
+                if value is not None:
+                    made = torch.empty(value.shape, dtype=value.dtype, device=device)
+                    module._parameters[name] = torch.nn.Parameter(made, value.requires_grad)
+            for name, value in [*module._buffers.items()]:
+                if value is not None:
+                    made = torch.empty(value.shape, dtype=value.dtype, device=device)
+                    module._buffers[name] = made
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.tie_weights()
+        head = SupervisedHead(inner.get_output_embeddings(), Tail())
+        # Whether rows may be packed is asked of numbers, at the start of the run.
+        route = Route(model, "packed", head=head, adapters=plain_adapters(model))
+        return footprint(route, autocast)
 
 
 def _rows(route: Route, count: int) -> PackedBatch:
@@ -103,21 +141,21 @@ def _kept(
 
     model = route.model
     device = next(model.parameters()).device
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    # By the storage itself: tensors without numbers have no address.
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
         return tensor
 
     batch = batch.to(device)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with torch.enable_grad(), hooks, route.scope(batch), autocast():
-        # The graph lives until all of it has been counted: a freed address would be used again.
         loss = route.loss_sum(batch)
-        pieces = sorted(kept.values())
+        pieces = sorted(storage.nbytes() for storage in kept.values())
         del loss
     return pieces
 
