@@ -17,6 +17,8 @@ def test_lines() -> None:
         "  fix    the remedy",
     ]
     assert Finding("c", "note", "told").lines() == ["note[c]: told"]
+    sides = Finding("c", "note", "told", why="one\nother").lines()
+    assert sides[1:] == ["  why    one\n         other"]
 
 
 def test_a_finding_without_a_place_shows_no_where() -> None:

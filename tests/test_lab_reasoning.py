@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 from truetune.contract import PromptContract
 from truetune.generate import Reply
-from truetune.lab.reasoning import TEMPLATE, Problem, count, problems, rows
+from truetune.lab.reasoning import TEMPLATE, Problem, count, experiment, problems, rows
 from truetune.lab.world import World
 
 
@@ -93,3 +94,14 @@ def test_the_built_in_template_trains_the_block_and_does_not_open_it() -> None:
             spans[-1] += contract.tokens.decode([token])
         before = on
     assert spans == ["<think>\n2 and 2.\n</think>\n4.<|end|>", "7.<|end|>"]
+
+
+@pytest.mark.slow
+def test_the_model_opens_and_closes_the_block_and_its_sums_gain(tmp_path: Path) -> None:
+    """One seed of `truetune lab reasoning`, with fewer questions; about three minutes."""
+    (twins,) = experiment(tmp_path, seeds=(1,), num_questions=(150, 50))
+    found = twins.reasoning
+    assert found.opened >= 0.99 * found.total
+    assert found.closed >= 0.97 * found.total
+    assert found.sums[0] > 2 * twins.plain.sums[0]
+    assert found.places[0] >= 0.9 * found.places[1]

@@ -138,8 +138,12 @@ def test_another_base(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "base/model.safetensors"
     tensors = {name: -tensor for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    check = failure(verify(str(run)))
+    verdict = verify(str(run))
+    check = failure(verdict)
     assert (check.name, check.numbers["code"]) == ("opens", "adapter-wrong-base")
+    # Both values side by side.
+    (finding,) = verdict.findings()
+    assert [line.split()[0] for line in finding.why.splitlines()[:2]] == ["trained", "found"]
 
 
 def test_a_moved_base(run: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from truetune.findings import labelled
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -55,12 +57,6 @@ class TruetuneError(Exception):
     def parts(self) -> list[tuple[str, str]]:
         """The labelled lines below the first one, in the order they are shown."""
         return [("where", self.where), ("why", self.why), ("fix", self.fix)]
-
-
-def labelled(parts: Sequence[tuple[str, str]]) -> list[str]:
-    """The lines below the first one of an error or a finding; empty parts are left out."""
-    indent = "\n" + " " * 9
-    return [f"  {name:<5}  {text}".replace("\n", indent) for name, text in parts if text]
 
 
 class UsageError(TruetuneError):

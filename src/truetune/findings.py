@@ -7,7 +7,7 @@ prints them. Codes are stable: scripts may rely on them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +51,13 @@ class Finding:
         others = f" (and {more:,} other{'s' if more > 1 else ''})" if more else ""
         rows = [("where", self.where + others if self.where else ""), ("why", self.why)]
         rows.append(("fix", self.fix))
-        return [head, *(f"  {name:<5}  {text}" for name, text in rows if text)]
+        return [head, *labelled(rows)]
+
+
+def labelled(parts: Sequence[tuple[str, str]]) -> list[str]:
+    """The lines below the first one of an error or a finding; empty parts are left out."""
+    indent = "\n" + " " * 9
+    return [f"  {name:<5}  {text}".replace("\n", indent) for name, text in parts if text]
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:

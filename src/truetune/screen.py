@@ -24,8 +24,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from truetune.errors import BadRows, CheckFailed, TruetuneError, labelled
-from truetune.findings import Finding, merged
+from truetune.errors import BadRows, CheckFailed, TruetuneError
+from truetune.findings import Finding, labelled, merged
 from truetune.health import StepFacts
 from truetune.listener import Listener
 from truetune.plan import Plan
