@@ -275,6 +275,8 @@ def test_qlora_from_the_command_line(base: Path, tmp_path: Path) -> None:
     assert "LoRA on a base in 4 bits" in shown.out
     assert "4 bits (NF4, double quantisation) (as asked)" in shown.out
     assert "in 4 bits (NF4, double quantisation) the untrained base has a loss of" in shown.out
+    # Random weights do break when they are rounded to 4 bits.
+    assert "warning[quantised-base-differs]" in shown.out
     assert "on 64 rows" in shown.out
     # Without it peft opens the original weights, on which the adapter is another model.
     assert 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"' in shown.out
