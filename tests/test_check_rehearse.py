@@ -247,3 +247,28 @@ def test_operations_and_units() -> None:
     assert checkpointed.parts()["activations"] == 50
     assert gib(3 * 2**30) == "3.0 GiB"
     assert gib(5 * 2**20) == "5 MiB"
+
+
+def test_the_verb_rehearses_and_writes_a_page(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from truetune.cli import main
+
+    page = tmp_path / "check.html"
+    words = ["check", str(place / "model"), str(place / "rows.jsonl"), "--rehearse"]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--html", str(page), "--all"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "rehearsal" in shown
+    assert f"written: {page}" in " ".join(shown.split())
+    assert "ok: nothing found" in shown
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "rehearsal" in text.lower()
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--json", "--lr", "10"])
+    assert left.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert "step-overshoots" in {finding["code"] for finding in told["findings"]}
+    assert told["summary"]["rehearsal"]["rows"] == 4

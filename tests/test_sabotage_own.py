@@ -119,3 +119,57 @@ def test_rows_held_out_by_the_user_that_are_trained_as_well(tmp_path: Path) -> N
         eval_data=_data(tmp_path / "eval.jsonl", rows[:6]),
     )
     assert "eval-overlaps-train" in _loud(check_run(recipe, Listener()))
+
+
+# What stops `truetune train`: the model, the rows and the options, and the code.
+STOPPED: dict[str, tuple[dict[str, Any], list[dict[str, Any]], list[str], str]] = {
+    "S05 the end token's row was never trained": (
+        *({"untrained": True}, _chats(), ["--lora"]),
+        "rows-untrained",
+    ),
+    "S07 a limit that cuts answers": (
+        *({}, _chats(reply=_long)),
+        ["--max-length", "200"],
+        "rows-overlong",
+    ),
+    "S09 markers of another family": (
+        {"template": LLAMA3.replace("{{- bos_token -}}", "")},
+        *(_chats(), [], "no-stop"),
+    ),
+}
+
+
+def _untrain_the_end(folder: Path) -> None:
+    """The end token's row is that of a token that nothing was trained on."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    end = HOUSE.tokenizer().convert_tokens_to_ids("<|im_end|>")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        # Tables of a trained model: random ones say nothing of a row.
+        tensors[name] *= 1 + (torch.arange(len(tensors[name])) % 7)[:, None] / 3
+        tensors[name][end] = tensors[name][-1]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_train_stops_before_anything_is_written(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from truetune.cli import main
+
+    made, rows, words, code = STOPPED[name]
+    untrained = bool(made.get("untrained"))
+    model = _model(tmp_path / "model", template=made.get("template"))
+    if untrained:
+        _untrain_the_end(Path(model))
+    data = _data(tmp_path / "rows.jsonl", rows)
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as left:
+        main(["train", model, data, "-o", str(run), "--max-steps", "1", *words])
+    assert left.value.code == 1
+    told = capsys.readouterr()
+    assert f"error[{code}]" in told.out + told.err
+    assert not run.exists()

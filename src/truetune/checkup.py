@@ -22,15 +22,10 @@ from truetune.check.lengths import (
     length_report,
     limit_keeping,
 )
-from truetune.check.markers import Markers
-from truetune.check.start import judge_rows
-from truetune.errors import BadRows, RecipeError, TruetuneError
+from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model import lora_target_findings
-from truetune.model.source import locate
-from truetune.model.tables import read_tables
-from truetune.model.tokenizer import locate_base, num_ids
 from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
 from truetune.rehearse import rehearse
@@ -93,7 +88,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         **({"lengths": length_report(rows, *_limits(found))} if len(rows) else {}),
         "plan": fit.as_dict(),
     }
-    told = [*found.prepared.findings, *fit.findings(), *_rows_untrained(found), *_targets(recipe)]
+    told = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
     told += advice(found.prepared, fit.trainable)
     if with_rehearsal and found.prepared.examples:
         listener.stage("rehearsal")
@@ -109,49 +104,6 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
 def _limits(found: Survey) -> tuple[int, int | None]:
     """Of the run, and of the model."""
     return found.prepared.plan.max_length, found.prepared.model.context_length
-
-
-def _rows_untrained(found: Survey) -> list[Finding]:
-    """Chat tokens whose rows nobody trained, under a method that does not train them either;
-    judged where the weights lie on this machine."""
-    prepared = found.prepared
-    recipe, contract = prepared.plan.recipe, prepared.contract
-    assert recipe.model
-    if not recipe.lora or not prepared.examples:
-        return []
-    markers = Markers.probe(
-        contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
-    )
-    used = {i for example in prepared.examples[:200] for i in example.ids}
-    trained = {token.id for token in prepared.new_tokens}
-    plain = {contract.tokenizer.bos_token_id}
-    ids = sorted((used & markers.tokens.special_ids) - plain - trained)
-    try:
-        files = locate(recipe.model, recipe.revision, weights=False)
-        base = locate_base(files, weights=False) if files.is_adapter else files
-        tables = read_tables(base, ids)
-    except TruetuneError:
-        return []  # no weights here: nothing can be told
-    judged = [judge_rows(t, ids, num_ids(contract.tokenizer)) for t in tables.values()]
-    lost = sorted({i for rows in judged for i in rows.untrained})
-    if not lost:
-        return []
-    named = ", ".join(f"{contract.tokens.decode([i])!r} ({i})" for i in lost[:4])
-    why = next(rows.why[lost[0]] for rows in judged if lost[0] in rows.why)
-    return [
-        Finding(
-            "rows-untrained",
-            "error",
-            f"the rows carry {named}, whose rows in the model were never trained, and LoRA leaves "
-            "them as they are",
-            str(recipe.model),
-            len(lost),
-            why=f"{why}: the model cannot tell them from unused tokens, and would not learn to "
-            "end an answer",
-            fix="train their rows with --add-token, train all weights, or use a template of "
-            "trained tokens (--chat-template instruction-response)",
-        )
-    ]
 
 
 def _fit(found: Survey, rows: RowLengths) -> Fit:

@@ -24,6 +24,7 @@ from truetune.account import (
     without_effect,
 )
 from truetune.check import Preflight, encoded_lengths, length_report, preflight
+from truetune.check.untrained import untrained_rows
 from truetune.compute.length import Fitted, fit_length, is_text, longest
 from truetune.contract import (
     Encoded,
@@ -198,6 +199,11 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
             ),
             listener.progress,
         )
+        if recipe.lora:
+            trained = [token.id for token in new_tokens]
+            told += untrained_rows(
+                contract, fitted.examples, str(recipe.model), recipe.revision, trained
+            )
         findings += [*told, *unused_tokens(new_tokens, fitted.examples)]
         if worst(told) == "error":
             errors = [finding for finding in told if finding.level == "error"]
