@@ -5,6 +5,10 @@
 A round runs every side once (A B A B). Medians over rounds are compared with those of the first
 side; spread is the largest over the smallest. Seconds on a shared machine mean nothing, ratios
 within one table do.
+
+Every run is a line of results.jsonl in the models' folder: started again, it goes on where it was
+stopped, and jobs may be run in pieces; `--fresh` measures anew. `--write` puts all that is there
+into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ BEGIN, END = "<!-- made by make bench -->", "<!-- end -->"
 DEFAULT = ("truetune", "truetune-padded", "trl", "trl-kept", "trl-packed", "trainer")
 
 Result = dict[str, Any]
+RESULTS = "results.jsonl"
 
 
 def run(side: str, job: str, given: argparse.Namespace) -> Result | str:
@@ -41,9 +46,32 @@ def run(side: str, job: str, given: argparse.Namespace) -> Result | str:
     return result
 
 
+def recorded(given: argparse.Namespace) -> dict[tuple[str, str, int], Result]:
+    """Runs with these settings that were made before, by job, side and round."""
+    path = given.models / RESULTS
+    if not path.is_file():
+        return {}
+    made = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    settings = [given.warm_up, given.steps, given.clock]
+    return {(r["job"], r["side"], r["round"]): r for r in made if r["settings"] == settings}
+
+
+def record(given: argparse.Namespace, number: int, result: Result) -> None:
+    settings = [given.warm_up, given.steps, given.clock]
+    line = json.dumps({**result, "round": number, "settings": settings})
+    with open(given.models / RESULTS, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
 def rate(result: Result, kind: str = "tokens") -> float:
     """Tokens a second over the measured steps."""
     return float(result[kind] / sum(result["seconds"]))
+
+
+def share(result: Result) -> float:
+    """Of the measured rate of a matrix product, what the counted products of a step take."""
+    done = float(result["operations"] / sum(result["seconds"]))
+    return done / (1e9 * float(result["matmul_gflops"]))
 
 
 def row(results: Sequence[Result], first: Sequence[Result]) -> list[str]:
@@ -56,6 +84,7 @@ def row(results: Sequence[Result], first: Sequence[Result]) -> list[str]:
         f"{statistics.median(rate(r, 'supervised') for r in results):,.1f}",
         f"{max(rates) / min(rates):.2f}",
         f"{peak:,.0f}",
+        f"{100 * statistics.median(map(share, results)):.0f} %",
         f"{own / median:.2f}x",
         f"{first_peak / peak:.2f}",
     ]
@@ -70,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is recorded")
     parser.add_argument("--write", action="store_true", help="put the table into the docs")
     given = parser.parse_args()
     given.models.mkdir(parents=True, exist_ok=True)
@@ -78,31 +108,43 @@ def main() -> None:
         sys.stderr.write(f"{SHARED} is not there: only the embedded base is measured\n")
         given.jobs = [name for name in given.jobs if JOBS[name].model == "embedded"]
     lines = [
-        "| job | side | tokens/s | supervised/s | spread | peak MB | truetune is | its memory |",
-        "|---|---|---|---|---|---|---|---|",
+        "| job | side | tokens/s | supervised/s | spread | peak MB | of the limit | truetune is "
+        "| its memory |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     limits: list[float] = []
-    for job in given.jobs:
+    before = {} if given.fresh else recorded(given)
+    # What was measured in other pieces stays in the table.
+    there = {job for job, _, _ in before}
+    jobs = [job for job in JOBS if job in given.jobs or (given.write and job in there)]
+    for job in jobs:
         found: dict[str, list[Result]] = {side: [] for side in sides}
         failed: dict[str, str] = {}
-        for _ in range(given.rounds):
+        for number in range(given.rounds):
             for side in sides:
                 if side in failed:
                     continue
-                result = run(side, job, given)
-                sys.stderr.write(f"{job} {side} {result}\n")
+                result: Result | str | None = before.get((job, side, number))
+                if result is None and job in given.jobs:
+                    result = run(side, job, given)
+                    sys.stderr.write(f"{job} {side} {result}\n")
+                    if not isinstance(result, str):
+                        record(given, number, result)
                 if isinstance(result, str):
                     failed[side] = result
-                else:
+                elif result is not None:
                     found[side].append(result)
                     limits.append(result["matmul_gflops"])
         for side in sides:
+            if not found[side] and side not in failed:
+                continue
             cells = [failed[side]] if side in failed else row(found[side], found[sides[0]])
             lines.append(f"| {job} | {side} | {' | '.join(cells)} |")
     threads = statistics.median(limits)
     lines += [
         "",
-        f"{given.rounds} rounds in turn of {given.steps} steps after {given.warm_up} of warm-up, "
+        f"At most {given.rounds} rounds in turn of {given.steps} steps after {given.warm_up} of "
+        "warm-up, "
         f"{given.clock} seconds; {platform.processor() or platform.machine()}; median matrix "
         f"product {threads:,.0f} GFLOP/s.",
     ]

@@ -133,7 +133,7 @@ def _lora_config() -> Any:
 
 
 def trl(job: Job, folder: Path, rows: list[Row], steps: int, **changes: Any) -> Measured:
-    """TRL with its defaults, but for `changes`."""
+    """TRL with its defaults, but for `changes`; its loss is computed in chunks by default."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -242,6 +242,21 @@ def matmul_limit(dtype: str) -> float:
     return 2 * 1024 * 896 * 4864 / best
 
 
+def operations(job: Job, folder: Path, tokens: int, supervised: int) -> float:
+    """Multiplications and additions that training needs, without attention: 2 a weight forward, 2
+    for the gradient of its input, 2 for its own where it is trained (Kaplan et al. 2020); the head
+    at supervised positions only."""
+    from transformers import AutoConfig
+
+    from truetune.model.architecture import meta_model
+
+    model = meta_model(AutoConfig.from_pretrained(folder))
+    head = model.get_output_embeddings().weight
+    tables = {head, model.get_input_embeddings().weight}
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p not in tables)
+    return float((4 if job.lora else 6) * (body * tokens + head.numel() * supervised))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=SIDES)
@@ -260,12 +275,17 @@ def main() -> None:
     limit = matmul_limit(job.dtype)
     seconds, losses = SIDES[given.side](job, folder, rows, steps)
     counted = rows[given.warm_up * job.rows_a_step :]
+    tokens, supervised = (
+        sum(len(ids) for ids, _ in counted),
+        sum(sum(mask[1:]) for _, mask in counted),
+    )
     result = {
+        "operations": operations(job, folder, tokens, supervised),
         "side": given.side,
         "job": given.job,
         "seconds": seconds[given.warm_up :],
-        "tokens": sum(len(ids) for ids, _ in counted),
-        "supervised": sum(sum(mask[1:]) for _, mask in counted),
+        "tokens": tokens,
+        "supervised": supervised,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "matmul_gflops": limit / 1e9,
         "losses": losses,

@@ -3,8 +3,9 @@
     python bench/trees.py [--rounds 3] [--model 0.5b-6l]
 
 Prints per workload the token ratio (tokens of the separate rows over tokens of the tree), the
-speed-up, their quotient, and how far the gradients are apart by norm. Separate rows are packed
-as well: only the sharing differs.
+speed-up, their quotient, and how far the gradients are apart by norm: tree from separate rows, and
+each of the two from the same rows in float32 (what bfloat16 itself costs). Separate rows are packed
+as well: only the sharing differs. `--only` takes workloads whose name holds a text.
 """
 
 from __future__ import annotations
@@ -65,8 +66,11 @@ WORKLOADS: dict[str, Rows] = {
 }
 
 
-def measured(model: Any, route: Any, rows: Rows, min_shared: int | None) -> tuple[float, int, Any]:
-    """(seconds, tokens that went through the model, gradients)."""
+def measured(
+    model: Any, route: Any, rows: Rows, min_shared: int | None, half: bool = True
+) -> tuple[float, int, Any]:
+    """(seconds, tokens that went through the model, gradients); in bfloat16, or in the weights'
+    own type."""
     import torch
 
     from truetune import SFTExample
@@ -85,7 +89,7 @@ def measured(model: Any, route: Any, rows: Rows, min_shared: int | None) -> tupl
     started, tokens = clock(), 0
     for batch in batcher.micro_batches(0):
         with route.scope(batch):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = route.loss_sum(batch)
             loss.backward()
         tokens += batch.num_computed
@@ -94,35 +98,55 @@ def measured(model: Any, route: Any, rows: Rows, min_shared: int | None) -> tupl
     return seconds, tokens, grads.clone()
 
 
+def _model(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """A LoRA model whose adapter does something, without dropout, and its route."""
+    import torch
+
+    from truetune.compute import find_route
+    from truetune.model import LoraSettings, add_lora, load_model
+
+    loaded = load_model(folder, purpose="lora", device="cpu", dtype=dtype)
+    model = add_lora(loaded, LoraSettings(dropout=0.0), seed=0).model
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    model.train()
+    return model, find_route(model, longest=4096)
+
+
+def _in_float32(folder: Path, rows: Rows) -> Any:
+    """Gradients of the same weights computed in float32."""
+    model, route = _model(folder, "float32")
+    return measured(model, route, rows, 16, half=False)[2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="workloads whose name holds this")
     parser.add_argument("--model", default="0.5b-6l")
     parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     given = parser.parse_args()
     global clock
     clock = time.process_time if given.clock == "cpu" else time.perf_counter
-    import torch
 
-    from truetune.compute import find_route
-    from truetune.model import LoraSettings, add_lora, load_model
+    from truetune.engine.memory import keep_freed_pages
 
     given.models.mkdir(parents=True, exist_ok=True)
     folder = make_model(given.model, given.models)
-    loaded = load_model(folder, purpose="lora", device="cpu", dtype="bfloat16")
-    model = add_lora(loaded, LoraSettings(dropout=0.0), seed=0).model
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    model.train()
-    route = find_route(model, longest=4096)
+    keep_freed_pages()  # as the loop does
+    model, route = _model(folder, "bfloat16")
     sys.stdout.write(
         "| workload | separate | tree | token ratio | speed-up | share of the ratio "
-        "| gradients apart |\n|---|---|---|---|---|---|---|\n"
+        "| gradients apart | separate, from float32 | tree, from float32 |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
     )
     for name, rows in WORKLOADS.items():
+        if given.only not in name:
+            continue
         times: dict[int | None, list[float]] = {None: [], 16: []}
         tokens: dict[int | None, int] = {}
         grads: dict[int | None, Any] = {}
@@ -132,10 +156,15 @@ def main() -> None:
                 times[shared].append(seconds)
         ratio = tokens[None] / tokens[16]
         speed = statistics.median(times[None]) / statistics.median(times[16])
-        apart = float((grads[16] - grads[None]).norm() / grads[None].norm())
+        exact = _in_float32(folder, rows)
+        apart = [
+            100 * float((one - other).norm() / other.norm())
+            for one, other in ((grads[16], grads[None]), (grads[None], exact), (grads[16], exact))
+        ]
         sys.stdout.write(
             f"| {name} | {tokens[None]:,} | {tokens[16]:,} | {ratio:.2f} | {speed:.2f} "
-            f"| {100 * speed / ratio:.0f} % | {100 * apart:.2f} % |\n"
+            f"| {100 * speed / ratio:.0f} % | {apart[0]:.2f} % | {apart[1]:.2f} % "
+            f"| {apart[2]:.2f} % |\n"
         )
         sys.stdout.flush()
 

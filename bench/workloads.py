@@ -123,6 +123,25 @@ def gsm8k_8shot(n: int) -> list[Row]:
     return _encoded(INSTRUCT, _chats("gsm8k", n))
 
 
+def reasoning_turns(n: int) -> list[Row]:
+    """Conversations of six turns, each answered after 60 tokens of reasoning that the template
+    strips from history: six rows a conversation, which begin alike."""
+    chosen = random.Random(0)
+
+    def text(length: int) -> list[int]:
+        return [chosen.randrange(100, 30000) for _ in range(length)]
+
+    rows: list[Row] = []
+    while len(rows) < n:
+        history = text(40)
+        for _ in range(6):
+            prompt, thought, answer = history + text(40), text(60), text(80)
+            completion = [*thought, *answer]
+            rows.append((prompt + completion, [0] * len(prompt) + [1] * len(completion)))
+            history = prompt + answer
+    return rows[:n]
+
+
 def one_long_row(n: int) -> list[Row]:
     """One row of 2,048 tokens a step, half of them supervised."""
     text = (SHARED / "data" / "wikitext2_valid.txt").read_text()
@@ -150,7 +169,9 @@ def quickstart(n: int) -> list[Row]:
 JOBS: dict[str, Job] = {
     "alpaca-0.5b-lora": Job("0.5b", True, "bfloat16", 8, alpaca),
     "gsm8k-8shot-0.5b-lora": Job("0.5b", True, "bfloat16", 4, gsm8k_8shot),
+    "reasoning-0.5b-lora": Job("0.5b", True, "bfloat16", 6, reasoning_turns),
     "long-row-0.5b-lora": Job("0.5b", True, "bfloat16", 1, one_long_row),
+    "alpaca-60m-lora": Job("60m", True, "bfloat16", 8, alpaca_32k),
     "alpaca-60m-full": Job("60m", False, "float32", 8, alpaca_32k),
     "quickstart-5m-full": Job("embedded", False, "float32", 16, quickstart),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import resource
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer
 from truetune.compute import Route, cross_entropy_sum, pad_and_collate
+from truetune.engine.memory import give_freed_pages_back, keep_freed_pages
 from truetune.errors import NonFiniteLoss, OutOfMemory, TruetuneError
 from truetune.findings import Finding
 from truetune.health import StepFacts, non_finite
@@ -536,3 +538,19 @@ def test_another_runtime_error_is_not_taken_for_memory(monkeypatch: pytest.Monke
     monkeypatch.setattr(Route, "loss_sum", broken)
     with pytest.raises(RuntimeError, match="sizes differ"):
         made.train_step()
+
+
+def test_freed_pages_are_kept_where_the_c_library_can() -> None:
+    """A block beyond the 32 MB that glibc would map anew comes back without a page fault."""
+    if not keep_freed_pages():
+        pytest.skip("no glibc")
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 * 2**20)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[2] < 100
+    give_freed_pages_back()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before > 1000

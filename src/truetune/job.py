@@ -22,7 +22,14 @@ from typing import Any
 
 from truetune.compare import measure
 from truetune.contract import PromptContract
-from truetune.engine import Group, SFTTrainer, gather_states, load_state, save_state
+from truetune.engine import (
+    Group,
+    SFTTrainer,
+    gather_states,
+    give_freed_pages_back,
+    load_state,
+    save_state,
+)
 from truetune.environment import environment
 from truetune.errors import (
     Interrupted,
@@ -265,6 +272,7 @@ class Job:
         del self.trainer
         self.loaded = replace(self.loaded, model=None)
         gc.collect()
+        give_freed_pages_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,6 +1,7 @@
 """Optimiser, schedule, checkpoint and resume, the loop."""
 
 from truetune.engine.checkpoint import gather_states, load_state, read_facts, save_state
+from truetune.engine.memory import give_freed_pages_back
 from truetune.engine.optimizer import OPTIMIZERS
 from truetune.engine.parallel import Group, joined
 from truetune.engine.schedule import SCHEDULER_TYPES, SchedulerType
@@ -13,6 +14,7 @@ __all__ = [
     "SFTTrainer",
     "SchedulerType",
     "gather_states",
+    "give_freed_pages_back",
     "joined",
     "load_state",
     "read_facts",

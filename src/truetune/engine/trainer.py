@@ -31,7 +31,12 @@ from truetune.compute import (
     footprint,
 )
 from truetune.contract.example import SFTExample
-from truetune.engine.memory import get_random_state, is_out_of_memory, set_random_state
+from truetune.engine.memory import (
+    get_random_state,
+    is_out_of_memory,
+    keep_freed_pages,
+    set_random_state,
+)
 from truetune.engine.optimizer import build_optimizer, optimizer_bytes
 from truetune.engine.parallel import Group
 from truetune.engine.schedule import SchedulerType, learning_rate
@@ -162,6 +167,8 @@ class SFTTrainer:
         if batcher is not None and self.group.size > 1:
             raise ValueError("a batcher of one's own does not deal rows to several processes")
         self.device = self.named_trainable[0][1].device
+        if self.device.type == "cpu":
+            keep_freed_pages()
         self.route = find_route(model, longest=max_seq_len, packing=packing)
         if batcher is None:
             order = _order(examples, batch_size, tokens_per_step, seed, epochs)
