@@ -40,6 +40,28 @@ def checked(place: Path, **settings: Any) -> Checkup:
     return check_run(recipe(place, **settings), Listener(), with_rehearsal=True)
 
 
+def test_base_or_instruct_by_what_the_model_predicts(place: Path) -> None:
+    """Random layers guess: nothing can be told. What predicts its stop is an instruct model."""
+    from truetune.model import load_model
+    from truetune.rehearse import chat_losses
+
+    found = checked(place)
+    assert found.summary["verdict"]["kind"] == "unknown"
+    prepared = survey(recipe(place), Listener()).prepared
+    loaded = load_model(place / "model", device="cpu")
+    before = chat_losses(loaded, prepared.contract)
+    assert before["vocabulary"] == pytest.approx(5.6, abs=0.2)
+    assert before["stop"] == pytest.approx(before["vocabulary"], rel=0.3)
+    # The end token everywhere: its loss falls, that of words rises.
+    row = loaded.model.lm_head.weight
+    loaded.model.lm_head.register_forward_hook(
+        lambda m, i, out: out + 9 * torch.nn.functional.one_hot(torch.tensor(END), len(row))
+    )
+    after = chat_losses(loaded, prepared.contract)
+    assert after["stop"] < 1 < before["stop"]
+    assert after["templated"] > before["templated"]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_sound_run_rehearses_in_silence(place: Path, lora: bool) -> None:
     before = sorted(p.name for p in place.rglob("*"))

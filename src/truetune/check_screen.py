@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from truetune.check.fit import gib
+from truetune.check.fit import duration, gib
 from truetune.check.lengths import percent, report_lines
 from truetune.checkup import Checkup
 from truetune.findings import Finding
@@ -144,7 +144,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{told}: {parts}")
     ]
     if plan["seconds"]:
-        lines.append(("time", " to ".join(map(_duration, plan["seconds"])) + " of steps"))
+        lines.append(("time", " to ".join(map(duration, plan["seconds"])) + " of steps"))
     return lines
 
 
@@ -161,12 +161,6 @@ def _rehearsal_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     if "reload_difference" in numbers:
         text += f"; saved, reloaded: logits within {numbers['reload_difference']:.1e}"
     return [("rehearsal", text)]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _picture(screen: Screen, lengths: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from truetune.check.lengths import (
     length_report,
     limit_keeping,
 )
+from truetune.check.markers import Markers
+from truetune.check.start import Verdict, verdict
 from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
@@ -95,10 +97,19 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         rehearsed, numbers = rehearse(found.prepared)
         told += rehearsed
         summary["rehearsal"] = numbers
+        summary["verdict"] = _measured_verdict(found, numbers["chat"]).as_dict()
         if "seconds_per_token" in numbers:
             timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
             summary["plan"] = timed.as_dict()
     return Checkup(_ordered(told), summary)
+
+
+def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
+    """Base or instruct, by the model's own template and by what it predicts."""
+    prepared = found.prepared
+    served = prepared.model.generation_eos_ids or prepared.model.config_eos_ids
+    markers = Markers.probe(prepared.contract.tokenizer, stop_ids=served)
+    return verdict(markers, None, losses or None)
 
 
 def _limits(found: Survey) -> tuple[int, int | None]:
@@ -133,10 +144,10 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
     listener.stage("model files")
     found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
     findings = [finding for check in _SAVED for finding in check(found)]
-    verdict = found.verdict
+    judged = found.verdict
     summary: dict[str, Any] = {"model": _model_summary(found, recipe)}
-    if verdict is not None:
-        summary["verdict"] = verdict.as_dict()
+    if judged is not None:
+        summary["verdict"] = judged.as_dict()
     return Checkup(_ordered(findings), summary)
 
 

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truetune.contract import SFTExample
+from truetune.contract import PromptContract, SFTExample
 from truetune.engine import SFTTrainer
-from truetune.errors import NonFiniteLoss, SaveError
+from truetune.errors import NonFiniteLoss, SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model import LoadedModel, load_model, save_model
 from truetune.prepare import Prepared
@@ -54,6 +54,7 @@ def rehearse(prepared: Prepared) -> tuple[list[Finding], dict[str, Any]]:
         "load_seconds": time.perf_counter() - began,
         "trained_type": str(_trained(loaded.model)[0][1].dtype).removeprefix("torch."),
     }
+    numbers["chat"] = chat_losses(loaded, prepared.contract)
     with _without_dropout(loaded.model):
         findings += _two_ways(loaded, prepared, examples, numbers)
         if any(finding.level == "error" for finding in findings):
@@ -84,6 +85,52 @@ def _pace(
     began = time.perf_counter()
     trainer.train_step()
     return (time.perf_counter() - began) / tokens
+
+
+# Short conversations that any model that was tuned to chat has seen the like of.
+_CONVERSATIONS = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("What is two plus two?", "Two plus two is four."),
+    ("Name a colour.", "Blue is a colour."),
+    ("Which is larger, the sun or the moon?", "The sun is larger than the moon."),
+)
+
+
+def chat_losses(loaded: LoadedModel, contract: PromptContract) -> dict[str, float]:
+    """How well a model predicts conversations in its template, and the same in plain form.
+
+    Returns:
+        nats a token: of answers `templated` and `plain`, of the `stop` behind a templated answer,
+        and of guessing (`vocabulary`); empty where the template takes no plain turns.
+    """
+    templated, stops, plain = [], [], []
+    for asked, said in _CONVERSATIONS:
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        try:
+            (example,) = contract.encode(talk)
+        except (UnfaithfulTemplate, ValueError):
+            return {}
+        losses = _token_losses(loaded.model, example.ids)
+        on = [loss for loss, m in zip(losses, example.mask[1:], strict=True) if m]
+        templated += on[:-1]
+        stops.append(on[-1])
+        prompt, whole = contract.tokens.encode([f"{asked}\n", f"{asked}\n{said}"])
+        plain += _token_losses(loaded.model, whole)[len(prompt) - 1 :]
+    return {
+        "templated": sum(templated) / len(templated),
+        "stop": sum(stops) / len(stops),
+        "plain": sum(plain) / len(plain),
+        "vocabulary": math.log(loaded.model.get_input_embeddings().weight.shape[0]),
+    }
+
+
+def _token_losses(model: Any, ids: Sequence[int]) -> list[float]:
+    """Cross-entropy in nats of each id but the first."""
+    import torch
+
+    logits = _predicted(model, SFTExample(list(ids), [1] * len(ids)))[:-1]
+    found = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    return [float(loss) for loss in found]
 
 
 def _trainer(

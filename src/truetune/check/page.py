@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from truetune.check.fit import duration, gib
 from truetune.check.lengths import percent
 from truetune.errors import UsageError
 from truetune.findings import LEVELS
@@ -188,9 +189,11 @@ def _picture(bins: Sequence[Mapping[str, int]], limit: int) -> str:
     shapes.append(f'<text x="2" y="10">{most:,} rows</text>')
     if limit < last:
         at = wide * limit / last
+        # Near the right end the words stand on the left of their line.
+        place = f'x="{at - 4:.1f}" text-anchor="end"' if at > wide - 90 else f'x="{at + 4:.1f}"'
         shapes.append(
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{high}" stroke="var(--error)" '
-            f'stroke-dasharray="4 3"/><text x="{at + 4:.1f}" y="24">limit {limit:,}</text>'
+            f'stroke-dasharray="4 3"/><text {place} y="24">limit {limit:,}</text>'
         )
     return (
         f'<svg viewBox="0 0 {wide} {high + foot}" role="img" '
@@ -215,11 +218,25 @@ def _topics(summary: Mapping[str, Any]) -> Iterator[str]:
         if not values:
             continue
         yield f'<h2>{title}</h2><table class="facts">'
-        for key, value in values.items():
+        for key, value in (_readable(values) if name == "plan" else values).items():
             shown = _value(value)
             if shown:
                 yield f"<tr><td>{_text(key.replace('_', ' '))}</td><td>{_text(shown)}</td></tr>"
         yield "</table>"
+
+
+def _readable(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Bytes and seconds in units that people read."""
+    told: dict[str, Any] = {
+        "device": plan["device"],
+        "memory": f"{gib(plan['low'])} to {gib(plan['high'])}",
+        "free": None if plan["available"] is None else gib(plan["available"]),
+        "of it": ", ".join(f"{name} {gib(size)}" for name, size in plan["parts"].items()),
+        "time": " to ".join(map(duration, plan["seconds"] or ())),
+    }
+    for option, size, cost in plan["ways"]:
+        told[f"with {option}"] = f"{gib(size)} ({cost})"
+    return told
 
 
 def _value(value: Any) -> str:
