@@ -83,6 +83,26 @@ def test_the_micro_batch_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer(micro_batch_tokens=77).limits == Limits(6, 77)
 
 
+def test_activations_are_computed_twice_where_the_longest_row_would_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The step is the same; where the row fits, nothing is switched."""
+    long: dict[str, Any] = {"examples": rows(3, 250), "max_seq_len": 250, "batch_size": 3}
+    made = trainer(**long)
+    usual, moments = made.train_step(), 2 * sum(4 * p.numel() for p in made.model.parameters())
+    codes = {}
+    for factor in (0.99, 1.01):
+        needed = factor * (made.footprint.of(250) + moments) / loop._ROOM
+        monkeypatch.setattr(loop, "available_bytes", lambda device, needed=needed: int(needed))
+        found: list[Any] = []
+        again = trainer(**long, on_finding=found.append)
+        codes[factor] = [finding.code for finding in found]
+        assert again.model.is_activation_checkpointing == bool(found)
+        assert again.train_step()["loss"] == pytest.approx(usual["loss"], rel=2e-6)
+        assert not found or again.footprint.per_token < made.footprint.per_token
+    assert codes == {0.99: ["activations-recomputed"], 1.01: []}
+
+
 @pytest.mark.parametrize("known", [0, 10**12])
 def test_memory_that_is_unknown_or_plenty(known: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "available_bytes", lambda device: known)

@@ -30,6 +30,7 @@ from truetune.compute import (
     find_route,
     footprint,
 )
+from truetune.compute.route import transformers_model
 from truetune.contract.example import SFTExample
 from truetune.engine.memory import (
     get_random_state,
@@ -43,6 +44,7 @@ from truetune.engine.schedule import SchedulerType, learning_rate
 from truetune.errors import NonFiniteLoss, OutOfMemory
 from truetune.findings import Finding
 from truetune.health import Probe, StepFacts, non_finite
+from truetune.model import enable_gradient_checkpointing
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +83,8 @@ class SFTTrainer:
         micro_batch_tokens: most tokens per forward pass of packed rows; a longer row goes alone.
             None: 1,024 on CPU, where more brings no speed, 16,384 elsewhere, and fewer where an
             estimate says that they would not fit into the memory that is free; of a tree of rows
-            that share a beginning up to eight times as many.
+            that share a beginning up to eight times as many. Where the longest row would not fit,
+            activations are computed twice, which is told.
         packing: rows without padding and loss at supervised positions only, where that is proved
             on the model first (a transformers model); False, and any other module: the padded
             reference path.
@@ -178,7 +181,8 @@ class SFTTrainer:
                 )
             most = micro_batch_size or batch_size or len(examples)
             rows = 1 if self.route.kind == "apart" else most
-            limits = self._limits(rows, micro_batch_tokens, optim)
+            longest = min(max_seq_len, max(len(example.ids) for example in examples))
+            limits = self._limits(rows, micro_batch_tokens, optim, longest)
             common: dict[str, Any] = {
                 "max_seq_len": max_seq_len,
                 "order": order,
@@ -202,8 +206,9 @@ class SFTTrainer:
         """Of a micro-batch, as they are now; None where a batcher of one's own has none."""
         return getattr(self.batcher, "limits", None)
 
-    def _limits(self, rows: int, tokens: int | None, optim: str) -> Limits:
-        """Of a micro-batch: as asked, or what is fast and fits."""
+    def _limits(self, rows: int, tokens: int | None, optim: str, longest: int) -> Limits:
+        """Of a micro-batch: as asked, or what is fast and fits. Where the longest row would not
+        fit, activations are computed twice from here on."""
         if tokens or self.route.kind == "padded":
             return Limits(rows, tokens)
         usual = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
@@ -212,8 +217,33 @@ class SFTTrainer:
             return Limits(rows, usual, usual)
         self.footprint = footprint(self.route, self._autocast)
         moments = optimizer_bytes(optim, [p for _, p in self.named_trainable])
-        fitting = self.footprint.fitting(int(_ROOM * room) - moments)
+        free = int(_ROOM * room) - moments
+        if self.footprint.of(longest) > free and self._recompute(longest):
+            self.footprint = footprint(self.route, self._autocast)
+        fitting = self.footprint.fitting(free)
         return Limits(rows, min(usual, fitting), min(_TREE * usual, fitting))
+
+    def _recompute(self, longest: int) -> bool:
+        """Switch to computing activations twice; False where that is on, or cannot be."""
+        inner = transformers_model(self.model)
+        if not getattr(inner, "supports_gradient_checkpointing", False) or getattr(
+            inner, "is_activation_checkpointing", False
+        ):
+            return False
+        enable_gradient_checkpointing(self.model)
+        if self.on_finding:
+            self.on_finding(
+                Finding(
+                    "activations-recomputed",
+                    "note",
+                    f"activations are computed twice: a row of {longest:,} tokens would take "
+                    f"{self.footprint.of(longest) / 2**20:,.0f} MB at once, more than is free",
+                    why="an estimate of the memory that a forward and a backward pass take",
+                    fix="nothing to do: the step is the same, and takes about a third longer; a "
+                    "lower --max-length, or --lora, would do without",
+                )
+            )
+        return True
 
     def lr(self, step: int | None = None) -> float:
         """Learning rate of a step (0-based; the coming one where None).

@@ -246,7 +246,10 @@ class Recipe:
         "ones are bitsandbytes'.",
     )
     gradient_checkpointing: bool = _option(
-        False, TRAIN, "Compute activations twice to keep fewer of them."
+        False,
+        TRAIN,
+        "Compute activations twice to keep fewer of them; done anyway where the longest row would "
+        "not fit.",
     )
     seed: int = _option(
         42,
