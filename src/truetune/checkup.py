@@ -23,11 +23,14 @@ from truetune.check.lengths import (
     limit_keeping,
 )
 from truetune.check.markers import Markers
-from truetune.check.start import Verdict, verdict
+from truetune.check.start import Verdict, chat_ids, judge_rows, verdict
 from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model import lora_target_findings
+from truetune.model.source import locate
+from truetune.model.tables import read_tables
+from truetune.model.tokenizer import locate_base, num_ids
 from truetune.prepare import Survey, survey
 from truetune.recipe import Recipe
 from truetune.rehearse import rehearse
@@ -108,8 +111,13 @@ def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
     """Base or instruct, by the model's own template and by what it predicts."""
     prepared = found.prepared
     served = prepared.model.generation_eos_ids or prepared.model.config_eos_ids
-    markers = Markers.probe(prepared.contract.tokenizer, stop_ids=served)
-    return verdict(markers, None, losses or None)
+    recipe, tokenizer = prepared.plan.recipe, prepared.contract.tokenizer
+    markers = Markers.probe(tokenizer, stop_ids=served)
+    files = locate(str(recipe.model), recipe.revision, weights=False)
+    base = locate_base(files, weights=False) if files.is_adapter else files
+    tables = read_tables(base, chat_ids(markers)).items()
+    rows = {kind: judge_rows(t, chat_ids(markers), num_ids(tokenizer)) for kind, t in tables}
+    return verdict(markers, rows, losses or None)
 
 
 def _limits(found: Survey) -> tuple[int, int | None]:

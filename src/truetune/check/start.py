@@ -124,18 +124,20 @@ def verdict(
             a templated answer and `vocabulary` of guessing, where the model was loaded.
     """
     rows = rows or {}
-    if any(found.random for found in rows.values()) or _guesses(losses):
+    if any(found.random for found in rows.values()) or (_guesses(losses) and not rows):
         return Verdict(
             "unknown",
             (
                 "the weights look random: their rows are alike, or nothing is predicted better "
                 "than by chance",
             ),
-            "nothing was learned yet, so nothing can be told; say what you want with "
-            "--learning-rate and --epochs",
+            "nothing was learned yet, so nothing can be told; " + _UNKNOWN,
         )
     if not markers.has_template:
         return Verdict("base", ("it has no chat template",), _MEANS["base"])
+    if _guesses(losses):
+        seen = "a plain conversation is predicted no better than by chance: it is of other words"
+        return Verdict("unknown", (seen,), _UNKNOWN)
     untrained = {i for found in rows.values() for i in found.untrained}
     if untrained:
         named = ", ".join(repr(markers.tokens.decode([i])) for i in sorted(untrained)[:4])
@@ -149,6 +151,7 @@ def verdict(
     return Verdict(kind, tuple(reasons), _MEANS[kind])
 
 
+_UNKNOWN = "say what you want with --learning-rate and --epochs"
 _MEANS = {
     "base": "2e-4 for LoRA, 3 epochs; rows of chat tokens must be trained, or use a template "
     "without new tokens",
