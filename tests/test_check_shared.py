@@ -29,6 +29,8 @@ EXPECTED: dict[tuple[str, str], dict[str, tuple[str, int]]] = {
     (PHI, "alpaca_en_demo.json"): {
         "openers-mixed": ("warning", 24),
         "rows-duplicate": ("warning", 14),
+        # All of 3.8 B weights, as nothing else was asked for.
+        "advice-adapter-enough": ("note", 1),
     },
     (QWEN_BASE, "code_alpaca_2k.json"): {
         "empty-answer": ("warning", 2),
@@ -37,8 +39,13 @@ EXPECTED: dict[tuple[str, str], dict[str, tuple[str, int]]] = {
     (LLAMA, "self_instruct_seed_tasks.jsonl"): {
         "unused-columns": ("note", 3),
         "template-date": ("note", 1),
+        "advice-adapter-enough": ("note", 1),
     },
-    (QWEN3, "reason_tool_use_demo_50.jsonl"): {"tool-arguments": ("warning", 1)},
+    (QWEN3, "reason_tool_use_demo_50.jsonl"): {
+        "tool-arguments": ("warning", 1),
+        "advice-adapter-enough": ("note", 1),
+        "advice-reasoning-rows": ("note", 1),
+    },
     (QWEN, "glaive_toolcall_en_demo.json"): {
         "openers-mixed": ("warning", 69),
         "rows-duplicate": ("warning", 34),
@@ -50,6 +57,7 @@ EXPECTED: dict[tuple[str, str], dict[str, tuple[str, int]]] = {
         "text-pieces": ("note", 201),
         "rows-split": ("note", 164),
         "stop-added": ("note", 1),
+        "advice-text-knowledge": ("note", 1),
     },
 }
 SLOW = {
