@@ -132,10 +132,20 @@ def _lora_config() -> Any:
     )
 
 
+def _tokenizer(folder: Path) -> Any:
+    """With a pad token that the model has: a head of 32 k rows lacks the tokenizer's own."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = AutoConfig.from_pretrained(folder).vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
 def trl(job: Job, folder: Path, rows: list[Row], steps: int, **changes: Any) -> Measured:
     """TRL with its defaults, but for `changes`; its loss is computed in chunks by default."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_list([{"input_ids": ids, "completion_mask": mask} for ids, mask in rows])
@@ -151,7 +161,7 @@ def trl(job: Job, folder: Path, rows: list[Row], steps: int, **changes: Any) -> 
                 **changes,
             ),
             train_dataset=data,
-            processing_class=AutoTokenizer.from_pretrained(folder),
+            processing_class=_tokenizer(folder),
             peft_config=_lora_config() if job.lora else None,
             callbacks=[times],
         )
@@ -185,12 +195,7 @@ def trl_packed(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
 def trainer(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
     """transformers' Trainer with its seq2seq collator, which pads labels as well."""
     from datasets import Dataset
-    from transformers import (
-        AutoTokenizer,
-        DataCollatorForSeq2Seq,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     data = Dataset.from_list(
         [
@@ -203,15 +208,13 @@ def trainer(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
         from peft import get_peft_model
 
         model = get_peft_model(model, _lora_config())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     times, seconds = _times(steps)
     with tempfile.TemporaryDirectory() as output:
         made = Trainer(
             model,
             args=TrainingArguments(**_settings(job, steps, output)),
             train_dataset=data,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            data_collator=DataCollatorForSeq2Seq(_tokenizer(folder)),
             callbacks=[times],
         )
         made.train()
