@@ -125,10 +125,10 @@ class LabelFacts:
         everything = int(self.table.num_supervised.sum()) >= int((self.table.lengths - 1).sum())
         if not everything or self.answer_starts.any() or self.scaffold:
             return False
-        return not np.isin(self.table.ids, self._turn_markers).any()
+        return not np.isin(self.table.ids, self.turn_markers).any()
 
     @cached_property
-    def _turn_markers(self) -> list[int]:
+    def turn_markers(self) -> list[int]:
         """Special tokens that the template writes before turns, and nowhere else."""
         tokens = self.markers.tokens
         written = tokens.encode([self.markers.answer_start + self.markers.user_start])[0]

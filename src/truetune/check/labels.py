@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from truetune.check import answers, prompts, reasoning, stops, targets, turns, vocabulary
+from truetune.check import answers, blocks, prompts, reasoning, stops, targets, turns, vocabulary
 from truetune.check.facts import LabelFacts, LossOn
 from truetune.check.markers import Markers, served_stop_ids
 from truetune.check.table import TokenTable
@@ -30,7 +30,13 @@ CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
 
 def label_findings(facts: LabelFacts) -> list[Finding]:
     """All findings of all families, the most severe first."""
-    return merged(finding for check in CHECKS for finding in check(facts))
+    found = blocks.pieces(facts)
+    if found is None:
+        return merged(finding for check in CHECKS for finding in check(facts))
+    # A piece of a conversation lacks its prompt or its end: that is one cause, told once.
+    whole = blocks.without_pieces(facts, found)
+    others = (finding for check in CHECKS for finding in check(whole))
+    return merged([*blocks.borders(facts, found), *others])
 
 
 def check_labels(

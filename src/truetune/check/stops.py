@@ -136,7 +136,7 @@ def _ends(facts: LabelFacts) -> _Ends:
     ends = np.array(sorted(facts.markers.ends), np.int64)
     runs = table.runs
     # What is trained there: the label, which is not the id where labels are shifted.
-    last = _back_over_space(facts, table.labels, runs[:, 0], runs[:, 1])
+    last = back_over_space(facts, table.labels, runs[:, 0], runs[:, 1])
     said = ~_blank(facts, table.labels[last])
     runs, last = runs[said], last[said]
     rows = table.rows_of(runs[:, 0])
@@ -249,7 +249,7 @@ def _is_header_tail(facts: LabelFacts, row: int, size: int) -> bool:
     return text.endswith((markers.answer_start, markers.tokens.decode(start).strip()))
 
 
-def _back_over_space(
+def back_over_space(
     facts: LabelFacts, values: np.ndarray, first: Indices, last: Indices
 ) -> Indices:
     """The last position of each stretch whose token is more than whitespace."""

@@ -39,6 +39,8 @@ class TokenTable:
         starts: (R + 1,) row r is ids[starts[r]:starts[r + 1]].
         where: R names of rows.
         padding_supervised: rows that had a label on padding, before it was taken off.
+        blocks: (R,) number of the row as it was given that each document lay in; None where
+            nothing was packed.
     """
 
     ids: Ints
@@ -46,6 +48,7 @@ class TokenTable:
     starts: Indices
     where: Sequence[str]
     padding_supervised: tuple[int, ...] = ()
+    blocks: Indices | None = None
 
     @classmethod
     def of_examples(cls, examples: Sequence[SFTExample], where: Sequence[str]) -> TokenTable:
@@ -85,6 +88,7 @@ class TokenTable:
         ids, labels, ends = array("i"), array("i"), [0]
         names: list[str] = []
         padded: list[int] = []
+        blocks: list[int] = []
         number = 0
         for row in rows:
             for fields in _single_rows(row):
@@ -94,6 +98,7 @@ class TokenTable:
                     if on_padding:
                         padded.append(len(names))
                     names.append(name)
+                    blocks.append(number - 1)
                     ids.extend(part_ids.tolist())
                     labels.extend(part_labels.tolist())
                     ends.append(len(ids))
@@ -103,6 +108,21 @@ class TokenTable:
             np.array(ends, dtype=np.int64),
             names,
             tuple(padded),
+            np.array(blocks, dtype=np.int64) if number < len(names) else None,
+        )
+
+    def select(self, keep: Flags) -> TokenTable:
+        """The table of some of its rows; `keep` is (R,)."""
+        tokens = np.repeat(keep, self.lengths)
+        rows = np.flatnonzero(keep).tolist()
+        place = {row: number for number, row in enumerate(rows)}
+        return TokenTable(
+            self.ids[tokens],
+            self.labels[tokens],
+            np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64),
+            [self.where[row] for row in rows],
+            tuple(place[row] for row in self.padding_supervised if row in place),
+            None if self.blocks is None else self.blocks[rows],
         )
 
     def __len__(self) -> int:
