@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.sabotage.build import ROWS, Batches, chat_ids, chats, hf, loader, lora, trl
+from bench.sabotage.build import ROWS, Batches, chat_ids, chats, hf, loader, lora, padded, trl
 from bench.sabotage.case import Negative
 from bench.sabotage.house import House, answer, messages, question, thought
 
@@ -186,6 +186,17 @@ def by_hand(house: House) -> Any:
     return Batches(loader(features, collate), tokenizer, house.model(tokenizer))
 
 
+def sampled_tokens(house: House) -> Any:
+    """BPE dropout: rows that the tokenizer itself would split into fewer tokens."""
+    tokenizer, sampling = house.tokenizer("base"), house.tokenizer("base")
+    sampling.backend_tokenizer.model.dropout = 0.2
+    texts = [f"{question(i)} {answer(i, words=60)}{tokenizer.eos_token}" for i in range(ROWS)]
+    features = [{"input_ids": ids} for ids in sampling(texts)["input_ids"]]
+    return Batches(
+        loader(features, lambda batch: padded(tokenizer, batch)), tokenizer, house.model(tokenizer)
+    )
+
+
 NEGATIVES: tuple[Negative, ...] = (
     Negative("H01", "pad token = end token with TRL's own collator", pad_is_end),
     Negative("H02", "generation config with two end tokens", two_stops),
@@ -207,4 +218,5 @@ NEGATIVES: tuple[Negative, ...] = (
     Negative("H18", "base model, no template, a form of its own", base_with_own_form),
     Negative("H19", "encoder-decoder with DataCollatorForSeq2Seq", decoder_ok, needs_trl=False),
     Negative("H20", "batches by hand without an attention mask", by_hand, needs_trl=False),
+    Negative("H21", "rows sampled with BPE dropout", sampled_tokens, needs_trl=False),
 )

@@ -15,7 +15,7 @@ from bench.sabotage.build import (
     trl,
 )
 from bench.sabotage.case import Case
-from bench.sabotage.house import House, messages
+from bench.sabotage.house import House, answer, messages, question
 
 
 def s13(house: House, broken: bool) -> Any:
@@ -162,6 +162,29 @@ def left_pads_seen(house: House, broken: bool) -> Any:
     return Batches(loader(features, collate), tokenizer, house.model(tokenizer))
 
 
+def other_vocabulary(house: House, broken: bool) -> Any:
+    """Rows tokenized for another model, whose ids all lie in this vocabulary."""
+    tokenizer = house.tokenizer()
+    other = house.tokenizer("bos") if house.real else _reordered(tokenizer)
+    texts = [f"{question(i)} {answer(i, words=60)}{tokenizer.eos_token}" for i in range(ROWS)]
+    rows = (other if broken else tokenizer)(texts)["input_ids"]
+    features = [{"input_ids": [i for i in ids if i < len(tokenizer)]} for ids in rows]
+    return Batches(
+        loader(features, lambda batch: padded(tokenizer, batch)), tokenizer, house.model(tokenizer)
+    )
+
+
+def _reordered(tokenizer: Any) -> Any:
+    """A tokenizer that splits alike and numbers its tokens from the other end."""
+
+    def encode(texts: list[str]) -> dict[str, list[list[int]]]:
+        most = tokenizer.vocab_size - 1
+        rows = tokenizer(texts)["input_ids"]
+        return {"input_ids": [[most - i if i <= most else i for i in ids] for ids in rows]}
+
+    return encode
+
+
 CASES: tuple[Case, ...] = (
     Case(
         "S13",
@@ -260,6 +283,15 @@ CASES: tuple[Case, ...] = (
         "padding",
         "attention_mask",
         None,
+        needs_trl=False,
+    ),
+    Case(
+        "M06",
+        "rows tokenized for another model, ids within range, a label on every token",
+        other_vocabulary,
+        ("ids-of-another-tokenizer",),
+        "not made by this tokenizer",
+        "tokenize the data again",
         needs_trl=False,
     ),
 )

@@ -11,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from truetune.check import answers, blocks, prompts, reasoning, stops, targets, turns, vocabulary
+from truetune.check import (
+    answers,
+    blocks,
+    foreign,
+    prompts,
+    reasoning,
+    stops,
+    targets,
+    turns,
+    vocabulary,
+)
 from truetune.check.facts import LabelFacts, LossOn
 from truetune.check.markers import Markers, served_stop_ids
 from truetune.check.table import TokenTable
@@ -30,6 +40,10 @@ CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
 
 def label_findings(facts: LabelFacts) -> list[Finding]:
     """All findings of all families, the most severe first."""
+    if strange := list(foreign.other_tokenizer(facts)):
+        # Nothing else can be said of rows that are not in this vocabulary.
+        outside = (finding for check in vocabulary.CHECKS for finding in check(facts))
+        return merged([*outside, *strange])
     found = blocks.pieces(facts)
     if found is None:
         return merged(finding for check in CHECKS for finding in check(facts))
