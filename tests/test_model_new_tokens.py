@@ -10,7 +10,8 @@ import pytest
 
 from tiny_models import NUM_TOKENS, edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, write_rows
-from truetune.contract import PromptContract
+from truetune.account import unused_tokens
+from truetune.contract import PromptContract, SFTExample
 from truetune.data import Conversation
 from truetune.errors import ModelError, UsageError
 from truetune.model import (
@@ -353,3 +354,17 @@ def test_no_token_for_an_adapter_or_beyond_the_model(tmp_path: Path) -> None:
     shown = command("train", source, data, *more)
     assert (shown.code, "no token can be added" in shown.err) == (2, True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "said"),
+    [
+        ([3, 4, 5], [0, 1, 1], "is in no training row"),
+        ([3, 9, 5], [0, 0, 1], "in prompts only"),
+        ([3, 9, 9], [0, 0, 1], ""),
+    ],
+)
+def test_a_new_token_that_no_row_asks_for(ids: list[int], mask: list[int], said: str) -> None:
+    found = unused_tokens([NewToken("<|map|>", 9, (1, 2))], [SFTExample(ids, mask)])
+    assert [f.code for f in found] == ["new-token-untrained"] * bool(said)
+    assert all(said in f.what for f in found)

@@ -96,6 +96,17 @@ def decoder_start(house: House, broken: bool) -> Any:
     return hf(tokenizer, model, _pairs(tokenizer), DataCollatorForSeq2Seq(tokenizer, model=model))
 
 
+def decoder_shifted(house: House, broken: bool) -> Any:
+    from transformers import DataCollatorForSeq2Seq
+
+    tokenizer = house.tokenizer()
+    model = _decoder(house, tokenizer)
+    rows = _pairs(tokenizer)
+    if broken:
+        rows = [{**row, "labels": [*row["labels"][1:], -100]} for row in rows]
+    return hf(tokenizer, model, rows, DataCollatorForSeq2Seq(tokenizer, model=model))
+
+
 CASES: tuple[Case, ...] = (
     Case(
         "D01",
@@ -143,6 +154,15 @@ CASES: tuple[Case, ...] = (
         "generation with",
         "generation_config",
         None,
+        needs_trl=False,
+    ),
+    Case(
+        "D06",
+        "targets shifted before the model shifts them",
+        decoder_shifted,
+        ("target-start-lost",),
+        "shifted away",
+        "unshifted",
         needs_trl=False,
     ),
 )

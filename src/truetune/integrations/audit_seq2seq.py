@@ -18,6 +18,7 @@ def seq2seq_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
     """All checks of an encoder-decoder's batches."""
     names, targets = [row.name for row in reading.rows], [row.labels for row in reading.rows]
     yield from _targets_end(subject, names, targets)
+    yield from _targets_begin(subject, reading)
     yield from _padding(subject, names, targets)
     yield from _start_token(subject, names, targets)
     yield from _decoder_inputs(subject, reading)
@@ -73,6 +74,65 @@ def _targets_end(
             if cut and len(missing) < len(names)
             else "tokenize targets with text_target=..., so that the tokenizer ends them",
         )
+
+
+# Rows of which a first token is looked at, and how many must begin inside a word: a tokenizer that
+# marks the beginning of words never begins a text otherwise.
+_LOOK, _PIECES, _PIECE_SHARE = 400, 3, 0.05
+
+
+def _targets_begin(subject: Subject, reading: Reading) -> Iterator[Finding]:
+    """The first label is one that a text begins with, not one from the middle of it."""
+    tokens, rows = Tokens(subject.tokenizer), reading.rows
+    step = max(1, len(rows) // _LOOK)
+    looked = range(0, len(rows), step)
+    pieces, lowered, broken_off = [], [], 0
+    for number in looked:
+        trained = _text_ids(tokens, rows[number].labels)
+        if len(trained) < 2 or trained[0] in tokens.special_ids:
+            continue
+        text = tokens.decode(trained)
+        if _begins_no_text(tokens, trained[0]):
+            pieces.append(number)
+        elif text[:1] == " " and text[1:2].islower() and text.rstrip()[-1:] in tuple(".!?"):
+            lowered.append(number)
+            asked = tokens.decode(_text_ids(tokens, rows[number].ids)).rstrip()
+            broken_off += asked[-1:].isalnum() or asked[-1:] == ","
+    inside = len(pieces) >= max(_PIECES, _PIECE_SHARE * len(looked))
+    # Sentences without their first word; where the source breaks off too, they continue it.
+    headless = len(lowered) >= max(_PIECES, 0.5 * len(looked)) and 2 * broken_off < len(lowered)
+    if not inside and not headless:
+        return
+    found = sorted({*(pieces if inside else []), *(lowered if headless else [])})
+    first = repr(tokens.decode(_text_ids(tokens, rows[found[0]].labels)[:8]) + "\u2026")
+    yield _say(
+        [row.name for row in rows],
+        found,
+        code="target-start-lost",
+        level="error" if inside else "warning",
+        what=f"the targets of {len(found):,} of {len(looked):,} rows looked at begin inside a "
+        f"text: {first}",
+        why="their first token was shifted away: the model shifts the labels itself, so the "
+        "decoder never learns how an answer begins",
+        fix="hand the targets over unshifted, from their first token on (labels = the ids of the "
+        "target); the model puts the start token in front",
+    )
+
+
+def _text_ids(tokens: Tokens, ids: np.ndarray) -> list[int]:
+    """What is written there: no ignored labels, no special tokens at the end."""
+    kept = ids[ids != IGNORED].tolist()
+    while kept and kept[-1] in tokens.special_ids:
+        kept.pop()
+    return kept
+
+
+def _begins_no_text(tokens: Tokens, first: int) -> bool:
+    """Whether a token goes on with a word: alone, its text is encoded with another first token."""
+    text = tokens.decode([first])
+    if not text.strip() or "\ufffd" in text:
+        return False
+    return tokens.encode([text])[0][:1] != [first]
 
 
 def _padding(
