@@ -60,7 +60,9 @@ def pieces(facts: LabelFacts) -> Pieces | None:
     ends_lost = _at_border(unended, closes & full & filled, inside_ends)
     heads_lost = _at_border(unusual, opens & filled, inside_begins)
     found = Pieces(heads_lost, ends_lost)
-    return found if len(np.unique(blocks[found.any])) > 1 else None
+    # What fills a block alone was cut by the limit on rows, before anything was packed.
+    shared = (np.bincount(blocks) > 1)[blocks]
+    return found if len(np.unique(blocks[found.any & shared])) > 1 else None
 
 
 def _at_border(odd: Flags, border: Flags, inside: Flags) -> Flags:
