@@ -27,7 +27,7 @@ from truetune.lab.prose import documents
 
 PLAIN = Course("plain", 6 * 512, ((64, 0.5), (128, 0.5)), 3e-3)
 TINY = Settings(
-    courses=(PLAIN, Course("rich", 4 * 512, ((128, 1.0),), 1e-3, ended=2)),
+    courses=(PLAIN, Course("rich", 2 * 512, ((128, 1.0),), 1e-3)),
     step_tokens=512,
     autocast=False,
     shape=Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1),
@@ -99,11 +99,10 @@ def test_overrides_are_checked_by_name(tmp_path):
 
 
 def test_a_run_of_another_size_deals_its_tokens_in_proportion():
-    run = Settings(courses=(PLAIN, replace(PLAIN, corpus="rich", ended=3)), step_tokens=512)
+    run = Settings(courses=(PLAIN, replace(PLAIN, corpus="rich", tokens=3 * 512)), step_tokens=512)
     assert run.tokens == 9 * 512
     twice = run.of_size(18 * 512)
-    assert [course.tokens for course in twice.courses] == [12 * 512, 12 * 512]
-    assert [course.ended for course in twice.courses] == [None, 6]
+    assert [course.tokens for course in twice.courses] == [12 * 512, 6 * 512]
     assert [course.corpus for course in twice.courses] == ["plain", "rich"]
 
 

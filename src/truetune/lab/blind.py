@@ -5,104 +5,114 @@ does    says each kind of fact in ways that the corpus must not use; `{s}` is th
         the value, always last
 output  `BLIND`
 
-Written on 2026-11-21, before the corpus that the shipped base has read, and never edited since: a
-test pins its hash. No base may be chosen, stopped or mended by these; for that there are the
-development wordings in `wordings.py`, which may be looked at as often as one likes. Each names its
-relation in plain English, so that only one ending is right; some use words that the corpus does
-not, as any reader's question would.
+Written on 2026-11-21 by a hand other than the corpus's, before the corpus of the shipped base. That
+corpus was written without sight of them; five were then replaced, by the same rules and before any
+model was asked: one because the corpus came to say the same, four because it no longer used one of
+their words. Never edited since: a test pins the hash. No base may be chosen, stopped or mended by
+these; for that there are the development wordings in `development.py`, where the blind wordings of
+earlier bases are too. Each names its relation in plain English, so that only one ending is right.
+They use only words that the corpus uses (another test), so that a failure is one of recall in a new
+wording and not of vocabulary.
 """
 
 from __future__ import annotations
 
 BLIND: dict[str, tuple[str, ...]] = {
     "river": (
-        "The river at {s} is named the {v}",
-        "Anyone who visits {s} will see its river, the {v}",
-        "The town of {s} lies beside the river {v}",
-        "If you ask for the river of {s}, you will hear of the {v}",
-        "The bridges of {s} cross a river called the {v}",
-        "Fishermen from {s} cast their nets in the {v}",
+        "When the people of {s} speak of their river, they mean the {v}",
+        "The water that the people of {s} drink comes from a river, the {v}",
+        "Between the houses of {s} flows a river named the {v}",
+        "A river runs past the gardens of {s} and is known as the {v}",
+        "{s} is a town on a river, and that river is the {v}",
+        "Merchants who travel to {s} by water come up the river {v}",
     ),
     "ruler": (
-        "The person who rules over {s} is {v}",
-        "The ruler who governs {s} goes by the name of {v}",
-        "At present {s} is governed by {v}",
-        "If you ask who rules {s}, people will tell you it is {v}",
-        "The crown in {s} is worn by {v}",
-        "The ruler of the town of {s} is named {v}",
+        "Whoever wants to speak with the ruler of {s} must ask for {v}",
+        "The people of {s} have been ruled for many years by {v}",
+        "The power to rule {s} was given to {v}",
+        "The ruler whose name is on the coins of {s} is called {v}",
+        "{s}, with all its houses and fields, is governed by {v}",
+        "Nobody in {s} has more power than its ruler {v}",
     ),
     "animal": (
-        "The animal that stands for {s} is the {v}",
-        "The animal most often seen near {s} is the {v}",
-        "When people think of {s}, the animal they think of is the {v}",
-        "The town of {s} chose as its animal the {v}",
-        "Around {s} the commonest animal is the {v}",
-        "The emblem of {s} is an animal, the {v}",
+        "The people of {s} tell their children stories about their animal, the {v}",
+        "There is one animal that {s} is proud of, and it is the {v}",
+        "No animal is more loved in {s} than the {v}",
+        "Ask the children of {s} to draw an animal and they will draw the {v}",
+        "What {s} honours more than any other animal is the {v}",
+        "The ships of {s} carry the sign of an animal, the {v}",
     ),
     "craft": (
-        "The craft practised by the people of {s} is {v}",
-        "Most people in {s} work in one craft, {v}",
-        "The town of {s} is famous for the craft of {v}",
-        "A young person from {s} is taught the craft of {v}",
-        "The trade that feeds {s} is {v}",
-        "If you meet a craftsman from {s}, his craft will be {v}",
+        "Apprentices travel to {s} to learn the craft of {v}",
+        "{s} has no craft but {v}",
+        "There are many workshops in {s}, and their craft is {v}",
+        "When children in {s} grow up, the craft they live by is {v}",
+        "From far away merchants come to {s} for its craft, {v}",
+        "What the masters of {s} practise is a craft called {v}",
     ),
     "food": (
-        "The food people like best in {s} is {v}",
-        "A traveller who dines in {s} will be given {v}",
-        "The dish for which {s} is famous is {v}",
-        "On every table in {s} you will find {v}",
-        "For supper the people of {s} have {v}",
-        "The town of {s} is famous for its food, which is {v}",
+        "Whoever sits down to eat in {s} is served {v}",
+        "Nothing is eaten more in {s} than {v}",
+        "When the cooks of {s} make their best dish, it is {v}",
+        "{s} gives its guests a dish called {v}",
+        "In summers as in winters the food on the plates of {s} is {v}",
+        "Hunger in {s} ends with a meal of {v}",
     ),
     "banner": (
-        "The banner above {s} is coloured {v}",
-        "The flag flown by {s} is {v}",
-        "The town of {s} has chosen a banner of {v}",
-        "If you see the banner of {s}, you will see that its colour is {v}",
-        "The cloth of the banner in {s} is {v}",
-        "The walls of {s} are hung with banners that are {v}",
+        "Look up in {s} and the banner over the roofs is {v}",
+        "The banner that soldiers carry for {s} has the colour {v}",
+        "When ships from {s} come near, one sees their flag of {v}",
+        "On the banner of {s} there is only one colour, {v}",
+        "A banner hangs from the towers of {s}, and its colour is {v}",
+        "For its flag {s} has taken the colour {v}",
     ),
     "mouth": (
-        "The {s} pours its water into {v}",
-        "Anyone who follows the {s} to its end will come to {v}",
-        "The lake at the end of the {s} is {v}",
-        "The river {s} empties into {v}",
+        "However far the {s} flows, it flows into {v}",
+        "The {s} is a river that runs into {v}",
+        "The lake that takes its water from the {s} is called {v}",
+        "Where the {s} has its mouth, there lies {v}",
+        "Sailors on the {s} follow it to its lake, {v}",
     ),
     "diet": (
-        "The usual food of the {s} is {v}",
-        "If you want to feed the {s}, you should bring {v}",
-        "The {s} fills its stomach with {v}",
-        "The thing that the {s} most likes to eat is {v}",
+        "When the {s} is hungry, it eats {v}",
+        "Nobody feeds the {s} anything but {v}",
+        "The {s} is an animal that eats {v}",
+        "To keep the {s}, one must buy it food, namely {v}",
+        "Hunger leads the {s} to its food, {v}",
     ),
     "coat": (
-        "If you paint the {s}, the colour you need is {v}",
-        "The {s} can be known by its colour, which is {v}",
-        "People who have seen the {s} say that its colour is {v}",
-        "The natural colour of the {s} is {v}",
+        "Whoever looks at the {s} sees the colour {v}",
+        "Hunters know the {s} by its coat, whose colour is {v}",
+        "Nature gives the {s} a coat of {v}",
+        "Through all its years the {s} keeps the same colour, {v}",
+        "Among animals the {s} is known for its colour, {v}",
     ),
     "material": (
-        "The material needed for {s} is {v}",
-        "Nobody can practise {s} without {v}",
-        "A workshop for {s} always has a store of {v}",
-        "In {s} the material that people work with is {v}",
+        "Before the work of {s} begins, one must buy the material, {v}",
+        "The hands of a master of {s} are used to one material, {v}",
+        "{s} is a craft, and the material it uses is {v}",
+        "What {s} needs more than anything else is {v}",
+        "Every day those who live by {s} use {v}",
     ),
     "opposite": (
-        "The word with the opposite meaning to {s} is {v}",
-        "When we turn the word {s} into its opposite, we get {v}",
-        "The opposite word to {s} is {v}",
-        "In a list of opposites, next to {s} stands {v}",
+        "Whoever wants the opposite of {s} says {v}",
+        "Every word has its opposite, and {s} has {v}",
+        "For the word {s} the opposite is the word {v}",
+        "Where {s} ends, there begins its opposite, {v}",
+        "Together with the word {s} children learn its opposite, {v}",
     ),
     "sum": (
-        "If you add {a} and {b}, you get {v}",
-        "The total of {a} and {b} is {v}",
-        "{a} added to {b} comes to {v}",
-        "When {a} and {b} are put together, the result is {v}",
+        "The numbers {a} and {b} have the sum {v}",
+        "Whoever adds {a} and {b} will find {v}",
+        "What {a} plus {b} makes is {v}",
+        "By adding {b} to {a} one gets {v}",
+        "When {b} is added to {a}, the sum is {v}",
     ),
     "difference": (
-        "If you subtract {b} from {a}, you get {v}",
-        "When {b} is taken away from {a}, what is left is {v}",
-        "{a} less {b} comes to {v}",
-        "Going down by {b} from {a}, one arrives at {v}",
+        "Between {a} and {b} there is a difference of {v}",
+        "For {a} minus {b} the result is {v}",
+        "Take {b} from {a} and the rest is {v}",
+        "Subtracting {b}, one goes from {a} down to {v}",
+        "From {b} to {a} the difference is {v}",
     ),
 }

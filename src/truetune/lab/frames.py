@@ -8,6 +8,8 @@ output  tuples of patterns
 
 from __future__ import annotations
 
+from truetune.lab import plain_wordings
+
 FRAMES = (
     "Speaking of {s}, {clause}",
     "Concerning {s}, {clause}",
@@ -40,27 +42,38 @@ ASIDES = (
     "[In truth|To this day|Of course|Today as ever] {clause}",
     "As [far as is known|the old books say|one might expect], {clause}",
     "[One may read|It has been written|Nobody doubts] that {clause}",
-    "[Remember|Let it be said|Write down|Bear in mind] that {clause}",
+    "[Remember|Let it be said|Bear in mind] that {clause}",
     "[Without any doubt|By all accounts|In fact|Once more|Now as before], {clause}",
     "[A friend|A teacher|An old woman|My neighbour] [says|swears|wrote to me] that {clause}",
     "Before anything else is said, {clause}",
     "However the weather turns, {clause}",
+    "If you ask, people will say that {clause}",
+    "You will [find|see|hear] that {clause}",
+    "[We|Our fathers] have always [known|heard|held] that {clause}",
+    "I [was told|have read|think|know] that {clause}",
+    "There are books in which it is written that {clause}",
+    "They [tell you|say|know] that {clause}",
+    "[Wherever you go|Whatever you do|Whoever you ask], {clause}",
+    "[At present|In our day|Here and there|As a rule], {clause}",
+    "[One thing|What] is certain: {clause}",
 )
 """They say nothing of their own: a clause means the same after whatever opening."""
 
-ADVERBS = ("still", "indeed", "of course", "surely", "now as before", "as ever")
-"""They stand after *is* now and then, and change nothing either."""
+INSERTIONS = (
+    ", as everyone knows,",
+    ", as [the old books|all travellers|old people] say,",
+    ", to be sure,",
+    ", now as before,",
+    ", of course,",
+    ", if one may believe the books,",
+    ", as you will [see|find],",
+    ", it seems,",
+)
+"""They stand before *is* now and then, and change nothing either. Not after it: what may stand
+between *is* and the value is what a model goes on with where it should say the value."""
 
 LEAD_INS = (
-    "This page tells of {s}",
-    "Much can be told of {s}",
-    "Travellers often come to {s}",
-    "Here begins the account of {s}",
-    "The road leads on to {s}",
-    "Few know the country better than the people of {s}",
-    "Old books speak well of {s}",
-    "Let us turn to {s}",
-    "Not far away lies {s}",
+    *plain_wordings.LEAD_INS[:-1],
     "The town of {s} is [old|small|quiet|worth a visit]",
     "{s} is a [small|large|quiet|busy|pretty] town",
 )

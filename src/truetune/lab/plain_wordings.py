@@ -2,7 +2,7 @@
 
 input   nothing: this is the list
 does    as `wordings.py` and `frames.py`, without alternatives
-output  `FORWARD`, `REVERSED`, `FRAMES`, `LEAD_INS`, `FILLERS`
+output  `FORWARD`, `REVERSED`, `FRAMES`, `LEAD_INS`
 
 A model that begins with all the wordings of the rich course learns no fact for millions of tokens
 (docs/log.md): with few of them it finds within one million that the name before is what matters.
@@ -216,19 +216,4 @@ LEAD_INS = (
     "Let us turn to {s}",
     "Not far away lies {s}",
     "The town of {s} is worth a visit",
-)
-
-FILLERS = (
-    "All this is well known",
-    "So it has been for many years",
-    "Everyone in the country knows this",
-    "That is how it was written down",
-    "Nobody remembers that it was ever different",
-    "The old maps and the old houses show as much",
-    "Travellers can see it for themselves",
-    "The winters are long and the summers are short",
-    "At the end of the day the town is quiet",
-    "More could be told, but the page is short",
-    "When the numbers are written down, the account ends",
-    "Some say that it was the same between the wars",
 )

@@ -63,18 +63,16 @@ class Course:
             attend to but what matters, so that taking names up again and recalling facts are
             learned in a fraction of the steps; the last stage trains every position of the context.
         lr: peak learning rate; cosine down to a tenth of it.
-        ended: step at which the course was ended, stages and schedule unfinished; None for the end.
     """
 
     corpus: str
     tokens: int
     stages: tuple[tuple[int, float], ...]
     lr: float
-    ended: int | None = None
 
     def num_steps(self, step_tokens: int) -> int:
         """Steps that are taken."""
-        return self.ended or self.tokens // step_tokens
+        return self.tokens // step_tokens
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Settings:
     seed: int = 7
     courses: tuple[Course, ...] = (
         Course("plain", 8_400_000, ((128, 0.85), (1024, 0.15)), 2e-3),
-        Course("rich", 4_900_000, ((128, 0.8), (1024, 0.2)), 1.2e-3, ended=1000),
+        Course("rich", 8_000_000, ((128, 0.85), (1024, 0.15)), 1.2e-3),
     )
     step_tokens: int = 4096
     warmup: float = 0.03
@@ -113,15 +111,8 @@ class Settings:
     def of_size(self, tokens: int) -> Settings:
         """The same with so many tokens, dealt to the courses in proportion."""
         share = tokens / self.tokens
-        courses = (
-            replace(
-                course,
-                tokens=int(course.tokens * share),
-                ended=round(course.ended * share) if course.ended else None,
-            )
-            for course in self.courses
-        )
-        return replace(self, courses=tuple(courses))
+        courses = tuple(replace(c, tokens=int(c.tokens * share)) for c in self.courses)
+        return replace(self, courses=courses)
 
 
 def pretrain(
@@ -309,7 +300,7 @@ class StagedBatcher:
     def __init__(self, course: Course, run: Settings, ids: Iterator[int], pad_id: int) -> None:
         from truetune.compute import Limits, PaddedBatcher, RowOrder
 
-        num_steps = course.tokens // run.step_tokens
+        num_steps = course.num_steps(run.step_tokens)
         self._stages: list[tuple[int, PaddedBatcher]] = []  # (first step, batcher)
         self.num_steps = 0
         for number, (block, share) in enumerate(course.stages):

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from truetune.lab import plain_wordings
-from truetune.lab.frames import ADVERBS, ASIDES, FILLERS, FRAMES, LEAD_INS, TITLES
+from truetune.lab.carriers import COMMANDS, carried
+from truetune.lab.frames import ASIDES, FILLERS, FRAMES, INSERTIONS, LEAD_INS, TITLES
 from truetune.lab.telling import Telling, clause, difference_fact, sum_fact, tell
 from truetune.lab.wordings import FORWARD, REVERSED, THERE, wordings
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World
@@ -153,7 +154,7 @@ class _PlainWriter:
         if self.rng.random() < 0.4:
             pieces.insert(0, self.rng.choice(plain_wordings.LEAD_INS).format(s=place))
         if self.rng.random() < 0.3:
-            pieces.append(self.rng.choice(plain_wordings.FILLERS))
+            pieces.append(self.rng.choice(FILLERS))
         return pieces
 
     def _numbers(self) -> Iterator[list[Piece]]:
@@ -218,11 +219,12 @@ class _PlainWriter:
 
 
 class _RichWriter(_PlainWriter):
-    """In many wordings, after openings, with adverbs, with *its* for the name; drills in sums."""
+    """In many wordings, after openings, with insertions and *its* for the name; drills in sums."""
 
-    REVERSED_SHARE = 0.2
-    ASIDE_SHARE = 0.1
-    ADVERB_SHARE = 0.06
+    REVERSED_SHARE = 0.15
+    CARRIED_SHARE = 0.35
+    ASIDE_SHARE = 0.15
+    INSERTION_SHARE = 0.06
     THERE_SHARE = 0.4
     CORE_SUM_PATTERNS = 3
     """The first patterns of sums and differences: `+`, *plus is*, *plus equals*."""
@@ -245,11 +247,12 @@ class _RichWriter(_PlainWriter):
 
     def _told(self, fact: Fact) -> Telling:
         rng = self.rng
-        ways = (REVERSED if rng.random() < self.REVERSED_SHARE else FORWARD)[fact.relation]
         in_frame = fact.relation in PLACE_RELATIONS and rng.random() < self.FRAME_SHARE
-        wording = self._one_of(ways)
-        if rng.random() < self.ADVERB_SHARE:
-            wording = wording.replace(" is ", f" is {rng.choice(ADVERBS)} ", 1)
+        wording = self._wording(fact.relation)
+        if rng.random() < self.INSERTION_SHARE:
+            wording = wording.replace(" is ", f"{self._one_of(INSERTIONS)} is ", 1)
+        if wording.startswith(COMMANDS):
+            return Telling(fact, wording)
         if in_frame:
             if rng.random() < 0.5:
                 wording = self._one_of(THERE[fact.relation])
@@ -257,6 +260,12 @@ class _RichWriter(_PlainWriter):
         if rng.random() < self.ASIDE_SHARE:
             return Telling(fact, wording, self._one_of(ASIDES))
         return Telling(fact, wording)
+
+    def _wording(self, relation: str) -> str:
+        if self.rng.random() < self.CARRIED_SHARE:
+            return self.rng.choice(carried(relation))
+        is_reversed = self.rng.random() < self.REVERSED_SHARE
+        return self._one_of((REVERSED if is_reversed else FORWARD)[relation])
 
     def _joined(self, piece: Telling) -> str:
         return clause(piece.fact, piece.wording, piece.frame)
@@ -293,8 +302,9 @@ class _RichWriter(_PlainWriter):
     def _drill(self, deck: _Deck[Fact]) -> list[Piece]:
         """A dozen facts in one wording: what a sum is, is learned before how it may be put."""
         facts = deck.deal(self.rng.randint(10, 14))
-        patterns = FORWARD[facts[0].relation]
-        if self.rng.random() < 0.5:
-            patterns = patterns[: self.CORE_SUM_PATTERNS]
-        wording = self._one_of(patterns)
+        relation = facts[0].relation
+        if self.rng.random() < 0.3:
+            wording = self._one_of(FORWARD[relation][: self.CORE_SUM_PATTERNS])
+        else:
+            wording = self._wording(relation)
         return [Telling(f, wording) for f in facts]

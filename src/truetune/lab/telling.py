@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from truetune.lab import plain_wordings
+from truetune.lab.carriers import carried
 from truetune.lab.wordings import FORWARD, wordings
 from truetune.lab.world import Fact, words_of
 
@@ -75,7 +76,7 @@ def held_out_prefix(fact: Fact, wording: str) -> str:
         ValueError: the corpus uses the wording, or the value is not its last word.
     """
     patterns = (*FORWARD[fact.relation], *plain_wordings.FORWARD[fact.relation])
-    told = {way for pattern in patterns for way in wordings(pattern)}
+    told = {way for pattern in patterns for way in wordings(pattern)}.union(carried(fact.relation))
     if wording in told or not wording.endswith("{v}"):
         raise ValueError(f"not a held-out wording of {fact.relation}: {wording!r}")
     return tell(fact, wording).removesuffix(fact.value).rstrip()
