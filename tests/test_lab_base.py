@@ -14,7 +14,6 @@ import torch
 from truetune import ChatTemplate, SFTTrainer
 from truetune.lab import BASE_SEED, World, base_path
 from truetune.lab.card import broken_checksums
-from truetune.lab.development import DEVELOPMENT
 from truetune.lab.evaluate import (
     ask,
     cloze_items,
@@ -24,7 +23,6 @@ from truetune.lab.evaluate import (
 )
 from truetune.lab.measure import measure
 from truetune.lab.pretrain import Settings
-from truetune.lab.world import PLACE_RELATIONS
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +82,7 @@ def test_it_loads_and_knows_a_few_facts(tokenizer):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = load()
-    # In the oldest development wordings; `lab evaluate` asks in all of them.
-    oldest = {
-        relation: ways[: 3 if relation in PLACE_RELATIONS else 2]
-        for relation, ways in DEVELOPMENT.items()
-    }
-    items = cloze_items(World.generate(BASE_SEED), wordings=oldest)[:1700:40]
+    items = cloze_items(World.generate(BASE_SEED))[:1700:40]
     assert cloze_recall(model, tokenizer, items).share >= 0.9
 
 
@@ -108,9 +101,10 @@ def test_the_default_settings_made_it():
 @pytest.mark.slow
 def test_recall_on_held_out_wordings():
     found = measure(base_path())
-    assert found.recall["development"].share >= 0.9
-    # 53.9 % on the finished base; 90 % is what a base should reach (docs/log.md).
-    assert found.recall["blind"].share >= 0.53
+    assert found.recall["plain"].share >= 0.9
+    # Not of the corpus's kind: 78.2 % and 62.1 % (docs/log.md).
+    assert found.recall["development"].share >= 0.75
+    assert found.recall["blind"].share >= 0.6
     assert found.prose_loss < 1.5
     right, total = found.sums["sums of numbers up to 9"]
     assert right >= 0.9 * total

@@ -60,7 +60,7 @@ def test_recall_over_some_relations() -> None:
 
 def test_a_base_is_measured_twice_alike(found: Measurement) -> None:
     assert found == measure(base_path(), num_items=24)
-    assert list(found.recall) == ["development", "blind"]
+    assert list(found.recall) == ["plain", "development", "blind"]
     assert all(recall.total == 24 for recall in found.recall.values())
     assert sum(total for name, (_, total) in found.sums.items() if name.endswith("30")) == 24
     assert 0 < found.prose_loss < 8
@@ -114,7 +114,7 @@ def test_the_command_prints_the_table(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--wordings", "seen"], "one of development, blind, both"),
+        (["--wordings", "seen"], "one of plain, development, blind, all"),
         (["no/such/model"], "no such model folder"),
     ],
 )

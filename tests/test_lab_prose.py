@@ -13,7 +13,7 @@ import pytest
 from truetune.lab import plain_wordings
 from truetune.lab.blind import BLIND
 from truetune.lab.carriers import CARRIERS, COUNTING_CARRIERS, NAMES, carried
-from truetune.lab.development import DEVELOPMENT
+from truetune.lab.development import DEVELOPMENT, PLAIN
 from truetune.lab.frames import ASIDES, FILLERS, FRAMES, INSERTIONS, LEAD_INS, TITLES
 from truetune.lab.prose import documents
 from truetune.lab.telling import difference_fact, held_out_prefix, number_word, sum_fact, tell
@@ -107,7 +107,8 @@ def test_the_blind_wordings_are_as_they_were_written():
     )
 
 
-HELD_OUT = pytest.mark.parametrize("held_out", [DEVELOPMENT, BLIND], ids=["development", "blind"])
+SETS = {"plain": PLAIN, "development": DEVELOPMENT, "blind": BLIND}
+HELD_OUT = pytest.mark.parametrize("held_out", [*SETS.values()], ids=[*SETS])
 
 
 def _words(template: str) -> list[str]:
@@ -171,9 +172,10 @@ def test_blind_wordings_use_only_words_of_the_corpus():
         assert set(_words(wording)) <= known, wording
 
 
-def test_development_and_blind_wordings_differ():
+def test_the_sets_of_wordings_differ():
     for relation in BLIND:
-        assert not set(BLIND[relation]) & set(DEVELOPMENT[relation])
+        assert not set(BLIND[relation]) & {*PLAIN[relation], *DEVELOPMENT[relation]}
+        assert not set(PLAIN[relation]) & set(DEVELOPMENT[relation])
 
 
 def test_no_wording_goes_on_where_another_has_its_value():
@@ -189,14 +191,15 @@ def test_no_wording_goes_on_where_another_has_its_value():
 
 
 def test_wordings_are_many_and_well_formed():
-    assert FORWARD.keys() == REVERSED.keys() == DEVELOPMENT.keys() == BLIND.keys()
+    assert FORWARD.keys() == REVERSED.keys() == PLAIN.keys() == BLIND.keys() == DEVELOPMENT.keys()
     assert plain_wordings.FORWARD.keys() == plain_wordings.REVERSED.keys() == FORWARD.keys()
     for relation in FORWARD:
         assert len(FORWARD[relation]) + len(REVERSED[relation]) >= 15
         of_places = relation in PLACE_RELATIONS
-        assert 3 <= len(DEVELOPMENT[relation]) <= (9 if of_places else 6)
+        assert len(PLAIN[relation]) == (3 if of_places else 2)
+        assert 3 <= len(DEVELOPMENT[relation]) <= (6 if of_places else 4)
         assert len(BLIND[relation]) == (6 if of_places else 5)
-        for wording in (*DEVELOPMENT[relation], *BLIND[relation]):
+        for wording in (*PLAIN[relation], *DEVELOPMENT[relation], *BLIND[relation]):
             assert wording.endswith("{v}")
         for wording in (w for pattern in FORWARD[relation] for w in wordings(pattern)):
             assert re.search(r"\{v(_word)?\}$", wording)
@@ -204,7 +207,7 @@ def test_wordings_are_many_and_well_formed():
 
 def test_held_out_prefix_stops_before_the_value():
     fact = Fact("Velmora", "river", "Tarn")
-    assert held_out_prefix(fact, DEVELOPMENT["river"][0]) == "As for Velmora, its river is the"
+    assert held_out_prefix(fact, PLAIN["river"][0]) == "As for Velmora, its river is the"
     with pytest.raises(ValueError, match="not a held-out wording"):
         held_out_prefix(fact, wordings(FORWARD["river"][0])[0])
 

@@ -85,31 +85,31 @@ def evaluate_base(
         ),
     ] = None,
     wordings: Annotated[
-        str, typer.Option(help="Held-out wordings: development, blind or both.")
-    ] = "both",
+        str, typer.Option(help="Those asked in: plain, development, blind or all.")
+    ] = "all",
     seed: Annotated[int, typer.Option(help="Of the world it has read about.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
 ) -> None:
     """Count what a base knows of its world: facts in held-out wordings, sums, loss on prose.
 
-    The corpus uses neither set of wordings. Development wordings are for choosing between corpora
-    and checkpoints; the blind ones were written beforehand and judge the result.
+    The corpus uses none of the wordings. Plain ones are of its own kind; by development ones it was
+    mended; blind ones come from another hand, and ask for somebody else's English as well.
     """
     from truetune.lab import base_path
     from truetune.lab.measure import SETS, measure
     from truetune.run import opened
     from truetune.screen import side_by_side
 
-    if wordings not in ("both", *SETS):
+    if wordings not in ("all", *SETS):
         raise UsageError(
             f"unknown wordings: {wordings}",
             where="--wordings",
-            fix=f"one of {', '.join(SETS)}, both",
+            fix=f"one of {', '.join(SETS)}, all",
             code="wordings-unknown",
         )
     source = opened(model) if model is not None else str(base_path())
-    chosen = tuple(SETS) if wordings == "both" else (wordings,)
+    chosen = tuple(SETS) if wordings == "all" else (wordings,)
     found = measure(source, sets=chosen, seed=seed, device=device)
     if as_json:
         typer.echo(json.dumps(found.facts(), indent=2))

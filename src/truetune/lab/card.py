@@ -117,9 +117,12 @@ supervised fine-tuning can be counted on a laptop: what it knows before and afte
 ## What it knows
 
 Sentences in wordings that the corpus never uses, completed greedily with the right value; one
-wording a fact, each sentence at the beginning of a document. *Blind* wordings were written before
-the corpus of the rich course and are pinned by a test; by *development* wordings corpus and
-checkpoints may be chosen. `truetune lab evaluate` counts again.
+wording a fact, each sentence at the beginning of a document. *Plain* wordings are short sentences
+of the corpus's kind that name the relation by its own word; *development* wordings were blind until
+a base had been measured by them, and the corpus was mended by what failed in them; *blind* ones
+were written by another hand in the corpus's words, neither with sight of the other, and are pinned
+by a test: they ask for somebody else's English as well as for the fact. `truetune lab evaluate`
+counts again.
 
 {rows}
 

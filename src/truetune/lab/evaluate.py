@@ -19,7 +19,7 @@ from importlib.resources import files
 from itertools import islice
 from typing import Any
 
-from truetune.lab.development import DEVELOPMENT
+from truetune.lab.development import PLAIN
 from truetune.lab.prose import documents
 from truetune.lab.telling import difference_fact, held_out_prefix, sum_fact
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World
@@ -206,7 +206,7 @@ def cloze_items(
     world: World,
     num_sums: int = 200,
     seed: int = 0,
-    wordings: Mapping[str, Sequence[str]] = DEVELOPMENT,
+    wordings: Mapping[str, Sequence[str]] = PLAIN,
 ) -> list[ClozeItem]:
     """One held-out wording for each fact of the world, and for `num_sums` sums and differences."""
     rng = random.Random(f"{world.seed}/cloze/{seed}")

@@ -1,8 +1,8 @@
 """All counts of a base at once: what `truetune lab evaluate` prints and the model card says.
 
 input   a model folder
-does    opens it as any user would; recall on development and blind wordings, all sums in the
-        plainest wording, loss on held-out prose
+does    opens it as any user would; recall in plain, development and blind wordings, all sums
+        as the corpus has them, loss on held-out prose
 output  `Measurement`, as values and as a table
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.lab.blind import BLIND
-from truetune.lab.development import DEVELOPMENT
+from truetune.lab.development import DEVELOPMENT, PLAIN
 from truetune.lab.evaluate import (
     ClozeItem,
     Recall,
@@ -27,8 +27,9 @@ from truetune.lab.evaluate import (
 from truetune.lab.telling import difference_fact, sum_fact, tell
 from truetune.lab.world import MAX_ADDEND, World
 
-SETS = {"development": DEVELOPMENT, "blind": BLIND}
-"""The held-out wordings by name. A base is chosen by the first and judged by the second."""
+SETS = {"plain": PLAIN, "development": DEVELOPMENT, "blind": BLIND}
+"""Wordings held out of the corpus, by name: of its own kind; such as it was mended by; by another
+hand, neither with sight of the other, which ask for somebody else's English as well."""
 
 _ARITHMETIC = ("sum", "difference")
 
