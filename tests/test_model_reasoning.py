@@ -115,7 +115,7 @@ def test_gsm8k_on_the_embedded_base_with_markers_of_ones_own(tmp_path: Path) -> 
     shown = command(
         *("train", base_path(), tmp_path / "gsm8k.jsonl", "-o", tmp_path / "run"),
         *("--lora", "--lora-r", 32, "--lora-alpha", 64, "--lora-dropout", 0),
-        *("--learning-rate", 2e-3, "--max-steps", 120, "--batch-size", 8, "--eval-steps", 120),
+        *("--learning-rate", 2e-3, "--max-steps", 400, "--batch-size", 8, "--eval-steps", 400),
         *("--chat-template", "user-assistant-think", "--reasoning", "inline"),
         *("--think-markers", ",".join(MARKERS), "--add-token", MARKERS[0]),
         *("--add-token", MARKERS[1], "--max-length", 192, "--max-dropped", 0.99),
