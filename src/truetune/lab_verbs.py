@@ -21,7 +21,7 @@ lab = typer.Typer(
 )
 
 
-@lab.command(cls=Verb, short_help="Build the embedded base from a seed (about an hour).")
+@lab.command(cls=Verb, short_help="Build the embedded base from a seed (about 90 minutes).")
 def pretrain(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
     seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
@@ -33,7 +33,7 @@ def pretrain(
         bool, typer.Option("--compile", help="Through torch.compile; needs a C++ compiler.")
     ] = False,
 ) -> None:
-    """Build corpus, tokenizer and weights of the embedded base from a seed (about an hour)."""
+    """Build corpus, tokenizer and weights of the embedded base from a seed (about 90 minutes)."""
     from truetune.lab.pretrain import Settings
     from truetune.lab.pretrain import pretrain as build
 

@@ -1,7 +1,7 @@
 """The ways in which prose tells a fact.
 
 input   nothing: this is the list
-does    gives each relation its wordings: `{s}` is the subject, `{v}` the value; `[is|is called]`
+does    gives each relation its wordings: `{s}` is the subject, `{v}` the value; `[flows|runs]`
         stands for one of its alternatives
 output  `FORWARD` (subject first, value last: the answer can be predicted from the subject),
         `REVERSED` (value first), `THERE` (of a place named just before)
