@@ -20,6 +20,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
 }
 
+# Those that every promise of exactness is held to.
+SIX = ("llama", "qwen2", "qwen3", "gemma", "phi3", "mistral")
+
 # Further ones that pack: scaled logits, attention sinks, learned positions.
 MORE: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 4.0},

@@ -6,13 +6,15 @@ model (sums in another order; no other cause is admitted).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tiny_models import tiny_model, write_model
+from tiny_families import SIX, family
+from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer, masked_cross_entropy, pad_and_collate
 from truetune.compute import Limits, PaddedBatcher, Route, RowOrder, loss_sum
 from truetune.model import LoraSettings, add_lora, enable_gradient_checkpointing, load_model
@@ -20,6 +22,8 @@ from truetune.model import LoraSettings, add_lora, enable_gradient_checkpointing
 pytestmark = pytest.mark.filterwarnings("error")
 
 LOSS, GRADIENT = 2e-6, 2e-6
+
+FolderOf = Callable[[str], Path]
 
 
 def rows() -> list[SFTExample]:
@@ -33,15 +37,11 @@ def rows() -> list[SFTExample]:
     return made
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("invariant") / "m")
-
-
-def make(kind: str, folder: Path) -> Any:
+def make(kind: str, folder_of: FolderOf, name: str = "llama") -> Any:
+    """A family with all weights trained, or an adapter on it."""
     if kind == "full":
-        return tiny_model()
-    loaded = load_model(folder, purpose="lora", device="cpu")
+        return family(name)
+    loaded = load_model(folder_of(name), purpose="lora", device="cpu")
     model = add_lora(loaded, LoraSettings(r=4, dropout=0.0), seed=1).model
     with torch.no_grad(), torch.random.fork_rng():
         # An adapter starts with B = 0, where half of its gradients are 0.
@@ -74,6 +74,8 @@ def one_step(
         probes=[lambda facts: seen.update(gradients(model))],
         **changes,
     )
+    # A route that fell back would be as exact, and prove nothing of the one that is used.
+    assert trainer.route.kind == ("packed" if changes.get("packing", True) else "padded")
     return trainer.train_step()["loss"], seen
 
 
@@ -105,33 +107,31 @@ def require_equal(
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_one_batch_of_eight_is_eight_of_one(kind: str, packing: bool, folder: Path) -> None:
-    model = make(kind, folder)
+@pytest.mark.parametrize("name", SIX)
+def test_one_batch_of_eight_is_eight_of_one(
+    name: str, kind: str, packing: bool, folder_of: FolderOf
+) -> None:
+    """And is its separate rows, computed by the model alone."""
+    model = make(kind, folder_of, name)
     whole = one_step(model, 8, packing=packing)
     require_equal(one_step(model, 1, packing=packing), whole)
     require_equal(one_step(model, 3, packing=packing), whole)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_step_is_its_separate_rows(kind: str, packing: bool, folder: Path) -> None:
-    model = make(kind, folder)
-    require_equal(one_step(model, 8, packing=packing), reference(model))
+    require_equal(whole, reference(model))
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 47, 64])
-def test_a_limit_in_tokens_changes_nothing(tokens: int, folder: Path) -> None:
-    model = make("full", folder)
+def test_a_limit_in_tokens_changes_nothing(tokens: int, folder_of: FolderOf) -> None:
+    model = make("full", folder_of)
     require_equal(one_step(model, 8, micro_batch_tokens=tokens), one_step(model, 8))
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_memory_that_runs_out_changes_nothing(
-    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Micro-batches of more than two rows fail as torch fails, half of them after a backward pass
     of the same step; the step that comes out is the whole one."""
-    model = make(kind, folder)
+    model = make(kind, folder_of)
     whole = one_step(model, 8)
     compute = Route.loss_sum
     failed: list[int] = []
@@ -151,7 +151,7 @@ def test_memory_that_runs_out_changes_nothing(
     assert "from step 1 on at most 2 rows" in found[-1].what
 
 
-def test_the_mean_is_over_tokens_and_not_over_rows(folder: Path) -> None:
+def test_the_mean_is_over_tokens_and_not_over_rows() -> None:
     """What makes the tests above sharp: the mean of row means is another number."""
     model = tiny_model()
     loss, _ = one_step(model, 8)
@@ -186,9 +186,12 @@ def test_the_loss_of_a_batch_is_the_reference_path() -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_checkpointed_activations_are_the_same_step(kind: str, folder: Path) -> None:
+@pytest.mark.parametrize("name", SIX)
+def test_checkpointed_activations_are_the_same_step(
+    name: str, kind: str, folder_of: FolderOf
+) -> None:
     """To the last bit: the same operations are run, once more."""
-    plain, checkpointed = make(kind, folder), make(kind, folder)
+    plain, checkpointed = (make(kind, folder_of, name) for _ in range(2))
     enable_gradient_checkpointing(checkpointed)
     inner = checkpointed.get_base_model() if kind == "lora" else checkpointed
     calls = []

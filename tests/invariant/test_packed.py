@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_families import FAMILIES, MORE, family
+from tiny_families import FAMILIES, MORE, SIX, family
 from truetune import SFTExample
 from truetune.compute import (
     Limits,
@@ -135,7 +135,7 @@ def test_trees_cut_into_micro_batches_are_the_same(limits: Limits) -> None:
     require_equal(packed(model, route, branches(), limits), padded(model, branches()))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gemma"])
+@pytest.mark.parametrize("kind", [*SIX, "gemma2", "granite"])
 def test_chunked_losses_are_whole_losses(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = family(kind)
     route = find_route(model, longest=64)

@@ -16,7 +16,7 @@ import torch
 from test_packed import branches, rows
 
 from processes import in_processes
-from tiny_families import family
+from tiny_families import SIX, family
 from tiny_models import write_model
 from tiny_runs import lines, sums, write_rows
 from truetune import SFTTrainer
@@ -28,7 +28,6 @@ from truetune.recipe import make_recipe, recorded_recipe
 from truetune.run import RunDir
 
 LOSS, GRADIENT = 2e-6, 4e-6
-KINDS = ["llama", "qwen2", "qwen3", "gemma", "phi3", "mistral"]
 
 Steps = dict[str, tuple[float, float, tuple[int, ...], dict[str, torch.Tensor]]]
 
@@ -40,7 +39,7 @@ def steps(group: Group) -> Steps:
     made: Steps = {}
     cases: dict[str, tuple[str, dict[str, Any]]] = {}
     if group.size < 3:
-        cases |= {kind: (kind, {}) for kind in KINDS}
+        cases |= {kind: (kind, {}) for kind in SIX}
     cases["padded"] = "llama", {"packing": False}
     cases["small passes"] = "llama", {"micro_batch_tokens": 40}
     cases["tokens"] = "llama", {"batch_size": None, "tokens_per_step": 150}
@@ -87,7 +86,7 @@ def alone() -> Steps:
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_are_one_process(size: int, alone: Steps) -> None:
     for found in in_processes(size, steps_of_a_process):
-        assert set(alone) - set(found) == (set() if size < 3 else set(KINDS))
+        assert set(alone) - set(found) == (set() if size < 3 else set(SIX))
         for name in found:
             loss, held_out, trained, gradients = alone[name]
             assert found[name][0] == pytest.approx(loss, rel=LOSS)

@@ -6,13 +6,14 @@ the adapter included. No tolerance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tiny_models import write_model
+from tiny_families import SIX
 from truetune import PromptContract, SFTTrainer
 from truetune.engine import load_state, save_state
 from truetune.model import LoadedModel, LoraSettings, Purpose, add_lora, load_model, save_model
@@ -20,9 +21,12 @@ from truetune.model import LoadedModel, LoraSettings, Purpose, add_lora, load_mo
 RUN = {"seed": 3}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("resume") / "m")
+# All weights and adapters of every family; the other optimisers, and steps that count tokens.
+CASES: list[tuple[str, str, str, int | None]] = [
+    *((name, kind, "adamw", None) for name in SIX for kind in ("full", "lora")),
+    ("llama", "lora", "sgd", 90),
+    ("gemma", "full", "adamw_bf16", 90),
+]
 
 
 def start(base: Path, kind: str, optim: str) -> LoadedModel:
@@ -56,19 +60,16 @@ def trainer(
     )
 
 
-@pytest.mark.parametrize(
-    ("kind", "optim", "tokens"),
-    [
-        ("full", "adamw", None),
-        ("lora", "adamw", None),
-        ("lora", "sgd", 90),
-        ("full", "adamw_bf16", 90),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "optim", "tokens"), CASES)
 def test_resumed_is_uninterrupted(
-    base: Path, kind: str, optim: str, tokens: int | None, tmp_path: Path
+    name: str,
+    kind: str,
+    optim: str,
+    tokens: int | None,
+    folder_of: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    loaded = start(base, kind, optim)
+    loaded = start(folder_of(name), kind, optim)
     contract = PromptContract.load(loaded.tokenizer)
     whole = trainer(loaded, contract, optim, tokens)
     torch.manual_seed(3)
@@ -91,9 +92,9 @@ def test_resumed_is_uninterrupted(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_dropout_is_what_the_random_state_is_for(base: Path) -> None:
+def test_dropout_is_what_the_random_state_is_for(folder_of: Callable[[str], Path]) -> None:
     """Without the stored random state the resumed losses would differ."""
-    loaded = start(base, "lora", "sgd")
+    loaded = start(folder_of("llama"), "lora", "sgd")
     contract = PromptContract.load(loaded.tokenizer)
     losses = []
     with torch.no_grad():
