@@ -2,158 +2,231 @@
 
     python bench/compare.py [JOB ...] [--sides truetune,trl] [--rounds 2] [--write]
 
-A round runs every side once (A B A B). Medians over rounds are compared with those of the first
-side; spread is the largest over the smallest. Seconds on a shared machine mean nothing, ratios
-within one table do.
+A round runs every side of every job once, so that whatever is there when it is stopped is a whole
+table; medians over rounds are compared with truetune's. Seconds on a shared machine mean nothing,
+ratios within one table do.
 
-Every run is a line of results.jsonl in the models' folder: started again, it goes on where it was
-stopped, and jobs may be run in pieces; `--fresh` measures anew. `--write` puts all that is there
-into docs/performance.md.
+Every run is a line of results.jsonl in the models' folder, a failed one too: started again, it goes
+on where it was stopped, and jobs may be run in pieces. What was measured of other code, or with
+other settings, does not count; `--fresh` forgets the rest as well. `--write` puts all that is there
+into docs/performance.md, after each job.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import platform
-import statistics
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Any
 
-from workloads import JOBS, SHARED
+from page import put
+from table import Run, table
+from workloads import JOBS, ROOT, SHARED
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- made by make bench -->", "<!-- end -->"
-DEFAULT = ("truetune", "truetune-padded", "trl", "trl-kept", "trl-packed", "trainer")
-
-Result = dict[str, Any]
+DEFAULT = ("truetune", "trl", "trl-kept", "trl-packed", "trainer", "litgpt")
 RESULTS = "results.jsonl"
+# LitGPT wants another huggingface_hub than the rest: `make .venv-litgpt`.
+INTERPRETERS = {"litgpt": ROOT / ".venv-litgpt" / "bin" / "python"}
+# Left to the system, of what is free, before a side is told that it does not fit.
+SPARE_MB = 512
 
 
-def run(side: str, job: str, given: argparse.Namespace) -> Result | str:
-    """What one run measured, or the last line of why it failed."""
-    command = [sys.executable, str(HERE / "one_side.py"), side, job, "--models", str(given.models)]
-    command += ["--warm-up", str(given.warm_up), "--steps", str(given.steps)]
-    command += ["--clock", given.clock]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def code() -> str:
+    """A digest of what is measured and of what measures."""
+    digest = hashlib.sha256()
+    rooms = (ROOT / "src" / "truetune" / name for name in ("compute", "engine", "model"))
+    files = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    for path in (*files, HERE / "one_side.py", HERE / "workloads.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def settings_of(job: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run must have been made with, to be counted with others."""
+    return {
+        "steps": options.steps or JOBS[job].steps,
+        "warm_up_tokens": options.warm_up_tokens,
+        "clock": options.clock,
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "code": code(),
+    }
+
+
+def recorded(path: Path) -> list[Run]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def free_mb() -> int:
+    """Of the machine; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    found = [int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] - SPARE_MB if found else 0
+
+
+def cell(text: str) -> str:
+    """The last line of an error for a cell of a table: short, and nothing in it is markup."""
+    line = (text.strip().splitlines() or ["no message"])[-1]
+    line = line if len(line) <= 120 else line[:119] + "…"
+    return re.sub(r"([\\`*_{}\[\]<>|~])", r"\\\1", line)
+
+
+def reason(status: int, stderr: str, memory_mb: int) -> str:
+    """Why a side has no numbers."""
+    if status == -9:
+        return f"does not fit in {memory_mb / 1000:.0f} GB: killed by the system"
+    if status < 0:
+        return f"died of signal {-status}"
+    return cell(stderr)
+
+
+def run(side: str, job: str, file: Path, options: argparse.Namespace) -> Run:
+    """What one run measured, or why it has nothing."""
+    memory_mb = free_mb()
+    command = [str(INTERPRETERS.get(side, sys.executable)), str(HERE / "one_side.py"), side, job]
+    command += ["--given", str(file), "--models", str(options.models), "--clock", options.clock]
+    command += ["--memory-mb", str(memory_mb)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60 * options.limit,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {options.limit:g} minutes"}
     if done.returncode:
-        return (done.stderr.strip().splitlines() or ["no message"])[-1]
-    result: Result = json.loads(done.stdout.strip().splitlines()[-1])
+        sys.stderr.write(done.stderr[-2000:])
+        return {"failed": reason(done.returncode, done.stderr, memory_mb)}
+    result: Run = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def recorded(given: argparse.Namespace) -> dict[tuple[str, str, int], Result]:
-    """Runs with these settings that were made before, by job, side and round."""
-    path = given.models / RESULTS
-    if not path.is_file():
-        return {}
-    made = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    settings = [given.warm_up, given.steps, given.clock]
-    return {(r["job"], r["side"], r["round"]): r for r in made if r["settings"] == settings}
+def prepare(job: str, options: argparse.Namespace) -> Path:
+    """The job's model, and the file of what every side is given."""
+    file = Path(options.models / f"{job}.json")
+    command = [sys.executable, str(HERE / "workloads.py"), job, "--models", str(options.models)]
+    command += ["--to", str(file), "--warm-up-tokens", str(options.warm_up_tokens)]
+    command += ["--steps", str(options.steps or JOBS[job].steps)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return file
 
 
-def record(given: argparse.Namespace, number: int, result: Result) -> None:
-    settings = [given.warm_up, given.steps, given.clock]
-    line = json.dumps({**result, "round": number, "settings": settings})
-    with open(given.models / RESULTS, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+class Bench:
+    """Runs that are there, and those that are still to be made."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.path = options.models / RESULTS
+        self.runs = [] if options.fresh else self._of_these_settings()
+        self._files: dict[str, Path] = {}
+
+    def _of_these_settings(self) -> list[Run]:
+        wanted = {job: settings_of(job, self.options) for job in JOBS}
+        return [
+            r
+            for r in recorded(self.path)
+            if r["settings"] == wanted.get(r["job"]) and r["round"] < self.options.rounds
+        ]
+
+    def open(self, job: str, side: str, number: int) -> bool:
+        """Whether a run is still to be made: a side that failed is not tried again."""
+        same = [r for r in self.runs if (r["job"], r["side"]) == (job, side)]
+        return not any("failed" in r or r["round"] == number for r in same)
+
+    def make(self, job: str, side: str, number: int) -> None:
+        interpreter = INTERPRETERS.get(side)
+        facts = {"job": job, "side": side, "round": number, "machine": machine()}
+        facts["settings"] = settings_of(job, self.options)
+        if interpreter and not interpreter.is_file():
+            # Not recorded: it may be installed by the next time.
+            self.runs.append({**facts, "failed": "not installed"})
+            return
+        if job not in self._files:
+            self._files[job] = prepare(job, self.options)
+        given = json.loads(self._files[job].read_text(encoding="utf-8"))
+        facts |= {key: given[key] for key in ("tokens", "supervised", "operations")}
+        facts["is_whole"] = JOBS[job].whole
+        started = time.monotonic()
+        self.record({**run(side, job, self._files[job], self.options), **facts})
+        made = self.runs[-1]
+        told = made.get("failed") or f"{made['tokens'] / sum(made['seconds']):,.1f} tokens/s"
+        sys.stderr.write(
+            f"round {number + 1}  {job}  {side}: {told} ({time.monotonic() - started:.0f} s)\n"
+        )
+
+    def record(self, made: Run) -> None:
+        self.runs.append(made)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(made) + "\n")
+
+    def table(self) -> str:
+        """Of all that is there: what was measured in other pieces stays in it."""
+        there = {r["job"] for r in self.runs}
+        sides = [*dict.fromkeys((*DEFAULT, *(r["side"] for r in self.runs)))]
+        made = table(self.runs, [job for job in JOBS if job in there], sides)
+        if not SHARED.is_dir():
+            made += " Only the embedded base: the real rows of the other jobs were not there."
+        return made
+
+    def write(self) -> None:
+        if self.options.write:
+            put(self.table(), BEGIN, END)
 
 
-def rate(result: Result, kind: str = "tokens") -> float:
-    """Tokens a second over the measured steps."""
-    return float(result[kind] / sum(result["seconds"]))
-
-
-def share(result: Result) -> float:
-    """Of the measured rate of a matrix product, what the counted products of a step take."""
-    done = float(result["operations"] / sum(result["seconds"]))
-    return done / (1e9 * float(result["matmul_gflops"]))
-
-
-def row(results: Sequence[Result], first: Sequence[Result]) -> list[str]:
-    rates = [rate(r) for r in results]
-    median = statistics.median(rates)
-    own = statistics.median(rate(r) for r in first)
-    peak, first_peak = (statistics.median(r["peak_mb"] for r in rs) for rs in (results, first))
-    return [
-        f"{median:,.1f}",
-        f"{statistics.median(rate(r, 'supervised') for r in results):,.1f}",
-        f"{max(rates) / min(rates):.2f}",
-        f"{peak:,.0f}",
-        f"{100 * statistics.median(map(share, results)):.0f} %",
-        f"{own / median:.2f}x",
-        f"{first_peak / peak:.2f}",
-    ]
+def machine() -> str:
+    """Architecture, cores and memory."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{platform.machine()}, {os.cpu_count()} cores, {pages / 1e9:.0f} GB"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("jobs", nargs="*", default=list(JOBS), metavar="JOB")
-    parser.add_argument("--sides", default=",".join(DEFAULT))
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
+    parser.add_argument("--sides", type=lambda text: text.split(","), default=list(DEFAULT))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="measured, instead of each job's own")
+    parser.add_argument("--warm-up-tokens", type=int, default=32, help="of each row, in one step")
+    parser.add_argument("--limit", type=float, default=15, help="minutes that a run may take")
     parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--fresh", action="store_true", help="measure again what is recorded")
     parser.add_argument("--write", action="store_true", help="put the table into the docs")
-    given = parser.parse_args()
-    given.models.mkdir(parents=True, exist_ok=True)
-    sides = given.sides.split(",")
+    options = parser.parse_args()
+    unknown = set(options.jobs) - set(JOBS)
+    if unknown:
+        parser.error(f"no job {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
+    options.models.mkdir(parents=True, exist_ok=True)
+    jobs = options.jobs or list(JOBS)
     if not SHARED.is_dir():
         sys.stderr.write(f"{SHARED} is not there: only the embedded base is measured\n")
-        given.jobs = [name for name in given.jobs if JOBS[name].model == "embedded"]
-    lines = [
-        "| job | side | tokens/s | supervised/s | spread | peak MB | of the limit | truetune is "
-        "| its memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    limits: list[float] = []
-    before = {} if given.fresh else recorded(given)
-    # What was measured in other pieces stays in the table.
-    there = {job for job, _, _ in before}
-    jobs = [job for job in JOBS if job in given.jobs or (given.write and job in there)]
-    for job in jobs:
-        found: dict[str, list[Result]] = {side: [] for side in sides}
-        failed: dict[str, str] = {}
-        for number in range(given.rounds):
-            for side in sides:
-                if side in failed:
+        jobs = [name for name in jobs if JOBS[name].model == "embedded"]
+    bench = Bench(options)
+    for number in range(options.rounds):
+        for job in jobs:
+            for side in options.sides:
+                # LitGPT's recipe trains adapters alone.
+                if side == "litgpt" and not JOBS[job].lora:
                     continue
-                result: Result | str | None = before.get((job, side, number))
-                if result is None and job in given.jobs:
-                    result = run(side, job, given)
-                    sys.stderr.write(f"{job} {side} {result}\n")
-                    if not isinstance(result, str):
-                        record(given, number, result)
-                if isinstance(result, str):
-                    failed[side] = result
-                elif result is not None:
-                    found[side].append(result)
-                    limits.append(result["matmul_gflops"])
-        for side in sides:
-            if not found[side] and side not in failed:
-                continue
-            cells = [failed[side]] if side in failed else row(found[side], found[sides[0]])
-            lines.append(f"| {job} | {side} | {' | '.join(cells)} |")
-    threads = statistics.median(limits)
-    lines += [
-        "",
-        f"At most {given.rounds} rounds in turn of {given.steps} steps after {given.warm_up} of "
-        "warm-up, "
-        f"{given.clock} seconds; {platform.processor() or platform.machine()}; median matrix "
-        f"product {threads:,.0f} GFLOP/s.",
-    ]
-    table = "\n".join(lines)
-    sys.stdout.write(table + "\n")
-    if given.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+                if bench.open(job, side, number):
+                    bench.make(job, side, number)
+            bench.write()
+    sys.stdout.write(bench.table() + "\n")
 
 
 if __name__ == "__main__":

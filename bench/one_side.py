@@ -1,8 +1,10 @@
 """One side of a benchmark in a process of its own: trains a few steps and prints what it took.
 
-    python bench/one_side.py SIDE JOB --models DIR [--warm-up N] [--steps N]
+    python bench/one_side.py SIDE JOB --given FILE --models DIR [--memory-mb N]
 
-Prints one line of JSON: seconds and tokens of each step after the warm-up, peak memory, losses.
+FILE is what workloads.py made of the job. Prints one line of JSON: seconds of each step after the
+warm-up, of the whole training, peak memory of the process, losses. The sides differ in nothing but
+what their functions say; the model's weights, the rows and their order are the same.
 """
 
 from __future__ import annotations
@@ -14,28 +16,54 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workloads import JOBS, Job, Row, make_model
-
-Measured = tuple[list[float], list[float]]  # seconds and loss of every step
+from workloads import JOBS, Given, Job, Row, make_model
 
 # "wall": what a user waits; "cpu": seconds of this process on a core, which others on the machine
 # do not lengthen (with one thread the two are equal on a quiet machine).
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = time.perf_counter
 
-
-def load(job: Job, folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, job.dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+# Tokens of the 0.5B whose activations TRL and transformers can keep on a machine of 24 GB: 7 MB
+# each. A packed step with more is recomputed.
+KEPT_TOKENS = {"0.5b": 2200}
 
 
-def truetune(job: Job, folder: Path, rows: list[Row], steps: int, **changes: Any) -> Measured:
+@dataclass
+class Measured:
+    """What a side reports.
+
+    Attributes:
+        seconds: of every step, the warm-up first; from the end of one to the end of the next.
+        losses: by step, from 1 on, as far as the side logged them.
+        whole: seconds from the loaded model to the end of training, without imports.
+        how: what it could not do as the other sides do, for the table.
+    """
+
+    seconds: list[float]
+    losses: dict[int, float]
+    whole: float
+    how: str = ""
+
+
+def longest(rows: list[Row]) -> int:
+    return max(len(ids) for ids, _ in rows)
+
+
+def in_steps(job: Job, rows: list[Row]) -> list[list[Row]]:
+    n = job.rows_a_step
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+
+def labels(row: Row) -> list[int]:
+    return [t if m else -100 for t, m in zip(*row, strict=True)]
+
+
+def truetune(job: Job, folder: Path, rows: list[Row], **changes: Any) -> Measured:
+    """The library with its defaults, as its command line trains."""
     import torch
 
     from truetune import SFTExample, SFTTrainer
@@ -44,61 +72,56 @@ def truetune(job: Job, folder: Path, rows: list[Row], steps: int, **changes: Any
 
     purpose: Any = "lora" if job.lora else "full"
     loaded = load_model(folder, purpose=purpose, device="cpu", dtype=job.dtype)
+    torch.manual_seed(0)
+    started = clock()
     if job.lora:
         loaded = add_lora(loaded, LoraSettings(r=16, alpha=32, dropout=0.05), seed=0)
     # Laid out so that step s trains rows s * n to (s + 1) * n, as on the other sides.
     order = RowOrder(len(rows), job.rows_a_step, 0)
     examples: list[Any] = [None] * len(rows)
-    for step in range(len(rows) // job.rows_a_step):
-        for place, row in enumerate(order.rows(step)):
-            examples[row] = SFTExample(*rows[step * job.rows_a_step + place])
-    seconds: list[float] = []
-    losses: list[float] = []
+    for step, wanted in enumerate(in_steps(job, rows)):
+        for place, row in zip(order.rows(step), wanted, strict=True):
+            examples[place] = SFTExample(*row)
+    ends: list[float] = []
+    losses: dict[int, float] = {}
 
     def note(facts: Any) -> None:
-        nonlocal last
-        seconds.append(clock() - last)
-        losses.append(facts.loss)
-        last = clock()
+        ends.append(clock())
+        losses[facts.step] = facts.loss
 
     trainer = SFTTrainer(
         loaded.model,
         examples=examples,
-        max_seq_len=max(len(ids) for ids, _ in rows),
+        max_seq_len=longest(rows),
         pad_id=0,
         batch_size=job.rows_a_step,
-        max_steps=steps,
-        max_lr=1e-4,
-        lr_scheduler_type="constant",
+        max_steps=len(rows) // job.rows_a_step,
+        max_lr=job.learning_rate,
+        lr_scheduler_type=job.schedule,
+        warmup_steps=job.warmup_steps,
         autocast_dtype=loaded.compute_dtype,
-        micro_batch_tokens=1024,
         on_step=note,
         **changes,
     )
-    torch.manual_seed(0)
-    last = clock()
+    ready = clock()
     trainer.train()
-    return seconds, losses
+    return Measured(between(ready, ends), losses, clock() - started)
 
 
-def padded(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
+def between(start: float, ends: list[float]) -> list[float]:
+    return [end - before for before, end in zip([start, *ends[:-1]], ends, strict=True)]
+
+
+def padded(job: Job, folder: Path, rows: list[Row]) -> Measured:
     """truetune's own reference path."""
-    return truetune(job, folder, rows, steps, packing=False)
+    return truetune(job, folder, rows, packing=False)
 
 
-def _times(steps: int) -> tuple[Any, list[float]]:
-    from transformers import TrainerCallback
+def load(job: Job, folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    seconds: list[float] = []
-
-    class Times(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.started = clock()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seconds.append(clock() - self.started)
-
-    return Times(), seconds
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job.dtype))
 
 
 def _settings(job: Job, steps: int, output: str) -> dict[str, Any]:
@@ -107,9 +130,12 @@ def _settings(job: Job, steps: int, output: str) -> dict[str, Any]:
         "output_dir": output,
         "per_device_train_batch_size": job.rows_a_step,
         "max_steps": steps,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": job.schedule,
+        "warmup_steps": job.warmup_steps,
+        # TRL's own default, but where there are only a few steps.
+        "logging_steps": 1 if steps < 10 else 10,
+        "logging_first_step": True,
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
@@ -120,8 +146,23 @@ def _settings(job: Job, steps: int, output: str) -> dict[str, Any]:
     }
 
 
-def _losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def _trained(made: Callable[[str, Any], Any], started: float) -> Measured:
+    """Build a transformers trainer, for an output folder and with a callback, and train it."""
+    from transformers import TrainerCallback
+
+    ends: list[float] = []
+
+    class Times(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(clock())
+
+    with tempfile.TemporaryDirectory() as output:
+        trainer = made(output, Times())
+        ready = clock()
+        trainer.train()
+        whole = clock() - started
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return Measured(between(ready, ends), {e["step"]: e["loss"] for e in logged}, whole)
 
 
 def _lora_config() -> Any:
@@ -143,82 +184,226 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def trl(job: Job, folder: Path, rows: list[Row], steps: int, **changes: Any) -> Measured:
+def trl(job: Job, folder: Path, rows: list[Row], data: Any = None, **changes: Any) -> Measured:
     """TRL with its defaults, but for `changes`; its loss is computed in chunks by default."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    data = Dataset.from_list([{"input_ids": ids, "completion_mask": mask} for ids, mask in rows])
-    times, seconds = _times(steps)
-    with tempfile.TemporaryDirectory() as output:
-        longest = max(len(ids) for ids, _ in rows)
-        trainer = SFTTrainer(
-            load(job, folder),
-            args=SFTConfig(
-                **_settings(job, steps, output),
-                max_length=max(longest, changes.pop("max_length", 0)),
-                completion_only_loss=True,
-                **changes,
-            ),
+    if data is None:
+        columns = [{"input_ids": ids, "completion_mask": mask} for ids, mask in rows]
+        data = Dataset.from_list(columns)
+    model, tokenizer = load(job, folder), _tokenizer(folder)
+    adapter = _lora_config() if job.lora else None
+    settings = {"max_length": longest(rows), "completion_only_loss": True, **changes}
+
+    def made(output: str, times: Any) -> Any:
+        args = {**_settings(job, len(rows) // job.rows_a_step, output), **settings}
+        return SFTTrainer(
+            model,
+            args=SFTConfig(**args),
             train_dataset=data,
-            processing_class=_tokenizer(folder),
-            peft_config=_lora_config() if job.lora else None,
+            processing_class=tokenizer,
+            peft_config=adapter,
             callbacks=[times],
         )
-        trainer.train()
-    return seconds, _losses(trainer)
+
+    return _trained(made, clock())
 
 
-def trl_kept(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
-    """TRL without its default of recomputing activations: faster, more memory."""
-    return trl(job, folder, rows, steps, gradient_checkpointing=False)
+def _keeping(job: Job) -> tuple[dict[str, Any], str]:
+    """Without recomputation, in the faster of two ways: one row after the other, none padded; or
+    all rows of a step at once where the model is so small that calls cost more than padding."""
+    kept = {"gradient_checkpointing": False}
+    if job.rows_a_step == 1 or job.model == "embedded":
+        return kept, ""
+    alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job.rows_a_step}
+    return {**kept, **alone}, "one row at a time"
 
 
-def trl_packed(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
-    """TRL with `bfd` packing: one sequence holds as many tokens as the rows of a step.
+def trl_kept(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """TRL without its default of recomputing activations: its best setting here."""
+    changes, how = _keeping(job)
+    measured = trl(job, folder, rows, **changes)
+    measured.how = how
+    return measured
 
-    A step here is a packed sequence, so its rows are not those of the other sides.
-    """
-    tokens = sum(len(ids) for ids, _ in rows) // (len(rows) // job.rows_a_step)
-    job = Job(job.model, job.lora, job.dtype, 1, job.rows)
-    return trl(
+
+def trl_packed(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """TRL with `bfd` packing: the rows of a step in one sequence, packed by TRL's own function,
+    step by step, so that a step trains the same rows as on the other sides."""
+    from datasets import Dataset, concatenate_datasets
+    from trl import pack_dataset
+
+    steps = in_steps(job, rows)
+    packed = []
+    most = 0
+    for step in steps:
+        columns = Dataset.from_list([{"input_ids": row[0], "labels": labels(row)} for row in step])
+        tokens = sum(len(ids) for ids, _ in step)
+        packed.append(pack_dataset(columns, tokens, "bfd"))
+        most = max(most, tokens)
+    data = concatenate_datasets(packed)
+    if len(data) != len(steps):
+        raise AssertionError(f"{len(steps)} steps were packed into {len(data)} sequences")
+    keep = most <= KEPT_TOKENS.get(job.model, most)
+    measured = trl(
         job,
         folder,
         rows,
-        steps,
+        data,
         packing=True,
-        max_length=tokens,
-        gradient_checkpointing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=most,
+        per_device_train_batch_size=1,
+        gradient_checkpointing=not keep,
     )
+    measured.how = "" if keep else "recomputed"
+    return measured
 
 
-def trainer(job: Job, folder: Path, rows: list[Row], steps: int) -> Measured:
-    """transformers' Trainer with its seq2seq collator, which pads labels as well."""
+def trainer(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """transformers' Trainer with its seq2seq collator, which pads labels as well: the
+    language-modelling collator makes labels of all ids anew and loses the masks."""
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-    data = Dataset.from_list(
-        [
-            {"input_ids": ids, "labels": [t if m else -100 for t, m in zip(ids, mask, strict=True)]}
-            for ids, mask in rows
-        ]
-    )
-    model = load(job, folder)
+    data = Dataset.from_list([{"input_ids": row[0], "labels": labels(row)} for row in rows])
+    model, tokenizer = load(job, folder), _tokenizer(folder)
     if job.lora:
         from peft import get_peft_model
 
         model = get_peft_model(model, _lora_config())
-    times, seconds = _times(steps)
-    with tempfile.TemporaryDirectory() as output:
-        made = Trainer(
+    changes, how = _keeping(job)
+
+    def made(output: str, times: Any) -> Any:
+        args = {**_settings(job, len(rows) // job.rows_a_step, output), **changes}
+        return Trainer(
             model,
-            args=TrainingArguments(**_settings(job, steps, output)),
+            args=TrainingArguments(**args),
             train_dataset=data,
-            data_collator=DataCollatorForSeq2Seq(_tokenizer(folder)),
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
             callbacks=[times],
         )
-        made.train()
-    return seconds, _losses(made)
+
+    measured = _trained(made, clock())
+    measured.how = how
+    return measured
+
+
+def litgpt(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """LitGPT's LoRA recipe: its `fit` on its model, one row at a time, as the recipe has it."""
+    import litgpt.finetune.lora as recipe
+    import torch
+    from lightning import Fabric
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.data.base import get_sft_collate_fn
+    from litgpt.scripts.convert_hf_checkpoint import copy_weights_qwen_2_5
+    from litgpt.utils import instantiate_torch_optimizer
+    from safetensors.torch import load_file
+    from torch.utils.data import DataLoader
+
+    if not job.lora:
+        raise SystemExit("the recipe trains adapters alone")
+    sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = recipe.Config.from_name(
+        "Qwen2.5-0.5B",
+        n_layer=sizes["num_hidden_layers"],
+        n_head=sizes["num_attention_heads"],
+        n_query_groups=sizes["num_key_value_heads"],
+        n_embd=sizes["hidden_size"],
+        head_size=sizes["hidden_size"] // sizes["num_attention_heads"],
+        intermediate_size=sizes["intermediate_size"],
+        vocab_size=sizes["vocab_size"],
+        padded_vocab_size=sizes["vocab_size"],
+        lora_r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        **{f"lora_{name}": True for name in ("query", "key", "value", "projection", "mlp")},
+    )
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    fabric.seed_everything(0, verbose=False)
+    with fabric.init_module(empty_init=False):
+        model = recipe.GPT(config)
+    recipe.mark_only_lora_as_trainable(model)
+    weights: dict[str, Any] = {}
+    copy_weights_qwen_2_5(config, {}, weights, load_file(folder / "model.safetensors"))
+    missing, surplus = model.load_state_dict(weights, strict=False)
+    if surplus or any("lora" not in name for name in missing):
+        raise AssertionError(f"weights do not match: {missing} {surplus}")
+    del weights
+
+    started = clock()
+    counts = torch.zeros(1, dtype=torch.long)
+    data = [
+        {
+            "input_ids": torch.tensor(row[0]),
+            "labels": torch.tensor(labels(row)),
+            "token_counts": {"raw": counts, "raw_plus_prompt_template": counts},
+        }
+        for row in rows
+    ]
+    collate = get_sft_collate_fn(pad_id=0)
+    # `fit` looks at a row of validation before it starts.
+    loaders = fabric.setup_dataloaders(
+        DataLoader(data, 1, collate_fn=collate), DataLoader(data[:1], 1, collate_fn=collate)
+    )
+    sums: list[tuple[float, int]] = []
+    its_loss = recipe.chunked_cross_entropy
+
+    def noted(logits: Any, targets: Any, **options: Any) -> Any:
+        loss = its_loss(logits, targets, **options)
+        if not options:  # not a validation
+            sums.append((float(loss.detach()), int((targets != -100).sum())))
+        return loss
+
+    ends: list[float] = []
+
+    class Constant(torch.optim.lr_scheduler.ConstantLR):
+        def step(self, epoch: int | None = None) -> None:
+            super().step(epoch)
+            if self.last_epoch:  # the constructor steps once
+                ends.append(clock())
+
+    model = fabric.setup_module(model)
+    settings = {"lr": job.learning_rate, "weight_decay": 0.0}
+    optimizer = fabric.setup_optimizers(
+        instantiate_torch_optimizer(
+            {"class_path": "torch.optim.AdamW", "init_args": settings},
+            [p for p in model.parameters() if p.requires_grad],
+        )
+    )
+    steps = len(rows) // job.rows_a_step
+    recipe.chunked_cross_entropy = noted
+    ready = clock()
+    with tempfile.TemporaryDirectory() as output:
+        recipe.fit(
+            fabric=fabric,
+            model=model,
+            optimizer=optimizer,
+            scheduler=Constant(optimizer, factor=1.0),
+            train_dataloader=loaders[0],
+            val_dataloader=loaders[1],
+            devices=1,
+            checkpoint_dir=folder,
+            out_dir=Path(output),
+            train=TrainArgs(
+                save_interval=None,
+                log_interval=1,
+                global_batch_size=job.rows_a_step,
+                micro_batch_size=1,
+                epochs=2,
+                max_steps=steps,
+            ),
+            eval=EvalArgs(interval=steps + 1, initial_validation=False, max_iters=1),
+            data=None,
+        )
+    # Its loss is the mean of the rows' means; for the comparison each target counts once.
+    losses = {}
+    for step in range(steps):
+        of_step = sums[step * job.rows_a_step : (step + 1) * job.rows_a_step]
+        total = sum(count for _, count in of_step)
+        losses[step + 1] = sum(loss * count for loss, count in of_step) / total
+    return Measured(between(ready, ends), losses, clock() - started)
 
 
 SIDES: dict[str, Callable[..., Measured]] = {
@@ -228,6 +413,7 @@ SIDES: dict[str, Callable[..., Measured]] = {
     "trl-kept": trl_kept,
     "trl-packed": trl_packed,
     "trainer": trainer,
+    "litgpt": litgpt,
 }
 
 
@@ -245,55 +431,48 @@ def matmul_limit(dtype: str) -> float:
     return 2 * 1024 * 896 * 4864 / best
 
 
-def operations(job: Job, folder: Path, tokens: int, supervised: int) -> float:
-    """Multiplications and additions that training needs, without attention: 2 a weight forward, 2
-    for the gradient of its input, 2 for its own where it is trained (Kaplan et al. 2020); the head
-    at supervised positions only."""
-    from transformers import AutoConfig
-
-    from truetune.model.architecture import meta_model
-
-    model = meta_model(AutoConfig.from_pretrained(folder))
-    head = model.get_output_embeddings().weight
-    tables = {head, model.get_input_embeddings().weight}
-    body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p not in tables)
-    return float((4 if job.lora else 6) * (body * tokens + head.numel() * supervised))
+def out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "bad_alloc" in text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("side", choices=SIDES)
     parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--given", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    given = parser.parse_args()
+    parser.add_argument("--memory-mb", type=int, default=0, help="the most that it may take")
+    options = parser.parse_args()
     global clock
-    clock = CLOCKS[given.clock]
-    job = JOBS[given.job]
-    folder = make_model(job.model, given.models)
-    steps = given.warm_up + given.steps
-    rows = job.rows(steps * job.rows_a_step)
+    clock = CLOCKS[options.clock]
+    if options.memory_mb:
+        # Refused by the system beyond this, so that it kills no other process.
+        resource.setrlimit(resource.RLIMIT_DATA, (options.memory_mb << 20,) * 2)
+    job = JOBS[options.job]
+    folder = make_model(job.model, options.models)
+    rows = [(ids, mask) for ids, mask in Given.read(options.given).rows]
     limit = matmul_limit(job.dtype)
-    seconds, losses = SIDES[given.side](job, folder, rows, steps)
-    counted = rows[given.warm_up * job.rows_a_step :]
-    tokens, supervised = (
-        sum(len(ids) for ids, _ in counted),
-        sum(sum(mask[1:]) for _, mask in counted),
-    )
+    try:
+        measured = SIDES[options.side](job, folder, rows)
+    except (MemoryError, RuntimeError) as error:
+        if options.memory_mb and out_of_memory(error):
+            raise SystemExit(f"does not fit in {options.memory_mb / 1000:.0f} GB") from error
+        raise
+    import torch
+
     result = {
-        "operations": operations(job, folder, tokens, supervised),
-        "side": given.side,
-        "job": given.job,
-        "seconds": seconds[given.warm_up :],
-        "tokens": tokens,
-        "supervised": supervised,
+        "seconds": measured.seconds[1:],
+        "whole": measured.whole,
+        "losses": measured.losses,
+        "how": measured.how,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "matmul_gflops": limit / 1e9,
-        "losses": losses,
+        "dtype": job.dtype,
+        "threads": torch.get_num_threads(),
     }
-    sys.stdout.write(json.dumps(result) + "\n")
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":

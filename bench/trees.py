@@ -1,11 +1,12 @@
 """Rows that share a beginning, computed as trees and as separate rows, in turn.
 
-    python bench/trees.py [--rounds 3] [--model 0.5b-6l]
+    python bench/trees.py [--rounds 2] [--model 0.5b-6l] [--write]
 
 Prints per workload the token ratio (tokens of the separate rows over tokens of the tree), the
 speed-up, their quotient, and how far the gradients are apart by norm: tree from separate rows, and
 each of the two from the same rows in float32 (what bfloat16 itself costs). Separate rows are packed
-as well: only the sharing differs. `--only` takes workloads whose name holds a text.
+as well: only the sharing differs. `--only` takes workloads whose name holds a text; `--write` puts
+the table into docs/performance.md, where all of them are measured.
 """
 
 from __future__ import annotations
@@ -18,9 +19,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workloads import make_model
+from page import put
+from table import spread
+from workloads import SHARED, make_model
 
 Rows = list[tuple[list[int], list[int]]]
+
+BEGIN, END = "<!-- made by bench/trees.py -->", "<!-- end of trees -->"
+HEAD = (
+    "| workload | separate | tree | token ratio | speed-up | spread | share of the ratio "
+    "| gradients apart | separate, from float32 | tree, from float32 |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
 
 # What a user waits, or with --clock cpu the seconds on a core, which others do not lengthen.
 clock = time.perf_counter
@@ -116,59 +126,91 @@ def _model(folder: Path, dtype: str) -> tuple[Any, Any]:
     return model, find_route(model, longest=4096)
 
 
-def _in_float32(folder: Path, rows: Rows) -> Any:
-    """Gradients of the same weights computed in float32."""
-    model, route = _model(folder, "float32")
-    return measured(model, route, rows, 16, half=False)[2]
+def compared(model: Any, route: Any, rows: Rows, rounds: int, exact: Any) -> str:
+    """The cells of a workload's line.
+
+    Args:
+        exact: its gradients in float32.
+    """
+    times: dict[int | None, list[float]] = {None: [], 16: []}
+    tokens: dict[int | None, int] = {}
+    grads: dict[int | None, Any] = {}
+    for _ in range(rounds):
+        for shared in (None, 16):
+            seconds, tokens[shared], grads[shared] = measured(model, route, rows, shared)
+            times[shared].append(seconds)
+    ratio = tokens[None] / tokens[16]
+    speed = statistics.median(times[None]) / statistics.median(times[16])
+    each = [one / other for one, other in zip(times[None], times[16], strict=True)]
+    apart = [
+        100 * float((one - other).norm() / other.norm())
+        for one, other in ((grads[16], grads[None]), (grads[None], exact), (grads[16], exact))
+    ]
+    return (
+        f"{tokens[None]:,} | {tokens[16]:,} | {ratio:.2f} | {speed:.2f} | {spread(each)} "
+        f"| {100 * speed / ratio:.0f} % | " + " | ".join(f"{part:.2f} %" for part in apart)
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="workloads whose name holds this")
     parser.add_argument("--model", default="0.5b-6l")
     parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--write", action="store_true", help="put the table into the docs")
     given = parser.parse_args()
+    if given.write and given.only:
+        parser.error("--write takes all workloads, not those of --only")
     global clock
     clock = time.process_time if given.clock == "cpu" else time.perf_counter
+    if not SHARED.is_dir():
+        sys.stderr.write(f"{SHARED} is not there: {given.model} is made from a config in it\n")
+        return
+
+    import torch
 
     from truetune.engine.memory import keep_freed_pages
 
     given.models.mkdir(parents=True, exist_ok=True)
     folder = make_model(given.model, given.models)
     keep_freed_pages()  # as the loop does
+    chosen = {name: rows for name, rows in WORKLOADS.items() if given.only in name}
+    if not chosen:
+        parser.error(f"no workload's name holds {given.only!r}: {', '.join(WORKLOADS)}")
+    model, route = _model(folder, "float32")
+    exact = {name: measured(model, route, rows, 16, half=False)[2] for name, rows in chosen.items()}
+    del model, route
     model, route = _model(folder, "bfloat16")
-    sys.stdout.write(
-        "| workload | separate | tree | token ratio | speed-up | share of the ratio "
-        "| gradients apart | separate, from float32 | tree, from float32 |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-    )
-    for name, rows in WORKLOADS.items():
-        if given.only not in name:
-            continue
-        times: dict[int | None, list[float]] = {None: [], 16: []}
-        tokens: dict[int | None, int] = {}
-        grads: dict[int | None, Any] = {}
-        for number in range(given.rounds + 1):
-            for shared in (None, 16):
-                seconds, tokens[shared], grads[shared] = measured(model, route, rows, shared)
-                # The first round fetches memory from the system.
-                if number:
-                    times[shared].append(seconds)
-        ratio = tokens[None] / tokens[16]
-        speed = statistics.median(times[None]) / statistics.median(times[16])
-        exact = _in_float32(folder, rows)
-        apart = [
-            100 * float((one - other).norm() / other.norm())
-            for one, other in ((grads[16], grads[None]), (grads[None], exact), (grads[16], exact))
-        ]
-        sys.stdout.write(
-            f"| {name} | {tokens[None]:,} | {tokens[16]:,} | {ratio:.2f} | {speed:.2f} "
-            f"| {100 * speed / ratio:.0f} % | {apart[0]:.2f} % | {apart[1]:.2f} % "
-            f"| {apart[2]:.2f} % |\n"
-        )
+    # Fetches from the system what the largest tree takes; freed pages are kept from here on.
+    measured(model, route, max(chosen.values(), key=_tree_tokens), 16)
+    lines = [HEAD]
+    sys.stdout.write(HEAD + "\n")
+    for name, rows in chosen.items():
+        lines.append(f"| {name} | {compared(model, route, rows, given.rounds, exact[name])} |")
+        sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
+    seconds = "that pass" if given.clock == "wall" else "of the process on a core"
+    lines += [
+        "",
+        f"{given.model}, LoRA, bfloat16, {torch.get_num_threads()} threads; median of "
+        f"{given.rounds} rounds in turn, seconds {seconds}.",
+    ]
+    sys.stdout.write("\n".join(lines[-2:]) + "\n")
+    if given.write:
+        put("\n".join(lines), BEGIN, END)
+
+
+def _tree_tokens(rows: Rows) -> int:
+    """Tokens of rows as a tree: the different beginnings."""
+    beginnings = set()
+    for ids, _ in rows:
+        key = 0
+        for token in ids:
+            key = hash((key, token))
+            beginnings.add(key)
+    return len(beginnings)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """What is trained in a benchmark: models of random weights, and rows as token ids with masks.
 
-Every side gets the same ids, masks and order, so that only the training differs.
+    python bench/workloads.py JOB --models DIR --to FILE [--steps N] [--warm-up-tokens N]
+
+writes the job's model and a file of what every side is given: the same ids, masks and order, so
+that only the training differs. Sides need nothing but that file, so that none of them carries the
+tokenizers and templates that made it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,9 @@ class Job:
         dtype: of the frozen weights and of the computation.
         rows_a_step: rows per optimiser step.
         rows: makes the first n rows.
+        steps: measured, after one of warm-up.
+        learning_rate, schedule, warmup_steps: constant where speed alone is measured.
+        whole: the run is a training that somebody would make: its seconds are reported as well.
     """
 
     model: str
@@ -37,6 +45,31 @@ class Job:
     dtype: str
     rows_a_step: int
     rows: Callable[[int], list[Row]]
+    steps: int = 1
+    learning_rate: float = 1e-4
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every side of a job is given.
+
+    Attributes:
+        rows: ids and masks, step after step; those of the first step, the warm-up, are cut.
+        tokens, supervised: of the steps that are measured.
+        operations: that these steps need (see `operations`).
+    """
+
+    rows: list[Row]
+    tokens: int
+    supervised: int
+    operations: float
+
+    @classmethod
+    def read(cls, path: Path) -> Given:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def make_model(name: str, folder: Path) -> Path:
@@ -45,6 +78,8 @@ def make_model(name: str, folder: Path) -> Path:
         return EMBEDDED
     path = folder / name
     if not (path / "model.safetensors").is_file():
+        if not SHARED.is_dir():
+            raise SystemExit(f"{SHARED} is not there: {name} is made from a config in it")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -171,7 +206,57 @@ JOBS: dict[str, Job] = {
     "gsm8k-8shot-0.5b-lora": Job("0.5b", True, "bfloat16", 4, gsm8k_8shot),
     "reasoning-0.5b-lora": Job("0.5b", True, "bfloat16", 6, reasoning_turns),
     "long-row-0.5b-lora": Job("0.5b", True, "bfloat16", 1, one_long_row),
-    "alpaca-60m-lora": Job("60m", True, "bfloat16", 8, alpaca_32k),
-    "alpaca-60m-full": Job("60m", False, "float32", 8, alpaca_32k),
-    "quickstart-5m-full": Job("embedded", False, "float32", 16, quickstart),
+    "alpaca-60m-lora": Job("60m", True, "bfloat16", 8, alpaca_32k, steps=2),
+    "alpaca-60m-full": Job("60m", False, "float32", 8, alpaca_32k, steps=2),
+    # The numbers of `truetune quickstart`: 150 steps.
+    "quickstart-5m-full": Job(
+        "embedded", False, "float32", 16, quickstart, 149, 3e-4, "cosine", 5, whole=True
+    ),
 }
+
+
+def operations(job: Job, folder: Path, tokens: int, supervised: int) -> float:
+    """Multiplications and additions that training needs, without attention: 2 a weight forward, 2
+    for the gradient of its input, 2 for its own where it is trained (Kaplan et al. 2020); the head
+    at supervised positions only."""
+    from transformers import AutoConfig
+
+    from truetune.model.architecture import meta_model
+
+    model = meta_model(AutoConfig.from_pretrained(folder))
+    head = model.get_output_embeddings().weight
+    tables = {head, model.get_input_embeddings().weight}
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p not in tables)
+    return float((4 if job.lora else 6) * (body * tokens + head.numel() * supervised))
+
+
+def given(job: Job, folder: Path, steps: int, warm_up_tokens: int) -> Given:
+    """Rows for one step of warm-up and `steps` that are measured.
+
+    The warm-up trains as many rows as any step, but only the end of each: what is made on first
+    use is made, at little cost.
+    """
+    rows = job.rows((1 + steps) * job.rows_a_step)
+    first, rest = rows[: job.rows_a_step], rows[job.rows_a_step :]
+    cut = [(ids[-warm_up_tokens:], mask[-warm_up_tokens:]) for ids, mask in first]
+    tokens = sum(len(ids) for ids, _ in rest)
+    supervised = sum(sum(mask[1:]) for _, mask in rest)
+    return Given(cut + rest, tokens, supervised, operations(job, folder, tokens, supervised))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("job", choices=JOBS)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="instead of the job's own")
+    parser.add_argument("--warm-up-tokens", type=int, default=32)
+    parser.add_argument("--to", type=Path, required=True)
+    options = parser.parse_args()
+    job = JOBS[options.job]
+    folder = make_model(job.model, options.models)
+    made = given(job, folder, options.steps or job.steps, options.warm_up_tokens)
+    options.to.write_text(json.dumps(asdict(made)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
