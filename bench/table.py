@@ -24,10 +24,18 @@ def rate(run: Run, kind: str = "tokens") -> float:
     return float(run[kind] / sum(run["seconds"]))
 
 
-def share(run: Run) -> float:
-    """Of the measured rate of a matrix product, what the counted products of a step take."""
-    done = float(run["operations"] / sum(run["seconds"]))
-    return done / (1e9 * float(run["matmul_gflops"]))
+def limits(runs: Sequence[Run]) -> dict[tuple[str, int], list[float]]:
+    """GFLOP/s of one large matrix product, as each run measured it, by type and threads."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for run in runs:
+        if "failed" not in run:
+            found.setdefault((run["dtype"], run["threads"]), []).append(run["matmul_gflops"])
+    return found
+
+
+def share(run: Run, limit: float) -> float:
+    """Of the rate of a matrix product, what the counted products of a step take."""
+    return float(run["operations"] / sum(run["seconds"])) / (1e9 * limit)
 
 
 def loss_apart(run: Run, first: Run) -> float | None:
@@ -44,7 +52,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{max(values) / min(values):.2f}" if len(values) > 1 else "one run"
 
 
-def cells(runs: Sequence[Run], first: Sequence[Run]) -> list[str]:
+def cells(runs: Sequence[Run], first: Sequence[Run], limit: float) -> list[str]:
     """A side's line; what compares it is left empty where the first side has no numbers."""
     rates = [rate(r) for r in runs]
     median, peak = statistics.median(rates), statistics.median(r["peak_mb"] for r in runs)
@@ -53,7 +61,7 @@ def cells(runs: Sequence[Run], first: Sequence[Run]) -> list[str]:
         f"{statistics.median(rate(r, 'supervised') for r in runs):,.1f}",
         spread(rates),
         f"{peak:,.0f}",
-        f"{100 * statistics.median(map(share, runs)):.0f} %",
+        f"{100 * statistics.median(share(r, limit) for r in runs):.0f} %",
     ]
     if not first:
         return [*own, "", "", ""]
@@ -73,6 +81,8 @@ def cells(runs: Sequence[Run], first: Sequence[Run]) -> list[str]:
 def table(runs: Sequence[Run], jobs: Sequence[str], sides: Sequence[str]) -> str:
     """The table of peers, that of whole trainings, and how they were measured."""
     lines, whole = [HEAD], []
+    # One for all sides: the machine's, of which a single run may have measured less.
+    limit = {kind: statistics.median(found) for kind, found in limits(runs).items()}
     for job in jobs:
         of_job = [r for r in runs if r["job"] == job]
         done = {
@@ -87,7 +97,8 @@ def table(runs: Sequence[Run], jobs: Sequence[str], sides: Sequence[str]) -> str
             if not made:
                 continue
             name = f"{side}, {made[0]['how']}" if made[0].get("how") else side
-            lines.append(f"| {job} | {name} | {' | '.join(cells(made, first))} |")
+            of_kind = limit[made[0]["dtype"], made[0]["threads"]]
+            lines.append(f"| {job} | {name} | {' | '.join(cells(made, first, of_kind))} |")
             if made[0].get("is_whole"):
                 seconds = statistics.median(r["whole"] for r in made)
                 own = statistics.median(r["whole"] for r in first) if first else 0.0
@@ -104,13 +115,10 @@ def caption(runs: Sequence[Run]) -> str:
     if not done:
         return "Nothing was measured."
     rounds = sorted({r["round"] for r in done})
-    limits: dict[tuple[str, int], list[float]] = {}
-    for run in done:
-        limits.setdefault((run["dtype"], run["threads"]), []).append(run["matmul_gflops"])
     products = "; ".join(
         f"{dtype} on {threads} thread{'s' * (threads > 1)} {statistics.median(found):,.0f}"
         f" (spread {spread(found)})"
-        for (dtype, threads), found in sorted(limits.items())
+        for (dtype, threads), found in sorted(limits(done).items())
     )
     steps = ", ".join(
         f"{job} {count}" for job, count in sorted({(r["job"], len(r["seconds"])) for r in done})
@@ -120,5 +128,5 @@ def caption(runs: Sequence[Run]) -> str:
         f"Rounds: {len(rounds)}. Measured steps, after one of warm-up: {steps}. Counted: "
         f"{' and '.join(clock[c] for c in sorted({r['settings']['clock'] for r in done}))}. "
         f"Machine: {', '.join(sorted({r['machine'] for r in done}))}. One large matrix product, "
-        f"GFLOP/s: {products}."
+        f"GFLOP/s, median: {products}."
     )

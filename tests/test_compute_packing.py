@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune import SFTExample
@@ -39,6 +39,7 @@ rows_of_few_ids = st.lists(
 )
 
 
+@settings(deadline=None)  # the first call imports torch
 @given(rows_of_few_ids, st.sampled_from([None, 1, 2, 4]), st.integers(0, 5))
 def test_a_batch_holds_what_its_rows_hold(
     ids: list[list[int]], min_shared: int | None, first: int
@@ -119,6 +120,19 @@ def test_a_tree_may_be_larger_than_rows_side_by_side() -> None:
     made.limits.halve(max(made.micro_batches(0), key=lambda b: b.num_computed))
     assert made.limits == Limits(2, 12, 12)
     assert sorted(b.num_computed for b in made.micro_batches(0)) == [14, 21, 21, 21, 21]
+
+
+def test_a_tree_that_saves_little_keeps_the_usual_limit() -> None:
+    """Five rows of 21 input tokens, each joined to a system prompt of 9 or of 8 tokens."""
+
+    def sizes(prompt: int) -> list[int]:
+        own = [range(100 * n, 100 * n + 30 - prompt) for n in range(1, 6)]
+        rows = [row(*range(prompt), *each) for each in own]
+        made = batcher(rows, batch_size=5, limits=Limits(5, 72, 500))
+        return sorted(b.num_computed for b in made.micro_batches(0))
+
+    assert sizes(9) == [9 + 5 * 20]
+    assert sizes(8) == [8 + 2 * 21, 8 + 3 * 21]
 
 
 def test_the_same_step_is_the_same_batch_at_each_call() -> None:

@@ -108,6 +108,10 @@ class Batch:
         )
 
 
+# A tree may pass the usual limit where a cut would compute an eighth of a forward pass again.
+_WORTH = 8
+
+
 @dataclass
 class Limits:
     """What goes through the model at once; one row always does. Lowered where memory runs out.
@@ -115,17 +119,25 @@ class Limits:
     Attributes:
         rows: of a forward pass.
         tokens: of a forward pass; None leaves the rows to decide.
-        tree_tokens: of one tree of rows that share a beginning, where that is more: cutting a
-            tree computes what is shared again.
+        tree_tokens: of one tree of rows that share a beginning, where that is more and pays:
+            cutting a tree computes what is shared again.
     """
 
     rows: int
     tokens: int | None = None
     tree_tokens: int | None = None
 
-    def take(self, tokens: int, rows: int, *, tree: bool = False) -> bool:
-        """Whether so much, as one tree or side by side, is within the limits."""
-        most = max(self.tokens, self.tree_tokens or 0) if tree and self.tokens else self.tokens
+    def take(self, tokens: int, rows: int, *, shared: int = 0) -> bool:
+        """Whether so much is within the limits.
+
+        Args:
+            shared: tokens that would be computed again if a tree were cut before its last row.
+                Where they are few against a whole forward pass, as the system prompt of a template
+                is, a larger tree takes memory and saves no time.
+        """
+        most = self.tokens
+        if most is not None and _WORTH * shared >= most:
+            most = max(most, self.tree_tokens or 0)
         return rows <= self.rows and (most is None or tokens <= most)
 
     def halve(self, batch: Batch | PackedBatch) -> bool:

@@ -250,7 +250,7 @@ class PackedBatcher:
                 shared = common_inputs(self.examples[tree[-1]], self.examples[row])
             grown = size + length - shared
             joins = least is not None and shared >= least
-            if joins and limits.take(grown, len(tree) + 1, tree=True):
+            if joins and limits.take(grown, len(tree) + 1, shared=shared):
                 size = grown
                 tree.append(row)
                 continue

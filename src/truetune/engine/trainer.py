@@ -83,8 +83,9 @@ class SFTTrainer:
         micro_batch_tokens: most tokens per forward pass of packed rows; a longer row goes alone.
             None: 1,024 on CPU, where more brings no speed, 16,384 elsewhere, and fewer where an
             estimate says that they would not fit into the memory that is free; of a tree of rows
-            that share a beginning up to eight times as many. Where the longest row would not fit,
-            activations are computed twice, which is told.
+            that share a beginning up to eight times as many, if a cut would compute an eighth of
+            a forward pass again. Where the longest row would not fit, activations are computed
+            twice, which is told.
         packing: rows without padding and loss at supervised positions only, where that is proved
             on the model first (a transformers model); False, and any other module: the padded
             reference path.
