@@ -52,6 +52,10 @@ def spread(values: Sequence[float]) -> str:
     return f"{max(values) / min(values):.2f}" if len(values) > 1 else "one run"
 
 
+def scientific(value: float) -> str:
+    return f"{value:.0e}" if value else "0"
+
+
 def cells(runs: Sequence[Run], first: Sequence[Run], limit: float) -> list[str]:
     """A side's line; what compares it is left empty where the first side has no numbers."""
     rates = [rate(r) for r in runs]
@@ -74,7 +78,7 @@ def cells(runs: Sequence[Run], first: Sequence[Run], limit: float) -> list[str]:
         *own,
         f"{statistics.median(map(rate, first)) / median:.2f}x",
         f"{statistics.median(r['peak_mb'] for r in first) / peak:.2f}",
-        f"{max(apart):.0e}" if apart and runs[0] is not first[0] else "",
+        scientific(max(apart)) if apart and runs[0] is not first[0] else "",
     ]
 
 
