@@ -98,6 +98,7 @@ def make_model(name: str, folder: Path) -> Path:
 # Changes to the Qwen2.5-0.5B config; "60m" and the one of six layers have a head of 32 k rows.
 SIZES: dict[str, dict[str, Any]] = {
     "0.5b": {},
+    "0.5b-2l": {"num_hidden_layers": 2},
     "0.5b-6l": {"num_hidden_layers": 6, "vocab_size": 32000},
     "60m": {
         "hidden_size": 512,

@@ -223,7 +223,9 @@ def test_the_estimate_is_what_the_loop_measures(place: Path, lora: bool, halved:
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext()
 
-    measured = footprint(find_route(loaded.model, longest=64), autocast)
+    longest = plan(place, **settings).max_length
+    route = find_route(loaded.model, longest=longest)
+    measured = footprint(route, autocast, longest=longest)
     assert foreseen == measured
 
 
@@ -259,14 +261,14 @@ def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
 
 
 def test_operations_and_units() -> None:
-    made = Footprint(fixed=7, per_token=30, gradients=400)
-    shape = Shape(100, 100, 4, 4, made, 5.0, 10, 8, False, False)
+    made = Footprint(((400, 0), (100, 40)), process=7)
+    shape = Shape(100, 100, 4, 4, made, 10, 8, False, False)
     assert shape.operations(7) == 6 * 100 * 7
-    # Gradients of 400 bytes come as activations of 300 go.
-    assert shape.total == 400 + 400 + 800 + 7
-    checkpointed = Shape(100, 1, 4, 4, made, 5.0, 10, 8, True, True)
+    # Gradients of 400 bytes come as activations of 400 go, beside 100.
+    assert shape.total == 400 + 400 + 100 + 800 + 7
+    checkpointed = Shape(100, 1, 4, 4, made, 5, 8, True, True)
     assert checkpointed.operations(7) == 6 * 100 * 7
-    assert checkpointed.parts()["activations"] == 50
+    assert checkpointed.parts()["activations and head"] == 396
     assert gib(3 * 2**30) == "3.0 GiB"
     assert gib(5 * 2**20) == "5 MiB"
 

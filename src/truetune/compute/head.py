@@ -62,14 +62,13 @@ class SupervisedHead:
         self.module, self.tail = module, tail
 
     def buffer_bytes(self, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
-        """Of the fused loss: a chunk of logits, and the weight in the type of the computation."""
+        """Of the fused loss: a chunk of logits; a batch of few targets takes less."""
         if self.tail is None:
             return 0
         weight: Any = self.module.weight
         with autocast():
             compute = _compute_dtype(weight)
-        cast = 0 if compute == weight.dtype else weight.numel() * compute.itemsize
-        return _chunk_rows(len(weight), compute) * len(weight) * compute.itemsize + cast
+        return _chunk_rows(len(weight), compute) * len(weight) * compute.itemsize
 
     def loss_sum(
         self,

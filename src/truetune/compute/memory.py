@@ -1,17 +1,24 @@
 """Memory that a forward and backward pass takes beside the weights, measured and scaled up.
 
-input   a route, and how many tokens shall go through at once
-does    runs two small batches forward and adds up what autograd keeps for the backward pass:
-        activations grow in proportion to the tokens
+input   a route, and the longest row that will come
+does    runs two short batches forward and backward, and notes after each operation how many bytes
+        of tensors are alive: the same operation takes a part that is always the same and a part
+        in proportion to the tokens, and the two batches tell them apart
 output  Footprint: bytes as a function of the tokens
 who     the loop, to choose a micro-batch; `docs/performance.md` says how right it was
+
+Which operation is the fullest depends on the size of the batch (of a large one that where the
+activations are, of a small one that where all gradients are), so all are kept that can be it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from truetune.compute.layout import MOST_KEYS
 from truetune.contract.example import SFTExample
 
 if TYPE_CHECKING:
@@ -23,71 +30,112 @@ if TYPE_CHECKING:
     from truetune.compute.packing import PackedBatch
     from truetune.compute.route import Route
 
-_SMALL, _LARGE = 4, 8
-# What is on its way while a layer's backward pass runs, in pieces as wide as the widest that it
-# keeps; and code that a process loads and compiles on first use. Fitted by bench/memory.py.
-_TRANSIENT = 10
+# Tokens of the two batches.
+_SMALL, _LARGE = MOST_KEYS + 1, MOST_KEYS + 17
+
+# Code that a process loads and compiles on first use.
 _PROCESS = 40 * 2**20
+# What the C library holds for each byte that is alive: it cannot lay an aligned block into a hole
+# of its own size, so blocks that come and go leave holes; more where each layer is computed anew
+# (bench/memory.py and docs/log.md: with every block mapped by itself it is 1.0). That of CUDA's
+# caching allocator is not measured.
+_HEAP, _HEAP_RECOMPUTED, _DEVICE = 1.46, 2.0, 1.1
+
+Moment = tuple[int, float]
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a micro-batch takes while its backward pass runs.
+    """Bytes that a micro-batch takes at its fullest moment, gradients of trained weights included.
 
     Attributes:
-        fixed: whatever its size: the head's buffers and gradient.
-        per_token: activations that are kept, and what is on its way in one layer.
-        gradients: of all trained weights. They come as activations go, so that the larger of the
-            two decides.
-        transient: of `per_token`, what is on its way in one layer.
+        moments: (bytes whatever the size, bytes per token) of each moment that is the fullest one
+            of batches of some size.
+        process: beside all tensors.
     """
 
-    fixed: int
-    per_token: int
-    gradients: int
-    transient: int = 0
+    moments: tuple[Moment, ...]
+    process: int = _PROCESS
 
     def of(self, tokens: int) -> int:
-        return self.fixed + max(self.per_token * tokens, self.gradients)
+        return self.process + math.ceil(max(fixed + each * tokens for fixed, each in self.moments))
 
     def fitting(self, room: int) -> int:
         """Tokens that take no more than `room` bytes; at least one."""
-        return max((room - self.fixed) // self.per_token, 1)
+        room -= self.process
+        most = min((room - fixed) / each for fixed, each in self.moments if each > 0)
+        return max(int(most), 1)
 
 
-def footprint(route: Route, autocast: Callable[[], AbstractContextManager[Any]]) -> Footprint:
-    """Measure the model on rows of 16 tokens, half of them supervised.
+def footprint(
+    route: Route, autocast: Callable[[], AbstractContextManager[Any]], *, longest: int
+) -> Footprint:
+    """Measure the model on two short batches; its gradients and the random state are as before.
 
     Args:
         autocast: how the loop computes.
+        longest: tokens of the longest row: short rows go through attention by another way.
     """
     import torch
 
+    from truetune.compute.alive import alive_bytes
+
     model = route.model
     was_training = model.training
+    before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     model.train()
     try:
         with torch.random.fork_rng():
-            small = _kept(route, _rows(route, _SMALL), autocast)
-            large = _kept(route, _rows(route, _LARGE), autocast)
+            curves = []
+            for batch in _batches(route, longest):
+                torch.manual_seed(0)
+                model.zero_grad(set_to_none=True)
+                curves.append((batch.num_computed, *alive_bytes(route, batch, autocast)))
     finally:
         model.train(was_training)
-    tokens = 15 * (_LARGE - _SMALL)
-    kept = max((sum(large) - sum(small)) // tokens, 1)
-    # The same pieces from the largest down: what grows most is the widest.
-    grown = (b - a for a, b in zip(reversed(small), reversed(large), strict=False))
-    widest = max(grown, default=0) // tokens
-    head = route.head.buffer_bytes(autocast) if route.head else 0
-    return Footprint(
-        fixed=_PROCESS + head + max(sum(small) - kept * 15 * _SMALL, 0),
-        per_token=kept + _TRANSIENT * widest,
-        gradients=sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
-        transient=_TRANSIENT * widest,
-    )
+        for parameter, gradient in before:
+            parameter.grad = gradient
+    buffer = route.head.buffer_bytes(autocast) if route.head else 0
+    held = _held(model)
+    small, large = curves
+    moments = _fullest(_moments(small, large, buffer))
+    return Footprint(tuple((int(fixed * held), each * held) for fixed, each in moments))
+
+
+def _held(model: Any) -> float:
+    """Bytes that the allocator holds for each that is alive."""
+    if next(model.parameters()).device.type != "cpu":
+        return _DEVICE
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _HEAP_RECOMPUTED if getattr(inner, "is_activation_checkpointing", False) else _HEAP
+
+
+def _moments(small: Any, large: Any, buffer: int) -> Iterable[Moment]:
+    (t0, before0, head0, after0), (t1, before1, head1, after1) = small, large
+    for part, (one, other) in enumerate(((before0, before1), (head0, head1), (after0, after1))):
+        if len(one) != len(other):
+            # Another number of operations (experts that no token chose): the peak for the peak.
+            one, other = [max(one)], [max(other)]
+        for a, b in zip(one, other, strict=True):
+            each = max((b - a) / (t1 - t0), 0)
+            yield int(a - each * t0) + (buffer if part == 1 else 0), each
+
+
+def _fullest(moments: Iterable[Moment]) -> list[Moment]:
+    """Those that no other one exceeds in both."""
+    found: list[Moment] = []
+    for fixed, each in sorted(set(moments), reverse=True):
+        if not found or each > found[-1][1]:
+            found.append((fixed, each))
+    return found
 
 
 def foreseen_footprint(
-    model: Any, autocast: Callable[[], AbstractContextManager[Any]], device: str = "cpu"
+    model: Any,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    *,
+    longest: int,
+    device: str = "cpu",
 ) -> Footprint:
     """`footprint` of a model whose weights are not there: the loop's own computation on tensors
     that have shapes, types and a device, and no numbers.
@@ -118,46 +166,22 @@ def foreseen_footprint(
         head = SupervisedHead(inner.get_output_embeddings(), Tail())
         # Whether rows may be packed is asked of numbers, at the start of the run.
         route = Route(model, "packed", head=head, adapters=plain_adapters(model))
-        return footprint(route, autocast)
+        return footprint(route, autocast, longest=longest)
 
 
-def _rows(route: Route, count: int) -> PackedBatch:
-    """Rows of 16 ids; one alone where rows run apart."""
+def _batches(route: Route, longest: int) -> list[PackedBatch]:
+    """Two, of which the second is a little larger; one target each, so that the head's logits take
+    next to nothing."""
     from truetune.compute.packing import pack
 
-    if route.kind == "apart":
-        length = 15 * count + 1
-        row = SFTExample([t % 7 for t in range(length)], [t % 2 for t in range(length)])
-        return pack([row], [0], min_shared=None)
-    rows = [SFTExample([r % 7] * 16, [0] * 8 + [1] * 8) for r in range(count)]
-    return pack(rows, range(count), min_shared=None)
+    def row(length: int) -> SFTExample:
+        return SFTExample([t % 7 for t in range(length + 1)], [0] * length + [1])
 
-
-def _kept(
-    route: Route, batch: PackedBatch, autocast: Callable[[], AbstractContextManager[Any]]
-) -> list[int]:
-    """Bytes of each piece kept for the backward pass beside the weights, ascending."""
-    import torch
-
-    model = route.model
-    device = next(model.parameters()).device
-    # By the storage itself: tensors without numbers have no address.
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    batch = batch.to(device)
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with torch.enable_grad(), hooks, route.scope(batch), autocast():
-        loss = route.loss_sum(batch)
-        pieces = sorted(storage.nbytes() for storage in kept.values())
-        del loss
-    return pieces
+    inputs = max(longest - 1, 1)
+    if route.kind == "apart" or inputs > MOST_KEYS:
+        return [pack([row(length)], [0], min_shared=None) for length in (_SMALL, _LARGE)]
+    count = max(_SMALL // inputs, 2)
+    return [pack([row(inputs)], [0] * n, min_shared=None) for n in (count, count + 1)]
 
 
 def available_bytes(device: torch.device) -> int:

@@ -216,11 +216,16 @@ class SFTTrainer:
         room = available_bytes(self.device)
         if not room:
             return Limits(rows, usual, usual)
-        self.footprint = footprint(self.route, self._autocast)
+        try:
+            self.footprint = footprint(self.route, self._autocast, longest=longest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return Limits(rows, usual, usual)  # the first step tells it, with its row
         moments = optimizer_bytes(optim, [p for _, p in self.named_trainable])
         free = int(_ROOM * room) - moments
         if self.footprint.of(longest) > free and self._recompute(longest):
-            self.footprint = footprint(self.route, self._autocast)
+            self.footprint = footprint(self.route, self._autocast, longest=longest)
         fitting = self.footprint.fitting(free)
         return Limits(rows, min(usual, fitting), min(_TREE * usual, fitting))
 
