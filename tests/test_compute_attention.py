@@ -180,10 +180,10 @@ def test_what_goes_through_attention_in_one_product() -> None:
     """Many short nodes; neither long rows, nor one long node among short ones."""
     short, long = Layout.of_rows([20] * 5 + [26] * 3), Layout.of_rows([20, 65])
     uneven = Layout.of_rows([2] * 300 + [60])
-    assert gathered.places(short, None) is not None
-    assert gathered.places(short, None) is gathered.places(short, None)
-    assert gathered.places(long, None) is None
-    assert gathered.places(uneven, None) is None
+    assert gathered.places(short, None, 4, 2) is not None
+    assert gathered.places(short, None, 4, 2) is gathered.places(short, None, 4, 2)
+    assert gathered.places(long, None, 4, 2) is None
+    assert gathered.places(uneven, None, 4, 2) is None
 
 
 def test_sinks_take_part_of_the_weight() -> None:

@@ -75,7 +75,8 @@ def attention(
     query, key, value = _one_dtype(query, key, value)
     plain = not softcap and s_aux is None and not dropout and query.shape[-1] == value.shape[-1]
     on_cpu = query.device.type == "cpu"
-    if plain and on_cpu and (at := places(layout, sliding_window)):
+    heads, groups = query.shape[1], key.shape[1]
+    if plain and on_cpu and (at := places(layout, sliding_window, heads, groups)):
         # Autocast would compute its products in bfloat16.
         with torch.autocast("cpu", enabled=False):
             mixed = Gathered.apply(query[0], key[0], value[0], at, scale)
@@ -221,9 +222,10 @@ def _add_shared(total_GTD: torch.Tensor, t: torch.Tensor, meeting: Meeting) -> N
     """Add the kernel's gradients of keys, summed over the heads that share them."""
     groups = len(total_GTD)
     if meeting.count == 1:
-        rows = t.sum(1)
+        rows = t.sum(1, dtype=total_GTD.dtype)
     else:
-        rows = t.unflatten(1, (groups, -1)).sum(2).transpose(0, 1).flatten(1, 2)
+        rows = t.unflatten(1, (groups, -1)).sum(2, dtype=total_GTD.dtype)
+        rows = rows.transpose(0, 1).flatten(1, 2)
     begin = 0
     for span in meeting.spans:
         end = begin + span.stop - span.start

@@ -26,29 +26,32 @@ _CALL = 8000
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where the tokens of N nodes stand in a padded batch of Q queries and K keys a node.
+    """Where T tokens of N nodes stand in a padded batch of Q queries and K keys a node, for H heads
+    in G groups that share their keys. Rows are of (T x H, D) and (T x G, D).
 
     Attributes:
-        queries_NQ, keys_NK: index in the sequence; any token where there is none.
-        is_query_NQ: float, 1 where there is one.
-        unseen_NQK: float, -inf where a query does not see the key, else 0.
-        tokens_T: where each token's query is in N x Q.
+        queries: (N G x H / G x Q,) row of each query; of the node's last token where there is none.
+        keys: (N G x K,) row of each key; some row where there is none.
+        back: (T x H,) where each token's query is among `queries`.
+        unseen: (N G, H / G x Q, K) float, -inf where a query does not see the key, else 0.
+        is_query: (N G, H / G x Q, 1) float, 1 where there is one.
     """
 
-    queries_NQ: torch.Tensor
-    keys_NK: torch.Tensor
-    is_query_NQ: torch.Tensor
-    unseen_NQK: torch.Tensor
-    tokens_T: torch.Tensor
+    queries: torch.Tensor
+    keys: torch.Tensor
+    back: torch.Tensor
+    unseen: torch.Tensor
+    is_query: torch.Tensor
 
 
-def places(layout: Layout, window: int | None) -> Places | None:
-    """Made once for all layers of a batch that have this window; None where meetings cost less."""
-    key = "gathered", window
+def places(layout: Layout, window: int | None, heads: int, groups: int) -> Places | None:
+    """Made once for all layers of a batch that are alike; None where meetings cost less."""
+    key = "gathered", window, heads, groups
     if key not in layout.made:
         # A model without numbers is computed inside a mode; its indices have numbers all the same.
         with _disable_current_modes():
-            layout.made[key] = _places(layout, window) if _pays(layout, window) else None
+            pays = _pays(layout, window)
+            layout.made[key] = _places(layout, window, heads, groups) if pays else None
     found: Places | None = layout.made[key]
     return found
 
@@ -63,7 +66,7 @@ def _pays(layout: Layout, window: int | None) -> bool:
     return padded <= met + _CALL * len(meetings)
 
 
-def _places(layout: Layout, window: int | None) -> Places:
+def _places(layout: Layout, window: int | None, heads: int, groups: int) -> Places:
     starts = torch.tensor(layout.starts[:-1])[:, None]
     depths, lengths = torch.tensor(layout.depths)[:, None], torch.tensor(layout.lengths)[:, None]
     q, k = torch.arange(int(lengths.max())), torch.arange(int((depths + lengths).max()))
@@ -77,13 +80,27 @@ def _places(layout: Layout, window: int | None) -> Places:
     seen_NQK = k <= positions_NQ1
     if window is not None:
         seen_NQK &= k > positions_NQ1 - window
-    is_query_NQ = q < lengths
+    is_query_NQ = (q < lengths).float()
+    unseen_NQK = torch.zeros(seen_NQK.shape).masked_fill_(~seen_NQK, -torch.inf)
+
+    each_head, each_group = torch.arange(heads)[:, None], torch.arange(groups)[:, None]
+    queries_NHQ = ((starts + offsets_NQ) * heads)[:, None] + each_head
+    keys_NGK = (torch.tensor(paths) * groups)[:, None] + each_group
+    standing = (is_query_NQ[:, None] > 0).expand(-1, heads, -1).flatten().nonzero()[:, 0]
+    back = torch.empty_like(standing)
+    back[queries_NHQ.flatten()[standing]] = standing
+    nodes, num_q, _ = unseen_NQK.shape
+
+    def for_heads(t_NQX: torch.Tensor) -> torch.Tensor:
+        repeated = t_NQX[:, None].expand(-1, heads, -1, -1)
+        return repeated.reshape(nodes * groups, heads // groups * num_q, -1)
+
     return Places(
-        queries_NQ=starts + offsets_NQ,
-        keys_NK=torch.tensor(paths),
-        is_query_NQ=is_query_NQ.float(),
-        unseen_NQK=torch.zeros(seen_NQK.shape).masked_fill_(~seen_NQK, -torch.inf),
-        tokens_T=is_query_NQ.flatten().nonzero()[:, 0],
+        queries_NHQ.flatten(),
+        keys_NGK.flatten(),
+        back,
+        for_heads(unseen_NQK),
+        for_heads(is_query_NQ[:, :, None]),
     )
 
 
@@ -99,64 +116,40 @@ class Gathered(torch.autograd.Function):
         at: Places,
         scale: float,
     ) -> torch.Tensor:
-        groups = len(k_GTD)
-        q, k, v = (
-            _padded_queries(q_HTD, at, groups),
-            _padded_keys(k_GTD, at),
-            _padded_keys(v_GTD, at),
-        )
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        # The heads that share keys, and all groups, see alike.
-        nodes, num_q, num_k = at.unseen_NQK.shape
-        scores.view(nodes, -1, num_q, num_k).add_(at.unseen_NQK[:, None])
-        p = scores.softmax(-1)
+        q = _taken(q_HTD.transpose(0, 1), at.queries, len(at.unseen))
+        k = _taken(k_GTD.transpose(0, 1), at.keys, len(at.unseen))
+        v = _taken(v_GTD.transpose(0, 1), at.keys, len(at.unseen))
+        scores = torch.baddbmm(at.unseen, q, k.transpose(1, 2), alpha=scale)
+        # Weights of 0 keep queries that are not there out of every gradient.
+        p = scores.softmax(-1).mul_(at.is_query)
         ctx.save_for_backward(q, k, v, p)
-        ctx.at, ctx.scale, ctx.dtype, ctx.groups = at, scale, q_HTD.dtype, groups
-        return _tokens(torch.bmm(p, v), at, groups).to(q_HTD.dtype)
+        ctx.at, ctx.scale, ctx.dtype, ctx.groups = at, scale, q_HTD.dtype, len(k_GTD)
+        heads, length, width = q_HTD.shape
+        out = torch.bmm(p, v).view(-1, width).index_select(0, at.back)
+        return out.view(length, heads, width).to(q_HTD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, p = ctx.saved_tensors
-        at, groups = ctx.at, ctx.groups
-        grad = _padded_queries(grad_THD.transpose(0, 1), at, groups)
-        nodes, num_q = at.is_query_NQ.shape
-        grad.view(nodes, -1, num_q, grad.shape[-1]).mul_(at.is_query_NQ[:, None, :, None])
+        at, dtype = ctx.at, ctx.dtype
+        length, _, width = grad_THD.shape
+        grad = _taken(grad_THD, at.queries, len(at.unseen))
         of_p = torch.bmm(grad, v.transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scale)
-        of_q = _tokens(torch.bmm(of_scores, k), at, groups).transpose(0, 1)
-        of_k = _summed(torch.bmm(of_scores.transpose(1, 2), q), at)
-        of_v = _summed(torch.bmm(p.transpose(1, 2), grad), at)
-        return of_q.to(ctx.dtype), of_k.to(ctx.dtype), of_v.to(ctx.dtype), None, None
+        of_q = torch.bmm(of_scores, k).view(-1, width).index_select(0, at.back)
+
+        def summed(rows: torch.Tensor) -> torch.Tensor:
+            """(G, T, D): a token's keys are seen by several nodes."""
+            total = rows.new_zeros(length * ctx.groups, width)
+            total.index_add_(0, at.keys, rows.view(-1, width))
+            return total.view(length, ctx.groups, width).transpose(0, 1).to(dtype)
+
+        of_k = summed(torch.bmm(of_scores.transpose(1, 2), q))
+        of_v = summed(torch.bmm(p.transpose(1, 2), grad))
+        return of_q.view_as(grad_THD).transpose(0, 1).to(dtype), of_k, of_v, None, None
 
 
-def _padded_queries(t_HTD: torch.Tensor, at: Places, groups: int) -> torch.Tensor:
-    """(N G, H / G x Q, D), in float32."""
-    nodes, num_q = at.queries_NQ.shape
-    rows = t_HTD.transpose(0, 1).index_select(0, at.queries_NQ.flatten()).float()
-    by_group = rows.view(nodes, num_q, groups, -1, rows.shape[-1]).permute(0, 2, 3, 1, 4)
-    return by_group.reshape(nodes * groups, -1, rows.shape[-1])
-
-
-def _padded_keys(t_GTD: torch.Tensor, at: Places) -> torch.Tensor:
-    """(N G, K, D), in float32."""
-    nodes, num_k = at.keys_NK.shape
-    rows = t_GTD.transpose(0, 1).index_select(0, at.keys_NK.flatten()).float()
-    return (
-        rows.view(nodes, num_k, *rows.shape[1:]).transpose(1, 2).reshape(-1, num_k, rows.shape[-1])
-    )
-
-
-def _tokens(padded: torch.Tensor, at: Places, groups: int) -> torch.Tensor:
-    """(T, H, D) of what `_padded_queries` makes."""
-    nodes, num_q = at.queries_NQ.shape
-    width = padded.shape[-1]
-    by_token = padded.view(nodes, groups, -1, num_q, width).permute(0, 3, 1, 2, 4)
-    return by_token.reshape(nodes * num_q, -1, width).index_select(0, at.tokens_T)
-
-
-def _summed(padded: torch.Tensor, at: Places) -> torch.Tensor:
-    """(G, T, D) of what `_padded_keys` makes: a token's keys are seen by several nodes."""
-    nodes, num_k = at.keys_NK.shape
-    rows = padded.view(nodes, -1, num_k, padded.shape[-1]).transpose(1, 2).flatten(0, 1)
-    total = rows.new_zeros(len(at.tokens_T), *rows.shape[1:])
-    return total.index_add_(0, at.keys_NK.flatten(), rows).transpose(0, 1)
+def _taken(t_TXD: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows of (T x X, D) in `count` equal parts, in float32."""
+    width = t_TXD.shape[-1]
+    return t_TXD.reshape(-1, width).index_select(0, rows).view(count, -1, width).float()

@@ -155,7 +155,7 @@ class _Fused(torch.autograd.Function):
         wants_h, wants_w, wants_b = ctx.needs_input_grad[:3]
         w = weight_VD.to(compute)
         dh = torch.empty_like(hidden_ND, dtype=compute) if wants_h else None
-        dw = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_w else None
+        dw: torch.Tensor | None = None
         db = torch.zeros(len(weight_VD), device=w.device) if wants_b else None
         total = torch.zeros((), device=w.device)
         rows = _chunk_rows(len(w), compute)
@@ -173,18 +173,24 @@ class _Fused(torch.autograd.Function):
                 db += z.sum(0, dtype=torch.float32)
             if dh is not None:
                 torch.mm(z, w, out=dh[part])
-            if dw is not None and compute == torch.float32:
+            if wants_w and dw is None:
+                dw = torch.mm(z.t(), h).float()
+            elif dw is not None and compute == torch.float32:
                 dw.addmm_(z.t(), h)
             elif dw is not None:
                 dw += z.t() @ h
+        if wants_w and dw is None:
+            dw = torch.zeros_like(weight_VD, dtype=torch.float32)
         ctx.save_for_backward(dh, dw, db)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # In place: a table of 152 k rows is not made twice. A second backward pass over the same
+        # loss is an error of autograd, which sees that they changed.
         scaled = [
-            None if made is None else (made * grad).to(dtype)
+            None if made is None else made.mul_(grad).to(dtype)
             for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None)

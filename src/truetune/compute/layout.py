@@ -65,7 +65,7 @@ class Layout:
     Attributes:
         lengths: tokens of each node, none of them empty.
         parents: index of the node that each one continues, -1 for a root.
-        made: what kernels made of it, by kernel and window.
+        made: what kernels made of it, by kernel and what it depends on.
 
     Raises:
         ValueError: an empty node, or nodes that are not depth first.
@@ -73,7 +73,7 @@ class Layout:
 
     lengths: tuple[int, ...]
     parents: tuple[int, ...]
-    made: dict[tuple[str, int | None], Any] = field(default_factory=dict, repr=False)
+    made: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
     _meetings: dict[int | None, list[Meeting]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:

@@ -392,7 +392,9 @@ class SFTTrainer:
         parameters = [p for _, p in self.named_trainable if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-        if self.grad_clip:
+        # Below the limit torch would multiply by 1: a pass over all gradients for nothing. A norm
+        # of NaN is not below.
+        if self.grad_clip and not norm + 1e-6 <= self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         return float(norm)
 
