@@ -54,7 +54,6 @@ def settings_of(job: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a run must have been made with, to be counted with others."""
     return {
         "steps": options.steps or JOBS[job].steps,
-        "warm_up_tokens": options.warm_up_tokens,
         "clock": options.clock,
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "code": code(),
@@ -121,7 +120,7 @@ def prepare(job: str, options: argparse.Namespace) -> Path:
     """The job's model, and the file of what every side is given."""
     file = Path(options.models / f"{job}.json")
     command = [sys.executable, str(HERE / "workloads.py"), job, "--models", str(options.models)]
-    command += ["--to", str(file), "--warm-up-tokens", str(options.warm_up_tokens)]
+    command += ["--to", str(file)]
     command += ["--steps", str(options.steps or JOBS[job].steps)]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     return file
@@ -201,7 +200,6 @@ def main() -> None:
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(DEFAULT))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="measured, instead of each job's own")
-    parser.add_argument("--warm-up-tokens", type=int, default=32, help="of each row, in one step")
     parser.add_argument("--limit", type=float, default=15, help="minutes that a run may take")
     parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")

@@ -463,7 +463,7 @@ def main() -> None:
     import torch
 
     result = {
-        "seconds": measured.seconds[1:],
+        "seconds": measured.seconds[job.warm_up :],
         "whole": measured.whole,
         "losses": measured.losses,
         "how": measured.how,

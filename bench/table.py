@@ -129,7 +129,7 @@ def caption(runs: Sequence[Run]) -> str:
     )
     clock = {"wall": "seconds that pass", "cpu": "seconds of the process on a core"}
     return (
-        f"Rounds: {len(rounds)}. Measured steps, after one of warm-up: {steps}. Counted: "
+        f"Rounds: {len(rounds)}. Measured steps: {steps}. Counted: "
         f"{' and '.join(clock[c] for c in sorted({r['settings']['clock'] for r in done}))}. "
         f"Machine: {', '.join(sorted({r['machine'] for r in done}))}. One large matrix product, "
         f"GFLOP/s, median: {products}."

@@ -1,6 +1,6 @@
 """What is trained in a benchmark: models of random weights, and rows as token ids with masks.
 
-    python bench/workloads.py JOB --models DIR --to FILE [--steps N] [--warm-up-tokens N]
+    python bench/workloads.py JOB --models DIR --to FILE [--steps N]
 
 writes the job's model and a file of what every side is given: the same ids, masks and order, so
 that only the training differs. Sides need nothing but that file, so that none of them carries the
@@ -35,7 +35,9 @@ class Job:
         dtype: of the frozen weights and of the computation.
         rows_a_step: rows per optimiser step.
         rows: makes the first n rows.
-        steps: measured, after one of warm-up.
+        steps: measured.
+        warm_up: steps before them: the first fetches memory from the system, and where all weights
+            are trained the second one too, beside the optimiser's state.
         learning_rate, schedule, warmup_steps: constant where speed alone is measured.
         whole: the run is a training that somebody would make: its seconds are reported as well.
     """
@@ -46,6 +48,7 @@ class Job:
     rows_a_step: int
     rows: Callable[[int], list[Row]]
     steps: int = 1
+    warm_up: int = 1
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -57,7 +60,7 @@ class Given:
     """What every side of a job is given.
 
     Attributes:
-        rows: ids and masks, step after step; those of the first step, the warm-up, are cut.
+        rows: ids and masks, step after step, the warm-up first.
         tokens, supervised: of the steps that are measured.
         operations: that these steps need (see `operations`).
     """
@@ -207,42 +210,45 @@ JOBS: dict[str, Job] = {
     "gsm8k-8shot-0.5b-lora": Job("0.5b", True, "bfloat16", 4, gsm8k_8shot),
     "reasoning-0.5b-lora": Job("0.5b", True, "bfloat16", 6, reasoning_turns),
     "long-row-0.5b-lora": Job("0.5b", True, "bfloat16", 1, one_long_row),
-    "alpaca-60m-lora": Job("60m", True, "bfloat16", 8, alpaca_32k, steps=2),
-    "alpaca-60m-full": Job("60m", False, "float32", 8, alpaca_32k, steps=2),
+    "alpaca-60m-lora": Job("60m", True, "bfloat16", 8, alpaca_32k, steps=2, warm_up=2),
+    "alpaca-60m-full": Job("60m", False, "float32", 8, alpaca_32k, steps=2, warm_up=2),
     # The numbers of `truetune quickstart`: 150 steps.
     "quickstart-5m-full": Job(
-        "embedded", False, "float32", 16, quickstart, 149, 3e-4, "cosine", 5, whole=True
+        "embedded", False, "float32", 16, quickstart, 149, 1, 3e-4, "cosine", 5, whole=True
     ),
 }
 
 
-def operations(job: Job, folder: Path, tokens: int, supervised: int) -> float:
-    """Multiplications and additions that training needs, without attention: 2 a weight forward, 2
-    for the gradient of its input, 2 for its own where it is trained (Kaplan et al. 2020); the head
-    at supervised positions only."""
+def operations(job: Job, folder: Path, rows: list[Row]) -> float:
+    """Multiplications and additions that training needs: 2 a weight forward, 2 for the gradient of
+    its input, 2 for its own where it is trained (Kaplan et al. 2020), the head at supervised
+    positions only; attention with 4 a pair of query and key, head and width forward, and twice as
+    many backward."""
     from transformers import AutoConfig
 
     from truetune.model.architecture import meta_model
 
-    model = meta_model(AutoConfig.from_pretrained(folder))
+    config = AutoConfig.from_pretrained(folder)
+    model = meta_model(config)
     head = model.get_output_embeddings().weight
     tables = {head, model.get_input_embeddings().weight}
     body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and p not in tables)
-    return float((4 if job.lora else 6) * (body * tokens + head.numel() * supervised))
+    tokens = sum(len(ids) for ids, _ in rows)
+    supervised = sum(sum(mask[1:]) for _, mask in rows)
+    pairs = sum(len(ids) * (len(ids) + 1) // 2 for ids, _ in rows)
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    width = layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    products = (4 if job.lora else 6) * (body * tokens + head.numel() * supervised)
+    return float(products + 12 * pairs * width)
 
 
-def given(job: Job, folder: Path, steps: int, warm_up_tokens: int) -> Given:
-    """Rows for one step of warm-up and `steps` that are measured.
-
-    The warm-up trains as many rows as any step, but only the end of each: what is made on first
-    use is made, at little cost.
-    """
-    rows = job.rows((1 + steps) * job.rows_a_step)
-    first, rest = rows[: job.rows_a_step], rows[job.rows_a_step :]
-    cut = [(ids[-warm_up_tokens:], mask[-warm_up_tokens:]) for ids, mask in first]
-    tokens = sum(len(ids) for ids, _ in rest)
-    supervised = sum(sum(mask[1:]) for _, mask in rest)
-    return Given(cut + rest, tokens, supervised, operations(job, folder, tokens, supervised))
+def given(job: Job, folder: Path, steps: int) -> Given:
+    """Rows for the steps of warm-up and for `steps` that are measured."""
+    rows = job.rows((job.warm_up + steps) * job.rows_a_step)
+    measured = rows[job.warm_up * job.rows_a_step :]
+    tokens = sum(len(ids) for ids, _ in measured)
+    supervised = sum(sum(mask[1:]) for _, mask in measured)
+    return Given(rows, tokens, supervised, operations(job, folder, measured))
 
 
 def main() -> None:
@@ -250,12 +256,11 @@ def main() -> None:
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="instead of the job's own")
-    parser.add_argument("--warm-up-tokens", type=int, default=32)
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     job = JOBS[options.job]
     folder = make_model(job.model, options.models)
-    made = given(job, folder, options.steps or job.steps, options.warm_up_tokens)
+    made = given(job, folder, options.steps or job.steps)
     options.to.write_text(json.dumps(asdict(made)), encoding="utf-8")
 
 

@@ -61,7 +61,7 @@ def bench(compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(compare, "prepare", prepare)
 
     def made(**changes: Any) -> Any:
-        options = {"steps": None, "warm_up_tokens": 32, "clock": "wall", "rounds": 2}
+        options = {"steps": None, "clock": "wall", "rounds": 2}
         options |= {"models": tmp_path, "fresh": False, "write": False, "sides": list(SIDES)}
         bench = compare.Bench(argparse.Namespace(**{**options, **changes}))
         bench.asked = asked
