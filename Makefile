@@ -22,7 +22,7 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
 
-# Peers are installed for the measurement alone. About 75 minutes on two quiet cores; it goes on
+# Peers are installed for the measurement alone. About two hours on two quiet cores; it goes on
 # where it was stopped. Real rows and a model's config come from ../shared: without it the embedded
 # base alone is measured.
 bench: $(STAMP) $(LITGPT)/.installed

@@ -63,6 +63,7 @@ CASES = {
     "60m full float32, recomputed, 3,072 tokens": Case(
         3072, "60m", "full", "float32", recomputed=True
     ),
+    "60m full bfloat16, recomputed, 3,072 tokens": Case(3072, "60m", "full", recomputed=True),
     "embedded full float32, 3,072 tokens": Case(3072, "embedded", "full", "float32"),
 }
 

@@ -17,6 +17,7 @@ from truetune.compute import Route, cross_entropy_sum, pad_and_collate
 from truetune.errors import NonFiniteLoss, OutOfMemory, TruetuneError
 from truetune.findings import Finding
 from truetune.health import StepFacts, non_finite
+from truetune.model import enable_gradient_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -567,3 +568,33 @@ def test_freed_pages_are_kept_where_the_c_library_can() -> None:
         pytest.skip("no glibc")
     assert int(again) < 100
     assert int(given_back) > 1000
+
+
+def test_gradients_stand_at_places_of_their_own_where_activations_are_recomputed() -> None:
+    """The same places in every step, and none for a parameter that no row reaches."""
+    model = tiny_model()
+    enable_gradient_checkpointing(model)
+    spare = torch.nn.Parameter(torch.ones(3))
+    model.register_parameter("spare", spare)
+    seen: list[dict[str, int]] = []
+
+    def note(_: Any) -> None:
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        seen.append({name: g.data_ptr() for name, g in grads.items() if g is not None})
+
+    trainer = SFTTrainer(
+        model,
+        examples=rows(4),
+        max_seq_len=32,
+        pad_id=0,
+        batch_size=4,
+        micro_batch_size=2,
+        max_steps=2,
+        max_lr=1e-3,
+        probes=[note],
+    )
+    trainer.train()
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 5
+    assert "spare" not in seen[0]
+    assert torch.equal(spare, torch.ones(3))

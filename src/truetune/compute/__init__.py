@@ -15,6 +15,7 @@ from truetune.compute.memory import (
     available_bytes,
     footprint,
     foreseen_footprint,
+    recomputes,
 )
 from truetune.compute.packing import PackedBatch, PackedBatcher
 from truetune.compute.route import Route, find_route
@@ -39,4 +40,5 @@ __all__ = [
     "loss_sum",
     "masked_cross_entropy",
     "pad_and_collate",
+    "recomputes",
 ]

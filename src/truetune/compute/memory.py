@@ -39,7 +39,7 @@ _PROCESS = 40 * 2**20
 # of its own size, so blocks that come and go leave holes; more where each layer is computed anew
 # (bench/memory.py and docs/log.md: with every block mapped by itself it is 1.0). That of CUDA's
 # caching allocator is not measured.
-_HEAP, _HEAP_RECOMPUTED, _DEVICE = 1.46, 2.0, 1.1
+_HEAP, _HEAP_RECOMPUTED, _DEVICE = 1.45, 1.8, 1.1
 
 Moment = tuple[int, float]
 
@@ -83,6 +83,11 @@ def footprint(
     model = route.model
     was_training = model.training
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    apart, handles = 0, []
+    if recomputes(model):
+        # The loop keeps the gradients at places of their own, all the time.
+        apart = sum(p.numel() * p.element_size() for p, _ in before)
+        handles = [p.register_post_accumulate_grad_hook(_drop) for p, _ in before]
     model.train()
     try:
         with torch.random.fork_rng():
@@ -93,21 +98,33 @@ def footprint(
                 curves.append((batch.num_computed, *alive_bytes(route, batch, autocast)))
     finally:
         model.train(was_training)
+        for handle in handles:
+            handle.remove()
         for parameter, gradient in before:
             parameter.grad = gradient
     buffer = route.head.buffer_bytes(autocast) if route.head else 0
     held = _held(model)
     small, large = curves
     moments = _fullest(_moments(small, large, buffer))
-    return Footprint(tuple((int(fixed * held), each * held) for fixed, each in moments))
+    scaled = tuple((int(fixed * held), each * held) for fixed, each in moments)
+    return Footprint(scaled, _PROCESS + apart)
+
+
+def recomputes(model: Any) -> bool:
+    """Whether activations are computed twice, and gradients kept at places of their own."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return bool(getattr(inner, "is_activation_checkpointing", False))
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 def _held(model: Any) -> float:
     """Bytes that the allocator holds for each that is alive."""
     if next(model.parameters()).device.type != "cpu":
         return _DEVICE
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _HEAP_RECOMPUTED if getattr(inner, "is_activation_checkpointing", False) else _HEAP
+    return _HEAP_RECOMPUTED if recomputes(model) else _HEAP
 
 
 def _moments(small: Any, large: Any, buffer: int) -> Iterable[Moment]:

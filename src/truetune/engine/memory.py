@@ -1,5 +1,5 @@
-"""Memory of the process: freed pages that are kept, how running out is recognised, and what a
-second try starts from."""
+"""Memory of the process: freed pages that are kept, where gradients stand, how running out is
+recognised, and what a second try starts from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
 
@@ -59,3 +61,23 @@ def give_freed_pages_back() -> None:
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
             library.malloc_trim(0)
+
+
+def keep_gradients_apart(parameters: Iterable[torch.Tensor]) -> None:
+    """Have every gradient stand at a place of its own, made now and once.
+
+    Where activations are computed anew, those of one layer after the other take the same memory,
+    unless gradients that are made between them stay there: then each layer takes its own, as if
+    nothing were computed anew (docs/log.md). A parameter without a gradient still has none.
+    """
+    import torch
+
+    places = {parameter: torch.empty_like(parameter) for parameter in parameters}
+
+    def move(parameter: torch.Tensor) -> None:
+        place = places[parameter]
+        if parameter.grad is not None and parameter.grad is not place:
+            parameter.grad = place.copy_(parameter.grad)
+
+    for parameter in places:
+        parameter.register_post_accumulate_grad_hook(move)

@@ -29,6 +29,7 @@ from truetune.compute import (
     available_bytes,
     find_route,
     footprint,
+    recomputes,
 )
 from truetune.compute.route import transformers_model
 from truetune.contract.example import SFTExample
@@ -36,6 +37,7 @@ from truetune.engine.memory import (
     get_random_state,
     is_out_of_memory,
     keep_freed_pages,
+    keep_gradients_apart,
     set_random_state,
 )
 from truetune.engine.optimizer import build_optimizer, optimizer_bytes
@@ -198,6 +200,8 @@ class SFTTrainer:
         for finding in self.route.findings():
             if on_finding:
                 on_finding(finding)
+        if self.device.type == "cpu" and recomputes(model):
+            keep_gradients_apart([p for _, p in self.named_trainable])
         self.optimizer = build_optimizer(
             optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
         )
@@ -232,9 +236,7 @@ class SFTTrainer:
     def _recompute(self, longest: int) -> bool:
         """Switch to computing activations twice; False where that is on, or cannot be."""
         inner = transformers_model(self.model)
-        if not getattr(inner, "supports_gradient_checkpointing", False) or getattr(
-            inner, "is_activation_checkpointing", False
-        ):
+        if not getattr(inner, "supports_gradient_checkpointing", False) or recomputes(inner):
             return False
         enable_gradient_checkpointing(self.model)
         if self.on_finding:
