@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -249,8 +250,6 @@ def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
 
 
 def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
-    import dataclasses
-
     fit = estimate(plan(place), tokens=10_000)
     short = dataclasses.replace(fit, available=fit.low - 1)
     (told,) = short.findings()
@@ -269,6 +268,9 @@ def test_operations_and_units() -> None:
     checkpointed = Shape(100, 1, 4, 4, made, 5, 8, True, True)
     assert checkpointed.operations(7) == 6 * 100 * 7
     assert checkpointed.parts()["activations and head"] == 396
+    apart = dataclasses.replace(made, apart=400)
+    recomputed = Shape(100, 100, 4, 4, apart, 10, 8, True, False)
+    assert recomputed.total == 100 * (4 + 8) + apart.of(10)
     assert gib(3 * 2**30) == "3.0 GiB"
     assert gib(5 * 2**20) == "5 MiB"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -65,6 +66,19 @@ def test_gradients_decide_where_a_batch_is_small() -> None:
     assert (
         gradients < made.of(0) < 1.7 * gradients + route.head.buffer_bytes(contextlib.nullcontext)
     )
+
+
+def test_gradients_count_once_where_they_stand_apart() -> None:
+    """All of them beside every moment; in none of the moments."""
+    model = family("llama")
+    gradients = sum(4 * p.numel() for p in model.parameters())
+    enable_gradient_checkpointing(model)
+    route = find_route(model, longest=64)
+    made = footprint(route, contextlib.nullcontext, longest=64)
+    assert made.apart == gradients
+    bare = alive(route, made, recomputed=True)
+    assert bare.of(0) < gradients + route.head.buffer_bytes(contextlib.nullcontext)
+    assert made.of(10) - dataclasses.replace(made, apart=0).of(10) == gradients
 
 
 def test_measuring_leaves_no_trace() -> None:

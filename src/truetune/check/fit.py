@@ -63,17 +63,18 @@ class Shape:
     lora: bool
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part; gradients come as activations go, so that of the activations those
-        count which go beyond."""
+        """Bytes by part; where gradients come as activations go, those activations count that go
+        beyond them."""
         adapter = self.trainable * 4 if self.lora else 0
         gradients = self.trainable * self.gradient_bytes
         process = self.footprint.process
-        taken = self.footprint.of(self.tokens) - process
+        apart = self.footprint.apart
+        taken = self.footprint.of(self.tokens) - process - apart
         return {
             "weights": int(self.parameters * self.weight_bytes) + adapter,
             "gradients": gradients,
             "optimiser": self.trainable * self.optimiser_bytes,
-            "activations and head": max(taken - gradients, 0),
+            "activations and head": taken if apart else max(taken - gradients, 0),
             "process": process,
         }
 

@@ -52,17 +52,20 @@ class Footprint:
         moments: (bytes whatever the size, bytes per token) of each moment that is the fullest one
             of batches of some size.
         process: beside all tensors.
+        apart: gradients that stand at places of their own all the time, in no moment.
     """
 
     moments: tuple[Moment, ...]
     process: int = _PROCESS
+    apart: int = 0
 
     def of(self, tokens: int) -> int:
-        return self.process + math.ceil(max(fixed + each * tokens for fixed, each in self.moments))
+        fullest = max(fixed + each * tokens for fixed, each in self.moments)
+        return self.process + self.apart + math.ceil(fullest)
 
     def fitting(self, room: int) -> int:
         """Tokens that take no more than `room` bytes; at least one."""
-        room -= self.process
+        room -= self.process + self.apart
         most = min((room - fixed) / each for fixed, each in self.moments if each > 0)
         return max(int(most), 1)
 
@@ -84,7 +87,7 @@ def footprint(
     was_training = model.training
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     apart, handles = 0, []
-    if recomputes(model):
+    if before and recomputes(model) and before[0][0].device.type == "cpu":
         # The loop keeps the gradients at places of their own, all the time.
         apart = sum(p.numel() * p.element_size() for p, _ in before)
         handles = [p.register_post_accumulate_grad_hook(_drop) for p, _ in before]
@@ -107,7 +110,7 @@ def footprint(
     small, large = curves
     moments = _fullest(_moments(small, large, buffer))
     scaled = tuple((int(fixed * held), each * held) for fixed, each in moments)
-    return Footprint(scaled, _PROCESS + apart)
+    return Footprint(scaled, apart=apart)
 
 
 def recomputes(model: Any) -> bool:
