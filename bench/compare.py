@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from one_side import SIDES
 from page import put
 from table import Run, table
 from workloads import JOBS, ROOT, SHARED
@@ -209,6 +210,9 @@ def main() -> None:
     unknown = set(options.jobs) - set(JOBS)
     if unknown:
         parser.error(f"no job {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
+    unknown = set(options.sides) - set(SIDES)
+    if unknown:
+        parser.error(f"no side {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
     options.models.mkdir(parents=True, exist_ok=True)
     jobs = options.jobs or list(JOBS)
     if not SHARED.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import subprocess
 import sys
@@ -598,3 +599,6 @@ def test_gradients_stand_at_places_of_their_own_where_activations_are_recomputed
     assert len(seen[0]) > 5
     assert "spare" not in seen[0]
     assert torch.equal(spare, torch.ones(3))
+    del trainer
+    gc.collect()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if p is not spare)

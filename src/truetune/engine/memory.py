@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import torch
 
@@ -63,8 +63,8 @@ def give_freed_pages_back() -> None:
             library.malloc_trim(0)
 
 
-def keep_gradients_apart(parameters: Iterable[torch.Tensor]) -> None:
-    """Have every gradient stand at a place of its own, made now and once.
+def keep_gradients_apart(parameters: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """Have every gradient stand at a place of its own, made now and once; what is returned ends it.
 
     Where activations are computed anew, those of one layer after the other take the same memory,
     unless gradients that are made between them stay there: then each layer takes its own, as if
@@ -79,5 +79,10 @@ def keep_gradients_apart(parameters: Iterable[torch.Tensor]) -> None:
         if parameter.grad is not None and parameter.grad is not place:
             parameter.grad = place.copy_(parameter.grad)
 
-    for parameter in places:
-        parameter.register_post_accumulate_grad_hook(move)
+    handles = [parameter.register_post_accumulate_grad_hook(move) for parameter in places]
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return end

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -201,7 +202,9 @@ class SFTTrainer:
             if on_finding:
                 on_finding(finding)
         if self.device.type == "cpu" and recomputes(model):
-            keep_gradients_apart([p for _, p in self.named_trainable])
+            # The model outlives the trainer, and may meet another one.
+            end = keep_gradients_apart([p for _, p in self.named_trainable])
+            weakref.finalize(self, end)
         self.optimizer = build_optimizer(
             optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
         )
