@@ -6,9 +6,11 @@ Heavy modules are imported inside the verbs, so that help comes at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ from truetune import __version__, lab_verbs
 from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
 from truetune.options import canonical, own_option, with_settings
 from truetune.recipe import Recipe, make_recipe, read_recipe, recorded_recipe
+from truetune.run import RECIPE, RunDir, claimed
 from truetune.verb import CONTEXT, Verb, open_screen
 
 app = typer.Typer(
@@ -55,17 +58,26 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     truetune train recipe.yaml --learning-rate 5e-5
     truetune train --resume runs/first
     """
-    from truetune.pipeline import train as run
+    recipe = _recipe(source, rows, resume, options)
+    with _claimed(resume or recipe.output, overwrite=recipe.overwrite, resume=bool(resume)):
+        from truetune.pipeline import train as run
 
-    screen = open_screen()
-    try:
-        recipe = _recipe(source, rows, resume, options)
-        result = run(recipe, screen, resume=resume)
-    finally:
-        screen.close()
+        screen = open_screen()
+        try:
+            result = run(recipe, screen, resume=resume)
+        finally:
+            screen.close()
     from truetune.result_screen import show_result
 
     show_result(screen, result)
+
+
+def _claimed(output: str | None, **how: bool) -> AbstractContextManager[Any]:
+    """The run's directory for this process alone, before seconds are spent on importing torch. Of
+    several processes one asks, when all of them have met: the others wait for its answer."""
+    if output is None or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return nullcontext()
+    return claimed(output, **how)
 
 
 def _recipe(
@@ -105,8 +117,6 @@ def _recipe(
 
 
 def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
-    from truetune.run import RECIPE, RunDir
-
     if has_settings:
         raise UsageError(
             "--resume takes no other setting",
@@ -462,24 +472,25 @@ def quickstart(
     A 5-million-parameter model that knows a small invented world, but answers no question, learns
     to answer and to stop from hand-written examples.
     """
-    from truetune.lab.quickstart import quickstart as start
+    with _claimed(output, overwrite=overwrite):
+        from truetune.lab.quickstart import quickstart as start
 
-    screen = open_screen()
+        screen = open_screen()
 
-    def tell(text: str) -> None:
-        screen.close()
-        screen.line(text, "dim")
+        def tell(text: str) -> None:
+            screen.close()
+            screen.line(text, "dim")
 
-    try:
-        result, comparison = start(
-            output,
-            seed=seed,
-            overwrite=overwrite,
-            listener=screen,
-            on_stage=tell,
-        )
-    finally:
-        screen.close()
+        try:
+            result, comparison = start(
+                output,
+                seed=seed,
+                overwrite=overwrite,
+                listener=screen,
+                on_stage=tell,
+            )
+        finally:
+            screen.close()
     from truetune.result_screen import show_comparison, show_result
 
     show_comparison(screen, comparison)

@@ -18,23 +18,25 @@ manifest is there.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.engine import Group, joined, read_facts
-from truetune.errors import CheckFailed, OutputExists, UsageError
+from truetune.errors import CheckFailed, OutputExists
 from truetune.export import Exported, write_merged
+from truetune.findings import Finding
 from truetune.follower import Follower
 from truetune.integrations.trackers import Trackers
 from truetune.job import Job, RunResult
 from truetune.listener import Listener
+from truetune.lock import Owner
 from truetune.model import Onto
 from truetune.prepare import prepare, require_settings
 from truetune.recipe import Recipe
-from truetune.run import RunDir, opened, write_json
+from truetune.run import RunDir, claimed, opened, write_json
 from truetune.start import load_start
 from truetune.verify import VERDICT, Verdict, run_of, verify, verify_merge
 
@@ -54,12 +56,19 @@ def train(
             training itself fails.
     """
     listener = listener or Listener()
-    with joined() as group:
+    with joined() as group, contextlib.ExitStack() as held:
         # Under torchrun all processes come this way, each with its share of every step; the first
         # one writes and tells.
         with group.together():
+            require_settings(recipe, *(() if resume else ("output",)))
+            run, found = RunDir(resume or str(recipe.output)), []
+            if group.leads:
+                run, dead = held.enter_context(
+                    claimed(run.path, overwrite=recipe.overwrite, resume=bool(resume))
+                )
+                found = [_taken_over(dead)] if dead else []
             job, checkpoint = _started(
-                recipe, listener if group.leads else Listener(), group, resume
+                recipe, listener if group.leads else Listener(), group, run, found, bool(resume)
             )
         try:
             if isinstance(job, Follower):
@@ -70,31 +79,34 @@ def train(
 
 
 def _started(
-    recipe: Recipe, listener: Listener, group: Group, resume: Path | str | None
+    recipe: Recipe,
+    listener: Listener,
+    group: Group,
+    run: RunDir,
+    found: list[Finding],
+    resumed: bool,
 ) -> tuple[Job, Path | None]:
     """The run before its first step, and the checkpoint that it goes on from."""
-    require_settings(recipe, *(() if resume else ("output",)))
-    run = _resumed(resume) if resume else RunDir(str(recipe.output))
-    if not resume and group.leads:
-        run.require_room(overwrite=recipe.overwrite)
+    if not resumed and group.leads:
         _refuse_own_input(recipe, run)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
-    checkpoint = run.checkpoints()[-1] if resume and run.checkpoints() else None
+    checkpoint = run.checkpoints()[-1] if resumed and run.checkpoints() else None
     if checkpoint:
         read_facts(checkpoint)
     listener.stage("weights")
     loaded, findings = load_start(prepared, checkpoint)
+    findings = [*found, *findings]
     if not group.leads:
         return Follower(run, prepared, loaded, listener, trackers, findings, group), checkpoint
-    if not resume:
+    if not resumed:
         run.make(overwrite=recipe.overwrite)
     job = Job(run, prepared, loaded, listener, trackers, findings, group)
     try:
         job.write_start()
-    except Exception:
+    except BaseException:
         trackers.finish()
-        if not resume:
+        if not resumed:
             run.discard()
         raise
     return job, checkpoint
@@ -139,16 +151,14 @@ def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:
             )
 
 
-def _resumed(path: Path | str) -> RunDir:
-    run = RunDir.open(path)
-    if run.finished:
-        raise UsageError(
-            "the run is finished: there is nothing to resume",
-            where=str(run.path),
-            fix=f"truetune chat {shlex.quote(str(run.path))}",
-            code="run-finished",
-        )
-    return run
+def _taken_over(dead: Owner) -> Finding:
+    return Finding(
+        "run-taken-over",
+        "note",
+        f"the process that wrote this run before ended without saying so: {dead}",
+        why="it was killed, or the machine went down",
+        fix="nothing to do: its lock is released, and what it left half-written is removed",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
           metrics.jsonl  findings.jsonl  samples.jsonl  checkpoints/  adapter/ or model/
           verify_rows.jsonl  verify.json  new_tokens.json (where tokens were added)
           manifest.json   (written last: its absence means unfinished)
+          run.lock        (while a process writes; no part of the run)
 
 Every file is written to a temporary name and renamed; the .jsonl files are appended line by line
 and cut back to the checkpoint when a run resumes.
@@ -12,22 +13,26 @@ and cut back to the checkpoint when a run resumes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import OutputExists, SaveError, UsageError
+from truetune.lock import Owner, hold, require_free
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
+LOCK = "run.lock"
 # What a run may contain besides what a manifest lists; a file of another name is a stranger's.
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
@@ -82,6 +87,41 @@ class RunDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
+    @contextlib.contextmanager
+    def writing(self, require: Callable[[], None]) -> Iterator[Owner | None]:
+        """Be the only process that writes the run; readers are free.
+
+        Args:
+            require: refuses a folder that may not be written; asked before anything is changed,
+                and again when nobody else can change it any more.
+
+        Yields:
+            Who was killed while it wrote the run, if somebody was.
+
+        Raises:
+            Busy: another process writes it; nothing was changed.
+            UsageError: what `require` raises, or the folder cannot be written.
+        """
+        lock = self.path / LOCK
+        require_free(lock)
+        require()
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        with contextlib.ExitStack() as held:
+            held.callback(_remove_empty, made)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                dead = held.enter_context(hold(lock))
+            except OSError as error:
+                raise UsageError(
+                    f"the run's folder cannot be written: {error.strerror}",
+                    where=str(error.filename or self.path),
+                    why="the file system is read-only, or the folder belongs to somebody else",
+                    fix="make it writable, or copy it to where you may write",
+                    code="output-unwritable",
+                ) from error
+            require()
+            yield dead
+
     def require_room(self, *, overwrite: bool = False) -> None:
         """Refuse a folder in which something would be lost; nothing is written or removed yet.
 
@@ -90,8 +130,22 @@ class RunDir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputExists(f"{self.path} is a file", fix="name a folder with --output")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self._entries() and not self._never_started():
             self._refuse(overwrite)
+
+    def require_unfinished(self) -> None:
+        """Refuse a run to which nothing is to be added.
+
+        Raises:
+            UsageError: it is finished.
+        """
+        if self.finished:
+            raise UsageError(
+                "the run is finished: there is nothing to resume",
+                where=str(self.path),
+                fix=f"truetune chat {shlex.quote(str(self.path))}",
+                code="run-finished",
+            )
 
     def make(self, *, overwrite: bool = False) -> None:
         """Make the folder, empty.
@@ -205,13 +259,30 @@ class RunDir:
                 "sha256": sha256(path),
             }
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name != MANIFEST
+            if path.is_file() and path.relative_to(self.path).as_posix() not in (MANIFEST, LOCK)
         }
         write_json(self.path / MANIFEST, {**facts, "files": files})
 
+    def _entries(self) -> list[Path]:
+        """What is in the folder, but for its lock."""
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [path for path in there if not path.name.startswith(LOCK)]
+
+    def _never_started(self) -> bool:
+        """Whether a start, or a removal, was killed when nothing but the contract was there."""
+        names = {path.name for path in self._entries()}
+        if not names <= {CONTRACT, f".{CONTRACT}.tmp", f".{RECIPE}.tmp"}:
+            return False
+        try:
+            return CONTRACT not in names or "fingerprint" in json.loads(
+                self.file(CONTRACT).read_text(encoding="utf-8")
+            )
+        except (OSError, ValueError, TypeError):
+            return False
+
     def _refuse(self, overwrite: bool) -> None:
         ours = _OWN | {path.name for path in _unnamed(self.path)}
-        there = sorted(path.name for path in self.path.iterdir())
+        there = [path.name for path in self._entries()]
         strangers = [name for name in there if name not in ours]
         if strangers or not self.looks_like_one():
             raise OutputExists(
@@ -259,7 +330,8 @@ class RunDir:
             for path in sorted(self.path.rglob("*"))
             if path.is_file()
         ]
-        return [name for name in names if name != MANIFEST and name not in manifest["files"]]
+        known = {MANIFEST, LOCK, *manifest["files"]}
+        return [name for name in names if name not in known]
 
     def _unlisted_folders(self) -> list[str]:
         """Entries of an unfinished run's checkpoints/ that are no checkpoints."""
@@ -271,7 +343,9 @@ class RunDir:
     def _remove_own(self) -> None:
         # The manifest goes first: from here on the folder is an unfinished run.
         (self.path / MANIFEST).unlink(missing_ok=True)
-        for path in [self.path / name for name in sorted(_OWN)] + _unnamed(self.path):
+        # And what says whose the folder is last: a removal that is killed can be repeated.
+        names = [*sorted(_OWN - {RECIPE, CONTRACT}), RECIPE, CONTRACT]
+        for path in _unnamed(self.path) + [self.path / name for name in names]:
             _remove(path)
 
 
@@ -284,11 +358,33 @@ def _unnamed(folder: Path) -> list[Path]:
     return [path for path, name in named if name in _OWN or name.startswith(STEP)]
 
 
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def _remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def claimed(
+    output: Path | str, *, overwrite: bool = False, resume: bool = False
+) -> Iterator[tuple[RunDir, Owner | None]]:
+    """The directory of a run that is to be started or resumed, for this process alone; see
+    `RunDir.writing`. It asks no more than the file system: the answer is there at once."""
+    run = RunDir.open(output) if resume else RunDir(output)
+    require = (
+        run.require_unfinished
+        if resume
+        else functools.partial(run.require_room, overwrite=overwrite)
+    )
+    with run.writing(require) as dead:
+        yield run, dead
 
 
 def opened(source: str) -> str:
