@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tiny_runs import command
 from truetune import run as run_module
 from truetune.errors import OutputExists, SaveError, UsageError
-from truetune.run import RunDir, opened, sha256, write_json, write_text
+from truetune.lock import hold
+from truetune.run import RunDir, claimed, opened, sha256, write_json, write_text
 
 
 def unfinished(path: Path) -> RunDir:
@@ -218,3 +226,210 @@ def test_what_is_opened_for_a_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         opened(str(run.path))
     assert caught.value.code == "run-empty"
+
+
+# One writer.
+
+
+@pytest.fixture
+def at_work() -> Iterator[Callable[[Path], None]]:
+    """Another writer of a folder: a thread of this process is kept out like another process."""
+    done, threads = threading.Event(), []
+
+    def work(path: Path) -> None:
+        begun = threading.Event()
+
+        def hold_it() -> None:
+            with hold(path / "run.lock"):
+                begun.set()
+                done.wait(60)
+
+        threads.append(threading.Thread(target=hold_it))
+        threads[-1].start()
+        assert begun.wait(10)
+
+    yield work
+    done.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "model", "rows.jsonl", "-o", "RUN"),
+        ("train", "model", "rows.jsonl", "-o", "RUN", "--overwrite"),
+        ("train", "--resume", "RUN"),
+        ("quickstart", "-o", "RUN"),
+        ("quickstart", "-o", "RUN", "--overwrite"),
+    ],
+)
+@pytest.mark.parametrize("kind", [finished, unfinished, None])
+def test_a_run_at_work_is_left_alone(
+    tmp_path: Path,
+    at_work: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    kind: Callable[[Path], RunDir] | None,
+) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    if kind:
+        kind(path)
+    elif "--resume" in words:
+        return
+    at_work(path)
+    before = everything(path)
+    # Nothing is imported for it: what would be would fail.
+    for name in ("truetune.pipeline", "truetune.lab.quickstart"):
+        monkeypatch.setitem(sys.modules, name, None)
+    shown = command(*(str(path) if word == "RUN" else word for word in words))
+    assert shown.code == 2
+    assert "error[run-busy]: another process is writing this run (process " in shown.err
+    assert everything(path) == before
+
+
+def test_who_waits_for_nobody_imports_no_torch(
+    tmp_path: Path, at_work: Callable[[Path], None]
+) -> None:
+    run = unfinished(tmp_path / "run")
+    at_work(run.path)
+    code = (
+        "import sys\nfrom truetune.cli import main\n"
+        "try:\n    main(['train', '--resume', sys.argv[1]])\n"
+        "except SystemExit as left:\n    print(left.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "2 False\n"
+    assert "error[run-busy]" in done.stderr
+
+
+def test_readers_need_no_lock(tmp_path: Path, at_work: Callable[[Path], None]) -> None:
+    run = finished(tmp_path / "run")
+    at_work(run.path)
+    assert RunDir.open(run.path).finished
+    assert opened(str(run.path)) == str(run.file("model"))
+
+
+def test_a_lock_is_no_part_of_a_run(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "deep" / "run")
+    with run.writing(run.require_room) as dead:
+        assert dead is None
+        assert run.file("run.lock").is_file()
+        unfinished(run.path).finish({})
+        assert "run.lock" not in json.loads(run.file("manifest.json").read_text())["files"]
+    assert not run.file("run.lock").exists()
+    # Nor where its owner was killed when all was done.
+    run.file("run.lock").write_text("{}")
+    refused(run)
+    with run.writing(lambda: run.require_room(overwrite=True)):
+        run.make(overwrite=True)
+        assert os.listdir(run.path) == ["run.lock"]
+    # A start that comes to nothing leaves the folder as it was: this one was there before.
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_start_that_comes_to_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "deep" / "run")
+    with pytest.raises(SaveError), run.writing(run.require_room):
+        raise SaveError("nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_refused_is_not_even_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished(tmp_path / "run")
+    monkeypatch.setattr(run_module, "hold", None)
+    for require in (run.require_room, run.require_unfinished):
+        with pytest.raises(UsageError), run.writing(require):
+            pass
+
+
+def test_a_run_that_is_finished_in_between(tmp_path: Path) -> None:
+    run, asked = unfinished(tmp_path / "run"), []
+
+    def require() -> None:
+        run.require_unfinished()
+        if not asked:
+            run.finish({})  # by another process, which ends before the lock is taken
+        asked.append(1)
+
+    with pytest.raises(UsageError, match="nothing to resume"), run.writing(require):
+        pass
+    assert not run.file("run.lock").exists()
+
+
+def test_a_killed_writer_is_named(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "run")
+    code = (
+        "import os, sys\nfrom truetune.run import claimed\n"
+        "with claimed(sys.argv[1], resume=True):\n    os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], check=False)
+    assert done.returncode == 9
+    assert run.file("run.lock").is_file()
+    with claimed(run.path, resume=True) as (again, dead):
+        assert again.path == run.path
+        assert dead
+        assert dead.pid != os.getpid()
+
+
+@pytest.mark.parametrize("there", [".contract.json.tmp", "contract.json", "both"])
+def test_a_start_that_was_killed_in_its_first_file(tmp_path: Path, there: str) -> None:
+    run = RunDir(tmp_path / "run")
+    run.make()
+    if there != ".contract.json.tmp":
+        write_json(run.file("contract.json"), {"fingerprint": "f"})
+    if there != "contract.json":
+        name = ".recipe.yaml.tmp" if there == "both" else there
+        run.file(name).write_text("{")
+    run.make()
+    assert list(run.path.iterdir()) == []
+
+
+def test_somebodys_contract_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "contract.json").write_text('{"party": "of the first part"}')
+    assert refused(RunDir(tmp_path)).code == "output-not-ours"
+
+
+@pytest.mark.parametrize("kind", [finished, unfinished])
+def test_a_removal_that_is_killed_can_be_repeated(
+    tmp_path: Path, kind: Callable[[Path], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removals = len(os.listdir(kind(tmp_path / "counted").path))
+    for last in range(removals + 1):
+        run, remove, count = kind(tmp_path / f"run-{last}"), run_module._remove, iter(range(99))
+
+        def killed(path: Path, remove: Any = remove, count: Any = count, last: int = last) -> None:
+            if path.exists() and next(count) == last:
+                raise KeyboardInterrupt
+            remove(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "_remove", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                run.make(overwrite=True)
+        run.make(overwrite=True)
+        assert list(run.path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts need root")
+def test_a_read_only_file_system(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "run")
+    script = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && shift && exec "$@"'
+    words = [sys.executable, "-m", "truetune", "train", "--resume", str(run.path)]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(run.path), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mounts here: {done.stderr}")
+    assert done.returncode == 2
+    assert "error[output-unwritable]" in done.stderr
+    assert "Read-only file system" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -71,12 +71,9 @@ def hold(path: Path) -> Iterator[Owner | None]:
         Busy: another process or thread holds it; nothing was changed.
         OSError: the file cannot be made.
     """
-    key = (os.getpid(), Path(os.path.realpath(path)))
-    if key in _held:
-        thread, dead = _held[key]
-        if thread != threading.get_ident():
-            raise _busy(path, _this())
-        yield dead
+    key = _key(path)
+    if _is_ours(path):
+        yield _held[key][1]
         return
     descriptor, dead = _take(path)
     _held[key] = threading.get_ident(), dead
@@ -102,7 +99,7 @@ def require_free(path: Path) -> None:
     Raises:
         Busy: it is held.
     """
-    if (os.getpid(), Path(os.path.realpath(path))) in _held:
+    if _is_ours(path):
         return
     try:
         descriptor = _open(path)
@@ -112,6 +109,23 @@ def require_free(path: Path) -> None:
         _require_dead(path, descriptor, kept=_locked(path, descriptor))
     finally:
         os.close(descriptor)
+
+
+def _key(path: Path) -> tuple[int, Path]:
+    # A forked copy of this process holds nothing.
+    return os.getpid(), Path(os.path.realpath(path))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this thread holds it.
+
+    Raises:
+        Busy: another thread of this process does.
+    """
+    thread, _ = _held.get(_key(path), (None, None))
+    if thread not in (None, threading.get_ident()):
+        raise _busy(path, _this())
+    return thread is not None
 
 
 def _take(path: Path) -> tuple[int, Owner | None]:
