@@ -1,8 +1,8 @@
 """The fresh process: opens a saved model as anybody would, and tells what it found.
 
-input   a request (JSON file): artifact, conversations, rows, maybe a reference to compare with
+input   a request (JSON): artifact, conversations, rows, maybe a reference to compare with
 does    nothing that training did in memory is here: only files
-output  a reply (JSON file)
+output  a reply (JSON)
 who     verify.fresh
 """
 
@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import sys
-from pathlib import Path
+import threading
 from typing import Any
 
 from truetune.compare import Measured, agreement, measure
@@ -91,11 +92,15 @@ def _finite(measured: Measured) -> bool:
     return all(math.isfinite(value) for row in measured.logprobs for value in row)
 
 
-def main(arguments: list[str]) -> int:
-    """`python -m truetune.verify.worker REQUEST REPLY`"""
-    request, reply = map(Path, arguments)
+def main() -> int:
+    """One request from standard input, one reply to standard output."""
+    # Whatever a library prints goes where errors go: standard output holds the reply alone.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        found = answer(json.loads(request.read_text(encoding="utf-8")))
+        found = answer(request)
     except TruetuneError as error:
         found = {
             "error": {
@@ -106,9 +111,12 @@ def main(arguments: list[str]) -> int:
                 "fix": error.fix,
             }
         }
-    reply.write_text(json.dumps(found), encoding="utf-8")
+    with out:
+        out.write(json.dumps(found).encode("ascii"))
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _end_with_parent() -> None:
+    """The parent holds the other end of the input open for as long as it lives."""
+    os.read(0, 1)
+    os._exit(1)
