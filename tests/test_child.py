@@ -134,4 +134,4 @@ def test_a_question_and_its_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (reply.data, reply.status) == (b"ba" * 300_000, 0)
     reply = child.ask("fails", b"")
     assert (reply.data, reply.status) == (b"", 1)
-    assert reply.last_words == "ValueError: no such thing"
+    assert reply.errors.endswith("ValueError: no such thing")

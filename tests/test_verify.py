@@ -273,7 +273,10 @@ def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
     )
     assert shown.code == 1
     assert "what was saved is not what was trained" in shown.err
-    assert "stop: [257] then, [257, 258] now" in shown.err
+    assert shown.err.count("stop: [257] then, [257, 258] now") == 1
+    assert "stop: [257] then" not in shown.out
+    recorded = (run / "findings.jsonl").read_text()
+    assert recorded.count('"verify-failed"') == 1
     assert json.loads((run / "manifest.json").read_text())["verified"] is False
     assert (run / "model/model.safetensors").is_file()
 
@@ -330,3 +333,105 @@ def test_from_the_command_line_through_a_fresh_process(
     shown = command("verify", run)
     assert shown.code == 1
     assert "ended with 1" in shown.out
+
+
+def test_a_crash_says_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error in Python is not explained as a want of memory."""
+    from truetune.verify import fresh
+
+    request = {"artifact": {"folder": "somewhere"}}
+
+    def why(start: str) -> tuple[str, str]:
+        monkeypatch.setattr(fresh, "_START", start)
+        with pytest.raises(fresh.VerifyError) as told:
+            fresh.ask(request)
+        assert told.value.code == "verify-crashed"
+        return told.value.why, told.value.fix
+
+    cause, fix = why("def f():\n    raise ImportError('no such name')\nf()")
+    assert cause.startswith("ImportError: no such name\n")
+    assert 'File "<string>", line 2, in f' in cause
+    assert "memory" not in cause + fix
+    cause, fix = why("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert "memory" in cause
+    assert "memory" in fix
+    cause, fix = why("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    assert "SIGTERM" in cause
+    assert "memory" not in cause + fix
+    cause, fix = why("raise MemoryError")
+    assert "memory" in fix
+    # Half a reply is none.
+    assert "exit code 0" in why("print('{')")[0]
+
+
+def test_the_process_ends_with_its_parent() -> None:
+    """Killed, a verify leaves neither its fresh process nor the rows it sent there."""
+    import os
+    import signal
+    import subprocess
+    import time
+
+    code = (
+        "from truetune.verify import fresh\n"
+        "fresh._START = '''\n"
+        "import os, sys, threading, time, truetune.verify.worker as worker\n"
+        "sys.stdin.buffer.readline()\n"
+        "threading.Thread(target=worker._end_with_parent, daemon=True).start()\n"
+        "os.write(2, b'')\n"
+        "open(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)'''\n"
+        "import sys\n"
+        "fresh._PACKAGE = sys.argv[1]\n"
+        "fresh.ask({'artifact': {'folder': 'x'}})\n"
+    )
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        mark = Path(folder) / "child"
+        environment = {**os.environ, "TMPDIR": folder}
+        parent = subprocess.Popen([sys.executable, "-c", code, str(mark)], env=environment)
+        for _ in range(600):
+            if (found := Path(f"{mark}.pid")).exists() and found.read_text():
+                break
+            time.sleep(0.1)
+        child = int(found.read_text())
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        for _ in range(200):
+            try:
+                os.kill(child, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(child, signal.SIGKILL)
+            raise AssertionError("the fresh process outlived its parent")
+        assert [path.name for path in Path(folder).iterdir()] == ["child.pid"]
+
+
+def test_rows_of_one_place(tmp_path: Path, place: Path) -> None:
+    """A JSON array on one line, as json.dump writes it: every row is line 1 of the file."""
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps([*sums(120), {"prompt": "?", "completion": "<|user|>"}]))
+    shown = command(
+        *("train", place / "base", path, "-o", tmp_path / "run", "--max-steps", 1),
+        *("--batch-size", 4, "--eval-steps", 1, "--bad-rows", "drop", "--content-specials"),
+        "error",
+    )
+    assert shown.code == 0, shown.err
+    data = json.loads((tmp_path / "run/data.json").read_text())
+    assert (data["train"]["examples"], data["held_out"]["examples"]) == (114, 6)
+    assert len(data["dropped"]) == 1
+    rows = read_rows(RunDir(tmp_path / "run"))
+    assert len({str(row.conversation.messages) for row in rows}) == len(rows) == 6
+    assert verify(str(tmp_path / "run")).passed
+    # The rows of a small set are trained ones; all of them are kept apart too.
+    path.write_text(json.dumps(sums(24)))
+    shown = command(
+        *("train", place / "base", path, "-o", tmp_path / "small", "--max-steps", 1),
+        *("--batch-size", 4),
+    )
+    assert shown.code == 0, shown.err
+    verdict = verify(str(tmp_path / "small"))
+    assert verdict.passed, verdict.findings()
+    assert len(read_rows(RunDir(tmp_path / "small"))) == 24

@@ -3,10 +3,11 @@
 Names are loaded on first use, so that importing the package costs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
-from typing import TYPE_CHECKING, Any
+
+# Not from typing: `python -m truetune` executes this file while the working folder still stands
+# before Python's own modules (see __main__.py), of which importlib alone is loaded by then.
+TYPE_CHECKING = False
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from truetune.integrations.audit import audit as audit
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'truetune' has no attribute {name!r}")

@@ -67,11 +67,11 @@ def start(
 
 @dataclass(frozen=True)
 class Reply:
-    """What a child left: its standard output, its exit status and its last words of error."""
+    """What a child left: standard output, exit status, and what it wrote to standard error."""
 
     data: bytes
     status: int
-    last_words: str
+    errors: str
 
 
 def ask(module: str, question: bytes, *, loads_models: bool = False) -> Reply:
@@ -84,8 +84,7 @@ def ask(module: str, question: bytes, *, loads_models: bool = False) -> Reply:
         except BaseException:
             process.kill()
             raise
-    lines = errors.decode("utf-8", "replace").strip().splitlines()
-    return Reply(data, process.returncode, lines[-1] if lines else "")
+    return Reply(data, process.returncode, errors.decode("utf-8", "replace").strip())
 
 
 def _without_secrets(loads_models: bool) -> dict[str, str]:

@@ -505,6 +505,9 @@ def quickstart(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: exit codes as in `truetune.errors`."""
+    if arguments is None:
+        # Whatever Python processes a library starts, none takes modules from the working folder.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["train"], ["check"]):
         words = canonical(words)

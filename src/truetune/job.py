@@ -281,7 +281,8 @@ class Job:
         if verdict:
             write_json(self.run.file(VERDICT), verdict.as_dict())
             for finding in verdict.findings():
-                self._found(finding)
+                # The error that ends the run shows them.
+                self._record(finding)
         self.trackers.finish()
         self.run.finish(
             {
@@ -463,9 +464,12 @@ class Job:
             )
 
     def _found(self, finding: Finding) -> None:
+        self._record(finding)
+        self.listener.finding(finding)
+
+    def _record(self, finding: Finding) -> None:
         self.findings.append(finding)
         self.run.append("findings.jsonl", finding.as_dict())
-        self.listener.finding(finding)
 
     def _keep_batch(self, error: NonFiniteLoss) -> None:
         """The examples that broke the loss, for whoever looks."""

@@ -32,7 +32,7 @@ from truetune.contract import (
     PromptContract,
     Refused,
     SFTExample,
-    find_controls,
+    controls_by_row,
 )
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
 from truetune.errors import CheckFailed, RecipeError, TruetuneError, UsageError
@@ -144,15 +144,8 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     train, held_out, loaded, findings, overlap = _rows(recipe, listener)
     listener.stage("template and proof")
     contract = contract.fit(train, loss_on=recipe.loss_on)
-    encoded, refused = _encode(contract, train, recipe, listener)
-    eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
-    if recipe.content_specials == "error":
-        controls = find_controls(contract, [*train, *held_out], refuse=True)
-        already = {finding.where.partition(",")[0] for finding in [*refused, *eval_refused]}
-        refused += [c for c in controls if c.where.partition(",")[0] not in already]
-        held = {finding.where.partition(",")[0] for finding in controls}
-        encoded = [row for row in encoded if row.row not in held]
-        eval_encoded = [row for row in eval_encoded if row.row not in held]
+    train, encoded, refused = _encode(contract, train, recipe, listener)
+    held_out, eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
     refusals = [*loaded.findings, *refused, *eval_refused]
     findings += [*token_findings, *without_effect(recipe)]
     bad_rows, stopping = bad_rows_told(refusals, recipe, len(encoded))
@@ -194,8 +187,8 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
                 plan,
                 facts,
                 text,
-                _taken(train, encoded),
-                _taken(held_out, eval_encoded),
+                train,
+                held_out,
             ),
             listener.progress,
         )
@@ -214,7 +207,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         fitted.examples,
         fitted.rows,
         eval_fitted.examples,
-        _answerable(held_out, eval_fitted),
+        _answerable(held_out, eval_encoded, plan),
         plan,
         merged(findings),
         data_facts(loaded, fitted, eval_fitted, refusals, overlap, lengths),
@@ -226,12 +219,6 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     return Survey(prepared, encoded, train, stopping)
 
 
-def _taken(conversations: Sequence[Conversation], encoded: Sequence[Encoded]) -> list[Conversation]:
-    """Without those refused: what is wrong with them is told already."""
-    kept = {row.row for row in encoded}
-    return [conversation for conversation in conversations if conversation.where in kept]
-
-
 def _verify_rows(
     conversations: Sequence[Conversation],
     encoded: Sequence[Encoded],
@@ -240,15 +227,14 @@ def _verify_rows(
     held_out: bool,
 ) -> list[VerifyRow]:
     """The first rows that fit as they are: what verification can do again from the row alone."""
-    by_place = {conversation.where: conversation for conversation in conversations}
     fitting = (
-        row
-        for row in encoded
-        if row.row in by_place and all(len(e.ids) <= plan.max_length for e in row)
+        (conversation, row)
+        for conversation, row in zip(conversations, encoded, strict=True)
+        if all(len(e.ids) <= plan.max_length for e in row)
     )
     return [
-        VerifyRow(by_place[row.row], held_out, tuple((list(e.ids), list(e.mask)) for e in row))
-        for row in itertools.islice(fitting, MOST_ROWS)
+        VerifyRow(conversation, held_out, tuple((list(e.ids), list(e.mask)) for e in row))
+        for conversation, row in itertools.islice(fitting, MOST_ROWS)
     ]
 
 
@@ -275,11 +261,16 @@ def _new_tokens(
     return tokens, findings
 
 
-def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conversation]:
-    """The held-out conversations that are measured: those refused or too long have no prompt to
-    answer either."""
-    kept = set(fitted.rows) - {where for where, _ in fitted.dropped}
-    return [conversation for conversation in held_out if conversation.where in kept]
+def _answerable(
+    held_out: Sequence[Conversation], encoded: Sequence[Encoded], plan: Plan
+) -> list[Conversation]:
+    """The held-out conversations that are measured: one too long has no prompt to answer."""
+    overlong = plan.recipe.overlong
+    return [
+        conversation
+        for conversation, row in zip(held_out, encoded, strict=True)
+        if not fit_length([row], max_length=plan.max_length, overlong=overlong).dropped
+    ]
 
 
 def require_settings(recipe: Recipe, *others: str) -> None:
@@ -355,17 +346,29 @@ def _encode(
     conversations: Sequence[Conversation],
     recipe: Recipe,
     listener: Listener,
-) -> tuple[list[Encoded], list[Finding]]:
-    """Proved rows, and one error per row that has no faithful completion."""
+) -> tuple[list[Conversation], list[Encoded], list[Finding]]:
+    """The rows that are taken, what each became, and one error for each of the others: it has no
+    faithful completion, or holds what it must not.
+
+    Rows are told apart by their position here: several may come from one place of a file.
+    """
     total = len(conversations)
     results = contract.encode_all(
         conversations,
         loss_on=recipe.loss_on,
         on_progress=lambda done: listener.progress(done, total),
     )
-    encoded = [result for result in results if isinstance(result, Encoded)]
     refused = [_refusal(result) for result in results if isinstance(result, Refused)]
-    return encoded, refused
+    taken = [
+        (conversation, result)
+        for conversation, result in zip(conversations, results, strict=True)
+        if isinstance(result, Encoded)
+    ]
+    if recipe.content_specials == "error":
+        found = controls_by_row(contract, [conversation for conversation, _ in taken], refuse=True)
+        refused += [finding for finding in found if finding]
+        taken = [row for row, finding in zip(taken, found, strict=True) if not finding]
+    return [conversation for conversation, _ in taken], [row for _, row in taken], refused
 
 
 def _refusal(refused: Refused) -> Finding:

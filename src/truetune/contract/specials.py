@@ -53,14 +53,20 @@ def find_controls(
     Args:
         refuse: whether such a row is an error, to be mended or dropped.
     """
+    found = controls_by_row(contract, conversations, refuse=refuse)
+    return [finding for finding in found if finding]
+
+
+def controls_by_row(
+    contract: PromptContract, conversations: Iterable[Conversation], *, refuse: bool
+) -> list[Finding | None]:
+    """The same in the rows' places, None for a row that holds none."""
     texts = control_tokens(contract)
-    if not texts:
-        return []
-    pattern = re.compile("|".join(map(re.escape, texts)))
+    # A pattern that nothing fits, where the tokenizer has no control token.
+    pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
     return [
-        _finding(conversation, *found, refuse=refuse)
-        for conversation in conversations
-        for found in _first(pattern, conversation)
+        next((_finding(row, *found, refuse=refuse) for found in _first(pattern, row)), None)
+        for row in conversations
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,13 +27,7 @@ def ask(request: Mapping[str, Any]) -> dict[str, Any]:
         "truetune.verify.worker", json.dumps(request).encode("utf-8"), loads_models=True
     )
     if reply.status:
-        raise VerifyError(
-            f"the process that was to open it ended with {reply.status}",
-            where=str(request["artifact"]["folder"]),
-            why=reply.last_words or "killed, most likely for want of memory",
-            fix="free some memory and run `truetune verify` again",
-            code="verify-crashed",
-        )
+        raise _crashed(reply.status, reply.errors, str(request["artifact"]["folder"]))
     found: dict[str, Any] = json.loads(reply.data)
     if "error" in found:
         error = found["error"]
@@ -44,3 +39,31 @@ def ask(request: Mapping[str, Any]) -> dict[str, Any]:
             code=error["code"],
         )
     return found
+
+
+def _crashed(code: int, said: str, folder: str) -> VerifyError:
+    """Why it ended without a reply: an error in Python, no memory, or something unknown."""
+    lines = [line.strip() for line in said.strip().splitlines() if line.strip()]
+    last = lines[-1][:300] if lines else ""
+    frames = [line for line in lines if line.startswith('File "')]
+    out_of_memory = code == -signal.SIGKILL or "MemoryError" in last or "out of memory" in last
+    if out_of_memory:
+        why = last or "the system killed it, most likely for want of memory"
+        fix = "free some memory and run `truetune verify` again"
+    elif any(line.startswith("Traceback") for line in lines):
+        why = f"{last}\n{frames[-1]}" if frames else last
+        fix = (
+            "mend the Python environment where the error names a package or a file of another "
+            "program; else report it, with these lines"
+        )
+    else:
+        died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        why = last or f"it said nothing ({died})"
+        fix = "run `truetune verify` again; report it if it stays"
+    return VerifyError(
+        f"the process that was to open it ended with {code}",
+        where=folder,
+        why=why,
+        fix=fix,
+        code="verify-crashed",
+    )

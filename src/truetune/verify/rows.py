@@ -71,14 +71,12 @@ def row_as_dict(row: VerifyRow) -> dict[str, Any]:
 
 def conversation_from(value: dict[str, Any]) -> Conversation:
     """A conversation from what `dataclasses.asdict` and JSON made of it."""
-    tools = value.get("tools")
-    return Conversation(
-        messages=tuple(value["messages"]),
-        where=str(value["where"]),
-        tools=None if tools is None else tuple(tools),
-        template_kwargs=dict(value.get("template_kwargs") or {}),
-        text=value.get("text"),
-    )
+    known = {field.name for field in dataclasses.fields(Conversation)}
+    given = {name: entry for name, entry in value.items() if name in known}
+    for name in ("messages", "tools"):
+        if given.get(name) is not None:
+            given[name] = tuple(given[name])
+    return Conversation(**given)
 
 
 def read_rows(run: RunDir) -> list[VerifyRow]:
