@@ -144,15 +144,8 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     train, held_out, loaded, findings, overlap = _rows(recipe, listener)
     listener.stage("template and proof")
     contract = contract.fit(train, loss_on=recipe.loss_on)
-    encoded, refused = _encode(contract, train, recipe, listener)
-    eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
-    if recipe.content_specials == "error":
-        controls = find_controls(contract, [*train, *held_out], refuse=True)
-        already = {finding.where.partition(",")[0] for finding in [*refused, *eval_refused]}
-        refused += [c for c in controls if c.where.partition(",")[0] not in already]
-        held = {finding.where.partition(",")[0] for finding in controls}
-        encoded = [row for row in encoded if row.row not in held]
-        eval_encoded = [row for row in eval_encoded if row.row not in held]
+    taken, encoded, refused = _encode(contract, train, recipe, listener)
+    eval_taken, eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
     refusals = [*loaded.findings, *refused, *eval_refused]
     findings += [*token_findings, *without_effect(recipe)]
     bad_rows, stopping = bad_rows_told(refusals, recipe, len(encoded))
@@ -194,8 +187,8 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
                 plan,
                 facts,
                 text,
-                _taken(train, encoded),
-                _taken(held_out, eval_encoded),
+                taken,
+                eval_taken,
             ),
             listener.progress,
         )
@@ -214,22 +207,16 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         fitted.examples,
         fitted.rows,
         eval_fitted.examples,
-        _answerable(held_out, eval_fitted),
+        _answerable(eval_taken, eval_fitted),
         plan,
         merged(findings),
         data_facts(loaded, fitted, eval_fitted, refusals, overlap, lengths),
         new_tokens,
-        _verify_rows(held_out, eval_encoded, plan, held_out=True)
-        or _verify_rows(train, encoded, plan, held_out=False),
+        _verify_rows(eval_taken, eval_encoded, plan, held_out=True)
+        or _verify_rows(taken, encoded, plan, held_out=False),
         text,
     )
     return Survey(prepared, encoded, train, stopping)
-
-
-def _taken(conversations: Sequence[Conversation], encoded: Sequence[Encoded]) -> list[Conversation]:
-    """Without those refused: what is wrong with them is told already."""
-    kept = {row.row for row in encoded}
-    return [conversation for conversation in conversations if conversation.where in kept]
 
 
 def _verify_rows(
@@ -240,15 +227,14 @@ def _verify_rows(
     held_out: bool,
 ) -> list[VerifyRow]:
     """The first rows that fit as they are: what verification can do again from the row alone."""
-    by_place = {conversation.where: conversation for conversation in conversations}
     fitting = (
-        row
-        for row in encoded
-        if row.row in by_place and all(len(e.ids) <= plan.max_length for e in row)
+        (conversation, row)
+        for conversation, row in zip(conversations, encoded, strict=True)
+        if all(len(e.ids) <= plan.max_length for e in row)
     )
     return [
-        VerifyRow(by_place[row.row], held_out, tuple((list(e.ids), list(e.mask)) for e in row))
-        for row in itertools.islice(fitting, MOST_ROWS)
+        VerifyRow(conversation, held_out, tuple((list(e.ids), list(e.mask)) for e in row))
+        for conversation, row in itertools.islice(fitting, MOST_ROWS)
     ]
 
 
@@ -343,7 +329,7 @@ def _rows(
         loaded,
         findings=[*loaded.findings, *own.findings],
         files=(*loaded.files, *own.files),
-        num_rows=loaded.num_rows + own.num_rows,
+        places=(*loaded.places, *own.places),
     )
     kept = {id(conversation) for conversation in held_out}
     overlap = [c.where for c in own.conversations if id(c) not in kept]
@@ -355,17 +341,29 @@ def _encode(
     conversations: Sequence[Conversation],
     recipe: Recipe,
     listener: Listener,
-) -> tuple[list[Encoded], list[Finding]]:
-    """Proved rows, and one error per row that has no faithful completion."""
+) -> tuple[list[Conversation], list[Encoded], list[Finding]]:
+    """The rows that can be trained, as they were read and encoded, and one error for each other:
+    it has no faithful completion, or holds a control token where the recipe refuses those."""
     total = len(conversations)
     results = contract.encode_all(
         conversations,
         loss_on=recipe.loss_on,
         on_progress=lambda done: listener.progress(done, total),
     )
-    encoded = [result for result in results if isinstance(result, Encoded)]
-    refused = [_refusal(result) for result in results if isinstance(result, Refused)]
-    return encoded, refused
+    refused: list[Finding] = []
+    controls: dict[int, Finding] = {}
+    if recipe.content_specials == "error":
+        controls = find_controls(contract, conversations, refuse=True)
+    taken, encoded = [], []
+    for position, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
+        if isinstance(result, Refused):
+            refused.append(_refusal(result))
+        elif position in controls:
+            refused.append(controls[position])
+        else:
+            taken.append(conversation)
+            encoded.append(result)
+    return taken, encoded, refused
 
 
 def _refusal(refused: Refused) -> Finding:
