@@ -16,11 +16,12 @@ import os
 import queue
 import struct
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from truetune import child
 
 # Seconds without an answer after which a template hangs. One render takes well under a millisecond;
 # a very long conversation some tens.
@@ -36,14 +37,12 @@ class Worker:
     """The worker process and the thread that reads its answers."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        # -P: the folder of the file is not searched for modules.
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))],
+        self.process = child.start(
+            Path(__file__).with_name("worker.py"),
+            environment={"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
         )
         self.owner = os.getpid()
         self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()

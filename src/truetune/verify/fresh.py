@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from truetune import child
 from truetune.errors import TruetuneError
 
 
@@ -25,25 +22,18 @@ def ask(request: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         VerifyError: it could not open the artifact (with the error's own words), or died.
     """
-    with tempfile.TemporaryDirectory(prefix="truetune-verify-") as folder:
-        question, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
-        question.write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "truetune.verify.worker", str(question), str(reply)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            check=False,
+    reply = child.ask(
+        "truetune.verify.worker", json.dumps(request).encode("utf-8"), loads_models=True
+    )
+    if reply.status:
+        raise VerifyError(
+            f"the process that was to open it ended with {reply.status}",
+            where=str(request["artifact"]["folder"]),
+            why=reply.last_words or "killed, most likely for want of memory",
+            fix="free some memory and run `truetune verify` again",
+            code="verify-crashed",
         )
-        if not reply.is_file():
-            last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise VerifyError(
-                f"the process that was to open it ended with {done.returncode}",
-                where=str(request["artifact"]["folder"]),
-                why=last[0] if last else "killed, most likely for want of memory",
-                fix="free some memory and run `truetune verify` again",
-                code="verify-crashed",
-            )
-        found: dict[str, Any] = json.loads(reply.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(reply.data)
     if "error" in found:
         error = found["error"]
         raise VerifyError(

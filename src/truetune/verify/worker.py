@@ -1,8 +1,8 @@
 """The fresh process: opens a saved model as anybody would, and tells what it found.
 
-input   a request (JSON file): artifact, conversations, rows, maybe a reference to compare with
+input   a request (JSON on standard input): artifact, conversations, rows, maybe a reference
 does    nothing that training did in memory is here: only files
-output  a reply (JSON file)
+output  a reply (JSON on standard output)
 who     verify.fresh
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from truetune.compare import Measured, agreement, measure
@@ -91,11 +91,13 @@ def _finite(measured: Measured) -> bool:
     return all(math.isfinite(value) for row in measured.logprobs for value in row)
 
 
-def main(arguments: list[str]) -> int:
-    """`python -m truetune.verify.worker REQUEST REPLY`"""
-    request, reply = map(Path, arguments)
+def main() -> None:
+    """Answer the one request on standard input."""
+    # What a library prints must not end up in the reply.
+    reply = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
-        found = answer(json.loads(request.read_text(encoding="utf-8")))
+        found = answer(json.load(sys.stdin.buffer))
     except TruetuneError as error:
         found = {
             "error": {
@@ -106,9 +108,9 @@ def main(arguments: list[str]) -> int:
                 "fix": error.fix,
             }
         }
-    reply.write_text(json.dumps(found), encoding="utf-8")
-    return 0
+    with reply:
+        reply.write(json.dumps(found).encode("utf-8"))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()
