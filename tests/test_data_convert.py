@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from truetune.data import Conversation, Loaded, load
 from truetune.data.messages import messages_of
 from truetune.errors import UsageError
+from truetune.findings import Finding
 
 ASK = {"role": "user", "content": "q"}
 SAY = {"role": "assistant", "content": "a"}
@@ -540,14 +541,14 @@ def test_no_cell_breaks_the_converter(cell):
     from collections import Counter
 
     from truetune.data.convert import convert
-    from truetune.data.rows import BadRow, Row
+    from truetune.data.rows import Row
     from truetune.data.schemas import SCHEMAS
 
     for schema in SCHEMAS:
         slots = [*schema.required, *schema.optional]
         row = Row(dict.fromkeys(slots, cell), "f", 1)
         for made in convert(row, schema.name, {s: s for s in slots}, Counter()):
-            assert isinstance(made, Conversation | BadRow)
+            assert isinstance(made, Conversation | Finding)
 
 
 def test_unknown_schema(data):

@@ -246,7 +246,7 @@ def test_dataset_repository(repo):
     loaded = load(repo)
     assert asked(loaded) == ["train0", "train1", "train2"]
     assert loaded.schema == "prompt-completion"
-    assert [c.where for c in loaded.conversations][2] == f"{repo} row 3"
+    assert [c.where for c in loaded.conversations][2] == f"{repo} split train row 3"
     assert [f.code for f in loaded.findings] == ["split-chosen"]
     (info,) = loaded.files
     assert (info.path, info.num_rows) == (str(repo), 3)
@@ -261,7 +261,7 @@ def test_dataset_repository(repo):
 def test_dataset_label_has_the_revision(repo):
     rows, info = read_dataset(str(repo), split="test", revision="abc")
     assert info.path == f"{repo}@abc"
-    assert rows.rows[0].where == f"{repo}@abc row 1"
+    assert rows.rows[0].where == f"{repo}@abc split test row 1"
 
 
 def test_dataset_without_the_split(repo):

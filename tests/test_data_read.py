@@ -26,7 +26,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def lines(path: Path) -> list[tuple[dict, int]]:
-    return [(row.fields, row.line) for row in read_file(path)[0].rows]
+    return [(row.fields, row.line or row.index) for row in read_file(path)[0].rows]
 
 
 def refused(path: Path, code: str) -> DataError:
@@ -358,4 +358,5 @@ def test_quotes_are_safe_and_short():
     assert excerpt("x" * 61) == "'" + "x" * 60 + "'..."
     assert names(["a", "b\x1b", ""]) == r"a, 'b\x1b', ''"
     assert names([str(i) for i in range(32)]).endswith("29 and 2 more")
-    assert Row({}, "f", 3).where == "f:3"
+    assert Row({}, "f", 3, 5).where == "f:5"
+    assert Row({}, "f", 3).where == "f row 3"

@@ -260,7 +260,7 @@ _ROWS = "Rows"
 def _inspect_rows(
     own: dict[str, Any],
     settings: Sequence[str],
-    row: int | None,
+    row: str | None,
     page: str | None,
     *,
     with_ids: bool,
@@ -297,7 +297,12 @@ def inspect_model(
         str | None, typer.Option(help="Rows to show as they are trained.", rich_help_panel=_ROWS)
     ] = None,
     row: Annotated[
-        int | None, typer.Option(help="Its number. (default: 1)", rich_help_panel=_ROWS)
+        str | None,
+        typer.Option(
+            metavar="N|PLACE",
+            help="Its number, or its place as findings name it. (default: 1)",
+            rich_help_panel=_ROWS,
+        ),
     ] = None,
     ids: Annotated[
         bool, typer.Option("--ids", help="Token ids beside the text.", rich_help_panel=_ROWS)

@@ -32,7 +32,7 @@ from truetune.contract import (
     PromptContract,
     Refused,
     SFTExample,
-    controls_by_row,
+    find_controls,
 )
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
 from truetune.errors import CheckFailed, RecipeError, TruetuneError, UsageError
@@ -144,8 +144,8 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
     train, held_out, loaded, findings, overlap = _rows(recipe, listener)
     listener.stage("template and proof")
     contract = contract.fit(train, loss_on=recipe.loss_on)
-    train, encoded, refused = _encode(contract, train, recipe, listener)
-    held_out, eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
+    taken, encoded, refused = _encode(contract, train, recipe, listener)
+    eval_taken, eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
     refusals = [*loaded.findings, *refused, *eval_refused]
     findings += [*token_findings, *without_effect(recipe)]
     bad_rows, stopping = bad_rows_told(refusals, recipe, len(encoded))
@@ -187,8 +187,8 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
                 plan,
                 facts,
                 text,
-                train,
-                held_out,
+                taken,
+                eval_taken,
             ),
             listener.progress,
         )
@@ -207,13 +207,13 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         fitted.examples,
         fitted.rows,
         eval_fitted.examples,
-        _answerable(held_out, eval_encoded, plan),
+        _answerable(eval_taken, eval_fitted),
         plan,
         merged(findings),
         data_facts(loaded, fitted, eval_fitted, refusals, overlap, lengths),
         new_tokens,
-        _verify_rows(held_out, eval_encoded, plan, held_out=True)
-        or _verify_rows(train, encoded, plan, held_out=False),
+        _verify_rows(eval_taken, eval_encoded, plan, held_out=True)
+        or _verify_rows(taken, encoded, plan, held_out=False),
         text,
     )
     return Survey(prepared, encoded, train, stopping)
@@ -261,16 +261,11 @@ def _new_tokens(
     return tokens, findings
 
 
-def _answerable(
-    held_out: Sequence[Conversation], encoded: Sequence[Encoded], plan: Plan
-) -> list[Conversation]:
-    """The held-out conversations that are measured: one too long has no prompt to answer."""
-    overlong = plan.recipe.overlong
-    return [
-        conversation
-        for conversation, row in zip(held_out, encoded, strict=True)
-        if not fit_length([row], max_length=plan.max_length, overlong=overlong).dropped
-    ]
+def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conversation]:
+    """The held-out conversations that are measured: those refused or too long have no prompt to
+    answer either."""
+    kept = set(fitted.rows) - {where for where, _ in fitted.dropped}
+    return [conversation for conversation in held_out if conversation.where in kept]
 
 
 def require_settings(recipe: Recipe, *others: str) -> None:
@@ -334,7 +329,7 @@ def _rows(
         loaded,
         findings=[*loaded.findings, *own.findings],
         files=(*loaded.files, *own.files),
-        num_rows=loaded.num_rows + own.num_rows,
+        places=(*loaded.places, *own.places),
     )
     kept = {id(conversation) for conversation in held_out}
     overlap = [c.where for c in own.conversations if id(c) not in kept]
@@ -347,28 +342,28 @@ def _encode(
     recipe: Recipe,
     listener: Listener,
 ) -> tuple[list[Conversation], list[Encoded], list[Finding]]:
-    """The rows that are taken, what each became, and one error for each of the others: it has no
-    faithful completion, or holds what it must not.
-
-    Rows are told apart by their position here: several may come from one place of a file.
-    """
+    """The rows that can be trained, as they were read and encoded, and one error for each other:
+    it has no faithful completion, or holds a control token where the recipe refuses those."""
     total = len(conversations)
     results = contract.encode_all(
         conversations,
         loss_on=recipe.loss_on,
         on_progress=lambda done: listener.progress(done, total),
     )
-    refused = [_refusal(result) for result in results if isinstance(result, Refused)]
-    taken = [
-        (conversation, result)
-        for conversation, result in zip(conversations, results, strict=True)
-        if isinstance(result, Encoded)
-    ]
+    refused: list[Finding] = []
+    controls: dict[int, Finding] = {}
     if recipe.content_specials == "error":
-        found = controls_by_row(contract, [conversation for conversation, _ in taken], refuse=True)
-        refused += [finding for finding in found if finding]
-        taken = [row for row, finding in zip(taken, found, strict=True) if not finding]
-    return [conversation for conversation, _ in taken], [row for _, row in taken], refused
+        controls = find_controls(contract, conversations, refuse=True)
+    taken, encoded = [], []
+    for position, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
+        if isinstance(result, Refused):
+            refused.append(_refusal(result))
+        elif position in controls:
+            refused.append(controls[position])
+        else:
+            taken.append(conversation)
+            encoded.append(result)
+    return taken, encoded, refused
 
 
 def _refusal(refused: Refused) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from truetune.contract import Encoded, PromptContract, Refused, find_controls
 from truetune.contract.view import KINDS, Kind, Piece, pieces, story
-from truetune.data import Conversation, load
+from truetune.data import Conversation, Loaded, load
 from truetune.errors import UsageError
 from truetune.findings import Finding
 from truetune.model import load_tokenizer
@@ -53,17 +53,18 @@ class RowView:
 
 
 def view_rows(
-    recipe: Recipe, row: int | None, most: int = 1
+    recipe: Recipe, row: str | None, most: int = 1
 ) -> tuple[PromptContract, list[RowView], int]:
-    """(contract, rows, how many rows there are): the rows asked for, encoded as a run would.
+    """(contract, rows, how many rows were read): the rows asked for, encoded as a run would.
 
     Args:
         recipe: with model and data.
-        row: its number in the data, from 1; None takes the first.
+        row: its number in the data, from 1, or its place as findings name it
+            (`rows.jsonl:17`, `rows.json row 3`); None takes the first.
         most: how many where none was named.
 
     Raises:
-        UsageError: there is no such row.
+        UsageError: there is no such row, or it cannot be read.
         TruetuneError: model or data that cannot be read.
     """
     assert recipe.model
@@ -76,24 +77,80 @@ def view_rows(
         split=recipe.split,
         limit=recipe.max_train_samples,
     )
-    rows = loaded.conversations
-    if not rows or (row is not None and not 1 <= row <= len(rows)):
+    chosen = loaded.conversations[:most] if row is None else _named(loaded, row, str(recipe.data))
+    if not chosen:
+        raise _no_such_row("there is no row that can be read", loaded, str(recipe.data))
+    contract = contract_of(tokenizer, recipe).fit(loaded.conversations, loss_on=recipe.loss_on)
+    results = contract.encode_all(chosen, loss_on=recipe.loss_on)
+    controls = find_controls(contract, chosen, refuse=recipe.content_specials == "error")
+    numbers = {place: number for number, place in enumerate(loaded.places, 1)}
+    views = [
+        RowView(
+            numbers[_row_place(shown, numbers)],
+            shown,
+            result,
+            (controls[at],) if at in controls else (),
+        )
+        for at, (shown, result) in enumerate(zip(chosen, results, strict=True))
+    ]
+    return contract, views, len(loaded.places)
+
+
+def _named(loaded: Loaded, row: str, source: str) -> list[Conversation]:
+    """The conversations of the row that a number or a place names.
+
+    Raises:
+        UsageError: there is no such row, or it was refused when it was read.
+    """
+    if row.isdecimal():
+        number = int(row)
+        places = list(loaded.places[number - 1 : number]) if number else []
+    else:
+        # A finding names a place inside the row as well, and may be typed without its folder.
+        wanted = row.strip()
+        places = [
+            place
+            for place in loaded.places
+            if wanted == place
+            or wanted.startswith(f"{place}, ")
+            or (wanted and place.endswith((f"/{wanted}", f"{os.sep}{wanted}")))
+            or (wanted[:1] == ":" and place.endswith(wanted))
+        ]
+    if not places:
+        raise _no_such_row(f"there is no row {row}", loaded, source)
+    if len(places) > 1:
+        raise _no_such_row(f"{len(places):,} rows are at {row}", loaded, source)
+    known = set(loaded.places)
+    chosen = [c for c in loaded.conversations if _row_place(c, known) == places[0]]
+    if not chosen:
+        refused = (f for f in loaded.findings if f.where.startswith(places[0]))
+        why = next((f.what for f in refused if f.level == "error"), "its text is empty")
         raise UsageError(
-            f"there is no row {row or 1}: the data has {len(rows):,} readable rows",
-            where=str(recipe.data),
-            fix=f"--row takes 1 to {len(rows)}" if rows else "name other data, or its --schema",
+            f"row {row} cannot be read as a row to train: {why}",
+            where=places[0],
+            fix="mend it, or name the right --set schema=... or --set columns=...",
             code="no-such-row",
         )
-    contract = contract_of(tokenizer, recipe).fit(rows, loss_on=recipe.loss_on)
-    numbers = [row] if row else range(1, min(most, len(rows)) + 1)
-    chosen = [rows[number - 1] for number in numbers]
-    results = contract.encode_all(chosen, loss_on=recipe.loss_on)
-    refuse = recipe.content_specials == "error"
-    views = [
-        RowView(number, row_of, result, tuple(find_controls(contract, [row_of], refuse=refuse)))
-        for number, row_of, result in zip(numbers, chosen, results, strict=True)
-    ]
-    return contract, views, len(rows)
+    return chosen
+
+
+def _row_place(conversation: Conversation, places: Collection[str]) -> str:
+    """The place of the row that a conversation, or an instance of one, came from."""
+    if conversation.where in places:
+        return conversation.where
+    return conversation.where.rpartition(", instances[")[0]
+
+
+def _no_such_row(what: str, loaded: Loaded, source: str) -> UsageError:
+    there = len(loaded.places)
+    return UsageError(
+        f"{what}: the data has {there:,} rows",
+        where=source,
+        fix=f"--row takes 1 to {there}, or a place as findings name it: {loaded.places[0]}"
+        if there
+        else "name other data, or its --set schema=...",
+        code="no-such-row",
+    )
 
 
 def show_rows(

@@ -5,7 +5,7 @@ from truetune.contract.contract import PromptContract, Refused
 from truetune.contract.encode import LOSS_ON, Encoded, LossOn
 from truetune.contract.example import SFTExample
 from truetune.contract.policy import Policy
-from truetune.contract.specials import control_tokens, controls_by_row, find_controls
+from truetune.contract.specials import control_tokens, find_controls
 
 __all__ = [
     "LOSS_ON",
@@ -17,6 +17,5 @@ __all__ = [
     "Refused",
     "SFTExample",
     "control_tokens",
-    "controls_by_row",
     "find_controls",
 ]

@@ -2,7 +2,7 @@
 
 input   conversations, a contract
 does    finds the tokens that the template builds prompts of, written out in a message's text
-output  one finding a row: which token, in which field
+output  the rows' positions, and one finding a row: which token, in which field
 who     prepare.py where such rows are refused, `truetune inspect --data`; check tells of them
 
 A tokenizer turns `<|im_end|>` in a user's message into the control token, in training as on a
@@ -47,27 +47,21 @@ def control_tokens(contract: PromptContract) -> tuple[str, ...]:
 
 def find_controls(
     contract: PromptContract, conversations: Iterable[Conversation], *, refuse: bool
-) -> list[Finding]:
-    """One finding for each row that holds a control token in a message's text.
+) -> dict[int, Finding]:
+    """A finding for each row that holds a control token in a message's text, by its position.
 
     Args:
         refuse: whether such a row is an error, to be mended or dropped.
     """
-    found = controls_by_row(contract, conversations, refuse=refuse)
-    return [finding for finding in found if finding]
-
-
-def controls_by_row(
-    contract: PromptContract, conversations: Iterable[Conversation], *, refuse: bool
-) -> list[Finding | None]:
-    """The same in the rows' places, None for a row that holds none."""
     texts = control_tokens(contract)
-    # A pattern that nothing fits, where the tokenizer has no control token.
-    pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-    return [
-        next((_finding(row, *found, refuse=refuse) for found in _first(pattern, row)), None)
-        for row in conversations
-    ]
+    if not texts:
+        return {}
+    pattern = re.compile("|".join(map(re.escape, texts)))
+    return {
+        position: _finding(conversation, *found, refuse=refuse)
+        for position, conversation in enumerate(conversations)
+        for found in _first(pattern, conversation)
+    }
 
 
 def _first(

@@ -26,7 +26,8 @@ class Conversation:
             `reasoning_content` (str, not empty), `tool_calls` (`[{"type": "function", "id",
             "function": {"name", "arguments"}}]`, arguments an object wherever they are one),
             `name`, `tool_call_id`, `train` (bool).
-        where: `file:line`.
+        where: its place, which no other conversation of a load has: `file:line`, or `file row N`
+            where the line does not tell rows apart; an instance of a row is named behind it.
         tools: `{"type": "function", "function": {...}}` each; None if the row has none.
         template_kwargs: the row's own `chat_template_kwargs`.
         text: the plain text; then `messages` is empty. None for a conversation.

@@ -2,7 +2,7 @@
 
 Input:  a row and, for each slot of its schema, the column that fills it.
 Does:   builds the messages, then checks that there is something to ask and something to learn.
-Output: `Conversation`s, or a `BadRow` for each part of the row that cannot be one.
+Output: `Conversation`s, and a finding for each part of the row that cannot be one.
 Who:    called by `load.py`.
 """
 
@@ -19,13 +19,14 @@ from truetune.data.messages import messages_of
 from truetune.data.rows import BadRow, Row, kind, missing
 from truetune.data.schemas import Picks
 from truetune.data.tools import tools_of
+from truetune.findings import Finding
 
 Cells = dict[str, Any]
 
 
 def convert(
     row: Row, schema: str, picks: Picks, unused: Counter[str]
-) -> Iterator[Conversation | BadRow]:
+) -> Iterator[Conversation | Finding]:
     """What a row holds; nothing for an empty plain text.
 
     Args:
@@ -38,15 +39,16 @@ def convert(
     try:
         parts = _instances(cells) if schema == "instances" else [cells]
     except BadRow as bad:
-        yield bad
+        yield bad.finding(row.where)
         return
-    for part in parts:
+    for number, part in enumerate(parts):
+        where = f"{row.where}, instances[{number}]" if schema == "instances" else row.where
         try:
             if isinstance(part, BadRow):
                 raise part
-            made = _conversation(part, schema, row.where, unused)
+            made = _conversation(part, schema, where, unused)
         except BadRow as bad:
-            yield bad
+            yield bad.finding(where)
         else:
             if made is not None:
                 yield made

@@ -2,7 +2,8 @@
 
 Input:  an id (`owner/name`, `owner/name:config`) or a folder, a split, a revision.
 Does:   loads it; without a split takes the only one, or train.
-Output: `FileRows`, rows numbered from 1, and `FileInfo` with the hash of the rows read.
+Output: `FileRows`, rows numbered from 1 in their split, and `FileInfo` with the hash of those
+        read.
 Who:    called by `load.py`; imports `datasets` only then.
 """
 
@@ -39,8 +40,10 @@ def read_dataset(
         DataError: `dataset-unreadable`, `no-such-split`, `which-config`, `empty-file`.
     """
     name, config = _name_and_config(source)
-    found, findings = _load(name, config, split, revision)
+    found, chosen, findings = _load(name, config, split, revision)
     label = source + (f"@{revision}" if revision else "")
+    # Two splits of one dataset may be trained and held out: a row's place names its own.
+    file = f"{label} split {chosen}" if chosen else label
     if limit is not None and limit < len(found):
         found = found.select(range(limit))
     hashed, num_bytes = hashlib.sha256(), 0
@@ -48,7 +51,7 @@ def read_dataset(
     with_nulls: list[Row] = []
     for number, fields in enumerate(found, 1):
         clean, removed = without_nulls(dict(fields))
-        rows.append(Row(clean, label, number, counted_by="row"))
+        rows.append(Row(clean, file, number))
         if removed:
             with_nulls.append(rows[-1])
         raw = json.dumps(fields, default=lambda value: type(value).__name__).encode()
@@ -57,7 +60,7 @@ def read_dataset(
     if not rows:
         raise empty_file(label)
     info = FileInfo(label, hashed.hexdigest(), len(rows), num_bytes)
-    return FileRows(rows, [*findings, *null_notes(with_nulls)]), info
+    return FileRows.of(rows, *findings, *null_notes(with_nulls)), info
 
 
 def _name_and_config(source: str) -> tuple[str, str | None]:
@@ -69,7 +72,8 @@ def _name_and_config(source: str) -> tuple[str, str | None]:
 
 def _load(
     name: str, config: str | None, split: str | None, revision: str | None
-) -> tuple[datasets.Dataset, list[Finding]]:
+) -> tuple[datasets.Dataset, str | None, list[Finding]]:
+    """The rows, the split they are (None where there are no splits), and a note on the others."""
     import datasets
 
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):
@@ -78,23 +82,23 @@ def _load(
         kwargs: dict[str, Any] = {"name": config, "split": split, "revision": revision}
         found = _reported(lambda: datasets.load_dataset(name, **kwargs), name, split)
         if split is not None:
-            return found, []
+            return found, split, []
     if not isinstance(found, dict):
         if split not in (None, "train"):
             raise no_such_split(split or "", ["train"], name, why="the folder is one split")
-        return found, []
+        return found, None, []
     return _choose(found, name, split)
 
 
 def _choose(
     found: dict[str, datasets.Dataset], name: str, split: str | None
-) -> tuple[datasets.Dataset, list[Finding]]:
+) -> tuple[datasets.Dataset, str, list[Finding]]:
     there = list(found)
     wanted = split or (there[0] if len(there) == 1 else "train")
     if wanted not in found:
         raise no_such_split(wanted, there, name)
     if split is not None or len(there) == 1:
-        return found[wanted], []
+        return found[wanted], wanted, []
     others = [other for other in there if other != wanted]
     note = Finding(
         code="split-chosen",
@@ -104,7 +108,7 @@ def _choose(
         count=len(others),
         fix="choose with --split",
     )
-    return found[wanted], [note]
+    return found[wanted], wanted, [note]
 
 
 def _reported(load: Any, name: str, split: str | None = None) -> Any:

@@ -18,7 +18,7 @@ from truetune.data.conversation import Conversation
 from truetune.data.convert import convert
 from truetune.data.hub import read_dataset
 from truetune.data.read import read_file
-from truetune.data.rows import BadRow, FileInfo, Row, names
+from truetune.data.rows import FileInfo, Row, names
 from truetune.data.schemas import (
     Picks,
     no_schema,
@@ -43,15 +43,20 @@ class Loaded:
         conversations: in the order of the rows.
         findings: one error for each row (or instance of one) that was left out; notes on the rest.
         schema: of all conversations.
-        num_rows: rows read, bad ones included.
+        places: of all rows read, bad ones included, in order; no two are equal.
         files: what was read, in order.
     """
 
     conversations: list[Conversation]
     findings: list[Finding]
     schema: str
-    num_rows: int
+    places: tuple[str, ...]
     files: tuple[FileInfo, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows read, bad ones included."""
+        return len(self.places)
 
 
 def load(
@@ -89,8 +94,7 @@ def load(
     mapping = parse_columns(columns)
     if limit is not None and limit < 1:
         raise UsageError(f"the limit must be at least 1, not {limit}", code="bad-limit")
-    rows, findings, files = _read(source, split, revision, limit)
-    num_rows = sum(file.num_rows for file in files)
+    rows, findings, places, files = _read(source, split, revision, limit)
     rows = rename(rows, mapping, str(source))
     reading = _Reading(only, frozenset(mapping), Counter(), Counter())
     found = [reading.recognise(row) for row in rows]
@@ -101,17 +105,18 @@ def load(
         if on_progress is not None and (done % _PROGRESS_EVERY == 0 or done == len(rows)):
             on_progress(done, len(rows))
     findings += reading.notes(rows)
-    return Loaded(conversations, findings, decided, num_rows, files)
+    return Loaded(conversations, findings, decided, tuple(places), files)
 
 
 def _read(
     source: str | Path, split: str | None, revision: str | None, limit: int | None
-) -> tuple[list[Row], list[Finding], tuple[FileInfo, ...]]:
+) -> tuple[list[Row], list[Finding], list[str], tuple[FileInfo, ...]]:
     there: Source = resolve(source, split)
     if not there.files:
         found, info = read_dataset(str(source), split=split, revision=revision, limit=limit)
-        return found.rows, found.findings, (info,)
+        return found.rows, found.findings, found.places, (info,)
     rows: list[Row] = []
+    places: list[str] = []
     files: list[FileInfo] = []
     findings = list(there.findings)
     if revision is not None:
@@ -127,13 +132,14 @@ def _read(
     for path in there.files:
         found, info = read_file(path, left)
         rows += found.rows
+        places += found.places
         findings += found.findings
         files.append(info)
         if left is not None:
             left -= info.num_rows
             if left <= 0:
                 break
-    return rows, findings, tuple(files)
+    return rows, findings, places, tuple(files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +225,8 @@ def _convert(
     reading.unused.update(row.fields.keys() - picks.values())
     before, findings = len(conversations), []
     for made in convert(row, decided, picks, reading.unused):
-        if isinstance(made, BadRow):
-            findings.append(made.finding(row.where))
+        if isinstance(made, Finding):
+            findings.append(made)
         else:
             conversations.append(made)
     if not findings and len(conversations) == before:

@@ -57,7 +57,7 @@ def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]
     if not num_bytes:
         raise empty_file(path)
     found = reader(path, limit)
-    return found, FileInfo(str(path), sha256(path), found.num_rows, num_bytes)
+    return found, FileInfo(str(path), sha256(path), len(found.places), num_bytes)
 
 
 def _unknown_extension(path: Path) -> DataError:

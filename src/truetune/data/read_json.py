@@ -2,7 +2,7 @@
 
 Input:  a .jsonl file (one object a line) or a .json file (an array of objects; an object that
         holds one list of them; objects one after the other; or one single row).
-Does:   parses, and keeps the physical line on which each row starts.
+Does:   parses, and keeps the physical line on which each row starts, where no other row does.
 Output: `FileRows`; values that are not objects become `row-not-an-object` findings.
 Who:    called by `read.py`.
 """
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from truetune.data.files import decoded, empty_file, open_bytes, read_text
-from truetune.data.rows import BadRow, FileRows, Row, excerpt, kind, names
+from truetune.data.rows import BadRow, FileRows, Row, excerpt, kind, names, place
 from truetune.data.schemas import ROW_COLUMNS
 from truetune.errors import DataError
 from truetune.findings import Finding
@@ -33,11 +34,11 @@ def read_jsonl(path: Path, limit: int | None) -> FileRows:
     Raises:
         DataError: `broken-json`, `not-utf8`, `empty-file`.
     """
-    out = FileRows([], [])
+    values: list[tuple[Any, int | None]] = []
     with open_bytes(path) as file:
         # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a JSON string.
         for line, raw in enumerate(file, 1):
-            if limit is not None and out.num_rows >= limit:
+            if limit is not None and len(values) >= limit:
                 break
             if raw.isspace():
                 continue
@@ -48,10 +49,8 @@ def read_jsonl(path: Path, limit: int | None) -> FileRows:
                 if not text:  # a byte order mark and nothing else
                     continue
                 raise _broken(error, text, path, line) from error
-            _add(out, value, path, line)
-    if not out.num_rows:
-        raise empty_file(path)
-    return out
+            values.append((value, line))
+    return _file_rows(values, path)
 
 
 def read_json(path: Path, limit: int | None) -> FileRows:
@@ -61,20 +60,22 @@ def read_json(path: Path, limit: int | None) -> FileRows:
         DataError: `broken-json`, `not-utf8`, `empty-file`, `no-rows`.
     """
     text = read_text(path)
-    out = FileRows([], [])
-    line, counted_to = 1, 0
+    values: list[Any] = []
+    # The line of each row, and of the one after the last, so that a limit changes no place.
+    lines: list[int] = []
+    counted_to = 0
     try:
         for value, start in _values(text, path):
-            if limit is not None and out.num_rows >= limit:
-                break
-            line += text.count("\n", counted_to, start)
+            lines.append((lines or [1])[-1] + text.count("\n", counted_to, start))
             counted_to = start
-            _add(out, value, path, line)
+            if limit is not None and len(values) >= limit:
+                break
+            values.append(value)
     except (ValueError, RecursionError) as error:
         raise _broken(error, text, path, 1) from error
-    if not out.num_rows:
-        raise empty_file(path)
-    return out
+    starting = Counter(lines)
+    own_lines = [line if starting[line] == 1 else None for line in lines]
+    return _file_rows(list(zip(values, own_lines, strict=False)), path)
 
 
 def _values(text: str, path: Path) -> Iterator[tuple[Any, int]]:
@@ -160,14 +161,20 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _add(out: FileRows, value: Any, path: Path, line: int) -> None:
-    if isinstance(value, dict):
-        out.rows.append(Row(value, str(path), line))
-        return
-    out.findings.append(not_an_object(value, f"{path}:{line}"))
+def _file_rows(values: list[tuple[Any, int | None]], path: Path) -> FileRows:
+    if not values:
+        raise empty_file(path)
+    out = FileRows([], [], [])
+    for index, (value, line) in enumerate(values, 1):
+        out.places.append(place(str(path), index, line))
+        if isinstance(value, dict):
+            out.rows.append(Row(value, str(path), index, line))
+        else:
+            out.findings.append(_not_an_object(value, out.places[-1]))
+    return out
 
 
-def not_an_object(value: Any, where: str) -> Finding:
+def _not_an_object(value: Any, where: str) -> Finding:
     return BadRow(
         "row-not-an-object",
         f"a row is {kind(value)}, not an object",

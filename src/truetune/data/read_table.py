@@ -43,7 +43,7 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
         csv.field_size_limit(previous)
     if not rows:
         raise empty_file(path)
-    return FileRows(rows, [])
+    return FileRows.of(rows)
 
 
 def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[Row]:
@@ -72,7 +72,7 @@ def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[
         elif len(cells) != len(header):
             raise _ragged(cells, header, path, start)
         else:
-            rows.append(Row(dict(zip(header, cells, strict=True)), str(path), start))
+            rows.append(Row(dict(zip(header, cells, strict=True)), str(path), len(rows) + 1, start))
     return rows
 
 
@@ -118,7 +118,7 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
                     if limit is not None and len(rows) >= limit:
                         break
                     clean, removed = without_nulls(fields)
-                    rows.append(Row(clean, str(path), len(rows) + 1, counted_by="row"))
+                    rows.append(Row(clean, str(path), len(rows) + 1))
                     if removed:
                         with_nulls.append(rows[-1])
     except (pa.ArrowException, OSError) as error:
@@ -131,7 +131,7 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
         ) from error
     if not rows:
         raise empty_file(path)
-    return FileRows(rows, null_notes(with_nulls))
+    return FileRows.of(rows, *null_notes(with_nulls))
 
 
 def null_notes(rows: list[Row]) -> list[Finding]:

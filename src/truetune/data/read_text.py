@@ -26,7 +26,7 @@ def read_document(path: Path, limit: int | None) -> FileRows:
     Raises:
         DataError: `not-utf8`, `empty-file`.
     """
-    return FileRows([Row({"text": _unix(read_text(path))}, str(path), 1)], [])
+    return FileRows.of([Row({"text": _unix(read_text(path))}, str(path), 1, 1)])
 
 
 def read_pieces(path: Path, limit: int | None) -> FileRows:
@@ -41,7 +41,7 @@ def read_pieces(path: Path, limit: int | None) -> FileRows:
     for number, line in enumerate(_unix(read_text(path)).split("\n"), 1):
         blank = not line.strip()
         if blank and (not piece or length >= PIECE_CHARACTERS):
-            rows += _row(piece, path, number)
+            rows += _row(piece, path, len(rows) + 1, number)
             piece, length = [], 0
             if limit is not None and len(rows) >= limit:
                 break
@@ -49,9 +49,9 @@ def read_pieces(path: Path, limit: int | None) -> FileRows:
         piece.append(line)
         length += len(line) + 1
     else:
-        rows += _row(piece, path, number + 1)
+        rows += _row(piece, path, len(rows) + 1, number + 1)
     if len(rows) < 2:
-        return FileRows(rows, [])
+        return FileRows.of(rows)
     note = Finding(
         code="text-pieces",
         level="note",
@@ -61,15 +61,15 @@ def read_pieces(path: Path, limit: int | None) -> FileRows:
         count=len(rows),
         fix='write {"text": "..."} lines as jsonl to decide yourself what one text is',
     )
-    return FileRows(rows, [note])
+    return FileRows.of(rows, note)
 
 
-def _row(piece: list[str], path: Path, end: int) -> list[Row]:
+def _row(piece: list[str], path: Path, index: int, end: int) -> list[Row]:
     """The row of lines `end - len(piece)` to `end`; none if there are no lines."""
     start = end - len(piece)
     while piece and not piece[-1].strip():
         piece = piece[:-1]
-    return [Row({"text": "\n".join(piece)}, str(path), start)] if piece else []
+    return [Row({"text": "\n".join(piece)}, str(path), index, start)] if piece else []
 
 
 def _unix(text: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from truetune.findings import Finding
 
@@ -22,23 +22,27 @@ class Row:
 
     Attributes:
         fields: column name to value.
-        file: the path, or the Hub id.
-        line: 1-based. The physical line the row starts on, or the row number for formats
-            without lines.
-        counted_by: which of the two `line` is.
+        file: the path, or the Hub id with its split.
+        index: 1-based number among all rows of the file, bad ones included. File and index are
+            the row's identity.
+        line: 1-based physical line on which the row starts; None where that says less than the
+            index: in formats without lines, and on a line on which another row starts.
     """
 
     fields: dict[str, Any]
     file: str
-    line: int
-    counted_by: Literal["line", "row"] = "line"
+    index: int
+    line: int | None = None
 
     @property
     def where(self) -> str:
-        """`file:line`, or `file row N` for formats without lines."""
-        if self.counted_by == "row":
-            return f"{self.file} row {self.line}"
-        return f"{self.file}:{self.line}"
+        """The row's place, which no other row has."""
+        return place(self.file, self.index, self.line)
+
+
+def place(file: str, index: int, line: int | None = None) -> str:
+    """`file:line`, or `file row N` where the line does not tell the row from all others."""
+    return f"{file} row {index}" if line is None else f"{file}:{line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +64,22 @@ class FileInfo:
 
 @dataclass(frozen=True, slots=True)
 class FileRows:
-    """What a reader returns: the rows, and what it has to say about the others."""
+    """What a reader returns.
+
+    Attributes:
+        rows: those that are objects.
+        findings: an error for each row that is none, and notes on the file.
+        places: of all rows in order, those that are not objects included.
+    """
 
     rows: list[Row]
     findings: list[Finding]
+    places: list[str]
 
-    @property
-    def num_rows(self) -> int:
-        """Rows read, those that are not objects included."""
-        return len(self.rows) + sum(f.level == "error" for f in self.findings)
+    @classmethod
+    def of(cls, rows: list[Row], *findings: Finding) -> FileRows:
+        """Of a format in which every row has named columns."""
+        return cls(rows, list(findings), [row.where for row in rows])
 
 
 class BadRow(Exception):
