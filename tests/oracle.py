@@ -320,9 +320,13 @@ def _call_atoms(call: Mapping[str, Any], label: str) -> list[list[_Atom]]:
     function = call["function"]
     arguments = function["arguments"]
     name = function["name"]
-    ways = []
-    for ordered in (True, False):
-        leaves = list(_leaves(arguments, ordered=ordered))
+    orders = [arguments, dict(reversed(arguments.items())), dict(sorted(arguments.items()))]
+    if len(arguments) <= 3:
+        orders += [dict(order) for order in itertools.permutations(arguments.items())]
+    sequences = [list(_leaves(order)) for order in orders]
+    sequences.append(list(_leaves(arguments, ordered=False)))
+    ways: list[list[_Atom]] = []
+    for leaves in sequences:
         for sequence in ([name, *leaves], [*leaves, name]):
             atoms = [_Atom(tuple(_leaf_forms(x)), f"{x!r} of {label}") for x in sequence]
             atoms[0] = _Atom(atoms[0].forms, atoms[0].label, "call")

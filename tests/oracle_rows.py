@@ -227,8 +227,10 @@ def outcome(contract: PromptContract, row: Row) -> Outcome:
         fitted = contract.fit([messages], tools, loss_on=row.loss_on)  # type: ignore[arg-type]
         encoded = fitted.encode(messages, tools, loss_on=row.loss_on)  # type: ignore[arg-type]
     except UnfaithfulTemplate as error:
+        source = str(tokenizer.chat_template)
+        switches = [some for some in _SWITCHES if all(name in source for name in some)]
         possible = oracle.could_be_trained(
-            tokenizer, row.messages, tools, contract.stop_ids, _SWITCHES, row.loss_on
+            tokenizer, row.messages, tools, contract.stop_ids, switches, row.loss_on
         )
         why = f"{error.code}: {error.what}; {error.why}"
         return Outcome(FALSE if possible else REFUSED, why)

@@ -56,7 +56,6 @@ def row(name: str) -> judged.Row:
 EXACT_BY_HAND = (
     "plain",
     "three turns",
-    "edges",
     "one call",
     "two calls",
     "equal calls",
@@ -100,7 +99,6 @@ def _argument(key: str, value: Any) -> Change:
         ("plain", _set(1, reasoning_content="Only one."), "is not there"),
         ("three turns", _set(1, content="The Orun does. It is  wide."), "is not there"),
         ("three turns", _set(3, content=""), "stands behind"),
-        ("edges", _set(1, content="caf\u00e9"), "stands behind|as the template"),
         ("two calls", _calls(lambda calls: calls[:1]), "stands behind"),
         ("two calls", _calls(lambda calls: calls[::-1]), "stands before"),
         ("one call", _calls(lambda calls: calls * 2), "is not there"),
