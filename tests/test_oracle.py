@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from scripts import mutant_table
 
 import oracle
@@ -216,3 +219,63 @@ def test_official_templates_and_models_are_exact_or_refused_and_on_the_page() ->
     assert not [line for name, some in found.items() for line in bad(some, name)]
     part = mutant_table.template_part(mutant_table.OFFICIAL, found)
     assert mutant_table.parts()[mutant_table.OFFICIAL] == part, REMAKE
+
+
+# ---------------------------------------------------------------- any conversation
+
+# Markers of templates are written with these; rows that hold them are tested apart.
+_LETTERS = st.characters(
+    exclude_categories=("Cs", "Cc"), exclude_characters="<>[]|\u2581\uff5c\u25c1\u25b7{}"
+)
+_SAID = st.text(st.one_of(_LETTERS, st.sampled_from(" \n\u00a0e\u0301")), min_size=1, max_size=20)
+_SAID = _SAID.filter(str.strip)
+_VALUES: st.SearchStrategy[Any] = st.one_of(
+    _SAID, st.integers(-9, 99), st.booleans(), st.none(), st.lists(st.integers(0, 9), max_size=2)
+)
+_ARGUMENTS = st.dictionaries(st.sampled_from(["place", "days", "hourly"]), _VALUES, max_size=3)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """One to three answers: plain, reasoned, with calls and their results."""
+    rows = [{"role": "system", "content": draw(_SAID)}] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        rows.append({"role": "user", "content": draw(_SAID)})
+        thought = {"reasoning_content": draw(_SAID)} if draw(st.integers(0, 3)) == 0 else {}
+        if draw(st.booleans()):
+            arguments = draw(st.lists(_ARGUMENTS, min_size=1, max_size=2))
+            calls = [judged.call("weather", i, some) for i, some in enumerate(arguments)]
+            content = draw(st.one_of(st.just(""), _SAID))
+            rows.append({"role": "assistant", "content": content, "tool_calls": calls, **thought})
+            rows += [judged.result(draw(_SAID), i) for i in range(len(calls))]
+            thought = {}
+        rows.append({"role": "assistant", "content": draw(_SAID), **thought})
+    return rows
+
+
+@cache
+def own(name: str) -> PromptContract:
+    return PromptContract.load(corpus.own_tokenizer(name))
+
+
+def require_no_silent_row(name: str, messages: list[dict[str, Any]]) -> None:
+    calls = any(m.get("tool_calls") for m in messages)
+    kind = judged.Row("drawn", tuple(messages), judged.TOOLS if calls else None)
+    found = judged.outcome(own(name), kind)
+    assert found.verdict not in BAD, found.why
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["plain", "history_without_thinking", "string_arguments"]), conversations())
+def test_any_conversation_is_exact_or_refused(name: str, messages: list[dict[str, Any]]) -> None:
+    require_no_silent_row(name, messages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", corpus.CONTROL)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(messages=conversations())
+def test_any_conversation_is_exact_or_refused_on_every_template(
+    name: str, messages: list[dict[str, Any]]
+) -> None:
+    require_no_silent_row(name, messages)
