@@ -147,7 +147,7 @@ def test_rows_are_padded_to_the_longest_of_their_micro_batch() -> None:
     made = batcher(examples(3, 9, 5, 4), micro=2)
     small, large = made.micro_batches(0)
     assert (small.rows, large.rows) == ((0, 3), (2, 1))
-    assert small.ids_BT.tolist() == [[0, 1, 7], [300, 301, 302]]
+    assert small.ids_BT.tolist() == [[0, 1, 2], [300, 301, 302]]
     assert small.targets_BT.tolist() == [[1, 2, 7], [301, 302, 303]]
     assert small.supervised_BT.tolist() == [[0, 1, 0], [0, 1, 1]]
     assert (small.num_tokens, small.num_supervised) == (7, 3)

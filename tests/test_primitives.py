@@ -194,7 +194,7 @@ def test_collate_shifts_once_and_pads_right() -> None:
     for tensor in (x, y, mask):
         assert tensor.shape == (3, 5)
         assert tensor.dtype == torch.int64
-    assert x.tolist() == [[1, 2, 3, 9, 9], [5, 9, 9, 9, 9], [9] * 5]
+    assert x.tolist() == [[1, 2, 3, 4, 9], [5, 6, 9, 9, 9], [7, 9, 9, 9, 9]]
     assert y.tolist() == [[2, 3, 4, 9, 9], [6, 9, 9, 9, 9], [9] * 5]
     assert mask.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0] * 5]
 
@@ -208,9 +208,16 @@ def test_collate_keeps_the_head_and_warns_with_the_count() -> None:
     rows = [([1, 2, 3, 4, 5], [0, 1, 1, 1, 1]), ([1, 2], [0, 1]), ([6, 7, 8, 9], [0, 0, 0, 1])]
     with pytest.warns(UserWarning, match=r"2 of 3 .* max_seq_len=3"):
         x, y, mask = pad_and_collate(rows, max_seq_len=3, pad_id=0)
-    assert x.tolist() == [[1, 2], [1, 0], [6, 7]]
+    assert x.tolist() == [[1, 2], [1, 2], [6, 7]]
     assert y.tolist() == [[2, 3], [2, 0], [7, 8]]
     assert mask.tolist() == [[1, 1], [1, 0], [0, 0]]
+
+
+def test_collate_keeps_the_last_token_of_a_short_example_among_the_inputs() -> None:
+    x, y, mask = pad_and_collate([([10, 11, 12], [0, 1, 1])], max_seq_len=5, pad_id=99)
+    assert x.tolist() == [[10, 11, 12, 99]]
+    assert y.tolist() == [[11, 12, 99, 99]]
+    assert mask.tolist() == [[1, 1, 0, 0]]
 
 
 def test_collate_never_supervises_padding_whatever_the_pad_id_is() -> None:
@@ -241,10 +248,9 @@ def test_collate_aligns_every_target(rows: list[list[tuple[int, int]]], width: i
     x, y, mask = pad_and_collate(examples, max_seq_len=width, pad_id=100)
     assert x.shape == (len(rows), width - 1)
     for b, row in enumerate(rows):
-        pairs = [(row[t][0], *row[t + 1]) for t in range(len(row) - 1)]
-        got = list(zip(x[b].tolist(), y[b].tolist(), mask[b].tolist(), strict=True))
-        assert got[: len(pairs)] == pairs
-        assert got[len(pairs) :] == [(100, 100, 0)] * (width - 1 - len(pairs))
+        padded = [*row, *[(100, 0)] * (width - len(row))]
+        expected = [(padded[t][0], *padded[t + 1]) for t in range(width - 1)]
+        assert list(zip(x[b].tolist(), y[b].tolist(), mask[b].tolist(), strict=True)) == expected
 
 
 # ---------------------------------------------------------------- masked_cross_entropy

@@ -61,8 +61,11 @@ def pad_and_collate(
         num_cut += len(ids) > max_seq_len
         kept = torch.tensor(ids[:max_seq_len], dtype=torch.int64)
         supervised = torch.tensor(mask[:max_seq_len], dtype=torch.int64)
-        end = max(len(kept) - 1, 0)
-        x[row, :end], y[row, :end], loss_mask[row, :end] = kept[:-1], kept[1:], supervised[1:]
+        # Padded first and shifted then: a row that is shorter than the width keeps its last token
+        # among the inputs, where the target behind it is padding with mask 0.
+        x[row, : len(kept)] = kept[:width]
+        targets = max(len(kept) - 1, 0)
+        y[row, :targets], loss_mask[row, :targets] = kept[1:], supervised[1:]
     if num_cut:
         warnings.warn(
             f"{num_cut} of {len(examples)} examples are longer than max_seq_len={max_seq_len} "

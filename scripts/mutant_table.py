@@ -1,0 +1,164 @@
+"""docs/mutants.md: spoilt chat templates against kinds of conversations, judged by the oracle.
+
+`python scripts/mutant_table.py` writes the page; `--check` compares it instead. The official
+templates and the models lie beside the checkout where truetune is developed; where they do not,
+their part of the page stays as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import oracle_rows as judged  # noqa: E402
+import template_corpus as corpus  # noqa: E402
+import template_mutants  # noqa: E402
+from truetune import PromptContract, UnfaithfulTemplate  # noqa: E402
+
+PAGE = ROOT / "docs" / "mutants.md"
+NUMBER = 200
+MUTANTS, OWN, OFFICIAL = "## Mutants", "## Our own templates", "## Official templates and models"
+CELLS = {
+    judged.EXACT: "e",
+    judged.REFUSED: "r",
+    judged.FALSE: "f",
+    judged.WRONG: "WRONG",
+    judged.CRASHED: "CRASH",
+}
+INTRO = """# Mutants of chat templates
+
+Made by `python scripts/mutant_table.py`. A second judge, the oracle in `tests/oracle.py`, shares no
+code with truetune: it renders with transformers' `apply_chat_template` alone, demands that the
+trained sequence begins with the served prompt of every trained turn, and reads the supervised text
+back into reasoning, content and calls: every part of the row, in order, exactly once, and nothing
+else but the words of the format. Here it judges what truetune makes of templates that were spoilt
+on purpose, and of those that were not.
+
+| cell | the row is |
+|---|---|
+| e | trained, and exact |
+| r | refused |
+| f | refused, although the template's own rendering of it is exact |
+| WRONG | trained wrongly, and nothing said so |
+| CRASH | stopped by an error of the program |
+
+A change may leave a kind of conversation as it was: those are exact. The order of the keys inside
+the arguments of a call carries no meaning and may change."""
+Outcomes = Mapping[str, judged.Outcome]
+
+
+def mutant_outcomes(mutant: template_mutants.Mutant) -> dict[str, judged.Outcome]:
+    """The oracle's verdict on each kind of conversation under a mutant."""
+    tokenizer = corpus.own_tokenizer(mutant.template)
+    tokenizer.chat_template = mutant.source
+    try:
+        contract = PromptContract.load(tokenizer)
+    except UnfaithfulTemplate as error:
+        refused = judged.Outcome(judged.REFUSED, str(error))
+        return {row.name: refused for row in judged.ROWS}
+    return judged.outcomes(contract)
+
+
+def own_outcomes() -> dict[str, dict[str, judged.Outcome]]:
+    """The same for our own templates as they are."""
+    rows = (*judged.ROWS, *judged.MORE_ROWS)
+    return {
+        name: judged.outcomes(PromptContract.load(corpus.own_tokenizer(name)), rows)
+        for name in corpus.CONTROL
+    }
+
+
+def official_outcomes() -> dict[str, dict[str, judged.Outcome]]:
+    """The same for official templates, on a tokenizer with their markers, and for models."""
+    rows = (*judged.ROWS, *judged.MORE_ROWS)
+    found = {}
+    for path in corpus.OFFICIAL:
+        contract = replace(corpus.official_contract(path), date=None)
+        contract.tokenizer.chat_template = contract.chat_template
+        found[path.stem] = judged.outcomes(contract, rows)
+    for folder in corpus.MODELS:
+        found[folder.name] = judged.outcomes(PromptContract.load(folder), rows)
+    return found
+
+
+def _table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], Outcomes]]) -> str:
+    names = list(rows[0][1])
+    lines = ["| " + " | ".join([*head, *names]) + " |", "|---" * (len(head) + len(names)) + "|"]
+    for first, found in rows:
+        cells = [CELLS[found[name].verdict] for name in names]
+        lines.append("| " + " | ".join([*map(_escaped, first), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _sums(found: Sequence[Outcomes]) -> str:
+    count = Counter(outcome.verdict for some in found for outcome in some.values())
+    whole = sum(count.values())
+    return (
+        f"{whole} rows: {count[judged.EXACT]} exact, {count[judged.REFUSED]} refused, "
+        f"{count[judged.FALSE]} refused though the rendering is exact, "
+        f"{count[judged.WRONG]} silently wrong, {count[judged.CRASHED]} crashes."
+    )
+
+
+def mutant_part(found: Sequence[tuple[template_mutants.Mutant, Outcomes]]) -> str:
+    sums = _sums([outcomes for _, outcomes in found])
+    rows = [((m.template, m.change), outcomes) for m, outcomes in found]
+    return f"{MUTANTS}\n\n{len(found)} mutants. {sums}\n\n{_table(('template', 'change'), rows)}"
+
+
+def template_part(head: str, found: Mapping[str, Outcomes]) -> str:
+    rows = [((name,), outcomes) for name, outcomes in found.items()]
+    return f"{head}\n\n{_sums(list(found.values()))}\n\n{_table(('template',), rows)}"
+
+
+def parts() -> dict[str, str]:
+    """The parts of the page as it is, by their headings."""
+    text = PAGE.read_text(encoding="utf-8")
+    heads = (MUTANTS, OWN, OFFICIAL)
+    cut = [text.index(head) for head in heads] + [len(text)]
+    return {head: text[cut[i] : cut[i + 1]].strip() for i, head in enumerate(heads)}
+
+
+def reasons(name: str, found: Outcomes) -> list[str]:
+    """What is not exact or refused for a reason, a line each."""
+    bad = (judged.WRONG, judged.CRASHED, judged.FALSE)
+    return [
+        f"{name} / {row}: {outcome.verdict}: {outcome.why}"
+        for row, outcome in found.items()
+        if outcome.verdict in bad
+    ]
+
+
+def main() -> int:
+    found: list[tuple[Any, Outcomes]] = []
+    for mutant in template_mutants.chosen(NUMBER):
+        found.append((mutant, mutant_outcomes(mutant)))
+        for line in reasons(f"{mutant.template}, {mutant.change}", found[-1][1]):
+            sys.stderr.write(f"{line}\n")
+    own = own_outcomes()
+    made = [mutant_part(found), template_part(OWN, own)]
+    official = official_outcomes() if corpus.OFFICIAL else {}
+    made.append(template_part(OFFICIAL, official) if official else parts()[OFFICIAL])
+    for name, outcomes in [*own.items(), *official.items()]:
+        for line in reasons(name, outcomes):
+            sys.stderr.write(f"{line}\n")
+    page = "\n\n".join([INTRO, *made]) + "\n"
+    if "--check" in sys.argv:
+        return int(PAGE.read_text(encoding="utf-8") != page)
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
