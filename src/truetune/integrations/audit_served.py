@@ -107,9 +107,9 @@ def _conversations(
 ) -> Iterator[Finding]:
     names = [row.name for row, _ in talks]
     yield from _control_tokens(subject, talks, names, facts)
-    if not facts.markers.has_template:
+    contract = facts.markers.contract
+    if contract is None:
         return
-    contract = PromptContract.load(subject.tokenizer)
     differ: list[int] = []
     lost: list[int] = []
     shown = ""
