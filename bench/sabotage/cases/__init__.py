@@ -9,9 +9,22 @@ from bench.sabotage.cases import (
     packing,
     prompts,
     rows,
+    served,
     steps,
     tables,
 )
 
-FAMILIES = (ends, prompts, lengths, labels, packing, rows, tables, adapters, steps, decoders)
+FAMILIES = (
+    ends,
+    prompts,
+    served,
+    lengths,
+    labels,
+    packing,
+    rows,
+    tables,
+    adapters,
+    steps,
+    decoders,
+)
 CASES = tuple(case for family in FAMILIES for case in family.CASES)

@@ -86,7 +86,51 @@ def config_without_weights(house: House, broken: bool) -> Any:
     return trl(tokenizer, model, chats())
 
 
+def alpha_zero(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    config = lora(lora_alpha=0 if broken else 4)
+    return trl(tokenizer, house.model(tokenizer), chats(), peft_config=config)
+
+
+def dropout_high(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    config = lora(lora_dropout=0.95 if broken else 0.05)
+    return trl(tokenizer, house.model(tokenizer), chats(), peft_config=config)
+
+
+def decay_high(house: House, broken: bool) -> Any:
+    tokenizer = house.tokenizer()
+    return trl(tokenizer, house.model(tokenizer), chats(), weight_decay=10.0 if broken else 0.1)
+
+
 CASES: tuple[Case, ...] = (
+    Case(
+        "U11",
+        "lora_alpha 0: an adapter that cannot learn",
+        alpha_zero,
+        ("lora-scale-zero",),
+        "lora_alpha is 0",
+        "lora_alpha of r",
+        None,
+    ),
+    Case(
+        "U12",
+        "lora_dropout 0.95",
+        dropout_high,
+        ("dropout-unusual",),
+        "0.95",
+        "lora_dropout=0.05",
+        None,
+    ),
+    Case(
+        "U13",
+        "weight decay 10",
+        decay_high,
+        ("weight-decay-unusual",),
+        "towards 0",
+        "weight_decay=0 to 0.1",
+        None,
+    ),
     Case(
         "S18",
         "target_modules that match in part",

@@ -34,6 +34,7 @@ class LabelFacts:
         max_length: where rows were cut; None looks for a length that rows are piled up at.
         is_text: plain text without turns; None decides by the rows.
         proved: the prompts are known to be the served ones: they came out of a contract.
+        compared: the rows are compared with the messages that they were made from, elsewhere.
     """
 
     table: TokenTable
@@ -43,6 +44,7 @@ class LabelFacts:
     max_length: int | None = None
     is_text: bool | None = None
     proved: bool = False
+    compared: bool = False
 
     @cached_property
     def answer_starts(self) -> Indices:

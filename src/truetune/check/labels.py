@@ -17,6 +17,7 @@ from truetune.check import (
     foreign,
     prompts,
     reasoning,
+    served,
     stops,
     targets,
     turns,
@@ -35,6 +36,7 @@ CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
     *stops.CHECKS,
     *prompts.CHECKS,
     *reasoning.CHECKS,
+    *served.CHECKS,
 )
 
 

@@ -45,6 +45,8 @@ class Markers:
             None where the template takes none.
         bos: the id that served prompts begin with, doubled or not; None where there is none.
         own_stop_is_terminator: the model's own stop set holds the terminator: it was tuned to it.
+        contract: that renders the served template; None where there is no template.
+        broken: why the served template cannot be run at all; None where it can.
     """
 
     tokens: Tokens
@@ -59,6 +61,8 @@ class Markers:
     keeps_reasoning: bool | None
     bos: int | None
     own_stop_is_terminator: bool
+    contract: PromptContract | None = None
+    broken: UnfaithfulTemplate | None = None
 
     @property
     def ends(self) -> frozenset[int]:
@@ -85,9 +89,9 @@ class Markers:
         eos = tokenizer.eos_token_id
         served = frozenset(stop_ids if stop_ids is not None else [] if eos is None else [eos])
         tokens = Tokens(tokenizer)
-        contract = _contract(tokenizer, chat_template)
+        contract, broken = _contract(tokenizer, chat_template)
         if contract is None:
-            return _without_template(tokens, served)
+            return _without_template(tokens, served, broken)
         return _probed(contract, tokens, served)
 
     @classmethod
@@ -98,7 +102,7 @@ class Markers:
             contract.tokenizer, stop_ids=contract.stop_ids, chat_template=contract.chat_template
         )
         own = contract.policy.think_markers if contract.policy.reasoning == "inline" else None
-        return dataclasses.replace(found, think=own) if own else found
+        return dataclasses.replace(found, think=own or found.think, contract=contract)
 
 
 def served_stop_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -119,16 +123,24 @@ def served_stop_ids(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in found) if isinstance(found, list | tuple) else (int(found),)
 
 
-def _contract(tokenizer: Any, chat_template: str | None) -> PromptContract | None:
+def _contract(
+    tokenizer: Any, chat_template: str | None
+) -> tuple[PromptContract | None, UnfaithfulTemplate | None]:
+    """(the contract, None), or (None, why a template that is there cannot be run)."""
     if chat_template is None and not tokenizer.chat_template:
-        return None
+        return None, None
     try:
-        return PromptContract.load(tokenizer, chat_template)
-    except UnfaithfulTemplate:
-        return None
+        contract = PromptContract.load(tokenizer, chat_template)
+        contract.renderer.render(_TWO_TURNS[:1], add_generation_prompt=True)
+    except UnfaithfulTemplate as error:
+        # What it refuses of a conversation of ours it may take of others.
+        return (contract, None) if error.code == "template-refuses" else (None, error)
+    return contract, None
 
 
-def _without_template(tokens: Tokens, served: frozenset[int]) -> Markers:
+def _without_template(
+    tokens: Tokens, served: frozenset[int], broken: UnfaithfulTemplate | None
+) -> Markers:
     return Markers(
         tokens=tokens,
         has_template=False,
@@ -142,6 +154,7 @@ def _without_template(tokens: Tokens, served: frozenset[int]) -> Markers:
         keeps_reasoning=None,
         bos=_own_bos(tokens),
         own_stop_is_terminator=False,
+        broken=broken,
     )
 
 
@@ -165,6 +178,7 @@ def _probed(contract: PromptContract, tokens: Tokens, served: frozenset[int]) ->
         keeps_reasoning=_keeps_reasoning(contract),
         bos=begins,
         own_stop_is_terminator=written is not None and written in served,
+        contract=contract,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from truetune.check.facts import LabelFacts, rows_finding, share
+from truetune.errors import UnfaithfulTemplate
 from truetune.findings import Finding
 
 _MARKER = re.compile(
@@ -62,16 +63,28 @@ def _token_at(facts: LabelFacts, offset: int) -> np.ndarray:
 
 def _served_doubled(facts: LabelFacts, bos: int) -> bool:
     """A template may write the token twice: then that is what is served."""
-    tokenizer = facts.markers.tokens.tokenizer
-    if not facts.markers.has_template:
+    contract = facts.markers.contract
+    if contract is None:
         return False
     try:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
-        )
-    except Exception:  # a template is somebody's program: it fails in its own ways
+        ids = contract.prompt_ids([{"role": "user", "content": "a"}])
+    except UnfaithfulTemplate:
         return False
-    return list(ids[:2]) == [bos, bos]
+    return ids[:2] == [bos, bos]
+
+
+def template_runs(facts: LabelFacts) -> Iterator[Finding]:
+    """The served template comes to an end, within bounds of time and memory."""
+    error = facts.markers.broken
+    if error is not None and not facts.proved:
+        yield Finding(
+            code="template-unusable",
+            level="error",
+            what=error.what,
+            where=error.where or "tokenizer.chat_template",
+            why=error.why or "no server can make a prompt with it",
+            fix="give the tokenizer the chat template of the model that it belongs to",
+        )
 
 
 def served_form(facts: LabelFacts) -> Iterator[Finding]:
@@ -238,6 +251,7 @@ def _inside_word(before: str, first: str, joined: str) -> bool:
 
 
 CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
+    template_runs,
     begins_once,
     served_form,
     markers_whole,

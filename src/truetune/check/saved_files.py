@@ -39,14 +39,13 @@ def template_there(found: Checkpoint) -> Iterator[Finding]:
     """A chat template, and one that renders a plain conversation."""
     if found.tokenizer is None or found.markers is None:
         return
-    if not found.markers.has_template and found.tokenizer.chat_template:
+    if found.markers.broken is not None:
         yield Finding(
             "template-unfaithful",
             "error",
-            "the chat template cannot be used",
+            f"the chat template cannot be used: {found.markers.broken.what}",
             str(found.folder),
-            why="it is no template of the kind that tokenizers render: a server fails on the first "
-            "message",
+            why="a server fails on the first message",
             fix="copy chat_template.jinja from where it was trained",
         )
         return

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from truetune.check.answers import label_holes
 from truetune.check.facts import LabelFacts, rows_finding, share
 from truetune.check.table import Flags, Indices
 from truetune.findings import Finding, Level
@@ -127,6 +128,38 @@ def stops_served(facts: LabelFacts) -> Iterator[Finding]:
     )
 
 
+def ends_once(facts: LabelFacts) -> Iterator[Finding]:
+    """A second end token behind the first is never written: the server has stopped."""
+    table = facts.table
+    if facts.proved or facts.plain or facts.is_stream or not len(table.runs):
+        return
+    on = table.supervised & np.isin(table.ids, sorted(facts.markers.ends))
+    twice = np.flatnonzero(on[1:] & on[:-1] & (table.ids[1:] == table.ids[:-1]))
+    twice = twice[table.rows_of(twice) == table.rows_of(twice + 1)]
+    if not len(twice):
+        return
+    rows = table.rows_of(twice)
+    inside = twice + 2 < table.starts[rows + 1]
+    # White space behind the last end is no turn.
+    inside &= _over_space(facts, twice + 2, table.starts[rows + 1]) < table.starts[rows + 1]
+    name = _names(facts, frozenset(np.unique(table.ids[twice]).tolist()))
+    found = np.unique(rows)
+    yield rows_finding(
+        facts,
+        found.tolist(),
+        code="stop-doubled",
+        level="warning" if inside.any() else "note",
+        what=f"answers of {share(len(found), len(table))} end on {name} twice, with labels on both",
+        why="the template writes one, and the tokenizer or the script added another"
+        + (
+            "; inside a conversation no server sends the second one back"
+            if inside.any()
+            else "; the server has stopped at the first, so the second one costs next to nothing"
+        ),
+        fix="end each answer once: with the template's own end token",
+    )
+
+
 def _ends(facts: LabelFacts) -> _Ends:
     """Judge the last token that is no whitespace of every run of labels."""
     cached = facts.__dict__.get("_answer_ends")
@@ -154,6 +187,8 @@ def _ends(facts: LabelFacts) -> _Ends:
     if len(headed) < 0.9 * len(table):
         # A row may be cut right there.
         headed = {row for row in headed if table.lengths[row] != facts.cut_at}
+    # Labels that go on behind a few tokens have not come to the end of the answer.
+    ended |= np.isin(runs[:, 0], table.runs[label_holes(facts), 0])
     masked = set(rows[~ended & follows].tolist()) - headed
     cut = set(rows[~ended & ~follows & final & _at_limit(facts, rows)].tolist()) - headed - masked
     missing = set(rows[~ended & ~follows].tolist()) - headed - masked - cut
@@ -311,4 +346,8 @@ def _tail(facts: LabelFacts, row: int) -> str:
     return repr("\u2026" + facts.markers.tokens.decode(facts.table.row_ids(row)[-8:]))
 
 
-CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (answers_end, stops_served)
+CHECKS: tuple[Callable[[LabelFacts], Iterator[Finding]], ...] = (
+    answers_end,
+    stops_served,
+    ends_once,
+)

@@ -237,13 +237,19 @@ def _segments(
     restarts = np.zeros(len(ids), dtype=bool)
     if positions is not None and len(positions) > (kept[-1] if len(kept) else -1):
         inside = positions[kept]
-        restarts[1:] |= inside[1:] <= inside[:-1]
+        if not stand_still(inside):
+            restarts[1:] |= inside[1:] <= inside[:-1]
     if mask is not None and mask.shape == fields["input_ids"].shape:
         segments = mask[kept]
         restarts[1:] |= segments[1:] != segments[:-1]
     cuts = [0, *np.flatnonzero(restarts).tolist(), len(ids)]
     for part, (start, end) in enumerate(pairwise(cuts)):
         yield ids[start:end], labels[start:end], on_padding and part == 0
+
+
+def stand_still(positions: npt.NDArray[np.int64]) -> bool:
+    """Whether positions do not count: one token's is mostly that of the token before it."""
+    return len(positions) > 2 and float((np.diff(positions) == 0).mean()) > 0.5
 
 
 def _without_pads(

@@ -59,7 +59,7 @@ class ArgumentSearch:
         )
         hybrid = plain and not contract.behaviour().closed
         best, best_refused = contract.template_kwargs, _num_refused(trial, sample, loss_on)
-        for kwargs in self._candidates() if best_refused or hybrid else []:
+        for kwargs in self.candidates() if best_refused or hybrid else []:
             candidate = replace(trial, template_kwargs={**contract.template_kwargs, **kwargs})
             # A row without reasoning takes the form in which the template does not think.
             switched_off = hybrid and bool(candidate.behaviour().closed)
@@ -123,7 +123,7 @@ class ArgumentSearch:
         given = {*(contract.template_kwargs if contract.explicit_kwargs else ()), *template_kwargs}
         return any(name in given for name in self._switches)
 
-    def _candidates(self) -> list[dict[str, Any]]:
+    def candidates(self) -> list[dict[str, Any]]:
         """Values of arguments that change a served prompt, those set by hand left out."""
         names = [
             n for n in self.contract.renderer.variables() if n not in self.contract.template_kwargs

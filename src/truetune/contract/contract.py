@@ -345,7 +345,7 @@ def _dated(today: str, *, given: bool) -> Finding:
 
 
 def _special(tokenizer: Any) -> dict[str, Any]:
-    return {name: value for name, value in tokenizer.special_tokens_map.items() if value}
+    return {n: value for n, value in tokenizer.special_tokens_map.items() if value is not None}
 
 
 def _conversation(value: Messages | Conversation, tools: ToolList | None) -> Conversation:

@@ -187,6 +187,7 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
         )
     what = {
         "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds",
+        "slow": f"takes too long: more than {sandbox.TOTAL:g} seconds for its texts together",
         "memory": "fills the memory",
         "size": "writes a text without measure",
         "died": "ended the process that rendered it",

@@ -1,9 +1,10 @@
 """Rendering in a process of its own, with a memory limit and a deadline.
 
 input   template source, special tokens, date, jobs
-does    keeps one worker process, hands it jobs in batches, kills it when it stands still
-output  one answer per job, as `worker.py` gives it; ["hang"] or ["died"] where there was none;
-        a template that was stopped once is not run again
+does    keeps one worker process, hands it jobs in batches, kills it when it stands still or when a
+        template has used up the time that all of its answers may take
+output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died"] where there was
+        none; a template that was stopped once is not run again
 who     `render.py`
 """
 
@@ -17,6 +18,7 @@ import queue
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ from truetune import child
 # Seconds without an answer after which a template hangs. One render takes well under a millisecond;
 # a very long conversation some tens.
 DEADLINE = 15.0
+# Seconds that all answers of one template may take together, beyond what texts take anyhow: a
+# render takes 30 microseconds and a few for each kilobyte; allowed is a thousandfold.
+TOTAL = 60.0
+_PER_TEXT, _PER_MEGABYTE = 0.03, 10.0
 # A loaded machine may take its time to import the libraries.
 _START = 120.0
 _BATCH = 512
@@ -63,7 +69,8 @@ class Worker:
             pass
         self._answers.put(None)
 
-    def send(self, request: dict[str, Any]) -> None:
+    def send(self, request: dict[str, Any]) -> int:
+        """Hand over a request; its size in bytes."""
         data = json.dumps(request, default=_placeholder).encode("ascii")
         assert self.process.stdin
         try:
@@ -71,14 +78,20 @@ class Worker:
             self.process.stdin.flush()
         except OSError:
             pass  # it is gone; the reader says so
+        return len(data)
 
-    def receive(self) -> Answer:
-        """The next answer; ["hang"] after the deadline, ["died"] when the process has ended."""
-        if not self._ready:
-            if self._next(_START) != ["ready"]:
-                return ["died"]
-            self._ready = True
-        return self._next(DEADLINE)
+    def ready(self) -> bool:
+        """Whether its libraries are loaded; waits for them."""
+        self._ready = self._ready or self._next(_START) == ["ready"]
+        return self._ready
+
+    def receive(self, left: float) -> Answer:
+        """The next answer; ["hang"] after the deadline, ["slow"] when the time left of the total
+        is used up before it, ["died"] when the process has ended."""
+        if left <= 0:
+            return ["slow"]
+        answer = self._next(min(DEADLINE, left))
+        return ["slow"] if answer == ["hang"] and left < DEADLINE else answer
 
     def _next(self, seconds: float) -> Answer:
         try:
@@ -106,7 +119,9 @@ _lock = threading.RLock()
 _worker: Worker | None = None
 # Templates that were stopped: their other rows are not waited for.
 _stopped: dict[str, Answer] = {}
-_LAST = ("hang", "died", "memory", "size")
+# Seconds that each template may still take.
+_left: dict[str, float] = {}
+_LAST = ("hang", "slow", "died", "memory", "size")
 
 
 def _started() -> Worker:
@@ -128,7 +143,7 @@ def describe(source: str) -> Answer:
     """What a template reads and writes; see `worker.py`."""
     with _lock:
         if source not in _stopped:
-            answer = _answers({"describe": source}, 1)[0]
+            answer = _answers(source, {"describe": source}, 1)[0]
             if answer[0] not in _LAST:
                 return answer
             _stopped[source] = answer
@@ -146,7 +161,7 @@ def render(
                 break
             batch = list(jobs[first : first + _BATCH])
             request = {"source": source, "special": special, "date": date, "jobs": batch}
-            answers += _answers(request, len(batch))
+            answers += _answers(source, request, len(batch))
             if answers[-1][0] in _LAST:
                 _stopped[source] = answers[-1]
     return (
@@ -154,17 +169,25 @@ def render(
     )
 
 
-def _answers(request: dict[str, Any], number: int) -> list[Answer]:
+def _answers(source: str, request: dict[str, Any], number: int) -> list[Answer]:
     worker = _started()
     answers: list[Answer] = []
+    if not worker.ready():
+        worker.kill()
+        return [["died"]] * number
     try:
-        worker.send(request)
+        size = worker.send(request)
+        left = _left.get(source, TOTAL) + number * _PER_TEXT + size * _PER_MEGABYTE / 2**20
         while len(answers) < number:
-            answers.append(worker.receive())
+            began = time.monotonic()
+            answers.append(worker.receive(left))
+            left -= time.monotonic() - began
             if answers[-1][0] in _LAST:
                 # What it still has in hand belongs to a template that is not trusted any more.
                 worker.kill()
                 return answers + [answers[-1]] * (number - len(answers))
+        # What was not used of a batch's own time is not saved up for others.
+        _left[source] = min(left, _left.get(source, TOTAL))
     except BaseException:
         # Interrupted: the answers still to come would be taken for those of the next request.
         worker.kill()

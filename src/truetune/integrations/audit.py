@@ -25,7 +25,7 @@ from truetune.integrations.audit_model import head_rows, model_findings
 from truetune.integrations.audit_read import IGNORED, Reading, read_batches
 from truetune.integrations.audit_report import AuditReport
 from truetune.integrations.audit_seq2seq import seq2seq_findings
-from truetune.integrations.audit_served import served_findings, stop_findings
+from truetune.integrations.audit_served import has_conversations, served_findings, stop_findings
 from truetune.integrations.audit_state import tokenizer_untouched, untouched
 from truetune.integrations.audit_subject import (
     Subject,
@@ -141,6 +141,7 @@ def _facts(subject: Subject, reading: Reading) -> LabelFacts:
         head_rows=head_rows(subject.model),
         loss_on=_declared(subject.args),
         max_length=getattr(subject.args, "max_length", None),
+        compared=has_conversations(subject, reading),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from truetune.check.facts import LabelFacts, rows_finding, share
+from truetune.check.table import stand_still
 from truetune.findings import Finding
 from truetune.integrations.audit_read import IGNORED, Reading, ReadRow
 from truetune.integrations.audit_subject import Subject
@@ -18,7 +19,9 @@ def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Ite
     """What the table of unpadded rows cannot show."""
     yield from _labels_outside(reading.rows, facts)
     yield from _padding_attended(subject, reading.rows)
-    yield from _attention_holes(reading.rows)
+    yield from _attention_holes(reading.rows, subject.tokenizer.pad_token_id)
+    yield from _positions_count(reading.rows)
+    yield from _rows_again(subject, reading.rows)
     yield from _beginnings_cut(facts)
     yield from _dropped_rows(subject)
 
@@ -77,27 +80,103 @@ def _padding_attended(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Fin
         )
 
 
-def _attention_holes(rows: Sequence[ReadRow]) -> Iterator[Finding]:
+def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Finding]:
     """Tokens of a row that the rest of it cannot see."""
-    bad = []
+    inside, in_front = [], []
     for number, row in enumerate(rows):
         mask = row.mask
         if mask is None or mask.shape != row.ids.shape:
             continue
         seen = np.flatnonzero(mask)
         if len(seen) and not mask[seen[0] : seen[-1] + 1].all():
-            bad.append(number)
-    if bad:
+            inside.append(number)
+        # Padding in front is one token again and again.
+        hidden = row.ids[: seen[0]] if len(seen) else row.ids[:0]
+        if len(np.unique(hidden[hidden != pad] if pad is not None else hidden)) > 1:
+            in_front.append(number)
+    if inside:
         yield _finding(
             rows,
-            bad,
+            inside,
             code="attention-hole",
             level="warning",
-            what=f"the attention mask hides tokens inside {share(len(bad), len(rows))}",
+            what=f"the attention mask hides tokens inside {share(len(inside), len(rows))}",
             why="a mask made from `ids != pad` hides the end tokens of earlier turns where pad and "
             "end are one token; a server shows them to the model",
             fix="take the attention mask from the tokenizer, or make it from lengths",
         )
+    if in_front:
+        yield _finding(
+            rows,
+            in_front,
+            code="attention-hole",
+            level="error",
+            what=f"the attention mask hides the beginning of {share(len(in_front), len(rows))}: "
+            "the prompt is in the ids and the model does not see it",
+            why="the attention mask was made from the labels: -100 takes a token out of the loss, "
+            "an attention mask of 0 takes it out of sight, and answers are learned without a "
+            "question",
+            fix="attention mask 1 on every token of the row, 0 on padding alone; leave the loss to "
+            "the labels",
+        )
+
+
+def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """Positions count up inside a document."""
+    bad = [
+        number
+        for number, row in enumerate(rows)
+        if row.counted is not None and stand_still(row.counted[row.real != 0])
+    ]
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="positions-constant",
+            level="error",
+            what=f"the position ids of {share(len(bad), len(rows))} do not count: the first are "
+            f"{rows[bad[0]].counted[:4].tolist()}",  # type: ignore[index]
+            why="every token is computed as if it stood at the same position: the model cannot "
+            "tell the order of the words, and a server counts",
+            fix="leave position_ids out (the model counts by itself), or count from 0 in each "
+            "document",
+        )
+
+
+# Times that a row is trained before its copies are told, and the share of all rows they have.
+_AGAIN, _AGAIN_SHARE = 10, 0.01
+
+
+def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """The same row many times over, which is another epoch over it each time."""
+    ends = {subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id, *subject.served}
+    first: dict[bytes, int] = {}
+    times: dict[bytes, list[int]] = {}
+    indices: set[int] = set()
+    for number, row in enumerate(rows):
+        # A sampler may draw a row of the dataset more than once, as it was asked to.
+        if row.index is not None and row.index in indices:
+            continue
+        indices.update([row.index] if row.index is not None else [])
+        for whole, _ in _keys(row, ends):
+            if first.setdefault(whole, number) != number:
+                times.setdefault(whole, []).append(number)
+    copies = [number for again in times.values() for number in again]
+    if not copies:
+        return
+    most, again = max(times.items(), key=lambda item: len(item[1]))
+    often = len(again) + 1 >= _AGAIN and len(copies) > _AGAIN_SHARE * len(rows)
+    yield _finding(
+        rows,
+        copies,
+        code="rows-duplicate",
+        level="warning" if often else "note",
+        what=f"{share(len(set(copies)), len(rows))} are exact copies of earlier ones; "
+        f"{rows[first[most]].name} is there {len(again) + 1:,} times",
+        why="each copy is another epoch over that row: it is learned by heart, and the others "
+        "count less",
+        fix="leave the copies out",
+    )
 
 
 def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from truetune.check.facts import LabelFacts, rows_finding
+from truetune.errors import UnfaithfulTemplate
 from truetune.findings import Finding, Level
 from truetune.integrations.audit_read import IGNORED, Reading, ReadRow
 from truetune.integrations.audit_subject import Subject
@@ -291,19 +292,16 @@ def _found_starts(facts: LabelFacts) -> list[tuple[int, ...]]:
     markers = facts.markers
     if markers.bos is not None:
         return [(markers.bos,)]
-    if not markers.has_template:
+    if markers.contract is None:
         return []
-    tokenizer = markers.tokens.tokenizer
-    found = []
+    found: list[tuple[int, ...]] = []
+    talk = [
+        {"role": "system", "content": "sssentinelss"},
+        {"role": "user", "content": "uusentineluu"},
+    ]
     try:
-        text = tokenizer.apply_chat_template(
-            [
-                {"role": "system", "content": "sssentinelss"},
-                {"role": "user", "content": "uusentineluu"},
-            ],
-            tokenize=False,
-        )
-    except Exception:  # a template is somebody's program: it fails in its own ways
+        text = markers.contract.renderer.render(talk)
+    except UnfaithfulTemplate:
         return []
     head = text.partition("sssentinelss")[0].rstrip()
     user = text.partition("sssentinelss")[2].partition("uusentineluu")[0]

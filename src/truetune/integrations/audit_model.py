@@ -30,8 +30,11 @@ def model_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
     yield from _new_tokens(subject, reading)
     yield from _untrained_rows(subject, reading)
     yield from _lora_targets(model)
+    yield from _lora_scale(model)
+    yield from _dropout(model)
     yield from _types(subject, trained)
     yield from _learning_rate(subject, model)
+    yield from _weight_decay(subject)
     yield from _optimizer(subject, trained)
 
 
@@ -290,6 +293,58 @@ def _lora_targets(model: Any) -> Iterator[Finding]:
             )
 
 
+def _lora_scale(model: Any) -> Iterator[Finding]:
+    """What an adapter computes is multiplied by something other than 0."""
+    silent: set[str] = set()
+    speaking: set[str] = set()
+    for module in model.modules():
+        scaling = getattr(module, "scaling", None)
+        if not isinstance(scaling, Mapping) or not hasattr(module, "lora_A"):
+            continue
+        for name in getattr(module, "active_adapters", None) or scaling:
+            if isinstance(scaling.get(name), int | float):
+                (speaking if scaling[name] else silent).add(str(name))
+    if not silent:
+        return
+    yield Finding(
+        code="lora-scale-zero",
+        level="error",
+        what=f"the adapter {', '.join(map(repr, sorted(silent)))} is multiplied by 0"
+        + (" in some layers" if silent & speaking else ": it changes nothing and learns nothing"),
+        where="LoraConfig.lora_alpha",
+        why="lora_alpha is 0, and LoRA adds lora_alpha / r times its product: the gradients are 0 "
+        "as well",
+        fix="lora_alpha of r to 2 r (32 for r=16)",
+    )
+
+
+# Beyond these a setting is a slip of the decimal point; recipes use 0 to 0.2, and 0 to 0.3.
+_MOST_DROPOUT, _MOST_DECAY = 0.5, 1.0
+
+
+def _dropout(model: Any) -> Iterator[Finding]:
+    """More than half of the activations are kept."""
+    import torch
+
+    found: dict[float, str] = {}
+    for path, module in model.named_modules():
+        rate = getattr(module, "p", None) if isinstance(module, torch.nn.Dropout) else None
+        rate = rate if rate is not None else getattr(module, "attention_dropout", None)
+        if isinstance(rate, float) and rate > _MOST_DROPOUT:
+            found.setdefault(rate, path)
+    if found:
+        rate = max(found)
+        yield Finding(
+            code="dropout-unusual",
+            level="warning",
+            what=f"a dropout of {rate:g} sets {rate:.0%} of what it sees to 0",
+            where=found[rate],
+            why="a share to drop was taken for a share to keep, or the decimal point slipped: the "
+            "gradients are mostly noise",
+            fix="dropout 0 to 0.1 (lora_dropout=0.05)",
+        )
+
+
 def _is_linear(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     return "Linear" in type(module).__name__ or (
@@ -394,6 +449,28 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             else "the weights hardly move",
             fix="learning_rate=1e-4 for LoRA, 1e-5 to 2e-5 for all weights",
         )
+
+
+def _weight_decay(subject: Subject) -> Iterator[Finding]:
+    """A decay that is meant; sign-based optimisers take larger ones."""
+    optimizer = getattr(subject.trainer, "optimizer", None)
+    groups = getattr(optimizer, "param_groups", None)
+    decay = (
+        max(float(group.get("weight_decay") or 0) for group in groups)
+        if groups
+        else float(getattr(subject.args, "weight_decay", 0) or 0)
+    )
+    named = f"{type(optimizer).__name__} {getattr(subject.args, 'optim', '')}".lower()
+    if decay <= _MOST_DECAY * (10 if "lion" in named else 1):
+        return
+    yield Finding(
+        code="weight-decay-unusual",
+        level="warning",
+        what=f"a weight decay of {decay:g} pulls every trained weight towards 0",
+        where="args.weight_decay",
+        why="each step takes learning rate times decay off each weight, whatever the data says",
+        fix="weight_decay=0 to 0.1",
+    )
 
 
 def _optimizer(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from truetune.check.table import stand_still
 from truetune.errors import UsageError
 
 IGNORED = -100
@@ -37,6 +38,7 @@ class ReadRow:
         mask: (T,) what the model is told to attend to; None where it is told nothing.
         real: (T,) 0 for padding, else the number of the document, from 1.
         isolated: the batch says where documents begin.
+        counted: (T,) the positions that the batch brings; None where it brings none.
         line, offset: the line of the batch it lies in, and where it begins there (a flattened
             batch holds several rows in one line).
     """
@@ -51,6 +53,7 @@ class ReadRow:
     isolated: bool = False
     line: int = 0
     offset: int = 0
+    counted: Array | None = None
 
     def fields(self) -> dict[str, Array]:
         """As the token table takes it; documents of a packed row are apart."""
@@ -278,7 +281,7 @@ def _row(
 ) -> ReadRow:
     number, line, start, end = place
     mask, labels = pick.get("attention_mask"), pick.get("labels")
-    ids = pick["input_ids"][start:end]
+    ids, counted = pick["input_ids"][start:end], pick.get("position_ids")
     return ReadRow(
         name,
         index if isinstance(index, int) else None,
@@ -290,6 +293,7 @@ def _row(
         isolated,
         line,
         start,
+        counted[start:end] if counted is not None and len(counted) >= end else None,
     )
 
 
@@ -437,6 +441,9 @@ def _documents(
             continue
         inside = np.flatnonzero(real)
         if key == "position_ids":
+            # Those that do not count say nothing, and are judged apart.
+            if stand_still(value[inside]):
+                continue
             # Positions of padding are anything; only a return to 0 begins a document.
             begins = inside[1:][value[inside[1:]] == 0]
         else:

@@ -47,6 +47,15 @@ def served_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> It
             yield from _prompt_texts(subject, texts)
 
 
+def has_conversations(subject: Subject, reading: Reading) -> bool:
+    """Whether the dataset still has the messages of its rows."""
+    columns = set(getattr(subject.rows, "column_names", None) or ())
+    index = next((r.index for r in reading.rows if r.index is not None), None)
+    if index is None or not columns & {"messages", "prompt"}:
+        return False
+    return _conversation(subject.rows[index]) is not None
+
+
 @dataclass(frozen=True)
 class _Talk:
     messages: list[dict[str, Any]]
@@ -107,9 +116,9 @@ def _conversations(
 ) -> Iterator[Finding]:
     names = [row.name for row, _ in talks]
     yield from _control_tokens(subject, talks, names, facts)
-    if not facts.markers.has_template:
+    contract = facts.markers.contract
+    if contract is None:
         return
-    contract = PromptContract.load(subject.tokenizer)
     differ: list[int] = []
     lost: list[int] = []
     shown = ""
