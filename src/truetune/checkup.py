@@ -24,6 +24,7 @@ from truetune.check.lengths import (
 )
 from truetune.check.markers import Markers
 from truetune.check.start import Verdict, chat_ids, judge_rows, verdict
+from truetune.early import ask_early
 from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
@@ -77,6 +78,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
     """
+    ask_early(recipe)
     try:
         found = survey(recipe, listener)
     except BadRows as error:

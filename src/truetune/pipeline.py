@@ -24,6 +24,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from truetune.early import ask_early, require_settings, require_writable
 from truetune.engine import Group, joined, read_facts
 from truetune.errors import CheckFailed, OutputExists, UsageError
 from truetune.export import Exported, write_merged
@@ -32,7 +33,7 @@ from truetune.integrations.trackers import Trackers
 from truetune.job import Job, RunResult
 from truetune.listener import Listener
 from truetune.model import Onto
-from truetune.prepare import prepare, require_settings
+from truetune.prepare import prepare
 from truetune.recipe import Recipe
 from truetune.run import RunDir, opened, write_json
 from truetune.start import load_start
@@ -77,7 +78,9 @@ def _started(
     run = _resumed(resume) if resume else RunDir(str(recipe.output))
     if not resume and group.leads:
         run.require_room(overwrite=recipe.overwrite)
+        require_writable(run.path)
         _refuse_own_input(recipe, run)
+    ask_early(recipe, with_weights=True)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
     checkpoint = run.checkpoints()[-1] if resume and run.checkpoints() else None
