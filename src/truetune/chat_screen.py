@@ -60,7 +60,7 @@ class Talk:
         Raises:
             UsageError, ModelError: it cannot be opened.
         """
-        screen.stage("weights")
+        screen.stage("loading the weights")
         first = _speaker(model, chat_template, revision, device)
         speakers = [first]
         if compare:

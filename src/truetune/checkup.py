@@ -87,7 +87,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
             merged(error.findings), {"run": {"model": recipe.model, "data": recipe.data}}
         )
     rows = encoded_lengths(found.encoded, found.prepared.contract)
-    listener.stage("memory and time")
+    listener.stage("estimating memory and time")
     fit = _fit(found, rows)
     summary = {
         "run": _run_summary(found),
@@ -98,7 +98,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
     told = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
     told += advice(found.prepared, fit.trainable)
     if with_rehearsal and found.prepared.examples:
-        listener.stage("rehearsal")
+        listener.stage("rehearsing a step")
         rehearsed, numbers = rehearse(found.prepared)
         told += rehearsed
         summary["rehearsal"] = numbers
@@ -151,7 +151,7 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
     """
     if not recipe.model:
         raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
-    listener.stage("model files")
+    listener.stage("opening the model's files")
     found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
     findings = [finding for check in _SAVED for finding in check(found)]
     judged = found.verdict

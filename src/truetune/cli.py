@@ -23,7 +23,6 @@ from truetune.verb import CONTEXT, Verb, open_screen
 app = typer.Typer(
     name="truetune",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,

@@ -122,6 +122,7 @@ class Job:
         for finding in findings:
             listener.finding(finding)
         self.rows_before = self._rows(at_start=True) if prepared.new_tokens else None
+        listener.stage("probing the model and its memory")
         self.trainer = self._trainer()
         self.last_loss = float("nan")
         self.last_eval: float | None = None
@@ -410,7 +411,7 @@ class Job:
     def _save_artifact(self) -> SaveReport:
         name = "adapter" if self.loaded.is_adapter else "model"
         folder = self.run.file(name)
-        self.listener.stage("save and read back")
+        self.listener.stage("saving, and reading back")
         self._prove_rows()
         self._measure()
         # All weights go back to the type that the model came in, so that it serves as before; the

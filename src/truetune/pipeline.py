@@ -86,7 +86,7 @@ def _started(
     checkpoint = run.checkpoints()[-1] if resume and run.checkpoints() else None
     if checkpoint:
         read_facts(checkpoint)
-    listener.stage("weights")
+    listener.stage("loading the weights")
     loaded, findings = load_start(prepared, checkpoint)
     if not group.leads:
         return Follower(run, prepared, loaded, listener, trackers, findings, group), checkpoint
@@ -108,7 +108,7 @@ def _lead(job: Job, checkpoint: Path | None) -> RunResult:
     report = job.train_and_save()
     verdict = None
     if job.recipe.verify:
-        job.listener.stage("verify")
+        job.listener.stage("verifying in a fresh process")
         job.release()
         verdict = verify(str(job.run.path), device=job.recipe.device)
     result = job.finish(report, verdict)
@@ -206,13 +206,13 @@ def export(
     adapter = opened(source)
     unnamed = folder.with_name(f".{folder.name}.unverified-{os.getpid()}")
     try:
-        listener.stage("merge")
+        listener.stage("merging")
         made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
         for finding in made.findings:
             listener.finding(finding)
         verdict = None
         if check:
-            listener.stage("verify")
+            listener.stage("verifying in a fresh process")
             verdict = verify_merge(
                 adapter,
                 str(unnamed),

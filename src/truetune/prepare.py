@@ -127,7 +127,7 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
     assert recipe.data
     # Rows need no torch: what is wrong with them is found before it is imported.
     train, held_out, loaded, findings, overlap = _rows(recipe, listener)
-    listener.stage("model files")
+    listener.stage("opening the model's files")
     facts, tokenizer = look_at(recipe.model, recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
     contract = contract_of(tokenizer, recipe)
@@ -137,7 +137,7 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
         recipe = dataclasses.replace(recipe, date=contract.date, origins=origins)
     start, start_reason = starting_point(tokenizer, facts.has_chat_template)
 
-    listener.stage("template and proof")
+    listener.stage("proving the rows")
     contract = contract.fit(train, loss_on=recipe.loss_on)
     encoded, refused = _encode(contract, train, recipe, listener)
     eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
@@ -181,7 +181,7 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
         rows = encoded_lengths(encoded, contract)
         lengths = length_report(rows, plan.max_length, facts.context_length)
     if not recipe.no_check:
-        listener.stage("check")
+        listener.stage("checking the run")
         told = preflight(
             _preflight(
                 contract,
@@ -299,7 +299,7 @@ def _rows(
 ) -> tuple[list[Conversation], list[Conversation], Loaded, list[Finding], list[str]]:
     """Training rows, held-out rows, what was read, what to tell, and the places of held-out rows
     that were left out because they are trained."""
-    listener.stage("rows")
+    listener.stage("reading the rows")
     assert recipe.data
     loaded = load(
         recipe.data,

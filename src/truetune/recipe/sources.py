@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truetune.errors import InputError, RecipeError
+from truetune.recipe.foreign import translated
 from truetune.recipe.settings import Origin, Recipe, setting_types, settings
 
 
@@ -71,6 +72,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise InputError("the recipe is not a list of settings", where=str(path), fix=example)
+    if found := translated(loaded):
+        raise RecipeError(
+            f"the recipe is one of {found.tool}",
+            where=str(path),
+            why=f"key by key:\n{found.table()}",
+            fix="save these lines as a recipe, look at them, and train on it:\n" + found.recipe(),
+            code="foreign-recipe",
+        )
     return loaded
 
 
