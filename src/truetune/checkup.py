@@ -51,6 +51,12 @@ class Checkup:
     findings: list[Finding]
     summary: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """The findings, and the verdict below them."""
+        counts = ", ".join(f"{n} {level}s" for level, n in self.counts().items() if n)
+        told = [line for finding in self.findings for line in finding.lines()]
+        return "\n".join([*told, f"{'ok' if self.ok else 'not ok'}: {counts or 'nothing found'}"])
+
     @property
     def ok(self) -> bool:
         """Whether nothing is worse than a warning."""

@@ -16,9 +16,12 @@ import typer
 
 from truetune import __version__, lab_verbs
 from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
+from truetune.facade import recipe_of
 from truetune.options import canonical, own_option, with_settings
-from truetune.recipe import Recipe, make_recipe, read_recipe, recorded_recipe
+from truetune.recipe import make_recipe
 from truetune.verb import CONTEXT, Verb, open_screen
+
+_ORIGIN = "command line"
 
 app = typer.Typer(
     name="truetune",
@@ -58,62 +61,13 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
 
     screen = open_screen()
     try:
-        recipe = _recipe(source, rows, resume, options)
+        recipe = recipe_of(source, rows, resume, options, _ORIGIN)
         result = run(recipe, screen, resume=resume)
     finally:
         screen.close()
     from truetune.result_screen import show_result
 
     show_result(screen, result)
-
-
-def _recipe(
-    source: str | None, rows: str | None, resume: str | None, options: dict[str, Any]
-) -> Recipe:
-    """Recipe file, then command line; a resumed run's own recipe."""
-    # An option that may be repeated comes as a list; a recipe tells it by being a tuple.
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if value is not None and value != []
-    }
-    if resume is not None:
-        return _resumed_recipe(resume, bool(source or rows or given))
-    file = source if source and source.lower().endswith((".yaml", ".yml")) else None
-    if file and rows:
-        raise UsageError(
-            f"two arguments, and the first is a recipe: {file}",
-            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(rows)}",
-            code="recipe-with-data",
-        )
-    for name, value in (("model", None if file else source), ("data", rows)):
-        if value and name in given:
-            raise UsageError(
-                f"the {name} is given twice: {value} and --{name} {given[name]}",
-                fix="leave one of them out",
-                code="given-twice",
-            )
-        given |= {name: value} if value else {}
-    if file is None:
-        return make_recipe(("command line", given))
-    if not Path(file).is_file():
-        raise UsageError(
-            f"there is no recipe {file}", where=file, fix="check the path", code="no-recipe"
-        )
-    return make_recipe((file, read_recipe(Path(file))), ("command line", given))
-
-
-def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
-    from truetune.run import RECIPE, RunDir
-
-    if has_settings:
-        raise UsageError(
-            "--resume takes no other setting",
-            why="a resumed run goes on with the settings it was started with",
-            fix=f"truetune train --resume {shlex.quote(resume)}",
-            code="resume-with-settings",
-        )
-    return recorded_recipe(RunDir.open(resume).file(RECIPE))
 
 
 app.command("train", cls=Verb)(
@@ -146,7 +100,7 @@ def check(
     from truetune.checkup import check_model, check_run
     from truetune.listener import Listener
 
-    recipe = _recipe(source, rows, None, options)
+    recipe = recipe_of(source, rows, None, options, _ORIGIN)
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:

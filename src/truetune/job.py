@@ -101,6 +101,14 @@ class RunResult:
     verdict: Verdict | None = None
     base_revision: str | None = None
 
+    def __repr__(self) -> str:
+        held = "" if self.eval_loss is None else f", held-out loss {self.eval_loss:.4f}"
+        verified = "" if self.verdict is None else f"; verified: {self.verdict.passed}"
+        return (
+            f"{self.run.path}: {self.plan.max_steps:,} steps, loss {self.train_loss:.4f}{held}; "
+            f"saved in {self.artifact}{verified}"
+        )
+
 
 class Job:
     """One training run: the loop's hooks and what they write."""

@@ -168,6 +168,10 @@ class ExportResult:
     exported: Exported
     verdict: Verdict | None
 
+    def __repr__(self) -> str:
+        verified = "" if self.verdict is None else f"; verified: {self.verdict.passed}"
+        return f"{self.folder}: merged onto {self.exported.onto}{verified}"
+
 
 def export(
     source: str,
