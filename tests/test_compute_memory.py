@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tiny_families import family
 from truetune import SFTExample, SFTTrainer
@@ -94,6 +95,43 @@ def test_measuring_leaves_no_trace() -> None:
     assert weight.grad is before
     assert torch.equal(before, torch.ones_like(weight))
     assert [p for p in model.parameters() if p.grad is not None] == [weight]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "cohere", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("length", [40, 120])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_tensors_without_numbers_take_what_others_take(kind: str, lora: bool, length: int) -> None:
+    """All of it, dropout included, and the model is as before; and the bound that spares the
+    measurement is more, whatever the batch."""
+    model = family(kind)
+    if lora:
+        settings = LoraConfig(r=4, lora_dropout=0.05, target_modules="all-linear")
+        model = get_peft_model(model, settings)
+    route = find_route(model, longest=length)
+    before = {name: (id(value), value.clone()) for name, value in model.state_dict().items()}
+    measured = memory.measured_footprint(route, contextlib.nullcontext, longest=length)
+    with memory.without_numbers(model, "cpu"):
+        made = memory.measured_footprint(route, contextlib.nullcontext, longest=length)
+    for tokens in (10, 100, 1000, 8000):
+        # Dropout drops as many as are expected, and others drop about as many.
+        assert made.of(tokens) == pytest.approx(measured.of(tokens), rel=4e-3 if lora else 1e-12)
+        assert memory.most_bytes(route, tokens, length) > 1.5 * measured.of(tokens)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name][1])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_nothing_is_measured_where_memory_is_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(loop, "footprint", never)
+    monkeypatch.setattr(loop, "available_bytes", lambda device: 10**12)
+    assert trainer().limits == Limits(6, 1024, 8192)
+    monkeypatch.setattr(loop, "available_bytes", lambda device: 10**9)
+    with pytest.raises(AssertionError, match="measured"):
+        trainer()
 
 
 def test_tokens_that_fit() -> None:

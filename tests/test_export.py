@@ -273,7 +273,7 @@ def test_a_base_that_is_stored_quantised(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_merge_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import truetune.export.merged as module
+    from truetune.export import merged as module
 
     trained(tmp_path)
     merge = module.merge_adapter

@@ -20,8 +20,15 @@ NAMES = [
     "UnfaithfulTemplate",
     "__version__",
     "audit",
+    "chat",
+    "check",
+    "evaluate",
+    "export",
+    "inspect",
     "masked_cross_entropy",
     "pad_and_collate",
+    "train",
+    "verify",
 ]
 
 

@@ -430,6 +430,6 @@ def test_a_read_only_file_system(tmp_path: Path) -> None:
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no mounts here: {done.stderr}")
     assert done.returncode == 2
-    assert "error[output-unwritable]" in done.stderr
+    assert "error[output-not-writable]" in done.stderr
     assert "Read-only file system" in done.stderr
     assert "Traceback" not in done.stderr

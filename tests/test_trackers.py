@@ -66,8 +66,10 @@ def register(monkeypatch: pytest.MonkeyPatch, tracker: type[Recorder]) -> None:
     """Stand in for wandb, as if it were installed."""
     from accelerate import tracking
 
+    from truetune.integrations import trackers
+
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", tracker)
-    monkeypatch.setattr(tracking, "_available_trackers", ["wandb"])
+    monkeypatch.setattr(trackers, "_PACKAGES", {"wandb": ("accelerate",)})
     monkeypatch.setattr(Recorder, "made", [])
 
 

@@ -4,11 +4,13 @@ Names are loaded on first use, so that importing the package costs nothing.
 """
 
 import importlib
+import sys
 
 # Not from typing: `python -m truetune` executes this file while the working folder still stands
-# before Python's own modules (see __main__.py), of which importlib alone is loaded by then.
+# before Python's own modules (see __main__.py), of which only some are loaded by then.
 TYPE_CHECKING = False
 
+_Module = type(sys)
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -20,6 +22,13 @@ _HOMES = {
     "masked_cross_entropy": "truetune.compute.loss",
     "SFTTrainer": "truetune.engine.trainer",
     "audit": "truetune.integrations.audit",
+    "train": "truetune.facade",
+    "check": "truetune.facade",
+    "chat": "truetune.facade",
+    "verify": "truetune.facade",
+    "export": "truetune.facade",
+    "inspect": "truetune.facade",
+    "evaluate": "truetune.facade",
     "Finding": "truetune.findings",
     "TruetuneError": "truetune.errors",
     "UnfaithfulTemplate": "truetune.errors",
@@ -37,6 +46,13 @@ if TYPE_CHECKING:
     from truetune.engine.trainer import SFTTrainer as SFTTrainer
     from truetune.errors import TruetuneError as TruetuneError
     from truetune.errors import UnfaithfulTemplate as UnfaithfulTemplate
+    from truetune.facade import chat as chat
+    from truetune.facade import check as check
+    from truetune.facade import evaluate as evaluate
+    from truetune.facade import export as export
+    from truetune.facade import inspect as inspect
+    from truetune.facade import train as train
+    from truetune.facade import verify as verify
     from truetune.findings import Finding as Finding
     from truetune.integrations.audit import audit as audit
 
@@ -45,7 +61,21 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'truetune' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    value = getattr(importlib.import_module(home), name)
+    if room := sys.modules.get(f"{__name__}.{name}"):
+        # A room of the same name is reached through the function, as through a module.
+        vars(value).update({k: v for k, v in vars(room).items() if not k.startswith("__")})
+    return value
+
+
+class _Package(_Module):
+    def __setattr__(self, name: str, value: object) -> None:
+        """Importing a room must not put it in the place of the function of its name."""
+        if not (name in _HOMES and isinstance(value, _Module)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -60,14 +60,14 @@ class Talk:
         Raises:
             UsageError, ModelError: it cannot be opened.
         """
-        screen.stage("weights")
-        first = _speaker(model, chat_template, revision, device)
+        screen.stage("loading the weights")
+        first = speaker(model, chat_template, revision, device)
         speakers = [first]
         if compare:
             other = _base_of(model) if compare == "base" else compare
             # A plain model is asked through the first one's contract: the same prompt for both.
             same = None if RunDir(other).looks_like_one() else first.contract
-            speakers.insert(0, _speaker(other, chat_template, revision, device, same))
+            speakers.insert(0, speaker(other, chat_template, revision, device, same))
         talk = cls(screen, speakers, sampling, system)
         talk.reset()
         return talk
@@ -149,13 +149,21 @@ class Talk:
         return reply.text
 
 
-def _speaker(
+def speaker(
     source: str,
     chat_template: str | None,
     revision: str | None,
     device: str,
     contract: PromptContract | None = None,
 ) -> Speaker:
+    """Open a run or a model.
+
+    Args:
+        contract: to ask it through; its own where None.
+
+    Raises:
+        TruetuneError: it cannot be opened.
+    """
     folder = opened(source)
     describe(folder, revision)  # says what is wrong with a model before anything of it is loaded
     if contract is None:

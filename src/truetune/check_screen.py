@@ -44,7 +44,8 @@ def show_checkup(
         ("lengths", report_lines),
     )
     screen.pairs(
-        [p for name, draw in drawn if name in found.summary for p in draw(found.summary[name])]
+        [p for name, draw in drawn if name in found.summary for p in draw(found.summary[name])],
+        folded=True,
     )
     if "lengths" in found.summary:
         _picture(screen, found.summary["lengths"])

@@ -24,6 +24,7 @@ from truetune.check.lengths import (
 )
 from truetune.check.markers import Markers
 from truetune.check.start import Verdict, chat_ids, judge_rows, verdict
+from truetune.early import ask_early
 from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
@@ -49,6 +50,12 @@ class Checkup:
 
     findings: list[Finding]
     summary: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """The findings, and the verdict below them."""
+        counts = ", ".join(f"{n} {level}s" for level, n in self.counts().items() if n)
+        told = [line for finding in self.findings for line in finding.lines()]
+        return "\n".join([*told, f"{'ok' if self.ok else 'not ok'}: {counts or 'nothing found'}"])
 
     @property
     def ok(self) -> bool:
@@ -77,6 +84,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
     """
+    ask_early(recipe)
     try:
         found = survey(recipe, listener)
     except BadRows as error:
@@ -85,7 +93,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
             merged(error.findings), {"run": {"model": recipe.model, "data": recipe.data}}
         )
     rows = encoded_lengths(found.encoded, found.prepared.contract)
-    listener.stage("memory and time")
+    listener.stage("estimating memory and time")
     fit = _fit(found, rows)
     summary = {
         "run": _run_summary(found),
@@ -96,7 +104,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
     told = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
     told += advice(found.prepared, fit.trainable)
     if with_rehearsal and found.prepared.examples:
-        listener.stage("rehearsal")
+        listener.stage("rehearsing a step")
         rehearsed, numbers = rehearse(found.prepared)
         told += rehearsed
         summary["rehearsal"] = numbers
@@ -149,7 +157,7 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
     """
     if not recipe.model:
         raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
-    listener.stage("model files")
+    listener.stage("opening the model's files")
     found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
     findings = [finding for check in _SAVED for finding in check(found)]
     judged = found.verdict

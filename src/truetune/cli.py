@@ -10,7 +10,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +17,16 @@ import typer
 
 from truetune import __version__, lab_verbs
 from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
+from truetune.facade import recipe_of
 from truetune.options import canonical, own_option, with_settings
-from truetune.recipe import Recipe, make_recipe, read_recipe, recorded_recipe
-from truetune.run import RECIPE, RunDir, claimed
+from truetune.recipe import make_recipe
 from truetune.verb import CONTEXT, Verb, open_screen
+
+_ORIGIN = "command line"
 
 app = typer.Typer(
     name="truetune",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,
@@ -58,73 +58,17 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     truetune train recipe.yaml --learning-rate 5e-5
     truetune train --resume runs/first
     """
-    recipe = _recipe(source, rows, resume, options)
-    with _claimed(resume or recipe.output, overwrite=recipe.overwrite, resume=bool(resume)):
-        from truetune.pipeline import train as run
+    from truetune.pipeline import train as run
 
-        screen = open_screen()
-        try:
-            result = run(recipe, screen, resume=resume)
-        finally:
-            screen.close()
+    screen = open_screen()
+    try:
+        recipe = recipe_of(source, rows, resume, options, _ORIGIN)
+        result = run(recipe, screen, resume=resume)
+    finally:
+        screen.close()
     from truetune.result_screen import show_result
 
     show_result(screen, result)
-
-
-def _claimed(output: str | None, **how: bool) -> AbstractContextManager[Any]:
-    """The run's directory for this process alone, before seconds are spent on importing torch. Of
-    several processes one asks, when all of them have met: the others wait for its answer."""
-    if output is None or int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        return nullcontext()
-    return claimed(output, **how)
-
-
-def _recipe(
-    source: str | None, rows: str | None, resume: str | None, options: dict[str, Any]
-) -> Recipe:
-    """Recipe file, then command line; a resumed run's own recipe."""
-    # An option that may be repeated comes as a list; a recipe tells it by being a tuple.
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in options.items()
-        if value is not None and value != []
-    }
-    if resume is not None:
-        return _resumed_recipe(resume, bool(source or rows or given))
-    file = source if source and source.lower().endswith((".yaml", ".yml")) else None
-    if file and rows:
-        raise UsageError(
-            f"two arguments, and the first is a recipe: {file}",
-            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(rows)}",
-            code="recipe-with-data",
-        )
-    for name, value in (("model", None if file else source), ("data", rows)):
-        if value and name in given:
-            raise UsageError(
-                f"the {name} is given twice: {value} and --{name} {given[name]}",
-                fix="leave one of them out",
-                code="given-twice",
-            )
-        given |= {name: value} if value else {}
-    if file is None:
-        return make_recipe(("command line", given))
-    if not Path(file).is_file():
-        raise UsageError(
-            f"there is no recipe {file}", where=file, fix="check the path", code="no-recipe"
-        )
-    return make_recipe((file, read_recipe(Path(file))), ("command line", given))
-
-
-def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
-    if has_settings:
-        raise UsageError(
-            "--resume takes no other setting",
-            why="a resumed run goes on with the settings it was started with",
-            fix=f"truetune train --resume {shlex.quote(resume)}",
-            code="resume-with-settings",
-        )
-    return recorded_recipe(RunDir.open(resume).file(RECIPE))
 
 
 app.command("train", cls=Verb)(
@@ -157,7 +101,7 @@ def check(
     from truetune.checkup import check_model, check_run
     from truetune.listener import Listener
 
-    recipe = _recipe(source, rows, None, options)
+    recipe = recipe_of(source, rows, None, options, _ORIGIN)
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:
@@ -477,25 +421,24 @@ def quickstart(
     A 5-million-parameter model that knows a small invented world, but answers no question, learns
     to answer and to stop from hand-written examples.
     """
-    with _claimed(output, overwrite=overwrite):
-        from truetune.lab.quickstart import quickstart as start
+    from truetune.lab.quickstart import quickstart as start
 
-        screen = open_screen()
+    screen = open_screen()
 
-        def tell(text: str) -> None:
-            screen.close()
-            screen.line(text, "dim")
+    def tell(text: str) -> None:
+        screen.close()
+        screen.line(text, "dim")
 
-        try:
-            result, comparison = start(
-                output,
-                seed=seed,
-                overwrite=overwrite,
-                listener=screen,
-                on_stage=tell,
-            )
-        finally:
-            screen.close()
+    try:
+        result, comparison = start(
+            output,
+            seed=seed,
+            overwrite=overwrite,
+            listener=screen,
+            on_stage=tell,
+        )
+    finally:
+        screen.close()
     from truetune.result_screen import show_comparison, show_result
 
     show_comparison(screen, comparison)

@@ -101,6 +101,14 @@ class RunResult:
     verdict: Verdict | None = None
     base_revision: str | None = None
 
+    def __repr__(self) -> str:
+        held = "" if self.eval_loss is None else f", held-out loss {self.eval_loss:.4f}"
+        verified = "" if self.verdict is None else f"; verified: {self.verdict.passed}"
+        return (
+            f"{self.run.path}: {self.plan.max_steps:,} steps, loss {self.train_loss:.4f}{held}; "
+            f"saved in {self.artifact}{verified}"
+        )
+
 
 class Job:
     """One training run: the loop's hooks and what they write."""
@@ -122,6 +130,7 @@ class Job:
         for finding in findings:
             listener.finding(finding)
         self.rows_before = self._rows(at_start=True) if prepared.new_tokens else None
+        listener.stage("probing the model and its memory")
         self.trainer = self._trainer()
         self.last_loss = float("nan")
         self.last_eval: float | None = None
@@ -411,7 +420,7 @@ class Job:
     def _save_artifact(self) -> SaveReport:
         name = "adapter" if self.loaded.is_adapter else "model"
         folder = self.run.file(name)
-        self.listener.stage("save and read back")
+        self.listener.stage("saving, and reading back")
         self._prove_rows()
         self._measure()
         # All weights go back to the type that the model came in, so that it serves as before; the

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from truetune.errors import UsageError
 from truetune.verb import CONTEXT, Verb, open_screen
 
 if TYPE_CHECKING:
@@ -96,21 +95,10 @@ def evaluate_base(
     The corpus uses none of the wordings. Plain ones are of its own kind; by development ones it was
     mended; blind ones come from another hand, and ask for somebody else's English as well.
     """
-    from truetune.lab import base_path
-    from truetune.lab.measure import SETS, measure
-    from truetune.run import opened
+    from truetune.facade import evaluate
     from truetune.screen import side_by_side
 
-    if wordings not in ("all", *SETS):
-        raise UsageError(
-            f"unknown wordings: {wordings}",
-            where="--wordings",
-            fix=f"one of {', '.join(SETS)}, all",
-            code="wordings-unknown",
-        )
-    source = opened(model) if model is not None else str(base_path())
-    chosen = tuple(SETS) if wordings == "all" else (wordings,)
-    found = measure(source, sets=chosen, seed=seed, device=device)
+    found = evaluate(model, wordings=wordings, seed=seed, device=device)
     if as_json:
         typer.echo(json.dumps(found.facts(), indent=2))
         return

@@ -10,6 +10,21 @@ import typer
 
 from truetune.recipe import setting_types, settings
 
+# The options that most runs set, shown first and in this order.
+MOST_USED = "Most used"
+_MOST_USED = (
+    "output",
+    "lora",
+    "qlora",
+    "learning_rate",
+    "epochs",
+    "batch_size",
+    "max_length",
+    "eval_data",
+    "bad_rows",
+    "overwrite",
+)
+
 
 def with_settings(verb: Callable[..., None], *extra: inspect.Parameter) -> Callable[..., None]:
     """Give a verb one option per recipe setting; the recipe is the only list of them.
@@ -32,7 +47,9 @@ def with_settings(verb: Callable[..., None], *extra: inspect.Parameter) -> Calla
         for name, metavar, text in arguments
     ]
     types = setting_types()
-    parameters = [*own, *(_parameter(field, types[field.name]) for field in settings()), *extra]
+    first = {name: place for place, name in enumerate(_MOST_USED)}
+    ordered = sorted(settings(), key=lambda field: first.get(field.name, len(first)))
+    parameters = [*own, *(_parameter(field, types[field.name]) for field in ordered), *extra]
     verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     verb.__annotations__ = {p.name: p.annotation for p in parameters}
     return verb
@@ -57,7 +74,7 @@ def _parameter(field: Any, declared: Any) -> inspect.Parameter:
     option = typer.Option(
         *flags,
         help=_help(field, declared),
-        rich_help_panel=meta["group"],
+        rich_help_panel=MOST_USED if field.name in _MOST_USED else meta["group"],
         show_default=False,
         metavar=None if declared is bool else _metavar(declared),
     )
@@ -90,6 +107,8 @@ def _metavar(declared: Any) -> str:
 def _written(value: Any) -> str:
     if value is None or value is False or value == "":
         return ""
+    if value is True:
+        return "yes"
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 

@@ -24,6 +24,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from truetune.early import ask_early, require_settings
 from truetune.engine import Group, joined, read_facts
 from truetune.errors import CheckFailed, OutputExists
 from truetune.export import Exported, write_merged
@@ -34,7 +35,7 @@ from truetune.job import Job, RunResult
 from truetune.listener import Listener
 from truetune.lock import Owner
 from truetune.model import Onto
-from truetune.prepare import prepare, require_settings
+from truetune.prepare import prepare
 from truetune.recipe import Recipe
 from truetune.run import RunDir, claimed, opened, write_json
 from truetune.start import load_start
@@ -89,12 +90,13 @@ def _started(
     """The run before its first step, and the checkpoint that it goes on from."""
     if not resumed and group.leads:
         _refuse_own_input(recipe, run)
+    ask_early(recipe, with_weights=True)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
     checkpoint = run.checkpoints()[-1] if resumed and run.checkpoints() else None
     if checkpoint:
         read_facts(checkpoint)
-    listener.stage("weights")
+    listener.stage("loading the weights")
     loaded, findings = load_start(prepared, checkpoint)
     findings = [*found, *findings]
     if not group.leads:
@@ -117,7 +119,7 @@ def _lead(job: Job, checkpoint: Path | None) -> RunResult:
     report = job.train_and_save()
     verdict = None
     if job.recipe.verify:
-        job.listener.stage("verify")
+        job.listener.stage("verifying in a fresh process")
         job.release()
         verdict = verify(str(job.run.path), device=job.recipe.device)
     result = job.finish(report, verdict)
@@ -175,6 +177,10 @@ class ExportResult:
     exported: Exported
     verdict: Verdict | None
 
+    def __repr__(self) -> str:
+        verified = "" if self.verdict is None else f"; verified: {self.verdict.passed}"
+        return f"{self.folder}: merged onto {self.exported.onto}{verified}"
+
 
 def export(
     source: str,
@@ -213,13 +219,13 @@ def export(
     adapter = opened(source)
     unnamed = folder.with_name(f".{folder.name}.unverified-{os.getpid()}")
     try:
-        listener.stage("merge")
+        listener.stage("merging")
         made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
         for finding in made.findings:
             listener.finding(finding)
         verdict = None
         if check:
-            listener.stage("verify")
+            listener.stage("verifying in a fresh process")
             verdict = verify_merge(
                 adapter,
                 str(unnamed),

@@ -35,7 +35,7 @@ from truetune.contract import (
     find_controls,
 )
 from truetune.data import Conversation, Loaded, hold_out, load, remove_overlap
-from truetune.errors import CheckFailed, RecipeError, TruetuneError, UsageError
+from truetune.errors import CheckFailed, TruetuneError, UsageError
 from truetune.findings import Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model import (
@@ -45,7 +45,6 @@ from truetune.model import (
     look_at,
     num_ids,
     require_room,
-    require_weights,
 )
 from truetune.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
 from truetune.recipe import Recipe
@@ -109,7 +108,7 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
         CheckFailed: the preflight found an error, or too much would be lost to the length limit.
     """
-    found = survey(recipe, listener, with_weights=True)
+    found = survey(recipe, listener)
     if found.stopping:
         raise found.stopping[0]
     for finding in found.prepared.findings:
@@ -117,22 +116,19 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     return found.prepared
 
 
-def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) -> Survey:
+def survey(recipe: Recipe, listener: Listener) -> Survey:
     """Everything that can be known of a run without weights; errors are collected.
-
-    Args:
-        with_weights: refuse a model without weights at once, as training would.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
         BadRows: not one row can be trained.
     """
-    require_settings(recipe)
     assert recipe.model
-    listener.stage("model files")
+    assert recipe.data
+    # Rows need no torch: what is wrong with them is found before it is imported.
+    train, held_out, loaded, findings, overlap = _rows(recipe, listener)
+    listener.stage("opening the model's files")
     facts, tokenizer = look_at(recipe.model, recipe.revision)
-    if with_weights:
-        require_weights(recipe.model, recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
     contract = contract_of(tokenizer, recipe)
     if contract.date and not recipe.date:
@@ -141,8 +137,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         recipe = dataclasses.replace(recipe, date=contract.date, origins=origins)
     start, start_reason = starting_point(tokenizer, facts.has_chat_template)
 
-    train, held_out, loaded, findings, overlap = _rows(recipe, listener)
-    listener.stage("template and proof")
+    listener.stage("proving the rows")
     contract = contract.fit(train, loss_on=recipe.loss_on)
     taken, encoded, refused = _encode(contract, train, recipe, listener)
     eval_taken, eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
@@ -179,7 +174,7 @@ def survey(recipe: Recipe, listener: Listener, *, with_weights: bool = False) ->
         rows = encoded_lengths(encoded, contract)
         lengths = length_report(rows, plan.max_length, facts.context_length)
     if not recipe.no_check:
-        listener.stage("check")
+        listener.stage("checking the run")
         told = preflight(
             _preflight(
                 contract,
@@ -268,20 +263,6 @@ def _answerable(held_out: Sequence[Conversation], fitted: Fitted) -> list[Conver
     return [conversation for conversation in held_out if conversation.where in kept]
 
 
-def require_settings(recipe: Recipe, *others: str) -> None:
-    """Raise where something that has no default was not given.
-
-    Raises:
-        RecipeError: naming all that is missing.
-    """
-    missing = [name for name in ("model", "data", *others) if not getattr(recipe, name)]
-    if missing:
-        raise RecipeError(
-            f"not given: {', '.join(missing)}",
-            fix="truetune train MODEL DATA -o RUN, or set it in a recipe",
-        )
-
-
 def contract_of(tokenizer: Any, recipe: Recipe) -> PromptContract:
     """The contract that a recipe asks for, not yet fitted to rows."""
     return PromptContract.load(
@@ -305,7 +286,7 @@ def _rows(
 ) -> tuple[list[Conversation], list[Conversation], Loaded, list[Finding], list[str]]:
     """Training rows, held-out rows, what was read, what to tell, and the places of held-out rows
     that were left out because they are trained."""
-    listener.stage("rows")
+    listener.stage("reading the rows")
     assert recipe.data
     loaded = load(
         recipe.data,

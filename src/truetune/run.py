@@ -117,7 +117,7 @@ class RunDir:
                     where=str(error.filename or self.path),
                     why="the file system is read-only, or the folder belongs to somebody else",
                     fix="make it writable, or copy it to where you may write",
-                    code="output-unwritable",
+                    code="output-not-writable",
                 ) from error
             require()
             yield dead

@@ -7,20 +7,12 @@ shown, not sent.
 from __future__ import annotations
 
 import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -28,6 +20,7 @@ from truetune.errors import BadRows, CheckFailed, TruetuneError
 from truetune.findings import Finding, labelled, merged
 from truetune.health import StepFacts
 from truetune.listener import Listener
+from truetune.live_screen import Stages, Steps
 from truetune.plan import Plan
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -47,7 +40,7 @@ def visible(text: str, *, keep_newlines: bool = True) -> str:
 
 
 class Screen(Listener):
-    """A run, drawn: progress bars on a terminal, plain lines elsewhere."""
+    """A run, drawn: what moves on a terminal, plain lines elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(
@@ -56,53 +49,42 @@ class Screen(Listener):
         self.errors = Console(
             stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True
         )
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._stage = ""
+        self.stages, self.steps = Stages(self.console), Steps(self.console)
         self._shown_findings = 0
-        self._speed = 0.0
-        self._last_line = 0
 
     def line(self, text: str = "", style: str = "") -> None:
         """A line, made harmless."""
         self.console.print(Text(visible(text), style=style))
 
-    def pairs(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Names and values in two columns."""
+    def pairs(self, rows: Sequence[tuple[str, str]], *, folded: bool = False) -> None:
+        """Names and values in two columns.
+
+        Args:
+            folded: long values are folded in their column; lines to be copied are not.
+        """
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            text = Text(f"  {visible(name):<{width}}  ", style="dim")
-            text.append(visible(value), style="not dim")
+            head, indent = f"  {visible(name):<{width}}  ", " " * (width + 4)
+            first, *rest = _folded(self.console, head + visible(value), indent if folded else "")
+            text = Text(head, style="dim")
+            text.append(first[len(head) :], style="not dim")
             self.console.print(text)
+            for line in rest:
+                self.console.print(Text(line))
 
     def close(self) -> None:
-        """Take the progress bar away."""
-        if self._progress:
-            self._progress.stop()
-        self._progress, self._task = None, None
+        """Nothing moves any more."""
+        self.stages.end()
+        self.steps.end()
 
     # what a run tells
 
     def stage(self, name: str) -> None:
-        self.close()
-        self._stage = name
+        self.steps.end()
+        self.stages.begin(name)
 
     def progress(self, done: int, total: int | None) -> None:
-        if not self.console.is_terminal:
-            return
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task(self._stage, total=total)
-        assert self._task is not None
-        self._progress.update(self._task, completed=done, total=total)
+        self.stages.progress(done, total)
 
     def finding(self, finding: Finding) -> None:
         self._shown_findings += 1
@@ -117,7 +99,7 @@ class Screen(Listener):
         self._print_finding(self.console, finding)
 
     def planned(self, plan: Plan, facts: dict[str, Any]) -> None:
-        self.close()
+        self.stages.end()
         recipe, data = plan.recipe, facts["data"]
         trained, held = data["train"], data["held_out"]
         share = 100 * facts["trainable_parameters"] / max(facts["parameters"], 1)
@@ -153,48 +135,28 @@ class Screen(Listener):
                     f"{plan.learning_rate:g} ({recipe.origin('learning_rate')})",
                 ),
                 *((c["name"], f"{c['value']} ({c['reason']})") for c in facts["choices"]),
-            ]
+            ],
+            folded=True,
         )
 
     def step(self, facts: StepFacts, plan: Plan) -> None:
-        seconds = max(facts.seconds, 1e-9)
-        now = facts.num_supervised / seconds
-        self._speed = now if not self._speed else 0.9 * self._speed + 0.1 * now
-        text = f"loss {facts.loss:6.3f}  {self._speed:7,.0f} supervised tokens/s"
-        if not self.console.is_terminal:
-            self._plain_step(facts, plan, text)
-            return
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("step", markup=False),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.description}", markup=False),
-                TextColumn("ETA", markup=False),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task(text, total=plan.max_steps, completed=facts.step)
-        assert self._task is not None
-        self._progress.update(self._task, completed=facts.step, description=text)
-
-    def _plain_step(self, facts: StepFacts, plan: Plan, text: str) -> None:
-        """About twelve lines a run where nothing can be redrawn."""
-        every = max(plan.max_steps // 12, 1)
-        if facts.step == 1 or facts.step % every == 0 or facts.step == plan.max_steps:
-            self.line(f"step {facts.step:>5}/{plan.max_steps}  {text}")
+        self.stages.end()
+        self.steps.step(facts, plan.max_steps)
 
     def evaluated(self, step: int, loss: float) -> None:
-        self.line(f"step {step:>5}  held-out loss {loss:.4f}")
+        self.steps.evaluated(step, loss)
 
     # errors and findings
 
     def _print_finding(self, console: Console, finding: Finding) -> None:
         head, *rest = finding.lines()
-        console.print(Text(visible(head), style=_COLOURS[finding.level]))
+        for line in _folded(console, visible(head), " " * 9):
+            console.print(Text(line, style=_COLOURS[finding.level]))
         for line in rest:
-            console.print(Text(visible(line)))
+            # What is to be typed stays in one piece.
+            indent = "" if line.startswith("  fix") else " " * 9
+            for part in _folded(console, visible(line), indent):
+                console.print(Text(part))
 
     def error(self, error: TruetuneError) -> None:
         """An error, with the findings behind it."""
@@ -209,6 +171,25 @@ class Screen(Listener):
         self.errors.print(head)
         for line in labelled(error.parts()):
             self.errors.print(Text(visible(line)))
+
+
+def _folded(console: Console, text: str, indent: str) -> list[str]:
+    """Lines that fit a terminal, folded between words; a pipe, and no indent, take them whole."""
+    if not console.is_terminal or not indent:
+        return [text]
+    return [
+        line
+        for part in text.split("\n")
+        for line in textwrap.wrap(
+            part,
+            console.width,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        )
+        or [""]
+    ]
 
 
 def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:

@@ -191,17 +191,13 @@ def run_shape(plan: Plan, device: str) -> Shape:
     model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     model.to(torch.bfloat16 if split or (lora and halved) else torch.float32)
-    dropped = 0.0
     if lora:
-        # The ids of dropped elements are kept for the backward pass.
-        dropped = 8 * recipe.lora_dropout * _inputs(model, recipe.target_modules)
-        model = _with_lora(model, recipe.lora_r, recipe.target_modules)
+        model = _with_lora(model, recipe)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if recipe.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-        dropped = 0.0  # kept for one layer
     most = plan.max_length
-    made = _more_a_token(_footprint(model, config, halved, most), dropped)
+    made = _footprint(model, config, halved, most)
     # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
     packed = max(recipe.micro_batch_tokens or usual, most)
@@ -227,11 +223,6 @@ def _config(plan: Plan) -> tuple[Any, bool]:
     files = locate(recipe.model, recipe.revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
     return causal_config(base), files.is_adapter
-
-
-def _more_a_token(made: Footprint, more: float) -> Footprint:
-    """With so many bytes beside."""
-    return dataclasses.replace(made, moments=tuple((a, each + more) for a, each in made.moments))
 
 
 def _recomputed(made: Footprint, config: Any) -> Footprint:
@@ -285,21 +276,19 @@ def _targets(model: Any, names: list[str] | None) -> list[tuple[str, Any]]:
     return [(p, m) for p, m in layers if names is None or p.rpartition(".")[2] in names]
 
 
-def _inputs(model: Any, names: list[str] | None) -> int:
-    """Elements that a token gives to all adapted layers."""
-    return sum(int(module.weight.shape[1]) for _, module in _targets(model, names))
-
-
-def _with_lora(model: Any, rank: int, names: list[str] | None) -> Any:
+def _with_lora(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    names = recipe.target_modules
     targets = sorted({path.rpartition(".")[2] for path, _ in _targets(model, names)})
     model.requires_grad_(False)
     if not targets:
         return model  # told as lora-targets-unmatched
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = LoraConfig(r=rank, lora_dropout=0.0, target_modules=targets)
+        settings = LoraConfig(
+            r=recipe.lora_r, lora_dropout=recipe.lora_dropout, target_modules=targets
+        )
         return get_peft_model(model, settings, low_cpu_mem_usage=True)
 
 

@@ -15,6 +15,7 @@ from truetune.compute.memory import (
     available_bytes,
     footprint,
     foreseen_footprint,
+    most_bytes,
     recomputes,
 )
 from truetune.compute.packing import PackedBatch, PackedBatcher
@@ -39,6 +40,7 @@ __all__ = [
     "logits_of",
     "loss_sum",
     "masked_cross_entropy",
+    "most_bytes",
     "pad_and_collate",
     "recomputes",
 ]

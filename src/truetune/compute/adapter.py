@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def dropped_elements(count: int, p: float, device: torch.device) -> torch.Tensor:
@@ -32,6 +33,8 @@ def dropped_elements(count: int, p: float, device: torch.device) -> torch.Tensor
         draws = int(left * p + 4 * math.sqrt(left * p) + 8)
         # Float64: far gaps of a rare event would be rounded.
         gaps = torch.empty(draws, device=device, dtype=torch.float64).exponential_()
+        if isinstance(gaps, FakeTensor):  # of a model without numbers: as many as are expected
+            return torch.empty(int(count * p), dtype=torch.int64, device=device)
         steps = gaps.div_(-math.log1p(-p)).floor_().long().add_(1).cumsum_(0)
         parts.append(steps + last)
         last = int(parts[-1][-1])

@@ -3,7 +3,8 @@
 input   a route, and the longest row that will come
 does    runs two short batches forward and backward, and notes after each operation how many bytes
         of tensors are alive: the same operation takes a part that is always the same and a part
-        in proportion to the tokens, and the two batches tell them apart
+        in proportion to the tokens, and the two batches tell them apart. On a CPU the tensors have
+        shapes and types and no numbers, since computing them would take longer than a first step
 output  Footprint: bytes as a function of the tokens
 who     the loop, to choose a micro-batch; `docs/performance.md` says how right it was
 
@@ -13,8 +14,10 @@ activations are, of a small one that where all gradients are), so all are kept t
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,12 @@ _PROCESS = 40 * 2**20
 # (bench/memory.py and docs/log.md: with every block mapped by itself it is 1.0). That of CUDA's
 # caching allocator is not measured.
 _HEAP, _HEAP_RECOMPUTED, _DEVICE = 1.45, 1.8, 1.1
+
+# Times that all inputs and outputs of a model's weights, in float32, may be alive (tests hold it to
+# be more than is measured on every family).
+_MOST = 3
+# Weights of which two short batches are computed sooner than tensors without numbers are made.
+_SMALL_MODEL = 50_000_000
 
 Moment = tuple[int, float]
 
@@ -79,6 +88,56 @@ def footprint(
         autocast: how the loop computes.
         longest: tokens of the longest row: short rows go through attention by another way.
     """
+    weights = sum(p.numel() for p in route.model.parameters())
+    if next(route.model.parameters()).device.type == "cpu" and weights > _SMALL_MODEL:
+        try:
+            with without_numbers(route.model, "cpu"):
+                return measured_footprint(route, autocast, longest=longest)
+        except Exception:  # code of a model that asks its numbers while it computes
+            pass
+    return measured_footprint(route, autocast, longest=longest)
+
+
+@contextlib.contextmanager
+def without_numbers(model: Any, device: str) -> Iterator[None]:
+    """Inside, the model's tensors have shapes and types and claim a device, and no numbers:
+    operations cost no arithmetic and no memory. Afterwards the model is as before."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    made: dict[int, Any] = {}  # tied weights stay one
+
+    def bare(value: torch.Tensor) -> torch.Tensor:
+        if id(value) not in made:
+            tensor = torch.empty(value.shape, dtype=value.dtype, device=device)
+            is_parameter = isinstance(value, torch.nn.Parameter)
+            made[id(value)] = (
+                torch.nn.Parameter(tensor, value.requires_grad) if is_parameter else tensor
+            )
+        found: torch.Tensor = made[id(value)]
+        return found
+
+    # torch writes a traceback of its own where a model cannot be computed so.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was_silent, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for module, parameters, buffers in before:
+                for store, values in ((module._parameters, parameters), (module._buffers, buffers)):
+                    store.update({n: bare(v) for n, v in values.items() if v is not None})
+            yield
+    finally:
+        log.disabled = was_silent
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+
+
+def measured_footprint(
+    route: Route, autocast: Callable[[], AbstractContextManager[Any]], *, longest: int
+) -> Footprint:
+    """`footprint`, on the tensors that the model has."""
     import torch
 
     from truetune.compute.alive import alive_bytes
@@ -150,6 +209,29 @@ def _fullest(moments: Iterable[Moment]) -> list[Moment]:
     return found
 
 
+def most_bytes(route: Route, tokens: int, longest: int) -> int:
+    """More than a micro-batch of so many tokens takes, by the shapes of the weights alone, so that
+    nothing has to be measured where much more is free."""
+    from truetune.compute.head import CHUNK_BYTES
+
+    model: Any = route.model
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vocabulary = len(inner.get_input_embeddings().weight)
+    each, widest = 0, 0
+    for parameter in model.parameters():
+        # A table takes a row; everything else its inputs and outputs; of experts, all of them.
+        sizes = [size for size in parameter.shape if size < vocabulary]
+        each += sum(sizes[-2:]) * math.prod(sizes[:-2])
+        widest = max(widest, *sizes[-2:], 0)
+    config = inner.config.get_text_config(decoder=True)
+    # Attention that is written out keeps the scores of every layer's heads.
+    layers = getattr(config, "num_hidden_layers", None) or 100
+    each += layers * longest * (getattr(config, "num_attention_heads", None) or widest)
+    fixed = gradients + 3 * CHUNK_BYTES
+    return int(_PROCESS + _HEAP_RECOMPUTED * fixed + _MOST * 4 * each * tokens)
+
+
 def foreseen_footprint(
     model: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -161,32 +243,20 @@ def foreseen_footprint(
     that have shapes, types and a device, and no numbers.
 
     Args:
-        model: on the meta device, with its adapter if it has one (without dropout); is changed.
+        model: on the meta device, with its adapter if it has one.
         device: that the tensors claim to be on.
     """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from truetune.compute.adapter import plain_adapters
     from truetune.compute.head import SupervisedHead, Tail
     from truetune.compute.route import Route
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for name, value in [*module._parameters.items()]:
-                if value is not None:
-                    made = torch.empty(value.shape, dtype=value.dtype, device=device)
-                    module._parameters[name] = torch.nn.Parameter(made, value.requires_grad)
-            for name, value in [*module._buffers.items()]:
-                if value is not None:
-                    made = torch.empty(value.shape, dtype=value.dtype, device=device)
-                    module._buffers[name] = made
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner.tie_weights()
-        head = SupervisedHead(inner.get_output_embeddings(), Tail())
-        # Whether rows may be packed is asked of numbers, at the start of the run.
-        route = Route(model, "packed", head=head, adapters=plain_adapters(model))
-        return footprint(route, autocast, longest=longest)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.tie_weights()
+    head = SupervisedHead(inner.get_output_embeddings(), Tail())
+    # Whether rows may be packed is asked of numbers, at the start of the run.
+    route = Route(model, "packed", head=head, adapters=plain_adapters(model))
+    with without_numbers(model, device):
+        return measured_footprint(route, autocast, longest=longest)
 
 
 def _batches(route: Route, longest: int) -> list[PackedBatch]:

@@ -9,7 +9,7 @@ output  source, the source for conversations with tools, and their origin in wor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,24 @@ def template_source(asked: str | None, tokenizer: Any) -> tuple[str, str | None,
     path = Path(asked)
     if path.is_file():
         return path.read_text(encoding="utf-8"), None, f"file {asked}"
-    raise UsageError(
+    raise _no_such_template(asked, [*NAMES, *sorted(named)])
+
+
+def require_template(asked: str | None) -> None:
+    """Raise now where `template_source` would: a file that is not there.
+
+    Raises:
+        UsageError: a path of no file. Other names may be those of the model's own templates.
+    """
+    is_path = asked is not None and "{" not in asked and (asked.endswith(".jinja") or "/" in asked)
+    if asked is not None and is_path and not Path(asked).is_file():
+        raise _no_such_template(asked, NAMES)
+
+
+def _no_such_template(asked: str, names: Sequence[str]) -> UsageError:
+    return UsageError(
         f"--chat-template {asked!r} is neither a file nor a built-in template",
-        fix="name a .jinja file, or one of: " + ", ".join([*NAMES, *sorted(named)]),
+        fix="name a .jinja file, or one of: " + ", ".join(names),
         code="no-such-template",
     )
 

@@ -1,7 +1,7 @@
 """Optimiser, schedule, checkpoint and resume, the loop."""
 
 from truetune.engine.checkpoint import gather_states, load_state, read_facts, save_state
-from truetune.engine.memory import give_freed_pages_back
+from truetune.engine.memory import give_freed_pages_back, peak_bytes
 from truetune.engine.optimizer import OPTIMIZERS
 from truetune.engine.parallel import Group, joined
 from truetune.engine.schedule import SCHEDULER_TYPES, SchedulerType
@@ -17,6 +17,7 @@ __all__ = [
     "give_freed_pages_back",
     "joined",
     "load_state",
+    "peak_bytes",
     "read_facts",
     "save_state",
 ]

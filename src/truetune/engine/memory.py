@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     import torch
 
 
+def peak_bytes() -> int:
+    """The most memory that was taken so far: of the GPU where one is used, else of the process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_reserved())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """torch raises OutOfMemoryError for devices and a RuntimeError of its allocator for the CPU."""
     import torch

@@ -16,11 +16,13 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from truetune.compute import (
     Batch,
     Batcher,
+    Footprint,
     Limits,
     PackedBatch,
     PackedBatcher,
@@ -30,6 +32,7 @@ from truetune.compute import (
     available_bytes,
     find_route,
     footprint,
+    most_bytes,
     recomputes,
 )
 from truetune.compute.route import transformers_model
@@ -185,8 +188,8 @@ class SFTTrainer:
                 )
             most = micro_batch_size or batch_size or len(examples)
             rows = 1 if self.route.kind == "apart" else most
-            longest = min(max_seq_len, max(len(example.ids) for example in examples))
-            limits = self._limits(rows, micro_batch_tokens, optim, longest)
+            self._longest = min(max_seq_len, max(len(example.ids) for example in examples))
+            limits = self._limits(rows, micro_batch_tokens, optim, self._longest)
             common: dict[str, Any] = {
                 "max_seq_len": max_seq_len,
                 "order": order,
@@ -209,6 +212,11 @@ class SFTTrainer:
             optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
         )
 
+    @cached_property
+    def footprint(self) -> Footprint:
+        """Memory that a micro-batch takes, measured when it is first asked for."""
+        return footprint(self.route, self._autocast, longest=self._longest)
+
     @property
     def limits(self) -> Limits | None:
         """Of a micro-batch, as they are now; None where a batcher of one's own has none."""
@@ -223,16 +231,19 @@ class SFTTrainer:
         room = available_bytes(self.device)
         if not room:
             return Limits(rows, usual, usual)
+        moments = optimizer_bytes(optim, [p for _, p in self.named_trainable])
+        free = int(_ROOM * room) - moments
+        # No forward pass is larger than a whole step: where that surely fits, nothing is measured.
+        if most_bytes(self.route, min(_TREE * usual, rows * longest), longest) <= free:
+            return Limits(rows, usual, _TREE * usual)
         try:
-            self.footprint = footprint(self.route, self._autocast, longest=longest)
+            too_much = self.footprint.of(longest) > free
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return Limits(rows, usual, usual)  # the first step tells it, with its row
-        moments = optimizer_bytes(optim, [p for _, p in self.named_trainable])
-        free = int(_ROOM * room) - moments
-        if self.footprint.of(longest) > free and self._recompute(longest):
-            self.footprint = footprint(self.route, self._autocast, longest=longest)
+        if too_much and self._recompute(longest):
+            del self.footprint
         fitting = self.footprint.fitting(free)
         return Limits(rows, min(usual, fitting), min(_TREE * usual, fitting))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,28 @@ from truetune.errors import UsageError
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 # Those that are an extra of this package.
 _EXTRAS = ("tensorboard", "wandb")
+# What accelerate's class of a tracker imports, where that is not the tracker's own name.
+_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 LOGS = "trackers"
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise where a tracker cannot be had; imports none of them.
+
+    Raises:
+        UsageError: an unknown tracker, or one whose package is not installed.
+    """
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(
+                f"unknown tracker {name!r}", fix="one of " + ", ".join(NAMES), code="tracker"
+            )
+        if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
+            raise UsageError(
+                f"--report-to {name} needs a package that is not installed",
+                fix=f"pip install 'truetune[{name}]'" if name in _EXTRAS else f"pip install {name}",
+                code="tracker-missing",
+            )
 
 
 class Trackers:
@@ -29,23 +51,7 @@ class Trackers:
     def __init__(self, names: Sequence[str], folder: Path) -> None:
         self._names, self._folder = list(names), folder
         self._trackers: list[Any] = []
-        unknown = sorted(set(names) - set(NAMES))
-        if unknown:
-            raise UsageError(
-                f"unknown tracker {unknown[0]!r}", fix="one of " + ", ".join(NAMES), code="tracker"
-            )
-        for name in names:
-            self._require(name)
-
-    def _require(self, name: str) -> None:
-        from accelerate.tracking import get_available_trackers
-
-        if name not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
-            raise UsageError(
-                f"--report-to {name} needs a package that is not installed",
-                fix=f"pip install 'truetune[{name}]'" if name in _EXTRAS else f"pip install {name}",
-                code="tracker-missing",
-            )
+        require_trackers(names)
 
     def start(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
         """Open them and store the settings.

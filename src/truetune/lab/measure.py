@@ -48,6 +48,12 @@ class Measurement:
     sums: dict[str, tuple[int, int]]
     prose_loss: float
 
+    def __repr__(self) -> str:
+        rows = self.table()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) for r in rows]
+        return "\n".join([*(line.rstrip() for line in lines), "", *self.lines()])
+
     def table(self) -> list[list[str]]:
         """Rows of text: a heading, the relations, then facts, sums and all together."""
         relations = dict.fromkeys(name for found in self.recall.values() for name in found.counts)

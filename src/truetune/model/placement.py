@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
+import os
+import platform
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -107,6 +112,48 @@ def place(
         compute=None if purpose == "inference" or _is_fp32(compute) else compute,
         choices=(device_choice, dtype_choice, parameter_choice),
     )
+
+
+def require_device(device: str) -> None:
+    """Raise now, without torch, where `choose_device` surely would later.
+
+    Raises:
+        UsageError: a GPU is asked for, and there is none, or none that the installed torch uses.
+    """
+    kind = device.partition(":")[0]
+    why = ""
+    if kind == "mps" and (sys.platform != "darwin" or platform.machine() != "arm64"):
+        why = "mps is the GPU of Apple's own processors"
+    if kind == "cuda":
+        why = _why_no_cuda()
+    if why:
+        raise UsageError(
+            f"device {device!r} is not there",
+            why=why,
+            fix="leave --device auto, or install a torch build for this GPU",
+            code="device",
+        )
+
+
+def _why_no_cuda() -> str:
+    """Why no GPU can be used; empty where one may be."""
+    build = importlib.metadata.version("torch")
+    if build.endswith("+cpu"):
+        return f"torch {build} is the build without GPUs"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU"
+    # AMD's driver is another one; a build of torch for it calls its devices cuda too.
+    if os.path.exists("/dev/kfd") or _loads("libcuda.so.1"):
+        return ""
+    return "the driver of NVIDIA's GPUs is not installed" if sys.platform == "linux" else ""
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def choose_device(device: str) -> tuple[torch.device, Choice]:

@@ -229,6 +229,9 @@ class Recipe:
         shown="LoRA 2e-4 base, 1e-4 instruct; full 2e-5 base, 1e-5 instruct, 3e-4 under 50 M",
         above=0,
     )
+    any_learning_rate: bool = _option(
+        False, TRAIN, "Take a learning rate above 0.1 (above 10 with sgd) as it is given."
+    )
     warmup_ratio: float | None = _option(
         None, TRAIN, "Share of the steps to warm up.", shown="0.03", minimum=0, maximum=1
     )

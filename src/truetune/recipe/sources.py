@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truetune.errors import InputError, RecipeError
+from truetune.recipe.foreign import translated
 from truetune.recipe.settings import Origin, Recipe, setting_types, settings
 
 
@@ -71,6 +72,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise InputError("the recipe is not a list of settings", where=str(path), fix=example)
+    if found := translated(loaded):
+        raise RecipeError(
+            f"the recipe is one of {found.tool}",
+            where=str(path),
+            why=f"key by key:\n{found.table()}",
+            fix="save these lines as a recipe, look at them, and train on it:\n" + found.recipe(),
+            code="foreign-recipe",
+        )
     return loaded
 
 
@@ -239,6 +248,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     for one, other in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
         if one in values and other in values:
             problems.append(f"{one} and {other} both say how long: leave one of them out")
+    problems += _beyond_any_rate(values)
     kinds = _kinds_of_lora(values)
     if kinds and str(values.get("lora")).lower() == "false":
         problems.append(f"{kinds[0]} is a kind of LoRA, and lora is false: leave one of them out")
@@ -255,6 +265,26 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if (date := values.get("date")) is not None and not _is_date(date):
         problems.append(f"date must be YYYY-MM-DD, not {date!r}")
     return problems
+
+
+# Nobody has trained anything with more: Adam moves every weight by about its learning rate in each
+# step, and weights are of the order of 0.02.
+_MOST_RATE, _MOST_RATE_SGD = 0.1, 10.0
+
+
+def _beyond_any_rate(values: Mapping[str, Any]) -> list[str]:
+    """A learning rate that is surely a slip, unless somebody says that it is not."""
+    try:
+        rate = float(values.get("learning_rate") or 0)
+    except (TypeError, ValueError):
+        return []
+    most = _MOST_RATE_SGD if values.get("optim") == "sgd" else _MOST_RATE
+    if not rate > most or str(values.get("any_learning_rate")).lower() == "true":
+        return []
+    return [
+        f"learning_rate {rate:g} is above {most:g}, beyond any rate that trains a language model "
+        f"(usual are 1e-5 to 1e-3); if it is meant, add --any-learning-rate"
+    ]
 
 
 def _is_date(value: Any) -> bool:

@@ -1,0 +1,462 @@
+"""The verbs of the command line as functions, with the options' names as keyword arguments."""
+
+from __future__ import annotations
+
+import html
+import inspect as _inspect
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from truetune.errors import UsageError
+from truetune.recipe import (
+    Recipe,
+    make_recipe,
+    read_recipe,
+    recorded_recipe,
+    setting_types,
+    settings,
+)
+
+if TYPE_CHECKING:
+    from truetune.checkup import Checkup
+    from truetune.contract import PromptContract
+    from truetune.generate import Reply, Sampling
+    from truetune.lab.measure import Measurement
+    from truetune.listener import Listener
+    from truetune.model import LoadedModel
+    from truetune.pipeline import ExportResult, RunResult
+    from truetune.verify import Verdict
+
+Pathlike = str | os.PathLike[str]
+
+
+def recipe_of(
+    source: Pathlike | None,
+    rows: Pathlike | None,
+    resume: Pathlike | None,
+    options: Mapping[str, Any],
+    origin: str,
+) -> Recipe:
+    """A recipe file, then what was given beside it; a resumed run's own recipe.
+
+    Args:
+        source: a model, or a recipe.yaml.
+        rows: the data.
+        resume: a run to continue.
+        options: settings by name; None and an empty list were not given.
+        origin: what the run will say of where they came from.
+
+    Raises:
+        UsageError, InputError: what is given contradicts itself, or is not there.
+    """
+    # An option that may be repeated comes as a list; a recipe tells it by being a tuple.
+    given = {
+        name: tuple(value) if isinstance(value, list) and origin == "command line" else value
+        for name, value in options.items()
+        if value is not None and value != []
+    }
+    given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items()}
+    first, second = (None if v is None else _path(v) for v in (source, rows))
+    if resume is not None:
+        return _resumed_recipe(str(resume), bool(first or second or given))
+    file = first if first and first.lower().endswith((".yaml", ".yml")) else None
+    if file and second:
+        raise UsageError(
+            f"two arguments, and the first is a recipe: {file}",
+            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(second)}",
+            code="recipe-with-data",
+        )
+    for name, value in (("model", None if file else first), ("data", second)):
+        if value and name in given:
+            raise UsageError(
+                f"the {name} is given twice: {value} and --{name} {given[name]}",
+                fix="leave one of them out",
+                code="given-twice",
+            )
+        given |= {name: value} if value else {}
+    if file is None:
+        return make_recipe((origin, given))
+    if not Path(file).is_file():
+        raise UsageError(
+            f"there is no recipe {file}", where=file, fix="check the path", code="no-recipe"
+        )
+    return make_recipe((file, read_recipe(Path(file))), (origin, given))
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(
+            f"a model and data are named by a path or a Hub id, not by a {type(value).__name__}",
+            fix="save the rows as a .jsonl file, the model as a folder, and name those",
+            code="not-a-path",
+        )
+    return os.fspath(value)
+
+
+def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
+    from truetune.run import RECIPE, RunDir
+
+    if has_settings:
+        raise UsageError(
+            "--resume takes no other setting",
+            why="a resumed run goes on with the settings it was started with",
+            fix=f"truetune train --resume {shlex.quote(resume)}",
+            code="resume-with-settings",
+        )
+    return recorded_recipe(RunDir.open(resume).file(RECIPE))
+
+
+def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show the settings in the signature, in place of `**options`."""
+    types = setting_types()
+    own = _inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not _inspect.Parameter.VAR_KEYWORD]
+    named = {p.name for p in kept}
+    more = [
+        _inspect.Parameter(
+            f.name, _inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name]
+        )
+        for f in settings()
+        if f.name not in named
+    ]
+    function.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
+    return function
+
+
+def _shown(listener: Listener | None, quiet: bool) -> Any:
+    """Who hears what a verb tells: by default the screen, a cell's output in a notebook."""
+    from truetune.listener import Listener as Silence
+
+    if listener is not None or quiet:
+        return listener or Silence()
+    from truetune.verb import open_screen
+
+    return open_screen()
+
+
+def _closed(listener: Any) -> None:
+    if hasattr(listener, "close"):
+        listener.close()
+
+
+@_with_settings
+def train(
+    model: Pathlike | None = None,
+    data: Pathlike | None = None,
+    *,
+    resume: Pathlike | None = None,
+    quiet: bool = False,
+    listener: Listener | None = None,
+    **options: Any,
+) -> RunResult:
+    """Fine-tune a model, as `truetune train` does.
+
+        result = truetune.train("Qwen/Qwen2.5-0.5B", "rows.jsonl", lora=True, output="runs/first")
+        result.eval_loss, result.artifact
+
+    Args:
+        model: a folder, a Hub id, or a recipe.yaml.
+        data: a file, a folder, or a Hub dataset.
+        resume: a run to continue; takes no other setting.
+        quiet: show nothing while it works.
+        listener: is told what happens, in place of the screen.
+        options: every setting of docs/settings.md, by its name.
+
+    Returns:
+        the run: `.artifact`, `.train_loss`, `.eval_loss`, `.verdict`, `.findings`, `.plan`.
+
+    Raises:
+        TruetuneError: with what, where, why and fix, as the command line shows them.
+    """
+    from truetune.pipeline import train as run
+
+    recipe = recipe_of(model, data, resume, options, "argument")
+    told = _shown(listener, quiet)
+    try:
+        return run(recipe, told, resume=None if resume is None else os.fspath(resume))
+    finally:
+        _closed(told)
+
+
+@_with_settings
+def check(
+    model: Pathlike | None = None,
+    data: Pathlike | None = None,
+    *,
+    rehearse: bool = False,
+    quiet: bool = False,
+    listener: Listener | None = None,
+    **options: Any,
+) -> Checkup:
+    """Prove the run that `train` with the same arguments would start, without loading weights;
+    without data, look at a finished model or adapter.
+
+        found = truetune.check("Qwen/Qwen2.5-0.5B", "rows.jsonl", lora=True)
+        found.ok, found.findings
+
+    Args:
+        model, data, quiet, listener, options: as of `train`.
+        rehearse: load the model too: one real step, a dry save and reload.
+
+    Returns:
+        `.ok`, `.findings` (the most severe first) and `.summary`.
+
+    Raises:
+        TruetuneError: arguments, data or model that cannot be used at all.
+    """
+    from truetune.checkup import check_model, check_run
+
+    recipe = recipe_of(model, data, None, options, "argument")
+    told = _shown(listener, quiet)
+    try:
+        if recipe.data:
+            return check_run(recipe, told, with_rehearsal=rehearse)
+        return check_model(recipe, told)
+    finally:
+        _closed(told)
+
+
+@dataclass
+class Chat:
+    """A conversation with a model: call it with a question.
+
+        chat = truetune.chat("runs/first")
+        chat("What is a river?")
+
+    Attributes:
+        messages: what was said so far, as chat messages.
+    """
+
+    loaded: LoadedModel
+    contract: PromptContract
+    sampling: Sampling
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def ask(self, question: str) -> Reply:
+        """Ask, and remember question and answer.
+
+        Returns:
+            `.text`, `.ids`, and whether it `.stopped` by itself.
+        """
+        from truetune.generate import replies
+
+        asked = [*self.messages, {"role": "user", "content": question}]
+        (reply,) = replies(self.loaded, self.contract, [asked], self.sampling)
+        self.messages = [*asked, {"role": "assistant", "content": reply.text}]
+        return reply
+
+    def __call__(self, question: str) -> str:
+        return self.ask(question).text
+
+    def __repr__(self) -> str:
+        said = "\n".join(f"{m['role']:>9}  {m['content']}" for m in self.messages)
+        return said or "a conversation in which nothing was said yet: call it with a question"
+
+    def _repr_html_(self) -> str:
+        return _pre(repr(self))
+
+
+def chat(
+    model: Pathlike,
+    prompt: str | None = None,
+    *,
+    system: str | None = None,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> Any:
+    """Talk to a run or a model, through the prompt that it was trained on.
+
+        truetune.chat("runs/first", "What is a river?")     # the answer
+        talk = truetune.chat("runs/first")                  # a conversation
+        talk("What is a river?")
+
+    Args:
+        model: a run, a model or adapter folder, or a Hub id.
+        prompt: one question.
+        system: the system message.
+        chat_template: a .jinja file or built-in name; the model's own where None.
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: of the sampling; a
+            temperature of 0 is greedy.
+        device: auto, cuda, mps or cpu.
+
+    Returns:
+        the answer as text; without a prompt a `Chat`, which is called with questions.
+
+    Raises:
+        TruetuneError: the model cannot be opened, or the prompt leaves no room for an answer.
+    """
+    from truetune.chat_screen import speaker
+    from truetune.generate import Sampling
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    opened = speaker(_path(model), chat_template, revision, device)
+    talk = Chat(opened.model, opened.contract, sampling, system)
+    return talk if prompt is None else talk(prompt)
+
+
+def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> Verdict:
+    """Open what was saved in a fresh process, and hold it to what was trained.
+
+    Args:
+        run: a run, or a model or adapter folder.
+        base: where an adapter's base is now, if it has moved.
+        device: auto, cuda, mps or cpu.
+
+    Returns:
+        `.passed` and `.checks`; a failed check is no exception.
+
+    Raises:
+        TruetuneError: there is nothing to verify.
+    """
+    from truetune.verify import verify as verified
+
+    return verified(_path(run), base=base, device=device)
+
+
+def export(
+    run: Pathlike,
+    output: Pathlike,
+    *,
+    base: str | None = None,
+    onto: str = "auto",
+    dtype: str = "auto",
+    device: str = "cpu",
+    verify: bool = True,
+    quiet: bool = False,
+    listener: Listener | None = None,
+) -> ExportResult:
+    """Merge a run's adapter into its base: one folder that needs no peft, compared with the
+    adapter by a fresh process before it gets its name.
+
+    Args:
+        run: a run, or an adapter folder.
+        output: the folder of the model; must not exist.
+        base: where the base is now, if it has moved.
+        onto: original weights, or dequantised ones; auto takes what the adapter was trained on.
+        dtype: of the written weights; auto takes the base's.
+        device: where to merge and to compare.
+        verify: compare.
+        quiet, listener: as of `train`.
+
+    Returns:
+        `.folder`, `.exported` and `.verdict`.
+
+    Raises:
+        TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
+            left behind.
+    """
+    from truetune.pipeline import export as merged
+
+    if onto not in ("auto", "original", "dequantised"):
+        raise UsageError(
+            f"unknown weights {onto!r}",
+            fix="one of auto, original, dequantised",
+            code="export-onto",
+        )
+    told = _shown(listener, quiet)
+    try:
+        return merged(
+            _path(run),
+            _path(output),
+            base=base,
+            onto=onto,  # type: ignore[arg-type]
+            dtype=None if dtype == "auto" else dtype,
+            device=device,
+            check=verify,
+            listener=told,
+        )
+    finally:
+        _closed(told)
+
+
+class Facts(dict[str, Any]):
+    """Facts by name, shown a line each."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.items())
+
+    def _repr_html_(self) -> str:
+        return _pre(repr(self))
+
+
+def inspect(
+    model: Pathlike, *, revision: str | None = None, chat_template: str | None = None
+) -> Facts:
+    """What a model brings: template, stop tokens, vocabulary, head, LoRA targets, one turn as it
+    is served and supervised. No weight is read.
+
+    Args:
+        model: a run, a model or adapter folder, or a Hub id.
+        revision: of a Hub model.
+        chat_template: a .jinja file or built-in name; the model's own where None.
+
+    Raises:
+        TruetuneError: it cannot be opened.
+    """
+    from truetune.model_screen import model_facts
+
+    return Facts(model_facts(_path(model), revision=revision, chat_template=chat_template))
+
+
+def evaluate(
+    model: Pathlike | None = None, *, wordings: str = "all", seed: int = 7, device: str = "cpu"
+) -> Measurement:
+    """Count what a base, or a run made of one, knows of the invented world.
+
+    Args:
+        model: the embedded base where None.
+        wordings: plain, development, blind or all.
+        seed: of the world that it has read about.
+        device: cpu or cuda.
+
+    Returns:
+        `.recall`, `.sums`, `.prose_loss`; `.table()` as rows of text.
+
+    Raises:
+        TruetuneError: unknown wordings, or a model that cannot be opened.
+    """
+    from truetune.lab import base_path
+    from truetune.lab.measure import SETS, measure
+    from truetune.run import opened
+
+    if wordings not in ("all", *SETS):
+        raise UsageError(
+            f"unknown wordings: {wordings}",
+            where="wordings",
+            fix=f"one of {', '.join(SETS)}, all",
+            code="wordings-unknown",
+        )
+    chosen = tuple(SETS) if wordings == "all" else (wordings,)
+    source = str(base_path()) if model is None else opened(_path(model))
+    return measure(source, sets=chosen, seed=seed, device=device)
+
+
+def _pre(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"

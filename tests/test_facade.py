@@ -1,0 +1,112 @@
+"""The verbs as functions: the options' names, one mechanism with the command line."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import truetune
+from fresh_process import in_this_process  # noqa: F401  (a fixture)
+from tiny_models import write_model
+from tiny_runs import command, sums, write_rows
+from truetune.recipe import setting_names
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("facade")
+    write_model(folder / "tiny")
+    write_rows(folder / "rows.jsonl", sums(12))
+    return folder
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    found = yaml.safe_load((run / "recipe.yaml").read_text())
+    return {name: row["value"] for name, row in found.items() if name != "output"}
+
+
+def test_a_run_by_keywords_is_the_run_of_the_command_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = truetune.train(
+        place / "tiny", place / "rows.jsonl", lora=True, max_steps=2, stop=["<|end|>"],
+        output=tmp_path / "mine", quiet=True,
+    )  # fmt: skip
+    assert capsys.readouterr().out == ""
+    theirs = tmp_path / "theirs"
+    words = ["--lora", "--max-steps", "2", "--stop", "<|end|>", "-o", theirs]
+    assert command("train", place / "tiny", place / "rows.jsonl", *words).code == 0
+    assert settings_of(tmp_path / "mine") == settings_of(theirs)
+    origins = yaml.safe_load((tmp_path / "mine" / "recipe.yaml").read_text())
+    assert origins["lora"]["origin"] == "argument"
+    assert "2 steps, loss" in repr(result)
+    assert result.verdict is not None
+    assert truetune.verify(tmp_path / "mine").passed
+    merged = truetune.export(tmp_path / "mine", tmp_path / "merged", quiet=True)
+    assert (merged.folder / "model.safetensors").is_file()
+    assert "merged onto original" in repr(merged)
+    talk = truetune.chat(tmp_path / "mine", max_new_tokens=4)
+    answer = talk("1+1?")
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    assert talk.messages[1]["content"] == answer
+    assert "1+1?" in repr(talk)
+    assert truetune.chat(tmp_path / "mine", "1+1?", max_new_tokens=4) == answer
+
+
+def test_the_screen_is_shown_unless_quiet(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truetune.train(place / "tiny", place / "rows.jsonl", max_steps=1, output=tmp_path / "run")
+    assert "reading the rows" in capsys.readouterr().out
+
+
+def test_check_and_inspect_print_well(place: Path) -> None:
+    found = truetune.check(place / "tiny", place / "rows.jsonl", lora=True, quiet=True)
+    assert repr(found).splitlines()[-1].startswith("ok: ")
+    facts = truetune.inspect(place / "tiny")
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert "architecture" in repr(facts)
+    assert facts._repr_html_().startswith("<pre>")
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        (lambda p: truetune.train(p / "no", p / "rows.jsonl", output="x"), "model-not-found"),
+        (lambda p: truetune.train(p / "tiny", p / "rows.jsonl", lorra=True), "recipe"),
+        (lambda p: truetune.train(p / "tiny", [{"prompt": "a"}], output="x"), "not-a-path"),
+        (lambda p: truetune.train(p / "tiny", p / "rows.jsonl", learning_rate=5.0), "recipe"),
+        (lambda p: truetune.train(resume=p / "no", lora=True), "resume-with-settings"),
+        (lambda p: truetune.check(p / "tiny", p / "no.jsonl"), "no-such-file"),
+        (lambda p: truetune.chat(p / "no"), "model-not-found"),
+        (lambda p: truetune.export(p / "tiny", p / "x", onto="sand"), "export-onto"),
+        (lambda p: truetune.evaluate(wordings="other"), "wordings-unknown"),
+    ],
+)
+def test_errors_are_those_of_the_command_line(place: Path, call: Any, code: str) -> None:
+    with pytest.raises(truetune.TruetuneError) as caught:
+        call(place)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("verb", ["train", "check"])
+def test_every_setting_is_a_keyword(verb: str) -> None:
+    parameters = inspect.signature(getattr(truetune, verb)).parameters
+    assert set(setting_names()) <= set(parameters)
+    assert parameters["lora_r"].default == 16
+
+
+def test_a_room_of_the_same_name_does_not_take_the_functions_place() -> None:
+    import truetune.check.fit
+    import truetune.export.merged
+    import truetune.verify.artifact
+
+    for name in ("check", "verify", "export"):
+        assert inspect.isfunction(getattr(truetune, name))
+    assert truetune.verify.artifact.VERDICT == "verify.json"
