@@ -74,6 +74,8 @@ _REMARKS = {
     ),
 }
 
+# Tokens of a row beyond which a longer limit is no advice where the model states no context.
+_LONGEST = 262_144
 _LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "full_fingerprint")
 
 
@@ -216,10 +218,21 @@ def length_findings(
         where=f"{where} ({tokens:,} tokens)",
         count=len(dropped),
         why=f"in a trainer that cuts rows, {damage(rows, limit).line()}; {table}",
-        fix=f"--max-length {limit_keeping(rows)} keeps 99 % of the rows whole; or cut prompts with "
-        "--overlong truncate-prompt, or accept the loss with --max-dropped",
+        fix=_room_for(limit_keeping(rows), limit, facts.context_length)
+        + "cut prompts with --overlong truncate-prompt, or accept the loss with --max-dropped",
     )
     return [*findings, finding]
+
+
+def _room_for(needed: int, limit: int, context: int | None) -> str:
+    """A longer limit as advice, where one would help and the model can take it."""
+    # Without a stated context: what no model is trained on in one piece.
+    most = context or _LONGEST
+    if limit < needed <= most:
+        return f"--max-length {needed} keeps 99 % of the rows whole; or "
+    if needed > most and limit < most:
+        return f"--max-length {most} is the most that the model takes; split longer rows, "
+    return "split rows that are longer than the model takes, "
 
 
 def data_facts(

@@ -16,7 +16,7 @@ from typing import Any
 
 from truetune.data.conversation import Conversation, Message
 from truetune.data.messages import messages_of
-from truetune.data.rows import BadRow, Row, kind, missing
+from truetune.data.rows import BadRow, Row, kind, missing, not_a_number
 from truetune.data.schemas import Picks
 from truetune.data.tools import tools_of
 from truetune.findings import Finding
@@ -140,7 +140,7 @@ def _alpaca(cells: Cells, unused: Counter[str]) -> list[Message]:
     return [
         *_history(cells.get("history")),
         _user(_instruction(cells, "instruction")),
-        _assistant(_text(cells, "output")),
+        _assistant(_answer(cells, "output")),
     ]
 
 
@@ -149,19 +149,19 @@ def _prompt_completion(cells: Cells, unused: Counter[str]) -> list[Message]:
     asked = (
         messages_of(prompt, unused)
         if isinstance(prompt, list)
-        else [_user(_asked(_text(cells, "prompt")))]
+        else [_user(_asked(_text(cells, "prompt"), cells["prompt"]))]
     )
     # The prompt is given, whoever speaks in it; only the completion is to be learned.
     given = [{**m, "train": False} if m["role"] == "assistant" else m for m in asked]
     if not isinstance(completion, list):
-        return [*given, _assistant(_text(cells, "completion"))]
+        return [*given, _assistant(_answer(cells, "completion"))]
     if not completion:
         raise BadRow("empty-answer", "the completion is empty", fix="drop the row")
     return [*given, *messages_of(completion, unused)]
 
 
 def _reasoning(cells: Cells, unused: Counter[str]) -> list[Message]:
-    answer = _assistant(_text(cells, "solution"))
+    answer = _assistant(_answer(cells, "solution"))
     thinking = _text(cells, "thinking")
     if thinking.strip():
         answer["reasoning_content"] = thinking
@@ -208,7 +208,15 @@ def _text(cells: Cells, slot: str) -> str:
     return value
 
 
-def _asked(prompt: str) -> str:
+def _answer(cells: Cells, slot: str) -> str:
+    if isinstance(cells.get(slot), float) and missing(cells[slot]):
+        raise not_a_number(f"the {slot}", "empty-answer")
+    return _text(cells, slot)
+
+
+def _asked(prompt: str, cell: Any) -> str:
+    if isinstance(cell, float):
+        raise not_a_number("the prompt", "prompt-missing")
     if not prompt.strip():
         raise BadRow("prompt-missing", "the prompt is empty", fix="drop the row")
     return prompt
@@ -217,7 +225,7 @@ def _asked(prompt: str) -> str:
 def _instruction(cells: Cells, slot: str) -> str:
     instruction, extra = _text(cells, slot), _text(cells, "input")
     if not extra.strip():
-        return _asked(instruction)
+        return _asked(instruction, cells.get(slot))
     return f"{instruction}\n\n{extra}" if instruction.strip() else extra
 
 

@@ -1,7 +1,7 @@
 """Bytes and text of a file, or an error that says which line is to blame.
 
 Input:  a path.
-Does:   opens (through gzip for .gz), decodes strict UTF-8, hashes.
+Does:   opens (unpacks .gz and .zst, as far as is sane), decodes strict UTF-8, hashes.
 Output: a binary stream, or the whole text.
 Who:    the readers; no other module of the data room opens a file.
 """
@@ -10,15 +10,28 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from truetune.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
+# Extensions that may follow the one of the format, and the command that unpacks them.
+PACKED = {".gz": "gunzip -k", ".zst": "zstd -d"}
+_LFS = b"version https://git-lfs.github.com/spec/"
+# A small file that unpacks to more than this was made to fill the memory. Text packs to a tenth,
+# tables of repeated prompts to a hundredth.
+_MOST_UNPACKED = 512 * 2**20
+_MOST_RATIO = 100
+
+
+def most_unpacked(path: Path) -> int:
+    """The bytes to which a packed file may grow; more is a bomb and not data."""
+    return max(_MOST_UNPACKED, _MOST_RATIO * path.stat().st_size)
 
 
 @contextmanager
@@ -26,23 +39,19 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """The (unpacked) bytes of a file.
 
     Raises:
-        DataError: `unreadable-file`, `broken-gzip`; also for errors while the body reads.
+        DataError: `unreadable-file`, `broken-gzip`, `broken-zstd`, `unpacks-too-far`,
+            `git-lfs-pointer`; also for errors while the body reads.
     """
     try:
         with open(path, "rb") as file:
-            if path.suffix.lower() == ".gz":
-                with gzip.open(file) as unpacked:
-                    yield cast(IO[bytes], unpacked)
-            else:
+            if file.read(len(_LFS)) == _LFS:
+                raise _lfs_pointer(path)
+            file.seek(0)
+            if path.suffix.lower() not in PACKED:
                 yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"the gzip archive cannot be unpacked: {error}",
-            where=str(path),
-            why="it was cut off, or it is not gzip in spite of its name",
-            fix="fetch the file again, or unpack it with gunzip to see how far it goes",
-            code="broken-gzip",
-        ) from error
+                return
+            with _unpacked(file, path) as stream:
+                yield cast(IO[bytes], io.BufferedReader(_Bounded(stream, path), 2**20))
     except OSError as error:
         raise DataError(
             f"the file cannot be read: {error.strerror or error}",
@@ -50,6 +59,71 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             fix="look at the permissions of the file",
             code="unreadable-file",
         ) from error
+
+
+def _unpacked(file: IO[bytes], path: Path) -> Any:
+    if path.suffix.lower() == ".gz":
+        return gzip.open(file)
+    # pyarrow brings zstd; it refuses windows that would take more than 128 MiB.
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.PythonFile(file), "zstd")
+
+
+class _Bounded(io.RawIOBase):
+    """What an archive unpacks to, up to what is sane; every failure is a DataError."""
+
+    def __init__(self, stream: Any, path: Path) -> None:
+        self._stream, self._path = stream, path
+        self._left = most_unpacked(path)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            read = self._stream.read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            raise self._broken(error) from error
+        self._left -= len(read)
+        if self._left < 0:
+            command = PACKED[self._path.suffix.lower()]
+            raise unpacks_too_far(
+                self._path, f"unpack it yourself and give the result: {command} {self._path}"
+            )
+        buffer[: len(read)] = read
+        return len(read)
+
+    def _broken(self, error: Exception) -> DataError:
+        command = PACKED[self._path.suffix.lower()]
+        return DataError(
+            f"the archive cannot be unpacked: {error}",
+            where=str(self._path),
+            why=f"it was cut off, or it is no {self._path.suffix} file in spite of its name",
+            fix=f"fetch the file again; `{command} {self._path}` shows how far it goes",
+            code="broken-gzip" if self._path.suffix.lower() == ".gz" else "broken-zstd",
+        )
+
+
+def unpacks_too_far(path: Path, instead: str) -> DataError:
+    size = path.stat().st_size
+    return DataError(
+        f"the file of {size:,} bytes unpacks to more than {most_unpacked(path):,}",
+        where=str(path),
+        why=f"more than {_MOST_RATIO} times its size: such a file is made to fill the memory",
+        fix=f"if you trust it, {instead}",
+        code="unpacks-too-far",
+    )
+
+
+def _lfs_pointer(path: Path) -> DataError:
+    return DataError(
+        "the file is a Git LFS pointer: it names the data and does not hold it",
+        where=str(path),
+        why="the repository was cloned without Git LFS",
+        fix=f"fetch the data: git -C {path.parent} lfs pull",
+        code="git-lfs-pointer",
+    )
 
 
 def sha256(path: Path) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from truetune.data.conversation import Message
-from truetune.data.rows import BadRow, excerpt, kind, missing
+from truetune.data.rows import BadRow, excerpt, kind, missing, not_a_number
 from truetune.data.tools import calls_of
 
 ROLES = {
@@ -83,6 +83,8 @@ def message_of(turn: Any, unused: Counter[str]) -> Message:
             raise BadRow("bad-tool-call", "a function_call turn holds no call")
     else:
         text, reasoning, calls = content_of(content)
+        if isinstance(content, float) and not (turn.get("tool_calls") or turn.get("function_call")):
+            raise not_a_number("the content of a turn", "unsupported-content")
     fields = (_text(turn, key) for key in ("reasoning_content", "reasoning", "thinking"))
     thoughts = {thought for thought in (reasoning, *fields) if thought.strip()}
     calls = _one_of(calls, calls_of(turn.get("tool_calls")), calls_of(turn.get("function_call")))

@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from truetune.data.files import empty_file, sha256
+from truetune.data.files import PACKED, empty_file, sha256
 from truetune.data.read_json import read_json, read_jsonl
 from truetune.data.read_table import read_csv, read_parquet
 from truetune.data.read_text import read_document, read_pieces
@@ -36,8 +36,8 @@ TEXT_EXTENSIONS = (".txt", ".md")
 
 def extension(path: Path) -> str:
     """The extension that names the format: `.jsonl` of `a.jsonl.gz`, in lower case."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix in PACKED else name.suffix
 
 
 def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]:
@@ -67,6 +67,6 @@ def _unknown_extension(path: Path) -> DataError:
         where=str(path),
         why="the format is told by the name of the file",
         fix=f"{f'did you mean {close[0]}? ' if close else ''}rename or convert it to one of "
-        f"{', '.join(READERS)} (.gz may follow all but .parquet)",
+        f"{', '.join(READERS)} ({' or '.join(PACKED)} may follow all but .parquet)",
         code="unknown-extension",
     )

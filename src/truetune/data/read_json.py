@@ -20,10 +20,8 @@ from truetune.data.files import decoded, empty_file, open_bytes, read_text
 from truetune.data.rows import BadRow, FileRows, Row, excerpt, kind, names, place
 from truetune.data.schemas import ROW_COLUMNS
 from truetune.errors import DataError
-from truetune.findings import Finding
 
 _SPACE = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
 # The list to take where an object holds several, first match wins.
 _LIST_NAMES = ("data", "rows", "examples", "train", "records", "items")
 
@@ -34,7 +32,8 @@ def read_jsonl(path: Path, limit: int | None) -> FileRows:
     Raises:
         DataError: `broken-json`, `not-utf8`, `empty-file`.
     """
-    values: list[tuple[Any, int | None]] = []
+    values: list[_Read] = []
+    parser = _Parser()
     with open_bytes(path) as file:
         # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a JSON string.
         for line, raw in enumerate(file, 1):
@@ -44,12 +43,12 @@ def read_jsonl(path: Path, limit: int | None) -> FileRows:
                 continue
             text = decoded(raw, path, line).rstrip()
             try:
-                value = json.loads(text)
+                value, twice = parser.whole(text)
             except (ValueError, RecursionError) as error:
                 if not text:  # a byte order mark and nothing else
                     continue
                 raise _broken(error, text, path, line) from error
-            values.append((value, line))
+            values.append((value, line, twice))
     return _file_rows(values, path)
 
 
@@ -60,50 +59,88 @@ def read_json(path: Path, limit: int | None) -> FileRows:
         DataError: `broken-json`, `not-utf8`, `empty-file`, `no-rows`.
     """
     text = read_text(path)
-    values: list[Any] = []
+    values: list[tuple[Any, str | None]] = []
     # The line of each row, and of the one after the last, so that a limit changes no place.
     lines: list[int] = []
     counted_to = 0
     try:
-        for value, start in _values(text, path):
+        for value, start, twice in _values(text, path):
             lines.append((lines or [1])[-1] + text.count("\n", counted_to, start))
             counted_to = start
             if limit is not None and len(values) >= limit:
                 break
-            values.append(value)
+            values.append((value, twice))
     except (ValueError, RecursionError) as error:
         raise _broken(error, text, path, 1) from error
     starting = Counter(lines)
     own_lines = [line if starting[line] == 1 else None for line in lines]
-    return _file_rows(list(zip(values, own_lines, strict=False)), path)
+    read = zip(values, own_lines, strict=False)
+    return _file_rows([(value, line, twice) for (value, twice), line in read], path)
 
 
-def _values(text: str, path: Path) -> Iterator[tuple[Any, int]]:
+# A value, the position or line it starts at, and a key that one of its objects has twice.
+_Placed = tuple[Any, int, str | None]
+_Read = tuple[Any, int | None, str | None]
+
+
+class _Parser:
+    """A JSON parser that notices what Python's drops silently: all but the last of equal keys."""
+
+    def __init__(self) -> None:
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+        self._twice: str | None = None
+        self.outermost: str | None = None
+
+    def whole(self, text: str) -> tuple[Any, str | None]:
+        """The value that a text is, and a key that stands twice in one object of it."""
+        self._twice = None
+        return self._decoder.decode(text), self._twice
+
+    def at(self, text: str, start: int) -> tuple[Any, int, str | None]:
+        """As `whole`, of the value that starts at a position, with the position of its end."""
+        self._twice = None
+        value, end = self._decoder.raw_decode(text, start)
+        return value, end, self._twice
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        self.outermost = None
+        if len(made) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            self.outermost = self._twice = next(k for k, n in counts.items() if n > 1)
+        return made
+
+
+def _values(text: str, path: Path) -> Iterator[_Placed]:
     """Each row with the position it starts at."""
+    parser = _Parser()
     start = _skip(text, 0)
     if text[start] == "[":
-        yield from _elements(text, start, must_end=True)
+        yield from _elements(parser, text, start, must_end=True)
         return
-    value, end = _DECODER.raw_decode(text, start)
+    value, end, twice = parser.at(text, start)
     following = _skip(text, end)
     if following == len(text) and isinstance(value, dict):
-        yield from _rows_of_object(value, text, start, path)
+        yield from _rows_of_object(parser, (value, start, twice), text, path)
         return
     # Objects one after the other: JSON Lines under the name .json, pretty-printed or not.
-    yield value, start
+    yield value, start, twice
     while following < len(text):
         start = following
-        value, end = _DECODER.raw_decode(text, start)
-        yield value, start
+        value, end, twice = parser.at(text, start)
+        yield value, start, twice
         following = _skip(text, end)
 
 
 def _rows_of_object(
-    value: dict[str, Any], text: str, start: int, path: Path
-) -> Iterator[tuple[Any, int]]:
+    parser: _Parser, placed: tuple[dict[str, Any], int, str | None], text: str, path: Path
+) -> Iterator[_Placed]:
+    value, start, _ = placed
     if ROW_COLUMNS & {name.lower() for name in value}:
-        yield value, start
+        yield placed
         return
+    if parser.outermost is not None:
+        raise _duplicate_key(parser.outermost).error(str(path))
     lists = [k for k, v in value.items() if isinstance(v, list) and any(map(_is_object, v))]
     if len(lists) > 1:
         lists = [name for name in _LIST_NAMES if name in lists][:1]
@@ -115,15 +152,15 @@ def _rows_of_object(
             fix="write an array of objects, or one object a line under the name .jsonl",
             code="no-rows",
         )
-    yield from _elements(text, _member(text, start, lists[0]), must_end=False)
+    yield from _elements(parser, text, _member(text, start, lists[0]), must_end=False)
 
 
-def _elements(text: str, start: int, *, must_end: bool) -> Iterator[tuple[Any, int]]:
+def _elements(parser: _Parser, text: str, start: int, *, must_end: bool) -> Iterator[_Placed]:
     """The elements of the array that opens at `start`, each with its position."""
     position = _skip(text, start + 1)
     while text[position : position + 1] != "]":
-        value, end = _DECODER.raw_decode(text, position)
-        yield value, position
+        value, end, twice = parser.at(text, position)
+        yield value, position, twice
         position = _skip(text, end)
         following = text[position : position + 1]
         if following == ",":
@@ -139,17 +176,18 @@ def _elements(text: str, start: int, *, must_end: bool) -> Iterator[tuple[Any, i
 
 def _member(text: str, start: int, wanted: str) -> int:
     """Where the value of the key `wanted` starts, in an object that is known to parse."""
-    position, found = _skip(text, start + 1), -1
+    decoder = json.JSONDecoder()
+    position = _skip(text, start + 1)
     while text[position] != "}":
-        key, end = _DECODER.raw_decode(text, position)
+        key, end = decoder.raw_decode(text, position)
         position = _skip(text, _skip(text, end) + 1)
         if key == wanted:
-            found = position  # a repeated key: the last one counts, as in json.loads
-        _, end = _DECODER.raw_decode(text, position)
+            return position
+        _, end = decoder.raw_decode(text, position)
         position = _skip(text, end)
         if text[position] == ",":
             position = _skip(text, position + 1)
-    return found
+    raise ValueError(f"{wanted!r} is no key of the object")
 
 
 def _skip(text: str, position: int) -> int:
@@ -161,26 +199,37 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _file_rows(values: list[tuple[Any, int | None]], path: Path) -> FileRows:
+def _file_rows(values: list[_Read], path: Path) -> FileRows:
     if not values:
         raise empty_file(path)
     out = FileRows([], [], [])
-    for index, (value, line) in enumerate(values, 1):
+    for index, (value, line, twice) in enumerate(values, 1):
         out.places.append(place(str(path), index, line))
-        if isinstance(value, dict):
-            out.rows.append(Row(value, str(path), index, line))
+        if not isinstance(value, dict):
+            out.findings.append(_not_an_object(value).finding(out.places[-1]))
+        elif twice is not None:
+            out.findings.append(_duplicate_key(twice).finding(out.places[-1]))
         else:
-            out.findings.append(_not_an_object(value, out.places[-1]))
+            out.rows.append(Row(value, str(path), index, line))
     return out
 
 
-def _not_an_object(value: Any, where: str) -> Finding:
+def _not_an_object(value: Any) -> BadRow:
     return BadRow(
         "row-not-an-object",
         f"a row is {kind(value)}, not an object",
         why="each row must be an object with named columns",
         fix='write {"text": "..."} for plain text, or drop the row with --bad-rows drop',
-    ).finding(where)
+    )
+
+
+def _duplicate_key(key: str) -> BadRow:
+    return BadRow(
+        "duplicate-key",
+        f"the key {excerpt(key)} stands twice in one object",
+        why="JSON libraries keep the last one and lose the others silently",
+        fix="keep one of them, or drop the row with --bad-rows drop",
+    )
 
 
 def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataError:

@@ -12,14 +12,20 @@ import csv
 import io
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from truetune.data.files import empty_file, open_bytes, read_text
+from truetune.data.files import empty_file, most_unpacked, open_bytes, read_text, unpacks_too_far
 from truetune.data.rows import FileRows, Row, excerpt, names
 from truetune.errors import DataError
 from truetune.findings import Finding
 
+# Rows that are decoded at once, and what a row of them takes beside its values: a file of a few
+# bytes may hold a long text a million times.
+_BATCH = 256
+_AS_JSONL = "convert it to jsonl and give that"
+_ROW_BYTES = 64
 # Below these keys a null is read as content by a template; elsewhere it means "not there".
 _MEANT_KEYS = frozenset({"tools", "functions", "function", "arguments", "parameters", "input"})
 
@@ -32,7 +38,9 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
     """
     text = read_text(path)
     header_line = text.lstrip().split("\n", 1)[0]
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    if "\0" in text:
+        raise _nul(text, path)
+    delimiter = "\t" if ".tsv" in path.name.lower() else ","
     if delimiter == "," and "," not in header_line and ";" in header_line:
         delimiter = ";"  # what spreadsheets write where the comma is the decimal sign
     # The module's limit of 131,072 characters a field is global, so it is put back.
@@ -44,6 +52,16 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
     if not rows:
         raise empty_file(path)
     return FileRows.of(rows)
+
+
+def _nul(text: str, path: Path) -> DataError:
+    return DataError(
+        "broken csv: the file holds a NUL character",
+        where=f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}",
+        why="it is damaged, or it was written as UTF-16 or as something else than text",
+        fix=f"write it again as UTF-8, or take them out: tr -d '\\0' < {path} > mended.csv",
+        code="broken-csv",
+    )
 
 
 def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[Row]:
@@ -104,34 +122,119 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
     """A parquet file; nulls that Arrow adds inside tools and tool arguments are removed.
 
     Raises:
-        DataError: `not-parquet`, `empty-file`.
+        DataError: `not-parquet`, `parquet-value`, `duplicate-column`, `unpacks-too-far`,
+            `empty-file`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     rows: list[Row] = []
     with_nulls: list[Row] = []
+    left = most_unpacked(path)
     try:
         with open_bytes(path) as stream, pq.ParquetFile(stream) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for fields in batch.to_pylist():
+            _require_columns_once(file.schema_arrow, path)
+            if limit is None and _ROW_BYTES * file.metadata.num_rows > left:
+                raise unpacks_too_far(path, _AS_JSONL)
+            for batch in file.iter_batches(batch_size=_BATCH):
+                left -= batch.nbytes + _ROW_BYTES * len(batch)
+                if left < 0:
+                    raise unpacks_too_far(path, _AS_JSONL)
+                for fields in _pylist(batch, path, len(rows)):
                     if limit is not None and len(rows) >= limit:
                         break
                     clean, removed = without_nulls(fields)
                     rows.append(Row(clean, str(path), len(rows) + 1))
                     if removed:
                         with_nulls.append(rows[-1])
+                if limit is not None and len(rows) >= limit:
+                    break
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"the file cannot be read as parquet: {str(error).splitlines()[0]}",
             where=str(path),
-            why="it was cut off, or it is something else under this name (a Git LFS pointer?)",
+            why="it was cut off, or it is something else under this name",
             fix="fetch the file again; `head -c 4` of a parquet file shows PAR1",
             code="not-parquet",
         ) from error
     if not rows:
         raise empty_file(path)
     return FileRows.of(rows, *null_notes(with_nulls))
+
+
+def _require_columns_once(fields: Iterable[Any], path: Path, inside: str = "") -> None:
+    """Raise where a file, or a struct in it, names a column twice: a row could hold one of them."""
+    import pyarrow as pa
+
+    found = list(fields)
+    twice = [name for name, count in Counter(f.name for f in found).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"the file names a column twice: {names(inside + name for name in twice)}",
+            where=str(path),
+            why="a row could hold only the last one",
+            fix="rename one of them, or write the file again",
+            code="duplicate-column",
+        )
+    for one in found:
+        kind = one.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            _require_columns_once(list(kind), path, f"{inside}{one.name}.")
+
+
+def _pylist(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch.
+
+    Raises:
+        DataError: `parquet-value`, naming row and column.
+    """
+    import pyarrow as pa
+
+    names = batch.schema.names
+    try:
+        return [dict(zip(names, row, strict=True)) for row in zip(*_columns(batch), strict=True)]
+    except (ValueError, OverflowError, ArithmeticError, pa.ArrowException):
+        pass  # named below
+    for number in range(len(batch)):
+        for name, column in zip(names, batch.columns, strict=True):
+            try:
+                _values(column.slice(number, 1))
+            except (ValueError, OverflowError, ArithmeticError, pa.ArrowException) as error:
+                text = isinstance(error, UnicodeDecodeError)
+                raise DataError(
+                    f"the column {excerpt(name)} holds "
+                    + (
+                        "text that is not UTF-8"
+                        if text
+                        else f"a value that cannot be read: {error}"
+                    ),
+                    where=f"{path} row {before + number + 1}",
+                    why="the program that wrote the file did not check its text"
+                    if text
+                    else "it is damaged, or no date or number that Python knows",
+                    fix="mend the value where it comes from, or leave the column out",
+                    code="parquet-value",
+                ) from error
+    raise AssertionError("a batch fails whose values do not")
+
+
+def _columns(batch: Any) -> list[list[Any]]:
+    return [_values(column) for column in batch.columns]
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as Python values; moments and durations as text, since they may be beyond what
+    Python's own types hold, and no schema reads them."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_temporal(kind):
+        if pa.types.is_timestamp(kind) and kind.tz is not None:
+            column = column.cast(pa.timestamp(kind.unit))
+        column = column.cast(pa.string())
+    return column.to_pylist()
 
 
 def null_notes(rows: list[Row]) -> list[Finding]:

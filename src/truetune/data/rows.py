@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.errors import DataError
 from truetune.findings import Finding
 
 
@@ -89,6 +90,10 @@ class BadRow(Exception):
         self.code, self.what, self.why, self.fix = code, what, why, fix
         super().__init__(what)
 
+    def error(self, where: str) -> DataError:
+        """As an error on the whole file."""
+        return DataError(self.what, where=where, why=self.why, fix=self.fix, code=self.code)
+
     def finding(self, where: str) -> Finding:
         return Finding(
             code=self.code, level="error", what=self.what, where=where, why=self.why, fix=self.fix
@@ -98,6 +103,16 @@ class BadRow(Exception):
 def missing(value: Any) -> bool:
     """Whether a cell is empty: null, or the NaN that pandas writes in its place."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def not_a_number(what: str, code: str) -> BadRow:
+    """The refusal of NaN where text is needed."""
+    return BadRow(
+        code,
+        f"{what} is NaN, not text",
+        why="pandas writes NaN for an empty cell",
+        fix="fill the cell, or drop the row with --bad-rows drop",
+    )
 
 
 def excerpt(text: str, limit: int = 60) -> str:
@@ -118,8 +133,10 @@ def names(columns: Iterable[str], limit: int = 30) -> str:
 
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
-    if missing(value):
+    if value is None:
         return "null"
+    if missing(value):
+        return "NaN"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, int | float):

@@ -48,10 +48,13 @@ def resolve(source: str | Path, split: str | None) -> Source:
     Raises:
         DataError: `no-such-file`, `no-data-files`, `no-such-split`.
     """
+    _require_a_name(str(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return Source(()) if is_dataset_folder(path) else _folder(path, split)
     if path.exists():
+        if not path.is_file():
+            raise _no_stream(str(path), "it is a pipe or a device")
         if split is not None and _split_word(split) != "train":
             raise no_such_split(split, ["train"], str(path), why="one file is one split")
         return Source((path,))
@@ -59,6 +62,44 @@ def resolve(source: str | Path, split: str | None) -> Source:
     if (described and is_dataset_folder(Path(described))) or _is_hub_id(str(source)):
         return Source(())
     raise _no_such_file(path)
+
+
+def _require_a_name(source: str) -> None:
+    """Raise for what looks like data and is neither a file nor an id: a stream, a web address."""
+    if source in ("-", "/dev/stdin"):
+        raise _no_stream(source, "it stands for the standard input")
+    scheme, _, rest = source.partition(":/")
+    if not rest or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
+        return
+    rest = rest.lstrip("/")
+    what, fix = "data is read from files", f"download it first: curl -LO {source}"
+    found = re.match(r"(?:(?:www\.)?(?:huggingface\.co|hf\.co)/)?datasets/([^/?#]+/[^/?#@]+)", rest)
+    if found and (scheme == "hf" or "hugg" in rest or rest.startswith("hf.co")):
+        what, fix = "a dataset of the Hub is named by its id", f"give {found[1]}"
+        inside = re.match(r"/(?:(?:resolve|blob|raw)/[^/]+/)?([^?#]+\.\w+)", rest[found.end() :])
+        if inside:
+            fix += (
+                f", or one file of it: hf download {found[1]} {inside[1]} --repo-type dataset "
+                "--local-dir ."
+            )
+    raise DataError(
+        f"{source} is a web address",
+        where=source,
+        why=f"{what}, and what is trained must be there again for --resume",
+        fix=fix,
+        code="data-is-url",
+    )
+
+
+def _no_stream(source: str, what: str) -> DataError:
+    return DataError(
+        "data cannot be read from a stream",
+        where=source,
+        why=f"{what}: what was read from there cannot be read again for --resume, and has no "
+        "name that findings could point to",
+        fix="write it to a file first: COMMAND > rows.jsonl",
+        code="data-is-stream",
+    )
 
 
 def is_dataset_folder(folder: Path) -> bool:
@@ -170,6 +211,15 @@ def _split_word(split: str) -> str:
 
 def _no_such_file(path: Path) -> DataError:
     folder, close = path.parent, _near(path)
+    if path.is_symlink():
+        target = path.readlink()
+        return DataError(
+            "the symbolic link leads nowhere",
+            where=str(path),
+            why=f"it points at {target}, which is not there or points back",
+            fix="link it to the file again, or give the file itself",
+            code="no-such-file",
+        )
     why = f"the folder {folder} is not there either"
     if folder.is_dir():
         why = f"{folder} holds {names(sorted(p.name for p in folder.iterdir()), 10)}"

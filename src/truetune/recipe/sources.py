@@ -56,12 +56,14 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
     example = "write one setting a line, e.g. `learning_rate: 1e-4`"
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = _loaded(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(
             f"cannot read the recipe: {reason}", where=str(path), fix="give a YAML file"
         ) from error
+    except RecursionError as error:
+        raise InputError("the recipe is nested too deeply", where=str(path), fix=example) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -81,6 +83,50 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
             code="foreign-recipe",
         )
     return loaded
+
+
+def _loaded(text: str) -> Any:
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is none, names a key twice, or grows without end by its own references.
+    """
+    import yaml
+    from yaml.constructor import ConstructorError
+
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        sizes: dict[int, int] = {}
+
+        def size(node: Any) -> int:
+            """How many values a node stands for, with what its references repeat."""
+            if id(node) not in sizes:
+                sizes[id(node)] = 1  # a reference to itself ends here; the constructor refuses it
+                inside = node.value if isinstance(node.value, list) else []
+                flat = (part for one in inside for part in (one if type(one) is tuple else (one,)))
+                sizes[id(node)] += sum(map(size, flat))
+                if isinstance(node, yaml.MappingNode):
+                    _require_keys_once(node)
+            return sizes[id(node)]
+
+        if root is not None and size(root) > _MOST_VALUES:
+            raise ConstructorError(None, None, "it holds too many values", root.start_mark)
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _require_keys_once(node: Any) -> None:
+    from yaml.constructor import ConstructorError
+
+    seen = set()
+    for key, _ in node.value:
+        if not isinstance(key.value, str):
+            continue  # the constructor refuses it
+        if key.value in seen:
+            raise ConstructorError(None, None, f"{key.value!r} is set twice", key.start_mark)
+        seen.add(key.value)
 
 
 def make_recipe(*sources: tuple[Origin, Mapping[str, Any]]) -> Recipe:
@@ -118,6 +164,8 @@ def make_recipe(*sources: tuple[Origin, Mapping[str, Any]]) -> Recipe:
 
 
 # Settings for which "auto" is a value of its own.
+# Values of a recipe, with what its references repeat; real ones have some dozens.
+_MOST_VALUES = 10_000
 _AUTO = ("device", "dtype", "schema", "reasoning")
 # A source that sets one of these replaces what an earlier source said by the other.
 _INSTEAD = {
