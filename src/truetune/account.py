@@ -54,6 +54,20 @@ _REMARKS = {
         "served prompt is trained",
         "a server sends the prompt",
     ),
+    "reordered": (
+        "the template writes the arguments of tool calls in an order of its own",
+        "the call is the same; the model learns the template's order",
+    ),
+    "template-words": (
+        "the template adds words to answers, and they are trained, as --template-words keep asks",
+        "they are in no row: the model learns to write them",
+    ),
+    "history-parsed": (
+        "earlier turns are served as a client sends them back that received reasoning_content; "
+        "without a reasoning parser on the server, later prompts hold the reasoning in another "
+        "form",
+        "the template treats a field and text in the content differently",
+    ),
     "seam": (
         "prompt and answer would have merged into one token; they are kept apart",
         "a server sends the prompt alone, so the answer starts a token of its own",

@@ -308,6 +308,7 @@ def contract_of(tokenizer: Any, recipe: Recipe) -> PromptContract:
             (recipe.think_markers[0], recipe.think_markers[1]) if recipe.think_markers else None,
             recipe.history,
             "merge" if recipe.merge_system else "keep",
+            recipe.template_words,
         ),
         date=recipe.date,
     )

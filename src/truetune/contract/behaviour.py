@@ -74,6 +74,11 @@ class Behaviour:
         answer_end: text after an answer where it is last, and where a user turn follows.
         call_end: the same after a tool call, where a tool's answer follows.
         call_between: text between two calls of one turn, "" where it takes one only.
+        recipient: text between the name of a tool and its arguments where the name is the first
+            thing behind the served prompt, so that plain answers name a recipient too; else "".
+        marks: texts around reasoning that the template holds, alone or in pairs.
+        parsed_differs: whether a later prompt is another one where the server took the reasoning
+            out of an answer than where the client sends back the answer's whole text.
         stable: whether a turn is written in history as it was written last.
     """
 
@@ -88,6 +93,9 @@ class Behaviour:
     answer_end: tuple[str, str]
     call_end: tuple[str, str]
     call_between: str
+    recipient: str
+    marks: tuple[str, ...]
+    parsed_differs: bool
     stable: bool
 
 
@@ -154,7 +162,7 @@ def observe(
 ) -> Behaviour:
     """Probe a template; it raises nothing: what a template refuses, it does not do."""
     probe = _Probe(renderer, arguments)
-    pairs = think_pairs(renderer.literals, added)
+    added = tuple(added)
     plain, through, later = _plain(probe)
     if not (Q in through and A in through):
         probe.shape = Shape(content="parts")
@@ -162,9 +170,12 @@ def observe(
         if not (Q in through and A in through):
             probe.shape = Shape()
             plain, through, later = _plain(probe)
+    pairs = think_pairs(renderer.literals, added, plain)
     probe.shape = dataclasses.replace(probe.shape, arguments=_argument_form(probe))
     found = _field_markers(probe, plain, pairs)
     known = tuple(dict.fromkeys([*([(found.open, found.close)] if found else []), *pairs]))
+    marks = dict.fromkeys(mark for pair in known for mark in pair)
+    marks |= dict.fromkeys(m for m in _MARKER.findall(renderer.literals) if _THOUGHT.search(m))
     opened, closed, pair = tail_of(plain, known)
     filled = _empty_block(plain.removesuffix(opened), through, known) if not opened else None
     markers = found or filled or (_default_markers(pair or known[0], opened) if known else None)
@@ -173,7 +184,7 @@ def observe(
     if filled and not found:
         routes = ("filled", *routes)
     routes += tuple(r for r in _call_routes(probe) if r not in routes)
-    call_end, between = _call_ends(probe)
+    call_end, between, recipient = _call_ends(probe)
     return Behaviour(
         probe.shape,
         markers,
@@ -186,6 +197,9 @@ def observe(
         (_after(through, A, ""), _after(later, A, Q2)),
         call_end,
         between,
+        recipient,
+        tuple(marks),
+        _history_differs(probe, routes),
         _stable(probe),
     )
 
@@ -228,6 +242,10 @@ def _field_markers(probe: _Probe, plain: str, pairs: Sequence[tuple[str, str]]) 
         if plain and before.startswith(plain) and between.strip():
             opening = before[len(plain) :]
             return Markers(opening.strip(), between.strip(), opening, between)
+        words = plain.removeprefix(before)
+        if plain.startswith(before) and words.strip() and between.strip():
+            # The prompt opens the reasoning, with a marker or with words.
+            return Markers(words.strip(), between.strip(), words, between)
         marks = _MARKER.findall(before)
         if marks and between.strip():
             return Markers(marks[-1], between.strip(), before[before.rindex(marks[-1]) :], between)
@@ -323,8 +341,9 @@ def _after(text: str, sentinel: str, end: str) -> str:
     return tail[: tail.find(end)] if end and end in tail else tail if not end else ""
 
 
-def _call_ends(probe: _Probe) -> tuple[tuple[str, str], str]:
-    one, followed, two = probe.texts(
+def _call_ends(probe: _Probe) -> tuple[tuple[str, str], str, str]:
+    asked, one, followed, two = probe.texts(
+        ([user()], "none", True, True),
         ([user(), _calls(V)], "none", False, True),
         ([user(), _calls(V), _said()], "none", False, True),
         ([user(), _calls(V, A)], "none", False, True),
@@ -332,14 +351,18 @@ def _call_ends(probe: _Probe) -> tuple[tuple[str, str], str]:
     between = ""
     if V in two and A in two[two.rindex(V) :]:
         between = two[two.rindex(V) + len(V) : two.rindex(A)]
-    return (_after(one, V, ""), _after(followed, V, TOOL_SAID)), between
+    named = asked and one.startswith(asked + _NAME)
+    recipient = one[len(asked + _NAME) :][:1] if named else ""
+    return (_after(one, V, ""), _after(followed, V, TOOL_SAID)), between, recipient
 
 
 def _stable(probe: _Probe) -> bool:
     """Whether each earlier turn, as it is written when it is last, begins the longer text."""
     turns = [user(), answer(), user(Q2), answer(R), user(V), answer(TOOL_SAID)]
+    # What is trimmed in history alone is another text there.
+    padded = [{**m, "content": f" {m['content']} \n"} for m in turns]
     system = [{"role": "system", "content": "sssentinelss"}, *turns]
-    for conversation in (turns, system):
+    for conversation in (turns, padded, system):
         cuts = [i + 1 for i, m in enumerate(conversation) if m["role"] == "assistant"]
         whole, *parts = probe.texts(
             *((conversation[:cut], "none", False, False) for cut in reversed(cuts))
@@ -352,21 +375,43 @@ def _stable(probe: _Probe) -> bool:
     return True
 
 
-def think_pairs(literals: str, added: Iterable[str]) -> list[tuple[str, str]]:
-    """(opening, closing) markers around reasoning, by their names, the template's own first."""
+def _history_differs(probe: _Probe, routes: Sequence[str]) -> bool:
+    thought = answer(reasoning_content=R)
+    asked, parsed, *whole = probe.texts(
+        ([user()], "none", True, False),
+        ([user(), thought, user(Q2)], "reasoning_content", True, False),
+        *(([user(), thought], route, False, False) for route in routes[:1]),
+    )
+    if not (parsed and whole and whole[0].startswith(asked)):
+        return False
+    written = whole[0][len(asked) :]
+    body = written[: written.rfind(A) + len(A)]
+    (unparsed,) = probe.texts(([user(), answer(body), user(Q2)], "none", True, False))
+    return bool(unparsed) and unparsed != parsed
+
+
+def think_pairs(literals: str, added: Iterable[str], prompt: str = "") -> list[tuple[str, str]]:
+    """(opening, closing) markers around reasoning, by their names, the template's own first.
+
+    Both must be in use: in the template, or in the template and the tokenizer's added tokens.
+
+    Args:
+        literals: all text in the template.
+        added: texts of the tokenizer's added tokens.
+        prompt: a served prompt: a block that it leaves open is closed by the model alone.
+    """
     texts = _MARKER.findall(literals)
     names = set(added)
     pairs: dict[tuple[str, str], None] = {}
     for mark in [*texts, *sorted(names)]:
         for opening, closing in _partners(mark):
-            known = opening in literals or opening in names
-            both = closing in literals or closing in names
-            if both and (known or mark in literals) and _THOUGHT.search(closing):
+            both = all(side in literals or side in names for side in (opening, closing))
+            if both and _THOUGHT.search(closing):
                 pairs.setdefault((opening, closing))
     found = [p for p in pairs if p[0] in literals or p[1] in literals]
-    # A template may open a block and leave closing it to the model alone.
     for mark in dict.fromkeys(texts):
-        if _THOUGHT.search(mark) and not any(mark in pair for pair in found):
+        opened = prompt.rstrip().endswith(mark)
+        if opened and _THOUGHT.search(mark) and not any(mark in pair for pair in found):
             found += [(mark, closing) for closing in _closings(mark)]
     return found
 

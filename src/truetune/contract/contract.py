@@ -204,13 +204,22 @@ class PromptContract:
         """What an inference server sends for these messages, as text."""
         seen = self.behaviour(template_kwargs)
         listed = self.policy.past(self.prepared(messages))
-        route = self.policy.routes(seen, listed)[0]
         return self.renderer.render(
-            shown(listed, seen.shape, route, self.policy.markers(seen)),
+            self.past(listed, seen),
             tools=_tools(tools),
             add_generation_prompt=True,
             arguments=template_kwargs,
         )
+
+    def past(self, messages: Sequence[dict[str, Any]], seen: Behaviour) -> list[dict[str, Any]]:
+        """Prepared messages as a server gets them from a client that sends back what it received.
+
+        A server with a reasoning parser gave it `reasoning_content`, and that is what comes back;
+        whether the template writes it is the template's affair. Reasoning that the run trains
+        between markers of its own (`--reasoning inline`) comes back inside the content.
+        """
+        route = "inline" if self.policy.reasoning == "inline" else "reasoning_content"
+        return shown(messages, seen.shape, route, self.policy.markers(seen))
 
     def prompt_ids(
         self,

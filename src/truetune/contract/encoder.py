@@ -4,7 +4,7 @@ input   conversations and a `PromptContract`
 does    asks for the served prompt and the rendering of each trained turn, a batch ahead of the
         tokenizer; where one way for the reasoning fails, the row goes on by the next
 output  `Encoded`, or `Refused` with the reason, in the place of each row
-who     `encode.py` proves the turns of one row; `PromptContract.encode_all` is the door
+who     `proof.py` proves the turns; `PromptContract.encode_all` is the door
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from truetune.contract.behaviour import Behaviour
-from truetune.contract.encode import Encoded, Ends, LossOn, assemble
+from truetune.contract.encode import Completion, Encoded, Ends, LossOn, assemble, complete
 from truetune.contract.example import SFTExample
+from truetune.contract.proof import Frame, Proof
 from truetune.contract.render import Job, Rendered
 from truetune.contract.shape import COMPOSED, shown, split_reasoning
 from truetune.contract.stops import answer_stop, call_stop
 from truetune.contract.turns import Situation, TurnText, derive, trained_turns
+from truetune.contract.twin import Twin
 from truetune.data.conversation import Conversation
 from truetune.errors import UnfaithfulTemplate
 
@@ -36,6 +38,7 @@ CHUNK = 256
 _ROUTE_ERRORS = frozenset(
     {
         "target-dropped",
+        "target-invented",
         "target-behind-stop",
         "template-refuses",
         "prompt-differs",
@@ -60,6 +63,7 @@ class _Row:
 
     Attributes:
         ways: (messages, route of their reasoning); the first is the one in hand.
+        history: the messages as a client sends them back.
         shortcut: whether a served prompt may stand for the rendering of the turn before it.
     """
 
@@ -68,9 +72,11 @@ class _Row:
     behaviour: Behaviour
     ways: list[tuple[list[dict[str, Any]], str]]
     shortcut: bool
+    history: list[dict[str, Any]]
     error: UnfaithfulTemplate | None = None
     result: Encoded | None = None
     texts: list[TurnText] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -106,6 +112,7 @@ class Encoder:
     def __init__(self, contract: PromptContract) -> None:
         self.contract = contract
         self.policy, self.renderer = contract.policy, contract.renderer
+        self._proof = Proof(contract.tokens)
 
     def batches(
         self, conversations: Sequence[Conversation], loss_on: LossOn
@@ -177,7 +184,7 @@ class Encoder:
         apart = [split_reasoning(message, seen.pairs) for message in messages]
         if apart != messages:
             ways += [(apart, route) for route in policy.routes(seen, apart)]
-        return _Row(conversation, turns, seen, ways, self._closes_itself)
+        return _Row(conversation, turns, seen, ways, self._closes_itself, policy.past(messages))
 
     def _attempt(
         self,
@@ -197,6 +204,15 @@ class Encoder:
             except UnfaithfulTemplate as error:
                 _failed(row, error)
         ids_of = self.contract.tokens.encode_turns(pairs)
+        tokens, stop_ids = self.contract.tokens, self.contract.stop_ids
+        for row in rows:
+            row.completions = [
+                complete(text, row.messages[text.turn], ids_of, tokens, stop_ids, self._ends)
+                for text in row.texts
+            ]
+        # One turn of each structure, then each in its own place, then with the row's own names.
+        for each, named in ((False, False), (True, False), (True, True)):
+            self._learn(rows, each=each, named=named)
         for row in rows:
             if not row.texts:
                 continue
@@ -204,20 +220,80 @@ class Encoder:
             merged = len(row.conversation.messages) - len(row.messages)
             try:
                 encoded = assemble(
-                    row.texts,
-                    ids_of,
-                    row.messages,
-                    tokens=self.contract.tokens,
-                    stop_ids=self.contract.stop_ids,
-                    ends=self._ends,
+                    [self._proved(row, completion) for completion in row.completions],
+                    tokens=tokens,
                     loss_on=loss_on,
                     row=row.conversation.where,
                     route="" if row.route == "none" else row.route,
                 )
                 turns = tuple(tuple(t + merged for t in some) for some in encoded.turns)
-                row.result = replace(encoded, turns=turns)
+                row.result = replace(
+                    encoded, turns=turns, remarks=(*encoded.remarks, *self._differs(row))
+                )
             except UnfaithfulTemplate as error:
                 _failed(row, error)
+
+    def _differs(self, row: _Row) -> list[str]:
+        """A remark where what a later prompt holds depends on the server's reasoning parser."""
+        thought = any(m.get("reasoning_content") for m in row.history[: row.turns[-1]])
+        return ["history-parsed"] if thought and row.behaviour.parsed_differs else []
+
+    def _proved(self, row: _Row, completion: Completion) -> Completion:
+        found = self._proof.require(
+            completion, row.messages[completion.text.turn], self._frame(row)
+        )
+        return replace(completion, remarks=(*completion.remarks, *found)) if found else completion
+
+    def _learn(self, rows: Sequence[_Row], *, each: bool, named: bool) -> None:
+        """Render the twins of turns that cannot be judged yet.
+
+        Args:
+            each: whether every such turn is rendered, or one of each structure.
+            named: whether names and keys stay, where the template wrote something else without.
+        """
+        asked: dict[tuple[str, str], tuple[_Row, TurnText, Twin]] = {}
+        for row in rows:
+            for done in row.completions:
+                message = row.messages[done.text.turn]
+                twin = self._proof.unproved(done, message, self._frame(row), named=named)
+                if twin and (not named or message.get("tool_calls")):
+                    asked.setdefault(
+                        (done.text.prompt if each else "", twin.key), (row, done.text, twin)
+                    )
+        jobs = [
+            self._through(row, text.turn, message)
+            for row, text, twin in asked.values()
+            for message in (twin.message, twin.flipped)
+            if message
+        ]
+        rendered = iter(self.renderer.render_many(jobs))
+        for row, text, twin in asked.values():
+            written = [
+                self._behind(row, text, message, next(rendered))
+                for message in (twin.message, twin.flipped)
+                if message
+            ]
+            if written[0] is not None:
+                self._proof.learn(twin, written[0], (*written, None)[1])
+
+    def _behind(
+        self, row: _Row, text: TurnText, message: dict[str, Any], rendered: Rendered
+    ) -> str | None:
+        """What stands behind the served prompt where the turn is another one; None for nothing."""
+        if isinstance(rendered, UnfaithfulTemplate):
+            return None
+        turn, situation = text.turn, self._situation(row)
+        try:
+            made = derive(turn, message, row.history[turn - 1], text.prompt, rendered, situation)
+        except UnfaithfulTemplate:
+            return None
+        return made.through[len(made.prompt) :]
+
+    def _frame(self, row: _Row) -> Frame:
+        seen, markers = row.behaviour, self.policy.markers(row.behaviour)
+        marks = (markers.open, markers.close, *seen.marks)
+        pairs = ((markers.open, markers.close), *seen.pairs)
+        return Frame(marks, pairs, seen.recipient, self.policy.template_words == "keep")
 
     def _jobs(self, row: _Row) -> list[Job]:
         """The served prompt of each trained turn, and the rendering through it.
@@ -226,30 +302,29 @@ class Encoder:
         turn before it, and only the last turn is rendered for itself.
         """
         row.texts = []
-        route, markers = row.route, self.policy.markers(row.behaviour)
         tools, kwargs = row.conversation.tools, row.conversation.template_kwargs
         jobs = []
         for turn in row.turns:
-            own = row.messages[turn]
-            before = shown(
-                self.policy.past(row.messages[:turn]), row.behaviour.shape, route, markers
-            )
+            before = self.contract.past(row.history[:turn], row.behaviour)
             jobs.append(Job(before, tools, prompt=True, arguments=kwargs))
             if row.plain and turn != row.turns[-1]:
                 continue
-            how = "none" if route in COMPOSED else route
-            whole = [*before, *shown([own], row.behaviour.shape, how, markers)]
-            jobs.append(Job(whole, tools, arguments=kwargs))
+            jobs.append(self._through(row, turn, row.messages[turn]))
         return jobs
 
-    def _turn_texts(self, row: _Row, rendered: list[Rendered]) -> list[TurnText]:
-        situation = Situation(
-            row.behaviour,
-            row.route,
-            self.policy.markers(row.behaviour),
-            self.policy.reasoning == "empty",
-            lambda: self.contract.arguments.is_switched(row.conversation.template_kwargs),
+    def _through(self, row: _Row, turn: int, message: dict[str, Any]) -> Job:
+        """The conversation through a turn, which may be another one than the row's."""
+        route, markers, shape = row.route, self.policy.markers(row.behaviour), row.behaviour.shape
+        before = self.contract.past(row.history[:turn], row.behaviour)
+        how = "none" if route in COMPOSED else route
+        return Job(
+            [*before, *shown([message], shape, how, markers)],
+            row.conversation.tools,
+            arguments=row.conversation.template_kwargs,
         )
+
+    def _turn_texts(self, row: _Row, rendered: list[Rendered]) -> list[TurnText]:
+        situation = self._situation(row)
         texts = []
         for text in rendered:
             if isinstance(text, UnfaithfulTemplate):
@@ -261,9 +336,18 @@ class Encoder:
         else:
             pairs = list(zip(texts[::2], texts[1::2], strict=True))
         return [
-            derive(turn, row.messages[turn], row.messages[turn - 1], prompt, through, situation)
+            derive(turn, row.messages[turn], row.history[turn - 1], prompt, through, situation)
             for turn, (prompt, through) in zip(row.turns, pairs, strict=True)
         ]
+
+    def _situation(self, row: _Row) -> Situation:
+        return Situation(
+            row.behaviour,
+            row.route,
+            self.policy.markers(row.behaviour),
+            self.policy.reasoning == "empty",
+            lambda: self.contract.arguments.is_switched(row.conversation.template_kwargs),
+        )
 
     def _encode_text(self, conversation: Conversation) -> Encoded:
         """Plain text: every token trained, closed by the tokenizer's end token."""
@@ -283,7 +367,6 @@ class Encoder:
             answer_stop(seen, tokens, stop_ids),
             call_stop(seen, tokens, stop_ids),
             stop_ids[0] if stop_ids else None,
-            seen.lead,
             not seen.answer_end[0].strip(),
         )
 
@@ -297,7 +380,7 @@ class Encoder:
 
 def _failed(row: _Row, error: UnfaithfulTemplate) -> None:
     """Keep the first reason: the later ways are the less likely ones."""
-    row.texts = []
+    row.texts, row.completions = [], []
     if row.plain and len(row.turns) > 1:
         row.shortcut = False  # this row's history may be rewritten where others' is not
         return

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ReasoningPolicy = Literal["auto", "inline", "empty", "drop"]
 HistoryPolicy = Literal["as-data", "no-reasoning"]
 SystemPolicy = Literal["keep", "merge"]
+WordsPolicy = Literal["refuse", "keep"]
 REASONING: tuple[ReasoningPolicy, ...] = get_args(ReasoningPolicy)
 
 
@@ -29,12 +30,15 @@ class Policy:
             <think> and </think>.
         history: whether earlier turns show the template their reasoning.
         system: keep, or merge a system turn into the first user turn.
+        template_words: refuse answers to which the template adds words, or keep: they become
+            targets, and are counted.
     """
 
     reasoning: ReasoningPolicy = "auto"
     think_markers: tuple[str, str] | None = None
     history: HistoryPolicy = "as-data"
     system: SystemPolicy = "keep"
+    template_words: WordsPolicy = "refuse"
 
     def as_dict(self) -> dict[str, object]:
         """What contract.json holds."""
@@ -43,13 +47,16 @@ class Policy:
             "think_markers": list(self.think_markers) if self.think_markers else None,
             "history": self.history,
             "system": self.system,
+            "template_words": self.template_words,
         }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Policy:
         """What `as_dict` wrote; what it lacks is as it was before there was a choice."""
         known = {
-            name: record[name] for name in ("reasoning", "history", "system") if name in record
+            name: record[name]
+            for name in ("reasoning", "history", "system", "template_words")
+            if name in record
         }
         markers = record.get("think_markers")
         return cls(**known, think_markers=(markers[0], markers[1]) if markers else None)

@@ -43,8 +43,16 @@ def canonical(message: Mapping[str, Any]) -> Message:
     OpenAI's clients send.
 
     Raises:
-        UnfaithfulTemplate: content that is no text, reasoning or tool call.
+        UnfaithfulTemplate: no role, two different reasonings, or content that is no text, reasoning
+            or tool call.
     """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UnfaithfulTemplate(
+            "a message has no role",
+            why=f"it reads {str(message)[:80]!r}",
+            fix="give each message a role: system, developer, user, assistant or tool",
+            code="unknown-role",
+        )
     made = {key: value for key, value in message.items() if value is not None}
     reasoning = [made.pop(name) for name in _FIELDS if made.get(name)]
     content = made.get("content", "")
@@ -58,13 +66,41 @@ def canonical(message: Mapping[str, Any]) -> Message:
         if calls:
             made["tool_calls"] = [*made.get("tool_calls", []), *calls]
     made["content"] = content
+    if len(dict.fromkeys(reasoning)) > 1:
+        raise UnfaithfulTemplate(
+            "a message has two different reasonings", fix="keep one", code="unsupported-content"
+        )
     if reasoning:
         made["reasoning_content"] = reasoning[0]
     if made.get("tool_calls"):
         made["tool_calls"] = [_call(call) for call in made["tool_calls"]]
     elif "tool_calls" in made:
         del made["tool_calls"]
+    for value in (made["content"], made.get("reasoning_content"), made.get("tool_calls")):
+        _require_text(value)
     return made
+
+
+def _require_text(value: Any) -> None:
+    """Raises UnfaithfulTemplate for what JSON or a tokenizer cannot say."""
+    if not value or (isinstance(value, str) and value.isascii()):
+        return
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UnfaithfulTemplate(
+            "a message holds half of a surrogate pair, which is no character",
+            fix="write the character itself, or drop the row",
+            code="invalid-text",
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise UnfaithfulTemplate(
+            "a tool call has an argument that is no JSON",
+            why=str(error),
+            fix="write dates and other objects as text",
+            code="bad-tool-call",
+        ) from error
 
 
 def split_reasoning(message: Message, pairs: Iterable[tuple[str, str]]) -> Message:
@@ -96,8 +132,14 @@ def _call(call: Mapping[str, Any]) -> Message:
             parsed = None
         if isinstance(parsed, dict):
             function["arguments"] = parsed
-    rest = {k: v for k, v in call.items() if k in ("id", "index")}
-    return {"type": "function", **rest, "function": function}
+    if "function" not in call:
+        rest = {k: v for k, v in call.items() if k in ("id", "index")}
+        function = {k: v for k, v in function.items() if k not in ("id", "index", "type")}
+        return {"type": "function", **rest, "function": function}
+    # In the row's order: some templates print the whole call.
+    made = {k: v for k, v in call.items() if k in ("id", "index", "type", "function")}
+    made["function"] = function
+    return made if "type" in made else {"type": "function", **made}
 
 
 def shown(messages: Sequence[Message], shape: Shape, route: str, markers: Markers) -> list[Message]:

@@ -165,15 +165,37 @@ def _realigned(
     said = str(before.get("content") or "").strip()
     answer = str(message.get("content") or "").strip()
     limit = through.rfind(answer) if answer else -1
+    limit = limit if limit >= 0 else len(through)
     for form in dict.fromkeys((said, json.dumps(said)[1:-1], json.dumps(json.dumps(said))[3:-3])):
         at = prompt.rfind(form) if form else -1
         if at < 0:
             continue
         seam = prompt[at:]
-        found = through.rfind(seam, 0, limit if limit >= 0 else len(through))
+        found = through.rfind(seam, 0, limit)
         if found >= 0:
             return through[found + len(seam) :]
+        # The same message, set apart by other whitespace: trimmed, or one line break more.
+        found = through.rfind(form, 0, limit)
+        end = _past(seam[len(form) :], through, found + len(form)) if found >= 0 else None
+        if end is not None:
+            return through[end:]
     return None
+
+
+def _past(tail: str, text: str, at: int) -> int | None:
+    """Where `text` goes on behind `tail`, which stands at `at` up to whitespace between its words;
+    None where it does not."""
+    body = tail.rstrip()
+    for char in body:
+        if char.isspace():
+            continue
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if text[at : at + 1] != char:
+            return None
+        at += 1
+    rest = tail[len(body) :]
+    return at + len(rest) if text.startswith(rest, at) else at
 
 
 def _without_block(

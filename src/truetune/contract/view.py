@@ -134,5 +134,8 @@ _REMARK_WORDS = {
     "stop-appended": "the template closes answers with nothing; the model's own end token does",
     "reasoning-empty": "the think block that the prompt opens is closed at once",
     "thinking-unlearned": "an answer without reasoning where the template would think",
+    "reordered": "the template writes arguments of a call in an order of its own",
+    "template-words": "the template adds words to an answer, and they are trained",
+    "history-parsed": "later prompts depend on whether the server has a reasoning parser",
     "prompt-realigned": "earlier turns are rendered unlike they are served; the prompt stands",
 }

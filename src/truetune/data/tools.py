@@ -74,11 +74,19 @@ def _call(item: Any) -> dict[str, Any]:
         raise BadRow("bad-tool-call", "a tool call has no function name", fix=_CALL_FIX)
     known = [key for key in ("arguments", "parameters", "input") if key in function]
     arguments = _arguments(function[known[0]] if known else {})
-    call: dict[str, Any] = {"type": "function"}
+    inner = {
+        "name" if key == "name" else "arguments": function["name"] if key == "name" else arguments
+        for key in function
+        if key in ("name", *known[:1])
+    }
+    parts = {"type": "function", "function": {**inner, "arguments": arguments}}
     if not missing(item.get("id")) and item["id"] != "":
-        call["id"] = item["id"]
-    call["function"] = {"name": function["name"], "arguments": arguments}
-    return call
+        parts["id"] = item["id"]
+    if "function" not in item:
+        return {key: parts[key] for key in ("type", "id", "function") if key in parts}
+    # In the row's order: some templates print the whole call.
+    order = dict.fromkeys([*(["type"] if "type" not in item else []), *item])
+    return {key: parts[key] for key in order if key in parts}
 
 
 def _arguments(value: Any) -> Any:

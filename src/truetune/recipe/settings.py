@@ -118,6 +118,9 @@ class Recipe:
     merge_system: bool = _option(
         False, PROMPT, "Put the system text in front of the first question."
     )
+    template_words: Literal["refuse", "keep"] = _option(
+        "refuse", PROMPT, "Answers to which the template adds words: refused, or trained and told."
+    )
     content_specials: Literal["keep", "error"] = _option(
         "keep", PROMPT, "Rows whose text holds control tokens: told, or refused."
     )

@@ -1,0 +1,331 @@
+"""The proof of a turn: its completion read back, part by part, and compared with the row.
+
+input   completions, and what the template writes for their twins: the same turns with a sentinel
+        for each part
+does    reads off a twin what the template writes around the parts; the completion must be that,
+        filled with the parts of the row: each of them once, in its place, and no words beside them
+output  remarks, or `UnfaithfulTemplate` with the reason
+who     `encoder.py`, for each turn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.contract.encode import Completion
+from truetune.contract.tokens import Tokens
+from truetune.contract.turns import excerpt
+from truetune.contract.twin import Defect, Leaf, Skeleton, Twin, skeleton, twin_of
+from truetune.contract.words import words_in
+from truetune.errors import UnfaithfulTemplate
+
+# Skeletons kept for turns of one structure: a template writes it differently by what stands before.
+_MOST_SKELETONS = 16
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What may stand around the parts of a turn.
+
+    Attributes:
+        marks: texts that templates cut reasoning and content at.
+        pairs: opening and closing markers of reasoning among them.
+        recipient: see `Behaviour.recipient`.
+        keep_words: whether words of the template become targets, counted.
+    """
+
+    marks: tuple[str, ...]
+    pairs: tuple[tuple[str, str], ...]
+    recipient: str
+    keep_words: bool
+
+
+class Proof:
+    """Proves completions; remembers what templates write around turns of each structure."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens = tokens
+        self._skeletons: dict[str, list[Skeleton]] = {}
+        self._controls = tuple(
+            text for text in tokens.added_texts if not text.replace("_", "").isalnum()
+        )
+
+    def unproved(
+        self, completion: Completion, message: Mapping[str, Any], frame: Frame, *, named: bool
+    ) -> Twin | None:
+        """The twin to render before the turn can be judged; None where nothing is missing."""
+        if self._is_exact(completion, message):
+            return None
+        twin = twin_of(message, frame.marks, named=named)
+        return None if self._matching(twin, completion) else twin
+
+    def learn(self, twin: Twin, written: str, flipped: str | None) -> None:
+        """Take in what the template writes for a twin behind the served prompt."""
+        known = self._skeletons.setdefault(twin.key, [])
+        known.append(skeleton(twin, written, flipped))
+        del known[:-_MOST_SKELETONS]
+
+    def require(
+        self, completion: Completion, message: Mapping[str, Any], frame: Frame
+    ) -> list[str]:
+        """Remarks on a turn whose every part is in its completion, once and in its place.
+
+        Raises:
+            UnfaithfulTemplate: a part is missing, repeated or elsewhere, or words stand beside
+                them.
+        """
+        turn = completion.text.turn
+        # Some tokenizers (GPT-2's) have one token for unknown, begin and end: at the end it is a
+        # stop.
+        unknown = self.tokens.unknown_id
+        if unknown is not None and unknown in completion.ids[:-1]:
+            raise UnfaithfulTemplate(
+                f"the tokenizer has no token for a part of the answer of message {turn}",
+                why="it encodes to the unknown token, which decodes to something else",
+                code="unknown-token",
+            )
+        if self._is_exact(completion, message):
+            return []
+        found: tuple[Twin, Skeleton] | None = None
+        for named in (False, True):
+            twin = twin_of(message, frame.marks, named=named)
+            known = self._matching(twin, completion)
+            if known and (found is None or (found[1].defects and not known.defects)):
+                found = twin, known
+        if found is None:
+            raise self._unlike(completion, message, frame)
+        return self._judged(*found, completion, message, frame)
+
+    def _is_exact(self, completion: Completion, message: Mapping[str, Any]) -> bool:
+        if message.get("reasoning_content") or message.get("tool_calls"):
+            return False
+        return completion.error is None and completion.body == (message.get("content") or "")
+
+    def _matching(self, twin: Twin, completion: Completion) -> Skeleton | None:
+        for known in reversed(self._skeletons.get(twin.key, ())):
+            spans = known.spans(completion.written, twin.leaves)
+            if spans is None:
+                continue
+            end = spans[-1][2] if spans else 0
+            cut = self._cut(completion)
+            if cut is None or len(cut) < end or known.tail.startswith(cut[end:]):
+                return known
+        return None
+
+    def _cut(self, completion: Completion) -> str | None:
+        """The part of the written text that the completion's ids stand for."""
+        written, body = completion.written, completion.body
+        if completion.error is not None or written.startswith(body):
+            return written if completion.error is not None else body
+        # The tokenizer's normaliser changes texts: the same change must lead to the body.
+        stop, wanted = completion.stop, body.strip()
+        ends = [len(written)]
+        at = written.find(stop) if stop else -1
+        while at >= 0:
+            ends.append(at)
+            at = written.find(stop, at + 1)
+        for end in ends:
+            cut = written[:end]
+            if wanted in (cut.strip(), self.tokens.normalised(cut).strip()):
+                return cut
+        return None
+
+    def _judged(
+        self,
+        twin: Twin,
+        known: Skeleton,
+        completion: Completion,
+        message: Mapping[str, Any],
+        frame: Frame,
+    ) -> list[str]:
+        turn, cut = completion.text.turn, self._cut(completion)
+        spans = known.spans(completion.written, twin.leaves)
+        assert spans is not None
+        if known.defects:
+            raise self._defective(known.defects[0], twin, completion, message)
+        if completion.error is None:
+            self._require_said(known, twin, completion, message, frame)
+        if completion.error is not None:
+            raise completion.error
+        if cut is None:
+            raise self._unlike(completion, message, frame)
+        late = [number for number, _, end in spans if end > len(cut)]
+        if late:
+            raise self._behind_stop(twin.leaves[late[0]], completion, message)
+        tail = cut[spans[-1][2] if spans else 0 :]
+        calls = bool(message.get("tool_calls"))
+        text = known.frame(tail)
+        words = words_in(
+            text,
+            (*self._controls, *frame.marks),
+            calls=calls,
+            prompt=completion.text.prompt,
+            recipient=frame.recipient,
+        )
+        if words and not frame.keep_words:
+            raise _worded(turn, words, tail.strip().startswith(words), calls)
+        empty = next((o + c for o, c in frame.pairs if o + c in "".join(text.split())), "")
+        if empty:
+            raise _worded(turn, empty, False, calls)
+        remarks = ["template-words"] if words else []
+        content = str(message.get("content") or "")
+        if content.strip() and content not in cut:
+            remarks.append("stripped")
+        if not completion.written.startswith(completion.body) and cut.strip() != (
+            completion.body.strip()
+        ):
+            remarks.append("normalised")
+        if known.reordered:
+            remarks.append("reordered")
+        plain = not (calls or message.get("reasoning_content"))
+        around = text.replace("\x00", "").strip()
+        if plain and around and not words and not completion.text.lead:
+            remarks.append("framed")
+        return remarks
+
+    def _require_said(
+        self,
+        known: Skeleton,
+        twin: Twin,
+        completion: Completion,
+        message: Mapping[str, Any],
+        frame: Frame,
+    ) -> None:
+        """Content must not stand where the template writes reasoning: a server would return it so.
+
+        Raises:
+            UnfaithfulTemplate: it does, and the row did not put it there.
+        """
+        content = str(message.get("content") or "")
+        for number, piece in enumerate(known.pieces):
+            if not isinstance(piece, int) or twin.leaves[piece].kind != "content":
+                continue
+            before = str(known.pieces[number - 1]).rstrip()
+            if any(before.endswith(o) and o not in content for o, _ in frame.pairs):
+                turn = completion.text.turn
+                raise UnfaithfulTemplate(
+                    f"the template writes the content of message {turn} as reasoning",
+                    why=f"it stands behind {excerpt(before[-40:])}: a server returns it as "
+                    "reasoning, not as content",
+                    fix="give it as reasoning_content if it is that, or put it into a turn of its "
+                    "own",
+                    code="target-dropped",
+                )
+
+    def _defective(
+        self, defect: Defect, twin: Twin, completion: Completion, message: Mapping[str, Any]
+    ) -> UnfaithfulTemplate:
+        turn = completion.text.turn
+        leaf = twin.leaves[defect.leaf] if defect.leaf is not None else None
+        if defect.what == "missing":
+            label = leaf.label if leaf else f"{defect.text} of a tool call"
+            return self._missing(leaf, label, completion, message)
+        label = leaf.label if leaf else "a part"
+        if defect.what == "repeated":
+            return UnfaithfulTemplate(
+                f"the template writes {label} of message {turn} more than once",
+                why=f"the completion would be {excerpt(completion.body)}",
+                fix="use a template that renders each part of a turn once",
+                code="target-invented",
+            )
+        return UnfaithfulTemplate(
+            f"the template writes {label} of message {turn} in another place than the row",
+            why=f"the completion would be {excerpt(completion.body)}",
+            fix="use a template that keeps the order of reasoning, content and tool calls",
+            code="target-dropped",
+        )
+
+    def _missing(
+        self, leaf: Leaf | None, label: str, completion: Completion, message: Mapping[str, Any]
+    ) -> UnfaithfulTemplate:
+        if not (message.get("reasoning_content") or message.get("tool_calls")):
+            return self._rewritten(completion, message)
+        turn, body = completion.text.turn, completion.body
+        reasoning = leaf is not None and leaf.kind == "reasoning"
+        return UnfaithfulTemplate(
+            f"the template drops {label} of message {turn}",
+            why=f"the completion would be {excerpt(body)}",
+            fix="write it between think markers with --reasoning inline, or leave it out of the "
+            "data with --reasoning drop"
+            if reasoning
+            else "use a template that renders it, or put it into the content",
+            code="target-dropped",
+        )
+
+    def _behind_stop(
+        self, leaf: Leaf, completion: Completion, message: Mapping[str, Any]
+    ) -> UnfaithfulTemplate:
+        """A part of the target stands behind the stop."""
+        turn, body = completion.text.turn, completion.body
+        content = str(message.get("content") or "")
+        if leaf.kind == "content" and completion.stop and completion.stop in content:
+            return self._stop_in_answer(completion)
+        return UnfaithfulTemplate(
+            f"the template ends the turn before {leaf.label} of message {turn}",
+            why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
+            if body
+            else "a stop token stands in front of it: a server would end the answer there",
+            fix="put it into a turn of its own, or use a template that keeps a turn in one piece",
+            code="target-behind-stop",
+        )
+
+    def _unlike(
+        self, completion: Completion, message: Mapping[str, Any], frame: Frame
+    ) -> UnfaithfulTemplate:
+        """The completion is not what the template writes around such parts, filled with them."""
+        if completion.error is not None:
+            return completion.error
+        if not (message.get("reasoning_content") or message.get("tool_calls")):
+            return self._rewritten(completion, message)
+        turn, body = completion.text.turn, completion.body
+        start = 0
+        for leaf in twin_of(message, frame.marks).leaves:
+            ends = [at + len(f) for f in leaf.forms if (at := body.find(f, start)) >= 0]
+            if not ends and leaf.kind != "key":
+                return self._missing(leaf, leaf.label, completion, message)
+            start = min(ends, default=start)
+        return UnfaithfulTemplate(
+            f"the template rewrites a part of message {turn}",
+            why=f"the completion would be {excerpt(body)}",
+            fix="use a template that renders reasoning, content and tool calls as they are",
+            code="target-dropped",
+        )
+
+    def _rewritten(self, completion: Completion, message: Mapping[str, Any]) -> UnfaithfulTemplate:
+        """An answer of plain text that is another one in the completion."""
+        if completion.error is not None:
+            return completion.error
+        turn, body = completion.text.turn, completion.body
+        content = str(message.get("content") or "")
+        if content.strip() and content.strip() in body:
+            return _worded(turn, body.replace(content.strip(), "\u2026", 1), False, False)
+        if completion.stop and completion.stop in content:
+            return self._stop_in_answer(completion)
+        return UnfaithfulTemplate(
+            f"the template rewrites the answer of message {turn}",
+            why=f"the data says {excerpt(content)}, the completion {excerpt(body)}",
+            fix="use a template that renders the answer as it is",
+            code="target-dropped",
+        )
+
+    def _stop_in_answer(self, completion: Completion) -> UnfaithfulTemplate:
+        return UnfaithfulTemplate(
+            f"the answer of message {completion.text.turn} contains the stop token "
+            f"{completion.stop!r}",
+            why="a server would end the answer there",
+            fix="take the control token out of the row",
+            code="stop-in-answer",
+        )
+
+
+def _worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTemplate:
+    where = "behind" if behind else "beside" if calls else "around"
+    return UnfaithfulTemplate(
+        f"the template adds {excerpt(words)} {where} the answer of message {turn}",
+        why="nothing that is not in the data may become a target",
+        fix="set the template argument that leaves it out, use another template, or train the "
+        "words too with --template-words keep",
+        code="target-invented",
+    )

@@ -1,0 +1,396 @@
+"""A turn with a sentinel for each of its parts: where a template puts them, once and in order."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+from truetune.contract.shape import Message
+
+Kind = Literal["reasoning", "content", "name", "key", "value"]
+# What stands for a part in the text of a skeleton.
+PART = "\x00"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A part of a turn that must reach the completion: a text, or a name or value of a call.
+
+    Attributes:
+        kind: what it is.
+        value: as the row has it, without outer whitespace.
+        sentinel: what stands for it in the twin.
+    """
+
+    kind: Kind
+    value: Any
+    sentinel: str
+
+    @property
+    def label(self) -> str:
+        if self.kind in ("reasoning", "content"):
+            return f"the {self.kind}"
+        return f"{self.value!r} of a tool call"
+
+    @cached_property
+    def forms(self) -> tuple[str, ...]:
+        """The ways in which templates write it."""
+        if not isinstance(self.value, str):
+            return tuple(dict.fromkeys((json.dumps(self.value), str(self.value))))
+        text = self.value
+        if text.isalnum() and text.isascii():
+            return (text,)
+        quoted = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+        twice = [json.dumps(form, ensure_ascii=False)[1:-1] for form in quoted]
+        escaped = (html.escape(text), html.escape(text).replace("&quot;", "&#34;"))
+        marked = escaped[1].replace("&#x27;", "&#39;")
+        return tuple(dict.fromkeys((text, *quoted, *twice, repr(text)[1:-1], *escaped, marked)))
+
+
+# How the parts of a call belong together: a leaf; a mapping's items, in any order; a list in its
+# own; a name or key with what belongs to it; a value that no sentinel can stand for.
+Small: TypeAlias = tuple[Literal["small"], tuple[str, ...]]
+Node: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A message whose parts are sentinels.
+
+    Attributes:
+        message: the same structure, outer whitespace and empty values as in the row.
+        flipped: the same with every true, false, null and zero turned; None where there is none.
+        leaves: in the row's order.
+        calls: a node for each call.
+    """
+
+    message: Message
+    flipped: Message | None
+    leaves: tuple[Leaf, ...]
+    calls: tuple[Node, ...]
+
+    @cached_property
+    def key(self) -> str:
+        return json.dumps(self.message, default=repr)
+
+
+class _Maker:
+    """Builds one twin.
+
+    Args:
+        marks: texts inside reasoning and content that templates cut at; they stay.
+        named: whether names and keys stay as they are: a template may look them up.
+    """
+
+    def __init__(self, marks: Sequence[str], named: bool) -> None:
+        self.leaves: list[Leaf] = []
+        self.named = named
+        self.has_small = False
+        longest = sorted(filter(None, marks), key=len, reverse=True)
+        self.marks = re.compile("(" + "|".join(map(re.escape, longest)) + ")") if longest else None
+
+    def text(self, kind: Kind, text: str) -> str:
+        pieces = self.marks.split(text) if self.marks else [text]
+        return "".join(
+            piece if number % 2 else self.leaf(kind, piece) for number, piece in enumerate(pieces)
+        )
+
+    def leaf(self, kind: Kind, text: str, rank: int = 0) -> str:
+        core = text.strip()
+        if not core:
+            return text
+        at = text.index(core)
+        sentinel = f"zq{rank:05d}y{len(self.leaves)}xz"
+        self.leaves.append(Leaf(kind, core, sentinel))
+        return text[:at] + sentinel + text[at + len(core) :]
+
+    def fixed(self, kind: Kind, text: str, rank: int = 0) -> tuple[str, Node]:
+        """A name or key."""
+        if self.named or not text.strip():
+            return text, ("fixed", text)
+        return self.leaf(kind, text, rank), ("leaf", len(self.leaves) - 1)
+
+    def value(self, value: Any, flip: bool) -> tuple[Any, Any, Node]:
+        """(sentinels, the same with small values turned, how they belong together)."""
+        if isinstance(value, Mapping):
+            # A template may sort them: their sentinels sort alike.
+            ranks = {k: n for n, k in enumerate(sorted(map(str, value), key=str.lower))}
+            pairs = [self.item(str(k), inner, ranks[str(k)]) for k, inner in value.items()]
+            nodes = [node for _, _, _, node in pairs]
+            made = {key: inner for key, inner, _, _ in pairs}
+            return made, {key: turned for key, _, turned, _ in pairs}, ("map", nodes)
+        if isinstance(value, list | tuple):
+            items = [self.value(inner, flip) for inner in value]
+            made_list = [made for made, _, _ in items]
+            return made_list, [turned for _, turned, _ in items], ("list", [n for _, _, n in items])
+        if isinstance(value, str) and value.strip():
+            made_text = self.leaf("value", value)
+            return made_text, made_text, ("leaf", len(self.leaves) - 1)
+        if isinstance(value, bool | None) or value == 0:
+            self.has_small = True
+            turned: Any = value is None or not value
+            turned = int(turned) if value == 0 and not isinstance(value, bool) else turned
+            return value, turned, ("small", Leaf("value", value, "").forms, value)
+        if isinstance(value, int | float):
+            number = int(f"73{len(self.leaves):05d}37")
+            held: int | float = number if isinstance(value, int) else number + 0.5
+            self.leaves.append(Leaf("value", value, str(held)))
+            return held, held, ("leaf", len(self.leaves) - 1)
+        return value, value, ("list", [])
+
+    def item(self, key: str, value: Any, rank: int) -> tuple[str, Any, Any, Node]:
+        made_key, node = self.fixed("key", key, rank)
+        made, turned, inner = self.value(value, False)
+        return made_key, made, turned, ("item", node, inner)
+
+    def call(self, call: Mapping[str, Any]) -> tuple[Message, Message, Node]:
+        function = call["function"]
+        name, node = self.fixed("name", str(function.get("name", "")))
+        made, turned, inner = self.value(function.get("arguments", {}), False)
+        both = []
+        for arguments in (made, turned):
+            changed = {**function, "name": name}
+            if "arguments" in function:
+                changed["arguments"] = arguments
+            both.append({**call, "function": changed})
+        return both[0], both[1], ("item", node, inner)
+
+
+def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = False) -> Twin:
+    """The twin of an assistant message in its one form."""
+    maker = _Maker(tuple(dict.fromkeys(marks)), named)
+    made = dict(message)
+    if made.get("reasoning_content"):
+        made["reasoning_content"] = maker.text("reasoning", str(made["reasoning_content"]))
+    made["content"] = maker.text("content", str(made.get("content") or ""))
+    calls = [maker.call(call) for call in made.get("tool_calls") or []]
+    flipped = None
+    if calls:
+        made["tool_calls"] = [call for call, _, _ in calls]
+        if maker.has_small:
+            flipped = {**made, "tool_calls": [turned for _, turned, _ in calls]}
+    return Twin(made, flipped, tuple(maker.leaves), tuple(node for _, _, node in calls))
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
+
+    what: Literal["missing", "repeated", "order"]
+    leaf: int | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a template writes around the parts of a turn.
+
+    Attributes:
+        pieces: texts, and between them the numbers of leaves; a text is first and last.
+        defects: parts that it leaves out, repeats or puts elsewhere.
+        reordered: whether arguments stand in another order than in the row.
+        told: words that are no format, by the text behind the last part; a cache.
+    """
+
+    pieces: tuple[str | int, ...]
+    defects: tuple[Defect, ...]
+    reordered: bool
+    told: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
+        """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
+        return _spans(self.pieces, written, leaves, 0, 0)
+
+    @property
+    def tail(self) -> str:
+        return str(self.pieces[-1])
+
+    def frame(self, tail: str) -> str:
+        """The text around the parts, a null character for each of them."""
+        *most, _ = self.pieces
+        return "".join(p if isinstance(p, str) else PART for p in most) + tail
+
+
+def _spans(
+    pieces: Sequence[str | int], text: str, leaves: Sequence[Leaf], number: int, at: int
+) -> list[tuple[int, int, int]] | None:
+    found: list[tuple[int, int, int]] = []
+    while number < len(pieces):
+        piece = pieces[number]
+        last = number == len(pieces) - 1
+        if isinstance(piece, str):
+            if last:
+                return found
+            if not text.startswith(piece, at):
+                return None
+            at += len(piece)
+            number += 1
+            continue
+        ways = [form for form in leaves[piece].forms if text.startswith(form, at)]
+        if len(ways) == 1:
+            found.append((piece, at, at + len(ways[0])))
+            at += len(ways[0])
+            number += 1
+            continue
+        # One form may begin like another: what follows decides.
+        for form in ways:
+            rest = _spans(pieces, text, leaves, number + 1, at + len(form))
+            if rest is not None:
+                return [*found, (piece, at, at + len(form)), *rest]
+        return None
+    return found
+
+
+def skeleton(twin: Twin, written: str, flipped: str | None) -> Skeleton:
+    """Read a skeleton off the twin's text.
+
+    Args:
+        written: what follows the served prompt.
+        flipped: the same for the flipped twin.
+    """
+    pieces = _pieces(twin, written)
+    places: dict[int, list[int]] = {}
+    for position, piece in enumerate(pieces):
+        if isinstance(piece, int):
+            places.setdefault(piece, []).append(position)
+    defects = [Defect("missing", n) for n in range(len(twin.leaves)) if n not in places]
+    defects += [
+        Defect("repeated", n)
+        for n, found in places.items()
+        if len(found) > 1 and twin.leaves[n].kind not in ("name", "key")
+    ]
+    reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
+    if not defects:
+        defects = reader.order()
+    return Skeleton(tuple(pieces), tuple(defects), reader.reordered)
+
+
+def _pieces(twin: Twin, written: str) -> list[str | int]:
+    number = {leaf.sentinel: n for n, leaf in enumerate(twin.leaves)}
+    if not number:
+        return [written]
+    pattern = re.compile("(" + "|".join(map(re.escape, number)) + ")")
+    return [number[p] if i % 2 else p for i, p in enumerate(pattern.split(written))]
+
+
+class _Reader:
+    """Judges where the parts of a twin stand.
+
+    Args:
+        pieces: of the twin's text.
+        places: leaf -> indices of its pieces.
+        turned: pieces of the flipped twin's text.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        pieces: list[str | int],
+        places: dict[int, list[int]],
+        turned: list[str | int] | None,
+    ) -> None:
+        self.twin, self.pieces, self.places, self.turned = twin, pieces, places, turned
+        self.reordered = False
+        self.defects: list[Defect] = []
+        # Where small values and fixed names may still be found: (piece, offset).
+        self.at = (0, 0)
+
+    def order(self) -> list[Defect]:
+        kinds = [leaf.kind for leaf in self.twin.leaves]
+        before = -1
+        for n, kind in enumerate(kinds):
+            if kind not in ("reasoning", "content"):
+                continue
+            if self.places[n][0] < before:
+                self.defects.append(Defect("order", n))
+            before = self.places[n][0]
+        thought = [self.places[n][-1] for n, kind in enumerate(kinds) if kind == "reasoning"]
+        if thought and any(
+            self.places[n][0] < max(thought) for n, kind in enumerate(kinds) if kind != "reasoning"
+        ):
+            self.defects.append(Defect("order", kinds.index("reasoning")))
+        said = [self.places[n][0] for n, kind in enumerate(kinds) if kind == "content"]
+        end = -1
+        for node in self.twin.calls:
+            low, high = self.region(node)
+            if low is not None and high is not None:
+                if low < end or any(low < place < high for place in said):
+                    self.defects.append(Defect("order", self.first(node)))
+                end = max(end, high)
+        return self.defects
+
+    def first(self, node: Node) -> int | None:
+        if node[0] == "leaf":
+            return int(node[1])
+        if node[0] in ("map", "list"):
+            return next((n for inner in node[1] if (n := self.first(inner)) is not None), None)
+        if node[0] == "item":
+            key = self.first(node[1])
+            return key if key is not None else self.first(node[2])
+        return None
+
+    def region(self, node: Node) -> tuple[int | None, int | None]:
+        """(first, last) piece of what belongs together."""
+        kind = node[0]
+        if kind == "leaf":
+            place = self.places[node[1]][0]
+            self.at = (place + 1, 0)
+            return place, place
+        if kind in ("small", "fixed"):
+            self.literal(node)
+            return None, None
+        if kind == "item":
+            key = node[1]
+            if key[0] == "leaf":
+                # What belongs to a key stands behind it, wherever the key stands.
+                place = self.places[key[1]][0]
+                self.at = (place + 1, 0)
+                low, high = self.region(node[2])
+                if low is None or high is None:
+                    return place, place
+                if low < place and self.twin.leaves[key[1]].kind == "key":
+                    self.defects.append(Defect("order", key[1]))
+                return min(place, low), max(place, high)
+            self.literal(key)
+            return self.region(node[2])
+        regions = [(inner, *self.region(inner)) for inner in node[1]]
+        spans = [(low, high) for _, low, high in regions if low is not None and high is not None]
+        if kind == "list" and spans != sorted(spans):
+            self.defects.append(Defect("order", self.first(node)))
+        self.reordered |= spans != sorted(spans)
+        ordered = sorted(spans)
+        if any(a[1] >= b[0] for a, b in itertools.pairwise(ordered)):
+            self.defects.append(Defect("order", self.first(node)))
+        if not spans:
+            return None, None
+        return ordered[0][0], max(high for _, high in ordered)
+
+    def literal(self, node: Node) -> None:
+        """Find a value or name that is no sentinel in the text behind what was found last."""
+        piece, offset = self.at
+        forms = node[1] if node[0] == "small" else Leaf("name", node[1], "").forms
+        while piece < len(self.pieces):
+            text = self.pieces[piece]
+            if isinstance(text, str):
+                for form in sorted(forms, key=len, reverse=True):
+                    at = text.find(form, offset)
+                    if at >= 0 and (node[0] == "fixed" or self.changes(piece)):
+                        self.at = (piece, at + len(form))
+                        return
+            if node[0] == "small":
+                break
+            piece, offset = piece + 1, 0
+        value = node[2] if node[0] == "small" else node[1]
+        self.defects.append(Defect("missing", None, repr(value)))
+
+    def changes(self, piece: int) -> bool:
+        """Whether the text is another one where small values are turned."""
+        if self.turned is None or len(self.turned) != len(self.pieces):
+            return True
+        return self.turned[piece] != self.pieces[piece]

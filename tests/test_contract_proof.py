@@ -1,0 +1,382 @@
+"""Every part of a turn is in its completion, once and in its place, and no words beside them."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pytest
+
+import tiny_contracts as tiny
+from tiny_contracts import byte_level, chat, require_equation, supervised_texts
+from truetune import PromptContract, UnfaithfulTemplate
+from truetune.contract import Policy
+from truetune.contract.behaviour import think_pairs
+from truetune.contract.words import words_in
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+TOOL = {"type": "function", "function": {"name": "roll", "parameters": {"type": "object"}}}
+
+
+def turns(assistant: str, prompt: str = "<|assistant|>\n", start: str = "") -> str:
+    """A template whose assistant turns are written by a block of Jinja."""
+    generation = prompt.replace("\n", "\\n")
+    return (
+        start + "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+        "{{- '<|assistant|>\\n' -}}" + assistant + "{{- '<|end|>\\n' -}}{%- else -%}"
+        "{{- '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>\\n' -}}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '" + generation + "' -}}{%- endif -%}"
+    )
+
+
+CALL = (
+    '{{- \'<tool_call>{"name": "\' ~ c.function.name ~ \'", "arguments": \' '
+    "~ (c.function.arguments | tojson) ~ '}</tool_call>' -}}"
+)
+CALLS = "{%- for c in m.tool_calls or [] -%}" + CALL + "{%- endfor -%}"
+
+
+def call(name: str = "roll", **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def asked(*calls: dict[str, Any], content: str = "", **more: Any) -> list[dict[str, Any]]:
+    turn = {"role": "assistant", "content": content, "tool_calls": list(calls), **more}
+    return [{"role": "user", "content": "Roll the dice."}, turn]
+
+
+def loaded(template: str, **arguments: Any) -> PromptContract:
+    return PromptContract.load(byte_level(), template, **arguments)
+
+
+def refused(contract: PromptContract, messages: Any, **arguments: Any) -> UnfaithfulTemplate:
+    with pytest.raises(UnfaithfulTemplate) as caught:
+        contract.encode(messages, **arguments)
+    return caught.value
+
+
+def only(contract: PromptContract, messages: Any) -> str:
+    encoded = contract.encode(messages, [TOOL])
+    require_equation(contract, messages, encoded, [TOOL])
+    return supervised_texts(contract, encoded)[-1]
+
+
+# ---------------------------------------------------------------- each part, once, in its place
+
+
+def test_calls_and_content_that_are_written_are_taken() -> None:
+    contract = loaded(turns("{{- m.content -}}" + CALLS))
+    assert only(contract, asked(call(sides=6), call(sides=6), content="Twice.")) == (
+        'Twice.<tool_call>{"name": "roll", "arguments": {"sides": 6}}</tool_call>'
+        '<tool_call>{"name": "roll", "arguments": {"sides": 6}}</tool_call><|end|>'
+    )
+    odd = call(a="a", b=[1, "1", True, None, {"c": ""}], d=0, e=-2.5, f='q"\\\n\u00e9', g={}, h=[])
+    assert '"b": [1, "1", true, null, {"c": ""}], "d": 0, "e": -2.5' in only(contract, asked(odd))
+
+
+@pytest.mark.parametrize(
+    ("assistant", "messages", "named"),
+    [
+        # The second of two equal calls, which the first one covers.
+        (
+            "{%- for c in (m.tool_calls or [])[:1] -%}" + CALL + "{%- endfor -%}",
+            asked(call(sides=6), call(sides=6)),
+            "'roll'",
+        ),
+        # Content that stands in an argument as well.
+        (
+            "{%- if m.tool_calls -%}" + CALLS + "{%- else -%}{{- m.content -}}{%- endif -%}",
+            asked(call("weather", place="Keth"), content="Keth"),
+            "the content",
+        ),
+        # Values that stand in the words of the format.
+        (CALLS.replace("| tojson", "| list | tojson"), asked(call(x="a", y=1)), "'a'"),
+        (CALLS.replace("| tojson", "| list | tojson"), asked(call(x=True)), "True"),
+        # A name that stands in a value.
+        (CALLS.replace("c.function.name", "'x'"), asked(call("roll", a="roll")), "'roll'"),
+        # Reasoning that stands in the content.
+        ("{{- m.content -}}", [*chat("Hi", "yes no")], None),
+    ],
+)
+def test_a_part_that_another_one_covers(assistant: str, messages: Any, named: str | None) -> None:
+    contract = loaded(turns(assistant))
+    if named is None:
+        messages[1]["reasoning_content"] = "yes"
+        named = "the reasoning"
+    error = refused(contract, messages, tools=[TOOL])
+    assert error.code == "target-dropped"
+    assert named in error.what
+
+
+@pytest.mark.parametrize(
+    ("assistant", "messages"),
+    [
+        ("{%- for c in m.tool_calls | reverse -%}" + CALL + "{%- endfor -%}", "calls"),
+        ("{{- m.content -}}<think>\n{{- m.reasoning_content -}}\n</think>", "reasoning"),
+        (
+            "{%- for c in m.tool_calls -%}{{- c.function.name ~ '(' -}}"
+            "{%- for k in c.function.arguments -%}{{- k ~ ',' -}}{%- endfor -%}"
+            "{%- for v in c.function.arguments.values() | list | reverse -%}{{- v ~ ',' -}}"
+            "{%- endfor -%}){%- endfor -%}",
+            "values",
+        ),
+    ],
+)
+def test_parts_in_another_order_are_refused(assistant: str, messages: str) -> None:
+    rows = {
+        "calls": asked(call(sides=6), call(sides=8)),
+        "reasoning": [*chat("Hi"), tiny.chat("", "No.")[1] | {"reasoning_content": "Hm."}],
+        "values": asked(call(a="one", b="two")),
+    }
+    assert refused(loaded(turns(assistant)), rows[messages]).code == "target-dropped"
+
+
+def test_sorted_arguments_are_the_same_call_and_told() -> None:
+    contract = loaded(
+        turns(
+            "{%- for c in m.tool_calls -%}{{- '<call>' ~ c.function.name -}}"
+            "{%- for k, v in c.function.arguments | dictsort -%}{{- '<' ~ k ~ '>' ~ v -}}"
+            "{%- endfor -%}{%- endfor -%}"
+        )
+    )
+    encoded = contract.encode(asked(call(b="x", a="y")))
+    assert supervised_texts(contract, encoded) == ["<call>roll<a>y<b>x<|end|>"]
+    assert encoded.remarks == ("reordered",)
+    assert contract.encode(asked(call(a="y", b="x"))).remarks == ()
+
+
+def test_a_part_written_twice_is_refused() -> None:
+    contract = loaded(turns("{{- m.content ~ m.content -}}" + CALLS))
+    assert refused(contract, asked(call(sides=6), content="Yes.")).code == "target-invented"
+
+
+def test_a_name_that_the_template_looks_up() -> None:
+    builtin = turns(
+        "{%- for c in m.tool_calls -%}{%- if c.function.name == 'roll' -%}"
+        "{{- '<|tag|>roll(sides=' ~ c.function.arguments.sides ~ ')' -}}{%- else -%}"
+        + CALL
+        + "{%- endif -%}{%- endfor -%}"
+    )
+    contract = loaded(builtin)
+    assert only(contract, asked(call(sides="six"))) == "<|tag|>roll(sides=six)<|end|>"
+    assert refused(contract, asked(call(sides="six", colour="red"))).code == "target-dropped"
+
+
+def test_content_in_the_place_of_reasoning_is_refused() -> None:
+    moved = turns(
+        "{%- if m.reasoning_content -%}{{- '<think>' ~ m.reasoning_content ~ '</think>' -}}"
+        "{%- endif -%}{%- if m.tool_calls and m.content -%}{{- '<think>' ~ m.content ~ '</think>' "
+        "-}}{%- else -%}{{- m.content -}}{%- endif -%}" + CALLS
+    )
+    error = refused(loaded(moved), asked(call(sides=6), content="Let me see."))
+    assert error.code == "target-dropped"
+    assert "as reasoning" in error.what
+    assert "Let me see." in only(
+        loaded(moved), asked(call(sides=6), reasoning_content="Let me see.")
+    )
+
+
+# ---------------------------------------------------------------- words of the template
+
+
+@pytest.mark.parametrize(
+    ("assistant", "messages"),
+    [
+        ("{{- m.content ~ ' Is there anything else?</s>' -}}", chat("Hi", "Yes.")),
+        ("{{- 'Sure! ' ~ m.content -}}", chat("Hi", "Yes.")),
+        ("{{- 'sure\n' ~ m.content -}}", chat("Hi", "Yes.")),
+        ("{{- m.content -}}I will now call a tool." + CALLS, asked(call(sides=6))),
+        ("{{- m.content -}}" + CALLS + " Done.", asked(call(sides=6))),
+        (
+            "{{- '<think>' ~ m.reasoning_content ~ '</think>So, my answer: ' ~ m.content -}}",
+            [chat("Hi")[0], chat("", "Yes.")[1] | {"reasoning_content": "Hm."}],
+        ),
+    ],
+)
+def test_words_that_no_row_holds(assistant: str, messages: Any) -> None:
+    error = refused(loaded(turns(assistant)), messages)
+    assert error.code == "target-invented"
+    assert "--template-words keep" in error.fix
+    keeping = loaded(turns(assistant), policy=Policy(template_words="keep"))
+    assert "template-words" in keeping.encode(messages).remarks
+
+
+FORMATS = {
+    "<|channel|>final<|message|>\x00": False,
+    "\n\x00\n</think>\n\n\x00": False,
+    "<|channel>thought\n\x00<channel|>\x00": False,
+    '\x00\n<tool_call>\n{"name": "\x00", "arguments": {"\x00": "\x00"}}\n</tool_call>': True,
+    '[TOOL_CALLS][{"name": "\x00", "arguments": {"\x00": true}, "id": "a b"}]': True,
+    " to=functions.\x00<|channel|>commentary json<|message|>{}": True,
+    "<|channel|>analysis<|message|>\x00<|end|><|start|>assistant to=functions.\x00": True,
+    "<|call_begin|>function<|sep|>\x00\n```json\n{}\n```<|call_end|>": True,
+    '<invoke name="\x00">\n<parameter name="\x00">\x00</parameter>\n</invoke>': True,
+    ' functools[{"name": "\x00"}]': True,
+    "<|tool_call>call:\x00{\x00:\x00}<tool_call|>": True,
+    "<|section|>functions.\x00:0<|argument|>{}": True,
+}
+
+
+@pytest.mark.parametrize(("frame", "calls"), FORMATS.items())
+def test_formats_are_no_words(frame: str, calls: bool) -> None:
+    assert words_in(frame, (), calls=calls) == ""
+
+
+@pytest.mark.parametrize(
+    ("frame", "calls"),
+    [
+        ("Answer: \x00", False),
+        ("\x00 Anything else?<sep>", False),
+        ("<think>\x00</think>Then \x00", False),
+        ("\u597d\u7684\x00", False),
+        ("Sure, <tool_call>\x00</tool_call>", True),
+        ("\x00 I call <tool_call>\x00</tool_call>", True),
+        ('{"name": "\x00", "note": "I call a tool"}', True),
+        ("<tool_call>\x00</tool_call> Done.", True),
+        ("Action: \x00", True),
+    ],
+)
+def test_words_are_no_format(frame: str, calls: bool) -> None:
+    assert words_in(frame, (), calls=calls)
+
+
+def test_a_label_that_the_prompt_announces_and_a_recipient_are_format() -> None:
+    assert words_in("Action:\n```json\n[\x00]```", (), calls=True, prompt="Write 'Action:' then")
+    assert not words_in("Action: \x00", (), calls=True, prompt="Write 'Action:' and then")
+    assert not words_in("all\n\x00", (), calls=False, recipient="\n")
+    assert words_in("all\n\x00", (), calls=False)
+
+
+# ---------------------------------------------------------------- think markers in use
+
+
+def test_a_marker_counts_with_its_other_side_only() -> None:
+    switch = "<|think|>\n\0<|channel>thought\n\0<channel|>"
+    assert think_pairs(switch, ["<|think|>", "<|channel>", "<channel|>"]) == []
+    assert think_pairs("</think>", []) == []
+    assert think_pairs("</think>", ["<think>", "</think>"]) == [("<think>", "</think>")]
+    assert think_pairs("<think>\0</think>", []) == [("<think>", "</think>")]
+    # A prompt that opens the block shows it in use, and leaves the end of it to the model.
+    assert think_pairs("<thinking>", [], "x<thinking>\n") == [("<thinking>", "</thinking>")]
+    assert think_pairs("<thinking>", [], "x") == []
+
+
+# ---------------------------------------------------------------- history
+
+
+def reasoned(*contents: str) -> list[dict[str, Any]]:
+    rows = chat(*contents)
+    for number, message in enumerate(rows[1::2]):
+        message["reasoning_content"] = f"thought {number}"
+    return rows
+
+
+IN_PARTS = turns(
+    "{%- if m.content is string -%}{{- m.content -}}{%- else -%}{%- for p in m.content -%}"
+    "{%- if p.type == 'thinking' -%}{{- '<think>' ~ p.thinking ~ '</think>' -}}{%- else -%}"
+    "{{- p.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}"
+)
+
+
+def test_history_is_what_a_client_sends_back() -> None:
+    contract = loaded(IN_PARTS)
+    messages = reasoned("a", "b", "c", "d")
+    encoded = contract.encode(messages)
+    # With a parser on the server the field comes back, and this template writes none of it.
+    assert contract.tokens.decode(encoded[1].ids[: encoded[1].mask.index(1)]) == (
+        "<|user|>\na<|end|>\n<|assistant|>\nb<|end|>\n<|user|>\nc<|end|>\n<|assistant|>\n"
+    )
+    assert supervised_texts(contract, encoded) == [
+        "<think>thought 0</think>b<|end|>",
+        "<think>thought 1</think>d<|end|>",
+    ]
+    assert "history-parsed" in encoded.remarks
+    assert "history-parsed" not in contract.encode(messages[:2]).remarks
+
+
+def test_history_keeps_the_content_as_it_was_received() -> None:
+    contract = loaded(tiny.OPENS_THINKING.replace("m.content", "m.content.split('</think>')[-1]"))
+    messages = chat("a", "<think>\nb\n</think>\n\nc", "d", "<think>\ne\n</think>\n\nf")
+    encoded = contract.encode(messages)
+    served = contract.prompt_ids(messages[:3])
+    assert contract.tokens.decode(served).count("\n\nc<|end|>") == 1
+    assert encoded[1].ids[: len(served)] == served
+
+
+def test_what_is_trimmed_in_history_only_is_trained_as_it_was_last() -> None:
+    trims = turns("{{- (m.content if loop.last else m.content | trim) -}}")
+    contract = loaded(trims)
+    messages = chat("a", " b \n", "c", "d")
+    encoded = contract.encode(messages)
+    require_equation(contract, messages, encoded)
+    assert supervised_texts(contract, encoded) == [" b \n<|end|>", "d<|end|>"]
+
+
+def test_questions_trimmed_in_history_only() -> None:
+    trims = tiny.PLAIN.replace("m.content", "(m.content if loop.last else m.content | trim)")
+    contract = loaded(trims)
+    messages = chat(" a \n", "b", "c ", "d")
+    encoded = contract.encode(messages)
+    require_equation(contract, messages, encoded)
+    assert supervised_texts(contract, encoded) == ["b<|end|>", "d<|end|>"]
+
+
+def test_a_line_break_that_only_a_prompt_has() -> None:
+    apart = turns("{{- m.content -}}" + CALLS).replace(
+        "{{- '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>\\n' -}}",
+        "{{- '<|' ~ m.role ~ '|>\\n' ~ m.content ~ '<|end|>' ~ "
+        "('\\n' if not (m.role == 'tool' and loop.last) else '') -}}",
+    )
+    contract = loaded(apart)
+    messages = [
+        *asked(call(sides=6)),
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "content": "Four."},
+    ]
+    encoded = contract.encode(messages)
+    require_equation(contract, messages, encoded)
+    assert supervised_texts(contract, encoded)[-1] == "Four.<|end|>"
+
+
+def test_a_prompt_that_opens_reasoning_with_words() -> None:
+    words = turns(
+        "{%- if m.reasoning_content -%}{{- m.reasoning_content ~ '\\n[BEGIN FINAL RESPONSE]\\n' "
+        "-}}{%- endif -%}{{- m.content -}}",
+        prompt="<|assistant|>\nHere are my steps:\n",
+    )
+    contract = loaded(words)
+    messages = reasoned("a", "b")
+    encoded = contract.encode(messages)
+    require_equation(contract, messages, encoded)
+    assert supervised_texts(contract, encoded) == ["thought 0\n[BEGIN FINAL RESPONSE]\nb<|end|>"]
+    assert refused(contract, chat("a", "b")).code == "thinking-only"
+
+
+def test_the_keys_of_a_call_stand_as_in_the_row() -> None:
+    whole = turns("{%- for c in m.tool_calls -%}{{- '<call>' ~ (c | tojson) -}}{%- endfor -%}")
+    function = {"arguments": {"sides": 6}, "name": "roll"}
+    row = asked({"id": "x1", "function": function, "type": "function"})
+    contract = loaded(whole)
+    assert supervised_texts(contract, contract.encode(row)) == [
+        '<call>{"id": "x1", "function": {"arguments": {"sides": 6}, "name": "roll"}, '
+        '"type": "function"}<|end|>'
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"role": None}, "unknown-role"),
+        ({"tool_calls": [call(day=datetime.date(2026, 1, 1))]}, "bad-tool-call"),
+        ({"content": "half \ud83d"}, "invalid-text"),
+        ({"reasoning_content": "a", "thinking": "b"}, "unsupported-content"),
+    ],
+)
+def test_messages_that_cannot_be_said_are_refused(change: dict[str, Any], code: str) -> None:
+    row = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **change}]
+    row = [{k: v for k, v in m.items() if v is not None} for m in row]
+    assert refused(loaded(tiny.TOOLS), row).code == code
+    row = [{**row[0], **{k: v for k, v in row[1].items() if k == "content"}}, chat("", "b")[1]]
+    if code == "invalid-text":
+        assert refused(loaded(tiny.TOOLS), row).code == code
