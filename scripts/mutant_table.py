@@ -1,8 +1,8 @@
 """docs/mutants.md: spoilt chat templates against kinds of conversations, judged by the oracle.
 
-`python scripts/mutant_table.py` writes the page; `--check` compares it instead. The official
-templates and the models lie beside the checkout where truetune is developed; where they do not,
-their part of the page stays as it is.
+`python scripts/mutant_table.py` writes the page; `--check` compares it instead; `mutants`, `own` or
+`official` does one part of it. The official templates and the models lie beside the checkout where
+truetune is developed; where they do not, their part of the page stays as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -124,10 +123,13 @@ def template_part(head: str, found: Mapping[str, Outcomes]) -> str:
 
 def parts() -> dict[str, str]:
     """The parts of the page as it is, by their headings."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     heads = (MUTANTS, OWN, OFFICIAL)
-    cut = [text.index(head) for head in heads] + [len(text)]
-    return {head: text[cut[i] : cut[i + 1]].strip() for i, head in enumerate(heads)}
+    cut = [text.find(head) for head in heads] + [len(text)]
+    return {
+        head: text[cut[i] : cut[i + 1]].strip() if cut[i] >= 0 else head
+        for i, head in enumerate(heads)
+    }
 
 
 def reasons(name: str, found: Outcomes) -> list[str]:
@@ -140,24 +142,34 @@ def reasons(name: str, found: Outcomes) -> list[str]:
     ]
 
 
-def main() -> int:
-    found: list[tuple[Any, Outcomes]] = []
-    for mutant in template_mutants.chosen(NUMBER):
-        found.append((mutant, mutant_outcomes(mutant)))
-        for line in reasons(f"{mutant.template}, {mutant.change}", found[-1][1]):
-            sys.stderr.write(f"{line}\n")
-    own = own_outcomes()
-    made = [mutant_part(found), template_part(OWN, own)]
-    official = official_outcomes() if corpus.OFFICIAL else {}
-    made.append(template_part(OFFICIAL, official) if official else parts()[OFFICIAL])
-    for name, outcomes in [*own.items(), *official.items()]:
+def made(head: str) -> str:
+    """A part of the page anew; what is not exact or refused for a reason is written to stderr."""
+    if head == MUTANTS:
+        found = [(m, mutant_outcomes(m)) for m in template_mutants.chosen(NUMBER)]
+        named = [(f"{m.template}, {m.change}", outcomes) for m, outcomes in found]
+        text = mutant_part(found)
+    else:
+        outcomes_of = own_outcomes() if head == OWN else official_outcomes()
+        named = list(outcomes_of.items())
+        text = template_part(head, outcomes_of)
+    for name, outcomes in named:
         for line in reasons(name, outcomes):
             sys.stderr.write(f"{line}\n")
-    page = "\n\n".join([INTRO, *made]) + "\n"
-    if "--check" in sys.argv:
-        return int(PAGE.read_text(encoding="utf-8") != page)
-    PAGE.write_text(page, encoding="utf-8")
-    return 0
+    return text
+
+
+def main() -> int:
+    heads = [head for head in (MUTANTS, OWN, OFFICIAL) if head != OFFICIAL or corpus.OFFICIAL]
+    asked = [head for head in heads if any(a in head.lower() for a in sys.argv[1:])]
+    different = False
+    for head in asked or heads:
+        part = made(head)
+        before = parts()
+        different = different or before[head] != part
+        if "--check" not in sys.argv:
+            whole = [INTRO, *(before | {head: part}).values()]
+            PAGE.write_text("\n\n".join(whole) + "\n", encoding="utf-8")
+    return int(different and "--check" in sys.argv)
 
 
 if __name__ == "__main__":
