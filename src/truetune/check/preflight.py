@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from truetune.check import content, duplicates, roles, run_settings, style, tools
+from truetune.check import content, duplicates, quality, roles, run_settings, style, tools
 from truetune.check.facts import LabelFacts, LossOn
 from truetune.check.labels import label_findings
 from truetune.check.markers import Markers
@@ -92,6 +92,7 @@ DATA_CHECKS: tuple[Callable[[DataFacts], Iterator[Finding]], ...] = (
     *tools.CHECKS,
     *content.CHECKS,
     *style.CHECKS,
+    *quality.CHECKS,
     *duplicates.CHECKS,
 )
 

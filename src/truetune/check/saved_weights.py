@@ -189,9 +189,38 @@ def adapter_learned(found: Checkpoint) -> Iterator[Finding]:
         )
 
 
+def soft_prompt_opens(found: Checkpoint) -> Iterator[Finding]:
+    """A soft prompt and the base that it was learned before."""
+    facts = found.adapter
+    if facts is None or not facts.virtual:
+        return
+    if facts.virtual_broken:
+        yield Finding(
+            "soft-prompt-unfit",
+            "error",
+            f"the soft prompt does not open on its base: {facts.virtual_broken}",
+            str(found.folder),
+            why="it was learned before another base, or saved in part; its numbers are gibberish "
+            "to any other model",
+            fix="put the base into base_model_name_or_path that it was trained on",
+        )
+        return
+    yield Finding(
+        "soft-prompt",
+        "note",
+        f"the adapter is a soft prompt of {facts.virtual:,} virtual tokens ({facts.kind})",
+        str(found.folder),
+        why="they stand before every conversation, take their place in the context, and mean "
+        "nothing to another base",
+        fix="serve it by PeftModel.from_pretrained on this base; it cannot be merged, and servers "
+        "that take LoRA adapters do not take it",
+    )
+
+
 CHECKS: tuple[Callable[[Checkpoint], Iterator[Finding]], ...] = (
     weights_whole,
     chat_rows_trained,
     numbers_finite,
     adapter_learned,
+    soft_prompt_opens,
 )

@@ -343,8 +343,10 @@ def _change(
     ids[0, :head] = ids[0].flip(0)[:head]
     try:
         with _asking(subject.model):
-            first = subject.model(**inputs).logits[0, head:].float()
-            second = subject.model(**{**inputs, "input_ids": ids}).logits[0, head:].float()
+            # Counted from the end: virtual tokens of a soft prompt stand in front.
+            tail = head - ids.shape[1]
+            first = subject.model(**inputs).logits[0, tail:].float()
+            second = subject.model(**{**inputs, "input_ids": ids}).logits[0, tail:].float()
     except Exception:  # a kernel that this machine lacks, a model with inputs of its own
         return None
     return float((first - second).abs().max()) / (float(first.std()) or 1.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from truetune.check.facts import rows_finding, share
 from truetune.contract.tokens import Tokens
 from truetune.findings import Finding
 from truetune.integrations.audit_read import IGNORED, Reading
@@ -27,6 +28,7 @@ def model_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
     if not trained:
         yield _nothing_trainable(model)
         return
+    yield from _virtual_tokens(subject, reading)
     yield from _new_tokens(subject, reading)
     yield from _untrained_rows(subject, reading)
     yield from _lora_targets(model)
@@ -74,6 +76,58 @@ def _nothing_trainable(model: Any) -> Finding:
         fix="PeftModel.from_pretrained(base, folder, is_trainable=True)"
         if frozen
         else "train some: a LoraConfig, or requires_grad_(True)",
+    )
+
+
+# ------------------------------------------------------------------ soft prompts
+
+
+def virtual_tokens(model: Any) -> int:
+    """Embeddings that a soft prompt (prompt tuning, prefix tuning, p-tuning) puts before each
+    row; 0 where there is none."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return 0
+    return sum(
+        int(getattr(configs[name], "num_virtual_tokens", 0) or 0)
+        for name in getattr(model, "active_adapters", None) or configs
+        if name in configs and getattr(configs[name], "is_prompt_learning", False)
+    )
+
+
+def _virtual_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
+    """Virtual tokens take their place in the context, and no length limit counts them."""
+    number = virtual_tokens(subject.model)
+    if not number:
+        return
+    limit = getattr(subject.args, "max_length", None)
+    config = getattr(subject.model, "config", None)
+    context = int(getattr(config, "max_position_embeddings", None) or 0)
+    lengths = [int((row.real != 0).sum()) for row in reading.rows]
+    beyond = [i for i, n in enumerate(lengths) if context and n + number > context]
+    if beyond:
+        yield rows_finding(
+            [row.name for row in reading.rows],
+            beyond,
+            code="virtual-tokens-overflow",
+            level="error",
+            what=f"{share(len(beyond), len(lengths))} and the {number:,} virtual tokens before "
+            f"them are longer than the model's context of {context:,} tokens",
+            why="a length limit counts the tokens of the row alone; a soft prompt stands in front "
+            "of them",
+            fix=f"max_length={context - number} at most",
+        )
+    yield Finding(
+        code="soft-prompt",
+        level="note",
+        what=f"{number:,} virtual tokens of a soft prompt stand before each row: the longest row "
+        f"of {max(lengths, default=0):,} tokens takes {max(lengths, default=0) + number:,}"
+        + (f", and max_length={limit:,} means {limit + number:,}" if limit else ""),
+        where="trainer.model",
+        why="what is learned are these embeddings alone; they mean nothing to another base, and "
+        "the base without them has learned nothing",
+        fix="serve it by PeftModel.from_pretrained on this base; it cannot be merged, and servers "
+        "that take LoRA adapters do not take it",
     )
 
 
@@ -252,6 +306,8 @@ def _moves(module: Any, token: int) -> bool:
 
 def _train_rows_fix(model: Any) -> str:
     """peft settings that train the rows on the installed versions, tied or not."""
+    if virtual_tokens(model):
+        return "a soft prompt trains no rows: use LoraConfig with modules_to_save, or no new tokens"
     entry = _embedding(model, "get_input_embeddings")
     exit_ = _embedding(model, "get_output_embeddings")
     if entry is not None and exit_ is not None and _tied(entry, exit_):
@@ -427,6 +483,8 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
     lora = bool(getattr(model, "peft_config", None))
     size = sum(p.numel() for p in model.parameters())
     most = 3e-2 if size < _SMALL else 5e-3 if lora else 1e-3
+    # Soft prompts are trained with rates of 0.003 to 0.3 (Lester et al. 2021).
+    most = 3.0 if virtual_tokens(model) else most
     if rate <= 0:
         yield Finding(
             code="learning-rate-unusual",
@@ -447,7 +505,8 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             why="the loss diverges, or the model forgets its language"
             if side == "above"
             else "the weights hardly move",
-            fix="learning_rate=1e-4 for LoRA, 1e-5 to 2e-5 for all weights",
+            fix="learning_rate=1e-4 for LoRA, 1e-5 to 2e-5 for all weights, 0.003 to 0.3 for a "
+            "soft prompt",
         )
 
 

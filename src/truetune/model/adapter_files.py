@@ -36,6 +36,8 @@ class AdapterFacts:
         missing: layers of the base that target_modules names and the file lacks.
         tables: whether embedding or head rows are in the file.
         finite: whether every number is.
+        virtual: virtual tokens of a soft prompt; 0 where it is none.
+        virtual_broken: why the base cannot take them; "" where it can.
     """
 
     kind: str
@@ -48,6 +50,8 @@ class AdapterFacts:
     missing: tuple[str, ...]
     tables: bool
     finite: bool
+    virtual: int = 0
+    virtual_broken: str = ""
 
 
 def read_adapter(files: ModelFiles, base: ModelFiles) -> AdapterFacts:
@@ -95,7 +99,33 @@ def read_adapter(files: ModelFiles, base: ModelFiles) -> AdapterFacts:
         else (),
         tables=any(_WHOLE.search(n) and not _LORA.search(n) for n in shapes),
         finite=finite,
+        **_soft_prompt(config, shapes, base),
     )
+
+
+def _soft_prompt(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: ModelFiles
+) -> dict[str, Any]:
+    """What a folder of virtual tokens says of itself, held against its file and its base."""
+    number = config.get("num_virtual_tokens")
+    if not isinstance(number, int) or isinstance(number, bool):
+        return {}
+    found = shapes.get("prompt_embeddings")
+    known = causal_config(base)
+    text = getattr(known, "get_text_config", lambda: known)()
+    width = getattr(text, "hidden_size", None)
+    if config.get("peft_type") == "PREFIX_TUNING":
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = 2 * text.num_hidden_layers * heads * size
+    broken = ""
+    if found is None:
+        broken = "the file holds no prompt_embeddings"
+    elif len(found) != 2 or found[0] < number:
+        broken = f"the file holds {found[0]:,} of {number:,} virtual tokens"
+    elif width and found[1] != width:
+        broken = f"a virtual token has {found[1]:,} numbers, the base takes {width:,}"
+    return {"virtual": number, "virtual_broken": broken}
 
 
 def _named(path: str, name: str) -> bool:

@@ -1,0 +1,167 @@
+"""Damaged answers: each code with rows that bring it about, and rows as near to it as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from test_check_data import plain, prose, row, sound, with_some
+from truetune.check import quality
+from truetune.check.rows import DataFacts
+from truetune.data import Conversation, load
+from truetune.findings import Finding
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+REFUSAL = "I am sorry, but I cannot help with that request."
+
+
+def found(rows: list[Conversation]) -> dict[str, Finding]:
+    facts = DataFacts(rows)
+    return {f.code: f for check in quality.CHECKS for f in check(facts)}
+
+
+def long(i: int) -> str:
+    return f"{prose(i)} {prose(i + 777)}"
+
+
+def cut_in_word(i: int) -> Conversation:
+    # No row holds "morn" as a word of its own, and all of them hold "morning".
+    return plain(i, f"{long(i)} It went on through the whole of that long grey morn")
+
+
+def one_length(i: int) -> Conversation:
+    return plain(i, (long(i) + " " + long(i + 1) + " " + long(i + 2) + "more" * 40)[:420] + "x")
+
+
+def code(i: int) -> Conversation:
+    body = f"def area_{i}(width, height):\n    product = width * height\n    return product"
+    return plain(i, f"{body}\n\nprint(area_{i}(3, {i}) and the")
+
+
+def label(i: int) -> Conversation:
+    return plain(i, ("yes", "no", "neutral")[i % 3])
+
+
+def mojibake(i: int) -> Conversation:
+    return plain(i, long(i) + " It\u00e2\u20ac\u2122s caf\u00c3\u00a9 time.")
+
+
+def accents(i: int) -> Conversation:
+    text = " \u00c9t\u00e9, na\u00efve, S\u00c3O PAULO, \u00ab \u00c2ge \u00bb, \u6f22\u5b57, \U0001f600"
+    text += " \u201cquoted\u201d \u2014 and so on."
+    return plain(i, long(i) + text)
+
+
+def entities(i: int) -> Conversation:
+    return plain(i, long(i) + " Salt &amp; pepper, &quot;fresh&quot; &#39;bread&#39;.")
+
+
+def markup(i: int) -> Conversation:
+    return plain(i, "<p>Salt &amp; pepper</p>\n" + long(i), "How do I escape & in HTML?")
+
+
+def refusal(i: int) -> Conversation:
+    return plain(i, REFUSAL)
+
+
+def thanks(i: int) -> Conversation:
+    turns = [("user", prose(i) + "?"), ("assistant", long(i)), ("user", "Thank you!")]
+    return row(i, *turns, ("assistant", "You are welcome, ask me whenever you like!"))
+
+
+def led(i: int) -> Conversation:
+    return plain(i, f"Assistant: {long(i)}")
+
+
+def spoken(i: int) -> Conversation:
+    return plain(i, f"The assistant: a short history. {long(i)} AI is a tool: use it.")
+
+
+def echoed(i: int) -> Conversation:
+    return plain(i, f"{prose(i)}? {long(i)}")
+
+
+def edited(i: int) -> Conversation:
+    """A text that needs no correction comes back as it was."""
+    text = prose(i)
+    turns = [("system", "Correct the grammar."), ("user", text), ("assistant", text)]
+    return row(i, *turns)
+
+
+def completed(i: int) -> Conversation:
+    asked = f"def area_{i}(width, height):\n    return"
+    return plain(i, asked + " width * height\n", asked)
+
+
+def titled(i: int) -> Conversation:
+    """Lists, headings, signatures and names end without a mark."""
+    ends = (
+        "\n- the river\n- the bridge",
+        "\n\nYours sincerely,\nMary Stone",
+        "\n\n## The Long Road",
+    )
+    return plain(i, long(i) + ends[i % 3])
+
+
+Make = Callable[[int], Conversation]
+# code -> (rows that bring it about, how many of 100, near misses).
+CASES: dict[str, tuple[tuple[Make, int], tuple[Make, ...]]] = {
+    "answer-broken-off": ((cut_in_word, 6), (code, label, titled, accents)),
+    "text-mojibake": ((mojibake, 6), (accents,)),
+    "text-entities": ((entities, 6), (markup, spoken)),
+    "answers-identical": ((refusal, 12), (label, thanks)),
+    "answer-role-first": ((led, 6), (spoken,)),
+    "question-echoed": ((echoed, 6), (edited, completed)),
+}
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_damage_is_a_warning_with_its_count_and_an_example(code: str) -> None:
+    (make, some), _ = CASES[code]
+    told = found(with_some(make, some))
+    assert set(told) == {code}
+    assert (told[code].level, told[code].count) == ("warning", some)
+    assert told[code].where == "rows.jsonl:0"
+    assert len(told[code].rows) == some
+    assert "'" in told[code].what or '"' in told[code].what
+    assert told[code].why
+    assert told[code].fix
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_straggler_is_no_warning(code: str) -> None:
+    (make, _), _ = CASES[code]
+    assert {f.level for f in found(with_some(make, 1, 400)).values()} <= {"note"}
+
+
+@pytest.mark.parametrize("make", sorted({m for _, near in CASES.values() for m in near}, key=str))
+def test_what_is_near_to_damage_is_left_in_peace(make: Make) -> None:
+    for some in (6, 60, 100):
+        assert found(with_some(make, some)) == {}, some
+
+
+def test_answers_of_one_length_that_stop_in_the_middle() -> None:
+    told = found(with_some(one_length, 8))
+    assert told["answer-broken-off"].count == 8
+    assert "421 characters" in told["answer-broken-off"].why
+
+
+def test_refusals_are_called_by_their_name() -> None:
+    told = found([*sound(400), *(refusal(1000 + i) for i in range(48))])
+    assert "48 times" in told["answers-identical"].what
+    assert "refusals" in told["answers-identical"].why
+
+
+def test_sound_rows_raise_nothing() -> None:
+    assert found(sound()) == {}
+    assert found([]) == {}
+    assert found([Conversation((), f"t:{i}", text=prose(i)) for i in range(40)]) == {}
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared data sets are not here")
+@pytest.mark.parametrize("name", sorted(p.name for p in DATA.glob("*.json*")))
+def test_published_sets_raise_no_warning(name: str) -> None:
+    told = found(list(load(DATA / name).conversations))
+    assert [f.what for f in told.values() if f.level != "note"] == []
