@@ -73,10 +73,7 @@ def test_the_setting_follows_the_loss(last: float, says: str) -> None:
 
 
 def test_the_line_of_the_screen() -> None:
-    assert summary(GOOD.answers) == (
-        "4 of 4 trained prompts answered as in the rows, "
-        "0 of 4 held-out prompts answered as in the rows; 8 of 8 ended"
-    )
+    assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out as in the rows; 8 of 8 ended"
     assert summary(()) == ""
 
 
@@ -93,6 +90,6 @@ def test_a_run_too_short_is_told_on_the_screen_and_in_the_run(tmp_path: Path) ->
     words = ("--max-steps", "1", "--learning-rate", "1e-6", "--no-verify")
     shown = command("train", tmp_path / "tiny", rows, "-o", tmp_path / "run", *words)
     assert shown.code == 0
-    assert "asked as served: 0 of 4 trained prompts" in shown.out
+    assert "asked as served: 0 of 4 trained" in shown.out
     codes = {f["code"] for f in lines(tmp_path / "run" / "findings.jsonl")}
     assert codes & {"rows-not-learned", "answers-do-not-end"}

@@ -96,7 +96,7 @@ def judge(outcome: Outcome) -> list[Finding]:
 def summary(answers: Sequence[Answer]) -> str:
     """A line for the screen; empty where nothing was asked."""
     parts = [
-        f"{sum(a.right for a in some)} of {len(some)} {name} prompts answered as in the rows"
+        f"{sum(a.right for a in some)} of {len(some)} {name}"
         for name, some in (
             ("trained", [a for a in answers if a.trained]),
             ("held-out", [a for a in answers if not a.trained]),
@@ -104,7 +104,7 @@ def summary(answers: Sequence[Answer]) -> str:
         if some
     ]
     ended = sum(a.stopped for a in answers)
-    return f"{', '.join(parts)}; {ended} of {len(answers)} ended" if parts else ""
+    return f"{', '.join(parts)} as in the rows; {ended} of {len(answers)} ended" if parts else ""
 
 
 def _not_ended(outcome: Outcome) -> Iterator[Finding]:
