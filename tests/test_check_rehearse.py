@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from test_check_checkpoint import END, set_row, tensors_changed, trained
 from test_check_verb import answer, write_rows
 from tiny_models import tiny_tokenizer
-from truetune.check.fit import Shape, estimate, gib, layer_speed, run_shape
+from truetune.check.fit import Shape, estimate, gib, layer_speed, run_shape, undisturbed
 from truetune.checkup import Checkup, check_run
 from truetune.compute import Footprint
 from truetune.listener import Listener
@@ -75,15 +76,17 @@ def test_a_sound_run_rehearses_in_silence(place: Path, lora: bool) -> None:
     assert numbers["unmoved_tensors"] == 0
     assert numbers["reload_difference"] < 1e-4
     # The time of the run is that of a step that was taken.
-    per_token, (low, high) = numbers["seconds_per_token"], found.summary["plan"]["seconds"]
+    per_token, seconds = numbers["seconds_per_token"], found.summary["plan"]["seconds"]
     train, run = found.summary["run"]["train"], found.summary["run"]
     whole = per_token * train["tokens"] / train["examples"] * run["batch_size"] * run["max_steps"]
-    assert low < whole < high
+    assert seconds == pytest.approx(whole, rel=1e-3)
     assert sorted(p.name for p in place.rglob("*")) == before
 
 
 def test_a_rate_that_overshoots(place: Path) -> None:
-    codes = {f.code: f.level for f in checked(place, learning_rate=10.0).findings}
+    codes = {
+        f.code: f.level for f in checked(place, learning_rate=10.0, any_learning_rate=True).findings
+    }
     assert codes["step-overshoots"] == "warning"
     assert codes["learning-rate-unusual"] == "warning"
 
@@ -233,8 +236,7 @@ def test_the_estimate_is_what_the_loop_measures(place: Path, lora: bool, halved:
 def test_one_layer_is_timed_and_what_cannot_be_made_is_not(place: Path) -> None:
     timed = layer_speed(plan(place), "cpu")
     assert timed is not None
-    assert timed[0] > 0
-    assert timed[1][0] < 1 < timed[1][1]
+    assert timed > 0
 
 
 def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
@@ -246,7 +248,14 @@ def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
     assert all(way[1] < whole for way in fit.ways)
     assert fit.low < whole < fit.high
     assert fit.seconds is not None
-    assert 0 < fit.seconds[0] < fit.seconds[1]
+    assert fit.seconds > 0
+
+
+def test_an_estimate_does_not_move_with_the_load() -> None:
+    """Time in which this process does nothing is not counted."""
+    began = undisturbed("cpu")
+    time.sleep(0.3)
+    assert undisturbed("cpu") - began < 0.1
 
 
 def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
@@ -293,7 +302,7 @@ def test_the_verb_rehearses_and_writes_a_page(
     assert text.startswith("<!doctype html>")
     assert "rehearsal" in text.lower()
     with pytest.raises(SystemExit) as left:
-        main([*words, "--json", "--lr", "10"])
+        main([*words, "--json", "--lr", "10", "--any-learning-rate"])
     assert left.value.code == 0
     told = json.loads(capsys.readouterr().out)
     assert "step-overshoots" in {finding["code"] for finding in told["findings"]}

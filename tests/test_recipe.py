@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "packing": (False, "false"),
     "gradient_accumulation_steps": (2, "2"),
     "learning_rate": (1e-4, "1e-4"),
+    "any_learning_rate": (True, "true"),
     "warmup_ratio": (0.1, "0.1"),
     "warmup_steps": (3, "3"),
     "lr_scheduler_type": ("linear", "linear"),
@@ -445,3 +446,22 @@ def test_yaml_dates_are_dates(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("date: 2026-11-20\n")
     assert make_recipe((str(path), read_recipe(path))).date == "2026-11-20"
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({"learning_rate": 5}, True),
+        ({"learning_rate": "0.2", "optim": "adamw_8bit"}, True),
+        ({"learning_rate": 50, "optim": "sgd"}, True),
+        ({"learning_rate": 0.1}, False),
+        ({"learning_rate": 5, "optim": "sgd"}, False),
+        ({"learning_rate": 5, "any_learning_rate": True}, False),
+    ],
+)
+def test_a_rate_beyond_any_sane_value_needs_consent(given: dict[str, Any], refused: bool) -> None:
+    if not refused:
+        assert make_recipe(("f", given)).learning_rate == given["learning_rate"]
+        return
+    with pytest.raises(RecipeError, match="add --any-learning-rate"):
+        make_recipe(("f", given))

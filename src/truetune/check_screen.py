@@ -145,7 +145,9 @@ def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{told}: {parts}")
     ]
     if plan["seconds"]:
-        lines.append(("time", " to ".join(map(duration, plan["seconds"])) + " of steps"))
+        lines.append(
+            ("time", f"about {duration(plan['seconds'])} of steps, if nothing else runs here")
+        )
     return lines
 
 

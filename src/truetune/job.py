@@ -39,7 +39,7 @@ from truetune.errors import (
     TruetuneError,
 )
 from truetune.findings import Finding
-from truetune.generate import Sampling, replies
+from truetune.generate import Sampling, replies, replies_to_ids
 from truetune.health import StepFacts
 from truetune.integrations.trackers import Trackers
 from truetune.listener import Listener
@@ -52,6 +52,7 @@ from truetune.model import (
     save_model,
     trainable_share,
 )
+from truetune.outcome import ROOM, Answer, Outcome, judge, mean, short_rows
 from truetune.plan import Plan
 from truetune.prepare import Prepared
 from truetune.run import STEP, RunDir, write_json, write_text
@@ -87,6 +88,7 @@ class RunResult:
         base_revision: its commit, where it came from the Hub.
         base_stop_ids: on which a server of the model that training started from ends an answer.
         verdict: what a fresh process found; None where it was not asked.
+        answers: to a few trained and held-out prompts, asked as served.
     """
 
     run: RunDir
@@ -100,6 +102,7 @@ class RunResult:
     base_stop_ids: tuple[int, ...]
     verdict: Verdict | None = None
     base_revision: str | None = None
+    answers: tuple[Answer, ...] = ()
 
     def __repr__(self) -> str:
         held = "" if self.eval_loss is None else f", held-out loss {self.eval_loss:.4f}"
@@ -134,6 +137,8 @@ class Job:
         self.trainer = self._trainer()
         self.last_loss = float("nan")
         self.last_eval: float | None = None
+        self.answers: tuple[Answer, ...] = ()
+        self._samples_now: list[dict[str, Any]] = []
 
     def _trainer(self) -> SFTTrainer:
         recipe, plan = self.recipe, self.plan
@@ -264,6 +269,7 @@ class Job:
             if self.trainer.step < self.plan.max_steps:
                 self.save_checkpoint()
                 raise self._interrupted(f"stopped after step {self.trainer.step}; it is saved")
+            self._ask()
             return self._save_artifact()
         except NonFiniteLoss as error:
             self._keep_batch(error)
@@ -322,6 +328,7 @@ class Job:
             self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
             verdict,
             self.loaded.base_revision if base else None,
+            self.answers,
         )
 
     def _interrupted(self, what: str) -> Interrupted:
@@ -362,7 +369,8 @@ class Job:
         self.run.append("metrics.jsonl", line)
         self.trackers.log(line, step)
         self.listener.evaluated(step, loss)
-        for sample in self._samples(step):
+        self._samples_now = self._samples(step)
+        for sample in self._samples_now:
             self.run.append("samples.jsonl", sample)
             self.listener.sample(sample)
 
@@ -444,6 +452,64 @@ class Job:
             self._found(finding)
         self.listener.saved(str(folder))
         return report
+
+    def _ask(self) -> None:
+        """A few trained prompts as they would be served, and what the run has plainly not learned;
+        the held-out ones were answered at the last evaluation."""
+        if self.prepared.is_text:
+            return
+        self.listener.stage("asking trained prompts")
+        chosen = short_rows(self.prepared.examples, _NUM_SAMPLES)
+        prompts, spans = [], []
+        for row in chosen:
+            example = self.prepared.examples[row]
+            first = example.mask.index(1)
+            prompts.append(example.ids[:first])
+            spans.append(example.ids[first : first + example.num_supervised])
+        most = ROOM * max(map(len, spans), default=0) + 8
+        said = replies_to_ids(self.loaded, self.contract, prompts, Sampling(max_new_tokens=most))
+        tokens, stops = self.contract.tokens, set(self.contract.stop_ids)
+        trained = [
+            Answer(
+                True,
+                self.prepared.rows[row],
+                tokens.decode([i for i in span if i not in stops]),
+                reply.text,
+                reply.stopped,
+            )
+            for row, span, reply in zip(chosen, spans, said, strict=True)
+        ]
+        held_out = [
+            Answer(
+                False,
+                str(sample["where"]),
+                str(sample["expected"] or ""),
+                str(sample["answer"]),
+                bool(sample["stopped"]),
+                had_room=sample["stopped"]
+                or len(sample["answer"]) > ROOM * len(str(sample["expected"] or "")),
+            )
+            for sample in self._samples_now
+        ]
+        self.answers = (*trained, *held_out)
+        for finding in judge(self._outcome()):
+            self._found(finding)
+
+    def _outcome(self) -> Outcome:
+        lines = list(self.run.lines("metrics.jsonl"))
+        losses = [line["loss"] for line in lines if "loss" in line]
+        few = max(len(losses) // 10, 1)
+        taken = sum(line["tokens"] for line in lines if "tokens" in line)
+        whole = sum(len(example.ids) for example in self.prepared.examples)
+        return Outcome(
+            self.answers,
+            mean(losses[:few]),
+            mean(losses[-few:]),
+            tuple((line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line),
+            self.plan.max_steps,
+            self.plan.learning_rate,
+            self.recipe.logging_steps * taken / max(whole, 1),
+        )
 
     def _measure(self) -> None:
         """What the model in memory says of some rows: a fresh process will be held to it."""

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truetune.check.fit import undisturbed
 from truetune.contract import PromptContract, SFTExample
 from truetune.engine import SFTTrainer
 from truetune.errors import NonFiniteLoss, SaveError, UnfaithfulTemplate
@@ -82,9 +83,10 @@ def _pace(
         rows.append(example)
         tokens += len(example.ids)
     trainer = _trainer(loaded, prepared, rows, max_lr=0.0)
-    began = time.perf_counter()
+    where = loaded.device.type
+    began = undisturbed(where)
     trainer.train_step()
-    return (time.perf_counter() - began) / tokens
+    return (undisturbed(where) - began) / tokens
 
 
 # Short conversations that any model that was tuned to chat has seen the like of.

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from truetune.outcome import summary
 from truetune.screen import Screen, side_by_side
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
     screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")
+    if asked := summary(result.answers):
+        screen.line(f"asked as served: {asked}")
     if result.verdict:
         passed = sum(check.state == "passed" for check in result.verdict.checks)
         screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")

@@ -30,9 +30,7 @@ from truetune.recipe import Recipe
 # Measured peaks against the sum (docs/log.md).
 _MEMORY_ERROR = (0.85, 1.25)
 # Speed of a whole run against that of one layer, and of one large product (docs/log.md).
-_LAYER_SPEED, _PRODUCT_SPEED = (0.5, 1.4), (0.25, 0.9)
-# A rehearsed step against the run.
-PACE_ERROR = (0.7, 1.4)
+_LAYER_SPEED, _PRODUCT_SPEED = 0.84, 0.47
 # Tokens that the layer is timed on, and the largest one that is made for it.
 _TIMED, _LARGEST_LAYER = 256, 60_000_000
 # Most tokens of a forward pass where nobody says, as the loop takes them.
@@ -99,7 +97,8 @@ class Fit:
         available: bytes free there; None where it cannot be known.
         parts: bytes by part, the estimate itself.
         low, high: bytes, with the error bars.
-        seconds: shortest and longest time of the run; None where it was not timed.
+        seconds: about, of the steps, on a machine that does nothing else; None where that was not
+            measured.
         ways: (option, bytes it would leave, what it costs), the cheapest first.
         trainable: weights that have gradients.
     """
@@ -109,7 +108,7 @@ class Fit:
     parts: dict[str, int]
     low: int
     high: int
-    seconds: tuple[float, float] | None
+    seconds: float | None
     ways: tuple[tuple[str, int, str], ...]
     trainable: int
 
@@ -118,8 +117,7 @@ class Fit:
 
     def timed(self, seconds_per_token: float, tokens: int) -> Fit:
         """The same with the time of a step that was really taken."""
-        whole = seconds_per_token * tokens
-        return dataclasses.replace(self, seconds=(whole * PACE_ERROR[0], whole * PACE_ERROR[1]))
+        return dataclasses.replace(self, seconds=seconds_per_token * tokens)
 
     def findings(self) -> Iterator[Finding]:
         """What surely does not fit; what may not is in the summary, since free memory comes and
@@ -165,15 +163,14 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = run_shape(plan, device)
-    speed, (low, high) = layer_speed(plan, device) or (product_speed(device), _PRODUCT_SPEED)
-    operations = shape.operations(tokens)
+    speed = layer_speed(plan, device) or product_speed(device)
     return Fit(
         device=device,
         available=available_bytes(torch.device(device)) or None,
         parts=shape.parts(),
         low=int(shape.total * _MEMORY_ERROR[0]),
         high=int(shape.total * _MEMORY_ERROR[1]),
-        seconds=(operations / (speed * high), operations / (speed * low)),
+        seconds=shape.operations(tokens) / speed,
         ways=tuple(_ways(shape, plan, p99)),
         trainable=shape.trainable,
     )
@@ -324,9 +321,9 @@ def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
         yield "--qlora", smaller.total, "the base in 4 bits, with its rounding"
 
 
-def layer_speed(plan: Plan, device: str) -> tuple[float, tuple[float, float]] | None:
-    """(operations a second of one layer's forward and backward pass, the error bars of a run by
-    it); None where one layer cannot be made, or is too large to be made for that."""
+def layer_speed(plan: Plan, device: str) -> float | None:
+    """Operations a second of a run, by those of one layer's forward and backward pass; None where
+    one layer cannot be made, or is too large to be made for that."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -349,18 +346,16 @@ def layer_speed(plan: Plan, device: str) -> tuple[float, tuple[float, float]] | 
             ids = torch.zeros(1, _TIMED, dtype=torch.long, device=where)
             best = float("inf")
             for _ in range(3):
-                began = time.perf_counter()
+                began = undisturbed(where)
                 model(input_ids=ids, use_cache=False).logits.sum().backward()
-                if where == "cuda":
-                    torch.cuda.synchronize()
-                best = min(best, time.perf_counter() - began)
+                best = min(best, undisturbed(where) - began)
     except Exception:  # a layer that cannot stand alone
         return None
-    return 6.0 * size * _TIMED / best, _LAYER_SPEED
+    return _LAYER_SPEED * 6.0 * size * _TIMED / best
 
 
 def product_speed(device: str) -> float:
-    """Operations a second of a matrix product of a step's size on a device, the best of three."""
+    """Operations a second of a run, by those of a matrix product of a step's size."""
     import torch
 
     where = device if device != "cuda" or torch.cuda.is_available() else "cpu"
@@ -370,9 +365,19 @@ def product_speed(device: str) -> float:
     b = torch.zeros(width, width, dtype=dtype, device=where)
     best = float("inf")
     for _ in range(4):
-        began = time.perf_counter()
+        began = undisturbed(where)
         a @ b
-        if where == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * rows * width * width / best
+        best = min(best, undisturbed(where) - began)
+    return _PRODUCT_SPEED * 2.0 * rows * width * width / best
+
+
+def undisturbed(where: str) -> float:
+    """Seconds of a machine that does nothing else: of the processor, where the work is its own, so
+    that what others do at the time is not counted."""
+    import torch
+
+    if where == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    if where == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -232,7 +232,7 @@ def _readable(plan: Mapping[str, Any]) -> dict[str, Any]:
         "memory": f"{gib(plan['low'])} to {gib(plan['high'])}",
         "free": None if plan["available"] is None else gib(plan["available"]),
         "of it": ", ".join(f"{name} {gib(size)}" for name, size in plan["parts"].items()),
-        "time": " to ".join(map(duration, plan["seconds"] or ())),
+        "time": duration(plan["seconds"]) if plan["seconds"] else "",
     }
     for option, size, cost in plan["ways"]:
         told[f"with {option}"] = f"{gib(size)} ({cost})"

@@ -71,7 +71,7 @@ def quickstart_recipe(output: Path | str, *, seed: int = 42, overwrite: bool = F
                 "data": str(instructions),
                 "chat_template": "chatml-lite",
                 "max_steps": 150,
-                "learning_rate": 3e-4,
+                "learning_rate": 1e-4,
                 "batch_size": 16,
                 "seed": seed,
                 "output": str(output),

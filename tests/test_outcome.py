@@ -1,0 +1,95 @@
+"""What a run has plainly not learned, and runs of which nothing is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import write_model
+from tiny_runs import command, lines, sums, write_rows
+from truetune import SFTExample
+from truetune.outcome import Answer, Outcome, judge, short_rows, summary
+
+
+def answer(trained: bool = True, text: str = "2.", stopped: bool = True, **other: Any) -> Answer:
+    return Answer(trained, "rows.jsonl:1", "2.", text, stopped, **other)
+
+
+GOOD = Outcome(
+    answers=(answer(),) * 4 + (answer(False, "3."),) * 4,
+    first_loss=2.5,
+    last_loss=0.4,
+    held_out=((10, 2.0), (20, 1.2), (30, 0.9), (40, 0.88)),
+    steps=40,
+    learning_rate=1e-4,
+    passes=3.0,
+)
+# Code -> what brings it about, what nearly does.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "answers-do-not-end": (
+        {"answers": (answer(),) * 2 + (answer(stopped=False),) * 2},
+        {"answers": (answer(),) * 3 + (answer(stopped=False),)},
+    ),
+    "rows-not-learned": (
+        {"answers": (answer(text="5."),) * 3 + (answer(),), "last_loss": 1.4},
+        # Many answers are as good as another: a model that is sure of its rows has learned.
+        {"answers": (answer(text="5."),) * 4, "last_loss": 0.9},
+    ),
+    "held-out-falling": (
+        {"held_out": ((1, 4.0), (2, 3.0), (3, 2.5), (4, 2.2))},
+        {"held_out": ((1, 4.0), (2, 3.0), (3, 2.5), (4, 2.4))},
+    ),
+    "held-out-rising": (
+        {"held_out": ((1, 2.0), (2, 1.0), (3, 1.2))},
+        {"held_out": ((1, 2.0), (2, 1.0), (3, 1.05))},
+    ),
+}
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_run_that_has_not_learned_is_told_with_the_setting_to_change(code: str) -> None:
+    bad, near = CASES[code]
+    (found,) = judge(dataclasses.replace(GOOD, **bad))
+    assert found.code == code
+    assert found.fix.startswith("--")
+    assert judge(dataclasses.replace(GOOD, **near)) == []
+
+
+def test_nothing_is_said_of_a_run_that_may_be_well() -> None:
+    assert judge(GOOD) == []
+    # Long answers are not asked, and what had no room to end says nothing.
+    assert judge(dataclasses.replace(GOOD, answers=(), last_loss=1.5)) == []
+    cut = answer(False, stopped=False, had_room=False)
+    assert judge(dataclasses.replace(GOOD, answers=(answer(),) * 4 + (cut,) * 4)) == []
+
+
+@pytest.mark.parametrize(("last", "says"), [(2.0, "--learning-rate 0.0003"), (1.2, "--epochs 9")])
+def test_the_setting_follows_the_loss(last: float, says: str) -> None:
+    wrong = dataclasses.replace(GOOD, answers=(answer(text="5."),) * 4, last_loss=last)
+    assert judge(wrong)[0].fix.startswith(says)
+
+
+def test_the_line_of_the_screen() -> None:
+    assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out as in the rows; 8 of 8 ended"
+    assert summary(()) == ""
+
+
+def test_rows_of_one_short_answer_are_asked() -> None:
+    short, long = SFTExample([1, 2, 3], [0, 1, 1]), SFTExample([1] * 50, [0] + [1] * 49)
+    turns, text = SFTExample([1] * 4, [0, 1, 0, 1]), SFTExample([1, 2], [1, 1])
+    assert short_rows([long, short, turns, text, short, short], 2) == [1, 4]
+    assert short_rows([long, turns, text], 4) == []
+
+
+def test_a_run_too_short_is_told_on_the_screen_and_in_the_run(tmp_path: Path) -> None:
+    write_model(tmp_path / "tiny")
+    rows = write_rows(tmp_path / "rows.jsonl", sums(12))
+    words = ("--max-steps", "1", "--learning-rate", "1e-6", "--no-verify")
+    shown = command("train", tmp_path / "tiny", rows, "-o", tmp_path / "run", *words)
+    assert shown.code == 0
+    assert "asked as served: 0 of 4 trained" in shown.out
+    codes = {f["code"] for f in lines(tmp_path / "run" / "findings.jsonl")}
+    assert codes & {"rows-not-learned", "answers-do-not-end"}
