@@ -113,7 +113,7 @@ def test_a_part_that_another_one_covers(assistant: str, messages: Any, named: st
     ("assistant", "messages"),
     [
         ("{%- for c in m.tool_calls | reverse -%}" + CALL + "{%- endfor -%}", "calls"),
-        ("{{- m.content -}}<think>\n{{- m.reasoning_content -}}\n</think>", "reasoning"),
+        ("{{- m.content -}}<think>\n{{- m.reasoning_content or 'x' -}}\n</think>", "reasoning"),
         (
             "{%- for c in m.tool_calls -%}{{- c.function.name ~ '(' -}}"
             "{%- for k in c.function.arguments -%}{{- k ~ ',' -}}{%- endfor -%}"

@@ -166,6 +166,8 @@ def assemble(
     shared: list[int] = []
     turns: list[list[int]] = []
     reasons: list[str] = []
+    # Per example the length that it has in common with the last one.
+    common: list[int] = []
     for completion in completions:
         prompt, ids = completion.prompt, [*completion.prompt, *completion.ids]
         last = examples[-1].ids if examples else []
@@ -174,8 +176,14 @@ def assemble(
             mask = [*examples[-1].mask, *context, *([1] * len(completion.ids))]
             examples[-1] = SFTExample(ids, mask)
             turns[-1].append(completion.text.turn)
+            common[-1] = len(ids)
             continue
-        common = [common_prefix(example.ids, ids) for example in examples]
+        now = common_prefix(last, ids)
+        # What leaves the last one earlier than the new one does leaves both in one place.
+        common = [
+            common_prefix(example.ids, ids) if before == now else min(before, now)
+            for example, before in zip(examples, common, strict=True)
+        ]
         best = max(range(len(common)), key=lambda i: (common[i], i), default=None)
         parents.append(best)
         shared.append(0 if best is None else common[best])
@@ -184,6 +192,7 @@ def assemble(
         )
         mask = [0] * len(prompt) + [1] * len(completion.ids)
         examples.append(SFTExample(ids, mask))
+        common.append(len(ids))
         turns.append([completion.text.turn])
     if loss_on == "all":
         # A shared prefix is a target in the branch that it comes from, once.

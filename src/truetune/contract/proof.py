@@ -58,8 +58,12 @@ class Proof:
         """The twin to render before the turn can be judged; None where nothing is missing."""
         if self._is_exact(completion, message):
             return None
-        twin = twin_of(message, frame.marks, named=named)
-        return None if self._matching(twin, completion) else twin
+        for names in (False, True)[: 1 + named]:
+            twin = twin_of(message, frame.marks, named=names)
+            known = self._matching(twin, completion)
+            if known and not (named and known.defects):
+                return None
+        return twin
 
     def learn(self, twin: Twin, written: str, flipped: str | None) -> None:
         """Take in what the template writes for a twin behind the served prompt."""
