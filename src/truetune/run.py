@@ -26,6 +26,7 @@ from truetune.errors import OutputExists, SaveError, UsageError
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
 # What a run may contain besides what a manifest lists; a file of another name is a stranger's.
