@@ -102,7 +102,7 @@ def test_every_verb(hostile: Path, tmp_path: Path) -> None:
     for words in (
         ("inspect", model),
         ("inspect", model, "--data", data),
-        ("check", model, data, "--no-page"),
+        ("check", model, data),
         ("check", model, data, "--rehearse"),
         ("train", model, data, "--lora", "-o", run, *short),
         ("verify", run),

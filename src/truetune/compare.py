@@ -4,13 +4,19 @@ input   a loaded model, rows of ids with their supervised positions
 does    one forward pass a row, no padding; keeps what the supervised positions predict
 output  Measured of one model; Agreement of two
 who     verify (reloaded against trained, merged against adapter), the look at a 4-bit base
+
+Where one model is held to itself, saved and opened again, the likeliest tokens of each position are
+kept with their probabilities (`Reading`): what two readings differ by is measured in nats, so that
+it can be held to what two computations of one model differ by.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +146,172 @@ def agreement(reference: Measured, other: Measured) -> Agreement:
     )
 
 
+# Tokens of a position that are kept with their probabilities; all others are one sum.
+_TOP = 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A sequence of ids, and the positions at which its predictions are read."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model predicts at the positions of some probes, all of them one after the other.
+
+    Attributes:
+        top: ids (P, K) of the tokens that are kept.
+        logprobs: (P, K + 1), of those tokens and, last, of all others together; float32.
+        greedy: (P,), the likeliest token.
+        spread: standard deviation of the logits at a position, averaged.
+        digest: sha256 of all logits at these positions, as float32.
+    """
+
+    top: torch.Tensor
+    logprobs: torch.Tensor
+    greedy: torch.Tensor
+    spread: float
+    digest: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON values; tensors in base64 of little-endian 32-bit numbers."""
+        import torch
+
+        return {
+            "top": _packed(self.top.to(torch.int32)),
+            "logprobs": _packed(self.logprobs),
+            "greedy": self.greedy.tolist(),
+            "spread": self.spread,
+            "digest": self.digest,
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Reading:
+        """What `as_dict` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        import torch
+
+        greedy = torch.tensor([int(i) for i in value["greedy"]], dtype=torch.int64)
+        rows = len(greedy)
+        return cls(
+            _unpacked(value["top"], torch.int32).view(rows, -1).long(),
+            _unpacked(value["logprobs"], torch.float32).view(rows, -1),
+            greedy,
+            float(value["spread"]),
+            str(value["digest"]),
+        )
+
+
+def _packed(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode("ascii")
+
+
+def _unpacked(text: Any, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(base64.b64decode(str(text), validate=True)), dtype=dtype)
+
+
+def read(
+    loaded: LoadedModel,
+    probes: Sequence[Probe],
+    top: torch.Tensor | None = None,
+    *,
+    padding: int = 0,
+) -> Reading:
+    """Run a model over probes, one at a time.
+
+    Args:
+        loaded: left in the mode it was in.
+        top: ids (P, K) to be kept; None keeps the likeliest.
+        padding: tokens behind each probe that nothing attends to: the same model computed in
+            another shape.
+    """
+    import torch
+
+    tops, kept, greedy, spreads = [], [], [], []
+    digest = hashlib.sha256()
+    at = 0
+    with evaluating(loaded):
+        for probe in probes:
+            logits_PV = _logits(loaded, probe.ids, probe.positions, padding)
+            digest.update(logits_PV.contiguous().numpy().tobytes())
+            log_PV = logits_PV.double().log_softmax(dim=-1)
+            if top is None:
+                ids_PK = logits_PV.topk(min(_TOP, logits_PV.shape[-1]), dim=-1).indices
+            else:
+                ids_PK = top[at : at + len(probe.positions)]
+                at += len(probe.positions)
+            known_PK = log_PV.gather(1, ids_PK.clamp(max=logits_PV.shape[-1] - 1))
+            rest_P = (1 - known_PK.exp().sum(dim=-1)).clamp(min=1e-9).log()
+            tops.append(ids_PK)
+            kept.append(torch.cat([known_PK, rest_P[:, None]], dim=-1).float())
+            greedy.append(logits_PV.argmax(dim=-1))
+            spreads += logits_PV.std(dim=-1).tolist()
+    return Reading(
+        torch.cat(tops),
+        torch.cat(kept),
+        torch.cat(greedy),
+        sum(spreads) / len(spreads),
+        digest.hexdigest(),
+    )
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a reading is from a reference of the same model.
+
+    The divergence of a position is half the variance of the differences of log-probabilities,
+    weighted with the reference's probabilities: the Kullback-Leibler divergence to second order. A
+    sum of small differences of float32 numbers, it does not drown in their rounding.
+
+    Attributes:
+        mean, largest: divergence in nats, over the positions.
+        flips: positions where the likeliest token is another one, though the reference's lead was
+            more than four times what the reading may be off by (see `distance`).
+        greedy: share of the positions with the same likeliest token.
+        positions: compared.
+        bit_equal: whether all logits are equal to the last bit.
+    """
+
+    mean: float
+    largest: float
+    flips: int
+    greedy: float
+    positions: int
+    bit_equal: bool
+
+
+def distance(reference: Reading, other: Reading, *, allowed: float = 0.0) -> Distance:
+    """Compare a reading with its reference, whose tokens it was asked for.
+
+    Args:
+        allowed: divergence that a position may have; decides what counts as a flip.
+    """
+    p_PK = reference.logprobs.double().exp()
+    p_PK = p_PK / p_PK.sum(dim=-1, keepdim=True)
+    apart_PK = other.logprobs.double() - reference.logprobs.double()
+    mean_P1 = (p_PK * apart_PK).sum(dim=-1, keepdim=True)
+    found_P = (p_PK * (apart_PK - mean_P1).square()).sum(dim=-1) / 2
+    lead_P = reference.logprobs[:, 0] - reference.logprobs[:, 1]
+    same_P = reference.greedy == other.greedy
+    clear_P = lead_P > 4 * (2 * allowed) ** 0.5
+    return Distance(
+        mean=float(found_P.mean()),
+        largest=float(found_P.max()),
+        flips=int((clear_P & ~same_P).sum()),
+        greedy=float(same_P.double().mean()),
+        positions=len(found_P),
+        bit_equal=reference.digest == other.digest,
+    )
+
+
 # What rounding the base may cost before it is a warning. QLoRA's promise is none (Dettmers et al.
 # 2023, section 4); small models lose more than the large ones it was shown on.
 _MOST_LOSS, _LEAST_GREEDY = 0.1, 0.8
@@ -179,14 +351,19 @@ def _spread(places: Sequence[int], most: int) -> list[int]:
     return [places[(len(places) - 1) * i // (most - 1)] for i in range(most)]
 
 
-def _logits(loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+def _logits(
+    loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int], padding: int = 0
+) -> torch.Tensor:
     """Logits (P, V) of one row at some positions, float32 on CPU."""
     import torch
 
     model = loaded.model
-    ids_BT = torch.tensor([list(ids)], device=loaded.device)
+    ids_BT = torch.tensor([[*ids, *[ids[0]] * padding]], device=loaded.device)
     wanted = torch.tensor(list(positions), device=loaded.device)
     asked: dict[str, Any] = {"use_cache": False}
+    if padding:
+        asked["attention_mask"] = torch.ones_like(ids_BT)
+        asked["attention_mask"][:, -padding:] = 0
     selects = "logits_to_keep" in inspect.signature(loaded.transformers_model.forward).parameters
     if selects:
         asked["logits_to_keep"] = wanted

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from truetune.compare import measure
+from truetune.compare import Measured
 from truetune.contract import PromptContract
 from truetune.engine import (
     Group,
@@ -47,6 +47,7 @@ from truetune.model import (
     LoadedModel,
     RowsBefore,
     SaveReport,
+    round_as_saved,
     rows_now,
     rows_report,
     save_model,
@@ -58,11 +59,10 @@ from truetune.prepare import Prepared
 from truetune.run import STEP, RunDir, write_json, write_text
 from truetune.verify import (
     VERDICT,
-    VERIFY_ROWS,
     Verdict,
-    examples_of,
-    row_as_dict,
-    with_reference,
+    measure_rows,
+    take_record,
+    write_rows,
     written_findings,
     written_tokens,
 )
@@ -430,13 +430,14 @@ class Job:
         folder = self.run.file(name)
         self.listener.stage("saving, and reading back")
         self._prove_rows()
-        self._measure()
         # All weights go back to the type that the model came in, so that it serves as before; the
         # rounding is measured and told. An adapter stays float32.
         dtype = None if self.loaded.is_adapter else self.prepared.model.dtype
         fresh = folder.with_name(f".{name}.partial")
         shutil.rmtree(fresh, ignore_errors=True)
+        before = None if dtype is None else measure_rows(self.loaded, self.prepared.verify_rows)
         report = save_model(self.loaded, self.contract, fresh, dtype=dtype)
+        self._keep_record(report, name, before)
         _replace_folder(folder, fresh)
         report = replace(report, folder=folder)
         if report.cast_error:
@@ -511,12 +512,25 @@ class Job:
             self.recipe.logging_steps * taken / max(whole, 1),
         )
 
-    def _measure(self) -> None:
-        """What the model in memory says of some rows: a fresh process will be held to it."""
+    def _keep_record(self, report: SaveReport, name: str, before: Measured | None) -> None:
+        """What the model in memory predicts, as it was saved: a fresh process is held to it."""
+        rounded = report.cast_error is not None
+        if rounded:
+            round_as_saved(self.loaded, report.dtype)
         rows = self.prepared.verify_rows
-        measured = measure(self.loaded, examples_of(rows), keep_logits=False)
-        filled = with_reference(rows, measured)
-        self.run.replace_lines(VERIFY_ROWS, [row_as_dict(row) for row in filled])
+        record = take_record(
+            self.loaded,
+            self.contract,
+            rows,
+            self.run,
+            report.folder,
+            name,
+            files={file.name: file.sha256 for file in report.files},
+            dtype=report.dtype,
+            before_rounding=before if rounded else None,
+            context=self.prepared.model.context_length,
+        )
+        write_rows(self.run, rows, record)
 
     def _prove_rows(self) -> None:
         """What training did to the rows of new tokens and to all others, and whether the model

@@ -30,6 +30,7 @@ from truetune.lock import Owner, hold, require_free
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
+DATA = "data.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
 LOCK = "run.lock"

@@ -23,6 +23,7 @@ from truetune.model.new_tokens import (
 )
 from truetune.model.placement import Choice, Purpose, choose_device
 from truetune.model.quantise import NAMES, LoadIn, Quantised
+from truetune.model.readback import round_as_saved
 from truetune.model.save import SavedFile, SaveReport, save_model
 from truetune.model.tokenizer import load_tokenizer, num_ids
 
@@ -56,6 +57,7 @@ __all__ = [
     "num_ids",
     "require_room",
     "require_weights",
+    "round_as_saved",
     "rows_now",
     "rows_report",
     "save_model",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from truetune.errors import SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, quiet
+from truetune.model.placement import parse_dtype
 from truetune.model.weights import listed
 
 if TYPE_CHECKING:
@@ -37,6 +38,18 @@ def as_saved(value: torch.Tensor, cast: torch.dtype | None) -> torch.Tensor:
     """A tensor as it is written: floating ones in `cast` where it is given."""
     value = value.detach()
     return value.to("cpu", cast) if cast is not None and value.is_floating_point() else value
+
+
+def round_as_saved(loaded: LoadedModel, dtype: str) -> None:
+    """Round the weights of a full model in memory to the type they are saved in, in their places:
+    what it computes from here on is what was saved."""
+    import torch
+
+    cast = parse_dtype(dtype)
+    with torch.no_grad():
+        for value in loaded.model.state_dict().values():
+            if value.is_floating_point() and value.dtype != cast:
+                value.copy_(value.to(cast))
 
 
 def check_weights(loaded: LoadedModel, folder: Path, cast: torch.dtype | None) -> float | None:

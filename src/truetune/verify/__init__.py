@@ -2,14 +2,8 @@
 
 from truetune.verify.artifact import VERDICT, run_of, verify, verify_merge
 from truetune.verify.new_tokens import Written, written_findings, written_tokens
-from truetune.verify.rows import (
-    MOST_ROWS,
-    VERIFY_ROWS,
-    VerifyRow,
-    examples_of,
-    row_as_dict,
-    with_reference,
-)
+from truetune.verify.record import measure_rows, read_record, take_record, write_rows
+from truetune.verify.rows import MOST_ROWS, VERIFY_ROWS, VerifyRow
 from truetune.verify.verdict import Check, Verdict, shown
 
 __all__ = [
@@ -20,13 +14,14 @@ __all__ = [
     "Verdict",
     "VerifyRow",
     "Written",
-    "examples_of",
-    "row_as_dict",
+    "measure_rows",
+    "read_record",
     "run_of",
     "shown",
+    "take_record",
     "verify",
     "verify_merge",
-    "with_reference",
+    "write_rows",
     "written_findings",
     "written_tokens",
 ]

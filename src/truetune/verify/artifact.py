@@ -1,9 +1,10 @@
 """Is what was saved what was trained? Asked of files alone, by a process that saw no training.
 
 input   a run directory, or a model or adapter folder
-does    hashes the files against the manifest; opens the artifact in a fresh process; compares its
-        template, stop set and tokenizer with contract.json, its ids on the run's rows with the
-        trained ones, its log-probabilities with those of the model in memory when it was saved
+does    hashes the files against the manifest and the record; opens the artifact in a fresh process;
+        compares its template, stop set and tokenizer with those of training, its ids on the run's
+        rows with the trained ones, its predictions with those of the model in memory when it was
+        saved
 output  Verdict
 who     pipeline.py, the verify verb
 """
@@ -12,22 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from truetune.compare import Agreement, Measured, agreement
-from truetune.contract import PromptContract
-from truetune.errors import InputError, TruetuneError, UnfaithfulTemplate
-from truetune.model import load_tokenizer
-from truetune.run import CONTRACT, MANIFEST, RunDir, opened, sha256
+from truetune.compare import Agreement
+from truetune.errors import InputError
+from truetune.run import CONTRACT, RunDir, opened
+from truetune.verify.files import check_files, check_record
 from truetune.verify.fresh import VerifyError, ask
-from truetune.verify.rows import VerifyRow, examples_of, read_rows, reference_of
-from truetune.verify.verdict import Check, Verdict, judge
+from truetune.verify.record import Record, read_record, rows_digest
+from truetune.verify.rows import VerifyRow, examples_of, read_rows
+from truetune.verify.verdict import Check, Verdict, judge, judge_reading
 
 VERDICT = "verify.json"
-# Where a folder comes without rows: whatever is served, it must answer prompts like these.
-_PROBES = ("What is 17 + 25?", "Write one sentence about a river.", "\u4f60\u597d \U0001f600")
 _NUM_REPLIES = 8
 
 
@@ -45,29 +44,36 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
     run = run_of(source)
     folder = opened(source)
     final = run is not None and _is_artifact(folder, run)
-    checks = [_files(run)] if run and final else []
     rows = read_rows(run) if run else []
+    record = read_record(run) if run else None
+    checks = []
+    if run:
+        checks.append(check_files(run, None if final else folder))
+    if run and final:
+        checks.append(check_record(run, record, rows_digest(rows)))
     request = {
         "artifact": {"folder": folder, "base": base},
         "conversations": [dataclasses.asdict(row.conversation) for row in rows],
-        "rows": examples_of(rows) or _probe_rows(folder),
+        "rows": examples_of(rows),
         "loss_on": _loss_on(run),
         "contract": _recorded(run),
         "device": device,
     }
+    if final and record:
+        held = record.as_dict()
+        request |= {name: held[name] for name in ("probes", "reading", "machine", "way")}
     try:
         found = ask(request)
     except VerifyError as error:
         return Verdict(folder, (*checks, _unopened(error)))
     checks.append(_opened(found))
     if run:
-        checks += [_contract(run, found), _rows(rows, found)]
-        checks.append(
-            _logits(rows, found, run)
-            if final
-            else Check("logits", "not-checked", "a checkpoint: the run measured its last step only")
-        )
+        checks += [_contract(run, found, record if final else None), _rows(rows, found)]
+        checks += _logits(record, found) if final else [_NO_LOGITS]
     return Verdict(folder, tuple(checks))
+
+
+_NO_LOGITS = Check("logits", "not-checked", "a checkpoint: the run measured its last step only")
 
 
 def verify_merge(
@@ -94,7 +100,7 @@ def verify_merge(
         "artifact": {"folder": merged},
         "reference": {"folder": adapter, "base": base, "load_in": load_in},
         "conversations": [dataclasses.asdict(row.conversation) for row in rows],
-        "rows": examples_of(rows) or _probe_rows(adapter),
+        "rows": examples_of(rows),
         "loss_on": _loss_on(run),
         "contract": _recorded(run),
         "num_replies": _NUM_REPLIES,
@@ -107,8 +113,7 @@ def verify_merge(
     checks = [_opened(found)]
     if rows:
         checks.append(_rows(rows, found))
-    count = len(rows) or len(_PROBES)
-    words = f"merged against the adapter on {count} {kind} prompts"
+    words = f"merged against the adapter on {found['num_rows']} {kind} prompts"
     check = judge("merge", Agreement(**found["agreement"]), dtype, words)
     same = found["same_replies"]
     numbers = {**check.numbers, "same_replies": sum(same), "num_replies": len(same)}
@@ -128,40 +133,6 @@ def run_of(source: str) -> RunDir | None:
 def _is_artifact(folder: str, run: RunDir) -> bool:
     artifact = run.artifact()
     return artifact is not None and artifact.resolve() == Path(folder).resolve()
-
-
-def _files(run: RunDir) -> Check:
-    path = run.file(MANIFEST)
-    if not path.is_file():
-        return Check("files", "not-checked", "the run has no manifest: it was not finished")
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
-        artifact = {
-            name: facts["sha256"]
-            for name, facts in listed.items()
-            if name.split("/")[0] in ("adapter", "model")
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{MANIFEST} cannot be read: {error}", where=str(path), fix="copy the run again"
-        ) from error
-    missing = [name for name in artifact if not run.file(name).is_file()]
-    changed = [
-        name
-        for name in artifact
-        if name not in missing and sha256(run.file(name)) != artifact[name]
-    ]
-    if missing or changed:
-        parts = [f"missing: {', '.join(missing)}"] if missing else []
-        parts += [f"changed: {', '.join(changed)}"] if changed else []
-        return Check(
-            "files",
-            "failed",
-            "files of the artifact are not those that were saved; " + "; ".join(parts),
-            {"missing": missing, "changed": changed},
-            fix="copy the run again, or export an earlier checkpoint",
-        )
-    return Check("files", "passed", f"{len(artifact)} files are as they were saved (sha256)")
 
 
 def _unopened(error: VerifyError) -> Check:
@@ -187,37 +158,55 @@ def _opened(found: dict[str, Any]) -> Check:
     return Check("opens", "passed", f"a fresh process opens it ({found['parameters']:,} weights)")
 
 
-def _contract(run: RunDir, found: dict[str, Any]) -> Check:
+def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Check:
+    """Stop set, size, and with a record all that the tokenizer and its template do."""
     path = run.file(CONTRACT)
     try:
         trained = json.loads(path.read_text(encoding="utf-8"))
-        then = {"stop": {s["id"] for s in trained["stop"]}, "size": trained["tokenizer"]["size"]}
+        then = {"stop": sorted(s["id"] for s in trained["stop"])}
+        then["size"] = trained["tokenizer"]["size"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{CONTRACT} cannot be read: {error}", where=str(path), fix="copy the run again"
         ) from error
     now = {
-        "stop": {s["id"] for s in found["contract"]["stop"]},
+        "stop": sorted(s["id"] for s in found["contract"]["stop"]),
         "size": found["contract"]["tokenizer"]["size"],
     }
-    differing = [name for name in then if then[name] != now[name]]
-    numbers = {name: [_plain(then[name]), _plain(now[name])] for name in then}
-    if differing:
-        sides = "; ".join(
-            f"{name}: {_plain(then[name])} then, {_plain(now[name])} now" for name in differing
-        )
+    numbers = {name: [then[name], now[name]] for name in then}
+    told = [
+        f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]
+    ]
+    if record:
+        told += _behaviours(record.tokenizer, {**found["tokenizer"], "template": found["template"]})
+        if not told and record.tokenizer.get("stop") != now["stop"]:
+            told.append(f"stop: {record.tokenizer.get('stop')} then, {now['stop']} now")
+    if told:
         return Check(
             "contract",
             "failed",
-            f"the saved model is served otherwise than it was trained: {sides}",
+            f"the saved model is served otherwise than it was trained: {'; '.join(told)}",
             numbers,
             fix="put back the tokenizer and generation_config that were saved",
         )
-    return Check("contract", "passed", f"it stops on {sorted(now['stop'])}", numbers)
+    return Check("contract", "passed", f"it stops on {now['stop']}", numbers)
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
+# What a difference in one of the entries of `behaviour_of` means.
+_MEANINGS = {
+    "ids": "texts of many scripts give other ids",
+    "texts": "ids give other texts",
+    "readable": "ids give other texts once special tokens are left out",
+    "vocabulary": "ids stand for other tokens",
+    "added": "added tokens are others",
+    "special": "special tokens are others",
+    "side": "it pads on the other side",
+    "template": "its chat template is another",
+}
+
+
+def _behaviours(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [words for name, words in _MEANINGS.items() if then.get(name) != now[name]]
 
 
 def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
@@ -240,16 +229,16 @@ def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
     return Check("rows", "passed", f"{len(rows)} rows give the ids that were trained", numbers)
 
 
-def _logits(rows: Sequence[VerifyRow], found: dict[str, Any], run: RunDir) -> Check:
-    reference = reference_of(rows)
-    if not reference.logprobs:
-        return Check("logits", "not-checked", "the run kept no measurement of the trained model")
-    measured = Measured(tuple(map(tuple, found["logprobs"])), tuple(map(tuple, found["greedy"])))
-    if [len(r) for r in measured.logprobs] != [len(r) for r in reference.logprobs]:
-        return Check("logits", "failed", "the rows were cut otherwise than in training")
-    dtype = "float32" if (run.artifact() or Path()).name == "adapter" else found["dtype"]
-    words = f"reloaded against the trained model in memory on {len(rows)} rows"
-    return judge("logits", agreement(reference, measured), dtype, words)
+def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:
+    """The predictions against those of the model in memory; and what rounding it had cost."""
+    if record is None:
+        return [Check("logits", "not-checked", "the run kept no measurement of the trained model")]
+    checks = [judge_reading(record, found)]
+    if record.rounding:
+        rounded = Agreement(**record.rounding)
+        words = f"weights saved in {record.dtype} against the trained ones in memory"
+        checks.append(judge("rounding", rounded, record.dtype, words))
+    return checks
 
 
 def _loss_on(run: RunDir | None) -> str:
@@ -273,17 +262,3 @@ def _recorded(run: RunDir | None) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # told where the contract is compared
     return found if isinstance(found, dict) else {}
-
-
-def _probe_rows(folder: str) -> list[tuple[list[int], list[int]]]:
-    """Prompts of our own, every position measured."""
-    try:
-        contract = PromptContract.load(load_tokenizer(folder))
-        ids = [contract.prompt_ids([{"role": "user", "content": text}]) for text in _PROBES]
-    except UnfaithfulTemplate:
-        tokenizer = load_tokenizer(folder)
-        ids = [list(tokenizer.encode(text)) for text in _PROBES]
-    except TruetuneError:
-        # What is wrong with it is told by the fresh process.
-        return []
-    return [(row, [1] * len(row)) for row in ids if len(row) > 1]

@@ -1,8 +1,9 @@
 """The rows that a saved model is verified on, kept in the run that trained it.
 
 verify_rows.jsonl holds up to 32 conversations (held-out ones where there are any) with the ids
-and masks they were proved with, and what the model in memory made of them when it was saved. So a
-run can be verified when its data is gone, and by a process that shares nothing with training.
+and masks they were proved with, and, in its last line, what the model in memory predicted when it
+was saved (`record.py`). So a run can be verified when its data is gone, and by a process that
+shares nothing with training.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.compare import Measured
 from truetune.data import Conversation
 from truetune.errors import InputError
 from truetune.run import RunDir
@@ -29,39 +29,16 @@ class VerifyRow:
         conversation: as it was read.
         held_out: whether it was kept out of training.
         examples: (ids, mask) of each of its examples; 1 is supervised.
-        logprobs, greedy: per example, of the trained model in memory; see `Measured`.
     """
 
     conversation: Conversation
     held_out: bool
     examples: tuple[tuple[list[int], list[int]], ...]
-    logprobs: tuple[tuple[float, ...], ...] = ()
-    greedy: tuple[tuple[int, ...], ...] = ()
-
-
-def with_reference(rows: Sequence[VerifyRow], measured: Measured) -> list[VerifyRow]:
-    """The rows with what the trained model said of them, one entry per example."""
-    filled, at = [], 0
-    for row in rows:
-        part = slice(at, at + len(row.examples))
-        at += len(row.examples)
-        filled.append(
-            dataclasses.replace(row, logprobs=measured.logprobs[part], greedy=measured.greedy[part])
-        )
-    return filled
 
 
 def examples_of(rows: Sequence[VerifyRow]) -> list[tuple[list[int], list[int]]]:
     """All examples, in order."""
     return [example for row in rows for example in row.examples]
-
-
-def reference_of(rows: Sequence[VerifyRow]) -> Measured:
-    """What the trained model said, over all examples."""
-    return Measured(
-        tuple(entry for row in rows for entry in row.logprobs),
-        tuple(entry for row in rows for entry in row.greedy),
-    )
 
 
 def row_as_dict(row: VerifyRow) -> dict[str, Any]:
@@ -88,6 +65,8 @@ def read_rows(run: RunDir) -> list[VerifyRow]:
     rows = []
     try:
         for value in run.lines(VERIFY_ROWS):
+            if "record" in value:
+                continue
             rows.append(
                 VerifyRow(
                     conversation_from(value["conversation"]),
@@ -96,8 +75,6 @@ def read_rows(run: RunDir) -> list[VerifyRow]:
                         ([int(i) for i in ids], [int(on) for on in mask])
                         for ids, mask in value["examples"]
                     ),
-                    tuple(tuple(map(float, entry)) for entry in value["logprobs"]),
-                    tuple(tuple(map(int, entry)) for entry in value["greedy"]),
                 )
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from truetune.compare import Agreement
+from truetune.compare import Agreement, Reading, distance
 from truetune.findings import Finding
+from truetune.verify.record import Record
 
 State = Literal["passed", "failed", "not-checked"]
 
@@ -19,7 +20,7 @@ class Check:
     """One thing that was looked at.
 
     Attributes:
-        name: files, opens, contract, rows, logits, merge.
+        name: files, record, opens, contract, rows, logits, rounding, merge.
         state: passed, failed, or not-checked with the reason in `what`.
         what: one sentence.
         numbers: what was measured.
@@ -136,10 +137,67 @@ def judge(name: str, found: Agreement, dtype: str, what: str) -> Check:
     )
 
 
+# Half a unit in the last place, relative: what a computation in this type rounds by at least, in
+# units of the logits' spread. Two computations may differ by it where the floor happened to be 0.
+_ROUNDS = {"float32": 1e-4, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# On the machine that took the record, the same shapes in the same types give the same logits: one
+# floor is room enough. Another one rounds in other places: ten times the divergence, three times
+# the difference.
+_SAME_MACHINE, _OTHER_MACHINE = 1.0, 10.0
+# The largest divergence of many positions where the mean is the least that is allowed.
+_TAIL = 20.0
+
+
+def judge_reading(record: Record, found: Mapping[str, Any]) -> Check:
+    """The check of a saved model's predictions against the trained model's in memory.
+
+    Args:
+        record: what training left.
+        found: the fresh process's answer: reading, machine, and its own floor on another machine.
+    """
+    reading = Reading.from_dict(found["reading"])
+    same = found["machine"] == record.machine
+    factor = _SAME_MACHINE if same else _OTHER_MACHINE
+    floors = [record.floor, *([found["floor"]] if found["floor"] else [])]
+    least = (_ROUNDS.get(record.way["dtype"], 2.0**-8) * record.reading.spread) ** 2 / 2
+    mean = factor * max(least, *(floor["mean"] for floor in floors))
+    largest = max(_TAIL * mean, factor * max(floor["largest"] for floor in floors))
+    apart = distance(record.reading, reading, allowed=largest)
+    over = []
+    if not apart.mean <= mean:
+        over.append(f"{apart.mean:.2g} nats apart on average, {mean:.2g} is allowed")
+    if not apart.largest <= largest:
+        over.append(f"{apart.largest:.2g} nats apart at one position, {largest:.2g} is allowed")
+    if apart.flips:
+        over.append(f"another token is the likeliest at {apart.flips} clear positions")
+    what = f"reloaded against the trained model in memory at {apart.positions} positions"
+    numbers = {
+        **dataclasses.asdict(apart),
+        "dtype": record.way["dtype"],
+        "same_machine": same,
+        "floor": floors,
+        "tolerance": {"mean": mean, "largest": largest},
+    }
+    return Check(
+        "logits",
+        "failed" if over else "passed",
+        f"{what}: {'; '.join(over)}" if over else what,
+        numbers,
+        fix="do not serve it; train or merge again, and report it if it stays" if over else "",
+    )
+
+
 def shown(check: Check) -> str:
     """The check in one line, with its most telling numbers."""
     numbers = check.numbers
     parts = []
+    if numbers.get("bit_equal"):
+        return f"{check.what}; equal to the last bit"
+    if "tolerance" in numbers and "mean" in numbers and check.state == "passed":
+        return (
+            f"{check.what}; {numbers['mean']:.2g} nats apart on average, "
+            f"{numbers['tolerance']['mean']:.2g} is allowed ({numbers['dtype']})"
+        )
     if numbers.get("max_difference") is not None:
         parts.append(
             f"logits differ by at most {numbers['max_difference']:.2g}, "
@@ -157,8 +215,3 @@ def shown(check: Check) -> str:
     if check.state != "passed":
         parts = []
     return "; ".join([check.what, *parts])
-
-
-def first_failure(checks: Sequence[Check]) -> Check | None:
-    """The first check that failed."""
-    return next((check for check in checks if check.state == "failed"), None)

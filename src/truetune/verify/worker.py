@@ -11,62 +11,132 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import os
 import sys
 from typing import Any
 
-from truetune.compare import Measured, agreement, measure
+from truetune.compare import Measured, Reading, agreement, distance, measure, read
 from truetune.contract import Encoded, PromptContract
-from truetune.errors import TruetuneError
+from truetune.errors import InputError, TruetuneError, UnfaithfulTemplate
 from truetune.generate import Sampling, replies
 from truetune.model import LoadedModel, load_model, load_tokenizer, trainable_share
+from truetune.verify.record import (
+    PADDING,
+    behaviour_of,
+    cut_rows,
+    machine_of,
+    probes_from,
+    template_digest,
+)
 from truetune.verify.rows import conversation_from
+
+# Where a folder comes without rows: whatever is served, it must answer prompts like these.
+_PROMPTS = ("What is 17 + 25?", "Write one sentence about a river.", "\u4f60\u597d \U0001f600")
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What was asked, as plain values."""
-    reference, reference_replies = None, None
     if request.get("reference"):
-        loaded, contract = _open(request["reference"], request)
-        reference = measure(loaded, request["rows"])
-        reference_replies = _replies(loaded, contract, request)
-        del loaded
-        gc.collect()
+        return _against_reference(request)
     loaded, contract = _open(request["artifact"], request)
+    found = {
+        **_facts(loaded, contract, request),
+        "tokenizer": behaviour_of(contract),
+        "template": template_digest(contract.tokenizer.chat_template),
+    }
+    if request.get("probes"):
+        return found | _reread(loaded, request)
+    rows = cut_rows(request["rows"] or _own_rows(contract), found["parameters"])
+    measured = measure(loaded, rows, keep_logits=False)
+    return found | {"finite": _finite(measured)}
+
+
+def _reread(loaded: LoadedModel, request: dict[str, Any]) -> dict[str, Any]:
+    """The trained model's readings, taken again."""
+    probes = probes_from(request["probes"])
+    reference = Reading.from_dict(request["reading"])
+    limit = loaded.model.get_input_embeddings().weight.shape[0]
+    if any(max(probe.ids) >= limit for probe in probes):
+        raise InputError(
+            f"the model has {limit:,} rows of embedding, fewer than it was trained with",
+            code="verify-fewer-rows",
+        )
+    reading = read(loaded, probes, reference.top)
+    machine = machine_of(loaded.device)
+    floor = None
+    if machine != request["machine"]:
+        # Another machine rounds in another way: what two computations differ by here counts too.
+        again = distance(reading, read(loaded, probes, reading.top, padding=PADDING))
+        floor = {"mean": again.mean, "largest": again.largest}
+    return {
+        "reading": reading.as_dict(),
+        "floor": floor,
+        "machine": machine,
+        "finite": bool(reading.logprobs.isfinite().all()),
+    }
+
+
+def _against_reference(request: dict[str, Any]) -> dict[str, Any]:
+    """Two models on the same rows, one after the other."""
+    loaded, contract = _open(request["reference"], request)
+    rows = cut_rows(request["rows"] or _own_rows(contract), trainable_share(loaded.model)[1])
+    reference = measure(loaded, rows)
+    reference_replies = _replies(loaded, contract, request)
+    del loaded
+    gc.collect()
+    loaded, contract = _open(request["artifact"], request)
+    measured = measure(loaded, rows)
+    own = _replies(loaded, contract, request)
+    return {
+        **_facts(loaded, contract, request),
+        "finite": _finite(measured),
+        "num_rows": len(rows),
+        "agreement": dataclasses.asdict(agreement(reference, measured)),
+        "same_replies": [a == b for a, b in zip(reference_replies, own, strict=True)],
+    }
+
+
+def _facts(
+    loaded: LoadedModel, contract: PromptContract, request: dict[str, Any]
+) -> dict[str, Any]:
+    """What does not depend on the weights' values."""
     encoded = contract.encode_all(
-        [conversation_from(value) for value in request.get("conversations", [])],
-        loss_on=request.get("loss_on", "assistant"),
+        [conversation_from(value) for value in request["conversations"]],
+        loss_on=request["loss_on"],
     )
-    measured = measure(loaded, request["rows"], keep_logits=reference is not None)
-    found: dict[str, Any] = {
+    return {
         "contract": contract.as_dict(),
         "encoded": [
             [[list(ids), list(mask)] for ids, mask in row] if isinstance(row, Encoded) else None
             for row in encoded
         ],
-        "finite": _finite(measured),
-        "logprobs": measured.logprobs,
-        "greedy": measured.greedy,
-        "dtype": loaded.base_dtype,
         "parameters": trainable_share(loaded.model)[1],
     }
-    if reference is not None:
-        found["agreement"] = dataclasses.asdict(agreement(reference, measured))
-        own = _replies(loaded, contract, request)
-        found["same_replies"] = [a == b for a, b in zip(reference_replies or [], own, strict=True)]
-    return found
+
+
+def _own_rows(contract: PromptContract) -> list[tuple[list[int], list[int]]]:
+    """Prompts of our own, every position measured."""
+    try:
+        ids = [contract.prompt_ids([{"role": "user", "content": text}]) for text in _PROMPTS]
+    except UnfaithfulTemplate:
+        ids = [list(contract.tokenizer.encode(text)) for text in _PROMPTS]
+    return [(row, [1] * len(row)) for row in ids if len(row) > 1]
 
 
 def _open(what: dict[str, Any], request: dict[str, Any]) -> tuple[LoadedModel, PromptContract]:
-    folder = what["folder"]
-    contract = PromptContract.of_record(load_tokenizer(folder), request.get("contract") or {})
+    """As the model was trained where a run says how (`way_of`), else as it would be served."""
+    folder, way = what["folder"], request.get("way") or {}
+    contract = PromptContract.of_record(load_tokenizer(folder), request["contract"])
     loaded = load_model(
         folder,
         base=what.get("base"),
         load_in=what.get("load_in", "as-trained"),
-        device=request.get("device", "auto"),
-        dtype=request.get("dtype", "auto"),
-        purpose="inference",
+        device=request["device"],
+        dtype=way.get("dtype", "auto"),
+        purpose=way.get("purpose", "inference"),
+        bf16_weights=way.get("bf16_weights", False),
+        tokenizer=contract.tokenizer,
     )
     return loaded, contract
 
@@ -75,7 +145,7 @@ def _replies(
     loaded: LoadedModel, contract: PromptContract, request: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """Greedy answers to some of the conversations' prompts."""
-    chats = [conversation_from(value) for value in request.get("conversations", [])]
+    chats = [conversation_from(value) for value in request["conversations"]]
     prompts = []
     for chat in chats[: request.get("num_replies", 0)]:
         turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
@@ -86,8 +156,6 @@ def _replies(
 
 
 def _finite(measured: Measured) -> bool:
-    import math
-
     return all(math.isfinite(value) for row in measured.logprobs for value in row)
 
 
