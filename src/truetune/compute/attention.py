@@ -7,9 +7,10 @@ does    each stretch of queries meets the stretches of keys that it sees, one ke
 output  (1, T, H, D) as the interface wants it
 who     route.py switches a model to it for the length of a step, after it was proved on the model
 
-Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py),
-FlexAttention on CUDA. On CPU soft caps, and anywhere
-attention sinks, attention dropout and other devices, take a softmax written out, node by node.
+Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py), its
+variable-length flash attention on CUDA (cuda/varlen.py), and FlexAttention for what that does not
+take. On CPU soft caps and attention sinks, and anywhere attention dropout and other devices, take a
+softmax written out, node by node.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from truetune.compute.cuda.copies import sent
+from truetune.compute.cuda.varlen import fits, varlen
 from truetune.compute.gathered import Gathered, places
 from truetune.compute.layout import Layout, Meeting, visible
 from truetune.model.load import quiet
@@ -82,6 +85,8 @@ def attention(
             mixed = Gathered.apply(query[0], key[0], value[0], at, scale)
     elif plain and on_cpu:
         mixed = _FlashMeetings.apply(query[0], key[0], value[0], layout, sliding_window, scale)
+    elif query.device.type == "cuda" and not softcap and not dropout and fits(query, key, value):
+        mixed = varlen(query, key, value, layout, sliding_window, scale, s_aux)
     elif query.device.type == "cuda" and s_aux is None and not dropout:
         from truetune.compute.flex import flex
 
@@ -282,7 +287,7 @@ def packed_arguments(layout: Layout, device: torch.device, *, mask: bool = False
     """
     # A mask of four dimensions is taken as it is: none of T x T is built.
     dummy = {} if mask else {"attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
-    positions = torch.tensor([layout.positions], device=device)
+    positions = sent(torch.tensor([layout.positions]), device)
     return {"position_ids": positions, KEYWORD: layout, **dummy}
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from truetune.compute.batch import Limits, RowStream
+from truetune.compute.cuda.copies import sent
 from truetune.compute.layout import MOST_KEYS, Layout
 from truetune.contract.example import SFTExample
 
@@ -62,10 +63,10 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         return replace(
             self,
-            ids_T=self.ids_T.to(device),
-            positions_N=self.positions_N.to(device),
-            targets_N=self.targets_N.to(device),
-            weights_N=self.weights_N.to(device),
+            ids_T=sent(self.ids_T, device),
+            positions_N=sent(self.positions_N, device),
+            targets_N=sent(self.targets_N, device),
+            weights_N=sent(self.weights_N, device),
         )
 
 
