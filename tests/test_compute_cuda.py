@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_compute_attention import CHAIN, FOREST, ROWS, TREE, by_definition, dense, inputs, layouts
 from torch.nn.attention.flex_attention import create_block_mask
 
+from test_compute_attention import CHAIN, FOREST, ROWS, TREE, by_definition, dense, inputs, layouts
 from tiny_families import FAMILIES, MORE, family
 from truetune.compute import attention as room
 from truetune.compute import find_route, flex
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 WINDOWS = st.one_of(st.none(), st.integers(1, 20))
 
 
+@settings(deadline=None, max_examples=30)
 @given(layouts(), WINDOWS)
 def test_the_calls_are_who_sees_whom(layout: Layout, window: int | None) -> None:
     """Each pair that sees meets once, no other pair meets; no query is in a call twice."""

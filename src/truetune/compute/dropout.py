@@ -31,20 +31,19 @@ _LANES = 8
 
 def token_keys(ids: Sequence[int], layout: Layout) -> torch.Tensor:
     """(T,) int64: the sum of (id + 1) * base ** position over a token's row up to it."""
+    import numpy as np
     import torch
 
-    powers = torch.full((layout.longest,), _BASE, dtype=torch.int64).cumprod(0)
-    terms = torch.tensor(ids, dtype=torch.int64).add_(1)
-    terms *= powers[torch.tensor(layout.positions)]
-    sums = terms.cumsum(0)
+    # By numpy, whose numbers have values also where torch's have only shapes.
+    powers = np.full(layout.longest, _BASE, np.int64).cumprod()
+    sums = ((np.array(ids, np.int64) + 1) * powers[layout.positions]).cumsum()
     # What a running sum has beyond the token's own row.
-    ends = [0, *sums[torch.tensor(layout.starts[1:]) - 1].tolist()]
+    ends = [0, *sums[np.array(layout.starts[1:]) - 1].tolist()]
     beyond: list[int] = []
     for node, parent in enumerate(layout.parents):
         own = 0 if parent < 0 else ends[parent + 1] - beyond[parent]
-        beyond.append(ends[node] - own)
-    shift = torch.tensor([_signed(value) for value in beyond])
-    return sums - shift.repeat_interleave(torch.tensor(layout.lengths))
+        beyond.append(_signed(ends[node] - own))
+    return torch.from_numpy(sums - np.repeat(np.array(beyond, np.int64), layout.lengths))
 
 
 def salt(seed: int, step: int, layer: int) -> int:

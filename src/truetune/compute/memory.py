@@ -224,7 +224,6 @@ def available_bytes(device: torch.device) -> int:
 
     0 where it cannot be known.
     """
-    import torch
 
     if device.type == "cuda":
         from truetune.compute.cuda.footprint import free_bytes

@@ -221,8 +221,7 @@ class _Varlen(torch.autograd.Function):
             weights_HT = (sinks_H.float()[:, None] - lse_HT).exp()
             of_sinks = -(weights_HT * of_out_TH.t()).sum(1).to(sinks_H.dtype)
         dq, dk, dv = (
-            total.to(own.dtype)
-            for total, own in zip(totals, (q_THD, k_TGD, v_TGD), strict=True)
+            total.to(own.dtype) for total, own in zip(totals, (q_THD, k_TGD, v_TGD), strict=True)
         )
         return dq, dk, dv, of_sinks, None, None, None
 
