@@ -195,7 +195,7 @@ def test_rows_that_begin_alike_drop_alike_in_a_tree_and_apart() -> None:
     model = lora(dropout=0.3).train()
     route = find_route(model, longest=64)
     shared = list(range(1, 30))
-    rows = [SFTExample(shared + [n, n + 1, n + 2], [0] * 28 + [1] * 4) for n in (50, 60, 70)]
+    rows = [SFTExample([*shared, n, n + 1, n + 2], [0] * 28 + [1] * 4) for n in (50, 60, 70)]
     sums = []
     for least in (16, None):
         batch = pack(rows, range(3), min_shared=least)

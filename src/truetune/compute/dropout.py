@@ -7,7 +7,7 @@ does    a key for each token, of its ids from the row's first on; each element i
 output  a mask, the same on every device, in every cut into micro-batches, trees and processes
 who     adapter.py, forward and once more backward: no mask is kept
 
-Rows that begin alike drop alike as far as they are alike, as in a tree, where that is computed once.
+Rows that begin alike drop alike as far as they are alike: in a tree that is computed once.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def dropped(states_T: torch.Tensor, width: int, p: float) -> torch.Tensor:
     whole, rest = divmod(256 * p, 1)
     extra = ((states_T * _BASE) >> 40) & (2**24 - 1) < int(rest * 2**24)
     limits_T = (int(whole) + extra.int()).clamp(max=255)
-    if states_T.is_cuda and (by_element := _compiled()) is not None:
+    with_numbers = states_T.is_cuda and not hasattr(states_T, "fake_mode")
+    if with_numbers and (by_element := _compiled()) is not None:
         made: torch.Tensor = by_element(states_T, limits_T, width)
         return made
     return _by_words(states_T, limits_T, width)

@@ -65,7 +65,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What an output head multiplies by: a weight (V, D), a bias (V,), rows that stand elsewhere."""
+    """What an output head multiplies by: weight (V, D), bias (V,), rows that stand elsewhere."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None

@@ -115,7 +115,10 @@ def footprint(
 def recomputes(model: Any) -> bool:
     """Whether activations are computed twice, and gradients kept at places of their own."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return bool(getattr(inner, "is_activation_checkpointing", False))
+    # The second is its name in transformers 5.17; later ones warn where it is asked.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    name = next((name for name in names if hasattr(type(inner), name)), "")
+    return bool(getattr(inner, name, False))
 
 
 def _drop(parameter: torch.Tensor) -> None:

@@ -40,11 +40,14 @@ class RowLayer(TrainableTokensLayer):
 
     def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
         """Made once for a device: a copy to it would wait for all that it has to do."""
-        made: dict[Any, torch.Tensor] = self.__dict__.setdefault("_ids_made", {})
-        listed = tuple(self.token_indices[adapter])
-        if (listed, device) not in made:
-            made[listed, device] = torch.tensor(listed, device=device)
-        return made[listed, device]
+        known: dict[Any, torch.Tensor] = self.__dict__.setdefault("_ids_made", {})
+        key = tuple(self.token_indices[adapter]), device
+        if key not in known:
+            ids = torch.tensor(key[0], device=device)
+            if hasattr(ids, "fake_mode"):  # made inside a mode in which nothing has numbers
+                return ids
+            known[key] = ids
+        return known[key]
 
     def replaced_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(ids, rows) that stand in place of the table's own; None where they do not, or where
