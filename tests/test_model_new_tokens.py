@@ -368,3 +368,52 @@ def test_a_new_token_that_no_row_asks_for(ids: list[int], mask: list[int], said:
     found = unused_tokens([NewToken("<|map|>", 9, (1, 2))], [SFTExample(ids, mask)])
     assert [f.code for f in found] == ["new-token-untrained"] * bool(said)
     assert all(said in f.what for f in found)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_new_rows_in_the_head_leave_its_logits_in_chunks(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    """Loss and gradients to 1e-5 of those from all logits, which are never made."""
+    import contextlib
+
+    import torch
+
+    from truetune.compute import find_route
+    from truetune.compute.packing import pack
+
+    loaded, tokens = prepared(tmp_path, THINK, kind, tie_word_embeddings=tied)
+    model, new = loaded.model, [token.id for token in tokens]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens" in name or "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    route = find_route(model, longest=40)
+    assert route.head is not None
+    assert route.head.tail is not None
+    vocabulary = model.config.vocab_size
+    assert route.head.buffer_bytes(contextlib.nullcontext) > 4 * vocabulary
+    rows = [[1, 2, new[0], 4, new[1], 6, 7, new[0], 9], [3, new[1], new[0], 8, 5]]
+    batch = pack([SFTExample(ids, [0, 0] + [1] * (len(ids) - 2)) for ids in rows], [0, 1])
+    shapes: list[Any] = []
+    layer = next(m for m in route.head.module.modules() if isinstance(m, torch.nn.Linear))
+    handle = layer.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    results = []
+    for tail in (route.head.tail, None):
+        route.head.tail = tail
+        with route.scope(batch):
+            loss = route.loss_sum(batch)
+            loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append((float(loss.detach()), grads))
+        model.zero_grad()
+    handle.remove()
+    assert [shape[-2] for shape in shapes] == [0, len(batch.positions_N)]
+    (fused, by_chunks), (own, whole) = results
+    assert fused == pytest.approx(own, rel=1e-5)
+    assert by_chunks.keys() == whole.keys()
+    assert any("trainable_tokens" in name for name in whole)
+    for name, gradient in whole.items():
+        limit = 1e-5 * float(gradient.abs().max())
+        assert float((by_chunks[name] - gradient).abs().max()) <= limit, name

@@ -6,40 +6,21 @@ does    y = x W^T + b + s drop(x) A^T B^T in one function that keeps x, which la
 output  the same numbers as peft's own forward, proved on each kind of layer before it is used
 who     route.py switches a model's layers to it for the length of a step
 
-Dropout draws the gaps between dropped elements instead of a number for each (a Bernoulli process
-has geometric gaps: Devroye 1986, X.2): a twentieth of the random numbers at p = 0.05.
+Which inputs are dropped is drawn again backward, and follows from what a token is (dropout.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
 
-
-def dropped_elements(count: int, p: float, device: torch.device) -> torch.Tensor:
-    """Which of `count` elements are dropped, each with probability p: int64, ascending."""
-    if p <= 0:
-        return torch.empty(0, dtype=torch.int64, device=device)
-    parts: list[torch.Tensor] = []
-    last = -1
-    while last < count:
-        left = count - max(last, 0)
-        draws = int(left * p + 4 * math.sqrt(left * p) + 8)
-        # Float64: far gaps of a rare event would be rounded.
-        gaps = torch.empty(draws, device=device, dtype=torch.float64).exponential_()
-        if isinstance(gaps, FakeTensor):  # of a model without numbers: as many as are expected
-            return torch.empty(int(count * p), dtype=torch.int64, device=device)
-        steps = gaps.div_(-math.log1p(-p)).floor_().long().add_(1).cumsum_(0)
-        parts.append(steps + last)
-        last = int(parts[-1][-1])
-    found = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return found[found < count]
+from truetune.compute.dropout import dropped, salt
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -53,51 +34,79 @@ class _LoraLinear(torch.autograd.Function):
         b_OR: torch.Tensor,
         scaling: float,
         p: float,
+        states_T: torch.Tensor | None,
     ) -> torch.Tensor:
-        dropped = dropped_elements(x_TD.numel(), p, x_TD.device)
         scaling = scaling / (1 - p)
         a, b = a_RD.to(x_TD.dtype), b_OR.to(x_TD.dtype)
         y_TO = F.linear(x_TD, weight_OD, bias_O)
-        xa_TR = _without(x_TD, dropped) @ a.t()
+        xa_TR = _without(x_TD, p, states_T) @ a.t()
         y_TO.addmm_(xa_TR, b.t(), alpha=scaling)
-        ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, xa_TR, dropped)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, xa_TR, states_T)
+        ctx.scaling, ctx.p = scaling, p
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, grad_TO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, weight_OD, a_RD, b_OR, xa_TR, dropped = ctx.saved_tensors
+        x_TD, weight_OD, a_RD, b_OR, xa_TR, states_T = ctx.saved_tensors
         a, b = a_RD.to(x_TD.dtype), b_OR.to(x_TD.dtype)
         of_b = (grad_TO.t() @ xa_TR).to(b_OR.dtype).mul_(ctx.scaling)
         inner_TR = (grad_TO @ b).mul_(ctx.scaling)
-        of_a = (inner_TR.t() @ _without(x_TD, dropped)).to(a_RD.dtype)
+        mask_TD = None if states_T is None else dropped(states_T, x_TD.shape[1], ctx.p)
+        kept_TD = x_TD if mask_TD is None else x_TD.masked_fill(mask_TD, 0)
+        of_a = (inner_TR.t() @ kept_TD).to(a_RD.dtype)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = inner_TR @ a
-            of_x.view(-1).index_fill_(0, dropped, 0)
+            if mask_TD is not None:
+                of_x.masked_fill_(mask_TD, 0)
             of_x.addmm_(grad_TO, weight_OD)
-        return of_x, None, None, of_a, of_b, None, None
+        return of_x, None, None, of_a, of_b, None, None, None
 
 
-def _without(x_TD: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    if not len(dropped):
+def _without(x_TD: torch.Tensor, p: float, states_T: torch.Tensor | None) -> torch.Tensor:
+    if states_T is None:
         return x_TD
-    kept = x_TD.clone()
-    kept.view(-1).index_fill_(0, dropped, 0)
-    return kept
+    return x_TD.masked_fill(dropped(states_T, x_TD.shape[1], p), 0)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What decides which inputs are dropped: of a step, a batch, and one of its layers.
+
+    Attributes:
+        keys_T: of the tokens, see `token_keys`.
+    """
+
+    seed: int
+    step: int
+    layer: int
+    keys_T: torch.Tensor
+
+    def states(self, count: int) -> torch.Tensor:
+        """(count,) int64; layers that see some of the tokens, in an order of their own, go by the
+        order."""
+        keys = self.keys_T
+        if len(keys) != count:
+            keys = self.keys_T.sum() + torch.arange(count, device=self.keys_T.device)
+        return keys + salt(self.seed, self.step, self.layer)
 
 
 def _fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
     base, a, b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
+    def forward(x: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         device = x.device.type
         compute = x.dtype
         if torch.is_autocast_enabled(device):
             compute = torch.get_autocast_dtype(device)
         bias = None if base.bias is None else base.bias.to(compute)
         p = getattr(dropout, "p", 0.0) if layer.training else 0.0
+        states_T = None
+        if p:
+            if draw is None:
+                raise ValueError("dropout needs a batch whose tokens have keys")
+            states_T = draw.states(x.numel() // x.shape[-1])
         with torch.autocast(device, enabled=False):
             y_TO = _LoraLinear.apply(
                 x.to(compute).reshape(-1, x.shape[-1]).contiguous(),
@@ -107,6 +116,7 @@ def _fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Te
                 b.weight,
                 layer.scaling[adapter],
                 p,
+                states_T,
             )
         return y_TO.view(*x.shape[:-1], -1)
 
@@ -199,10 +209,20 @@ def _same(own: torch.Tensor | None, other: torch.Tensor | None, computed: torch.
 @contextlib.contextmanager
 def fast_adapters(
     layers: Mapping[torch.nn.Module, Callable[..., torch.Tensor]],
+    keys_T: torch.Tensor | None = None,
+    *,
+    seed: int = 0,
+    step: int = 0,
 ) -> Iterator[None]:
-    """The layers compute by their fast forward inside, recomputed activations included."""
-    for layer, forward in layers.items():
-        layer.forward = forward
+    """The layers compute by their fast forward inside, recomputed activations included.
+
+    Args:
+        keys_T: of the batch's tokens; without them nothing can be dropped.
+        seed, step: what else decides what is dropped.
+    """
+    for number, (layer, forward) in enumerate(layers.items()):
+        draw = None if keys_T is None else Draw(seed, step, number, keys_T)
+        layer.forward = functools.partial(forward, draw=draw)
     try:
         yield
     finally:

@@ -7,9 +7,10 @@ does    each stretch of queries meets the stretches of keys that it sees, one ke
 output  (1, T, H, D) as the interface wants it
 who     route.py switches a model to it for the length of a step, after it was proved on the model
 
-Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py),
-FlexAttention on CUDA. On CPU soft caps, and anywhere
-attention sinks, attention dropout and other devices, take a softmax written out, node by node.
+Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py), its
+variable-length flash attention on CUDA (cuda/varlen.py), and FlexAttention for what that does not
+take. On CPU soft caps and attention sinks, and anywhere attention dropout and other devices, take a
+softmax written out, node by node.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from truetune.compute import private
+from truetune.compute.cuda.copies import sent
+from truetune.compute.cuda.varlen import fits, varlen
 from truetune.compute.gathered import Gathered, places
 from truetune.compute.layout import Layout, Meeting, visible
 from truetune.model.load import quiet
@@ -33,9 +37,6 @@ KEYWORD = "segments"
 # Queries times keys up to which torch's CPU kernel is faster backward in float32 than in bfloat16
 # (2 groups of 7 heads of width 64: at 131 x 131 in 1.9 ms for 10.5, at 512 x 512 in 56 for 46).
 SMALL = 300 * 300
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attention(
@@ -80,8 +81,10 @@ def attention(
         # Autocast would compute its products in bfloat16.
         with torch.autocast("cpu", enabled=False):
             mixed = Gathered.apply(query[0], key[0], value[0], at, scale)
-    elif plain and on_cpu:
+    elif plain and on_cpu and private.has_flash():
         mixed = _FlashMeetings.apply(query[0], key[0], value[0], layout, sliding_window, scale)
+    elif query.device.type == "cuda" and not softcap and not dropout and fits(query, key, value):
+        mixed = varlen(query, key, value, layout, sliding_window, scale, s_aux)
     elif query.device.type == "cuda" and s_aux is None and not dropout:
         from truetune.compute.flex import flex
 
@@ -129,7 +132,9 @@ class _FlashMeetings(torch.autograd.Function):
         for meeting in meetings:
             q, k, v = _parts(meeting, q_HTD, k_GTD, v_GTD)
             mask = _mask(layout, meeting, window, q.dtype)
-            out, lse = _flash(q, k, v, 0.0, meeting.kind == "causal", attn_mask=mask, scale=scale)
+            out, lse = private.flash_forward(
+                q, k, v, 0.0, meeting.kind == "causal", attn_mask=mask, scale=scale
+            )
             out_HLD, lse_HL1 = _rows(out, meeting), _rows(lse[..., None], meeting)
             span = meeting.queries
             if single:
@@ -158,7 +163,7 @@ class _FlashMeetings(torch.autograd.Function):
             if q.shape[2] * k.shape[2] <= SMALL:
                 q, k, v, out, grad = (t.float() for t in (q, k, v, out, grad))
             mask = _mask(ctx.layout, meeting, ctx.window, q.dtype)
-            of_q, of_k, of_v = _flash_backward(
+            of_q, of_k, of_v = private.flash_backward(
                 grad,
                 q,
                 k,
@@ -282,7 +287,7 @@ def packed_arguments(layout: Layout, device: torch.device, *, mask: bool = False
     """
     # A mask of four dimensions is taken as it is: none of T x T is built.
     dummy = {} if mask else {"attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
-    positions = torch.tensor([layout.positions], device=device)
+    positions = sent(torch.tensor([layout.positions]), device)
     return {"position_ids": positions, KEYWORD: layout, **dummy}
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from truetune.compute.cuda.copies import sent
 from truetune.contract.example import SFTExample
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
-            self.ids_BT.to(device),
-            self.targets_BT.to(device),
-            self.supervised_BT.to(device),
+            sent(self.ids_BT, device),
+            sent(self.targets_BT, device),
+            sent(self.supervised_BT, device),
             self.rows,
             self.num_tokens,
             self.num_supervised,

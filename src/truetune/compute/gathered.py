@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from truetune.compute.layout import MOST_KEYS, Layout
+from truetune.compute.private import softmax_backward, without_modes
 
 # Pairs of query and key that a kernel's call costs, forward and backward (docs/log.md).
 _CALL = 8000
@@ -49,7 +49,7 @@ def places(layout: Layout, window: int | None, heads: int, groups: int) -> Place
     key = "gathered", window, heads, groups
     if key not in layout.made:
         # A model without numbers is computed inside a mode; its indices have numbers all the same.
-        with _disable_current_modes():
+        with without_modes():
             pays = _pays(layout, window)
             layout.made[key] = _places(layout, window, heads, groups) if pays else None
     found: Places | None = layout.made[key]
@@ -135,7 +135,7 @@ class Gathered(torch.autograd.Function):
         length, _, width = grad_THD.shape
         grad = _taken(grad_THD, at.queries, len(at.unseen))
         of_p = torch.bmm(grad, v.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scale)
+        of_scores = softmax_backward(of_p, p).mul_(ctx.scale)
         of_q = torch.bmm(of_scores, k).view(-1, width).index_select(0, at.back)
 
         def summed(rows: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,44 @@ class Tail:
         return grad if self.scale == 1 else grad.mul_(self.scale)
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """Rows of a head's weight that stand elsewhere, and are trained there (new tokens).
+
+    Attributes:
+        ids_M: int64, which rows of the weight they stand for.
+        rows_MD: what is there instead.
+    """
+
+    ids_M: torch.Tensor
+    rows_MD: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What an output head multiplies by: weight (V, D), bias (V,), rows that stand elsewhere."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    replaced: Replaced | None = None
+
+
+def matrix_of(head: Any) -> Matrix | None:
+    """A head's own; None where its weight is made anew at each access, and would get a gradient of
+    the whole table."""
+    layer = getattr(head, "token_adapter", head)
+    replaced = getattr(layer, "replaced_rows", None)
+    if replaced is not None:
+        # Rows of new tokens over a table: the table itself has another module.
+        found = replaced()
+        base = layer.get_base_layer()
+        return found and Matrix(base.weight, getattr(base, "bias", None), Replaced(*found))
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, torch.Tensor) or head.weight is not weight:
+        return None
+    return Matrix(weight, getattr(head, "bias", None))
+
+
 class SupervisedHead:
     """A model's output head, asked for supervised positions only.
 
@@ -63,9 +101,10 @@ class SupervisedHead:
 
     def buffer_bytes(self, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
         """Of the fused loss: a chunk of logits; a batch of few targets takes less."""
-        if self.tail is None:
+        matrix = matrix_of(self.module)
+        if self.tail is None or matrix is None:
             return 0
-        weight: Any = self.module.weight
+        weight = matrix.weight
         with autocast():
             compute = _compute_dtype(weight)
         return _chunk_rows(len(weight), compute) * len(weight) * compute.itemsize
@@ -89,7 +128,9 @@ class SupervisedHead:
         with _taking(self.module, None) as taken:
             run()
         hidden_ND = taken[0][0].index_select(0, positions_N)
-        return fused_cross_entropy_sum(hidden_ND, self.module, self.tail, targets_N, weights_N)
+        matrix = matrix_of(self.module)
+        assert matrix is not None, "a head that has a tail has a matrix"
+        return fused_cross_entropy_sum(hidden_ND, matrix, self.tail, targets_N, weights_N)
 
 
 @contextlib.contextmanager
@@ -114,7 +155,7 @@ def _taking(
 
 def fused_cross_entropy_sum(
     hidden_ND: torch.Tensor,
-    head: torch.nn.Module,
+    matrix: Matrix,
     tail: Tail,
     targets_N: torch.Tensor,
     weights_N: torch.Tensor,
@@ -124,10 +165,18 @@ def fused_cross_entropy_sum(
     Logits exist for a chunk of positions at a time, the softmax in float32.
     """
     device, compute = hidden_ND.device.type, _compute_dtype(hidden_ND)
-    bias = getattr(head, "bias", None)
+    other = matrix.replaced
     with torch.autocast(device, enabled=False):
         loss: torch.Tensor = _Fused.apply(
-            hidden_ND, head.weight, bias, targets_N, weights_N, tail, compute
+            hidden_ND,
+            matrix.weight,
+            matrix.bias,
+            other and other.rows_MD,
+            other and other.ids_M,
+            targets_N,
+            weights_N,
+            tail,
+            compute,
         )
     return loss
 
@@ -147,13 +196,18 @@ class _Fused(torch.autograd.Function):
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         bias_V: torch.Tensor | None,
+        rows_MD: torch.Tensor | None,
+        ids_M: torch.Tensor | None,
         targets_N: torch.Tensor,
         weights_N: torch.Tensor,
         tail: Tail,
         compute: torch.dtype,
     ) -> torch.Tensor:
-        wants_h, wants_w, wants_b = ctx.needs_input_grad[:3]
+        wants_h, wants_w, wants_b, wants_r = ctx.needs_input_grad[:4]
+        wants = wants_h or wants_w or wants_b or wants_r
         w = weight_VD.to(compute)
+        r = None if rows_MD is None else rows_MD.to(compute)
+        dr = torch.zeros_like(rows_MD, dtype=torch.float32) if wants_r else None
         dh = torch.empty_like(hidden_ND, dtype=compute) if wants_h else None
         dw: torch.Tensor | None = None
         db = torch.zeros(len(weight_VD), device=w.device) if wants_b else None
@@ -164,15 +218,23 @@ class _Fused(torch.autograd.Function):
             part = slice(start, start + rows)
             h = hidden_ND[part].to(compute)
             z = torch.mm(h, w.t(), out=z_buffer[: len(h)])
+            if r is not None:
+                # Before the bias: a row stands elsewhere, its bias does not.
+                z.index_copy_(1, ids_M, h @ r.t())
             if bias_V is not None:
                 z += bias_V
-            total += _losses_to_gradients_(
-                z, targets_N[part], weights_N[part], tail, wants_h or wants_w or wants_b
-            )
+            total += _losses_to_gradients_(z, targets_N[part], weights_N[part], tail, wants)
             if db is not None:
                 db += z.sum(0, dtype=torch.float32)
+            if r is not None:
+                z_NM = z.index_select(1, ids_M)
+                z.index_fill_(1, ids_M, 0)
+                if dr is not None:
+                    dr += (z_NM.t() @ h).float()
             if dh is not None:
                 torch.mm(z, w, out=dh[part])
+                if r is not None:
+                    dh[part].addmm_(z_NM, r)
             if wants_w and dw is None:
                 dw = torch.mm(z.t(), h).float()
             elif dw is not None and compute == torch.float32:
@@ -181,8 +243,10 @@ class _Fused(torch.autograd.Function):
                 dw += z.t() @ h
         if wants_w and dw is None:
             dw = torch.zeros_like(weight_VD, dtype=torch.float32)
-        ctx.save_for_backward(dh, dw, db)
-        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        ctx.save_for_backward(dh, dw, db, dr)
+        ctx.dtypes = [
+            None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V, rows_MD)
+        ]
         return total
 
     @staticmethod
@@ -193,7 +257,7 @@ class _Fused(torch.autograd.Function):
             None if made is None else made.mul_(grad).to(dtype)
             for made, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _chunk_rows(columns: int, compute: torch.dtype) -> int:
@@ -294,10 +358,8 @@ def _is_fused_right(
     """Whether loss and gradients equal those of the model's own head and tail, for the hidden
     states and for every trained parameter, wherever it lives: an adapter on the head, or trained
     rows that it shares with the embedding, would be seen here."""
-    weight = getattr(head, "weight", None)
-    # A weight that is made anew at each access (rows of new tokens put into the table) would be
-    # copied whole and get a gradient of the whole table: its module computes it by rows.
-    if not isinstance(weight, torch.Tensor) or head.weight is not weight:
+    matrix = matrix_of(head)
+    if matrix is None:
         return False
     inputs: list[torch.Tensor] = []
 
@@ -319,7 +381,7 @@ def _is_fused_right(
     weights = torch.ones(len(targets), device=logits_NV.device)
     with torch.enable_grad():
         own = cross_entropy_sum(logits_NV, targets, weights)
-        fused = fused_cross_entropy_sum(hidden_ND[0], head, tail, targets, weights)
+        fused = fused_cross_entropy_sum(hidden_ND[0], matrix, tail, targets, weights)
         wanted = [hidden_ND, *(p for p in model.parameters() if p.requires_grad)]
         pairs = zip(
             torch.autograd.grad(own, wanted, allow_unused=True),

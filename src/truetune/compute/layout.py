@@ -128,6 +128,11 @@ class Layout:
         return self.starts[-1]
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(d + n for d, n in zip(self.depths, self.lengths, strict=True))
+
+    @cached_property
     def positions(self) -> list[int]:
         """Position of every token in its row: what rotary embeddings turn by."""
         return [
@@ -146,8 +151,7 @@ class Layout:
     def meetings(self, window: int | None = None) -> list[Meeting]:
         """All stretches that meet, for layers in which a token sees the last `window` positions,
         itself included (all where None). Every query meets some key in each of its meetings."""
-        longest = max(d + n for d, n in zip(self.depths, self.lengths, strict=True))
-        if window is not None and window >= longest:
+        if window is not None and window >= self.longest:
             window = None
         if window not in self._meetings:
             found = self._windowed(window) if window else self._unlimited()

@@ -140,8 +140,6 @@ def measured_footprint(
     """`footprint`, on the tensors that the model has."""
     import torch
 
-    from truetune.compute.alive import alive_bytes
-
     model = route.model
     was_training = model.training
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
@@ -154,10 +152,11 @@ def measured_footprint(
     try:
         with torch.random.fork_rng():
             curves = []
-            for batch in _batches(route, longest):
+            measured, batches = _measuring(route, longest)
+            for batch in batches:
                 torch.manual_seed(0)
                 model.zero_grad(set_to_none=True)
-                curves.append((batch.num_computed, *alive_bytes(route, batch, autocast)))
+                curves.append((batch.num_computed, *measured(route, batch, autocast)))
     finally:
         model.train(was_training)
         for handle in handles:
@@ -166,7 +165,7 @@ def measured_footprint(
             parameter.grad = gradient
     buffer = route.head.buffer_bytes(autocast) if route.head else 0
     held = _held(model)
-    small, large = curves
+    small, large = curves[-2:]
     moments = _fullest(_moments(small, large, buffer))
     scaled = tuple((int(fixed * held), each * held) for fixed, each in moments)
     return Footprint(scaled, apart=apart)
@@ -175,7 +174,10 @@ def measured_footprint(
 def recomputes(model: Any) -> bool:
     """Whether activations are computed twice, and gradients kept at places of their own."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return bool(getattr(inner, "is_activation_checkpointing", False))
+    # The second is its name in transformers 5.17; later ones warn where it is asked.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    name = next((name for name in names if hasattr(type(inner), name)), "")
+    return bool(getattr(inner, name, False))
 
 
 def _drop(parameter: torch.Tensor) -> None:
@@ -259,6 +261,22 @@ def foreseen_footprint(
         return measured_footprint(route, autocast, longest=longest)
 
 
+def _measuring(route: Route, longest: int) -> tuple[Any, list[PackedBatch]]:
+    """What tells a pass's bytes, and the batches to ask it of, the two that count last."""
+    from truetune.compute.alive import alive_bytes
+
+    first = next(route.model.parameters())
+    # A tensor without numbers claims to be on a device, and takes no memory there.
+    if first.device.type != "cuda" or hasattr(first, "fake_mode"):
+        return alive_bytes, _batches(route, longest)
+    from truetune.compute.cuda import footprint as cuda
+
+    if route.kind == "apart":
+        batches = _batches(route, longest)
+        return cuda.peak_bytes, [batches[0], *batches]
+    return cuda.peak_bytes, cuda.batches(longest)
+
+
 def _batches(route: Route, longest: int) -> list[PackedBatch]:
     """Two, of which the second is a little larger; one target each, so that the head's logits take
     next to nothing."""
@@ -279,10 +297,11 @@ def available_bytes(device: torch.device) -> int:
 
     0 where it cannot be known.
     """
-    import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        from truetune.compute.cuda.footprint import free_bytes
+
+        return free_bytes(device)
     limits = [_meminfo_available(), *_control_group()]
     return min((limit for limit in limits if limit), default=0)
 

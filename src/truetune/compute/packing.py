@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from truetune.compute.batch import Limits, RowStream
+from truetune.compute.cuda.copies import sent
+from truetune.compute.dropout import token_keys
 from truetune.compute.layout import MOST_KEYS, Layout
 from truetune.contract.example import SFTExample
 
@@ -43,6 +45,7 @@ class PackedBatch:
         rows: index of the example behind each row.
         num_tokens: unpadded tokens of the rows, each row whole, however much of it is shared.
         num_supervised: targets of the rows: the sum of the weights.
+        keys_T: int64, what adapters drop by, see `token_keys`.
     """
 
     ids_T: torch.Tensor
@@ -53,6 +56,7 @@ class PackedBatch:
     rows: tuple[int, ...]
     num_tokens: int
     num_supervised: int
+    keys_T: torch.Tensor | None = None
 
     @property
     def num_computed(self) -> int:
@@ -62,10 +66,11 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         return replace(
             self,
-            ids_T=self.ids_T.to(device),
-            positions_N=self.positions_N.to(device),
-            targets_N=self.targets_N.to(device),
-            weights_N=self.weights_N.to(device),
+            ids_T=sent(self.ids_T, device),
+            positions_N=sent(self.positions_N, device),
+            targets_N=sent(self.targets_N, device),
+            weights_N=sent(self.weights_N, device),
+            keys_T=None if self.keys_T is None else sent(self.keys_T, device),
         )
 
 
@@ -85,15 +90,17 @@ def pack(
     ordered = sorted(rows, key=lambda row: examples[row].ids)
     forest.grow(ordered, 0, -1)
     targets = forest.targets
+    layout = Layout(tuple(forest.lengths), tuple(forest.parents))
     return PackedBatch(
         ids_T=torch.tensor(forest.ids, dtype=torch.int64),
-        layout=Layout(tuple(forest.lengths), tuple(forest.parents)),
+        layout=layout,
         positions_N=torch.tensor([p for p, _ in targets], dtype=torch.int64),
         targets_N=torch.tensor([t for _, t in targets], dtype=torch.int64),
         weights_N=torch.tensor(list(targets.values()), dtype=torch.float32),
         rows=tuple(ordered),
         num_tokens=sum(len(examples[row].ids) for row in ordered),
         num_supervised=sum(examples[row].num_supervised for row in ordered),
+        keys_T=token_keys(forest.ids, layout),
     )
 
 

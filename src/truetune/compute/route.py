@@ -55,6 +55,8 @@ class Route:
     ) -> None:
         self.model, self.kind, self.reason, self.head = model, kind, reason, head
         self.adapters = adapters or {}
+        # What adapters drop, beside what a token is.
+        self.seed, self.step = 0, 0
 
     @contextlib.contextmanager
     def scope(self, batch: Batch | PackedBatch) -> Iterator[None]:
@@ -64,7 +66,8 @@ class Route:
             if not isinstance(batch, Batch) and self.adapters:
                 from truetune.compute.adapter import fast_adapters
 
-                stack.enter_context(fast_adapters(self.adapters))
+                drawn = {"seed": self.seed, "step": self.step}
+                stack.enter_context(fast_adapters(self.adapters, batch.keys_T, **drawn))
             if not isinstance(batch, Batch) and self.kind == "packed":
                 from truetune.compute.attention import packed_attention
 

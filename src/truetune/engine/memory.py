@@ -33,6 +33,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def give_cached_blocks_back(device: torch.device) -> None:
+    """What torch keeps of freed CUDA memory: a larger block may fit into what smaller ones took."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def get_random_state() -> list[torch.Tensor]:
     """Of the CPU, then of each CUDA device."""
     import torch

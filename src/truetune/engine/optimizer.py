@@ -67,3 +67,12 @@ def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
         return sum(p.numel() * (10 if p.element_size() == 2 else 8) for p in parameters)
     small = 4096 if name.endswith("8bit") else float("inf")
     return sum(2 * p.numel() * (1 if p.numel() >= small else p.element_size()) for p in parameters)
+
+
+def gradient_norms(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The L2 norm of each, in float32; on a GPU by a few kernels for all of them."""
+    import torch
+
+    if gradients[0].is_cuda and hasattr(torch, "_foreach_norm"):
+        return list(torch._foreach_norm(list(gradients), 2, torch.float32))
+    return [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]

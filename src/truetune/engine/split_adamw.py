@@ -15,13 +15,16 @@ holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-# Weights that exist in float32 at one time.
-_CHUNK = 2**20
+from truetune.compute.private import fused_adamw_
+
+# Weights that exist in float32 at one time: on CPU what stays in the cache, on CUDA what keeps the
+# kernels long and few (256 MB).
+_CHUNK, _CHUNK_CUDA = 2**20, 2**26
 
 
 class SplitAdamW(torch.optim.Optimizer):
@@ -52,46 +55,64 @@ class SplitAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            present = [p for p in group["params"] if p.grad is not None]
+            for pieces in _bunches(present):
+                self._update(pieces, group)
         return loss
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _update(self, pieces: Sequence[_Piece], group: dict[str, Any]) -> None:
+        wholes, gradients, means, squares, steps = [], [], [], [], []
+        parts = []
+        for parameter, part in pieces:
+            state = self._state(parameter)
+            if not part.start:
+                state["step"] += 1
+            assert parameter.grad is not None
+            weight = parameter.view(-1)[part]
+            low = state["low"].view(-1)[part] if "low" in state else None
+            whole = weight if low is None else joined(weight, low)
+            parts.append((whole, weight, low))
+            wholes.append(whole)
+            gradients.append(parameter.grad.reshape(-1)[part].to(whole.dtype))
+            means.append(state["exp_avg"].view(-1)[part])
+            squares.append(state["exp_avg_sq"].view(-1)[part])
+            steps.append(state["step"])
+        fused_adamw_(wholes, gradients, means, squares, steps, group)
+        for whole, weight, low in parts:
+            if low is not None:
+                split_(whole, weight, low)
+
+    def _state(self, parameter: torch.nn.Parameter) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
             if parameter.dtype == torch.bfloat16:
                 state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
-        state["step"] += 1
-        assert parameter.grad is not None
-        weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
-        means, squares = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        for start in range(0, weights.numel(), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            weight = weights[part]
-            split = "low" in state
-            low = state["low"].view(-1)[part] if split else weight
-            whole = joined(weight, low) if split else weight
-            torch._fused_adamw_(
-                [whole],
-                [gradients[part].to(whole.dtype)],
-                [means[part]],
-                [squares[part]],
-                [],
-                [state["step"]],
-                lr=group["lr"],
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-            if split:
-                split_(whole, weight, low)
+        return state
+
+
+_Piece = tuple[torch.nn.Parameter, slice]
+
+
+def _bunches(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[_Piece]]:
+    """Pieces of parameters that are updated in one call: together no more weights than a chunk,
+    all of one type and device."""
+    bunch: list[_Piece] = []
+    kind, filled = None, 0
+    for parameter in parameters:
+        most = _CHUNK_CUDA if parameter.is_cuda else _CHUNK
+        for start in range(0, parameter.numel(), most):
+            part = slice(start, min(start + most, parameter.numel()))
+            size = part.stop - start
+            if bunch and (filled + size > most or kind != (parameter.dtype, parameter.device)):
+                yield bunch
+                bunch, filled = [], 0
+            bunch.append((parameter, part))
+            kind, filled = (parameter.dtype, parameter.device), filled + size
+    if bunch:
+        yield bunch
 
 
 def joined(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:

@@ -39,12 +39,13 @@ from truetune.compute.route import transformers_model
 from truetune.contract.example import SFTExample
 from truetune.engine.memory import (
     get_random_state,
+    give_cached_blocks_back,
     is_out_of_memory,
     keep_freed_pages,
     keep_gradients_apart,
     set_random_state,
 )
-from truetune.engine.optimizer import build_optimizer, optimizer_bytes
+from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer_bytes
 from truetune.engine.parallel import Group
 from truetune.engine.schedule import SchedulerType, learning_rate
 from truetune.errors import NonFiniteLoss, OutOfMemory
@@ -84,7 +85,7 @@ class SFTTrainer:
         eval_every: steps between evaluations in `train`; the last step is always evaluated.
         eval_iters: at most so many batches per evaluation, in order; 0 for all.
         log_every: steps between entries of the history; the last step always has one.
-        seed: of the row order.
+        seed: of the row order, and of what adapters drop where rows are packed.
         micro_batch_size: most rows per forward pass; the step is the same whatever it is.
         micro_batch_tokens: most tokens per forward pass of packed rows; a longer row goes alone.
             None: 1,024 on CPU, where more brings no speed, 16,384 elsewhere, and fewer where an
@@ -180,6 +181,7 @@ class SFTTrainer:
         if self.device.type == "cpu":
             keep_freed_pages()
         self.route = find_route(model, longest=max_seq_len, packing=packing)
+        self.route.seed = seed
         if batcher is None:
             order = _order(examples, batch_size, tokens_per_step, seed, epochs)
             if order.num_steps is not None and order.num_steps < max_steps:
@@ -241,6 +243,7 @@ class SFTTrainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
+            give_cached_blocks_back(self.device)
             return Limits(rows, usual, usual)  # the first step tells it, with its row
         if too_much and self._recompute(longest):
             del self.footprint
@@ -300,8 +303,8 @@ class SFTTrainer:
             self.group.same_start_([p for _, p in self.named_trainable])
             self._alike = True
         lr = self.lr()
-        loss, (rows, num_tokens, num_supervised) = self._fetch_and_backward()
-        grad_norm = self._clip()
+        summed, (rows, num_tokens, num_supervised) = self._fetch_and_backward()
+        loss, grad_norm = self._clip(summed)
 
         def facts(seconds: float) -> StepFacts:
             return StepFacts(
@@ -319,9 +322,9 @@ class SFTTrainer:
             self.on_step(done)
         return done
 
-    def _fetch_and_backward(self) -> tuple[float, tuple[tuple[int, ...], int, int]]:
-        """The step's loss, and its rows, tokens and supervised tokens, of all processes;
-        gradients in place; on limits that memory allows."""
+    def _fetch_and_backward(self) -> tuple[torch.Tensor, tuple[tuple[int, ...], int, int]]:
+        """This process's part of the step's loss, where the model is; rows, tokens and supervised
+        tokens of all processes; gradients in place; on limits that memory allows."""
         batches = self.batcher.micro_batches(self.step)
         counted = self._counted(batches)
         while True:
@@ -337,10 +340,11 @@ class SFTTrainer:
                 failed = error.with_traceback(None)
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(random_state)
+            give_cached_blocks_back(self.device)
             self._lower_limits(failed)
             batches = self.batcher.micro_batches(self.step)
         self.group.sum_gradients([p for _, p in self.named_trainable])
-        return self.group.sum_numbers(loss)[0], counted
+        return loss, counted
 
     def _counted(self, batches: Sequence[Batch | PackedBatch]) -> tuple[tuple[int, ...], int, int]:
         """Rows, tokens and supervised tokens of a step, over all processes."""
@@ -383,14 +387,17 @@ class SFTTrainer:
                 )
             )
 
-    def _backward(self, batches: Sequence[Batch | PackedBatch], num_supervised: int) -> float:
+    def _backward(
+        self, batches: Sequence[Batch | PackedBatch], num_supervised: int
+    ) -> torch.Tensor:
         self.model.train()
         # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
         # of this one.
         self.optimizer.zero_grad(set_to_none=True)
         # A step without a target divides by 1: its loss and gradients are 0, never NaN.
         num_supervised = max(num_supervised, 1)
-        total = 0.0
+        total = self._zero()
+        self.route.step = self.step
         for batch in batches:
             self._current = batch
             moved = batch.to(self.device)
@@ -398,21 +405,35 @@ class SFTTrainer:
                 with self._autocast():
                     loss = self.route.loss_sum(moved) / num_supervised
                 loss.backward()
-            total += loss.item()
+            total += loss.detach()
         return total
 
-    def _clip(self) -> float:
-        """Norm of the gradient before clipping, in float32."""
+    def _zero(self) -> torch.Tensor:
+        """Where losses are added up: on the device, which nobody waits for, as wide as it has."""
+        import torch
+
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros((), dtype=wide, device=self.device)
+
+    def _clip(self, summed: torch.Tensor) -> tuple[float, float]:
+        """The step's loss, and the norm of its gradient before clipping, in float32: the one time
+        in a step that the host waits for the device.
+
+        Args:
+            summed: this process's part of the loss.
+        """
         import torch
 
         parameters = [p for _, p in self.named_trainable if p.grad is not None]
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norms = gradient_norms(grads) if grads else [torch.zeros((), device=self.device)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        loss, grad_norm = torch.stack([summed, norm.to(summed.dtype)]).tolist()
         # Below the limit torch would multiply by 1: a pass over all gradients for nothing. A norm
         # of NaN is not below.
-        if self.grad_clip and not norm + 1e-6 <= self.grad_clip:
+        if self.grad_clip and not grad_norm + 1e-6 <= self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
-        return float(norm)
+        return self.group.sum_numbers(loss)[0], grad_norm
 
     def _ask_probes(self, facts: StepFacts) -> None:
         for probe in self.probes:
@@ -444,7 +465,7 @@ class SFTTrainer:
             raise ValueError("evaluate needs at least one example")
         was_training = self.model.training
         self.model.eval()
-        total, count = 0.0, 0.0
+        summed, count = self._zero(), 0.0
         try:
             with torch.no_grad(), self._autocast():
                 for number, batch in enumerate(self.batcher.batches(examples)):
@@ -454,11 +475,11 @@ class SFTTrainer:
                         continue
                     moved = batch.to(self.device)
                     with self.route.scope(moved):
-                        total += self.route.loss_sum(moved).item()
+                        summed += self.route.loss_sum(moved)
                     count += batch.num_supervised
         finally:
             self.model.train(was_training)
-        total, count = self.group.sum_numbers(total, count)
+        total, count = self.group.sum_numbers(summed.item(), count)
         return total / count if count else 0.0
 
     def train(self, eval_examples: Sequence[SFTExample] | None = None) -> dict[str, list[Any]]:

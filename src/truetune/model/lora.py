@@ -251,4 +251,6 @@ def enable_gradient_checkpointing(model: Any) -> None:
             fix="leave --gradient-checkpointing out",
             code="gradient-checkpointing",
         )
-    inner.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers called it so in 5.17, and warns of that name since.
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})

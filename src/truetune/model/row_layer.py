@@ -29,7 +29,7 @@ class RowLayer(TrainableTokensLayer):
         self._check_overlapping_tokens(list(active_adapters))
         out: torch.Tensor = base(x, *args, **kwargs)
         for name in active_adapters:
-            ids = torch.tensor(self.token_indices[name], device=x.device)
+            ids = self._ids(name, x.device)
             rows = self.trainable_tokens_delta[name]
             out = (
                 self._over_embedding(x, out, ids, rows)
@@ -37,6 +37,27 @@ class RowLayer(TrainableTokensLayer):
                 else _over_logits(x, out, ids, rows)
             )
         return out
+
+    def _ids(self, adapter: str, device: torch.device) -> torch.Tensor:
+        """Made once for a device: a copy to it would wait for all that it has to do."""
+        known: dict[Any, torch.Tensor] = self.__dict__.setdefault("_ids_made", {})
+        key = tuple(self.token_indices[adapter]), device
+        if key not in known:
+            ids = torch.tensor(key[0], device=device)
+            if hasattr(ids, "fake_mode"):  # made inside a mode in which nothing has numbers
+                return ids
+            known[key] = ids
+        return known[key]
+
+    def replaced_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(ids, rows) that stand in place of the table's own; None where they do not, or where
+        several adapters have some."""
+        names = list(self.active_adapters)
+        plain = type(self.base_layer) in (torch.nn.Embedding, torch.nn.Linear)
+        if self.disable_adapters or self.merged or len(names) != 1 or not plain:
+            return None
+        rows = self.trainable_tokens_delta[names[0]]
+        return self._ids(names[0], rows.device), rows
 
     def _over_embedding(
         self, ids_BT: torch.Tensor, out_BTD: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor

@@ -1,0 +1,314 @@
+"""Attention of a packed layout by a variable-length flash kernel: no mask, and nothing compiled.
+
+input   queries, keys and values of one layer, and the layout
+does    the calls of plan.py; outputs o_i with log-sum-exp l_i merge to sum_i exp(l_i - l) o_i,
+        l = log sum_i exp(l_i), in which a sink is a part without a value. With l and the merged
+        output the kernel's backward of each call gives exact gradients
+output  (T, H, D)
+who     attention.py, on CUDA, where the kernel was proved on the device first
+
+The kernel is torch's own (aten's flash attention), called directly: `varlen_attn` returns the
+log-sum-exp and does not take its merged value back.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from truetune.compute.cuda.copies import sent
+from truetune.compute.cuda.plan import Call, plan
+from truetune.compute.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """A call with its numbers on the device.
+
+    Attributes:
+        q, k: indices in the packed sequence (int64); None where they are all of it in order.
+        cum_q, cum_k: int32.
+    """
+
+    call: Call
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+    cum_q: torch.Tensor
+    cum_k: torch.Tensor
+
+
+class Kernel(Protocol):
+    """Attention of sequences side by side: q (Nq, H, D), k and v (Nk, G, D)."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Placed, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output (Nq, H, D) and the log-sum-exp (H, Nq) in float32."""
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        at: Placed,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of q, k and v, whose output and log-sum-exp may be those of more keys."""
+
+
+class Flash:
+    """torch's flash attention on CUDA, in bfloat16 and float16."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Placed, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, *_sequences(at), 0.0, at.call.causal, False, scale=scale, **_window(at)
+        )
+        return out, lse
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        at: Placed,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # The state of a dropout that there is not.
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        none = torch.empty(0, dtype=torch.uint64, device=q.device)
+        made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+        made = torch.ops.aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *_sequences(at), 0.0, at.call.causal, state, none,
+            scale=scale, **_window(at),
+        )  # fmt: skip
+        return made
+
+
+def _sequences(at: Placed) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    return at.cum_q, at.cum_k, at.call.max_q, at.call.max_k
+
+
+def _window(at: Placed) -> dict[str, int]:
+    """Keys to the left and to the right of a query's own that it sees; -1 for all."""
+    if at.call.window is None:
+        return {}
+    return {"window_size_left": at.call.window - 1, "window_size_right": 0}
+
+
+def varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Layout,
+    window: int | None,
+    scale: float,
+    sinks_H: torch.Tensor | None = None,
+    kernel: Kernel | None = None,
+) -> torch.Tensor:
+    """(T, H, D) from query (1, H, T, D), key and value (1, G, T, D).
+
+    Args:
+        sinks_H: a score per head that takes part in the softmax and has no value.
+        kernel: `Flash` where None.
+    """
+    q_THD, k_TGD, v_TGD = (t[0].transpose(0, 1) for t in (query, key, value))
+    placed = _placed(layout, window, query.device)
+    mixed: torch.Tensor = _Varlen.apply(
+        q_THD, k_TGD, v_TGD, sinks_H, placed, scale, kernel or Flash()
+    )
+    return mixed
+
+
+def _placed(layout: Layout, window: int | None, device: torch.device) -> Sequence[Placed]:
+    """Made once for all layers of a batch that have this window."""
+    key = "varlen", window, device
+    if key not in layout.made:
+        layout.made[key] = [_place(call, device) for call in plan(layout, window)]
+    placed: list[Placed] = layout.made[key]
+    return placed
+
+
+def _place(call: Call, device: torch.device) -> Placed:
+    # A causal call has the queries of every node, in order.
+    own = all(keys == (queries,) for queries, keys in zip(call.queries, call.keys, strict=True))
+
+    def numbers(values: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return sent(torch.tensor(values, dtype=dtype), device)
+
+    return Placed(
+        call,
+        None if call.causal else numbers(call.query_indices(), torch.int64),
+        None if call.causal and own else numbers(call.key_indices(), torch.int64),
+        numbers(call.cum_q, torch.int32),
+        numbers(call.cum_k, torch.int32),
+    )
+
+
+class _Varlen(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGD: torch.Tensor,
+        sinks_H: torch.Tensor | None,
+        placed: Sequence[Placed],
+        scale: float,
+        kernel: Kernel,
+    ) -> torch.Tensor:
+        first, *others = placed
+        out, lse = kernel.forward(
+            q_THD, _taken(k_TGD, first.k), _taken(v_TGD, first.k), first, scale
+        )
+        _require_shape(lse, q_THD)
+        if others or sinks_H is not None:
+            out = out.float()
+        for at in others:
+            assert at.q is not None
+            q, k, v = (_taken(t, i) for t, i in ((q_THD, at.q), (k_TGD, at.k), (v_TGD, at.k)))
+            part, part_lse = kernel.forward(q, k, v, at, scale)
+            before = lse.index_select(1, at.q)
+            total = torch.logaddexp(before, part_lse)
+            merged = out.index_select(0, at.q) * _weights(before, total)
+            merged += part * _weights(part_lse, total)
+            out.index_copy_(0, at.q, merged)
+            lse = lse.index_copy(1, at.q, total)
+        if sinks_H is not None:
+            total = torch.logaddexp(lse, sinks_H.float()[:, None])
+            out *= _weights(lse, total)
+            lse = total
+        out = out.to(q_THD.dtype)
+        ctx.save_for_backward(q_THD, k_TGD, v_TGD, sinks_H, out, lse)
+        ctx.placed, ctx.scale, ctx.kernel = placed, scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_THD, k_TGD, v_TGD, sinks_H, out_THD, lse_HT = ctx.saved_tensors
+        grad_THD = grad_THD.contiguous()
+        totals: list[torch.Tensor] = []
+        for at in ctx.placed:
+            q, out, grad = (_taken(t, at.q) for t in (q_THD, out_THD, grad_THD))
+            lse = lse_HT if at.q is None else lse_HT.index_select(1, at.q)
+            k, v = _taken(k_TGD, at.k), _taken(v_TGD, at.k)
+            parts = ctx.kernel.backward(grad, q, k, v, out, lse.contiguous(), at, ctx.scale)
+            alone = len(ctx.placed) == 1
+            if not totals:
+                totals = [
+                    part if alone and rows is None else _spread(part, rows, len(q_THD))
+                    for part, rows in zip(parts, (at.q, at.k, at.k), strict=True)
+                ]
+                continue
+            for total, part, rows in zip(totals, parts, (at.q, at.k, at.k), strict=True):
+                total.index_add_(0, rows, part.float())
+        of_sinks = None
+        if sinks_H is not None and ctx.needs_input_grad[3]:
+            # d softmax / d sink of a part without a value: minus its weight times the output.
+            of_out_TH = (grad_THD.float() * out_THD.float()).sum(-1)
+            weights_HT = (sinks_H.float()[:, None] - lse_HT).exp()
+            of_sinks = -(weights_HT * of_out_TH.t()).sum(1).to(sinks_H.dtype)
+        dq, dk, dv = (
+            total.to(own.dtype) for total, own in zip(totals, (q_THD, k_TGD, v_TGD), strict=True)
+        )
+        return dq, dk, dv, of_sinks, None, None, None
+
+
+def _taken(t_TXD: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return t_TXD if rows is None else t_TXD.index_select(0, rows)
+
+
+def _weights(lse_HN: torch.Tensor, total_HN: torch.Tensor) -> torch.Tensor:
+    """(N, H, 1): what a part counts in the whole."""
+    return (lse_HN - total_HN).exp_().t()[..., None]
+
+
+def _spread(part: torch.Tensor, rows: torch.Tensor | None, length: int) -> torch.Tensor:
+    """Gradients of rows that were taken, summed in float32 where they stand."""
+    if rows is None:
+        return part.float()
+    total = part.new_zeros((length, *part.shape[1:]), dtype=torch.float32)
+    return total.index_add_(0, rows, part.float())
+
+
+def _require_shape(lse: torch.Tensor, q_THD: torch.Tensor) -> None:
+    length, heads, _ = q_THD.shape
+    if lse.shape != (heads, length) or lse.dtype != torch.float32:
+        raise RuntimeError(
+            f"torch {torch.__version__} returns a log-sum-exp {tuple(lse.shape)} of {lse.dtype}, "
+            f"not {(heads, length)} in float32"
+        )
+
+
+# A tree with a branch of a branch, beside a row, and a window that ends inside an ancestor.
+_PROBE = Layout((37, 9, 20, 5, 12), (-1, 0, 1, 0, -1))
+_PROBE_WINDOW = 16
+
+
+def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernel takes these shapes and types on this device, and is right there: asked
+    once for each, by a small tree, forward and backward."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    width = query.shape[-1]
+    if width != value.shape[-1] or width % 8 or width > 256:
+        return False
+    if isinstance(query, FakeTensor):
+        return True  # shapes without numbers: what it takes is asked, not what it computes
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return _is_right(query.device, query.dtype, query.shape[1], key.shape[1], width)
+
+
+@functools.cache
+def _is_right(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    groups: int,
+    width: int,
+    kernel: Kernel | None = None,
+) -> bool:
+    from truetune.compute.attention import _explicit
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(count: int) -> torch.Tensor:
+        made = torch.randn(1, count, _PROBE.num_tokens, width, generator=generator)
+        return made.to(dtype).to(device)
+
+    given = [normal(heads), normal(groups), normal(groups)]
+    scale = 1 / math.sqrt(width)
+    for window in (None, _PROBE_WINDOW):
+        results = []
+        for exact in (True, False):
+            leaves = [(t.float() if exact else t).detach().requires_grad_() for t in given]
+            with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                try:
+                    if exact:
+                        q, k, v = (t[0] for t in leaves)
+                        out = _explicit(q, k, v, _PROBE, window, scale, 0.0, None, None)
+                    else:
+                        out = varlen(*leaves, _PROBE, window, scale, kernel=kernel)
+                    grads = torch.autograd.grad(out.float().square().sum(), leaves)
+                except (RuntimeError, NotImplementedError):
+                    if exact:
+                        raise
+                    return False
+            results.append([out, *grads])
+        for right, made in zip(*results, strict=True):
+            if not (made.float() - right).norm() <= 2e-2 * right.norm():
+                return False
+    return True

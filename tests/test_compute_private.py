@@ -1,0 +1,71 @@
+"""torch's private functions: those of this torch are right, and all goes on without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_families import family
+from truetune import SFTExample, SFTTrainer
+from truetune.compute import gathered, private
+
+PROBES = (private.has_flash, private._softmax_backward, private._has_fused_adamw)
+ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 30, 3)]
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    for probe in PROBES:
+        probe.cache_clear()
+    yield
+    for probe in PROBES:
+        probe.cache_clear()
+
+
+def test_this_torch_has_them_all() -> None:
+    assert private.missing() == []
+
+
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Losses over short nodes in one product, and over meetings."""
+    losses = []
+    for most in (gathered.MOST_KEYS, 0):
+        monkeypatch.setattr(gathered, "MOST_KEYS", most)
+        model = family("qwen2").bfloat16() if most else family("qwen2")
+        made = SFTTrainer(
+            model, examples=ROWS, max_seq_len=64, pad_id=0, batch_size=4, max_steps=3, max_lr=1e-3,
+            optim="adamw_bf16",
+        )  # fmt: skip
+        assert made.route.kind == "packed"
+        losses += made.train()["train_loss"]
+    return losses
+
+
+def raising(*_: Any, **__: Any) -> Any:
+    raise AttributeError("renamed")
+
+
+def test_without_them_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses to 1 % in bfloat16 and to 2e-5 in float32."""
+    usual = steps(monkeypatch)
+    for probe in PROBES:
+        probe.cache_clear()
+    for name in ("flash_forward", "flash_backward"):
+        monkeypatch.setattr(private, name, raising)
+    monkeypatch.setattr(torch, "_softmax_backward_data", raising)
+    monkeypatch.setattr(torch, "_fused_adamw_", raising)
+    without = steps(monkeypatch)
+    assert len(private.missing()) == 3
+    assert without[:3] == pytest.approx(usual[:3], rel=0.01)
+    assert without[3:] == pytest.approx(usual[3:], rel=2e-5)
+
+
+def test_one_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch._softmax_backward_data
+    monkeypatch.setattr(torch, "_softmax_backward_data", lambda *a: own(*a) * 2)
+    forward = private.flash_forward
+    monkeypatch.setattr(private, "flash_forward", lambda *a, **k: (forward(*a, **k)[0], None))
+    assert private.missing() == ["flash attention on CPU", "softmax backward"]
