@@ -230,10 +230,8 @@ def _form(name: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning and name != "typed_parts":
         made[HABITS[name].reasoning] = reasoning
     if name == "typed_parts":
-        parts: Row = [{"type": "thinking", "thinking": reasoning}] if reasoning else []
-        # A part without text is left out beside another.
-        parts += [{"type": "text", "text": made["content"]}] if made["content"] or not parts else []
-        made["content"] = parts
+        # A client sends back a field, of which this template writes nothing.
+        made["content"] = [{"type": "text", "text": made["content"]}]
     if name == "string_arguments":
         made["tool_calls"] = [
             {

@@ -59,6 +59,7 @@ class ArgumentSearch:
         )
         hybrid = plain and not contract.behaviour().closed
         best, best_refused = contract.template_kwargs, _num_refused(trial, sample, loss_on)
+        kept = trial.encoder.kept
         for kwargs in self._candidates() if best_refused or hybrid else []:
             candidate = replace(trial, template_kwargs={**contract.template_kwargs, **kwargs})
             # A row without reasoning takes the form in which the template does not think.
@@ -67,7 +68,11 @@ class ArgumentSearch:
                 continue
             refused = _num_refused(candidate, sample, loss_on)
             if refused < best_refused or (switched_off and not refused):
-                best, best_refused = candidate.template_kwargs, refused
+                best, best_refused, kept = (
+                    candidate.template_kwargs,
+                    refused,
+                    candidate.encoder.kept,
+                )
                 hybrid = hybrid and not switched_off
             if best_refused == 0 and not hybrid:
                 break
@@ -82,7 +87,10 @@ class ArgumentSearch:
             why="without it the template adds or drops something in the answers",
             fix="nothing to do: it is written into the saved template as its default",
         )
-        return replace(contract, template_kwargs=best, findings=(*contract.findings, note))
+        made = replace(contract, template_kwargs=best, findings=(*contract.findings, note))
+        if trial is contract:
+            made.encoder.kept |= kept
+        return made
 
     def advise(
         self,

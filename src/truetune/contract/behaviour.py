@@ -18,6 +18,7 @@ from typing import Any
 
 from truetune.contract.render import Job, Rendered, Renderer
 from truetune.contract.shape import (
+    FIELDS,
     PART_KEYS,
     ROUTES,
     Markers,
@@ -377,9 +378,10 @@ def _stable(probe: _Probe) -> bool:
 
 def _history_differs(probe: _Probe, routes: Sequence[str]) -> bool:
     thought = answer(reasoning_content=R)
+    field = next((route for route in routes if route in FIELDS), "reasoning_content")
     asked, parsed, *whole = probe.texts(
         ([user()], "none", True, False),
-        ([user(), thought, user(Q2)], "reasoning_content", True, False),
+        ([user(), thought, user(Q2)], field, True, False),
         *(([user(), thought], route, False, False) for route in routes[:1]),
     )
     if not (parsed and whole and whole[0].startswith(asked)):

@@ -22,7 +22,7 @@ from truetune.contract.encode import LOSS_ON, Encoded, LossOn
 from truetune.contract.encoder import Encoder, Refused
 from truetune.contract.policy import Policy
 from truetune.contract.render import Renderer
-from truetune.contract.shape import shown
+from truetune.contract.shape import FIELDS, shown
 from truetune.contract.source import template_source, with_defaults
 from truetune.contract.stops import own_stop_ids, stop_set
 from truetune.contract.tokens import Tokens
@@ -214,11 +214,13 @@ class PromptContract:
     def past(self, messages: Sequence[dict[str, Any]], seen: Behaviour) -> list[dict[str, Any]]:
         """Prepared messages as a server gets them from a client that sends back what it received.
 
-        A server with a reasoning parser gave it `reasoning_content`, and that is what comes back;
-        whether the template writes it is the template's affair. Reasoning that the run trains
-        between markers of its own (`--reasoning inline`) comes back inside the content.
+        A server with a reasoning parser gave it the reasoning in a field, and hands the field that
+        comes back to the template by the usual names; whether the template writes it is the
+        template's affair. Reasoning that the run trains between markers of its own (`--reasoning
+        inline`) comes back inside the content.
         """
-        route = "inline" if self.policy.reasoning == "inline" else "reasoning_content"
+        route = next((r for r in seen.routes if r in FIELDS), "reasoning_content")
+        route = "inline" if self.policy.reasoning == "inline" else route
         return shown(messages, seen.shape, route, self.policy.markers(seen))
 
     def prompt_ids(

@@ -144,7 +144,7 @@ def complete(
     elif ends.own is not None and ends.bare and not message.get("tool_calls"):
         ids, remarks = [*ids, ends.own], [*remarks, "stop-appended"]
     else:
-        error = _unstopped(text.turn, written, stop_ids, tokens)
+        error = _unstopped(text.number, written, stop_ids, tokens)
     body = ids if error else ids[:-1]
     stop = "" if error else tokens.decode(ids[-1:])
     return Completion(
@@ -166,6 +166,8 @@ def assemble(
     shared: list[int] = []
     turns: list[list[int]] = []
     reasons: list[str] = []
+    # Per example the length that it has in common with the last one.
+    common: list[int] = []
     for completion in completions:
         prompt, ids = completion.prompt, [*completion.prompt, *completion.ids]
         last = examples[-1].ids if examples else []
@@ -174,16 +176,23 @@ def assemble(
             mask = [*examples[-1].mask, *context, *([1] * len(completion.ids))]
             examples[-1] = SFTExample(ids, mask)
             turns[-1].append(completion.text.turn)
+            common[-1] = len(ids)
             continue
-        common = [common_prefix(example.ids, ids) for example in examples]
+        now = common_prefix(last, ids)
+        # What leaves the last one earlier than the new one does leaves both in one place.
+        common = [
+            common_prefix(example.ids, ids) if before == now else min(before, now)
+            for example, before in zip(examples, common, strict=True)
+        ]
         best = max(range(len(common)), key=lambda i: (common[i], i), default=None)
         parents.append(best)
         shared.append(0 if best is None else common[best])
         reasons.append(
-            "" if best is None else _rewriting(completion.text.turn, last, prompt, tokens)
+            "" if best is None else _rewriting(completion.text.number, last, prompt, tokens)
         )
         mask = [0] * len(prompt) + [1] * len(completion.ids)
         examples.append(SFTExample(ids, mask))
+        common.append(len(ids))
         turns.append([completion.text.turn])
     if loss_on == "all":
         # A shared prefix is a target in the branch that it comes from, once.

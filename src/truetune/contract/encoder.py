@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 CHUNK = 256
 """Rows rendered together."""
 
+# Messages from which a row is not encoded twice: its prompts grow with its square.
+_LONG_ROW = 20
+
 # Refusals that another route for the reasoning may mend.
 _ROUTE_ERRORS = frozenset(
     {
@@ -113,6 +116,8 @@ class Encoder:
         self.contract = contract
         self.policy, self.renderer = contract.policy, contract.renderer
         self._proof = Proof(contract.tokens)
+        # Rows that were encoded while template arguments were chosen.
+        self.kept: dict[tuple[str, str], tuple[Conversation, Encoded | Refused]] = {}
 
     def batches(
         self, conversations: Sequence[Conversation], loss_on: LossOn
@@ -131,8 +136,12 @@ class Encoder:
     def few(
         self, conversations: Sequence[Conversation], loss_on: LossOn
     ) -> list[Encoded | Refused]:
-        """The same in one batch, in this thread."""
-        return self._finish(*self._begin(conversations, loss_on, None), loss_on)
+        """The same in one batch, in this thread; long rows are remembered."""
+        made = self._finish(*self._begin(conversations, loss_on, None), loss_on)
+        for conversation, result in zip(conversations, made, strict=True):
+            if len(conversation.messages) >= _LONG_ROW:
+                self.kept[loss_on, conversation.where] = conversation, result
+        return made
 
     def _begin(
         self,
@@ -144,6 +153,10 @@ class Encoder:
         them."""
         results: list[Encoded | Refused | _Row] = []
         for conversation in conversations:
+            known = self.kept.get((loss_on, conversation.where))
+            if known and known[0] == conversation:
+                results.append(known[1])
+                continue
             try:
                 if conversation.text is not None:
                     results.append(self._encode_text(conversation))
@@ -216,8 +229,7 @@ class Encoder:
         for row in rows:
             if not row.texts:
                 continue
-            # Merged turns are counted as the row counts them.
-            merged = len(row.conversation.messages) - len(row.messages)
+            merged = _merged(row)
             try:
                 encoded = assemble(
                     [self._proved(row, completion) for completion in row.completions],
@@ -302,12 +314,13 @@ class Encoder:
         turn before it, and only the last turn is rendered for itself.
         """
         row.texts = []
+        plain = row.plain
         tools, kwargs = row.conversation.tools, row.conversation.template_kwargs
         jobs = []
         for turn in row.turns:
             before = self.contract.past(row.history[:turn], row.behaviour)
             jobs.append(Job(before, tools, prompt=True, arguments=kwargs))
-            if row.plain and turn != row.turns[-1]:
+            if plain and turn != row.turns[-1]:
                 continue
             jobs.append(self._through(row, turn, row.messages[turn]))
         return jobs
@@ -335,10 +348,12 @@ class Encoder:
             pairs = list(itertools.pairwise(texts))
         else:
             pairs = list(zip(texts[::2], texts[1::2], strict=True))
-        return [
+        made = [
             derive(turn, row.messages[turn], row.history[turn - 1], prompt, through, situation)
             for turn, (prompt, through) in zip(row.turns, pairs, strict=True)
         ]
+        merged = situation.merged
+        return [replace(text, merged=merged) for text in made] if merged else made
 
     def _situation(self, row: _Row) -> Situation:
         return Situation(
@@ -346,6 +361,7 @@ class Encoder:
             row.route,
             self.policy.markers(row.behaviour),
             self.policy.reasoning == "empty",
+            _merged(row),
             lambda: self.contract.arguments.is_switched(row.conversation.template_kwargs),
         )
 
@@ -376,6 +392,11 @@ class Encoder:
         tail = self.contract.behaviour().answer_end[0]
         ids = self.contract.tokens.encode([tail])[0] if tail else []
         return any(token in self.contract.stop_ids for token in ids)
+
+
+def _merged(row: _Row) -> int:
+    """How many messages a system turn that became part of a question leaves less."""
+    return len(row.conversation.messages) - len(row.messages)
 
 
 def _failed(row: _Row, error: UnfaithfulTemplate) -> None:

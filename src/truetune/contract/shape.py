@@ -20,7 +20,7 @@ from truetune.errors import UnfaithfulTemplate
 Message = dict[str, Any]
 # Reasoning that the row's message carries in no other form: the completion is composed.
 COMPOSED = ("opened", "filled", "inline")
-_FIELDS = ("reasoning_content", "reasoning", "thinking")
+FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def canonical(message: Mapping[str, Any]) -> Message:
             code="unknown-role",
         )
     made = {key: value for key, value in message.items() if value is not None}
-    reasoning = [made.pop(name) for name in _FIELDS if made.get(name)]
+    reasoning = [made.pop(name) for name in FIELDS if made.get(name)]
     content = made.get("content", "")
     if not isinstance(content, str):
         try:
@@ -217,7 +217,7 @@ def field_route(name: str) -> str:
 
 # In the order in which they are tried.
 _ROUTES: dict[str, Callable[[Message, str, Markers], Message]] = {
-    **{name: _field(name) for name in _FIELDS},
+    **{name: _field(name) for name in FIELDS},
     "thinking part": _part("thinking", "thinking", nested=False),
     "thinking part of parts": _part("thinking", "thinking", nested=True),
     "reasoning part": _part("reasoning", "reasoning", nested=False),

@@ -7,6 +7,7 @@ first token of a text specially.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -18,6 +19,8 @@ _ANCHORS = ("\n", ":", ".", "a", "0", "<", "|")
 # Prompt tokens kept in front of a completion when it is decoded: enough to complete a character.
 _CONTEXT = 8
 _MOST_CONTEXTS = 10_000
+# Characters of a prompt from which it is cut at each of its splitting tokens.
+_LONG = 4_000
 
 
 class Tokens:
@@ -52,14 +55,29 @@ class Tokens:
         Where the tokenizer splits at the last special token of the prompt, what stands before it is
         encoded once for both.
         """
-        parts: dict[str, tuple[str, str]] = {}
+        parts: dict[str, list[str]] = {}
         for prompt, through in pairs:
+            if len(prompt) > _LONG and self._splitting is not None:
+                # Many turns have most of their text in common: each piece is encoded once.
+                for text in (prompt, through):
+                    if text not in parts:
+                        parts[text] = self._pieces(text)
+                continue
             cut = self._cut(prompt) if through.startswith(prompt) else 0
-            parts.setdefault(prompt, (prompt[:cut], prompt[cut:]))
-            parts.setdefault(through, (through[:cut], through[cut:]))
-        pieces = dict.fromkeys(piece for pair in parts.values() for piece in pair if piece)
+            parts.setdefault(prompt, [prompt[:cut], prompt[cut:]])
+            parts.setdefault(through, [through[:cut], through[cut:]])
+        pieces = dict.fromkeys(piece for some in parts.values() for piece in some if piece)
         ids_of = dict(zip(pieces, self.encode(list(pieces)), strict=True)) | {"": []}
-        return {text: ids_of[head] + ids_of[tail] for text, (head, tail) in parts.items()}
+        return {
+            text: list(itertools.chain.from_iterable(ids_of[piece] for piece in some))
+            for text, some in parts.items()
+        }
+
+    def _pieces(self, text: str) -> list[str]:
+        """A text cut behind each of its splitting tokens."""
+        assert self._splitting is not None
+        ends = [found.end() for found in self._splitting.finditer(text)]
+        return [text[a:b] for a, b in itertools.pairwise([0, *ends, len(text)])]
 
     def _cut(self, text: str) -> int:
         """Where a text may be cut: behind its last splitting token, 0 where there is none."""
@@ -206,7 +224,11 @@ class Tokens:
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Length in tokens of the longest common prefix."""
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    # Comparing slices is much faster than comparing one by one.
+    while high - low > 16:
+        middle = (low + high) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
+    return next(i for i in range(low, high) if a[i] != b[i])
