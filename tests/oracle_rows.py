@@ -224,7 +224,9 @@ def outcome(contract: PromptContract, row: Row) -> Outcome:
     tools = list(row.tools) if row.tools else None
     tokenizer = _with_template(contract)
     try:
-        fitted = contract.fit([messages], tools, loss_on=row.loss_on)  # type: ignore[arg-type]
+        fitted = contract
+        if contract.renderer.variables():  # else there is nothing to choose
+            fitted = contract.fit([messages], tools, loss_on=row.loss_on)  # type: ignore[arg-type]
         encoded = fitted.encode(messages, tools, loss_on=row.loss_on)  # type: ignore[arg-type]
     except UnfaithfulTemplate as error:
         source = str(tokenizer.chat_template)

@@ -180,7 +180,7 @@ def test_thinking_asked_for_by_hand_is_unlearned_by_plain_rows() -> None:
     assert one.ids[: len(prompt)] == prompt
     assert one.mask == [0] * len(prompt) + [1] * (len(one.ids) - len(prompt))
     assert "think" not in fitted.tokens.decode(one.ids)
-    assert fitted.encode(THOUGHT).remarks == ()
+    assert "thinking-unlearned" not in fitted.encode(THOUGHT).remarks
 
 
 DEFAULT_OFF = tiny.PLAIN.replace(

@@ -46,7 +46,7 @@ def asked(*calls: dict[str, Any], content: str = "", **more: Any) -> list[dict[s
     return [{"role": "user", "content": "Roll the dice."}, turn]
 
 
-def loaded(template: str, **arguments: Any) -> PromptContract:
+def loaded(template: str | None, **arguments: Any) -> PromptContract:
     return PromptContract.load(byte_level(), template, **arguments)
 
 
@@ -380,3 +380,40 @@ def test_messages_that_cannot_be_said_are_refused(change: dict[str, Any], code: 
     row = [{**row[0], **{k: v for k, v in row[1].items() if k == "content"}}, chat("", "b")[1]]
     if code == "invalid-text":
         assert refused(loaded(tiny.TOOLS), row).code == code
+
+
+def test_an_error_names_the_message_as_the_row_counts_it() -> None:
+    merging = loaded(tiny.PLAIN, policy=Policy(system="merge"))
+    row = chat("a", "b", "c", "d<|end|>e", system="s")
+    assert "message 4" in refused(merging, row).what
+    assert "message 3" in refused(merging, row[1:]).what
+
+
+def test_a_long_row_is_the_row_and_is_encoded_once() -> None:
+    contract = loaded(None)
+    row = chat(*(f"turn {n} of a long conversation about nothing at all" for n in range(160)))
+    fitted = contract.fit([row])
+    assert fitted.encoder.kept
+    encoded = fitted.encode(row)
+    require_equation(contract, row, encoded)
+    assert list(encoded) == list(loaded(None).encode(row))
+    assert len(encoded[0].ids) > 4_000
+    whole = contract.tokens.encode([contract.tokens.decode(encoded[0].ids)])[0]
+    assert whole == encoded[0].ids
+
+
+def test_branches_of_a_long_row_share_what_they_have_in_common() -> None:
+    contract = loaded(tiny.END_OF_TEXT)
+    row = chat(*"abcdefghijklmnop")
+    encoded = contract.encode(row)
+    require_equation(contract, row, encoded)
+    for index, parent in enumerate(encoded.parents):
+        if parent is not None:
+            best = max(common(encoded[i].ids, encoded[index].ids) for i in range(index))
+            assert encoded.shared[index] == best
+
+
+def common(a: list[int], b: list[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

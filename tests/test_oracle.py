@@ -189,7 +189,9 @@ def test_the_page_has_no_silent_row() -> None:
     body = text.removeprefix(mutant_table.INTRO)
     assert "| WRONG |" not in body
     assert "| CRASH |" not in body
-    assert body.count(" 0 silently wrong, 0 crashes.") == 3
+    made = [part for part in mutant_table.parts().values() if "\n" in part]
+    assert made
+    assert all(" 0 silently wrong, 0 crashes." in part for part in made), REMAKE
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "think_markers": (["<r>", "</r>"], "<r>,</r>"),
     "history": ("no-reasoning", "no-reasoning"),
     "merge_system": (True, "true"),
+    "template_words": ("keep", "keep"),
     "content_specials": ("error", "error"),
     "date": ("2026-11-20", "2026-11-20"),
     "lora": (True, "true"),

@@ -58,7 +58,8 @@ REFUSED: dict[str, dict[str, str]] = {
     # An empty block before every answer, and no switch.
     "Kimi-K2-Thinking": refused("target-invented", *PLAIN, "system") | UNSAFE_CALLS,
     "LFM2-8B-A1B": NO_REASONING | NO_CALLS,
-    "LFM2.5-Instruct": NO_CALLS,
+    # It cuts at the closing marker, and neither it nor its tokenizer here has the opening one.
+    "LFM2.5-Instruct": NO_REASONING | NO_CALLS,
     "MiMo-VL": NO_REASONING,
     "MiniMax-M2": THINKS,
     "NVIDIA-Nemotron-Nano-v2": THINKS,

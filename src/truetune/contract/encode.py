@@ -144,7 +144,7 @@ def complete(
     elif ends.own is not None and ends.bare and not message.get("tool_calls"):
         ids, remarks = [*ids, ends.own], [*remarks, "stop-appended"]
     else:
-        error = _unstopped(text.turn, written, stop_ids, tokens)
+        error = _unstopped(text.number, written, stop_ids, tokens)
     body = ids if error else ids[:-1]
     stop = "" if error else tokens.decode(ids[-1:])
     return Completion(
@@ -188,7 +188,7 @@ def assemble(
         parents.append(best)
         shared.append(0 if best is None else common[best])
         reasons.append(
-            "" if best is None else _rewriting(completion.text.turn, last, prompt, tokens)
+            "" if best is None else _rewriting(completion.text.number, last, prompt, tokens)
         )
         mask = [0] * len(prompt) + [1] * len(completion.ids)
         examples.append(SFTExample(ids, mask))

@@ -229,8 +229,7 @@ class Encoder:
         for row in rows:
             if not row.texts:
                 continue
-            # Merged turns are counted as the row counts them.
-            merged = len(row.conversation.messages) - len(row.messages)
+            merged = _merged(row)
             try:
                 encoded = assemble(
                     [self._proved(row, completion) for completion in row.completions],
@@ -349,10 +348,12 @@ class Encoder:
             pairs = list(itertools.pairwise(texts))
         else:
             pairs = list(zip(texts[::2], texts[1::2], strict=True))
-        return [
+        made = [
             derive(turn, row.messages[turn], row.history[turn - 1], prompt, through, situation)
             for turn, (prompt, through) in zip(row.turns, pairs, strict=True)
         ]
+        merged = situation.merged
+        return [replace(text, merged=merged) for text in made] if merged else made
 
     def _situation(self, row: _Row) -> Situation:
         return Situation(
@@ -360,6 +361,7 @@ class Encoder:
             row.route,
             self.policy.markers(row.behaviour),
             self.policy.reasoning == "empty",
+            _merged(row),
             lambda: self.contract.arguments.is_switched(row.conversation.template_kwargs),
         )
 
@@ -390,6 +392,11 @@ class Encoder:
         tail = self.contract.behaviour().answer_end[0]
         ids = self.contract.tokens.encode([tail])[0] if tail else []
         return any(token in self.contract.stop_ids for token in ids)
+
+
+def _merged(row: _Row) -> int:
+    """How many messages a system turn that became part of a question leaves less."""
+    return len(row.conversation.messages) - len(row.messages)
 
 
 def _failed(row: _Row, error: UnfaithfulTemplate) -> None:

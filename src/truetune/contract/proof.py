@@ -80,7 +80,7 @@ class Proof:
             UnfaithfulTemplate: a part is missing, repeated or elsewhere, or words stand beside
                 them.
         """
-        turn = completion.text.turn
+        turn = completion.text.number
         # Some tokenizers (GPT-2's) have one token for unknown, begin and end: at the end it is a
         # stop.
         unknown = self.tokens.unknown_id
@@ -144,7 +144,7 @@ class Proof:
         message: Mapping[str, Any],
         frame: Frame,
     ) -> list[str]:
-        turn, cut = completion.text.turn, self._cut(completion)
+        turn, cut = completion.text.number, self._cut(completion)
         spans = known.spans(completion.written, twin.leaves)
         assert spans is not None
         if known.defects:
@@ -208,7 +208,7 @@ class Proof:
                 continue
             before = str(known.pieces[number - 1]).rstrip()
             if any(before.endswith(o) and o not in content for o, _ in frame.pairs):
-                turn = completion.text.turn
+                turn = completion.text.number
                 raise UnfaithfulTemplate(
                     f"the template writes the content of message {turn} as reasoning",
                     why=f"it stands behind {excerpt(before[-40:])}: a server returns it as "
@@ -221,7 +221,7 @@ class Proof:
     def _defective(
         self, defect: Defect, twin: Twin, completion: Completion, message: Mapping[str, Any]
     ) -> UnfaithfulTemplate:
-        turn = completion.text.turn
+        turn = completion.text.number
         leaf = twin.leaves[defect.leaf] if defect.leaf is not None else None
         if defect.what == "missing":
             label = leaf.label if leaf else f"{defect.text} of a tool call"
@@ -246,7 +246,7 @@ class Proof:
     ) -> UnfaithfulTemplate:
         if not (message.get("reasoning_content") or message.get("tool_calls")):
             return self._rewritten(completion, message)
-        turn, body = completion.text.turn, completion.body
+        turn, body = completion.text.number, completion.body
         reasoning = leaf is not None and leaf.kind == "reasoning"
         return UnfaithfulTemplate(
             f"the template drops {label} of message {turn}",
@@ -262,7 +262,7 @@ class Proof:
         self, leaf: Leaf, completion: Completion, message: Mapping[str, Any]
     ) -> UnfaithfulTemplate:
         """A part of the target stands behind the stop."""
-        turn, body = completion.text.turn, completion.body
+        turn, body = completion.text.number, completion.body
         content = str(message.get("content") or "")
         if leaf.kind == "content" and completion.stop and completion.stop in content:
             return self._stop_in_answer(completion)
@@ -283,7 +283,7 @@ class Proof:
             return completion.error
         if not (message.get("reasoning_content") or message.get("tool_calls")):
             return self._rewritten(completion, message)
-        turn, body = completion.text.turn, completion.body
+        turn, body = completion.text.number, completion.body
         start = 0
         for leaf in twin_of(message, frame.marks).leaves:
             ends = [at + len(f) for f in leaf.forms if (at := body.find(f, start)) >= 0]
@@ -301,7 +301,7 @@ class Proof:
         """An answer of plain text that is another one in the completion."""
         if completion.error is not None:
             return completion.error
-        turn, body = completion.text.turn, completion.body
+        turn, body = completion.text.number, completion.body
         content = str(message.get("content") or "")
         if content.strip() and content.strip() in body:
             return _worded(turn, body.replace(content.strip(), "\u2026", 1), False, False)
@@ -316,7 +316,7 @@ class Proof:
 
     def _stop_in_answer(self, completion: Completion) -> UnfaithfulTemplate:
         return UnfaithfulTemplate(
-            f"the answer of message {completion.text.turn} contains the stop token "
+            f"the answer of message {completion.text.number} contains the stop token "
             f"{completion.stop!r}",
             why="a server would end the answer there",
             fix="take the control token out of the row",

@@ -31,6 +31,7 @@ class TurnText:
         remarks: see `Encoded.remarks`.
         lead: what was put before the answer that is not in the row: the marker of a block that is
             closed at once.
+        merged: messages that the row has before this one and its prepared form has not.
     """
 
     turn: int
@@ -38,6 +39,12 @@ class TurnText:
     through: str
     remarks: tuple[str, ...] = ()
     lead: str = ""
+    merged: int = 0
+
+    @property
+    def number(self) -> int:
+        """The index of the message as the row counts."""
+        return self.turn + self.merged
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Situation:
         markers: around composed reasoning.
         empty: whether a row without reasoning may close an opened block at once, or stand where
             the template would write an empty block.
+        merged: see `TurnText`.
         unlearn: returns whether a think switch was set by hand, so that an empty block is left out.
     """
 
@@ -57,6 +65,7 @@ class Situation:
     route: str
     markers: Markers
     empty: bool
+    merged: int
     unlearn: Callable[[], bool]
 
 
@@ -81,6 +90,7 @@ def derive(
     Raises:
         UnfaithfulTemplate: the two cannot be brought together, or an empty block would be learned.
     """
+    number = turn + situation.merged
     markers = situation.markers
     opened, closed, pair = tail_of(prompt, situation.behaviour.pairs)
     if pair and pair != (markers.open, markers.close):
@@ -88,10 +98,10 @@ def derive(
     reasoning = str(message.get("reasoning_content") or "").strip("\n")
     inline = split_reasoning(dict(message), [(markers.open, markers.close)])
     if closed and inline.get("reasoning_content"):
-        raise _off(turn, closed)
+        raise _off(number, closed)
     rest, remarks = _behind(prompt, through, opened or closed, before, message)
     if rest is None:
-        raise _diverging(turn, prompt, through)
+        raise _diverging(number, prompt, through)
     rest = _once(rest, opened, closed, markers)
     composed = situation.route in COMPOSED and bool(reasoning)
     pairs = dict.fromkeys([(markers.open, markers.close), *situation.behaviour.pairs])
@@ -101,15 +111,15 @@ def derive(
         return _joined(turn, prompt, start + reasoning + markers.close_text + rest, *remarks)
     if opened and (empty or markers.close not in rest):
         if reasoning:
-            raise _dropped(turn, opened)
+            raise _dropped(number, opened)
         if not situation.empty:
-            raise _thinks(turn, opened)
+            raise _thinks(number, opened)
         # The prompt's own line break serves; a second one would merge with it into another token.
         close = markers.close_text.lstrip("\n") if opened.endswith("\n") else markers.close_text
         made = _joined(turn, prompt, close + rest, *remarks, "reasoning-empty")
         return replace(made, lead=close)
     if empty and not reasoning and not (situation.empty or situation.unlearn()):
-        raise _invented(turn, markers)
+        raise _invented(number, markers)
     if not (reasoning or opened or closed) and (empty or situation.unlearn()):
         remarks = [*remarks, "thinking-unlearned"]
     return _joined(turn, prompt, rest, *remarks)
