@@ -49,9 +49,8 @@ def mojibake(i: int) -> Conversation:
 
 
 def accents(i: int) -> Conversation:
-    text = " \u00c9t\u00e9, na\u00efve, S\u00c3O PAULO, \u00ab \u00c2ge \u00bb, \u6f22\u5b57"
-    text += " \U0001f600"
-    text += " \u201cquoted\u201d \u2014 and so on."
+    text = " \u00c9t\u00e9, na\u00efve, S\u00c3O PAULO, \u00ab \u00c2ge \u00bb"
+    text += ", \u6f22\u5b57, \U0001f600 \u201cquoted\u201d \u2014 and so on."
     return plain(i, long(i) + text)
 
 

@@ -14,11 +14,13 @@ from test_check import CASES as RUN_CASES
 from test_check_checkpoint import ADAPTERS, MODELS
 from test_check_data import CASES as DATA_CASES
 from test_check_labels import CASES as LABEL_CASES
+from test_check_quality import CASES as QUALITY_CASES
 
 ROOMS = ("check/", "integrations/audit", "checkup.py", "rehearse.py")
 # (what brings it about, what nearly does), where a table would not do: tests by file and name.
 LABELS, AUDIT = "test_check_labels.py", "test_audit_findings.py"
 REHEARSAL, SOUND = "test_check_rehearse.py", "test_a_sound_run_rehearses_in_silence"
+RENDERER, SOFT = "test_one_renderer.py", "test_soft_prompts.py"
 ELSEWHERE: dict[str, tuple[str, str, str]] = {
     "history-not-served": (
         *(LABELS, "test_history_that_no_server_sends"),
@@ -54,6 +56,22 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
         *("test_audit.py", "test_a_collator_that_fails_is_a_finding_and_its_rows_are_judged_alone"),
         "test_a_clean_report_hands_itself_on_and_control_characters_are_shown",
     ),
+    "template-unusable": (
+        *(RENDERER, "test_an_audit_with_a_looping_template_ends_and_says_so"),
+        "test_a_template_that_comes_to_an_end_is_usable",
+    ),
+    "soft-prompt": (
+        *(SOFT, "test_a_soft_prompt_is_told_and_raises_nothing"),
+        "test_packed_rows_see_each_other_behind_a_soft_prompt",
+    ),
+    "soft-prompt-unfit": (
+        *(SOFT, "test_a_soft_prompt_on_another_base_is_an_error"),
+        "test_a_saved_soft_prompt_is_a_note",
+    ),
+    "virtual-tokens-overflow": (
+        *(SOFT, "test_rows_and_virtual_tokens_must_fit_the_context_together"),
+        "test_rows_and_virtual_tokens_must_fit_the_context_together",
+    ),
     "rehearsal-not-finite": (REHEARSAL, "test_weights_that_hold_nan", SOUND),
     "step-overshoots": (REHEARSAL, "test_a_rate_that_overshoots", SOUND),
     "weights-unmoved": (REHEARSAL, "test_what_a_rehearsal_sees", SOUND),
@@ -72,7 +90,7 @@ def test_every_code_has_its_fixture_and_its_near_miss() -> None:
         for code, modules in finding_codes().items()
         if any(module.startswith(ROOMS) for module in modules)
     }
-    tables = {**RUN_CASES, **LABEL_CASES, **DATA_CASES}
+    tables = {**RUN_CASES, **LABEL_CASES, **DATA_CASES, **QUALITY_CASES}
     assert all(bad and good for bad, good in tables.values())
     # A case of the suite has a twin; a sound model and a sound adapter raise nothing.
     named = {code for case in SABOTAGE for code in case.codes}

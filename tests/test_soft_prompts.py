@@ -85,6 +85,7 @@ def test_packed_rows_see_each_other_behind_a_soft_prompt() -> None:
         trainer = hf(tokenizer, model, dataset(rows), DataCollatorWithFlattening())
         found = _found(trainer)
         assert ("packing-not-isolated" in found) == leaks
+        assert ("soft-prompt" in found) == leaks
 
 
 def _saved(tmp_path: Path, kind: str) -> Path:

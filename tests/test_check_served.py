@@ -1,0 +1,295 @@
+"""Prompts rebuilt from ids: silent on every template whose rows are served so, in many set-ups, and
+loud where no conversation leads to what stands before an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from bench.sabotage.build import answered, chat_ids, on_answer
+from bench.sabotage.cases.served import OPENS, in_parts
+from bench.sabotage.house import House, answer, messages, question, thought
+
+import template_corpus as corpus
+from truetune import PromptContract
+from truetune.check import check_labels
+from truetune.contract import Refused
+from truetune.data.conversation import Conversation
+from truetune.findings import Finding
+
+HOUSE = House(real=False)
+# Codes that judge what stands around an answer by the template alone.
+JUDGED = frozenset(
+    {"prompt-differs", "header-supervised", "answer-hole", "stop-doubled", "template-unusable"}
+)
+N = 12
+Features = Sequence[dict[str, Any]]
+
+
+def found(rows: Features, tokenizer: Any, **more: Any) -> dict[str, Finding]:
+    return {f.code: f for f in check_labels(rows, tokenizer, **more)}
+
+
+# ------------------------------------------------------------------ sound rows of any template
+
+
+def _talks() -> list[list[dict[str, Any]]]:
+    system = {"role": "system", "content": "Be brief.\n\nAnswer in words: user, assistant."}
+    odd = "  Two spaces, a tab\t, and\n\n<b>bold</b> [INST] user: assistant\n1. one\n"
+    one: list[list[dict[str, Any]]] = [messages(i) for i in range(3)]
+    three = [messages(i, turns=3) for i in range(3, 6)]
+    rest = [[system, *messages(i, turns=2)] for i in range(6, 9)]
+    strange = [
+        [{"role": "user", "content": odd.strip() + str(i)}, {"role": "assistant", "content": odd}]
+        for i in range(3)
+    ]
+    return [*one, *three, *rest, *strange]
+
+
+def _encoded(contract: PromptContract) -> Features:
+    """Rows whose prompts are proved to be the served ones."""
+    rows = [Conversation(tuple(talk), f"r:{i}") for i, talk in enumerate(_talks())]
+    made = [r for r in contract.fit(rows).encode_all(rows) if not isinstance(r, Refused)]
+    return [
+        {
+            "input_ids": example.ids,
+            "labels": [i if on else -100 for i, on in zip(*example, strict=True)],
+        }
+        for encoded in made
+        for example in encoded
+    ]
+
+
+@pytest.mark.parametrize("name", corpus.CONTROL)
+def test_rows_of_our_own_templates_are_as_served(name: str) -> None:
+    contract = corpus.own_contract(name)
+    rows = _encoded(contract)
+    told = found(rows, contract.tokenizer, stop_ids=contract.stop_ids)
+    assert {c: f.why for c, f in told.items() if c in JUDGED} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not corpus.OFFICIAL, reason="the shared templates are not here")
+@pytest.mark.parametrize("path", corpus.OFFICIAL, ids=lambda p: p.stem)
+def test_rows_of_published_templates_are_as_served(path: Any) -> None:
+    contract = corpus.official_contract(path)
+    rows = _encoded(contract)
+    told = found(rows, contract.tokenizer, stop_ids=contract.stop_ids)
+    assert {c: f.why for c, f in told.items() if c in JUDGED} == {}
+
+
+# ------------------------------------------------------------------ healthy set-ups
+
+
+def whole() -> tuple[Features, Any]:
+    """Loss on everything."""
+    tokenizer = HOUSE.tokenizer()
+    ids = [chat_ids(tokenizer, messages(i, turns=2)) for i in range(N)]
+    return [{"input_ids": row, "labels": row} for row in ids], tokenizer
+
+
+def system() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer()
+    said = ("", "Be brief.", "You are a pirate.\nSpeak so.")
+    talks = [[{"role": "system", "content": said[i % 3]}, *messages(i)] for i in range(N)]
+    return [on_answer(tokenizer, talk) for talk in talks], tokenizer
+
+
+def history_masked() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer()
+    return [on_answer(tokenizer, messages(i, turns=3)) for i in range(N)], tokenizer
+
+
+def apart() -> tuple[Features, Any]:
+    """Prompt and completion encoded one after the other."""
+    tokenizer = HOUSE.tokenizer()
+    rows = []
+    for i in range(N):
+        prompt = tokenizer.apply_chat_template(
+            messages(i)[:1], tokenize=False, add_generation_prompt=True
+        )
+        rows.append(in_parts(tokenizer, prompt, f"{answer(i)}<|im_end|>"))
+    return rows, tokenizer
+
+
+def padded_left() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer()
+    rows = []
+    for i in range(N):
+        row = on_answer(tokenizer, messages(i))
+        gap = 120 - len(row["input_ids"])
+        rows.append(
+            {
+                "input_ids": [tokenizer.pad_token_id] * gap + row["input_ids"],
+                "labels": [-100] * gap + row["labels"],
+                "attention_mask": [0] * gap + [1] * len(row["labels"]),
+            }
+        )
+    return rows, tokenizer
+
+
+def packed() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer()
+    rows = []
+    for i in range(N):
+        parts = [on_answer(tokenizer, messages(3 * i + k, turns=1 + k)) for k in range(3)]
+        rows.append(
+            {
+                "input_ids": [t for p in parts for t in p["input_ids"]],
+                "labels": [t for p in parts for t in p["labels"]],
+                "position_ids": [n for p in parts for n in range(len(p["labels"]))],
+            }
+        )
+    return rows, tokenizer
+
+
+def begin_token() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer("bos")
+    return [on_answer(tokenizer, messages(i, turns=2)) for i in range(N)], tokenizer
+
+
+def without_begin_token() -> tuple[Features, Any]:
+    """That is told of the begin token, and once."""
+    rows, tokenizer = begin_token()
+    return [{k: v[1:] for k, v in row.items()} for row in rows], tokenizer
+
+
+def thinking() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer("thinking")
+    talks = [messages(i, reply=thought if i % 2 else answer) for i in range(N)]
+    return [on_answer(tokenizer, talk) for talk in talks], tokenizer
+
+
+def opened() -> tuple[Features, Any]:
+    """Behind the block that the served prompt opens."""
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.chat_template = OPENS
+    rows = []
+    for i in range(N):
+        prompt = tokenizer.apply_chat_template(
+            messages(i)[:1], tokenize=False, add_generation_prompt=True
+        )
+        rows.append(
+            in_parts(tokenizer, prompt, thought(i).removeprefix("<think>\n") + "<|im_end|>")
+        )
+    return rows, tokenizer
+
+
+def dated() -> tuple[Features, Any]:
+    """Rows that were rendered on other days."""
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.chat_template = (
+        "{{- '<|im_start|>system\\nToday is ' ~ strftime_now('%d %B %Y') ~ '.<|im_end|>\\n' -}}"
+        + HOUSE.tokenizer().chat_template.partition("{%- endif -%}")[2]
+    )
+    rows = []
+    for i in range(N):
+        contract = PromptContract.load(tokenizer, date=f"2025-0{1 + i % 9}-1{i % 8}")
+        prompt = contract.prompt_text(messages(i)[:1])
+        rows.append(in_parts(tokenizer, prompt, f"{answer(i)}<|im_end|>"))
+    return rows, tokenizer
+
+
+def labels_alone() -> tuple[Features, Any]:
+    """A classification: one word an answer."""
+    tokenizer = HOUSE.tokenizer()
+    talks = [messages(i, reply=lambda k: ("yes", "no")[k % 2]) for i in range(N)]
+    return [on_answer(tokenizer, talk) for talk in talks], tokenizer
+
+
+def raw_text() -> tuple[Features, Any]:
+    tokenizer = HOUSE.tokenizer("base")
+    ids = [[*tokenizer(answer(i, words=40))["input_ids"], tokenizer.eos_token_id] for i in range(N)]
+    return [{"input_ids": row, "labels": row} for row in ids], tokenizer
+
+
+def tools_in_system() -> tuple[Features, Any]:
+    """Schemas and replies of tools in the text of turns, as some write them by hand."""
+    tokenizer = HOUSE.tokenizer()
+    head = {"role": "system", "content": '# Tools\n<tools>\n{"name": "weather"}\n</tools>'}
+    talks = []
+    for i in range(N):
+        call = {"role": "assistant", "content": '<tool_call>\n{"name": "weather"}\n</tool_call>'}
+        reply = {"role": "user", "content": "<tool_response>\nrain\n</tool_response>"}
+        talks.append([head, messages(i)[0], call, reply, {"role": "assistant", "content": "Rain."}])
+    return [on_answer(tokenizer, talk) for talk in talks], tokenizer
+
+
+def environment_masked() -> tuple[Features, Any]:
+    """What a search engine wrote into the answer has no labels."""
+    tokenizer = HOUSE.tokenizer()
+    rows = []
+    for i in range(N):
+        talk = messages(i, reply=lambda k: f"I look. INFO{question(k)}INFO {answer(k)}")
+        ids, start = answered(tokenizer, talk)
+        labels = [-100] * start + ids[start:]
+        labels[start + 8 : start + 30] = [-100] * 22
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows, tokenizer
+
+
+def tensors() -> tuple[Features, Any]:
+    rows, tokenizer = history_masked()
+    return [{k: torch.tensor(v) for k, v in row.items()} for row in rows], tokenizer
+
+
+HEALTHY: tuple[Callable[[], tuple[Features, Any]], ...] = (
+    *(whole, system, history_masked, apart, padded_left, packed, begin_token, thinking, opened),
+    *(without_begin_token, dated, labels_alone, raw_text, tools_in_system, environment_masked),
+    tensors,
+)
+
+
+@pytest.mark.parametrize("make", HEALTHY)
+def test_healthy_set_ups_are_left_in_peace(make: Callable[[], tuple[Features, Any]]) -> None:
+    rows, tokenizer = make()
+    told = found(rows, tokenizer)
+    assert {c: (f.what, f.why) for c, f in told.items() if c in JUDGED} == {}
+
+
+# ------------------------------------------------------------------ rows that are not served so
+
+
+def test_a_mark_in_some_rows_is_found_in_those() -> None:
+    tokenizer = HOUSE.tokenizer()
+    rows = []
+    for i in range(N):
+        prompt = tokenizer.apply_chat_template(
+            messages(i)[:1], tokenize=False, add_generation_prompt=True
+        )
+        prompt = prompt.replace("helpful assistant", "clumsy assistant") if i % 4 == 1 else prompt
+        prompt = prompt.replace("assistant\n", "assistant: ") if i % 4 == 3 else prompt
+        rows.append(in_parts(tokenizer, prompt, f"{answer(i)}<|im_end|>"))
+    told = found(rows, tokenizer)["prompt-differs"]
+    # Another system message is what a user may send; a colon in the header is nobody's.
+    assert told.level == "error"
+    assert [int(place.split()[-1]) for place in told.rows] == [3, 7, 11]
+    assert ": " in told.why
+
+
+def test_selected_tokens_are_a_choice() -> None:
+    """Many holes in each answer are made on purpose; one in each is not."""
+    tokenizer = HOUSE.tokenizer()
+    for times, level in ((6, "note"), (1, "error")):
+        rows = []
+        for i in range(N):
+            row = on_answer(tokenizer, messages(i, reply=lambda k: answer(k, words=60)))
+            start = next(k for k, label in enumerate(row["labels"]) if label != -100)
+            for hole in range(times):
+                row["labels"][start + 3 + 4 * hole] = -100
+            rows.append(row)
+        assert found(rows, tokenizer)["answer-hole"].level == level
+
+
+def test_a_second_end_behind_the_last_answer_is_a_note() -> None:
+    tokenizer = HOUSE.tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rows = []
+    for i in range(N):
+        row = on_answer(tokenizer, messages(i))
+        rows.append({k: [*v[:-1], end] for k, v in row.items()})
+    told = found(rows, tokenizer)
+    assert told["stop-doubled"].level == "note"
+    assert "prompt-differs" not in told
