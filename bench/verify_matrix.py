@@ -3,7 +3,6 @@
     python -m bench.verify_matrix            healthy runs: method x type x device x model x seed
     python -m bench.verify_matrix --quick    two seeds of the small models
     python -m bench.verify_matrix --tamper   each tampering, with manifest, without, by behaviour
-    ... --write                              the tables of docs/verification.md
 
 A run is trained as by `truetune train` and verified; for every fifth seed again with other kernels
 (one thread more, oneDNN off), which stands for another machine. The fresh
@@ -30,7 +29,6 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
-PAGE = HERE.parent / "docs" / "verification.md"
 sys.path.insert(0, str(TESTS))
 
 # Method to its settings; `adamw_bf16` computes in bfloat16 whatever is asked.

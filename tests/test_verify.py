@@ -97,7 +97,7 @@ def test_a_run_as_it_was_saved(place: Path, kind: str) -> None:
     assert states(verdict) == dict.fromkeys(looked_at, "passed")
     numbers = next(check.numbers for check in verdict.checks if check.name == "logits")
     assert numbers["bit_equal"]
-    assert numbers["positions"] > 100
+    assert numbers["positions"] > 64
     assert verdict.findings() == []
 
 
@@ -353,7 +353,8 @@ def test_from_the_command_line_through_a_fresh_process(
     shown = command("verify", place / "model")
     assert shown.code == 0, shown.err
     assert "passed       opens" in shown.out
-    assert "reloaded against the trained model in memory at 253 positions" in shown.out
+    assert "reloaded against the trained model in memory at" in shown.out
+    assert "positions; equal to the last bit" in shown.out
     # A process that dies, as one without memory does.
     monkeypatch.setattr(sys, "executable", "/bin/false")
     shown = command("verify", run)

@@ -47,6 +47,8 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     inside = folder and Path(folder).resolve().relative_to(run.path.resolve()).as_posix()
     if inside:
         listed = {name: f for name, f in listed.items() if name.startswith(f"{inside}/")}
+        if not listed:
+            return Check("files", "not-checked", f"{MANIFEST} lists nothing of this folder")
     missing = [name for name in listed if not run.file(name).is_file()]
     changed = [name for name in listed if name not in missing and _differs(run, name, listed[name])]
     gone = [name for name in missing if not inside and name.split("/")[0] in _MAY_GO]

@@ -213,7 +213,6 @@ def behaviour_of(contract: PromptContract) -> dict[str, Any]:
     tokenizer = contract.tokenizer
     # A call that padded or cut leaves that setting in the tokenizer; this one takes it out.
     contract.tokens.encode(["a"])
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
     added = {
         str(token): [str(entry), entry.special, entry.lstrip, entry.rstrip, entry.single_word]
         for token, entry in sorted(getattr(tokenizer, "added_tokens_decoder", {}).items())
@@ -223,7 +222,7 @@ def behaviour_of(contract: PromptContract) -> dict[str, Any]:
         "ids": ids,
         "texts": _digest([tokenizer.decode(row) for row in ids]),
         "readable": _digest([tokenizer.decode(row, skip_special_tokens=True) for row in ids]),
-        "vocabulary": _digest(tokenizer.convert_ids_to_tokens(list(range(size)))),
+        "vocabulary": _digest(sorted(tokenizer.get_vocab().items())),
         "added": _digest(added),
         "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())},
         "side": tokenizer.padding_side,

@@ -60,7 +60,8 @@ def _reread(loaded: LoadedModel, request: dict[str, Any]) -> dict[str, Any]:
     if any(max(probe.ids) >= limit for probe in probes):
         raise InputError(
             f"the model has {limit:,} rows of embedding, fewer than it was trained with",
-            code="verify-fewer-rows",
+            fix="put back the config.json and the weights that were saved",
+            code="verify-failed",
         )
     reading = read(loaded, probes, reference.top)
     machine = machine_of(loaded.device)
