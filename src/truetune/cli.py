@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from truetune import __version__, lab_verbs
+from truetune import __version__, lab_verbs, signals
 from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
 from truetune.options import canonical, own_option, with_settings
 from truetune.recipe import Recipe, make_recipe, read_recipe, recorded_recipe
@@ -509,7 +509,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] in (["train"], ["check"]):
         words = canonical(words)
     try:
-        code = app(args=words, prog_name="truetune", standalone_mode=False)
+        with signals.raised():
+            code = app(args=words, prog_name="truetune", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.stderr.write("interrupted\n")
@@ -525,9 +526,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TruetuneError as error:
         open_screen().error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, signals.Stopped) as error:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(128 + signals.number_of(error))
     except BrokenPipeError:
         sys.exit(141)
 
