@@ -20,12 +20,13 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import OutputExists, SaveError, UsageError
-from truetune.lock import Owner, hold, require_free
+from truetune.lock import Busy, Owner, hold, require_free
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -418,6 +419,22 @@ def claimed(
     )
     with run.writing(require) as dead:
         yield run, dead
+
+
+_SCRATCH = "truetune-scratch-"
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder that is gone afterwards; those that killed processes left go first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError, Busy):
+            # Without a lock it is being made. Another user's is that user's.
+            if left.lstat().st_uid == os.geteuid() and (left / LOCK).is_file():
+                with hold(left / LOCK):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder, hold(Path(folder) / LOCK):
+        yield Path(folder)
 
 
 def opened(source: str) -> str:

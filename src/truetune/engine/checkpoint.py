@@ -170,7 +170,7 @@ def last_good(folders: Sequence[Path]) -> tuple[Checkpoint | None, list[Finding]
 
 def _passed_over(error: CheckpointError, good: Checkpoint) -> Finding:
     return Finding(
-        error.code,
+        "checkpoint-damaged",
         "warning",
         f"{error.what}; the run goes on from step {good.facts['step']} instead",
         where=error.where,
