@@ -45,9 +45,11 @@ def raised() -> Iterator[None]:
         _survive_hangup(number)
         raise Stopped(number)
 
-    _raised.clear()
-    with _handling(stop, [number for number in _ENDING if number != signal.SIGINT]):
-        yield
+    try:
+        with _handling(stop, [number for number in _ENDING if number != signal.SIGINT]):
+            yield
+    finally:
+        _raised.clear()
 
 
 @contextlib.contextmanager
