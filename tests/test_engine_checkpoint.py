@@ -11,7 +11,7 @@ import torch
 
 from truetune import SFTExample, SFTTrainer
 from truetune.compute import Limits
-from truetune.engine import load_state, read_facts, save_state
+from truetune.engine import last_good, load_state, read_facts, save_state
 from truetune.engine.checkpoint import STATE_FACTS, STATE_TENSORS
 from truetune.errors import CheckpointError
 
@@ -120,11 +120,11 @@ def test_a_missing_file(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [STATE_TENSORS, "weights.pt"])
-def test_a_file_of_another_size(folder: Path, name: str) -> None:
+def test_a_file_that_was_cut_or_grew(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     for damaged in (content[:-1], content + b"\0", b""):
         (folder / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="another size") as caught:
+        with pytest.raises(CheckpointError, match="not as they were written") as caught:
             read_facts(folder)
         assert name in str(caught.value)
     (folder / name).write_bytes(content)
@@ -151,12 +151,78 @@ def test_damaged_facts(folder: Path, text: str) -> None:
         read_facts(folder)
 
 
-def test_damage_that_leaves_the_size(folder: Path) -> None:
-    content = bytearray((folder / STATE_TENSORS).read_bytes())
-    content[:12] = b"\xff" * 12
-    (folder / STATE_TENSORS).write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be used"):
+@pytest.mark.parametrize("name", [STATE_TENSORS, STATE_FACTS, "weights.pt"])
+def test_one_flipped_bit_anywhere(folder: Path, name: str) -> None:
+    content = (folder / name).read_bytes()
+    places = [
+        (at, bit) for at in range(0, len(content), max(1, len(content) // 150)) for bit in (0, 5)
+    ]
+    for at, bit in places:
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << bit
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError) as caught:
+            read_facts(folder)
+        assert caught.value.code == "checkpoint-damaged"
+    assert len(places) > 100
+    (folder / name).write_bytes(content)
+    assert read_facts(folder)["step"] == 3
+
+
+@pytest.mark.parametrize("changes", [{"step": 2}, {"run": {**RUN, "data": "b"}}, {"limits": []}])
+def test_edited_facts(folder: Path, changes: dict[str, Any]) -> None:
+    facts = json.loads((folder / STATE_FACTS).read_text())
+    (folder / STATE_FACTS).write_text(json.dumps(facts | changes))
+    with pytest.raises(CheckpointError, match=STATE_FACTS):
         load_state(trainer(model()), folder, run=RUN)
+    # The same in another layout is the same.
+    (folder / STATE_FACTS).write_text(json.dumps(facts))
+    assert read_facts(folder)["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "modeling.py", "deep/config.json"])
+def test_a_file_that_was_added(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"not written with it: {name}"):
+        read_facts(folder)
+    (folder / name).unlink()
+    # What file systems and file managers leave is none.
+    (folder / ".nfs0001").write_text("")
+    assert read_facts(folder)["step"] == 3
+
+
+def test_the_last_good_one(tmp_path: Path) -> None:
+    assert last_good([]) == (None, [])
+    made, folders = trainer(model()), []
+    for step in (1, 2, 3):
+        made.train_step()
+        folders.append(tmp_path / f"step-{step}")
+        write(made, folders[-1])
+    good, passed = last_good(folders)
+    assert good is not None
+    assert (good.folder, good.facts["step"], passed) == (folders[2], 3, [])
+    (folders[2] / "weights.pt").write_bytes(b"")
+    (folders[1] / STATE_FACTS).unlink()
+    good, passed = last_good(folders)
+    assert good is not None
+    assert (good.folder, good.facts["step"]) == (folders[0], 1)
+    assert [(f.code, f.level, f.where) for f in passed] == [
+        ("checkpoint-damaged", "warning", str(folder)) for folder in folders[:0:-1]
+    ]
+    assert all("goes on from step 1 instead" in f.what for f in passed)
+    (folders[0] / STATE_TENSORS).write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        last_good(folders)
+    assert caught.value.where == str(folders[2])
+
+
+def test_facts_that_were_checked_are_not_checked_again(folder: Path) -> None:
+    facts = read_facts(folder)
+    (folder / "weights.pt").unlink()
+    made = trainer(model())
+    load_state(made, folder, run=RUN, facts=facts)
+    assert made.step == 3
 
 
 def test_other_settings_are_named_with_both_values(folder: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from tiny_models import write_model
 from tiny_runs import Shown, command, lines, sums, write_rows
+from truetune.engine import read_facts
 from truetune.errors import Interrupted, SaveError
 from truetune.listener import Listener
 from truetune.pipeline import train
@@ -67,11 +69,25 @@ class Killer(Listener):
 
 
 class Stopper(Killer):
-    """Presses Ctrl-C there instead."""
+    """Sends a signal there instead: Ctrl-C, if nothing else is said."""
+
+    def __init__(self, at: str, number: int = signal.SIGINT) -> None:
+        super().__init__(at)
+        self.number = number
+
+    def saved(self, path: str) -> None:
+        super().saved(path)
+        if "step-" not in path:
+            self.hit("artifact", 0)
+
+    def stage(self, name: str) -> None:
+        if name == "save and read back":
+            self.hit("saving", 0)
 
     def hit(self, event: str, step: int) -> None:
         if (event, step) == (self.event, self.at):
-            os.kill(os.getpid(), signal.SIGINT)
+            self.event = "sent"
+            os.kill(os.getpid(), self.number)
 
 
 class Place:
@@ -241,6 +257,115 @@ def test_ctrl_c_saves_at_the_end_of_the_step(place: Place, tmp_path: Path) -> No
     assert without_time(run) == without_time(place.uninterrupted("lora"))
 
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    ("at", "step"),
+    [
+        ("step 3", 3),
+        ("saved 4", 4),
+        ("evaluated 4", 4),
+        ("step 6", 6),
+        ("evaluated 6", 6),
+        ("saving 0", 6),
+        ("artifact 0", 6),
+    ],
+)
+def test_every_signal_saves_wherever_it_comes(
+    place: Place, tmp_path: Path, number: int, at: str, step: int
+) -> None:
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with pytest.raises(Interrupted) as caught:
+        place.start("lora", tmp_path / "run", Stopper(at, number))
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert caught.value.exit_code == 128 + number
+    assert f"from step {step} of 6" in caught.value.fix
+    run = RunDir(tmp_path / "run")
+    assert run.checkpoints()[-1].name.endswith(str(step))
+    assert not run.finished
+    shown = resume(run.path)
+    assert (shown.code, shown.err) == (0, "")
+    assert_same(run, place.uninterrupted("lora"))
+    last, whole = (
+        json.loads(each.file("manifest.json").read_text()) for each in (run, place.whole["lora"])
+    )
+    for fact in ("train_loss", "eval_loss"):
+        assert last[fact] == whole[fact]
+
+
+def test_an_evaluation_is_broken_off(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler that has sent SIGTERM waits for seconds, an evaluation may take minutes."""
+
+    def endless(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("nobody broke it off")
+
+    monkeypatch.setattr("truetune.job.replies", endless)
+    with pytest.raises(Interrupted, match="after step 4"):
+        place.start("full", tmp_path / "run")
+    monkeypatch.undo()
+    assert resume(tmp_path / "run").code == 0
+    assert_same(RunDir(tmp_path / "run"), place.uninterrupted("full"))
+
+
+def test_a_scheduler_that_says_it_twice(place: Place, tmp_path: Path) -> None:
+    class Twice(Listener):
+        def step(self, facts: Any, plan: Any) -> None:
+            if facts.step == 3:
+                for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(os.getpid(), number)
+                    time.sleep(0.05)
+
+    with pytest.raises(Interrupted, match="after step 3") as caught:
+        place.start("lora", tmp_path / "run", Twice())
+    assert caught.value.exit_code == 143
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_before_the_first_step_leaves_nothing(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for stage in ("prepare", "load_start"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"truetune.pipeline.{stage}", lambda *_: os.kill(os.getpid(), number))
+            shown = command("train", place.model, place.data, "-o", tmp_path / "deep" / "run")
+        assert shown.code == 128 + number
+        assert "Traceback" not in shown.err
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_verify(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    words = ["train", place.model, place.data, "-o", tmp_path / "run", "--max-steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("truetune.pipeline.verify", lambda *_, **__: os.kill(os.getpid(), number))
+        shown = command(*words)
+    assert shown.code == 128 + number
+    assert "before it was verified" in shown.err
+    assert f"truetune train --resume {tmp_path / 'run'}" in shown.err
+    run = RunDir(tmp_path / "run")
+    assert not run.finished
+    assert not run.file("run.lock").exists()
+    assert resume(run.path).code == 0
+    assert run.finished
+
+
+def test_nohup_is_respected(place: Place, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = place.start("lora", tmp_path / "run", Stopper("step 3", signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert run.finished
+
+
 def test_a_second_ctrl_c_stops_at_once(place: Place, tmp_path: Path) -> None:
     class Twice(Listener):
         def step(self, facts: Any, plan: Any) -> None:
@@ -325,22 +450,99 @@ def test_a_run_whose_settings_or_rows_were_changed(place: Place, tmp_path: Path,
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == kept
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.safetensors"])
-def test_a_checkpoint_that_was_cut_off(place: Place, tmp_path: Path, name: str) -> None:
+def damage(checkpoint: Path, name: str) -> None:
+    """Turn one bit over; of the step, make another one."""
+    path = checkpoint / name
+    content = bytearray(path.read_bytes())
+    if name == "trainer_state.json":
+        content[:] = content.replace(b'"step": ', b'"step": 1')
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "trainer_state.safetensors", "trainer_state.json", "config.json"]
+)
+def test_a_damaged_checkpoint_is_passed_over(place: Place, tmp_path: Path, name: str) -> None:
     with pytest.raises(Killed):
         place.start("full", tmp_path / "run", Killer("step 5"))
-    checkpoint = RunDir(tmp_path / "run").checkpoints()[-1]
-    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-10])
-    shown = resume(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
+    assert [path.name for path in run.checkpoints()] == ["step-00000002", "step-00000004"]
+    damage(run.checkpoints()[-1], name)
+    shown = resume(run.path)
+    assert shown.code == 0
+    assert "warning[checkpoint-damaged]" in shown.out + shown.err
+    assert "goes on from step 2 instead" in shown.out + shown.err
+    found = [line for line in lines(run.file("findings.jsonl")) if line["level"] == "warning"]
+    assert "checkpoint-damaged" in [line["code"] for line in found]
+    # What is written in its place is whole again.
+    assert_same(run, place.uninterrupted("full"))
+    assert read_facts(run.checkpoints()[-1])["step"] == 4
+
+
+def test_when_all_checkpoints_are_damaged(place: Place, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        place.start("full", tmp_path / "run", Killer("step 5"))
+    run = RunDir(tmp_path / "run")
+    for checkpoint in run.checkpoints():
+        damage(checkpoint, "model.safetensors")
+    shown = resume(run.path)
     assert shown.code == 1
-    assert name in shown.err
+    assert "error[checkpoint-damaged]" in shown.err
+    assert "model.safetensors" in shown.err
+    assert len(run.checkpoints()) == 2
     # The remedy that is named works.
     assert "remove that folder" in shown.err
-    for path in checkpoint.iterdir():
-        path.unlink()
-    checkpoint.rmdir()
-    assert resume(tmp_path / "run").code == 0
-    assert_same(RunDir(tmp_path / "run"), place.uninterrupted("full"))
+    for checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint)
+    assert resume(run.path).code == 0
+    assert_same(run, place.uninterrupted("full"))
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that loses its power keeps what was flushed: every file and its folder before the
+    rename, the folder above after it."""
+    flushed: set[int] = set()
+    renamed: list[Path] = []
+    flush, move = os.fsync, {name: getattr(os, name) for name in ("rename", "replace")}
+
+    def fsync(descriptor: int) -> None:
+        flush(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+        while renamed and renamed[-1].stat().st_ino == os.fstat(descriptor).st_ino:
+            renamed.pop()
+
+    def moving(name: str) -> Any:
+        def to(source: Any, target: Any, **how: Any) -> None:
+            inside = [Path(source), *Path(source).rglob("*")]
+            if (tmp_path / "run") in Path(target).parents:
+                late = [path for path in inside if path.stat().st_ino not in flushed]
+                assert not late, f"{target} gets its name before {late} are on the disk"
+                renamed.append(Path(target).parent)
+            move[name](source, target, **how)
+
+        return to
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in move:
+        monkeypatch.setattr(os, name, moving(name))
+    run = place.start("lora", tmp_path / "run")
+    assert run.finished
+    assert renamed == []
+
+
+def test_files_have_the_mode_of_any_other(place: Place, tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            run = place.start("lora", tmp_path / f"run-{mask}")
+        finally:
+            os.umask(before)
+        files = [path for path in run.path.rglob("*") if path.is_file()]
+        assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 # A disk that fills up.

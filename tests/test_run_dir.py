@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tiny_runs import command
 from truetune import run as run_module
 from truetune.errors import OutputExists, SaveError, UsageError
 from truetune.lock import hold
-from truetune.run import RunDir, claimed, opened, sha256, write_json, write_text
+from truetune.run import RunDir, claimed, opened, scratch, sha256, write_json, write_text
 
 
 def unfinished(path: Path) -> RunDir:
@@ -414,6 +415,27 @@ def test_a_removal_that_is_killed_can_be_repeated(
                 run.make(overwrite=True)
         run.make(overwrite=True)
         assert list(run.path.iterdir()) == []
+
+
+def test_a_temporary_folder_is_swept_when_its_process_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os\nfrom truetune.run import scratch\nwith scratch():\n    os._exit(9)"
+    subprocess.run(
+        [sys.executable, "-c", code], check=False, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    (left,) = tmp_path.iterdir()
+    (left / "weights").write_text("weights")
+    working, young, other = (
+        tmp_path / name for name in ("truetune-scratch-at-work", "truetune-scratch-young", "other")
+    )
+    for folder in (working, young, other):
+        folder.mkdir()
+    at_work(working)
+    with scratch() as mine:
+        assert set(tmp_path.iterdir()) == {mine, working, young, other}
+    assert set(tmp_path.iterdir()) == {working, young, other}
 
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts need root")

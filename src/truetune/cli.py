@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from truetune import __version__, lab_verbs
+from truetune import __version__, lab_verbs, signals
 from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
 from truetune.facade import recipe_of
 from truetune.options import canonical, own_option, with_settings
@@ -460,7 +460,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] in (["train"], ["check"]):
         words = canonical(words)
     try:
-        code = app(args=words, prog_name="truetune", standalone_mode=False)
+        with signals.raised():
+            code = app(args=words, prog_name="truetune", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.stderr.write("interrupted\n")
@@ -476,9 +477,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TruetuneError as error:
         open_screen().error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, signals.Stopped) as error:
         sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        sys.exit(128 + signals.number_of(error))
     except BrokenPipeError:
         sys.exit(141)
 

@@ -14,12 +14,13 @@ TruetuneError                 1   the work failed part way; what was saved stays
 ├── OutOfMemory               1   a single row does not fit in memory; nothing was stepped
 ├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
 ├── SaveError                 1   what was written does not read back as what was trained
-├── Interrupted             130   Ctrl-C; a checkpoint was saved
+├── Interrupted             130   Ctrl-C; a checkpoint was saved (SIGTERM 143, SIGHUP 129)
 └── ToldElsewhere             1   another process of this run stopped, and tells why; its code
 """
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from truetune.findings import labelled
@@ -162,10 +163,18 @@ class SaveError(TruetuneError):
 
 
 class Interrupted(TruetuneError):
-    """The user stopped the run; the state up to the last finished step is saved."""
+    """The run was stopped from outside; the state up to the last finished step is saved.
 
-    exit_code = 130
+    Args:
+        number: the signal that stopped it.
+    """
+
+    exit_code = 128 + signal.SIGINT
     default_code = "interrupted"
+
+    def __init__(self, what: str, *, number: int = signal.SIGINT, **parts: str) -> None:
+        super().__init__(what, **parts)
+        self.exit_code = 128 + number
 
 
 class ToldElsewhere(TruetuneError):

@@ -15,6 +15,7 @@ from truetune.errors import Interrupted, NonFiniteLoss, ToldElsewhere
 from truetune.findings import Finding
 from truetune.health import StepFacts
 from truetune.job import Job, interruptible
+from truetune.signals import Stopped, number_of
 
 
 class Follower(Job):
@@ -41,13 +42,12 @@ class Follower(Job):
             ToldElsewhere: the run stopped; process 0 tells why.
         """
         try:
-            with interruptible(self.trainer):
-                self.trainer.train(self.prepared.eval_examples or None)
-        except (NonFiniteLoss, KeyboardInterrupt) as error:
-            raise ToldElsewhere(getattr(error, "exit_code", Interrupted.exit_code)) from error
-        if self.trainer.step < self.plan.max_steps:
-            self.save_checkpoint()
-            raise ToldElsewhere(Interrupted.exit_code)
+            with interruptible(self.trainer, self.group) as stop:
+                self.train(stop)
+        except (NonFiniteLoss, Interrupted) as error:
+            raise ToldElsewhere(error.exit_code) from error
+        except (KeyboardInterrupt, Stopped) as error:
+            raise ToldElsewhere(128 + number_of(error)) from error
 
     def _rewind(self) -> None:
         pass

@@ -13,8 +13,6 @@ import gc
 import os
 import shlex
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 from truetune.compare import Measured
 from truetune.contract import PromptContract
 from truetune.engine import (
+    Checkpoint,
     Group,
     SFTTrainer,
     gather_states,
@@ -56,7 +55,8 @@ from truetune.model import (
 from truetune.outcome import ROOM, Answer, Outcome, judge, mean, short_rows
 from truetune.plan import Plan
 from truetune.prepare import Prepared
-from truetune.run import STEP, RunDir, write_json, write_text
+from truetune.run import STEP, RunDir, flush_folder, write_json, write_text
+from truetune.signals import Stopped, number_of, told
 from truetune.verify import (
     VERDICT,
     Verdict,
@@ -206,7 +206,7 @@ class Job:
         self.listener.planned(self.plan, {**facts, "data": self.prepared.data})
         self.trackers.start(self.recipe.rows())
 
-    def restore(self, checkpoint: Path | None) -> None:
+    def restore(self, checkpoint: Checkpoint | None) -> None:
         """Seed a new run, or continue a checkpoint's."""
         import torch
 
@@ -214,18 +214,29 @@ class Job:
         torch.manual_seed(self.recipe.seed + self.group.rank)
         with self.group.together():
             if checkpoint:
-                load_state(self.trainer, checkpoint, run=self.identity())
+                load_state(
+                    self.trainer, checkpoint.folder, run=self.identity(), facts=checkpoint.facts
+                )
             self._rewind()
+        self._recall_loss()
         self._evaluate_again()
 
     def _rewind(self) -> None:
         self.run.rewind(self.trainer.step)
 
+    def _recall_loss(self) -> None:
+        """The loss of the step that a checkpoint was saved after: it may have been the last one."""
+        written = [line["loss"] for line in self.run.lines("metrics.jsonl") if "loss" in line]
+        if self.trainer.step and written:
+            self.last_loss = written[-1]
+
     def _evaluate_again(self) -> None:
         """A checkpoint is saved before its step is evaluated: the run may have been killed between
         the two, or between the loss and the samples."""
         step, examples = self.trainer.step, self.prepared.eval_examples
-        if not step or not examples or step % self.plan.eval_steps:
+        if not step or not examples:
+            return
+        if step % self.plan.eval_steps and step < self.plan.max_steps:
             return
         self._keep_until(step)
         self.on_eval(step, self.trainer.evaluate(examples))
@@ -264,21 +275,43 @@ class Job:
     def train_and_save(self) -> SaveReport:
         """The loop, then the artifact."""
         try:
-            with interruptible(self.trainer):
-                self.trainer.train(self.prepared.eval_examples or None)
-            if self.trainer.step < self.plan.max_steps:
-                self.save_checkpoint()
-                raise self._interrupted(f"stopped after step {self.trainer.step}; it is saved")
-            self._ask()
-            return self._save_artifact()
+            with interruptible(self.trainer, self.group) as stop:
+                self.train(stop)
+                self._ask()
+                report = self._save_artifact()
+            if stop.number is not None:
+                self._save_after_all()
+                raise self.interrupted("stopped when all steps were done", stop.number)
+            return report
         except NonFiniteLoss as error:
             self._keep_batch(error)
             raise
         except OutOfMemory as error:
             error.where = ", ".join(self.prepared.rows[row] for row in error.rows)
             raise
-        except KeyboardInterrupt:
-            raise self._interrupted("stopped at once") from None
+        except (KeyboardInterrupt, Stopped) as error:
+            raise self.interrupted("stopped at once", number_of(error)) from None
+
+    def train(self, stop: Stop) -> None:
+        """All steps.
+
+        Raises:
+            Interrupted: a signal stopped one of the processes; the last step is saved.
+        """
+        with contextlib.suppress(_BrokenOff):
+            self.trainer.train(self.prepared.eval_examples or None)
+        numbers = [number for number in self.group.gather(stop.number) if number is not None]
+        if numbers:
+            self.save_checkpoint()
+            raise self.interrupted(
+                f"stopped after step {self.trainer.step}; it is saved", numbers[0]
+            )
+
+    def _save_after_all(self) -> None:
+        """A checkpoint of the last step, where the artifact is no end yet. Of several processes the
+        others have no part in this any more; their run repeats the steps since its last one."""
+        if self.group.size == 1:
+            self.save_checkpoint()
 
     def release(self) -> None:
         """Give the weights and the optimiser back: whoever opens the artifact needs the room."""
@@ -331,7 +364,8 @@ class Job:
             self.answers,
         )
 
-    def _interrupted(self, what: str) -> Interrupted:
+    def interrupted(self, what: str, number: int) -> Interrupted:
+        """What is told when a signal ended the run."""
         saved = self.run.checkpoints()
         last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
         return Interrupted(
@@ -339,6 +373,7 @@ class Job:
             where=str(self.run.path),
             fix=f"go on from step {last} of {self.plan.max_steps} with "
             f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
+            number=number,
         )
 
     def on_step(self, facts: StepFacts) -> None:
@@ -384,9 +419,16 @@ class Job:
         partial = final.with_name(f".{final.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            save_model(self.loaded, self.contract, partial)
-            save_state(self.trainer, partial, run=self.identity(), states=states)
+            report = save_model(self.loaded, self.contract, partial)
+            save_state(
+                self.trainer,
+                partial,
+                run=self.identity(),
+                states=states,
+                hashes={file.name: file.sha256 for file in report.files},
+            )
             os.replace(partial, final)
+            flush_folder(final.parent)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, TruetuneError) or not isinstance(error, Exception):
@@ -594,23 +636,33 @@ def _replace_folder(folder: Path, fresh: Path) -> None:
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
+    flush_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+@dataclass
+class Stop:
+    """Which signal asked a run to stop, if one did."""
+
+    number: int | None = None
+
+
+class _BrokenOff(BaseException):
+    """An evaluation was: the run is asked to stop."""
+
+
 @contextlib.contextmanager
-def interruptible(trainer: SFTTrainer) -> Iterator[None]:
-    """The first Ctrl-C ends the run after its step; the second one at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
+def interruptible(trainer: SFTTrainer, group: Group) -> Iterator[Stop]:
+    """A signal ends the run after its step, or in the middle of an evaluation, which changes
+    nothing and is repeated when the run goes on; a second Ctrl-C ends it at once. Of several
+    processes none may leave an evaluation alone."""
+    stop = Stop()
 
-    def stop(*_: object) -> None:
+    def ask(number: int) -> None:
+        stop.number = number
         trainer.stop_requested = True
-        signal.signal(signal.SIGINT, before)
+        if trainer.evaluating and group.size == 1:
+            raise _BrokenOff
 
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with told(ask):
+        yield stop

@@ -57,8 +57,6 @@ class Owner:
 class Busy(UsageError):
     """Another process holds the lock."""
 
-    default_code = "run-busy"
-
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[Owner | None]:
@@ -271,7 +269,11 @@ def _busy(path: Path, owner: Owner | None, quiet: float | None = None) -> Busy:
         )
     named = f" ({owner})" if owner else ""
     return Busy(
-        f"another process is writing this run{named}", where=str(path.parent), why=why, fix=fix
+        f"another process is writing this run{named}",
+        where=str(path.parent),
+        why=why,
+        fix=fix,
+        code="run-busy",
     )
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.early import ask_early, require_settings
-from truetune.engine import Group, joined, read_facts
+from truetune.engine import Checkpoint, Group, joined, last_good
 from truetune.errors import CheckFailed, OutputExists
 from truetune.export import Exported, write_merged
 from truetune.findings import Finding
@@ -38,6 +38,7 @@ from truetune.model import Onto
 from truetune.prepare import prepare
 from truetune.recipe import Recipe
 from truetune.run import RunDir, claimed, opened, write_json
+from truetune.signals import Stopped, number_of
 from truetune.start import load_start
 from truetune.verify import VERDICT, Verdict, run_of, verify, verify_merge
 
@@ -86,19 +87,17 @@ def _started(
     run: RunDir,
     found: list[Finding],
     resumed: bool,
-) -> tuple[Job, Path | None]:
+) -> tuple[Job, Checkpoint | None]:
     """The run before its first step, and the checkpoint that it goes on from."""
     if not resumed and group.leads:
         _refuse_own_input(recipe, run)
     ask_early(recipe, with_weights=True)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
-    checkpoint = run.checkpoints()[-1] if resumed and run.checkpoints() else None
-    if checkpoint:
-        read_facts(checkpoint)
+    checkpoint, damaged = last_good(run.checkpoints()) if resumed else (None, [])
     listener.stage("loading the weights")
-    loaded, findings = load_start(prepared, checkpoint)
-    findings = [*found, *findings]
+    loaded, findings = load_start(prepared, checkpoint.folder if checkpoint else None)
+    findings = [*found, *damaged, *findings]
     if not group.leads:
         return Follower(run, prepared, loaded, listener, trackers, findings, group), checkpoint
     if not resumed:
@@ -114,22 +113,28 @@ def _started(
     return job, checkpoint
 
 
-def _lead(job: Job, checkpoint: Path | None) -> RunResult:
+def _lead(job: Job, checkpoint: Checkpoint | None) -> RunResult:
     job.restore(checkpoint)
     report = job.train_and_save()
     verdict = None
-    if job.recipe.verify:
-        job.listener.stage("verifying in a fresh process")
-        job.release()
-        verdict = verify(str(job.run.path), device=job.recipe.device)
-    result = job.finish(report, verdict)
+    try:
+        if job.recipe.verify:
+            job.listener.stage("verifying in a fresh process")
+            job.release()
+            verdict = verify(str(job.run.path), device=job.recipe.device)
+        result = job.finish(report, verdict)
+    except (KeyboardInterrupt, Stopped) as error:
+        raise job.interrupted(
+            f"stopped when {report.folder} was saved, and before it was verified",
+            number_of(error),
+        ) from None
     job.group.gather("finished")
     if verdict:
         _require_passed(verdict, "what was saved is not what was trained")
     return result
 
 
-def _follow(job: Follower, checkpoint: Path | None) -> RunResult:
+def _follow(job: Follower, checkpoint: Checkpoint | None) -> RunResult:
     job.restore(checkpoint)
     job.follow()
     job.release()

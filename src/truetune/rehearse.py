@@ -10,11 +10,9 @@ who     `truetune check MODEL DATA --rehearse`
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.check.fit import undisturbed
@@ -24,6 +22,7 @@ from truetune.errors import NonFiniteLoss, SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model import LoadedModel, load_model, save_model
 from truetune.prepare import Prepared
+from truetune.run import scratch
 from truetune.start import load_start
 
 if TYPE_CHECKING:
@@ -307,8 +306,8 @@ def _dry_save(
     numbers: dict[str, Any],
 ) -> Iterator[Finding]:
     """Save what the step left, open it again, and compare what both predict."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "dry"
+    with scratch() as folder:
+        target = folder / "dry"
         try:
             save_model(loaded, prepared.contract, target)
             again = load_model(target, device=str(loaded.device), purpose="inference")

@@ -20,12 +20,13 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import OutputExists, SaveError, UsageError
-from truetune.lock import Owner, hold, require_free
+from truetune.lock import Busy, Owner, hold, require_free
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -58,8 +59,10 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise SaveError(
             f"cannot write {path.name}: {error.strerror}",
             where=str(path),
@@ -76,6 +79,33 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settle(path: Path) -> str:
+    """Force a file that a library wrote to the disk, with the mode of any other new file
+    (safetensors lets nobody else read what it writes).
+
+    Returns:
+        Its sha256.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return sha256(path)
+
+
+def flush_folder(folder: Path) -> None:
+    """Force a folder's names to the disk: until then a rename may come undone."""
+    # Windows cannot open folders; there a rename is durable by itself.
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class RunDir:
@@ -244,13 +274,17 @@ class RunDir:
         write_text(self.path / name, text)
 
     def rewind(self, step: int) -> None:
-        """Cut the step-wise files back to a step, so that a resumed run writes no step twice, and
-        remove what a killed process left half-written."""
+        """Cut the run back to a step, so that a resumed run writes no step twice: lines of later
+        steps, checkpoints of later steps (they are damaged, or the run would have gone on from
+        them) and what a killed process left half-written."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.replace_lines(name, [v for v in self.lines(name) if v["step"] <= step])
         for folder in (self.path, self.path / CHECKPOINTS):
             for left in _unnamed(folder):
                 _remove(left)
+        for checkpoint in self.checkpoints():
+            if checkpoint > self.checkpoint_path(step):
+                _remove(checkpoint)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the manifest: every file of the run with its size and sha256. Last of all."""
@@ -386,6 +420,22 @@ def claimed(
     )
     with run.writing(require) as dead:
         yield run, dead
+
+
+_SCRATCH = "truetune-scratch-"
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A temporary folder that is gone afterwards; those that killed processes left go first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError, Busy):
+            # Without a lock it is being made. Another user's is that user's.
+            if left.lstat().st_uid == os.geteuid() and (left / LOCK).is_file():
+                with hold(left / LOCK):
+                    shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder, hold(Path(folder) / LOCK):
+        yield Path(folder)
 
 
 def opened(source: str) -> str:

@@ -2,7 +2,8 @@
 
     CHECKPOINT/  trainer_state.safetensors   optimiser moments by parameter name, random state of
                                              each process
-                 trainer_state.json          step, settings, size of every file (written last)
+                 trainer_state.json          step, settings, sha256 of every file and of itself
+                                             (written last)
                  weights, tokenizer, ...     written by the model room before
 
 The rows of a step depend on its number alone, so no data position is stored beside the step.
@@ -11,16 +12,18 @@ Nothing is pickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from truetune.compute import Limits
 from truetune.engine.memory import get_random_state, set_random_state
 from truetune.errors import CheckpointError
-from truetune.run import write_json
+from truetune.findings import Finding
+from truetune.run import settle, sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -45,53 +48,149 @@ def save_state(
     *,
     run: Mapping[str, Any],
     states: Sequence[Mapping[str, Any]] | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> None:
     """Write the trainer's state into a checkpoint that already holds the weights.
 
     Args:
         run: what must be equal when the run resumes (data, batch size, schedule...).
         states: of `gather_states`; None where there is one process.
+        hashes: sha256 by name of files that are on the disk already, as `save_model` reports them.
     """
     from safetensors.torch import save_file
 
     states = gather_states(trainer) if states is None else states
     save_file(_tensors(trainer, states), folder / STATE_TENSORS)
-    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    known = dict(hashes or {})
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": known.get(name) or settle(path)}
+        for name, path in _files(folder).items()
+    }
     limits = [state["limits"] for state in states]
-    facts = {"step": trainer.step, "run": dict(run), "limits": limits, "files": sizes}
-    write_json(folder / STATE_FACTS, facts)
+    facts = {"step": trainer.step, "run": dict(run), "limits": limits, "files": files}
+    write_json(folder / STATE_FACTS, {**facts, "sha256": _digest(facts)})
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """What a checkpoint holds beside its facts, by name; hidden files are the file system's."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    return {
+        name: path
+        for name, path in found.items()
+        if not path.is_dir() and name != STATE_FACTS and not path.name.startswith(".")
+    }
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    # As it will be read: a tuple comes back as a list.
+    text = json.dumps(json.loads(json.dumps(facts, default=str)), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Step and run of a checkpoint, its files checked by size.
+    """Step and run of a checkpoint, every byte of its files checked.
 
     Raises:
         CheckpointError: it is incomplete or damaged.
     """
     try:
         facts = json.loads((folder / STATE_FACTS).read_text(encoding="utf-8"))
-        written = {name: int(size) for name, size in facts["files"].items()}
-        sizes = {name: (folder / name).stat().st_size for name in written}
-        int(facts["step"]), dict(facts["run"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the checkpoint is incomplete: {error}",
-            where=str(folder),
-            fix="remove that folder and resume again: the checkpoint before it is used",
-        ) from error
-    damaged = sorted(name for name, size in sizes.items() if size != written[name])
-    if damaged:
-        raise CheckpointError(
-            f"files of the checkpoint have another size than when written: {', '.join(damaged)}",
-            where=str(folder),
-            why="the disk was full, or the files were changed",
-            fix="remove that folder and resume again: the checkpoint before it is used",
+        written = {name: str(file["sha256"]) for name, file in facts["files"].items()}
+        own = facts.pop("sha256")
+        int(facts["step"]), dict(facts["run"]), list(facts["limits"])
+        differing = [] if own == _digest(facts) else [STATE_FACTS]
+        there = _files(folder)
+        missing = sorted(written.keys() - there.keys())
+        differing += [
+            name
+            for name, path in there.items()
+            if name in written and sha256(path) != written[name]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(folder, f"the checkpoint is incomplete: {error}") from error
+    if missing:
+        raise _damaged(folder, f"the checkpoint is incomplete: it lacks {', '.join(missing)}")
+    if differing:
+        raise _damaged(
+            folder,
+            f"files of the checkpoint are not as they were written: {', '.join(differing)}",
+            "the disk lost or flipped something, or the files were changed",
+        )
+    if added := sorted(there.keys() - written.keys()):
+        raise _damaged(
+            folder,
+            f"the checkpoint holds files that were not written with it: {', '.join(added)}",
+            "somebody put them there, and a library might load them",
         )
     return facts
 
 
-def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> None:
+def _damaged(folder: Path, what: str, why: str = "") -> CheckpointError:
+    return CheckpointError(
+        what,
+        where=str(folder),
+        why=why,
+        fix="remove that folder and resume again: the run goes on from the checkpoint before it, "
+        "or from its start",
+        code="checkpoint-damaged",
+    )
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint whose files were checked, and its `read_facts`."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+def last_good(folders: Sequence[Path]) -> tuple[Checkpoint | None, list[Finding]]:
+    """The last of a run's checkpoints, or the one before it where that one is damaged.
+
+    Args:
+        folders: oldest first.
+
+    Returns:
+        None where there is no checkpoint; a warning for each one that is damaged.
+
+    Raises:
+        CheckpointError: all of them are.
+    """
+    damage: list[CheckpointError] = []
+    for folder in reversed(folders):
+        try:
+            good = Checkpoint(folder, read_facts(folder))
+        except CheckpointError as error:
+            damage.append(error)
+            continue
+        return good, [_passed_over(error, good) for error in damage]
+    if damage:
+        raise damage[0]
+    return None, []
+
+
+def _passed_over(error: CheckpointError, good: Checkpoint) -> Finding:
+    return Finding(
+        "checkpoint-damaged",
+        "warning",
+        f"{error.what}; the run goes on from step {good.facts['step']} instead",
+        where=error.where,
+        why=error.why or "the disk was full, or files were removed",
+        fix="nothing to do: the steps in between are computed again, to the same numbers; if it "
+        "happens again, test the disk and the memory of the machine",
+    )
+
+
+def load_state(
+    trainer: SFTTrainer,
+    folder: Path,
+    *,
+    run: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Continue where a checkpoint stopped; the model must hold its weights already.
+
+    Args:
+        facts: of `read_facts`, where the folder was checked before.
 
     Raises:
         CheckpointError: it is damaged, or belongs to a run with other data or settings.
@@ -99,7 +198,7 @@ def load_state(trainer: SFTTrainer, folder: Path, *, run: Mapping[str, Any]) -> 
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    facts = read_facts(folder)
+    facts = facts or read_facts(folder)
     # As JSON holds it: a tuple comes back as a list.
     now = json.loads(json.dumps(dict(run), default=str))
     differing = {

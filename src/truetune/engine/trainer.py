@@ -170,6 +170,8 @@ class SFTTrainer:
         self.probes = tuple(probes)
         self.on_step, self.on_eval, self.on_finding = on_step, on_eval, on_finding
         self.stop_requested = False
+        # In an evaluation of `train`: nothing changes, so it may be broken off anywhere.
+        self.evaluating = False
         self.named_trainable = [
             (name, p) for name, p in model.named_parameters() if p.requires_grad
         ]
@@ -501,11 +503,15 @@ class SFTTrainer:
                 history["lr"].append(facts.learning_rate)
                 history["grad_norm"].append(facts.grad_norm)
             if eval_examples and (last or (self.eval_every and self.step % self.eval_every == 0)):
-                loss = self.evaluate(eval_examples)
-                history["val_step"].append(self.step)
-                history["val_loss"].append(loss)
-                if self.on_eval:
-                    self.on_eval(self.step, loss)
+                self.evaluating = True
+                try:
+                    loss = self.evaluate(eval_examples)
+                    history["val_step"].append(self.step)
+                    history["val_loss"].append(loss)
+                    if self.on_eval:
+                        self.on_eval(self.step, loss)
+                finally:
+                    self.evaluating = False
         return history
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

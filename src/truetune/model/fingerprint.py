@@ -208,7 +208,7 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
         name = differing[0]
         raise ModelError(
             f"the base is not the one that the adapter was trained on: {len(differing):,} of "
-            f"{len(trained.tensors):,} weights differ",
+            f"{len(trained.tensors.keys() | found.tensors.keys()):,} weights differ",
             where=where,
             why=f"trained on  {_named(trained)}  {trained.digest[:16]}\n"
             f"found       {_named(found)}  {found.digest[:16]}\n"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from truetune.model.readback import (
 from truetune.model.source import first_line
 from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
+from truetune.run import flush_folder, settle
 
 if TYPE_CHECKING:
     import torch
@@ -108,11 +108,13 @@ def save_model(
         findings += check_prompts(contract, partial)
         check_stops(contract.stop_ids, partial)
         files = tuple(
-            _flush(path, partial) for path in sorted(partial.rglob("*")) if path.is_file()
+            SavedFile(path.relative_to(partial).as_posix(), path.stat().st_size, settle(path))
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
         )
-        _flush_folder(partial)
+        flush_folder(partial)
         partial.rename(folder)
-        _flush_folder(folder.parent)
+        flush_folder(folder.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, TruetuneError) or not isinstance(error, Exception):
@@ -261,24 +263,3 @@ def _changed(target: Any, **values: Any) -> Iterator[None]:
 def _kept(target: Any, name: str) -> Any:
     """Put an attribute back afterwards, whoever changed it."""
     return _changed(target, **{name: getattr(target, name)})
-
-
-def _flush(path: Path, root: Path) -> SavedFile:
-    """Force a file to disk, and hash it."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return SavedFile(path.relative_to(root).as_posix(), path.stat().st_size, digest.hexdigest())
-
-
-def _flush_folder(folder: Path) -> None:
-    # Windows cannot open folders; there a rename is durable by itself.
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
