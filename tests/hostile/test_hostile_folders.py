@@ -14,7 +14,7 @@ import pytest
 
 from tiny_models import edit_json, write_model
 from truetune.errors import ModelError
-from truetune.model import look_at, require_weights
+from truetune.model import ModelFacts, look_at, require_weights
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 DEEP = '{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -154,6 +154,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("whole"))
 
 
+def opened(folder: Path) -> ModelFacts:
+    facts, _ = look_at(folder)
+    require_weights(folder)
+    return facts
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_folder_is_refused(tmp_path, whole, name):
     folder = tmp_path / "model"
@@ -161,8 +167,7 @@ def test_a_hostile_folder_is_refused(tmp_path, whole, name):
     HOSTILE[name](folder)
     start = time.process_time()
     with pytest.raises(ModelError) as caught:
-        look_at(folder)
-        require_weights(folder)
+        opened(folder)
     assert time.process_time() - start < 10
     assert caught.value.what
     assert caught.value.fix
@@ -173,6 +178,4 @@ def test_a_sound_folder_passes(tmp_path, whole, name):
     folder = tmp_path / "model"
     shutil.copytree(whole, folder)
     SOUND[name](folder)
-    facts, _ = look_at(folder)
-    require_weights(folder)
-    assert facts.num_layers == 2
+    assert opened(folder).num_layers == 2

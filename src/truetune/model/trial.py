@@ -51,10 +51,16 @@ def _tried(path: Path, size: int, changed: int) -> None:
             code="model-tokenizer-hostile",
         )
 
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     # One thread: a machine of many cores would reserve the whole memory for its threads' stacks.
     single = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    process = child.start(Path(__file__), str(path), environment=single, **pipes)
+    process = child.start(
+        Path(__file__),
+        str(path),
+        environment=single,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         out, _ = process.communicate(timeout=30 * _SECONDS)
     except subprocess.TimeoutExpired:
