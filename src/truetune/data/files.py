@@ -53,6 +53,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             with _unpacked(file, path) as stream:
                 yield cast(IO[bytes], io.BufferedReader(_Bounded(stream, path), 2**20))
     except OSError as error:
+        if error.errno is None:
+            raise  # not of the file, but of a library that found something wrong in it
         raise DataError(
             f"the file cannot be read: {error.strerror or error}",
             where=str(path),

@@ -149,7 +149,7 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
                         with_nulls.append(rows[-1])
                 if limit is not None and len(rows) >= limit:
                     break
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the file cannot be read as parquet: {str(error).splitlines()[0]}",
             where=str(path),

@@ -36,6 +36,7 @@ def causal_config(files: ModelFiles) -> Any:
     raw = read_json(path)
     where = str(path)
     _require_known_type(raw, where)
+    _require_sane(raw, where)
     from transformers import AutoConfig
 
     try:
@@ -48,7 +49,67 @@ def causal_config(files: ModelFiles) -> Any:
             code="model-config-unreadable",
         ) from error
     _require_causal(config, where)
+    _require_sizes(config, where)
+    # How attention is computed is this machine's choice; a name from a folder could fetch code.
+    config._attn_implementation = None
     return config
+
+
+# No model has more; a million layers take hours and all memory before anything is read.
+_MOST_LAYERS = 1_024
+_MOST_SIZE = 2**24
+_SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
+
+
+def _require_sane(raw: Mapping[str, Any], where: str) -> None:
+    """Refuse what the config's own class would build lists of, or take for a name of code.
+
+    Raises:
+        ModelError: `model-config-hostile`.
+    """
+    pending: list[Mapping[str, Any]] = [raw]
+    while pending:
+        for name, value in pending.pop().items():
+            if isinstance(value, Mapping):
+                pending.append(value)
+            layers = "layers" in name and isinstance(value, int)
+            if layers and value > _MOST_LAYERS:
+                raise _not_sane(f"{name} is {value:,}", where)
+            if name.endswith(("eos_token_id", "bos_token_id", "pad_token_id")):
+                require_ids(value, name, where)
+
+
+def require_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
+    """Token ids as a config states them: none, one, or a list.
+
+    Raises:
+        ModelError: `model-config-hostile` for anything else.
+    """
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    # -1 stands for "none" in some configs.
+    if any(type(i) is not int or not -1 <= i < 2**31 for i in ids):
+        raise _not_sane(f"{name} is {str(value)[:60]!r}, which is no token id", where)
+    return tuple(ids)
+
+
+def _require_sizes(config: Any, where: str) -> None:
+    text_config = config.get_text_config(decoder=True)
+    for name in _SIZES:
+        value = getattr(text_config, name, 1)
+        most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST_SIZE
+        # A list where layers differ (heads, for some); only whole numbers are judged.
+        if isinstance(value, int) and not 1 <= value <= most:
+            raise _not_sane(f"{name} is {value:,}", where)
+
+
+def _not_sane(what: str, where: str) -> ModelError:
+    return ModelError(
+        f"config.json describes no model: {what}",
+        where=where,
+        why="the file is damaged, or was made to do harm",
+        fix="copy the file again from where the model came from",
+        code="model-config-hostile",
+    )
 
 
 def _no_config(files: ModelFiles) -> ModelError:
@@ -66,7 +127,7 @@ def _require_known_type(raw: Mapping[str, Any], where: str) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     kind = raw.get("model_type")
-    if kind in CONFIG_MAPPING_NAMES:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES:
         return
     if raw.get("auto_map"):
         raise ModelError(
@@ -115,19 +176,31 @@ def _require_causal(config: Any, where: str) -> None:
     # Encoders whose classes can also be built as decoders; without is_decoder they see the future.
     if kind in MASKED and not getattr(config, "is_decoder", False):
         raise refused(f"{kind} is an encoder: its attention is not causal")
-    head = (config.architectures or [""])[0]
+    head = str((config.architectures or [""])[0])
     if "For" in head and not head.endswith("ForCausalLM") and head != CAUSAL[kind]:
         raise refused(f"the model was saved with another head: {head}")
 
 
 def meta_model(config: Any) -> Any:
-    """The model with the shapes of its weights and no memory for them (meta device)."""
+    """The model with the shapes of its weights and no memory for them (meta device).
+
+    Raises:
+        ModelError: the architecture cannot be built as config.json says.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each architecture fails in its own way
+        raise ModelError(
+            f"no {config.model_type} model can be built as config.json says: {first_line(error)}",
+            why="a value in it is damaged, or from another version of transformers",
+            fix="copy config.json again from where the model came from",
+            code="model-config-unreadable",
+        ) from error
     model.tie_weights()
     return model
 

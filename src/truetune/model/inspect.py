@@ -15,7 +15,9 @@ from truetune.model.architecture import (
     head_is_tied,
     meta_model,
     projection_names,
+    require_ids,
 )
+from truetune.model.quantise import stored_quantisation
 from truetune.model.source import ModelFiles, locate, read_json
 from truetune.model.tokenizer import locate_base, num_ids, open_tokenizer
 from truetune.model.weights import (
@@ -102,7 +104,7 @@ def look_at(source: str | Path, revision: str | None = None) -> tuple[ModelFacts
     model = meta_model(config)
     text_config = config.get_text_config(decoder=True)
     generation = base.folder / "generation_config.json"
-    dtype, num_bytes = _on_disk(base)
+    dtype, num_bytes = _on_disk(base, config)
     rows = embedding_rows(model)
     facts = ModelFacts(
         source=files.source,
@@ -120,9 +122,11 @@ def look_at(source: str | Path, revision: str | None = None) -> tuple[ModelFacts
         tied=head_is_tied(model),
         dtype=dtype or (str(config.dtype).removeprefix("torch.") if config.dtype else None),
         has_chat_template=bool(tokenizer.chat_template),
-        config_eos_ids=_ids(config.eos_token_id),
-        generation_eos_ids=_ids(
-            read_json(generation).get("eos_token_id") if generation.is_file() else None
+        config_eos_ids=require_ids(config.eos_token_id, "eos_token_id", str(base.folder)),
+        generation_eos_ids=require_ids(
+            read_json(generation).get("eos_token_id") if generation.is_file() else None,
+            "eos_token_id",
+            str(generation),
         ),
         tokenizer_eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
@@ -134,19 +138,29 @@ def look_at(source: str | Path, revision: str | None = None) -> tuple[ModelFacts
     return facts, tokenizer
 
 
-def _on_disk(files: ModelFiles) -> tuple[str | None, int]:
-    """dtype and size in bytes of the weights; (None, 0) where they are not all there."""
+def _on_disk(files: ModelFiles, config: Any) -> tuple[str | None, int]:
+    """dtype and size in bytes of the weights; (None, 0) where they are not all there.
+
+    Raises:
+        ModelError: `model-not-quantised`: config.json says so, and the weights are plain.
+    """
     try:
         paths = weight_files(files)
     except ModelError:
         return None, 0
-    return main_dtype(read_headers(paths)), sum(path.stat().st_size for path in paths)
-
-
-def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    tensors = read_headers(paths)
+    method = stored_quantisation(config)
+    # Whatever the method, quantised weights are integers or 8-bit numbers, or lie beside scales.
+    plain = all(facts.dtype in ("float32", "bfloat16", "float16") for facts in tensors.values())
+    if method and tensors and plain and not any("scale" in name for name in tensors):
+        raise ModelError(
+            f"config.json says that the weights are quantised ({method}), and they are not",
+            where=str(files.folder / "config.json"),
+            why="the config of a quantised model lies beside plain weights",
+            fix="remove quantization_config from config.json, or use the weights that belong to it",
+            code="model-not-quantised",
+        )
+    return main_dtype(tensors), sum(path.stat().st_size for path in paths)
 
 
 def require_weights(source: str | Path, revision: str | None = None) -> None:

@@ -151,11 +151,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: not readable, not JSON, or not an object.
     """
+    refuse_pointer(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ModelError(
-            f"{path.name} cannot be read: {error}",
+            f"{path.name} cannot be read: {cause}",
             where=str(path),
             why="the file is damaged or was copied in part",
             fix="copy the file again from where the model came from",
@@ -169,6 +171,27 @@ def read_json(path: Path) -> dict[str, Any]:
             code="model-config-unreadable",
         )
     return value
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise where a file of a model is a pointer of Git LFS.
+
+    Raises:
+        ModelError: `git-lfs-pointer`.
+    """
+    try:
+        with path.open("rb") as file:
+            if not file.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+                return
+    except OSError:
+        return  # told by whoever reads it
+    raise ModelError(
+        f"{path.name} is a Git LFS pointer: it names the file and does not hold it",
+        where=str(path),
+        why="the repository was cloned without Git LFS",
+        fix=f"fetch the files: git -C {path.parent} lfs pull",
+        code="git-lfs-pointer",
+    )
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:

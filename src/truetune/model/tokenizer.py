@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import ModelError
-from truetune.model.source import ADAPTER_CONFIG, ModelFiles, first_line, locate, read_json
+from truetune.model.source import (
+    ADAPTER_CONFIG,
+    ModelFiles,
+    first_line,
+    locate,
+    read_json,
+    refuse_pointer,
+)
+from truetune.model.trial import require_harmless
 
 # Without any of these AutoTokenizer builds an empty tokenizer from the class alone, silently.
 _VOCABULARIES = (
@@ -56,6 +64,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _open(files: ModelFiles) -> Any:
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (files.folder / name).is_file():
+            read_json(files.folder / name)
+    for name in _VOCABULARIES:
+        refuse_pointer(files.folder / name)
+    require_harmless(files.folder)
     from transformers import AutoTokenizer
 
     try:

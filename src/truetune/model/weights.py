@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truetune.errors import ModelError
-from truetune.model.source import ModelFiles, read_json
+from truetune.model.source import ModelFiles, read_json, refuse_pointer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -100,7 +100,15 @@ def _shards(index: Path) -> list[Path]:
             fix="copy the file again from where the model came from",
             code="model-config-unreadable",
         )
-    names = list(dict.fromkeys(weight_map.values()))
+    names = [name for name in weight_map.values() if _is_name(name)]
+    if len(names) < len(weight_map):
+        raise ModelError(
+            f"{index.name} names weights outside its folder, or something that is no file name",
+            where=str(index),
+            fix="copy the file again from where the model came from",
+            code="model-config-unreadable",
+        )
+    names = list(dict.fromkeys(names))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ModelError(
@@ -111,6 +119,10 @@ def _shards(index: Path) -> list[Path]:
             code="model-shards-missing",
         )
     return [index.parent / name for name in names]
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value not in ("", ".", "..") and Path(value).name == value
 
 
 def _no_weights(files: ModelFiles, wanted: str) -> ModelError:
@@ -160,6 +172,7 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorFacts]:
 
 
 def _read_header(path: Path) -> dict[str, TensorFacts]:
+    refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -171,7 +184,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
         header.pop("__metadata__", None)
         end = max((facts["data_offsets"][1] for facts in header.values()), default=0)
         tensors = {name: _facts(path, 8 + length, facts) for name, facts in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise _damaged(path, "its header is not readable") from error
     if 8 + length + end != size:
         raise _damaged(

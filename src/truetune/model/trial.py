@@ -1,0 +1,103 @@
+"""A stranger's tokenizer, opened first where it can do no harm: a child with bounded memory and
+time encodes a few lines; what it survives, this process opens.
+
+This file is also what the child runs; there it imports the tokenizers library and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+# The largest published vocabularies take a third of this, and three seconds on a slow machine.
+_MEMORY = 2 * 2**30
+_SECONDS = 20  # of processor time: a crowded machine is no fault of the tokenizer's
+# Runs of each kind of character that end otherwise: what a pattern that tries all ways stumbles on.
+_LINES = (
+    *(part * 200 + end for part in "aA1 .\n_" for end in ("", "!", "\u00e9")),
+    "The quick brown fox, 12 of them, jumps.\n" * 20,
+    "\u6f22\u5b57\u0440\u0443\u0441 " * 40,
+)
+# What a line of 200 characters may become at most.
+_MOST_TOKENS = 20_000
+
+
+def require_harmless(folder: Path) -> None:
+    """Raise where the tokenizer takes more memory or time than a tokenizer may.
+
+    Raises:
+        ModelError: `model-tokenizer-hostile`.
+    """
+    path = folder / "tokenizer.json"
+    with contextlib.suppress(OSError):  # a file that is not there cannot do harm
+        found = path.stat()
+        _tried(path.resolve(), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _tried(path: Path, size: int, changed: int) -> None:
+    from truetune import child
+    from truetune.errors import ModelError
+
+    def refused(what: str) -> ModelError:
+        return ModelError(
+            f"the tokenizer cannot be used: {what}",
+            where=str(path),
+            why="tokenizer.json is damaged, or was made to do harm",
+            fix="take the tokenizer files from where the model came from",
+            code="model-tokenizer-hostile",
+        )
+
+    # One thread: a machine of many cores would reserve the whole memory for its threads' stacks.
+    single = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    process = child.start(
+        Path(__file__),
+        str(path),
+        environment=single,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        out, _ = process.communicate(timeout=30 * _SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise refused(f"a few lines take more than {30 * _SECONDS} seconds") from None
+    words = out.decode("utf-8", "replace").strip().splitlines()
+    if words[-1:] == ["memory"] or process.returncode < 0:
+        raise refused(
+            f"a few lines take more than {_MEMORY // 2**30} GiB of memory or {_SECONDS} seconds, "
+            "or end the tokenizers library"
+        )
+    if words[-1:] == ["tokens"]:
+        raise refused(f"a line of 200 characters becomes more than {_MOST_TOKENS:,} tokens")
+    # Any other failure is told by the library that opens it for good, in its own words.
+
+
+def _main(path: str) -> str:
+    with contextlib.suppress(ImportError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 1))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(path)
+    for line in _LINES:
+        if len(tokenizer.encode(line).ids) > _MOST_TOKENS:
+            return "tokens"
+    return "fine"
+
+
+if __name__ == "__main__":
+    try:
+        print(_main(sys.argv[1]))  # noqa: T201
+    except MemoryError:
+        print("memory")  # noqa: T201
+    except Exception:
+        print("other")  # noqa: T201
