@@ -76,6 +76,7 @@ def main() -> None:
                 if done.returncode:
                     sys.exit(done.stderr)
                 measured[name] = json.loads(done.stdout.splitlines()[-1])
+                _table({name: measured[name]})
     _table(measured)
 
 
