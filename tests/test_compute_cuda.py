@@ -19,6 +19,7 @@ from truetune.compute.cuda import varlen as cuda
 from truetune.compute.cuda.plan import plan
 from truetune.compute.layout import Layout
 from truetune.compute.packing import pack
+from truetune.errors import TruetuneError
 from varlen_on_cpu import OnCpu
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -186,8 +187,7 @@ def test_the_kernel_takes_the_shapes_it_is_given() -> None:
         for layout, window in ((ROWS, None), (ROWS, 4), (CHAIN, None), (TREE, None), (TREE, 7)):
             made = Layout(layout.lengths, layout.parents)
             q, k, v = (
-                torch.empty(1, n, made.num_tokens, 16, dtype=torch.bfloat16, device="cuda")
-                for n in (4, 2, 2)
+                torch.empty(1, n, made.num_tokens, 16, dtype=torch.bfloat16) for n in (4, 2, 2)
             )
             leaves = [t.requires_grad_() for t in (q, k, v)]
             assert cuda.fits(*leaves)
@@ -196,7 +196,6 @@ def test_the_kernel_takes_the_shapes_it_is_given() -> None:
                 out = cuda.varlen(*leaves, made, window, 0.25)
                 grads = torch.autograd.grad(out.float().sum(), leaves)
             assert (out.shape, out.dtype) == ((made.num_tokens, 4, 16), torch.bfloat16)
-            assert out.device.type == "cuda"
             assert [g.shape for g in grads] == [t.shape for t in leaves]
             calls = len(plan(made, window))
             assert counting.names.count("_flash_attention_forward") == calls
@@ -265,3 +264,130 @@ def test_block_masks_are_those_of_every_pair(
             n = int(counts[0, 0, row])
             one, other = (getattr(m, which)[0, 0, row, :n] for m in (made, right))
             assert torch.equal(one.sort()[0], other.sort()[0]), which
+
+
+@pytest.mark.slow
+def test_flex_is_compiled_twice_for_each_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 50 layouts, by a compiler that only counts: one length, then all."""
+    import random
+
+    from torch.nn.attention import flex_attention as library
+
+    graphs: list[Any] = []
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    # Refused on a CPU for gradients, which nobody asks for here: graphs are made, not run backward.
+    monkeypatch.setattr(library, "_validate_device", lambda *_: None)
+    torch._dynamo.reset()
+    compiled = torch.compile(library.flex_attention, fullgraph=True, backend=counting)
+    monkeypatch.setattr(flex, "flex_attention", compiled)
+    draw = random.Random(0)
+    for kind in range(8):
+        window, grad, softcap = (None, 50)[kind % 2], kind % 4 < 2, (None, 30.0)[kind // 4]
+        before = len(graphs)
+        for _ in range(50 // 8 + 1):
+            count = draw.randint(1, 8)
+            lengths = tuple(draw.randint(1, 200) for _ in range(count))
+            layout = Layout(lengths, (-1, *draw.choices(range(-1, 1), k=count - 1)))
+            leaves = [torch.randn(1, n, layout.num_tokens, 16) for n in (4, 2, 2)]
+            given = [t.requires_grad_(grad) for t in leaves]
+            flex.flex(*given, layout, window, 0.25, softcap)
+        assert len(graphs) - before <= 2, (window, grad, softcap)
+    torch._dynamo.reset()
+
+
+def test_torchs_limit_of_compiling_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a layer computed with all its scores at once."""
+
+    def beyond(*_: Any, **__: Any) -> Any:
+        raise torch._dynamo.exc.FailOnRecompileLimitHit("limit")
+
+    monkeypatch.setattr(flex, "flex_attention", beyond)
+    q = torch.zeros(1, 2, 4, 16)
+    with pytest.raises(TruetuneError, match="stopped") as raised:
+        flex.flex(q, q, q, Layout((4,), (-1,)), None, 0.25, None)
+    assert raised.value.code == "attention-recompiled"
+
+
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, held: list[int]) -> None:
+    """The allocator's counts of a device that is not there: held, the most held since asked last,
+    reserved, free."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: held[-1])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: max(held))
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda *_: held.__delitem__(slice(None, -1))
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: held[-1] + 300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 5000))
+
+
+def test_free_memory_counts_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from truetune.compute import available_bytes
+
+    fake_cuda(monkeypatch, [50])
+    assert available_bytes(torch.device("cuda")) == 1300
+
+
+def test_the_footprint_by_the_allocators_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose allocator counts what is alive on this CPU: the curve of peaks is below the
+    curve of all operations nowhere, and its largest is the same."""
+    import contextlib
+
+    from truetune.compute.alive import _Alive, alive_bytes
+    from truetune.compute.cuda.footprint import batches, peak_bytes
+
+    model = family("llama").train()
+    route = find_route(model, longest=300)
+    first, second, third = batches(300)
+    assert first.num_computed == second.num_computed == 299
+    assert third.num_computed == 3 * 299
+    right = alive_bytes(route, second, contextlib.nullcontext)
+    model.zero_grad()
+
+    watched = _Alive([*model.parameters(), *model.buffers()])
+    looked = [0]
+
+    def most(*_: Any) -> int:
+        return max(watched.curve[looked[0] :], default=watched.bytes)
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: watched.bytes)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", most)
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda *_: looked.__setitem__(0, len(watched.curve))
+    )
+    with watched:
+        made = peak_bytes(route, second, contextlib.nullcontext)
+    assert max(map(max, made)) == pytest.approx(max(map(max, right)), rel=0.02)
+    assert made[0] == [max(right[0])]
+    assert len(made[2]) == 1 + len(list(model.parameters()))
+
+
+def test_a_second_try_starts_with_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from truetune.engine.memory import give_cached_blocks_back
+
+    emptied: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    give_cached_blocks_back(torch.device("cpu"))
+    assert not emptied
+    give_cached_blocks_back(torch.device("cuda"))
+    assert emptied
+
+
+def test_copies_to_a_device_come_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from truetune.compute.cuda.copies import sent
+
+    asked: list[Any] = []
+
+    class Pinned:
+        def to(self, *arguments: Any, **settings: Any) -> str:
+            asked.append((arguments, settings))
+            return "there"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: Pinned())
+    assert sent(torch.zeros(1), "cuda") == "there"
+    assert asked == [((torch.device("cuda"),), {"non_blocking": True})]
+    assert sent(torch.zeros(1), "cpu").device.type == "cpu"

@@ -86,3 +86,37 @@ def test_the_loss_falls_as_with_float32_weights_and_not_as_in_bfloat16() -> None
     assert gained > 0.7
     assert all(abs(a - b) < 0.02 * gained for a, b in zip(masters[::20], halves[::20], strict=True))
     assert plain[0] - plain[-1] < 0.2 * gained
+
+
+def test_small_weights_share_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit as one by one, in fewer calls; large ones are cut, types stay apart."""
+    from truetune.engine import split_adamw
+
+    monkeypatch.setattr(split_adamw, "_CHUNK", 1000)
+    own, calls = split_adamw.fused_adamw_, list[int]()
+
+    def counted(weights: Any, *arguments: Any) -> None:
+        calls.append(len(weights))
+        own(weights, *arguments)
+
+    monkeypatch.setattr(split_adamw, "fused_adamw_", counted)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7,), (30, 5), (50, 50), (3,), (4, 4)]
+    starts = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    starts[-1] = starts[-1].float()
+    halves = [torch.nn.Parameter(t.clone()) for t in starts]
+    wholes = [torch.nn.Parameter(t.float()) for t in starts]
+    made = [SplitAdamW(halves, lr=1e-3), torch.optim.AdamW(wholes, lr=1e-3, fused=True)]
+    made[1].param_groups[0]["weight_decay"] = 0.0
+    for _ in range(5):
+        for half, whole in zip(halves, wholes, strict=True):
+            half.grad = torch.randn(half.shape, generator=generator).to(half.dtype)
+            whole.grad = half.grad.float()
+        for optimizer in made:
+            optimizer.step()
+    assert calls[: len(calls) // 5] == [2, 1, 1, 2, 1]
+    for half, whole in zip(halves, wholes, strict=True):
+        state = made[0].state[half]
+        kept = joined(half.detach(), state["low"]) if "low" in state else half.detach()
+        assert torch.equal(kept, whole.detach())
+        assert float(state["step"]) == 5

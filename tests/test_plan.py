@@ -240,3 +240,30 @@ def test_steps_that_count_tokens(tiny: ModelFacts, lora: bool) -> None:
     assert made.warmup_steps == 12
     padded = plan(tiny, {"tokens_per_step": 512, "packing": False}, head_rows=2**20)
     assert padded.micro_batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "settings", "optim"),
+    [
+        ("cuda", "bfloat16", {}, "adamw_bf16"),
+        ("cuda", "bfloat16", {"optim": "adamw"}, "adamw"),
+        ("cuda", "bfloat16", {"dtype": "float32"}, "adamw"),
+        ("cuda", "bfloat16", {"lora": True}, "adamw"),
+        ("cuda", "float32", {}, "adamw"),
+        ("cpu", "bfloat16", {}, "adamw"),
+    ],
+)
+def test_all_weights_of_a_bfloat16_model_on_a_gpu_are_kept_in_two_halves(
+    tiny: ModelFacts,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    dtype: str,
+    settings: dict[str, Any],
+    optim: str,
+) -> None:
+    import torch
+
+    monkeypatch.setattr("truetune.plan.choose_device", lambda _: (torch.device(device), None))
+    made = plan(replace(tiny, dtype=dtype), settings).recipe
+    assert made.optim == optim
+    assert ("14 bytes" in made.origin("optim")) == (optim == "adamw_bf16")

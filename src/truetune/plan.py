@@ -16,7 +16,7 @@ from typing import Any, Literal
 from truetune.compute.batch import TokenOrder, rows_of_epochs
 from truetune.contract import PromptContract
 from truetune.errors import UnfaithfulTemplate
-from truetune.model import ModelFacts
+from truetune.model import ModelFacts, choose_device
 from truetune.recipe import Recipe
 
 Start = Literal["base", "instruct"]
@@ -138,6 +138,8 @@ def make_plan(
     warmup = take("warmup_steps", lambda: (math.ceil(ratio * steps), f"{ratio:g} of the steps"))
     evals = take("eval_steps", lambda: (max(math.ceil(steps / 10), 1), "10 evaluations"))
     saves = take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
+    if optim := _optimizer(recipe, model):
+        filled["optim"], reasons["optim"] = optim
     completed = dataclasses.replace(recipe, **filled, origins={**recipe.origins, **reasons})
     return Plan(
         start=start,
@@ -153,6 +155,20 @@ def make_plan(
         save_steps=saves,
         reasoning_share=reasoning_share,
         recipe=completed,
+    )
+
+
+def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
+    """Another optimiser than the usual one, and why; None leaves it."""
+    asked = recipe.given("optim") or recipe.dtype not in ("auto", "bfloat16")
+    if asked or recipe.lora or model.base is not None or model.dtype != "bfloat16":
+        return None
+    if choose_device(recipe.device)[0].type != "cuda":
+        return None
+    return (
+        "adamw_bf16",
+        "default: all weights of a bfloat16 model on a GPU: the same float32 numbers as adamw "
+        "keeps, in 14 bytes a weight instead of 18, and nothing is cast at each forward pass",
     )
 
 
