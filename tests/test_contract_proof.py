@@ -130,8 +130,8 @@ def test_parts_in_another_order_are_refused(assistant: str, messages: str) -> No
         "values": asked(call(a="one", b="two")),
     }
     error = refused(loaded(turns(assistant)), rows[messages])
-    # By another way the reasoning stands first, and a block of the template's own behind it.
-    assert error.code == ("target-invented" if messages == "reasoning" else "target-dropped")
+    # This template's marker behind an answer ends it: the reasoning stands behind the stop.
+    assert error.code == ("target-behind-stop" if messages == "reasoning" else "target-dropped")
 
 
 def test_sorted_arguments_are_the_same_call_and_told() -> None:
