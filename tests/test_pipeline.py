@@ -534,8 +534,9 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
     ear = Ear()
     small(place / "tiny", data, tmp_path / "run", listener=ear)
     assert ear.stages == [
-        *("model files", "rows", "template and proof", "check", "weights", "save and read back"),
-        "verify",
+        *("reading the rows", "opening the model's files", "proving the rows", "checking the run"),
+        *("loading the weights", "probing the model and its memory", "asking trained prompts"),
+        *("saving, and reading back", "verifying in a fresh process"),
     ]
 
 

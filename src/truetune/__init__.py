@@ -34,6 +34,9 @@ _HOMES = {
     "UnfaithfulTemplate": "truetune.errors",
 }
 
+# Functions that have a room of the same name.
+_ROOMS = ("check", "verify", "export")
+
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
@@ -62,8 +65,9 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module 'truetune' has no attribute {name!r}")
     value = getattr(importlib.import_module(home), name)
-    if room := sys.modules.get(f"{__name__}.{name}"):
+    if name in _ROOMS:
         # A room of the same name is reached through the function, as through a module.
+        room = importlib.import_module(f"{__name__}.{name}")
         vars(value).update({k: v for k, v in vars(room).items() if not k.startswith("__")})
     return value
 

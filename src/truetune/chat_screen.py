@@ -60,7 +60,8 @@ class Talk:
         Raises:
             UsageError, ModelError: it cannot be opened.
         """
-        screen.stage("loading the weights")
+        if screen.console.is_terminal:  # in a pipe the answer is all there is
+            screen.stage("loading the weights")
         first = speaker(model, chat_template, revision, device)
         speakers = [first]
         if compare:
@@ -68,6 +69,7 @@ class Talk:
             # A plain model is asked through the first one's contract: the same prompt for both.
             same = None if RunDir(other).looks_like_one() else first.contract
             speakers.insert(0, speaker(other, chat_template, revision, device, same))
+        screen.close()
         talk = cls(screen, speakers, sampling, system)
         talk.reset()
         return talk

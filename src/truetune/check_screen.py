@@ -21,6 +21,10 @@ class CheckScreen(Screen):
     def finding(self, finding: Finding) -> None:
         pass
 
+    def stage(self, name: str) -> None:
+        if self.console.is_terminal:  # in a pipe what was found is all there is
+            super().stage(name)
+
 
 def show_checkup(
     screen: Screen, found: Checkup, *, everything: bool = False, page: str | None = None
