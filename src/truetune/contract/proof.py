@@ -10,6 +10,7 @@ who     `encoder.py`, for each turn
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from truetune.contract.encode import Completion
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
-from truetune.contract.twin import Defect, Leaf, Skeleton, Twin, skeleton, twin_of
+from truetune.contract.twin import PART, Defect, Leaf, Skeleton, Twin, skeleton, twin_of
 from truetune.contract.words import words_in
 from truetune.errors import UnfaithfulTemplate
 
@@ -170,9 +171,11 @@ class Proof:
         )
         if words and not frame.keep_words:
             raise _worded(turn, words, tail.strip().startswith(words), calls)
-        empty = next((o + c for o, c in frame.pairs if o + c in "".join(text.split())), "")
-        if empty:
-            raise _worded(turn, empty, False, calls)
+        for opening, closing in frame.pairs:
+            # A think block without a part of the row in it, empty or with words.
+            block = f"{re.escape(opening)}[^{PART}]*?{re.escape(closing)}"
+            if invented := re.search(block, text):
+                raise _worded(turn, invented.group(), False, calls)
         remarks = ["template-words"] if words else []
         content = str(message.get("content") or "")
         if content.strip() and content not in cut:
