@@ -151,12 +151,14 @@ class Server:
         """Messages in the form in which this template takes them: plain text and objects, else
         typed parts, else arguments as JSON text."""
         objects = _arguments_as_objects(messages)
-        for shape in (list, _parts, _arguments_as_text):
-            probe = shape(_probing(objects))
-            text = self.text(next(_histories(probe)), prompt=True)
-            if text is not None and _takes(text, probe):
-                yield from self._clients(shape(objects))
-                return
+        # A template that drops the last question has no form that shows it.
+        for asked in (True, False):
+            for shape in (list, _parts, _arguments_as_text):
+                probe = shape(_probing(objects))
+                text = self.text(next(_histories(probe)), prompt=True)
+                if text is not None and _takes(text, probe, asked):
+                    yield from self._clients(shape(objects))
+                    return
         yield from self._clients(objects)
 
 
@@ -175,13 +177,13 @@ def _probing(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return made
 
 
-def _takes(text: str, messages: Sequence[Message]) -> bool:
-    """Whether a rendering of probing messages holds the last question and the argument, and
-    nothing in Python's own notation."""
+def _takes(text: str, messages: Sequence[Message], asked: bool) -> bool:
+    """Whether a rendering of probing messages holds the argument, and the last question where it
+    is `asked` for, and nothing in Python's own notation."""
     if "{'type'" in text or re.search(r"\{'[\w-]+': ", text):
         return False
     said = [m["content"] for m in messages if m["role"] in ("user", "tool")]
-    parts = [c if isinstance(c, str) else c[0]["text"] for c in said[-1:]]
+    parts = [c if isinstance(c, str) else c[0]["text"] for c in said[-1:] if asked]
     parts += [_PROBE] if any(m.get("tool_calls") for m in messages) else []
     return all(any(form.strip() in text for form in _leaf_forms(part)) for part in parts)
 
