@@ -151,27 +151,41 @@ class Server:
         """Messages in the form in which this template takes them: plain text and objects, else
         typed parts, else arguments as JSON text."""
         objects = _arguments_as_objects(messages)
-        shapes = [objects, _parts(objects), _arguments_as_text(objects)]
-        for shape in shapes:
-            text = self.text(next(_histories(shape)), prompt=True)
-            if text is not None and _takes(text, shape, self.tokenizer):
-                yield from self._clients(shape)
-                return
+        # A template that drops the last question has no form that shows it.
+        for asked in (True, False):
+            for shape in (list, _parts, _arguments_as_text):
+                probe = shape(_probing(objects))
+                text = self.text(next(_histories(probe)), prompt=True)
+                if text is not None and _takes(text, probe, asked):
+                    yield from self._clients(shape(objects))
+                    return
         yield from self._clients(objects)
 
 
-def _takes(text: str, messages: Sequence[Message], tokenizer: Any) -> bool:
-    """Whether the rendering holds the last question, and nothing in Python's own notation."""
+_PROBE = "zzprobezz"
+
+
+def _probing(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The conversation with an argument of its own kind in each call."""
+    made = []
+    for message in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": {"zz": _PROBE}}}
+            for call in message.get("tool_calls") or []
+        ]
+        made.append({**message, "tool_calls": calls} if calls else dict(message))
+    return made
+
+
+def _takes(text: str, messages: Sequence[Message], asked: bool) -> bool:
+    """Whether a rendering of probing messages holds the argument, and the last question where it
+    is `asked` for, and nothing in Python's own notation."""
+    if "{'type'" in text or re.search(r"\{'[\w-]+': ", text):
+        return False
     said = [m["content"] for m in messages if m["role"] in ("user", "tool")]
-    if not said:
-        return True
-    content = said[-1] if isinstance(said[-1], str) else said[-1][0]["text"]
-    printed = "{'type'" in text or re.search(r"\{'[\w-]+': ", text)
-    return (
-        content.strip() in text or json.dumps(content)[1:-1].strip() in text
-        if not printed
-        else False
-    )
+    parts = [c if isinstance(c, str) else c[0]["text"] for c in said[-1:] if asked]
+    parts += [_PROBE] if any(m.get("tool_calls") for m in messages) else []
+    return all(any(form.strip() in text for form in _leaf_forms(part)) for part in parts)
 
 
 # ------------------------------------------------------------------ what a server reads back

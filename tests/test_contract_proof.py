@@ -148,6 +148,27 @@ def test_sorted_arguments_are_the_same_call_and_told() -> None:
     assert contract.encode(asked(call(a="y", b="x"))).remarks == ()
 
 
+def test_numbers_and_switches_that_become_text_are_refused() -> None:
+    texts = (
+        "{%- for c in m.tool_calls -%}{{- '<tool_call>{\"name\": \"' ~ c.function.name ~ '\"' -}}"
+        "{%- for k, v in c.function.arguments.items() -%}{{- ', \"' ~ k ~ '\": \"' ~ v ~ '\"' -}}"
+        "{%- endfor -%}}</tool_call>{%- endfor -%}"
+    )
+    for value in (6, 2.5, True):
+        error = refused(loaded(turns(texts)), asked(call(sides=value)), tools=[TOOL])
+        assert error.code == "target-dropped"
+        assert "as text" in error.what
+    assert '"sides": "6"' in only(loaded(turns(texts)), asked(call(sides="6")))
+    # A tag's attribute has quotes whatever is in it.
+    tags = (
+        "{%- for c in m.tool_calls -%}{{- '<call name=\"' ~ c.function.name ~ '\">' -}}"
+        "{%- for k, v in c.function.arguments.items() -%}"
+        "{{- '<arg key=\"' ~ k ~ '\" value=\"' ~ v ~ '\"/>' -}}"
+        "{%- endfor -%}</call>{%- endfor -%}"
+    )
+    assert 'value="6"' in only(loaded(turns(tags)), asked(call(sides=6)))
+
+
 def test_a_part_written_twice_is_refused() -> None:
     contract = loaded(turns("{{- m.content ~ m.content -}}" + CALLS))
     assert refused(contract, asked(call(sides=6), content="Yes.")).code == "target-invented"
@@ -237,6 +258,8 @@ def test_formats_are_no_words(frame: str, calls: bool) -> None:
         ('{"name": "\x00", "note": "I call a tool"}', True),
         ("<tool_call>\x00</tool_call> Done.", True),
         ("Action: \x00", True),
+        ('<tool_call>{"name": "\x00_v2"}</tool_call>', True),
+        ("<tool_call>my\x00</tool_call>", True),
     ],
 )
 def test_words_are_no_format(frame: str, calls: bool) -> None:

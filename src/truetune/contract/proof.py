@@ -229,6 +229,16 @@ class Proof:
         if defect.what == "missing":
             label = leaf.label if leaf else f"{defect.text} of a tool call"
             return self._missing(leaf, label, completion, message)
+        if defect.what == "quoted":
+            label = leaf.label if leaf else f"{defect.text} of a tool call"
+            return UnfaithfulTemplate(
+                f"the template writes {label} of message {turn} as text, between quotes",
+                why=f"the completion would be {excerpt(completion.body)}: a server returns a "
+                "string there",
+                fix="use a template that keeps numbers, true, false and null as they are, or make "
+                "it a string in the row",
+                code="target-dropped",
+            )
         label = leaf.label if leaf else "a part"
         if defect.what == "repeated":
             return UnfaithfulTemplate(

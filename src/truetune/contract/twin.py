@@ -182,7 +182,7 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
 
-    what: Literal["missing", "repeated", "order"]
+    what: Literal["missing", "repeated", "order", "quoted"]
     leaf: int | None = None
     text: str = ""
 
@@ -265,10 +265,22 @@ def skeleton(twin: Twin, written: str, flipped: str | None) -> Skeleton:
         for n, found in places.items()
         if len(found) > 1 and twin.leaves[n].kind not in ("name", "key")
     ]
+    defects += [
+        Defect("quoted", n)
+        for n, found in places.items()
+        if isinstance(twin.leaves[n].value, int | float)
+        and any(_quoted(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
+    ]
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
     if not defects:
         defects = reader.order()
     return Skeleton(tuple(pieces), tuple(defects), reader.reordered)
+
+
+def _quoted(before: str, behind: str) -> bool:
+    """Whether a number, true, false or null stands between quotes, as a JSON string does."""
+    quote = re.search(r"[:,\[]\s*(\\*[\"'])$", before)
+    return bool(quote) and behind.startswith(quote[1])
 
 
 def _pieces(twin: Twin, written: str) -> list[str | int]:
@@ -382,6 +394,8 @@ class _Reader:
                     at = text.find(form, offset)
                     if at >= 0 and (node[0] == "fixed" or self.changes(piece)):
                         self.at = (piece, at + len(form))
+                        if node[0] == "small" and _quoted(text[:at], text[at + len(form) :]):
+                            self.defects.append(Defect("quoted", None, repr(node[2])))
                         return
             if node[0] == "small":
                 break

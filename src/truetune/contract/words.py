@@ -22,6 +22,8 @@ _ATTACHED = re.compile(
     r"|[\w.]+(?=[`\[({=/\"'<_\x00\x01\x02]|:(?=\S))"
 )
 _TWO_WORDS = re.compile(r"[^\W\d_]{2,} +[^\W\d_]{2,}")
+# Letters against a part make another word of it: a name with an ending is another tool.
+_GLUED = re.compile(rf"{PART}\w+|\w+{PART}")
 _STOPPED = re.compile(r"[^\W\d_]+[.!?,;](?=\s|$|\x01)")
 
 
@@ -48,6 +50,8 @@ def words_in(
     known = sorted({c for c in controls if not c.isspace() and c}, key=len, reverse=True)
     for control in known:
         text = text.replace(control, _MARK)
+    if glued := _GLUED.search(text):
+        return glued.group().replace(PART, "")
     text = _TAG.sub(_MARK, text)
     if calls:
         for quoted in _QUOTED.finditer(text):
