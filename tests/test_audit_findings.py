@@ -172,6 +172,19 @@ def test_prompt_differs_where_the_columns_show_another_system_prompt() -> None:
             assert found["prompt-differs"].count == 8
 
 
+@pytest.mark.parametrize("role", ["human", "user"])
+def test_a_role_of_the_columns_that_no_server_sends(role: str) -> None:
+    tokenizer = HOUSE.tokenizer()
+    talks = [[{**messages(i)[0], "role": role}, messages(i)[1]] for i in range(8)]
+    rows = dataset([{"messages": talk, **_feature(tokenizer, talk)} for talk in talks])
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), rows, _collator(tokenizer))
+    found = _found(truetune.audit(trainer))
+    assert ("prompt-differs" in found) == (role == "human")
+    if role == "human":
+        assert "'human'" in found["prompt-differs"].what
+        assert found["prompt-differs"].count == 8
+
+
 def test_rows_of_a_filtered_dataset_are_named_by_the_data_as_well() -> None:
     tokenizer = HOUSE.tokenizer()
     rows = dataset([_feature(tokenizer, messages(i)) | {"keep": i != 2} for i in range(9)])

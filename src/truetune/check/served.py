@@ -24,7 +24,7 @@ from truetune.findings import Finding, Level
 
 _S, _Q, _A, _N = "sssentinelss", "qqsentinelqq", "aasentinelaa", "ppsentinelpp"
 # Roles that servers take; a template may write others, which its own text then names.
-_ROLES = frozenset(
+ROLES = frozenset(
     {"system", "user", "assistant", "tool", "developer", "function", "ipython", "model"}
 )
 _ROLE = re.compile(r"\b(?:system|user|assistant)\b")
@@ -211,7 +211,7 @@ class Rebuilder:
             said = self._without_end(before[answered[1] : asked[0]])
             turns.append({"role": "assistant", "content": said})
             at, role = asked[1], role or answered[2] or asked[2]
-        if role in _ROLES or (role and role in contract.renderer.literals):
+        if role in ROLES or (role and role in contract.renderer.literals):
             return None
         turns.append({"role": "user", "content": before[at:]})
         # What looks like a turn of its own inside a text was not told apart.

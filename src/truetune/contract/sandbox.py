@@ -18,7 +18,6 @@ import queue
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from truetune import child
 # Seconds without an answer after which a template hangs. One render takes well under a millisecond;
 # a very long conversation some tens.
 DEADLINE = 15.0
-# Seconds that all answers of one template may take together, beyond what texts take anyhow: a
-# render takes 30 microseconds and a few for each kilobyte; allowed is a thousandfold.
+# Processor seconds that all answers of one template may take together, beyond what texts take
+# anyhow: a render takes 30 microseconds and a few for each kilobyte; allowed is a thousandfold.
 TOTAL = 60.0
 _PER_TEXT, _PER_MEGABYTE = 0.03, 10.0
 # A loaded machine may take its time to import the libraries.
@@ -85,13 +84,11 @@ class Worker:
         self._ready = self._ready or self._next(_START) == ["ready"]
         return self._ready
 
-    def receive(self, left: float) -> Answer:
-        """The next answer; ["hang"] after the deadline, ["slow"] when the time left of the total
-        is used up before it, ["died"] when the process has ended."""
-        if left <= 0:
-            return ["slow"]
-        answer = self._next(min(DEADLINE, left))
-        return ["slow"] if answer == ["hang"] and left < DEADLINE else answer
+    def receive(self) -> tuple[float, Answer]:
+        """The next answer and its processor seconds; ["hang"] after the deadline, ["died"] when
+        the process has ended."""
+        frame = self._next(DEADLINE)
+        return (0.0, frame) if frame in (["hang"], ["died"]) else (float(frame[0]), frame[1])
 
     def _next(self, seconds: float) -> Answer:
         try:
@@ -179,9 +176,9 @@ def _answers(source: str, request: dict[str, Any], number: int) -> list[Answer]:
         size = worker.send(request)
         left = _left.get(source, TOTAL) + number * _PER_TEXT + size * _PER_MEGABYTE / 2**20
         while len(answers) < number:
-            began = time.monotonic()
-            answers.append(worker.receive(left))
-            left -= time.monotonic() - began
+            seconds, answer = worker.receive()
+            left -= seconds
+            answers.append(answer if left > 0 else ["slow"])
             if answers[-1][0] in _LAST:
                 # What it still has in hand belongs to a template that is not trusted any more.
                 worker.kill()

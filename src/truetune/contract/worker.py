@@ -7,7 +7,7 @@ nothing of truetune.
 
 Frames are a length of four bytes and JSON. A request is {"describe": source} or {"source",
 "special", "date", "jobs": [[messages, tools, add_generation_prompt, arguments], ...]}; each job is
-answered by a frame of its own, so that the parent sees progress.
+answered by a frame of its own, [processor seconds, answer], so that the parent sees progress.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import struct
 import sys
+import time
 from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
@@ -38,11 +39,18 @@ def main() -> None:
     _send(answers, ["ready"])
     while (request := _receive(requests)) is not None:
         if "describe" in request:
-            _send(answers, _guarded(lambda r=request: _describe(library, r["describe"])))
+            _send(answers, _timed(lambda r=request: _describe(library, r["describe"])))
             continue
         _freeze(library, request["date"])
         for job in request["jobs"]:
-            _send(answers, _guarded(lambda j=job, r=request: _render(library, r, j)))
+            _send(answers, _timed(lambda j=job, r=request: _render(library, r, j)))
+
+
+def _timed(work: Any) -> list[Any]:
+    """[processor seconds, answer]: what others do on the machine does not count."""
+    began = time.process_time()
+    answer = _guarded(work)
+    return [time.process_time() - began, answer]
 
 
 def _render(library: Any, request: dict[str, Any], job: list[Any]) -> list[Any]:

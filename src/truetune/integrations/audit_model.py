@@ -88,9 +88,12 @@ def virtual_tokens(model: Any) -> int:
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return 0
+    active = getattr(model, "active_adapters", None)
+    # On a model of transformers that holds an adapter itself, it is a method.
+    names = active if isinstance(active, Sequence) and active else list(configs)
     return sum(
         int(getattr(configs[name], "num_virtual_tokens", 0) or 0)
-        for name in getattr(model, "active_adapters", None) or configs
+        for name in names
         if name in configs and getattr(configs[name], "is_prompt_learning", False)
     )
 
@@ -357,7 +360,8 @@ def _lora_scale(model: Any) -> Iterator[Finding]:
         scaling = getattr(module, "scaling", None)
         if not isinstance(scaling, Mapping) or not hasattr(module, "lora_A"):
             continue
-        for name in getattr(module, "active_adapters", None) or scaling:
+        active = getattr(module, "active_adapters", None)
+        for name in active if isinstance(active, Sequence) and active else scaling:
             if isinstance(scaling.get(name), int | float):
                 (speaking if scaling[name] else silent).add(str(name))
     if not silent:

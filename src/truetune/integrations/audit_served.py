@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from truetune.check.facts import LabelFacts, rows_finding, share
+from truetune.check.served import ROLES
 from truetune.check.stops import stops_trained
 from truetune.contract import PromptContract
 from truetune.contract.tokens import common_prefix
@@ -119,6 +120,7 @@ def _conversations(
     contract = facts.markers.contract
     if contract is None:
         return
+    yield from _foreign_roles(contract, talks, names)
     differ: list[int] = []
     lost: list[int] = []
     shown = ""
@@ -155,6 +157,32 @@ def _conversations(
             "so the data is not what is learned",
             fix="one row a turn, so that each answer is rendered as the last one; or a template "
             "that writes it",
+        )
+
+
+def _foreign_roles(
+    contract: PromptContract, talks: Sequence[tuple[ReadRow, _Talk]], names: Sequence[str]
+) -> Iterator[Finding]:
+    """Roles that no server sends and that the template does not name either."""
+    known = {*ROLES, None}
+    found: dict[int, str] = {}
+    for number, (_, talk) in enumerate(talks):
+        for role in dict.fromkeys(message.get("role") for message in talk.messages):
+            if role not in known and str(role) not in contract.renderer.literals:
+                found.setdefault(number, str(role))
+    if found:
+        role = next(iter(found.values()))
+        yield rows_finding(
+            names,
+            found,
+            code="prompt-differs",
+            level="error",
+            what=f"{share(len(found), len(names))} have turns of the role {role!r}, which no "
+            "server sends",
+            why=f"the template writes {role!r} where a served prompt has 'user' or 'assistant': "
+            "what is learned behind it does not show when the model is served",
+            fix="rename the roles to user and assistant before the rows are rendered with the "
+            "tokenizer's own chat template",
         )
 
 
