@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # Of SplitMix64, as signed numbers of 64 bits, which wrap around.
 _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-# A shift of a signed number brings copies of its sign: in the last one they would leave every result
-# with the same upper bit.
+# A shift of a signed number brings copies of its sign: in the last one they would leave every
+# result with the same upper bit.
 _LOWER = 2**33 - 1
 # Odd: its powers tell places apart.
 _BASE = 6364136223846793005
