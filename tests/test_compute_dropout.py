@@ -67,7 +67,8 @@ def test_each_element_is_dropped_with_its_probability(p: float) -> None:
     ):  # fmt: skip
         # A token's chance is one of two 256ths: two of its elements share that.
         share = p * p + 1 / 256**2
-        assert abs(int((one & other).sum()) - count * p * p) < 5 * (count * share) ** 0.5 + 5
+        pairs = one.numel()
+        assert abs(int((one & other).sum()) - pairs * p * p) < 5 * (pairs * share) ** 0.5 + 5
     for place in range(9):
         hits = int(mask[:, place].sum())
         assert abs(hits - 2000 * p) < 5 * (2000 * p * (1 - p)) ** 0.5 + 1

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # Of SplitMix64, as signed numbers of 64 bits, which wrap around.
 _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+# A shift of a signed number brings copies of its sign: in the last one they would leave every
+# result with the same upper bit.
+_LOWER = 2**33 - 1
 # Odd: its powers tell places apart.
 _BASE = 6364136223846793005
 # Elements that one hash decides, a byte each.
@@ -63,19 +66,19 @@ def _mixed_int(value: int) -> int:
     value = _signed(value)
     value = _signed((value ^ (value >> 30)) * _FIRST)
     value = _signed((value ^ (value >> 27)) * _SECOND)
-    return value ^ (value >> 31)
+    return value ^ ((value >> 31) & _LOWER)
 
 
 def _mixed(z: torch.Tensor) -> torch.Tensor:
     z = (z ^ (z >> 30)) * _FIRST
     z = (z ^ (z >> 27)) * _SECOND
-    return z ^ (z >> 31)
+    return z ^ ((z >> 31) & _LOWER)
 
 
 def _mix_(z: torch.Tensor) -> torch.Tensor:
     z.bitwise_xor_(z >> 30).mul_(_FIRST)
     z.bitwise_xor_(z >> 27).mul_(_SECOND)
-    return z.bitwise_xor_(z >> 31)
+    return z.bitwise_xor_((z >> 31).bitwise_and_(_LOWER))
 
 
 def dropped(states_T: torch.Tensor, width: int, p: float) -> torch.Tensor:
