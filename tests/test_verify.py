@@ -362,14 +362,16 @@ def test_from_the_command_line_through_a_fresh_process(
     assert "ended with 1" in shown.out
 
 
-def test_a_crash_says_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_says_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in Python is not explained as a want of memory."""
     from truetune.verify import fresh
 
     request = {"artifact": {"folder": "somewhere"}}
 
     def why(start: str) -> tuple[str, str]:
-        monkeypatch.setattr(fresh, "_START", start)
+        worker = tmp_path / "worker.py"
+        worker.write_text(start)
+        monkeypatch.setattr(fresh, "_WORKER", worker)
         with pytest.raises(fresh.VerifyError) as told:
             fresh.ask(request)
         assert told.value.code == "verify-crashed"
@@ -377,7 +379,7 @@ def test_a_crash_says_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cause, fix = why("def f():\n    raise ImportError('no such name')\nf()")
     assert cause.startswith("ImportError: no such name\n")
-    assert 'File "<string>", line 2, in f' in cause
+    assert 'worker.py", line 2, in f' in cause
     assert "memory" not in cause + fix
     cause, fix = why("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert "memory" in cause
@@ -399,22 +401,23 @@ def test_the_process_ends_with_its_parent() -> None:
     import time
 
     code = (
-        "from truetune.verify import fresh\n"
-        "fresh._START = '''\n"
-        "import os, sys, threading, time, truetune.verify.worker as worker\n"
-        "sys.stdin.buffer.readline()\n"
-        "threading.Thread(target=worker._end_with_parent, daemon=True).start()\n"
-        "os.write(2, b'')\n"
-        "open(sys.argv[1] + '.pid', 'w').write(str(os.getpid()))\n"
-        "time.sleep(600)'''\n"
         "import sys\n"
-        "fresh._PACKAGE = sys.argv[1]\n"
+        "from pathlib import Path\n"
+        "from truetune.verify import fresh\n"
+        "fresh._WORKER = Path(sys.argv[1])\n"
         "fresh.ask({'artifact': {'folder': 'x'}})\n"
+    )
+    worker = (
+        "import os, sys, time\n"
+        "sys.stdin.buffer.readline()\n"
+        "open(__file__ + '.pid', 'w').write(str(os.getpid()))\n"
+        "time.sleep(600)\n"
     )
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        mark = Path(folder) / "child"
+        mark = Path(folder) / "child.py"
+        mark.write_text(worker)
         environment = {**os.environ, "TMPDIR": folder}
         parent = subprocess.Popen([sys.executable, "-c", code, str(mark)], env=environment)
         for _ in range(600):
@@ -433,7 +436,7 @@ def test_the_process_ends_with_its_parent() -> None:
         else:
             os.kill(child, signal.SIGKILL)
             raise AssertionError("the fresh process outlived its parent")
-        assert [path.name for path in Path(folder).iterdir()] == ["child.pid"]
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["child.py", "child.py.pid"]
 
 
 def test_rows_of_one_place(tmp_path: Path, place: Path) -> None:

@@ -74,11 +74,11 @@ class Reply:
     errors: str
 
 
-def ask(module: str, question: bytes, *, loads_models: bool = False) -> Reply:
-    """Start a module, give it the question on standard input, and wait for its answer on standard
+def ask(what: Path | str, question: bytes, *, loads_models: bool = False) -> Reply:
+    """Start a file or module, give it the question on standard input, and wait for its answer on standard
     output. Nothing touches a disk, so nothing is left on it when either process is killed."""
     pipe = subprocess.PIPE
-    with start(module, loads_models=loads_models, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+    with start(what, loads_models=loads_models, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
             data, errors = process.communicate(question)
         except BaseException:

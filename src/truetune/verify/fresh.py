@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from truetune import child
@@ -17,18 +18,24 @@ class VerifyError(TruetuneError):
     default_code = "verify-failed"
 
 
+# The module that the fresh process runs.
+_WORKER: Path | str = "truetune.verify.worker"
+
+
 def ask(request: Mapping[str, Any]) -> dict[str, Any]:
     """Start a process with nothing but the request, and wait for its reply.
 
     Raises:
         VerifyError: it could not open the artifact (with the error's own words), or died.
     """
-    reply = child.ask(
-        "truetune.verify.worker", json.dumps(request).encode("utf-8"), loads_models=True
-    )
-    if reply.status:
-        raise _crashed(reply.status, reply.errors, str(request["artifact"]["folder"]))
-    found: dict[str, Any] = json.loads(reply.data)
+    reply = child.ask(_WORKER, json.dumps(request).encode("utf-8"), loads_models=True)
+    try:
+        if reply.status:
+            raise ValueError
+        found: dict[str, Any] = json.loads(reply.data)
+    except ValueError:
+        folder = str(request["artifact"]["folder"])
+        raise _crashed(reply.status, reply.errors, folder) from None
     if "error" in found:
         error = found["error"]
         raise VerifyError(
