@@ -75,8 +75,8 @@ class Reply:
 
 
 def ask(what: Path | str, question: bytes, *, loads_models: bool = False) -> Reply:
-    """Start a file or module, give it the question on standard input, and wait for its answer on standard
-    output. Nothing touches a disk, so nothing is left on it when either process is killed."""
+    """Start a file or module, give it the question on standard input, and wait for its answer on
+    standard output. Nothing touches a disk, so nothing is left there when either is killed."""
     pipe = subprocess.PIPE
     with start(what, loads_models=loads_models, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         try:
