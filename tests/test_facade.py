@@ -50,7 +50,7 @@ def test_a_run_by_keywords_is_the_run_of_the_command_line(
     assert truetune.verify(tmp_path / "mine").passed
     merged = truetune.export(tmp_path / "mine", tmp_path / "merged", quiet=True)
     assert (merged.folder / "model.safetensors").is_file()
-    assert "merged onto original" in repr(merged)
+    assert "merged onto the base's original weights" in repr(merged)
     talk = truetune.chat(tmp_path / "mine", max_new_tokens=4)
     answer = talk("1+1?")
     assert [m["role"] for m in talk.messages] == ["user", "assistant"]
