@@ -269,6 +269,14 @@ def test_a_mark_in_some_rows_is_found_in_those() -> None:
     assert ": " in told.why
 
 
+def test_rows_without_an_answer_among_others_are_passed_over() -> None:
+    tokenizer = HOUSE.tokenizer()
+    rows = [on_answer(tokenizer, messages(i)) for i in range(N)]
+    text = tokenizer(answer(1, words=30))["input_ids"]
+    rows[4] = {"input_ids": text, "labels": text}
+    assert "prompt-differs" not in found(rows, tokenizer)
+
+
 def test_selected_tokens_are_a_choice() -> None:
     """Many holes in each answer are made on purpose; one in each is not."""
     tokenizer = HOUSE.tokenizer()

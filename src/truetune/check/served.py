@@ -394,8 +394,8 @@ def _judged(
     trained = table.supervised[table.starts[row] : table.starts[row + 1]]
     size = len(header)
     heads = [i for i in range(len(ids) - size + 1) if tuple(ids[i : i + size]) == header]
-    spans = zip(heads, [*heads[1:], len(ids)], strict=True)
-    answers = [a for a, b in spans if trained[a + size : b].any()]
+    ends = [*heads[1:], len(ids)][: len(heads)]
+    answers = [a for a, b in zip(heads, ends, strict=True) if trained[a + size : b].any()]
     if not answers:
         return None
     decode = facts.markers.tokens.decode
