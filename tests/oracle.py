@@ -162,15 +162,15 @@ class Server:
         yield from self._clients(objects)
 
 
-_PROBE = "zzprobezz"
+_PROBE = {"zz": "zzprobezz", "nn": 73197}
 
 
 def _probing(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The conversation with an argument of its own kind in each call."""
+    """The conversation with arguments of its own kind in each call."""
     made = []
     for message in messages:
         calls = [
-            {**call, "function": {**call["function"], "arguments": {"zz": _PROBE}}}
+            {**call, "function": {**call["function"], "arguments": dict(_PROBE)}}
             for call in message.get("tool_calls") or []
         ]
         made.append({**message, "tool_calls": calls} if calls else dict(message))
@@ -178,13 +178,15 @@ def _probing(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _takes(text: str, messages: Sequence[Message], asked: bool) -> bool:
-    """Whether a rendering of probing messages holds the argument, and the last question where it
-    is `asked` for, and nothing in Python's own notation."""
+    """Whether a rendering of probing messages holds one of the arguments, and the last question
+    where it is `asked` for, and nothing in Python's own notation."""
     if "{'type'" in text or re.search(r"\{'[\w-]+': ", text):
         return False
     said = [m["content"] for m in messages if m["role"] in ("user", "tool")]
     parts = [c if isinstance(c, str) else c[0]["text"] for c in said[-1:] if asked]
-    parts += [_PROBE] if any(m.get("tool_calls") for m in messages) else []
+    calls = any(m.get("tool_calls") for m in messages)
+    if calls and not any(str(value) in text for value in _PROBE.values()):
+        return False
     return all(any(form.strip() in text for form in _leaf_forms(part)) for part in parts)
 
 

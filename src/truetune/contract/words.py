@@ -47,7 +47,7 @@ def words_in(
             first thing behind the served prompt: there plain answers name a recipient as well.
     """
     text = frame
-    known = sorted({c for c in controls if not c.isspace() and c}, key=len, reverse=True)
+    known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
     for control in known:
         text = text.replace(control, _MARK)
     if glued := _GLUED.search(text):
@@ -68,6 +68,15 @@ def words_in(
         if not _is_format(stretch, left, right, calls, prompt, recipient):
             return stretch.strip().replace("\x02", "\u2026")
     return ""
+
+
+def _is_mark(control: str) -> bool:
+    """Whether what stands around reasoning is a marker, and no words in front of one."""
+    bare = _TAG.sub(_MARK, control.strip())
+    before, found, _ = bare.partition(_MARK)
+    if found and _WORD.search(before):
+        return False
+    return bool(bare) and not (_STOPPED.search(bare) or _SENTENCE.search(bare))
 
 
 def _is_format(
