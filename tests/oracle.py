@@ -247,7 +247,7 @@ _MARKER = re.compile(
     r"|[\u25c1\u300a\u3010][^\n]{1,40}?[\u25b7\u300b\u3011]"
 )
 _THINK = re.compile(r"think|thought|reason|analysis|scratch|plan", re.IGNORECASE)
-_OPENED = re.compile(r"[<\[](?!/)[^<>\[\]/]*think[^<>\[\]/]*[>\]]\s*$", re.IGNORECASE)
+_OPENED = re.compile(r"[<\[](?![/|]*end)(?!/)[^<>\[\]/]*think[^<>\[\]/]*[>\]]\s*$", re.IGNORECASE)
 _PUNCTUATION = re.compile(r"[\s{}\[\]()<>:,\"'`=/|.\\_\uff5c\u2581~-]*")
 
 
@@ -296,8 +296,12 @@ class Format:
 
     def markers(self, text: str) -> list[str]:
         """Markers of the template in a frame."""
+        for bar in re.findall(r"\uff5c\w+\uff5c", text):
+            if bar in self.source:
+                text = text.replace(bar, "")
         begun = re.findall(r"<[^<>\n]+$", text)
-        found = [m for m in [*_MARKER.findall(text), *begun] if self.knows(m)]
+        signs = [sign for sign in re.findall(r"[<>=#-]{3,}", text) if sign in self.source]
+        found = [m for m in [*_MARKER.findall(text), *begun] if self.knows(m)] + signs
         return found + [token for token in self.added if token in text and token.strip()]
 
 

@@ -90,7 +90,7 @@ def _is_format(
         return True
     if left == _MARK and re.fullmatch(r"\s*[a-z_]+\n\s*", stretch):
         return True
-    if recipient and not left and re.fullmatch(r"[a-z_]+" + re.escape(recipient), stretch):
+    if recipient and not left and re.fullmatch(rf"[a-z_]+{re.escape(recipient)}\s*", stretch):
         return True
     if not calls or sentence:
         return False
