@@ -162,15 +162,15 @@ class Server:
         yield from self._clients(objects)
 
 
-_PROBE = "zzprobezz"
+_PROBE = {"zz": "zzprobezz", "nn": 73197}
 
 
 def _probing(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The conversation with an argument of its own kind in each call."""
+    """The conversation with arguments of its own kind in each call."""
     made = []
     for message in messages:
         calls = [
-            {**call, "function": {**call["function"], "arguments": {"zz": _PROBE}}}
+            {**call, "function": {**call["function"], "arguments": dict(_PROBE)}}
             for call in message.get("tool_calls") or []
         ]
         made.append({**message, "tool_calls": calls} if calls else dict(message))
@@ -178,13 +178,15 @@ def _probing(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _takes(text: str, messages: Sequence[Message], asked: bool) -> bool:
-    """Whether a rendering of probing messages holds the argument, and the last question where it
-    is `asked` for, and nothing in Python's own notation."""
+    """Whether a rendering of probing messages holds one of the arguments, and the last question
+    where it is `asked` for, and nothing in Python's own notation."""
     if "{'type'" in text or re.search(r"\{'[\w-]+': ", text):
         return False
     said = [m["content"] for m in messages if m["role"] in ("user", "tool")]
     parts = [c if isinstance(c, str) else c[0]["text"] for c in said[-1:] if asked]
-    parts += [_PROBE] if any(m.get("tool_calls") for m in messages) else []
+    calls = any(m.get("tool_calls") for m in messages)
+    if calls and not any(str(value) in text for value in _PROBE.values()):
+        return False
     return all(any(form.strip() in text for form in _leaf_forms(part)) for part in parts)
 
 
@@ -245,7 +247,7 @@ _MARKER = re.compile(
     r"|[\u25c1\u300a\u3010][^\n]{1,40}?[\u25b7\u300b\u3011]"
 )
 _THINK = re.compile(r"think|thought|reason|analysis|scratch|plan", re.IGNORECASE)
-_OPENED = re.compile(r"[<\[](?!/)[^<>\[\]/]*think[^<>\[\]/]*[>\]]\s*$", re.IGNORECASE)
+_OPENED = re.compile(r"[<\[](?![/|]*end)(?!/)[^<>\[\]/]*think[^<>\[\]/]*[>\]]\s*$", re.IGNORECASE)
 _PUNCTUATION = re.compile(r"[\s{}\[\]()<>:,\"'`=/|.\\_\uff5c\u2581~-]*")
 
 
@@ -294,8 +296,12 @@ class Format:
 
     def markers(self, text: str) -> list[str]:
         """Markers of the template in a frame."""
+        for bar in re.findall(r"\uff5c\w+\uff5c", text):
+            if bar in self.source:
+                text = text.replace(bar, "")
         begun = re.findall(r"<[^<>\n]+$", text)
-        found = [m for m in [*_MARKER.findall(text), *begun] if self.knows(m)]
+        signs = [sign for sign in re.findall(r"[<>=#-]{3,}", text) if sign in self.source]
+        found = [m for m in [*_MARKER.findall(text), *begun] if self.knows(m)] + signs
         return found + [token for token in self.added if token in text and token.strip()]
 
 

@@ -169,6 +169,40 @@ def test_numbers_and_switches_that_become_text_are_refused() -> None:
     assert 'value="6"' in only(loaded(turns(tags)), asked(call(sides=6)))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{{- dict(c.function.arguments, units='metric') | tojson -}}",
+        "{{- {'in': dict(c.function.arguments, units='metric') | tojson} | tojson -}}",
+        "{%- for k, v in dict(c.function.arguments, units='metric').items() -%}"
+        "{{- '<key>' ~ k ~ '</key><value>' ~ v ~ '</value>' -}}{%- endfor -%}",
+        "{%- for k, v in dict(c.function.arguments, units='metric').items() -%}"
+        "{{- '<parameter=' ~ k ~ '>' ~ v ~ '</parameter>' -}}{%- endfor -%}",
+        "({%- for k, v in dict(c.function.arguments, units='metric').items() -%}"
+        "{{- k ~ '=' ~ v | tojson ~ ', ' -}}{%- endfor -%})",
+    ],
+)
+def test_an_argument_that_the_template_adds_is_refused(arguments: str) -> None:
+    each = "{%- for c in m.tool_calls -%}{{- '<call>' ~ c.function.name -}}"
+    made = each + arguments + "{{- '</call>' -}}{%- endfor -%}"
+    error = refused(loaded(turns(made)), asked(call(place="Keth", days=3)), tools=[TOOL])
+    assert error.code == "target-invented"
+    assert "units" in error.what
+    plain = made.replace("dict(c.function.arguments, units='metric')", "c.function.arguments")
+    assert "Keth" in only(loaded(turns(plain)), asked(call(place="Keth", days=3)))
+
+
+def test_words_behind_reasoning_are_no_part_of_its_marker() -> None:
+    made = (
+        "{%- if m.thinking -%}{{- '<|chan|>analysis<|msg|>' ~ m.thinking ~ 'WORDS<|chan|>' -}}"
+        "{%- endif -%}{{- 'final<|msg|>' ~ m.content -}}"
+    )
+    row = [*chat("Hi"), tiny.chat("", "No.")[1] | {"reasoning_content": "Hm."}]
+    error = refused(loaded(turns(made.replace("WORDS", "\\nNow I answer."))), row)
+    assert error.code == "target-invented"
+    assert "Hm.<|chan|>final<|msg|>No." in only(loaded(turns(made.replace("WORDS", ""))), row)
+
+
 def test_a_part_written_twice_is_refused() -> None:
     contract = loaded(turns("{{- m.content ~ m.content -}}" + CALLS))
     assert refused(contract, asked(call(sides=6), content="Yes.")).code == "target-invented"
@@ -270,6 +304,7 @@ def test_a_label_that_the_prompt_announces_and_a_recipient_are_format() -> None:
     assert words_in("Action:\n```json\n[\x00]```", (), calls=True, prompt="Write 'Action:' then")
     assert not words_in("Action: \x00", (), calls=True, prompt="Write 'Action:' and then")
     assert not words_in("all\n\x00", (), calls=False, recipient="\n")
+    assert not words_in("all\n\n  \x00", (), calls=False, recipient="\n")
     assert words_in("all\n\x00", (), calls=False)
 
 

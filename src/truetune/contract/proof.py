@@ -97,7 +97,7 @@ class Proof:
         for named in (False, True):
             twin = twin_of(message, frame.marks, named=named)
             known = self._matching(twin, completion)
-            if known and (found is None or (found[1].defects and not known.defects)):
+            if known and (found is None or (_mendable(found[1]) and not known.defects)):
                 found = twin, known
         if found is None:
             raise self._unlike(completion, message, frame)
@@ -229,6 +229,13 @@ class Proof:
         if defect.what == "missing":
             label = leaf.label if leaf else f"{defect.text} of a tool call"
             return self._missing(leaf, label, completion, message)
+        if defect.what == "added":
+            return UnfaithfulTemplate(
+                f"the template adds the argument {defect.text!r} to a tool call of message {turn}",
+                why="nothing that is not in the data may become a target",
+                fix="use a template that renders the arguments as they are",
+                code="target-invented",
+            )
         if defect.what == "quoted":
             label = leaf.label if leaf else f"{defect.text} of a tool call"
             return UnfaithfulTemplate(
@@ -335,6 +342,12 @@ class Proof:
             fix="take the control token out of the row",
             code="stop-in-answer",
         )
+
+
+def _mendable(known: Skeleton) -> bool:
+    """Whether a template may write it rightly for the names that it knows: what it adds to
+    arguments it adds to those of any name."""
+    return bool(known.defects) and not any(d.what == "added" for d in known.defects)
 
 
 def _worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTemplate:

@@ -6,7 +6,7 @@ import html
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -182,7 +182,7 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
 
-    what: Literal["missing", "repeated", "order", "quoted"]
+    what: Literal["missing", "repeated", "order", "quoted", "added"]
     leaf: int | None = None
     text: str = ""
 
@@ -271,16 +271,71 @@ def skeleton(twin: Twin, written: str, flipped: str | None) -> Skeleton:
         if isinstance(twin.leaves[n].value, int | float)
         and any(_quoted(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
+    defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
     if not defects:
         defects = reader.order()
     return Skeleton(tuple(pieces), tuple(defects), reader.reordered)
 
 
+# Keys that may stand beside those of the arguments where a format has all in one object.
+_CALL_KEYS = frozenset({"name", "tool_name", "type", "id", "tool_call_id", "index"})
+# Keys without a tag around them: key=value behind a bracket or comma, and key:value.
+_BARE_KEYS = {"=": re.compile(r"[,(]\s*(\w+)\s*="), ":": re.compile(r"[,{]\s*(\w+)\s*:")}
+
+
+def _added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
+    """Keys beside those of a call's arguments: the template adds an argument of its own."""
+    keys = {leaf.sentinel for leaf in twin.leaves if leaf.kind == "key"}
+    found: list[str] = []
+    for held in _json_objects(written):
+        if keys & set(held):
+            found += [key for key in held if key not in keys | _CALL_KEYS]
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    for before, piece, behind in zip(pieces, pieces[1:], pieces[2:], strict=False):
+        if not isinstance(piece, int) or twin.leaves[piece].kind != "key":
+            continue
+        before, behind = str(before), str(behind)
+        tag = re.search(r"<[^<>]*[^\W\d_][^<>]*>?$", before)
+        close = re.match(r"[^<>\w]*>|</[^<>]+>", behind)
+        if tag and close:
+            same = re.escape(tag.group()) + r"([^<>\"\n]+)" + re.escape(close.group())
+            found += [key for text in texts for key in re.findall(same, text)]
+        elif before[-1:] in ("(", "{", ",", " ") and behind[:1] in _BARE_KEYS:
+            bare = _BARE_KEYS[behind[:1]]
+            found += [key for text in texts for key in bare.findall(text)]
+    return list(dict.fromkeys(found))
+
+
+def _json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """Objects that stand in a text as JSON, those inside others and inside strings too."""
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            yield from _objects(value)
+        at = text.find("{", end)
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from _objects(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _objects(inner)
+    elif isinstance(value, str) and value.startswith("{"):
+        yield from _json_objects(value)
+
+
 def _quoted(before: str, behind: str) -> bool:
     """Whether a number, true, false or null stands between quotes, as a JSON string does."""
     quote = re.search(r"[:,\[]\s*(\\*[\"'])$", before)
-    return bool(quote) and behind.startswith(quote[1])
+    return quote is not None and behind.startswith(quote[1])
 
 
 def _pieces(twin: Twin, written: str) -> list[str | int]:

@@ -47,7 +47,7 @@ def words_in(
             first thing behind the served prompt: there plain answers name a recipient as well.
     """
     text = frame
-    known = sorted({c for c in controls if not c.isspace() and c}, key=len, reverse=True)
+    known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
     for control in known:
         text = text.replace(control, _MARK)
     if glued := _GLUED.search(text):
@@ -70,6 +70,15 @@ def words_in(
     return ""
 
 
+def _is_mark(control: str) -> bool:
+    """Whether what stands around reasoning is a marker, and no words in front of one."""
+    bare = _TAG.sub(_MARK, control.strip())
+    before, found, _ = bare.partition(_MARK)
+    if found and _WORD.search(before):
+        return False
+    return bool(bare) and not (_STOPPED.search(bare) or _SENTENCE.search(bare))
+
+
 def _is_format(
     stretch: str, left: str, right: str, calls: bool, prompt: str, recipient: str
 ) -> bool:
@@ -81,7 +90,7 @@ def _is_format(
         return True
     if left == _MARK and re.fullmatch(r"\s*[a-z_]+\n\s*", stretch):
         return True
-    if recipient and not left and re.fullmatch(r"[a-z_]+" + re.escape(recipient), stretch):
+    if recipient and not left and re.fullmatch(rf"[a-z_]+{re.escape(recipient)}\s*", stretch):
         return True
     if not calls or sentence:
         return False
