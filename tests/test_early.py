@@ -55,7 +55,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_text("")
     (folder / "bare").mkdir()
-    (folder / "bare" / "config.json").write_text("{}")
+    (folder / "bare" / "config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
+    )
     (folder / "a-file").write_text("no folder")
     (folder / "run").mkdir()
     (folder / "run" / "mine.txt").write_text("keep me")

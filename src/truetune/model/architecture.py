@@ -32,7 +32,7 @@ def causal_config(files: ModelFiles) -> Any:
     """
     path = files.folder / "config.json"
     if not path.is_file():
-        raise _no_config(files)
+        raise no_config(files)
     raw = read_json(path)
     where = str(path)
     _require_known_type(raw, where)
@@ -112,7 +112,8 @@ def _not_sane(what: str, where: str) -> ModelError:
     )
 
 
-def _no_config(files: ModelFiles) -> ModelError:
+def no_config(files: ModelFiles) -> ModelError:
+    """What is told of a folder without config.json."""
     inner = [name for name in ("model", "adapter") if (files.folder / name).is_dir()]
     return ModelError(
         f"{files.source} is not a model folder: it has no config.json",

@@ -14,6 +14,7 @@ from truetune.model.architecture import (
     embedding_rows,
     head_is_tied,
     meta_model,
+    no_config,
     projection_names,
     require_ids,
 )
@@ -166,12 +167,19 @@ def _on_disk(files: ModelFiles, config: Any) -> tuple[str | None, int]:
 def require_weights(source: str | Path, revision: str | None = None) -> None:
     """Raise now what loading would raise later about weights that are not there or are pickled.
 
-    A Hub model's weights are not looked for: they are fetched when the model is loaded.
+    A Hub model's weights are not looked for: they are fetched when the model is loaded. Whether a
+    config that does not call itself a causal language model is one is judged where it is opened.
 
     Raises:
-        ModelError: a local folder without safetensors.
+        ModelError: a local folder without config.json or without safetensors.
     """
     files = locate(source, revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
-    if not base.is_hub:
+    if base.is_hub:
+        return
+    config = base.folder / "config.json"
+    if not config.is_file():
+        raise no_config(base)
+    heads = read_json(config).get("architectures")
+    if isinstance(heads, list) and str(next(iter(heads), "")).endswith("ForCausalLM"):
         weight_files(base)
