@@ -142,6 +142,13 @@ class RunDir:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 dead = held.enter_context(hold(lock))
+            except (NotADirectoryError, FileExistsError) as error:
+                there = next(path for path in (self.path, *self.path.parents) if path.exists())
+                raise OutputExists(
+                    f"{there} is a file, so {self.path} cannot be a folder",
+                    where=str(self.path),
+                    fix="name another folder with --output",
+                ) from error
             except OSError as error:
                 raise UsageError(
                     f"the run's folder cannot be written: {error.strerror}",
