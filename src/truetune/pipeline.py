@@ -62,7 +62,8 @@ def train(
         # Under torchrun all processes come this way, each with its share of every step; the first
         # one writes and tells.
         with group.together():
-            require_settings(recipe, *(() if resume else ("output",)))
+            if not resume:
+                require_settings(recipe, "output")
             run, found = RunDir(resume or str(recipe.output)), []
             if group.leads:
                 run, dead = held.enter_context(
