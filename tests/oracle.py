@@ -296,12 +296,10 @@ class Format:
 
     def markers(self, text: str) -> list[str]:
         """Markers of the template in a frame."""
-        for bar in re.findall(r"\uff5c\w+\uff5c", text):
-            if bar in self.source:
-                text = text.replace(bar, "")
+        bars = [bar for bar in re.findall(r"\uff5c\w+\uff5c", text) if bar in self.source]
         begun = re.findall(r"<[^<>\n]+$", text)
         signs = [sign for sign in re.findall(r"[<>=#-]{3,}", text) if sign in self.source]
-        found = [m for m in [*_MARKER.findall(text), *begun] if self.knows(m)] + signs
+        found = [m for m in [*_MARKER.findall(text), *begun] if self.knows(m)] + signs + bars
         return found + [token for token in self.added if token in text and token.strip()]
 
 

@@ -52,7 +52,9 @@ REFUSED: dict[str, dict[str, str]] = {
     # The reasoning of a call goes into a plan that stands behind the block which the prompt closes.
     "CohereForAI-c4ai-command-r7b-12-2024-tool_use": refused("thinking-off", "reasoned call"),
     # A function call stands behind the separator of messages.
-    "GigaChat3-10B-A1.8B": NO_REASONING | refused("target-behind-stop", *CALLS),
+    "GigaChat3-10B-A1.8B": NO_REASONING
+    | refused("target-behind-stop", "one call", "call, answer")
+    | refused("target-dropped", "parallel calls"),
     "HuggingFaceTB-SmolLM3-3B": NO_CALLS,
     "Kimi-K2-Instruct": NO_REASONING | UNSAFE_CALLS,
     # An empty block before every answer, and no switch.
