@@ -72,8 +72,8 @@ def test_learning_rates(
     assert made.learning_rate == made.recipe.learning_rate == rate
     assert made.recipe.origin("learning_rate").startswith("default: ")
     assert suggested_rate(made, replace(tiny, num_parameters=size)) == rate
-    own = plan(tiny, {"lora": lora, "lr": 0.5}, start=start, size=size, reasoning=reasoning)
-    assert own.learning_rate == 0.5
+    own = plan(tiny, {"lora": lora, "lr": 0.05}, start=start, size=size, reasoning=reasoning)
+    assert own.learning_rate == 0.05
     assert own.recipe.origin("learning_rate") == "test"
 
 

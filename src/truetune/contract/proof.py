@@ -22,6 +22,10 @@ from truetune.contract.twin import PART, Defect, Leaf, Skeleton, Twin, skeleton,
 from truetune.contract.words import words_in
 from truetune.errors import UnfaithfulTemplate
 
+# Outer whitespace of a part, as JSON writes it: it stands beside the part, and is the row's.
+_ESCAPED_SPACE = re.compile(
+    rf"(?:\\+(?:[nrtf]|u[0-9a-fA-F]{{4}}))+(?={PART})|(?<={PART})(?:\\+(?:[nrtf]|u[0-9a-fA-F]{{4}}))+"
+)
 # Skeletons kept for turns of one structure: a template writes it differently by what stands before.
 _MOST_SKELETONS = 16
 
@@ -135,6 +139,12 @@ class Proof:
             cut = written[:end]
             if wanted in (cut.strip(), self.tokens.normalised(cut).strip()):
                 return cut
+        # Some decoders write a space behind each added token: the text is compared as it comes
+        # back from its own ids.
+        for end in ends:
+            cut = written[:end]
+            if wanted == self.tokens.decode(self.tokens.encode([cut])[0]).strip():
+                return cut
         return None
 
     def _judged(
@@ -161,7 +171,7 @@ class Proof:
             raise self._behind_stop(twin.leaves[late[0]], completion, message)
         tail = cut[spans[-1][2] if spans else 0 :]
         calls = bool(message.get("tool_calls"))
-        text = known.frame(tail)
+        text = _ESCAPED_SPACE.sub("", known.frame(tail))
         words = words_in(
             text,
             (*self._controls, *frame.marks),

@@ -28,6 +28,7 @@ def require_trackers(names: Sequence[str]) -> None:
             raise UsageError(
                 f"unknown tracker {name!r}", fix="one of " + ", ".join(NAMES), code="tracker"
             )
+    for name in names:
         if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
             raise UsageError(
                 f"--report-to {name} needs a package that is not installed",
