@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,3 +29,11 @@ def verified_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from truetune.verify import verify
 
     monkeypatch.setattr("truetune.pipeline.verify", verify)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_at_a_terminal() -> None:
+    """A suite that was started in the background inherits ignored signals; tests send them."""
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), handler)

@@ -347,8 +347,9 @@ def test_dropped_rows_are_counted_with_place_and_reason(place: Path, tmp_path: P
     assert drops == {"5": "mixed-schemas", "10": "stop-in-answer", "15": "row-not-an-object"}
     assert all(drop["what"] for drop in found["dropped"])
     warnings = [f for f in ear.findings if f.level == "warning"]
-    assert {f.code for f in warnings} == set(drops.values())
-    assert all(f.what.startswith("dropped: ") for f in warnings)
+    told = [f for f in warnings if f.code not in ("rows-not-learned", "answers-do-not-end")]
+    assert {f.code for f in told} == set(drops.values())
+    assert all(f.what.startswith("dropped: ") for f in told)
 
 
 def test_no_row_left_is_an_error_even_when_dropping(place: Path, tmp_path: Path) -> None:
@@ -522,10 +523,12 @@ def test_a_stop_that_an_adapter_cannot_bring_is_told(place: Path, tmp_path: Path
 
 def test_no_check_is_recorded(place: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", sums(20))
-    run = small(place / "tiny", data, tmp_path / "run", learning_rate=1.0, no_check=True).run
+    run = small(place / "tiny", data, tmp_path / "run", learning_rate=0.05, no_check=True).run
     assert json.loads(run.file("env.json").read_text())["check"] == "skipped by --no-check"
     assert lines(run.file("findings.jsonl")) == [
-        line for line in lines(run.file("findings.jsonl")) if line["code"] == "weights-rounded"
+        line
+        for line in lines(run.file("findings.jsonl"))
+        if line["code"] in ("weights-rounded", "rows-not-learned", "answers-do-not-end")
     ]
 
 

@@ -117,10 +117,22 @@ def test_a_foreign_recipe_becomes_one_of_ours(
     assert found.tool == tool
     assert {key: found.settings.get(key) for key in expected} == expected
     # Every key of theirs has a line, and what is made of it is a recipe that ours takes.
-    assert [line.partition(":")[0] for line, _ in found.lines] == list(given)
+    named = [line.partition(":")[0] for line, _ in found.lines]
+    # What they leave at their default of 1 is said too: ours would cut the default batch.
+    assert [n for n in named if n != "gradient_accumulation_steps" or n in given] == list(given)
     recipe = make_recipe(("translated", yaml.safe_load(found.recipe())))
     assert recipe.model == "a/base"
     assert "max_steps" not in found.settings
+
+
+def test_nothing_is_lost_between_the_lines() -> None:
+    """A second data set, and the size of a batch that theirs cuts into nothing."""
+    sets = [{"path": "a.jsonl", "type": "alpaca"}, {"path": "b.jsonl"}]
+    found = translated({"base_model": "x", "datasets": sets, "micro_batch_size": 2})
+    assert found is not None
+    assert any("b.jsonl" in line and "no counterpart" in said for line, said in found.lines)
+    recipe = make_recipe(("translated", yaml.safe_load(found.recipe())))
+    assert (recipe.micro_batch_size, recipe.gradient_accumulation_steps) == (2, 1)
 
 
 def test_what_has_no_counterpart_is_said() -> None:

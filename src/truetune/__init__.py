@@ -72,7 +72,7 @@ def __getattr__(name: str) -> object:
     return value
 
 
-class _Package(_Module):
+class _Package(_Module):  # type: ignore[valid-type,misc]
     def __setattr__(self, name: str, value: object) -> None:
         """Importing a room must not put it in the place of the function of its name."""
         if not (name in _HOMES and isinstance(value, _Module)):

@@ -90,9 +90,9 @@ def _started(
     resumed: bool,
 ) -> tuple[Job, Checkpoint | None]:
     """The run before its first step, and the checkpoint that it goes on from."""
+    ask_early(recipe, with_weights=True)
     if not resumed and group.leads:
         _refuse_own_input(recipe, run)
-    ask_early(recipe, with_weights=True)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
     checkpoint, damaged = last_good(run.checkpoints()) if resumed else (None, [])

@@ -143,9 +143,10 @@ class RunDir:
                 self.path.mkdir(parents=True, exist_ok=True)
                 dead = held.enter_context(hold(lock))
             except (NotADirectoryError, FileExistsError) as error:
-                there = next(path for path in (self.path, *self.path.parents) if path.exists())
+                # A link that leads nowhere is there too.
+                there = next(p for p in (self.path, *self.path.parents) if os.path.lexists(p))
                 raise OutputExists(
-                    f"{there} is a file, so {self.path} cannot be a folder",
+                    f"{there} is a file or a broken link, so {self.path} cannot be a folder",
                     where=str(self.path),
                     fix="name another folder with --output",
                 ) from error

@@ -79,7 +79,10 @@ def flex(
     length = layout.num_tokens
     filling = _whole_blocks(length) - length
     query, key, value = (F.pad(t, (0, 0, 0, filling)) for t in (query, key, value))
-    limits = {"recompile_limit": _MOST_COMPILED, "fail_on_recompile_limit_hit": True}
+    limits: dict[str, Any] = {
+        "recompile_limit": _MOST_COMPILED,
+        "fail_on_recompile_limit_hit": True,
+    }
     try:
         with torch._dynamo.config.patch(**limits):
             out = call(
@@ -117,7 +120,7 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
     some = (counts > 0) & ~full
     length = _whole_blocks(layout.num_tokens)
     made: BlockMask = BlockMask.from_kv_blocks(
-        *(sent(t, device) for t in (*_ordered(some), *_ordered(full))),
+        *[sent(t, device) for t in (*_ordered(some), *_ordered(full))],  # type: ignore[arg-type,misc]
         BLOCK_SIZE=BLOCK,
         mask_mod=rule(layout, window, device),
         seq_lengths=(length, length),

@@ -207,7 +207,9 @@ class _Fused(torch.autograd.Function):
         wants = wants_h or wants_w or wants_b or wants_r
         w = weight_VD.to(compute)
         r = None if rows_MD is None else rows_MD.to(compute)
-        dr = torch.zeros_like(rows_MD, dtype=torch.float32) if wants_r else None
+        dr = None
+        if wants_r and rows_MD is not None:
+            dr = torch.zeros_like(rows_MD, dtype=torch.float32)
         dh = torch.empty_like(hidden_ND, dtype=compute) if wants_h else None
         dw: torch.Tensor | None = None
         db = torch.zeros(len(weight_VD), device=w.device) if wants_b else None
@@ -218,7 +220,7 @@ class _Fused(torch.autograd.Function):
             part = slice(start, start + rows)
             h = hidden_ND[part].to(compute)
             z = torch.mm(h, w.t(), out=z_buffer[: len(h)])
-            if r is not None:
+            if r is not None and ids_M is not None:
                 # Before the bias: a row stands elsewhere, its bias does not.
                 z.index_copy_(1, ids_M, h @ r.t())
             if bias_V is not None:
@@ -226,7 +228,7 @@ class _Fused(torch.autograd.Function):
             total += _losses_to_gradients_(z, targets_N[part], weights_N[part], tail, wants)
             if db is not None:
                 db += z.sum(0, dtype=torch.float32)
-            if r is not None:
+            if r is not None and ids_M is not None:
                 z_NM = z.index_select(1, ids_M)
                 z.index_fill_(1, ids_M, 0)
                 if dr is not None:

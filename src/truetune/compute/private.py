@@ -98,12 +98,12 @@ def fused_adamw_(
     """One AdamW step, in place, in one call; `steps` counts this one already."""
     if _has_fused_adamw():
         torch._fused_adamw_(
-            weights,
-            gradients,
-            means,
-            squares,
+            list(weights),
+            list(gradients),
+            list(means),
+            list(squares),
             [],
-            steps,
+            list(steps),
             lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -122,7 +122,7 @@ def fused_adamw_(
 @functools.cache
 def _has_fused_adamw() -> bool:
     def right() -> bool:
-        group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        group: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
         results = []
         for fused in (True, False):
             w, g, m, s = (torch.full((3,), value) for value in (1.0, 0.5, 0.2, 0.3))
@@ -135,7 +135,8 @@ def _has_fused_adamw() -> bool:
             else:
                 _adamw_(w, g, m, s, 2.0, group)
             results.append(torch.stack([w, m, s]))
-        return torch.allclose(*results, rtol=1e-5)
+        fused_3, plain_3 = results
+        return torch.allclose(fused_3, plain_3, rtol=1e-5)
 
     return _holds(right)
 

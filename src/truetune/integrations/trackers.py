@@ -11,7 +11,6 @@ from truetune.errors import UsageError
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 # Those that are an extra of this package.
-_EXTRAS = ("tensorboard", "wandb")
 # What accelerate's class of a tracker imports, where that is not the tracker's own name.
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 LOGS = "trackers"
@@ -32,7 +31,7 @@ def require_trackers(names: Sequence[str]) -> None:
         if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):
             raise UsageError(
                 f"--report-to {name} needs a package that is not installed",
-                fix=f"pip install 'truetune[{name}]'" if name in _EXTRAS else f"pip install {name}",
+                fix=f"pip install {name}",
                 code="tracker-missing",
             )
 

@@ -54,6 +54,14 @@ def translated(given: Mapping[str, Any]) -> Translation | None:
         settings |= pairs
         ours = ", ".join(f"{k}: {_short(v)}" for k, v in pairs.items())
         lines.append((shown, ours or _WITHOUT.get(name, "the default")))
+        lines += [
+            (f"{name}[{number}]: {_short(more)}", _ONE_SET)
+            for number, more in enumerate(_sets(name, value)[1:], start=1)
+        ]
+    if "micro_batch_size" in settings and "gradient_accumulation_steps" not in settings:
+        # Theirs is 1; ours would cut the default batch into micro-batches of that size.
+        settings["gradient_accumulation_steps"] = 1
+        lines.append(("gradient_accumulation_steps: (1)", "gradient_accumulation_steps: 1"))
     steps = [settings.get(k) for k in ("micro_batch_size", "gradient_accumulation_steps")]
     if all(isinstance(n, int) for n in steps):
         # Theirs is by device, ours over all of them; one device is meant where nothing is said.
@@ -63,6 +71,18 @@ def translated(given: Mapping[str, Any]) -> Translation | None:
     else:
         settings.pop("max_steps", None)
     return Translation(tool, settings, tuple(lines))
+
+
+_ONE_SET = "no counterpart: a run reads one file or folder; put all files into one folder"
+
+
+def _sets(name: str, value: Any) -> list[Any]:
+    """The data sets that a key names."""
+    if name == "datasets" and isinstance(value, list):
+        return [v.get("path") if isinstance(v, Mapping) else v for v in value]
+    if name == "dataset" and isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return [value]
 
 
 def _short(value: Any, most: int = 40) -> str:
@@ -230,7 +250,7 @@ _TOOLS: dict[str, dict[str, Callable[[Any], Pairs]]] = {
     },
     "LLaMA-Factory": {
         "model_name_or_path": _to("model"),
-        "dataset": _to("data"),
+        "dataset": lambda v: [("data", _sets("dataset", v)[0])],
         "eval_dataset": _to("eval_data"),
         "finetuning_type": _finetuning,
         "quantization_bit": _bits,
@@ -276,9 +296,10 @@ _WITHOUT = {
         ),
         "not needed: the attention is chosen and proved on the model",
     ),
-    **dict.fromkeys(
-        ("val_set_size", "eval_strategy", "evaluation_strategy", "per_device_eval_batch_size"),
-        "not needed: 5 % of the rows, at most 200, are held out; or --eval-data"),
+    **dict.fromkeys(("val_set_size", "val_size"),
+        "no counterpart: 5 % of 100 rows or more, at most 200, are held out; or --eval-data"),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy", "per_device_eval_batch_size"),
+        "not needed: held-out rows are evaluated every --eval-steps"),
     **dict.fromkeys(("pad_to_sequence_len", "group_by_length", "eval_sample_packing"),
         "not needed: nothing is padded"),
     **dict.fromkeys(("fp16", "tf32"), "no counterpart: float32 or bfloat16"),
@@ -291,5 +312,4 @@ _WITHOUT = {
     "dataset_dir": "no counterpart: give the path of the data itself",
     "dataset_prepared_path": "not needed: rows are read anew",
     "resume_from_checkpoint": "truetune train --resume RUN",
-    "val_size": "not needed: 5 % of the rows, at most 200, are held out; or --eval-data",
 }  # fmt: skip

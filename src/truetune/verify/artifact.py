@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from truetune.compare import Agreement
-from truetune.errors import InputError
+from truetune.errors import InputError, UsageError
 from truetune.run import CONTRACT, RunDir, opened
 from truetune.verify.files import check_files, check_record
 from truetune.verify.fresh import VerifyError, ask
@@ -39,8 +40,16 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
         device: where to open it.
 
     Raises:
-        UsageError: a run that has saved nothing yet.
+        UsageError: there is no such folder, or a run that has saved nothing yet.
     """
+    if not os.path.isdir(source):
+        raise UsageError(
+            f"there is no folder {source}",
+            where=source,
+            why=f"{source} is a file" if os.path.isfile(source) else "",
+            fix="name the folder of a run, a model or an adapter",
+            code="no-run",
+        )
     run = run_of(source)
     folder = opened(source)
     final = run is not None and _is_artifact(folder, run)

@@ -301,7 +301,8 @@ def _is_right(
                         q, k, v = (t[0] for t in leaves)
                         out = _explicit(q, k, v, _PROBE, window, scale, 0.0, None, None)
                     else:
-                        out = varlen(*leaves, _PROBE, window, scale, kernel=kernel)
+                        q, k, v = leaves
+                        out = varlen(q, k, v, _PROBE, window, scale, kernel=kernel)
                     grads = torch.autograd.grad(out.float().square().sum(), leaves)
                 except (RuntimeError, NotImplementedError):
                     if exact:
