@@ -169,6 +169,20 @@ def test_numbers_and_switches_that_become_text_are_refused() -> None:
     assert 'value="6"' in only(loaded(turns(tags)), asked(call(sides=6)))
 
 
+@pytest.mark.parametrize("value", ["-{{ v|tojson }}", "{{ v|tojson }}0", "{{ v|tojson }}.0"])
+def test_a_number_that_becomes_another_one_is_refused(value: str) -> None:
+    written = (
+        "{{ m.content }}{% for c in m.tool_calls %}<call><name>{{ c.function.name }}</name>"
+        "{% for k, v in c.function.arguments.items() %}<par><key>{{ k }}</key><val>VALUE</val>"
+        "</par>{% endfor %}</call>{% endfor %}"
+    )
+    rows = asked(call(sides=5))
+    assert "<val>5</val>" in only(loaded(turns(written.replace("VALUE", "{{ v|tojson }}"))), rows)
+    error = refused(loaded(turns(written.replace("VALUE", value))), rows)
+    assert error.code == "target-dropped"
+    assert "another number" in error.what
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -257,6 +257,13 @@ class Proof:
                 code="target-dropped",
             )
         label = leaf.label if leaf else "a part"
+        if defect.what == "glued":
+            return UnfaithfulTemplate(
+                f"the template makes another number of {label} of message {turn}",
+                why=f"the completion would be {excerpt(completion.body)}",
+                fix="use a template that renders the arguments as they are",
+                code="target-dropped",
+            )
         if defect.what == "repeated":
             return UnfaithfulTemplate(
                 f"the template writes {label} of message {turn} more than once",

@@ -182,7 +182,7 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
 
-    what: Literal["missing", "repeated", "order", "quoted", "added"]
+    what: Literal["missing", "repeated", "order", "quoted", "glued", "added"]
     leaf: int | None = None
     text: str = ""
 
@@ -271,6 +271,12 @@ def skeleton(twin: Twin, written: str, flipped: str | None) -> Skeleton:
         if isinstance(twin.leaves[n].value, int | float)
         and any(_quoted(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
+    defects += [
+        Defect("glued", n)
+        for n, found in places.items()
+        if isinstance(twin.leaves[n].value, int | float)
+        and any(_glued(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
+    ]
     defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
     if not defects:
@@ -330,6 +336,11 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(inner)
     elif isinstance(value, str) and value.startswith("{"):
         yield from _json_objects(value)
+
+
+def _glued(before: str, behind: str) -> bool:
+    """Whether a sign, a digit or a fraction beside a number makes another number of it."""
+    return re.search(r"[-+.\d]$", before) is not None or re.match(r"\d|\.\d", behind) is not None
 
 
 def _quoted(before: str, behind: str) -> bool:
