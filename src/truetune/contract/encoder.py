@@ -275,18 +275,13 @@ class Encoder:
         jobs = [
             self._through(row, text.turn, message)
             for row, text, twin in asked.values()
-            for message in (twin.message, twin.flipped)
-            if message
+            for message in twin.variants
         ]
         rendered = iter(self.renderer.render_many(jobs))
         for row, text, twin in asked.values():
-            written = [
-                self._behind(row, text, message, next(rendered))
-                for message in (twin.message, twin.flipped)
-                if message
-            ]
-            if written[0] is not None:
-                self._proof.learn(twin, written[0], (*written, None)[1])
+            texts = [self._behind(row, text, message, next(rendered)) for message in twin.variants]
+            if texts[0] is not None:
+                self._proof.learn(twin, texts)
 
     def _behind(
         self, row: _Row, text: TurnText, message: dict[str, Any], rendered: Rendered

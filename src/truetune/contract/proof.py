@@ -11,7 +11,7 @@ who     `encoder.py`, for each turn
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,10 @@ class Proof:
                 return None
         return twin
 
-    def learn(self, twin: Twin, written: str, flipped: str | None) -> None:
-        """Take in what the template writes for a twin behind the served prompt."""
+    def learn(self, twin: Twin, texts: Sequence[str | None]) -> None:
+        """Take in what the template writes for a twin's variants behind the served prompt."""
         known = self._skeletons.setdefault(twin.key, [])
-        known.append(skeleton(twin, written, flipped))
+        known.append(skeleton(twin, texts))
         del known[:-_MOST_SKELETONS]
 
     def require(
@@ -256,7 +256,16 @@ class Proof:
                 "it a string in the row",
                 code="target-dropped",
             )
-        label = leaf.label if leaf else "a part"
+        if defect.what == "filled":
+            return UnfaithfulTemplate(
+                f"the template writes something for an empty {defect.text} in a tool call of "
+                f"message {turn}",
+                why=f"the completion would be {excerpt(completion.body)}",
+                fix="use a template that renders empty arguments as they are, or leave them out of "
+                "the row",
+                code="target-invented",
+            )
+        label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
         if defect.what == "glued":
             return UnfaithfulTemplate(
                 f"the template makes another number of {label} of message {turn}",

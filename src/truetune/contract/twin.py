@@ -66,18 +66,27 @@ class Twin:
     Attributes:
         message: the same structure, outer whitespace and empty values as in the row.
         flipped: the same with every true, false, null and zero turned; None where there is none.
+        filled: for each empty text, mapping and list of a call: what it is, and the message in
+            which it holds something.
         leaves: in the row's order.
         calls: a node for each call.
     """
 
     message: Message
     flipped: Message | None
+    filled: tuple[tuple[str, Message], ...]
     leaves: tuple[Leaf, ...]
     calls: tuple[Node, ...]
 
     @cached_property
     def key(self) -> str:
         return json.dumps(self.message, default=repr)
+
+    @property
+    def variants(self) -> list[Message]:
+        """All messages whose texts a skeleton is read off: its own, flipped, filled."""
+        flipped = [self.flipped] if self.flipped else []
+        return [self.message, *flipped, *(message for _, message in self.filled)]
 
 
 class _Maker:
@@ -171,18 +180,43 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
     made["content"] = maker.text("content", str(made.get("content") or ""))
     calls = [maker.call(call) for call in made.get("tool_calls") or []]
     flipped = None
+    filled: list[tuple[str, Message]] = []
     if calls:
         made["tool_calls"] = [call for call, _, _ in calls]
         if maker.has_small:
             flipped = {**made, "tool_calls": [turned for _, turned, _ in calls]}
-    return Twin(made, flipped, tuple(maker.leaves), tuple(node for _, _, node in calls))
+        for number, call in enumerate(made["tool_calls"]):
+            for what, arguments in _filled(call["function"].get("arguments")):
+                function = {**call["function"], "arguments": arguments}
+                others = list(made["tool_calls"])
+                others[number] = {**call, "function": function}
+                filled.append((what, {**made, "tool_calls": others}))
+    nodes = tuple(node for _, _, node in calls)
+    return Twin(made, flipped, tuple(filled), tuple(maker.leaves), nodes)
+
+
+def _filled(value: Any) -> Iterator[tuple[str, Any]]:
+    """A value with one of the empty ones in it filled, for each of them in turn."""
+    if value in ("", {}, []) and isinstance(value, str | Mapping | list):
+        full: Any = "zqfilled"
+        if not isinstance(value, str):
+            full = {full: full} if isinstance(value, Mapping) else [full]
+        yield repr(value), full
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            for what, full in _filled(inner):
+                yield what, {**value, key: full}
+    elif isinstance(value, list):
+        for at, inner in enumerate(value):
+            for what, full in _filled(inner):
+                yield what, [*value[:at], full, *value[at + 1 :]]
 
 
 @dataclass(frozen=True)
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
 
-    what: Literal["missing", "repeated", "order", "quoted", "glued", "added"]
+    what: Literal["missing", "repeated", "order", "quoted", "glued", "added", "filled"]
     leaf: int | None = None
     text: str = ""
 
@@ -247,13 +281,16 @@ def _spans(
     return found
 
 
-def skeleton(twin: Twin, written: str, flipped: str | None) -> Skeleton:
-    """Read a skeleton off the twin's text.
+def skeleton(twin: Twin, texts: Sequence[str | None]) -> Skeleton:
+    """Read a skeleton off the twin's texts.
 
     Args:
-        written: what follows the served prompt.
-        flipped: the same for the flipped twin.
+        texts: what follows the served prompt, for each of the twin's variants; None where the
+            template takes no such message. The first one is there.
     """
+    written, *others = texts
+    assert written is not None
+    flipped = others.pop(0) if twin.flipped else None
     pieces = _pieces(twin, written)
     places: dict[int, list[int]] = {}
     for position, piece in enumerate(pieces):
@@ -276,6 +313,11 @@ def skeleton(twin: Twin, written: str, flipped: str | None) -> Skeleton:
         for n, found in places.items()
         if isinstance(twin.leaves[n].value, int | float)
         and any(_glued(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
+    ]
+    defects += [
+        Defect("filled", None, what)
+        for (what, _), full in zip(twin.filled, others, strict=True)
+        if full is not None and not _is_cut_from(written, full)
     ]
     defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
@@ -336,6 +378,18 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(inner)
     elif isinstance(value, str) and value.startswith("{"):
         yield from _json_objects(value)
+
+
+def _is_cut_from(short: str, full: str) -> bool:
+    """Whether a text is another one without one stretch of it."""
+    return _common(short, full) + _common(short[::-1], full[::-1]) >= len(short)
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _glued(before: str, behind: str) -> bool:
@@ -460,8 +514,11 @@ class _Reader:
                     at = text.find(form, offset)
                     if at >= 0 and (node[0] == "fixed" or self.changes(piece)):
                         self.at = (piece, at + len(form))
-                        if node[0] == "small" and _quoted(text[:at], text[at + len(form) :]):
+                        before, behind = text[:at], text[at + len(form) :]
+                        if node[0] == "small" and _quoted(before, behind):
                             self.defects.append(Defect("quoted", None, repr(node[2])))
+                        elif node[0] == "small" and form[0] == "0" and _glued(before, behind):
+                            self.defects.append(Defect("glued", None, repr(node[2])))
                         return
             if node[0] == "small":
                 break

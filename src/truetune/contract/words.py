@@ -61,10 +61,14 @@ def words_in(
     pieces = re.split(f"([{PART}{_MARK}])", text)
     for number in range(0, len(pieces), 2):
         stretch = pieces[number]
-        if not _WORD.search(stretch):
-            continue
         left = pieces[number - 1] if number else ""
         right = pieces[number + 1] if number + 1 < len(pieces) else ""
+        if not _WORD.search(stretch):
+            # A sign beside an answer is trained like a word; between two marks it is format.
+            sign = stretch.strip() if not calls or not stretch.isascii() else ""
+            if sign and not left == right == _MARK:
+                return sign
+            continue
         if not _is_format(stretch, left, right, calls, prompt, recipient):
             return stretch.strip().replace("\x02", "\u2026")
     return ""
