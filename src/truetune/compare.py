@@ -3,7 +3,6 @@
 input   a loaded model, rows of ids with their supervised positions
 does    one forward pass a row, no padding; keeps what the supervised positions predict
 output  Measured of one model; Agreement of two
-who     verify (reloaded against trained, merged against adapter), the look at a 4-bit base
 
 Where one model is held to itself, saved and opened again, the likeliest tokens of each position are
 kept with their probabilities (`Reading`): what two readings differ by is measured in nats, so that
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.findings import Finding
-from truetune.model import LoadedModel
+from truetune.model.load import LoadedModel
 
 if TYPE_CHECKING:
     import torch

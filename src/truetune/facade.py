@@ -5,109 +5,23 @@ from __future__ import annotations
 import html
 import inspect as _inspect
 import os
-import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.errors import UsageError
-from truetune.recipe import (
-    Recipe,
-    make_recipe,
-    read_recipe,
-    recorded_recipe,
-    setting_types,
-    settings,
-)
+from truetune.recipe.given import Pathlike, path_of, recipe_of
+from truetune.recipe.settings import setting_types, settings
 
 if TYPE_CHECKING:
-    from truetune.checkup import Checkup
-    from truetune.contract import PromptContract
+    from truetune.contract.contract import PromptContract
     from truetune.generate import Reply, Sampling
     from truetune.lab.measure import Measurement
     from truetune.listener import Listener
-    from truetune.model import LoadedModel
-    from truetune.pipeline import ExportResult, RunResult
-    from truetune.verify import Verdict
-
-Pathlike = str | os.PathLike[str]
-
-
-def recipe_of(
-    source: Pathlike | None,
-    rows: Pathlike | None,
-    resume: Pathlike | None,
-    options: Mapping[str, Any],
-    origin: str,
-) -> Recipe:
-    """A recipe file, then what was given beside it; a resumed run's own recipe.
-
-    Args:
-        source: a model, or a recipe.yaml.
-        rows: the data.
-        resume: a run to continue.
-        options: settings by name; None and an empty list were not given.
-        origin: what the run will say of where they came from.
-
-    Raises:
-        UsageError, InputError: what is given contradicts itself, or is not there.
-    """
-    # An option that may be repeated comes as a list; a recipe tells it by being a tuple.
-    given = {
-        name: tuple(value) if isinstance(value, list) and origin == "command line" else value
-        for name, value in options.items()
-        if value is not None and value != []
-    }
-    given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items()}
-    first, second = (None if v is None else _path(v) for v in (source, rows))
-    if resume is not None:
-        return _resumed_recipe(str(resume), bool(first or second or given))
-    file = first if first and first.lower().endswith((".yaml", ".yml")) else None
-    if file and second:
-        raise UsageError(
-            f"two arguments, and the first is a recipe: {file}",
-            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(second)}",
-            code="recipe-with-data",
-        )
-    for name, value in (("model", None if file else first), ("data", second)):
-        if value and name in given:
-            raise UsageError(
-                f"the {name} is given twice: {value} and --{name} {given[name]}",
-                fix="leave one of them out",
-                code="given-twice",
-            )
-        given |= {name: value} if value else {}
-    if file is None:
-        return make_recipe((origin, given))
-    if not Path(file).is_file():
-        raise UsageError(
-            f"there is no recipe {file}", where=file, fix="check the path", code="no-recipe"
-        )
-    return make_recipe((file, read_recipe(Path(file))), (origin, given))
-
-
-def _path(value: Any) -> str:
-    if not isinstance(value, str | os.PathLike):
-        raise UsageError(
-            f"a model and data are named by a path or a Hub id, not by a {type(value).__name__}",
-            fix="save the rows as a .jsonl file, the model as a folder, and name those",
-            code="not-a-path",
-        )
-    return os.fspath(value)
-
-
-def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
-    from truetune.run import RECIPE, RunDir
-
-    if has_settings:
-        raise UsageError(
-            "--resume takes no other setting",
-            why="a resumed run goes on with the settings it was started with",
-            fix=f"truetune train --resume {shlex.quote(resume)}",
-            code="resume-with-settings",
-        )
-    return recorded_recipe(RunDir.open(resume).file(RECIPE))
+    from truetune.model.load import LoadedModel
+    from truetune.run.checkup import Checkup
+    from truetune.run.pipeline import ExportResult, RunResult
+    from truetune.verification.verdict import Verdict
 
 
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,7 +47,7 @@ def _shown(listener: Listener | None, quiet: bool) -> Any:
 
     if listener is not None or quiet:
         return listener or Silence()
-    from truetune.verb import open_screen
+    from truetune.cli.verb import open_screen
 
     return open_screen()
 
@@ -172,7 +86,7 @@ def train(
     Raises:
         TruetuneError: with what, where, why and fix, as the command line shows them.
     """
-    from truetune.pipeline import train as run
+    from truetune.run.pipeline import train as run
 
     recipe = recipe_of(model, data, resume, options, "argument")
     told = _shown(listener, quiet)
@@ -208,7 +122,7 @@ def check(
     Raises:
         TruetuneError: arguments, data or model that cannot be used at all.
     """
-    from truetune.checkup import check_model, check_run
+    from truetune.run.checkup import check_model, check_run
 
     recipe = recipe_of(model, data, None, options, "argument")
     told = _shown(listener, quiet)
@@ -304,8 +218,7 @@ def chat(
     Raises:
         TruetuneError: the model cannot be opened, or the prompt leaves no room for an answer.
     """
-    from truetune.chat_screen import speaker
-    from truetune.generate import Sampling
+    from truetune.generate import Sampling, open_speaker
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -315,7 +228,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    opened = speaker(_path(model), chat_template, revision, device)
+    opened = open_speaker(path_of(model), chat_template, revision, device)
     talk = Chat(opened.model, opened.contract, sampling, system)
     return talk if prompt is None else talk(prompt)
 
@@ -334,9 +247,9 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
     Raises:
         TruetuneError: there is nothing to verify.
     """
-    from truetune.verify import verify as verified
+    from truetune.verification.artifact import verify as verified
 
-    return verified(_path(run), base=base, device=device)
+    return verified(path_of(run), base=base, device=device)
 
 
 def export(
@@ -371,7 +284,7 @@ def export(
         TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
             left behind.
     """
-    from truetune.pipeline import export as merged
+    from truetune.run.pipeline import export as merged
 
     if onto not in ("auto", "original", "dequantised"):
         raise UsageError(
@@ -382,8 +295,8 @@ def export(
     told = _shown(listener, quiet)
     try:
         return merged(
-            _path(run),
-            _path(output),
+            path_of(run),
+            path_of(output),
             base=base,
             onto=onto,  # type: ignore[arg-type]
             dtype=None if dtype == "auto" else dtype,
@@ -420,9 +333,9 @@ def inspect(
     Raises:
         TruetuneError: it cannot be opened.
     """
-    from truetune.model_screen import model_facts
+    from truetune.cli.model_screen import model_facts
 
-    return Facts(model_facts(_path(model), revision=revision, chat_template=chat_template))
+    return Facts(model_facts(path_of(model), revision=revision, chat_template=chat_template))
 
 
 def evaluate(
@@ -442,20 +355,10 @@ def evaluate(
     Raises:
         TruetuneError: unknown wordings, or a model that cannot be opened.
     """
-    from truetune.lab import base_path
-    from truetune.lab.measure import SETS, measure
-    from truetune.run import opened
+    from truetune.lab.measure import measure
 
-    if wordings not in ("all", *SETS):
-        raise UsageError(
-            f"unknown wordings: {wordings}",
-            where="wordings",
-            fix=f"one of {', '.join(SETS)}, all",
-            code="wordings-unknown",
-        )
-    chosen = tuple(SETS) if wordings == "all" else (wordings,)
-    source = str(base_path()) if model is None else opened(_path(model))
-    return measure(source, sets=chosen, seed=seed, device=device)
+    source = None if model is None else path_of(model)
+    return measure(source, wordings=wordings, seed=seed, device=device)
 
 
 def _pre(text: str) -> str:

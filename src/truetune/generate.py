@@ -4,7 +4,6 @@ input   a loaded model, its contract, conversations
 does    prompts by contract.prompt_ids, stops on contract.stop_ids, and samples by the settings
         given here: nothing of the model's own generation_config takes part
 output  Reply
-who     samples during training, the chat verb, verify
 
 Prompts are padded left in a batch; which batch a row is in changes nothing it draws.
 """
@@ -18,18 +17,20 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from truetune.contract.contract import PromptContract
 from truetune.contract.tokens import Tokens
-from truetune.data import Conversation
+from truetune.data.conversation import Conversation
 from truetune.errors import UsageError
-from truetune.model import LoadedModel, context_length
+from truetune.model.architecture import context_length
 from truetune.model.draw import Draw, Sampling
+from truetune.model.inspect import describe
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.tokenizer import load_tokenizer
+from truetune.run_dir import opened
 
 if TYPE_CHECKING:
     import torch
 
-    from truetune.contract.contract import PromptContract
-
-__all__ = ["Reply", "Sampling", "replies", "replies_to_ids", "stream"]
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -363,3 +364,36 @@ class _Worker:
         import torch
 
         return torch.full((len(ids_BT),), self.cancelled.is_set(), device=ids_BT.device)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model, the contract it is asked through, and what to call it."""
+
+    name: str
+    model: LoadedModel
+    contract: PromptContract
+
+
+def open_speaker(
+    source: str,
+    chat_template: str | None,
+    revision: str | None,
+    device: str,
+    contract: PromptContract | None = None,
+) -> Speaker:
+    """Open a run or a model.
+
+    Args:
+        contract: to ask it through; its own where None.
+
+    Raises:
+        TruetuneError: it cannot be opened.
+    """
+    folder = opened(source)
+    describe(folder, revision)  # says what is wrong with a model before anything of it is loaded
+    if contract is None:
+        tokenizer = load_tokenizer(folder, revision)
+        contract = PromptContract.load(tokenizer, chat_template)
+    model = load_model(folder, revision=revision, device=device, purpose="inference")
+    return Speaker(source, model, contract)

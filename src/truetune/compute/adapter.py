@@ -4,7 +4,6 @@ input   a model with peft's LoRA layers (peft itself is not imported)
 does    y = x W^T + b + s drop(x) A^T B^T in one function that keeps x, which layers on the same
         input share, and the (T, r) product; the rest is made again in the backward pass
 output  the same numbers as peft's own forward, proved on each kind of layer before it is used
-who     route.py switches a model's layers to it for the length of a step
 
 Which inputs are dropped is drawn again backward, and follows from what a token is (dropout.py).
 """

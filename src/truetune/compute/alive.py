@@ -3,7 +3,6 @@
 input   a route and a batch
 does    looks at what each operation of torch returns, and is told when a storage is freed
 output  bytes after each operation, in order
-who     memory.py
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ input   queries, keys and values of one layer, as transformers' attention interf
 does    each stretch of queries meets the stretches of keys that it sees, one kernel call each;
         parts are merged by their log-sum-exp, so that a shared prefix is met in one call
 output  (1, T, H, D) as the interface wants it
-who     route.py switches a model to it for the length of a step, after it was proved on the model
 
 Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py), its
 variable-length flash attention on CUDA (cuda/varlen.py), and FlexAttention for what that does not

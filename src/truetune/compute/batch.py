@@ -4,7 +4,6 @@ input   SFTExample(ids, mask), in any number and length
 does    orders rows by (seed, epoch), cuts a step into micro-batches, shifts once, pads right
 output  Batch: what one forward pass needs, and what the loop must count; `packing.py` makes the
         same of rows without padding, and the two are held equal by tests
-who     the loop asks for `micro_batches(step)`; evaluation asks for `batches(examples)`
 
 A step's rows depend on its number alone, so a resumed run needs no state but the step.
 """

@@ -5,7 +5,6 @@ input   ids of a packed sequence and its layout; seed, step, number of a layer
 does    a key for each token, of its ids from the row's first on; each element is dropped by a
         hash of its token's key, the layer and its place (SplitMix64: Steele et al. 2014)
 output  a mask, the same on every device, in every cut into micro-batches, trees and processes
-who     adapter.py, forward and once more backward: no mask is kept
 
 Rows that begin alike drop alike as far as they are alike: in a tree that is computed once.
 """

@@ -4,7 +4,6 @@ input   queries, keys and values of a layer, and the layout
 does    brings each node's queries, and the keys that they see, together as one entry of a batch;
         one softmax over all of them, the backward pass written out
 output  the same numbers as the meetings of attention.py
-who     attention.py, on CPU, where the layout says that it costs less
 
 A call of a kernel costs as much as some eight thousand pairs of query and key: of rows of twenty
 tokens the calls are nearly all. Computed in float32.

@@ -4,7 +4,6 @@ input   a model's own forward pass; which positions are supervised, their target
 does    a hook on the output head takes the hidden states and hands on none of them, so the
         model's forward costs no logits; loss and gradients are then made chunk by chunk
 output  the summed loss
-who     route.py
 
 What a model does to its logits after the head (a scale, a soft cap) is found by putting known
 numbers through its own forward, and the whole is compared with the model's own logits and

@@ -3,7 +3,6 @@
 input   the lengths of the pieces and where each one branches from
 does    says for every attention layer which stretches of queries meet which stretches of keys
 output  Layout, which travels as a keyword of the model's call; Meeting, what a kernel computes
-who     batches carry it, attention reads it
 
 A sequence is cut into nodes, each a run of tokens. A token sees the tokens before it in its own
 node and all tokens of the node's ancestors. Nodes stand depth first, so that all descendants of

@@ -6,7 +6,6 @@ does    runs two short batches forward and backward, and notes after each operat
         in proportion to the tokens, and the two batches tell them apart. On a CPU the tensors have
         shapes and types and no numbers, since computing them would take longer than a first step
 output  Footprint: bytes as a function of the tokens
-who     the loop, to choose a micro-batch; `docs/performance.md` says how right it was
 
 Which operation is the fullest depends on the size of the batch (of a large one that where the
 activations are, of a small one that where all gradients are), so all are kept that can be it.

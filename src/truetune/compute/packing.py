@@ -5,7 +5,6 @@ does    cuts a step's rows into micro-batches by first-fit decreasing (Johnson 1
         rows that begin alike become a tree, in which the shared beginning stands once
 output  PackedBatch: ids, the layout of who sees whom, and the supervised positions with their
         targets; shifted here, as `batch.py` shifts for the padded path
-who     the loop, where route.py found that the model can be packed
 
 A step's batches depend on its number alone, so a resumed run needs no state but the step.
 """

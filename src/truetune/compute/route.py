@@ -5,7 +5,6 @@ does    computes short rows packed and apart and compares; looks at which earlie
         layer's own mask shows, and whether rotary embeddings depend on the longest row
 output  Route: packed, apart (one row at a time, where packing would be wrong) or padded (the
         reference); the loss of a batch; what is to be told
-who     the loop makes one at its start
 
 Nothing here knows a model by name.
 """

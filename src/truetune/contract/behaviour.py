@@ -5,7 +5,6 @@ does    renders a handful of short conversations and reads off: the shape of mes
         where reasoning goes, whether its generation prompt opens or closes a think block, what it
         writes after an answer and after a tool call, and whether history stays as it was
 output  Behaviour
-who     PromptContract, once per set of template arguments
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ input   the texts of a row's trained turns and their ids, the stop ids
 does    cuts each completion at the first stop; joins what `proof.py` has proved
 output  Encoded: one sequence with several supervised spans where each later prompt extends the
         earlier turn token for token, else branches that share a prefix
-who     PromptContract; nothing here pads, shifts or cuts for length
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ input   conversations and a `PromptContract`
 does    asks for the served prompt and the rendering of each trained turn, a batch ahead of the
         tokenizer; where one way for the reasoning fails, the row goes on by the next
 output  `Encoded`, or `Refused` with the reason, in the place of each row
-who     `proof.py` proves the turns; `PromptContract.encode_all` is the door
 """
 
 from __future__ import annotations

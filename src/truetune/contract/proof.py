@@ -5,7 +5,6 @@ input   completions, and what the template writes for their twins: the same turn
 does    reads off a twin what the template writes around the parts; the completion must be that,
         filled with the parts of the row: each of them once, in its place, and no words beside them
 output  remarks, or `UnfaithfulTemplate` with the reason
-who     `encoder.py`, for each turn
 """
 
 from __future__ import annotations

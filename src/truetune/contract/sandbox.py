@@ -5,7 +5,6 @@ does    keeps one worker process, hands it jobs in batches, kills it when it sta
         template has used up the time that all of its answers may take
 output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died"] where there was
         none; a template that was stopped once is not run again
-who     `render.py`
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from truetune import child
+from truetune.system import child
 
 # Seconds without an answer after which a template hangs. One render takes well under a millisecond;
 # a very long conversation some tens.

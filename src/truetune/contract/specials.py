@@ -3,7 +3,6 @@
 input   conversations, a contract
 does    finds the tokens that the template builds prompts of, written out in a message's text
 output  the rows' positions, and one finding a row: which token, in which field
-who     prepare.py where such rows are refused, `truetune inspect --data`; check tells of them
 
 A tokenizer turns `<|im_end|>` in a user's message into the control token, in training as on a
 server: the message ends there and whatever follows speaks in a role of its own choice. transformers

@@ -3,7 +3,6 @@
 input   Encoded, a contract
 does    cuts each example at the changes of its mask, token for token
 output  Piece values; the text of all pieces together is the decoded example
-who     `truetune inspect MODEL --data`, and anybody who draws rows
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Input:  `prompt=question,completion=answer`, or the same as a dict; rows.
 Does:   gives columns the names that the schemas know.
 Output: rows with renamed columns.
-Who:    called by `load.py`, before a schema is recognised.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Input:  normalised messages (see `messages.py`) or plain text.
 Does:   holds them with their provenance, and hashes them.
 Output: `Conversation`.
-Who:    `convert.py` makes it; split, contract, check and report read it.
 """
 
 from __future__ import annotations

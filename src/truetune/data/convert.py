@@ -3,7 +3,6 @@
 Input:  a row and, for each slot of its schema, the column that fills it.
 Does:   builds the messages, then checks that there is something to ask and something to learn.
 Output: `Conversation`s, and a finding for each part of the row that cannot be one.
-Who:    called by `load.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Input:  a path.
 Does:   opens (unpacks .gz and .zst, as far as is sane), decodes strict UTF-8, hashes.
 Output: a binary stream, or the whole text.
-Who:    the readers; no other module of the data room opens a file.
 """
 
 from __future__ import annotations

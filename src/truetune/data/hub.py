@@ -4,7 +4,6 @@ Input:  an id (`owner/name`, `owner/name:config`) or a folder, a split, a revisi
 Does:   loads it; without a split takes the only one, or train.
 Output: `FileRows`, rows numbered from 1 in their split, and `FileInfo` with the hash of those
         read.
-Who:    called by `load.py`; imports `datasets` only then.
 """
 
 from __future__ import annotations

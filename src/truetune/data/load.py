@@ -3,7 +3,6 @@
 Input:  a file, a folder or a Hub id, and what the user says about it.
 Does:   reads rows, renames columns, decides one schema for all rows, converts each row.
 Output: `Loaded`: conversations, findings on the rows that are none, and what was read.
-Who:    called by the pipeline, which decides what bad rows mean (--bad-rows).
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Input:  a list of turns: OpenAI's role/content, sharegpt's from/value, typed content parts.
 Does:   gives each OpenAI's roles and keys; refuses what that form cannot say.
 Output: a list of messages as `Conversation.messages` describes them.
-Who:    called by `convert.py`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Input:  a path.
 Does:   picks the reader.
 Output: `FileRows` and `FileInfo`.
-Who:    called by `load.py`; `sources.py` asks which extensions there are.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ Input:  a .jsonl file (one object a line) or a .json file (an array of objects; 
         holds one list of them; objects one after the other; or one single row).
 Does:   parses, and keeps the physical line on which each row starts, where no other row does.
 Output: `FileRows`; values that are not objects become `row-not-an-object` findings.
-Who:    called by `read.py`.
 """
 
 from __future__ import annotations

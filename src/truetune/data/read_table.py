@@ -3,7 +3,6 @@
 Input:  a file with named columns.
 Does:   reads it whole; csv strictly (a ragged row means that columns have slipped).
 Output: `FileRows`, csv rows with their physical line, parquet rows with their number.
-Who:    called by `read.py`; `hub.py` shares `without_nulls`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ Does:   a .md file is one text. A .txt file is often one long stream: it is cut 
         stays with what follows, a line of hard-wrapped prose is no text of its own, and there is
         something to hold out.
 Output: `FileRows` with the one column `text`. Line ends become \\n; nothing else is changed.
-Who:    called by `read.py`. Cutting to the model's length is the contract's work.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Input:  nothing.
 Does:   defines `Row`, `FileInfo`, `FileRows` and `BadRow`, and quotes foreign text safely.
 Output: those values.
-Who:    the readers make rows; `convert.py` refuses them; `load.py` turns refusals into findings.
 """
 
 from __future__ import annotations

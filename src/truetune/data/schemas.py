@@ -3,7 +3,6 @@
 Input:  column names (and, for a list of turns, the keys of its first one).
 Does:   matches them against the schemas below, the most specific first; names in any case.
 Output: the schema's name and, for each of its slots, the column that fills it.
-Who:    `load.py` decides once for all rows; `convert.py` reads the slots.
 """
 
 from __future__ import annotations

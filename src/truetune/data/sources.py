@@ -3,7 +3,6 @@
 Input:  the source and split as the user gave them.
 Does:   lists files, tells their splits by their names, finds near names for a missing one.
 Output: `Source`.
-Who:    called by `load.py`.
 """
 
 from __future__ import annotations

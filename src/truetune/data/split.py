@@ -4,7 +4,6 @@ Input:  conversations.
 Does:   holds a share out, conversations of one prompt on one side; drops from a given evaluation
         set what is in training.
 Output: two lists, in the order of the input.
-Who:    called by the pipeline, after `load` and before the contract.
 """
 
 from __future__ import annotations

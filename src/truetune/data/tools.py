@@ -4,7 +4,6 @@ Input:  what rows hold: OpenAI's form, bare functions, JSON text of either, shar
         function_call, Anthropic's tool_use.
 Does:   parses and wraps; changes no name and no argument.
 Output: `{"type": "function", "function": {...}}` objects, arguments parsed where they are objects.
-Who:    called by `messages.py` and `convert.py`.
 """
 
 from __future__ import annotations

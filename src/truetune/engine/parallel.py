@@ -4,7 +4,6 @@ input   the environment that torchrun (or `accelerate launch`) gives each proces
 does    sums gradients and losses over the processes, once a step, after all micro-batches; lets
         them agree on whether to go on
 output  Group; of one process where no launcher started us, and then every call is free
-who     the loop; pipeline.py joins and leaves
 
 Every process makes the same step plan from the step's number and takes its share, so that no row
 travels. A step divides by the supervised tokens of all processes: two processes give the step that

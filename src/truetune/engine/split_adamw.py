@@ -5,7 +5,6 @@ does    a float32 number is 32 bits, of which bfloat16 is the upper half: the lo
         weight is kept beside it as an int16, so that the two are the float32 master weight, in 4
         bytes instead of 6 (Kalamkar et al. 2020, Split-SGD-BF16)
 output  the same weights, bit for bit, as torch's AdamW on float32 masters given the same gradients
-who     build_optimizer, for `adamw_bf16`
 
 A remainder in bfloat16 (Kahan) takes the same two bytes and keeps 16 of the 24 bits of precision;
 stochastic rounding takes none and adds noise of half a unit in the last place to every weight at

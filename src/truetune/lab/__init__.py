@@ -22,10 +22,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truetune.lab.world import Fact, World
-
-__all__ = ["BASE_SEED", "Fact", "World", "base_path"]
-
 BASE_SEED = 7
 """Seed of the world that the shipped base has read about."""
 

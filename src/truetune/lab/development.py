@@ -4,7 +4,6 @@ input   nothing: this is the list
 does    says each kind of fact in ways that the corpus must not use; `{s}` is the subject, `{v}`
         the value, always last
 output  `PLAIN`, `DEVELOPMENT`
-who     `blind.py` has wordings that nobody has looked at
 """
 
 from __future__ import annotations

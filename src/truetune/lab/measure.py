@@ -8,12 +8,15 @@ output  `Measurement`, as values and as a table
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truetune.errors import UsageError
+from truetune.lab import base_path
 from truetune.lab.blind import BLIND
 from truetune.lab.development import DEVELOPMENT, PLAIN
 from truetune.lab.evaluate import (
@@ -26,6 +29,7 @@ from truetune.lab.evaluate import (
 )
 from truetune.lab.telling import difference_fact, sum_fact, tell
 from truetune.lab.world import MAX_ADDEND, World
+from truetune.run_dir import opened
 
 SETS = {"plain": PLAIN, "development": DEVELOPMENT, "blind": BLIND}
 """Wordings held out of the corpus, by name: of its own kind; such as it was mended by; by another
@@ -89,9 +93,9 @@ class Measurement:
 
 
 def measure(
-    folder: str | Path,
+    model: str | Path | None = None,
     *,
-    sets: Sequence[str] = tuple(SETS),
+    wordings: str = "all",
     seed: int = 7,
     num_items: int | None = None,
     device: str = "cpu",
@@ -99,16 +103,27 @@ def measure(
     """Measure a saved model in float32, greedily: the same folder gives the same counts.
 
     Args:
-        folder: a base, or what was made of one.
-        sets: names in `SETS`.
+        model: a base, or a run made of one; the embedded base where None.
+        wordings: a name in `SETS`, or all.
         seed: of the world that the model has read about.
         num_items: cloze items of each set, and sums, to ask: a fixed random choice; all where None.
-    """
-    from truetune.model import load_model
 
+    Raises:
+        TruetuneError: unknown wordings, or a model that cannot be opened.
+    """
+    from truetune.model.load import load_model
+
+    if wordings not in ("all", *SETS):
+        raise UsageError(
+            f"unknown wordings: {wordings}",
+            where="wordings",
+            fix=f"one of {', '.join(SETS)}, all",
+            code="wordings-unknown",
+        )
+    folder = base_path() if model is None else opened(os.fspath(model))
     world = World.generate(seed)
     loaded = load_model(folder, device=device, dtype="float32", purpose="inference")
-    model, tokenizer = loaded.model, loaded.tokenizer
+    network, tokenizer = loaded.model, loaded.tokenizer
 
     def asked(items: list[ClozeItem]) -> list[ClozeItem]:
         if num_items is None or num_items >= len(items):
@@ -116,11 +131,11 @@ def measure(
         return random.Random(seed).sample(items, num_items)
 
     recall = {
-        name: cloze_recall(model, tokenizer, asked(cloze_items(world, wordings=SETS[name])))
-        for name in sets
+        name: cloze_recall(network, tokenizer, asked(cloze_items(world, wordings=SETS[name])))
+        for name in (SETS if wordings == "all" else (wordings,))
     }
-    sums = _count_sums(model, tokenizer, asked(_plain_sums()))
-    return Measurement(recall, sums, prose_loss(model, tokenizer, held_out_documents(world)))
+    sums = _count_sums(network, tokenizer, asked(_plain_sums()))
+    return Measurement(recall, sums, prose_loss(network, tokenizer, held_out_documents(world)))
 
 
 def _plain_sums() -> list[ClozeItem]:

@@ -4,7 +4,6 @@ input   a base that knows sums of two numbers and facts of places, and has seen 
 does    trains twins that differ in one thing: the rows of one hold a worked step between new
         markers, those of the other only the answer; asks both what neither has seen
 output  counts; `truetune lab reasoning` prints them, docs/log.md keeps them
-who     a user of the pipeline like any other
 
 The prompt does not open the block: the model itself has to write the marker. Sums of three numbers
 are out of the base's reach in one step and within it in two.
@@ -20,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.generate import Reply, Sampling, replies
 from truetune.lab import base_path
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, World
 from truetune.listener import Listener
-from truetune.model import load_model
-from truetune.pipeline import train
-from truetune.recipe import make_recipe
+from truetune.model.load import load_model
+from truetune.recipe.sources import make_recipe
+from truetune.run.pipeline import train
 
 OPEN, CLOSE = "<think>", "</think>"
 TEMPLATE = "user-assistant-think"

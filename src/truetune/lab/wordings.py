@@ -5,8 +5,6 @@ does    gives each relation its wordings: `{s}` is the subject, `{v}` the value;
         stands for one of its alternatives
 output  `FORWARD` (subject first, value last: the answer can be predicted from the subject),
         `REVERSED` (value first), `THERE` (of a place named just before)
-who     `frames.py` has what stands around a clause; `development.py` and `blind.py` have the
-        wordings that the corpus must not use
 
 A fact told in two or three ways is recited but cannot be asked for afterwards; told in many ways it
 can (Allen-Zhu and Li, *Physics of Language Models 3.1*, and our own trials). Hence some twenty

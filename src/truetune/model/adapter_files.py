@@ -3,7 +3,6 @@
 input   adapter_config.json and adapter_model.safetensors
 does    compares names and shapes with the base's layers; looks whether anything was learned
 output  AdapterFacts
-who     the check of a finished adapter, from any tool
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 input   config.json
 does    refuses what is not a causal language model of text; builds the model without weights
 output  a transformers config; a model on the meta device; its linear layers by name
-who     load.py before weights are read, inspect.py, lora.py
 """
 
 from __future__ import annotations

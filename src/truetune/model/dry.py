@@ -4,7 +4,6 @@ input   a model folder with weights
 does    has transformers load it onto the meta device, where tensors have names and shapes only;
         reads a piece of every tensor of the files
 output  DryLoad: what is missing, unexpected or of another shape; tensors that are broken
-who     the check of a finished model
 """
 
 from __future__ import annotations

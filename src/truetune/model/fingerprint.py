@@ -4,7 +4,6 @@ input   the headers of a model's safetensors files, its config.json, its tokeniz
 does    hashes bytes sampled across every tensor (all of them on request), so that a sibling model
         is told apart without reading gigabytes, and resharding or renaming files changes nothing
 output  base_fingerprint.json beside an adapter; an error with both values where the base differs
-who     load.py when an adapter is opened, save.py when it is written, verify
 
 What samples cannot show is a change of a few rows of a large table: the commit of a Hub model and
 the full hashes, where they were asked for, do.

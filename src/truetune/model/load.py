@@ -5,7 +5,6 @@ does    finds what is wrong before weights are read; chooses device and dtypes w
         loads safetensors only, runs no code that comes with a model, and refuses weights that
         transformers would fill in at random
 output  LoadedModel
-who     pipeline.py, verify, export, the command line
 """
 
 from __future__ import annotations

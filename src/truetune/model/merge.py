@@ -5,7 +5,6 @@ does    opens the base as it is stored, or rounded to the bits it was trained on
         again; adds the adapter in float32, new rows included; unties a head that the adapter
         changed on one side only
 output  Merged: a plain model in float32, to be saved in the base's own type
-who     export
 """
 
 from __future__ import annotations

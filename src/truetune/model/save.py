@@ -4,7 +4,6 @@ input   a loaded model, the contract it was trained under, a folder that does no
 does    writes weights, config, tokenizer with the contract's template, and generation_config with
         its stop set to a temporary sibling; reads all of it back; flushes; renames
 output  SaveReport
-who     pipeline.py, checkpoints, export
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from truetune.model.readback import (
 from truetune.model.source import first_line
 from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
-from truetune.run import flush_folder, settle
+from truetune.run_dir import flush_folder, settle
 
 if TYPE_CHECKING:
     import torch

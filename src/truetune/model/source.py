@@ -4,7 +4,6 @@ input   what the user wrote: a folder or a Hub id, and a revision
 does    finds the folder (a Hub model is fetched into the cache: safetensors only), and says what
         is wrong with a name that leads nowhere
 output  ModelFiles: everything after this reads plain files in one folder
-who     load.py and inspect.py
 """
 
 from __future__ import annotations

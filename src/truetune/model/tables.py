@@ -3,7 +3,6 @@
 input   the weight files of a model folder; ids to look at closely
 does    reads embedding and output head in pieces of some thousand rows
 output  TableFacts: the norm of every row, and for the asked ids their nearest other row
-who     the check of a finished model, the evidence whether a model was tuned to chat
 """
 
 from __future__ import annotations

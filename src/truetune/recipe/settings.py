@@ -1,7 +1,6 @@
 """Settings of a run: what can be set, and where each value came from.
 
 output  `Recipe`: frozen, typed, with the origin of every value; `settings`, the list of its fields
-who     `sources.py` makes one from files and options
 
 The fields of `Recipe` are the only list of settings: the command line and its help are made from
 them. A value of None (or "auto") is derived later from model and data; `plan.py` says how.

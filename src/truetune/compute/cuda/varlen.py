@@ -5,7 +5,6 @@ does    the calls of plan.py; outputs o_i with log-sum-exp l_i merge to sum_i ex
         l = log sum_i exp(l_i), in which a sink is a part without a value. With l and the merged
         output the kernel's backward of each call gives exact gradients
 output  (T, H, D)
-who     attention.py, on CUDA, where the kernel was proved on the device first
 
 The kernel is torch's own (aten's flash attention), called directly: `varlen_attn` returns the
 log-sum-exp and does not take its merged value back.

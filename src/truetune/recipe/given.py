@@ -1,0 +1,91 @@
+"""A recipe from what a verb was given: on the command line, or as arguments in Python."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from truetune.errors import UsageError
+from truetune.recipe.settings import Recipe
+from truetune.recipe.sources import make_recipe, read_recipe, recorded_recipe
+
+Pathlike = str | os.PathLike[str]
+
+
+def recipe_of(
+    source: Pathlike | None,
+    rows: Pathlike | None,
+    resume: Pathlike | None,
+    options: Mapping[str, Any],
+    origin: str,
+) -> Recipe:
+    """A recipe file, then what was given beside it; a resumed run's own recipe.
+
+    Args:
+        source: a model, or a recipe.yaml.
+        rows: the data.
+        resume: a run to continue.
+        options: settings by name; None and an empty list were not given.
+        origin: what the run will say of where they came from.
+
+    Raises:
+        UsageError, InputError: what is given contradicts itself, or is not there.
+    """
+    # An option that may be repeated comes as a list; a recipe tells it by being a tuple.
+    given = {
+        name: tuple(value) if isinstance(value, list) and origin == "command line" else value
+        for name, value in options.items()
+        if value is not None and value != []
+    }
+    given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items()}
+    first, second = (None if v is None else path_of(v) for v in (source, rows))
+    if resume is not None:
+        return _resumed_recipe(str(resume), bool(first or second or given))
+    file = first if first and first.lower().endswith((".yaml", ".yml")) else None
+    if file and second:
+        raise UsageError(
+            f"two arguments, and the first is a recipe: {file}",
+            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(second)}",
+            code="recipe-with-data",
+        )
+    for name, value in (("model", None if file else first), ("data", second)):
+        if value and name in given:
+            raise UsageError(
+                f"the {name} is given twice: {value} and --{name} {given[name]}",
+                fix="leave one of them out",
+                code="given-twice",
+            )
+        given |= {name: value} if value else {}
+    if file is None:
+        return make_recipe((origin, given))
+    if not Path(file).is_file():
+        raise UsageError(
+            f"there is no recipe {file}", where=file, fix="check the path", code="no-recipe"
+        )
+    return make_recipe((file, read_recipe(Path(file))), (origin, given))
+
+
+def path_of(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(
+            f"a model and data are named by a path or a Hub id, not by a {type(value).__name__}",
+            fix="save the rows as a .jsonl file, the model as a folder, and name those",
+            code="not-a-path",
+        )
+    return os.fspath(value)
+
+
+def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
+    from truetune.run_dir import RECIPE, RunDir
+
+    if has_settings:
+        raise UsageError(
+            "--resume takes no other setting",
+            why="a resumed run goes on with the settings it was started with",
+            fix=f"truetune train --resume {shlex.quote(resume)}",
+            code="resume-with-settings",
+        )
+    return recorded_recipe(RunDir.open(resume).file(RECIPE))

@@ -1,0 +1,1 @@
+"""The operating system: child processes, one writer a folder, and signals."""
