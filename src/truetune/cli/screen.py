@@ -100,13 +100,13 @@ class Screen(Listener):
 
     def planned(self, plan: Plan, facts: dict[str, Any]) -> None:
         self.stages.end()
-        recipe, data = plan.recipe, facts["data"]
+        data = facts["data"]
         trained, held = data["train"], data["held_out"]
         share = 100 * facts["trainable_parameters"] / max(facts["parameters"], 1)
         length = "epochs" if plan.epochs else "max_steps"
         self.pairs(
             [
-                ("model", f"{recipe.model} ({plan.start})"),
+                ("model", f"{plan.model} ({plan.start})"),
                 (
                     "rows",
                     f"{trained['examples']:,} to train, {held['examples']:,} held out, "
@@ -120,7 +120,7 @@ class Screen(Listener):
                 *_lengths(data),
                 (
                     "method",
-                    f"{recipe.method}: "
+                    f"{plan.method}: "
                     f"{facts['trainable_parameters']:,} of {facts['parameters']:,} parameters "
                     f"({share:.2f} %)",
                 ),
@@ -128,11 +128,11 @@ class Screen(Listener):
                 (
                     "steps",
                     f"{plan.max_steps:,}, {plan.warmup_steps} of them warm-up "
-                    f"({recipe.origin(length)})",
+                    f"({plan.origin(length)})",
                 ),
                 (
                     "learning rate",
-                    f"{plan.learning_rate:g} ({recipe.origin('learning_rate')})",
+                    f"{plan.learning_rate:g} ({plan.origin('learning_rate')})",
                 ),
                 *((c["name"], f"{c['value']} ({c['reason']})") for c in facts["choices"]),
             ],

@@ -122,10 +122,10 @@ def _lead(job: Job, checkpoint: Checkpoint | None) -> RunResult:
     report = job.train_and_save()
     verdict = None
     try:
-        if job.recipe.verify:
+        if job.plan.verify:
             job.listener.stage("verifying in a fresh process")
             job.release()
-            verdict = verify(str(job.run.path), device=job.recipe.device)
+            verdict = verify(str(job.run.path), device=job.plan.device)
         result = job.finish(report, verdict)
     except (KeyboardInterrupt, Stopped) as error:
         raise job.interrupted(

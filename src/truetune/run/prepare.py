@@ -361,12 +361,12 @@ def _preflight(
         examples=fitted.examples,
         rows=fitted.rows,
         is_text=text,
-        loss_on=plan.recipe.loss_on,
+        loss_on=plan.loss_on,
         head_rows=max(facts.head_rows, num_ids(contract.tokenizer))
-        if plan.recipe.add_token
+        if plan.add_token
         else facts.head_rows,
         base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
-        lora=plan.recipe.lora,
+        lora=plan.lora,
         learning_rate=plan.learning_rate,
         suggested_rate=suggested_rate(plan, facts),
         max_steps=plan.max_steps,
