@@ -19,6 +19,7 @@ from truetune.compute.batch import Batch
 from truetune.compute.loss import loss_sum as padded_loss_sum
 from truetune.compute.packing import PackedBatch
 from truetune.findings import Finding
+from truetune.model.mode import mode_kept
 
 if TYPE_CHECKING:
     import torch
@@ -136,9 +137,8 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
 
     from truetune.compute.adapter import find_adapters
 
-    was_training = model.training
-    model.eval()
-    try:
+    with mode_kept(model):
+        model.eval()
         # A compiled forward writes masks for the probe's lengths only: the model is probed bare.
         with torch.compiler.set_stance("force_eager"):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -146,8 +146,6 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
             route = Route(model, "apart" if reason else "packed", reason=reason)
             route.head = _proved_head(route)
             route.adapters = find_adapters(model)
-    finally:
-        model.train(was_training)
     return route
 
 

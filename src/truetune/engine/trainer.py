@@ -39,6 +39,7 @@ from truetune.engine.schedule import learning_rate
 from truetune.errors import NonFiniteLoss, OutOfMemory
 from truetune.findings import Finding
 from truetune.model.lora import enable_gradient_checkpointing
+from truetune.model.mode import evaluating
 from truetune.recipe.plan import Plan
 from truetune.recipe.settings import Recipe
 
@@ -461,26 +462,19 @@ class SFTTrainer:
         Raises:
             ValueError: no examples.
         """
-        import torch
-
         if not examples:
             raise ValueError("evaluate needs at least one example")
-        was_training = self.model.training
-        self.model.eval()
         summed, count = self._zero(), 0.0
-        try:
-            with torch.no_grad(), self._autocast():
-                for number, batch in enumerate(self.batcher.batches(examples)):
-                    if self.eval_iters and number >= self.eval_iters:
-                        break
-                    if number % self.group.size != self.group.rank:
-                        continue
-                    moved = batch.to(self.device)
-                    with self.route.scope(moved):
-                        summed += self.route.loss_sum(moved)
-                    count += batch.num_supervised
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), self._autocast():
+            for number, batch in enumerate(self.batcher.batches(examples)):
+                if self.eval_iters and number >= self.eval_iters:
+                    break
+                if number % self.group.size != self.group.rank:
+                    continue
+                moved = batch.to(self.device)
+                with self.route.scope(moved):
+                    summed += self.route.loss_sum(moved)
+                count += batch.num_supervised
         total, count = self.group.sum_numbers(summed.item(), count)
         return total / count if count else 0.0
 

@@ -21,6 +21,7 @@ from truetune.engine.trainer import SFTTrainer
 from truetune.errors import NonFiniteLoss, SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, load_model
+from truetune.model.mode import evaluating
 from truetune.model.save import save_model
 from truetune.run.load_model import load_start
 from truetune.run.prepare import Prepared
@@ -333,10 +334,8 @@ def _dry_save(
 def _predicted(model: Any, example: SFTExample) -> torch.Tensor:
     import torch
 
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([example.ids], device=device)).logits[0].float().cpu()
-    model.train(was_training)
-    return logits
+    with evaluating(model):
+        ids_BT = torch.tensor([example.ids], device=device)
+        logits_TV: torch.Tensor = model(input_ids=ids_BT).logits[0].float().cpu()
+    return logits_TV
