@@ -19,9 +19,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from truetune.compute.batch import Batch, Batcher, Limits, PaddedBatcher, RowOrder, TokenOrder
+from truetune.compute.batch import Batcher, Limits, MicroBatch, PaddedBatcher, RowOrder, TokenOrder
 from truetune.compute.memory import Footprint, available_bytes, footprint, most_bytes, recomputes
-from truetune.compute.packing import PackedBatch, PackedBatcher
+from truetune.compute.packing import PackedBatcher
 from truetune.compute.route import find_route, transformers_model
 from truetune.contract.example import SFTExample
 from truetune.engine.memory import (
@@ -349,7 +349,7 @@ class SFTTrainer:
         self.group.sum_gradients([p for _, p in self.named_trainable])
         return loss, counted
 
-    def _counted(self, batches: Sequence[Batch | PackedBatch]) -> tuple[tuple[int, ...], int, int]:
+    def _counted(self, batches: Sequence[MicroBatch]) -> tuple[tuple[int, ...], int, int]:
         """Rows, tokens and supervised tokens of a step, over all processes."""
         own = (
             tuple(row for batch in batches for row in batch.rows),
@@ -390,9 +390,7 @@ class SFTTrainer:
                 )
             )
 
-    def _backward(
-        self, batches: Sequence[Batch | PackedBatch], num_supervised: int
-    ) -> torch.Tensor:
+    def _backward(self, batches: Sequence[MicroBatch], num_supervised: int) -> torch.Tensor:
         self.model.train()
         # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
         # of this one.
