@@ -97,8 +97,8 @@ def _run(side: str, model: str, rows: str) -> dict[str, float] | None:
 
 def _truetune(model: str, rows: str) -> dict[str, float]:
     from truetune import PromptContract
-    from truetune.contract import Encoded
-    from truetune.data import load
+    from truetune.contract.encode import Encoded
+    from truetune.data.load import load
 
     contract = PromptContract.load(model)
     contract.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

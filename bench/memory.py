@@ -91,10 +91,11 @@ def rows_of(case: Case) -> list[Any]:
 
 def one(name: str, models: Path) -> None:
     from truetune import SFTTrainer
-    from truetune.compute import footprint
-    from truetune.engine import give_freed_pages_back
+    from truetune.compute.memory import footprint
+    from truetune.engine.memory import give_freed_pages_back
     from truetune.engine.optimizer import optimizer_bytes
-    from truetune.model import LoraSettings, add_lora, enable_gradient_checkpointing, load_model
+    from truetune.model.load import load_model
+    from truetune.model.lora import LoraSettings, add_lora, enable_gradient_checkpointing
 
     case = CASES[name]
     purpose: Any = case.method

@@ -67,8 +67,9 @@ def truetune(job: Job, folder: Path, rows: list[Row], **changes: Any) -> Measure
     import torch
 
     from truetune import SFTExample, SFTTrainer
-    from truetune.compute import RowOrder
-    from truetune.model import LoraSettings, add_lora, load_model
+    from truetune.compute.batch import RowOrder
+    from truetune.model.load import load_model
+    from truetune.model.lora import LoraSettings, add_lora
 
     purpose: Any = "lora" if job.lora else "full"
     loaded = load_model(folder, purpose=purpose, device="cpu", dtype=job.dtype)

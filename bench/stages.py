@@ -106,8 +106,8 @@ def _one(source: str, dtype: str, lora: bool, work: Path) -> None:
     began = time.perf_counter()
     from truetune.errors import CheckFailed
     from truetune.listener import Listener
-    from truetune.pipeline import train
-    from truetune.recipe import make_recipe
+    from truetune.recipe.sources import make_recipe
+    from truetune.run.pipeline import train
 
     marks: list[tuple[str, float, float]] = [("start", 0.0, 0.0)]
 

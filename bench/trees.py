@@ -84,7 +84,8 @@ def measured(
     import torch
 
     from truetune import SFTExample
-    from truetune.compute import Limits, PackedBatcher, RowOrder
+    from truetune.compute.batch import Limits, RowOrder
+    from truetune.compute.packing import PackedBatcher
 
     examples = [SFTExample(*row) for row in rows]
     limits = Limits(len(rows), 1700 if min_shared is None else 10**9)
@@ -112,8 +113,9 @@ def _model(folder: Path, dtype: str) -> tuple[Any, Any]:
     """A LoRA model whose adapter does something, without dropout, and its route."""
     import torch
 
-    from truetune.compute import find_route
-    from truetune.model import LoraSettings, add_lora, load_model
+    from truetune.compute.route import find_route
+    from truetune.model.load import load_model
+    from truetune.model.lora import LoraSettings, add_lora
 
     loaded = load_model(folder, purpose="lora", device="cpu", dtype=dtype)
     model = add_lora(loaded, LoraSettings(dropout=0.0), seed=0).model

@@ -68,8 +68,8 @@ class Cell:
 def ask_here(request: Any) -> dict[str, Any]:
     """The fresh process's answer, given by this one."""
     from truetune.errors import TruetuneError
-    from truetune.verify import worker
-    from truetune.verify.fresh import VerifyError
+    from truetune.verification import worker
+    from truetune.verification.fresh import VerifyError
 
     try:
         found = worker.answer(json.loads(json.dumps(request)))
@@ -85,7 +85,7 @@ def other_kernels() -> Iterator[None]:
     """Another machine, as far as this one can be one."""
     import torch
 
-    from truetune.verify import record, worker
+    from truetune.verification import record, worker
 
     def named(device: Any) -> dict[str, Any]:
         return {**record.machine_of(device), "name": "another"}
@@ -171,8 +171,8 @@ def rows_file(place: Path, seed: int, marked: bool) -> Path:
 
 def train(place: Path, method: str, dtype: str, device: str, model: str, seed: int) -> Path:
     """A run of a few steps."""
-    from truetune.pipeline import train as run_pipeline
-    from truetune.recipe import make_recipe
+    from truetune.recipe.sources import make_recipe
+    from truetune.run.pipeline import train as run_pipeline
 
     output = Path(tempfile.mkdtemp(dir=place)) / "run"
     marked = method == "new tokens"
@@ -197,7 +197,7 @@ def train(place: Path, method: str, dtype: str, device: str, model: str, seed: i
 
 def verified(run: Path, device: str) -> Any:
     """The verdict, computed in this process."""
-    from truetune.verify import artifact
+    from truetune.verification import artifact
 
     with mock.patch.object(artifact, "ask", ask_here):
         return artifact.verify(str(run), device=device)
@@ -291,8 +291,8 @@ def prepared_runs(place: Path, dtype: str) -> dict[str, Path]:
 def tampered(home: Path, place: Path, kind: str, name: str, tamper: Any) -> Tampered:
     """Tamper with a copy, and verify it in three ways."""
     from truetune.errors import TruetuneError
-    from truetune.verify import artifact
-    from truetune.verify.files import check_record
+    from truetune.verification import artifact
+    from truetune.verification.files import check_record
 
     copy = place / "copy"
     shutil.rmtree(copy, ignore_errors=True)
@@ -316,7 +316,7 @@ def tampered(home: Path, place: Path, kind: str, name: str, tamper: Any) -> Tamp
     def hashes_alone(request: Any) -> Any:
         raise VerifyError("not opened", code="model-too-large")
 
-    from truetune.verify.fresh import VerifyError
+    from truetune.verification.fresh import VerifyError
 
     base = str(copy / "base") if kind == "adapter" else None
     manifest = caught(ask=hashes_alone)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from findings_page import findings_page
 
-from truetune.recipe import settings
+from truetune.recipe.settings import settings
 
 ROOT = Path(__file__).parents[1]
 

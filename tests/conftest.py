@@ -13,22 +13,22 @@ import pytest
 def no_process_after_each_run() -> Iterator[None]:
     """A run ends with a fresh process that takes seconds to import torch; tests of that stage ask
     for it (`verified_runs`), others leave it out."""
-    from truetune.verify import Check, Verdict
+    from truetune.verification.verdict import Check, Verdict
 
     def left_out(source: str, **_: Any) -> Verdict:
         return Verdict(source, (Check("opens", "not-checked", "left out by the tests"),))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.pipeline.verify", left_out)
+        patch.setattr("truetune.run.pipeline.verify", left_out)
         yield
 
 
 @pytest.fixture
 def verified_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end as they do for everybody."""
-    from truetune.verify import verify
+    from truetune.verification.artifact import verify
 
-    monkeypatch.setattr("truetune.pipeline.verify", verify)
+    monkeypatch.setattr("truetune.run.pipeline.verify", verify)
 
 
 @pytest.fixture(scope="session", autouse=True)

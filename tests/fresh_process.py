@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from truetune.errors import TruetuneError
-from truetune.verify import worker
-from truetune.verify.fresh import VerifyError
+from truetune.verification import worker
+from truetune.verification.fresh import VerifyError
 
 
 def ask_here(request: Any) -> dict[str, Any]:
-    """As `truetune.verify.fresh.ask`, without the seconds that a process costs."""
+    """As `truetune.verification.fresh.ask`, without the seconds that a process costs."""
     try:
         found = worker.answer(json.loads(json.dumps(request)))
     except TruetuneError as error:
@@ -25,4 +25,4 @@ def ask_here(request: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("truetune.verify.artifact.ask", ask_here)
+    monkeypatch.setattr("truetune.verification.artifact.ask", ask_here)

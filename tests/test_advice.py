@@ -10,7 +10,7 @@ import pytest
 
 from tiny_models import tiny_config, tiny_tokenizer
 from tiny_runs import command, sums, write_rows
-from truetune.advice import RULES, Situation, advise
+from truetune.recipe.advice import RULES, Situation, advise
 
 # An instruct model of 3 B weights, an adapter on 2,000 conversations.
 PLAIN = Situation(

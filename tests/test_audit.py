@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import truetune
 from tiny_models import TEMPLATE, tiny_model, tiny_tokenizer
+from truetune.auditing.read import read_batches
+from truetune.auditing.report import AuditReport
+from truetune.auditing.state import untouched
 from truetune.errors import CheckFailed, UsageError
-from truetune.integrations.audit_read import read_batches
-from truetune.integrations.audit_report import AuditReport
-from truetune.integrations.audit_state import untouched
 
 HOUSE = House(real=False)
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_tokenizer
-from truetune.check import Preflight, preflight
-from truetune.contract import PromptContract, SFTExample
+from truetune.checks.preflight import Preflight, preflight
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
 from truetune.findings import Finding
 
 PAD, END, USER, ASSISTANT = 256, 257, 258, 259

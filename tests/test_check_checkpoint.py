@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_models import TEMPLATE, edit_json, tiny_model, tiny_tokenizer
-from truetune.check import saved_files, saved_weights
-from truetune.check.checkpoint import Checkpoint, gather
-from truetune.check.start import verdict
-from truetune.cli import main
+from truetune.checks import saved_files, saved_weights
+from truetune.checks.checkpoint import Checkpoint, gather
+from truetune.checks.start import verdict
+from truetune.cli.verbs import main
 from truetune.errors import ModelError
 from truetune.findings import Finding
 

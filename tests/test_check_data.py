@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_tokenizer
-from truetune.check.duplicates import near_pairs
-from truetune.check.preflight import DATA_CHECKS
-from truetune.check.rows import DataFacts
-from truetune.check.tools import call_problem, value_problem
-from truetune.contract import PromptContract, control_tokens
-from truetune.data import Conversation
+from truetune.checks.duplicates import near_pairs
+from truetune.checks.preflight import DATA_CHECKS
+from truetune.checks.rows import DataFacts
+from truetune.checks.tools import call_problem, value_problem
+from truetune.contract.contract import PromptContract
+from truetune.contract.specials import control_tokens
+from truetune.data.conversation import Conversation
 from truetune.findings import Finding
 
 SAID = (

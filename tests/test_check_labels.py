@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tiny_contracts import DELETING, PLAIN, THINKING, byte_level, chat
-from truetune.check.labels import check_labels
-from truetune.check.markers import Markers, served_stop_ids
-from truetune.check.table import TokenTable
+from truetune.checks.labels import check_labels
+from truetune.checks.markers import Markers, served_stop_ids
+from truetune.checks.table import TokenTable
 from truetune.findings import Finding
 
 Rows = list[tuple[list[int], list[int]]]

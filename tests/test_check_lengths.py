@@ -6,12 +6,23 @@ import numpy as np
 import pytest
 
 from tiny_models import TEMPLATE, tiny_tokenizer
-from truetune.check import damage, damage_table, encoded_lengths, limit_keeping, row_lengths
-from truetune.check.lengths import histogram, length_report, percent, quantiles, report_lines
-from truetune.check.table import TokenTable
-from truetune.contract import PromptContract, SFTExample
+from truetune.checks.lengths import (
+    damage,
+    damage_table,
+    encoded_lengths,
+    histogram,
+    length_report,
+    limit_keeping,
+    percent,
+    quantiles,
+    report_lines,
+    row_lengths,
+)
+from truetune.checks.table import TokenTable
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
 from truetune.contract.policy import Policy
-from truetune.data import Conversation
+from truetune.data.conversation import Conversation
 
 THINK = 50
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from truetune.check.page import page, write_page
-from truetune.checkup import Checkup
+from truetune.checks.page import page, write_page
 from truetune.errors import UsageError
 from truetune.findings import Finding
+from truetune.run.checkup import Checkup
 
 EVIL = "<script>alert(1)</script>\u202e\x1b[31m\"'&"
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from test_check_data import plain, prose, row, sound, with_some
-from truetune.check import quality
-from truetune.check.rows import DataFacts
-from truetune.data import Conversation, load
+from truetune.checks import quality
+from truetune.checks.rows import DataFacts
+from truetune.data.conversation import Conversation
+from truetune.data.load import load
 from truetune.findings import Finding
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -14,13 +14,14 @@ import torch
 from test_check_checkpoint import END, set_row, tensors_changed, trained
 from test_check_verb import answer, write_rows
 from tiny_models import tiny_tokenizer
-from truetune.check.fit import Shape, estimate, gib, layer_speed, run_shape, undisturbed
-from truetune.checkup import Checkup, check_run
-from truetune.compute import Footprint
+from truetune.checks.fit import Shape, estimate, gib, layer_speed, run_shape, undisturbed
+from truetune.compute.memory import Footprint
 from truetune.listener import Listener
-from truetune.plan import Plan
-from truetune.prepare import survey
-from truetune.recipe import Recipe, make_recipe
+from truetune.recipe.plan import Plan
+from truetune.recipe.settings import Recipe
+from truetune.recipe.sources import make_recipe
+from truetune.run.checkup import Checkup, check_run
+from truetune.run.prepare import survey
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def checked(place: Path, **settings: Any) -> Checkup:
 
 def test_base_or_instruct_by_what_the_model_predicts(place: Path) -> None:
     """Random layers guess: nothing can be told. What predicts its stop is an instruct model."""
-    from truetune.model import load_model
-    from truetune.rehearse import chat_losses
+    from truetune.model.load import load_model
+    from truetune.run.smoke_test import chat_losses
 
     found = checked(place)
     assert found.summary["verdict"]["kind"] == "unknown"
@@ -156,7 +157,7 @@ REHEARSED = {
 
 @pytest.mark.parametrize("code", REHEARSED)
 def test_what_a_rehearsal_sees(place: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    import truetune.rehearse as rehearsal
+    import truetune.run.smoke_test as rehearsal
 
     settings, change = REHEARSED[code]
     load = rehearsal.load_start
@@ -197,7 +198,8 @@ def test_what_is_exact_in_the_estimate(place: Path) -> None:
     assert parts["weights"] == parts["gradients"] == 4 * full.parameters
     assert parts["optimiser"] == 8 * full.parameters
     lora = run_shape(plan(place, lora=True, lora_r=4), "cpu")
-    from truetune.model import LoraSettings, add_lora, load_model, trainable_share
+    from truetune.model.load import load_model
+    from truetune.model.lora import LoraSettings, add_lora, trainable_share
 
     loaded = load_model(place / "model", device="cpu", purpose="lora")
     adapted = add_lora(loaded, LoraSettings(4, 8, 0.0, "all-linear"), 0)
@@ -210,8 +212,10 @@ def test_the_estimate_is_what_the_loop_measures(place: Path, lora: bool, halved:
     """To the byte: the same computation, with numbers and without."""
     import contextlib
 
-    from truetune.compute import find_route, footprint
-    from truetune.model import LoraSettings, add_lora, load_model
+    from truetune.compute.memory import footprint
+    from truetune.compute.route import find_route
+    from truetune.model.load import load_model
+    from truetune.model.lora import LoraSettings, add_lora
 
     settings = {"lora": lora, "lora_dropout": 0.0, "dtype": "bfloat16" if halved else "float32"}
     foreseen = run_shape(plan(place, **settings), "cpu").footprint
@@ -287,7 +291,7 @@ def test_operations_and_units() -> None:
 def test_the_verb_rehearses_and_writes_a_page(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from truetune.cli import main
+    from truetune.cli.verbs import main
 
     page = tmp_path / "check.html"
     words = ["check", str(place / "model"), str(place / "rows.jsonl"), "--rehearse"]

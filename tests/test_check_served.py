@@ -14,8 +14,8 @@ from bench.sabotage.house import House, answer, messages, question, thought
 
 import template_corpus as corpus
 from truetune import PromptContract
-from truetune.check import check_labels
-from truetune.contract import Refused
+from truetune.checks.labels import check_labels
+from truetune.contract.contract import Refused
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding
 

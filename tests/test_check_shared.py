@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from truetune.checkup import check_model, check_run
 from truetune.listener import Listener
-from truetune.recipe import make_recipe
+from truetune.recipe.sources import make_recipe
+from truetune.run.checkup import check_model, check_run
 
 SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = pytest.mark.skipif(

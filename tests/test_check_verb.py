@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_config, tiny_tokenizer
-from truetune.checkup import check_run
-from truetune.cli import main
+from truetune.cli.verbs import main
 from truetune.listener import Listener
-from truetune.recipe import make_recipe
+from truetune.recipe.sources import make_recipe
+from truetune.run.checkup import check_run
 
 
 @pytest.fixture(scope="module")

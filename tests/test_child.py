@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from truetune import child
+from truetune.system import child
 
 REPORTS = """
 import json, os, sys, tempfile
@@ -70,7 +70,7 @@ def test_secrets_stay_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 _PARENT = """
 import os, subprocess, sys, time
 from pathlib import Path
-from truetune import child
+from truetune.system import child
 process = child.start(Path(sys.argv[1]), stdout=subprocess.PIPE, stdin=subprocess.PIPE)
 process.stdout.readline()
 if sys.argv[2] == "forks" and not os.fork():

@@ -16,10 +16,10 @@ from test_recipe import VALUES
 from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import __version__
+from truetune.cli.screen import Screen, side_by_side, visible
 from truetune.errors import BadRows
 from truetune.findings import Finding
-from truetune.recipe import settings
-from truetune.screen import Screen, side_by_side, visible
+from truetune.recipe.settings import settings
 
 VERBS = [
     *([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["quickstart"]),
@@ -60,7 +60,7 @@ def test_help(verb: list[str], flag: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_help_imports_nothing_heavy() -> None:
     program = """
 import sys
-from truetune.cli import main
+from truetune.cli.verbs import main
 for verb in ([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["lab", "reasoning"]):
     for flag in ("-h", "--help"):
         try:
@@ -109,8 +109,10 @@ def test_each_option_reaches_the_run_and_beats_the_recipe(
     """The recipe that the pipeline is given, with every option once."""
     value, text = VALUES[name]
     given: list[Any] = []
-    monkeypatch.setattr("truetune.pipeline.train", lambda recipe, *_, **__: given.append(recipe))
-    monkeypatch.setattr("truetune.result_screen.show_result", lambda *_: None)
+    monkeypatch.setattr(
+        "truetune.run.pipeline.train", lambda recipe, *_, **__: given.append(recipe)
+    )
+    monkeypatch.setattr("truetune.cli.result_screen.show_result", lambda *_: None)
     file = tmp_path / "r.yaml"
     base: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
     if isinstance(value, bool) and name != "no_check":
@@ -238,7 +240,7 @@ def test_nothing_leaks_from_the_libraries(tmp_path: Path) -> None:
     run, adapter = str(tmp_path / "run"), str(tmp_path / "adapter")
     program = f"""
 import sys
-from truetune.cli import main
+from truetune.cli.verbs import main
 for words in (
     {[*train, run]},
     {[*train, adapter, "--lora", "--gradient-checkpointing"]},
@@ -320,7 +322,7 @@ def test_steps_on_a_screen_that_is_no_terminal(place: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_pipe_that_is_closed_early(place: Path) -> None:
-    words = [sys.executable, "-m", "truetune.cli", "inspect", str(place / "tiny"), "--json"]
+    words = [sys.executable, "-m", "truetune.cli.verbs", "inspect", str(place / "tiny"), "--json"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     process.stdout.close()

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 
 from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import Route, find_route
 from truetune.compute.adapter import _LoraLinear, fast_adapters, find_adapters
 from truetune.compute.dropout import dropped
 from truetune.compute.packing import pack
+from truetune.compute.route import Route, find_route
 
 ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 40, 3)]
 

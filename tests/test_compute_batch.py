@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune import SFTExample
-from truetune.compute import Limits, PaddedBatcher, RowOrder, TokenOrder
+from truetune.compute.batch import Limits, PaddedBatcher, RowOrder, TokenOrder
 
 pytestmark = pytest.mark.filterwarnings("error")
 

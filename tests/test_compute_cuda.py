@@ -15,11 +15,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 from test_compute_attention import CHAIN, FOREST, ROWS, TREE, by_definition, dense, inputs, layouts
 from tiny_families import FAMILIES, MORE, family
 from truetune.compute import attention as room
-from truetune.compute import find_route, flex
+from truetune.compute import flex
 from truetune.compute.cuda import varlen as cuda
 from truetune.compute.cuda.plan import plan
 from truetune.compute.layout import Layout
 from truetune.compute.packing import pack
+from truetune.compute.route import find_route
 from truetune.errors import TruetuneError
 from varlen_on_cpu import OnCpu
 
@@ -329,7 +330,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, held: list[int]) -> None:
 
 
 def test_free_memory_counts_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    from truetune.compute import available_bytes
+    from truetune.compute.memory import available_bytes
 
     fake_cuda(monkeypatch, [50])
     assert available_bytes(torch.device("cuda")) == 1300

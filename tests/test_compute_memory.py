@@ -13,11 +13,14 @@ from peft import LoraConfig, get_peft_model
 
 from tiny_families import family
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import Footprint, Limits, available_bytes, find_route, footprint, memory
+from truetune.compute import memory
 from truetune.compute.alive import alive_bytes
+from truetune.compute.batch import Limits
+from truetune.compute.memory import Footprint, available_bytes, footprint
 from truetune.compute.packing import pack
+from truetune.compute.route import find_route
 from truetune.engine import trainer as loop
-from truetune.model import enable_gradient_checkpointing
+from truetune.model.lora import enable_gradient_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("error")
 

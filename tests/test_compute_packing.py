@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune import SFTExample
-from truetune.compute import Limits, PackedBatcher, RowOrder, TokenOrder
-from truetune.compute.packing import pack
+from truetune.compute.batch import Limits, RowOrder, TokenOrder
+from truetune.compute.packing import PackedBatcher, pack
 
 pytestmark = pytest.mark.filterwarnings("error")
 

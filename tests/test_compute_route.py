@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_families import APART, FAMILIES, family
 from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import find_route, loss_sum
 from truetune.compute.head import Tail
+from truetune.compute.loss import loss_sum
+from truetune.compute.route import find_route
 from truetune.findings import Finding
 
 ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 40, 3)]

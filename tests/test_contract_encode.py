@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tiny_contracts as tiny
 from tiny_contracts import byte_level, chat, prefix_space, require_equation, supervised_texts
 from truetune import ChatTemplate, PromptContract, SFTExample, TruetuneError, UnfaithfulTemplate
-from truetune.contract import Refused
+from truetune.contract.contract import Refused
 from truetune.data.conversation import Conversation
 
 pytestmark = pytest.mark.filterwarnings("error")

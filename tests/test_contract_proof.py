@@ -10,8 +10,8 @@ import pytest
 import tiny_contracts as tiny
 from tiny_contracts import byte_level, chat, require_equation, supervised_texts
 from truetune import PromptContract, UnfaithfulTemplate
-from truetune.contract import Policy
 from truetune.contract.behaviour import think_pairs
+from truetune.contract.policy import Policy
 from truetune.contract.words import words_in
 
 pytestmark = pytest.mark.filterwarnings("error")

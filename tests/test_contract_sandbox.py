@@ -15,7 +15,8 @@ import pytest
 import tiny_contracts as tiny
 from tiny_contracts import byte_level, chat
 from truetune import PromptContract, UnfaithfulTemplate
-from truetune.contract import Refused, sandbox
+from truetune.contract import sandbox
+from truetune.contract.contract import Refused
 from truetune.contract.render import Job, Renderer
 from truetune.data.conversation import Conversation
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truetune.data import Conversation, Loaded, load
+from truetune.data.conversation import Conversation
+from truetune.data.load import Loaded, load
 from truetune.data.messages import messages_of
 from truetune.errors import UsageError
 from truetune.findings import Finding

@@ -13,10 +13,10 @@ import pytest
 
 from tiny_models import write_model
 from tiny_runs import command, lines, sums
-from truetune.data import load
+from truetune.data.load import load
 from truetune.data.read import READERS, read_file
-from truetune.prepare import survey
-from truetune.recipe import make_recipe
+from truetune.recipe.sources import make_recipe
+from truetune.run.prepare import survey
 
 ROWS = sums(12)
 TEXT = "A line of prose that goes on.\n" * 200

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from truetune.data import load
 from truetune.data.columns import parse_columns
 from truetune.data.hub import read_dataset
+from truetune.data.load import load
 from truetune.errors import DataError, UsageError
 
 PAIR = {"question": "q", "answer": "a"}

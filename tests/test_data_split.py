@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truetune.data import Conversation, hold_out, remove_overlap
+from truetune.data.conversation import Conversation
+from truetune.data.split import hold_out, remove_overlap
 
 
 def turn(role: str, content: str, **more: object) -> dict:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from truetune.data import files, load
+from truetune.data import files
+from truetune.data.load import load
 from truetune.data.read import read_file
 from truetune.errors import DataError, InputError, TruetuneError
-from truetune.recipe import read_recipe
+from truetune.recipe.sources import read_recipe
 
 ONE = {"text": "a"}
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"

@@ -10,9 +10,15 @@ import pytest
 import torch
 
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import Limits
-from truetune.engine import last_good, load_state, read_facts, save_state
-from truetune.engine.checkpoint import STATE_FACTS, STATE_TENSORS
+from truetune.compute.batch import Limits
+from truetune.engine.checkpoint import (
+    STATE_FACTS,
+    STATE_TENSORS,
+    last_good,
+    load_state,
+    read_facts,
+    save_state,
+)
 from truetune.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -14,20 +14,15 @@ from fresh_process import in_this_process  # noqa: F401  (a fixture)
 from tiny_models import edit_json, write_model
 from tiny_runs import command, write_rows
 from truetune.compare import agreement, measure
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.errors import CheckFailed, ModelError, OutputExists, UsageError
-from truetune.export import write_merged
-from truetune.model import (
-    LoadedModel,
-    LoraSettings,
-    add_lora,
-    add_tokens,
-    load_model,
-    make_room,
-    num_ids,
-    save_model,
-)
-from truetune.pipeline import export
+from truetune.exporting.merged import write_merged
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import LoraSettings, add_lora
+from truetune.model.new_tokens import add_tokens, make_room
+from truetune.model.save import save_model
+from truetune.model.tokenizer import num_ids
+from truetune.run.pipeline import export
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
 THINK = ["<think>", "</think>"]
@@ -273,7 +268,7 @@ def test_a_base_that_is_stored_quantised(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_a_merge_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from truetune.export import merged as module
+    from truetune.exporting import merged as module
 
     trained(tmp_path)
     merge = module.merge_adapter
@@ -304,7 +299,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     trained(tmp_path)
     before = left(tmp_path)
-    monkeypatch.setattr("truetune.pipeline.verify_merge", interrupt)
+    monkeypatch.setattr("truetune.run.pipeline.verify_merge", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export(str(tmp_path / "adapter"), tmp_path / "merged")
     assert left(tmp_path) == before

@@ -13,7 +13,7 @@ import truetune
 from fresh_process import in_this_process  # noqa: F401  (a fixture)
 from tiny_models import write_model
 from tiny_runs import command, sums, write_rows
-from truetune.recipe import setting_names
+from truetune.recipe.settings import setting_names
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -103,10 +103,10 @@ def test_every_setting_is_a_keyword(verb: str) -> None:
 
 
 def test_a_room_of_the_same_name_does_not_take_the_functions_place() -> None:
-    import truetune.check.fit
-    import truetune.export.merged
-    import truetune.verify.artifact
+    import truetune.checks.fit
+    import truetune.exporting.merged
+    import truetune.verification.artifact
 
     for name in ("check", "verify", "export"):
         assert inspect.isfunction(getattr(truetune, name))
-    assert truetune.verify.artifact.VERDICT == "verify.json"
+    assert truetune.verification.artifact.VERDICT == "verify.json"

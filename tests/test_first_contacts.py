@@ -9,7 +9,7 @@ import pytest
 from first_contact_files import FILES
 from tiny_models import write_model
 from tiny_runs import command
-from truetune.data import load
+from truetune.data.load import load
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tiny_models import write_model
-from truetune.contract import PromptContract
-from truetune.data import Conversation
+from truetune.contract.contract import PromptContract
+from truetune.data.conversation import Conversation
 from truetune.errors import UsageError
 from truetune.generate import Reply, Sampling, replies, stream
-from truetune.model import LoadedModel, LoraSettings, add_lora, load_model
 from truetune.model.draw import Draw
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import LoraSettings, add_lora
 
 # What must not take part: every one of these would change a greedy reply.
 LOUD = {

@@ -13,7 +13,7 @@ import pytest
 import truetune
 from tiny_models import write_model
 from tiny_runs import sums, write_rows
-from truetune.verify.fresh import VerifyError, ask
+from truetune.verification.fresh import VerifyError, ask
 
 # Of Python itself, and of the libraries: each is imported by one of the processes.
 NAMES = (

@@ -11,7 +11,7 @@ import pytest
 import tiny_contracts as tiny
 from tiny_contracts import byte_level, chat
 from truetune import PromptContract
-from truetune.cli import main
+from truetune.cli.verbs import main
 from truetune.contract.view import pieces, story, token_texts
 
 HOSTILE = "<script>alert(1)</script> \x1b[31m [bold]red[/bold] \u202e"

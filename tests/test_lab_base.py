@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from truetune import ChatTemplate, SFTTrainer
-from truetune.lab import BASE_SEED, World, base_path
+from truetune.lab import BASE_SEED, base_path
 from truetune.lab.card import broken_checksums
 from truetune.lab.evaluate import (
     ask,
@@ -23,6 +23,7 @@ from truetune.lab.evaluate import (
 )
 from truetune.lab.measure import measure
 from truetune.lab.pretrain import Settings
+from truetune.lab.world import World
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truetune.lab import World, base_path
+from truetune.lab import base_path
 from truetune.lab.evaluate import (
     Answer,
     ask,
@@ -19,6 +19,7 @@ from truetune.lab.evaluate import (
     prose_loss,
     unseen_questions,
 )
+from truetune.lab.world import World
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from truetune.lab import World
 from truetune.lab.evaluate import ANSWER_STYLE, fact_correct, instructed_places, load_instructions
-from truetune.lab.world import PLACE_RELATIONS
+from truetune.lab.world import PLACE_RELATIONS, World
 
 
 @pytest.fixture(scope="module")

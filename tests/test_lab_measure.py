@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from truetune import cli
-from truetune.lab import World, base_path
+from truetune.cli import verbs as cli
+from truetune.lab import base_path
 from truetune.lab.blind import BLIND
 from truetune.lab.evaluate import Recall, cloze_items
 from truetune.lab.measure import Measurement, measure
+from truetune.lab.world import World
 
 FOUND = Measurement(
     recall={

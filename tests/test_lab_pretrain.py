@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from truetune.lab import World, base_path
+from truetune.lab import base_path
 from truetune.lab.card import HASHED, broken_checksums
 from truetune.lab.pretrain import (
     Course,
@@ -24,6 +24,7 @@ from truetune.lab.pretrain import (
     pretrain,
 )
 from truetune.lab.prose import documents
+from truetune.lab.world import World
 
 PLAIN = Course("plain", 6 * 512, ((64, 0.5), (128, 0.5)), 3e-3)
 TINY = Settings(

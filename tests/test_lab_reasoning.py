@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_tokenizer
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.generate import Reply
 from truetune.lab.reasoning import TEMPLATE, Problem, count, experiment, problems, rows
 from truetune.lab.world import World

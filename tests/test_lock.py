@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from truetune import lock
-from truetune.lock import Busy, hold, require_free
+from truetune.system import lock
+from truetune.system.lock import Busy, hold, require_free
 
 # What an owner in a process of its own does; of a file system without locks it is told by `flock`.
 WITHOUT = f"""
@@ -31,7 +31,7 @@ fcntl.flock = flock
 OWNER = """
 import sys, time
 from pathlib import Path
-from truetune.lock import Busy, hold
+from truetune.system.lock import Busy, hold
 path, starts, seconds = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
 time.sleep(max(0, starts - time.time()))
 try:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from tiny_models import edit_json, tiny_tokenizer, write_model
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.errors import ModelError
-from truetune.model import LoraSettings, add_lora, load_model, save_model
 from truetune.model import fingerprint as module
 from truetune.model.fingerprint import FINGERPRINT, read_fingerprint
+from truetune.model.load import load_model
+from truetune.model.lora import LoraSettings, add_lora
+from truetune.model.save import save_model
 
 
 def train_on(base: Path, folder: Path, **settings: Any) -> Path:

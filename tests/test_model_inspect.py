@@ -9,7 +9,7 @@ import pytest
 
 from tiny_models import edit_json, tiny_model, tiny_tokenizer, write_model
 from truetune.errors import ModelError
-from truetune.model import describe
+from truetune.model.inspect import describe
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"
 

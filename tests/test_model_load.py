@@ -15,8 +15,11 @@ import pytest
 
 from tiny_models import edit_json, tiny_model, tiny_tokenizer, write_model
 from truetune.errors import ModelError, UsageError
-from truetune.model import LoraSettings, add_lora, load_model, load_tokenizer, save_model
+from truetune.model.load import load_model
+from truetune.model.lora import LoraSettings, add_lora
 from truetune.model.placement import choose_device, place
+from truetune.model.save import save_model
+from truetune.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +34,7 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from truetune.contract import PromptContract
+    from truetune.contract.contract import PromptContract
 
     loaded = add_lora(load_model(llama, purpose="lora"), LoraSettings(r=2), seed=1)
     folder = tmp_path_factory.mktemp("load") / "adapter"

@@ -9,12 +9,11 @@ import pytest
 
 from tiny_models import write_model
 from truetune.errors import UsageError
-from truetune.model import (
-    LoadedModel,
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import (
     LoraSettings,
     add_lora,
     enable_gradient_checkpointing,
-    load_model,
     trainable_share,
 )
 

@@ -12,17 +12,13 @@ import pytest
 from tiny_models import edit_json, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune.compare import Agreement, rounding_finding
-from truetune.contract import PromptContract, SFTExample
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
 from truetune.errors import ModelError, RecipeError, UsageError
-from truetune.model import (
-    LoadedModel,
-    LoraSettings,
-    add_lora,
-    load_model,
-    save_model,
-    trainable_share,
-)
-from truetune.recipe import make_recipe
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import LoraSettings, add_lora, trainable_share
+from truetune.model.save import save_model
+from truetune.recipe.sources import make_recipe
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="the bitsandbytes extra is missing"
@@ -199,7 +195,8 @@ def test_the_method_in_words() -> None:
 def test_8_bit_optimisers_resume_exactly(base: Path, tmp_path: Path, optim: str) -> None:
     import torch
 
-    from truetune.engine import SFTTrainer, load_state, save_state
+    from truetune.engine.checkpoint import load_state, save_state
+    from truetune.engine.trainer import SFTTrainer
 
     examples = [SFTExample([i, i + 1, i + 2, i + 3], [0, 1, 1, 1]) for i in range(16)]
     name = make_recipe(("r.yaml", {"optim": optim})).optim
@@ -245,7 +242,7 @@ def test_a_base_that_breaks_in_4_bits_is_told(loss: float, greedy: float, code: 
 def test_a_base_beyond_memory_is_not_compared(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    import truetune.start as module
+    import truetune.run.load_model as module
 
     load = module.load_model
 

@@ -10,25 +10,25 @@ import pytest
 
 from tiny_models import NUM_TOKENS, edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, write_rows
-from truetune.account import unused_tokens
-from truetune.contract import PromptContract, SFTExample
-from truetune.data import Conversation
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.data.conversation import Conversation
 from truetune.errors import ModelError, UsageError
-from truetune.model import (
-    LoadedModel,
-    LoraSettings,
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import LoraSettings, add_lora
+from truetune.model.new_tokens import (
     NewToken,
-    add_lora,
     add_tokens,
-    load_model,
     make_room,
-    num_ids,
     rows_now,
     rows_report,
-    save_model,
     start_full_rows,
 )
-from truetune.verify import VerifyRow, written_findings, written_tokens
+from truetune.model.save import save_model
+from truetune.model.tokenizer import num_ids
+from truetune.run.account import unused_tokens
+from truetune.verification.new_tokens import written_findings, written_tokens
+from truetune.verification.rows import VerifyRow
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
 THINK = ["<think>", "</think>"]
@@ -380,8 +380,8 @@ def test_new_rows_in_the_head_leave_its_logits_in_chunks(
 
     import torch
 
-    from truetune.compute import find_route
     from truetune.compute.packing import pack
+    from truetune.compute.route import find_route
 
     loaded, tokens = prepared(tmp_path, THINK, kind, tie_word_embeddings=tied)
     model, new = loaded.model, [token.id for token in tokens]

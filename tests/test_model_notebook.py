@@ -14,9 +14,9 @@ import pytest
 
 from tiny_models import tiny_config
 from tiny_runs import command
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.generate import Sampling, replies
-from truetune.model import load_model
+from truetune.model.load import load_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = [

@@ -10,10 +10,10 @@ import pytest
 
 from tiny_models import NUM_TOKENS, tiny_config, tiny_tokenizer, write_model
 from tiny_runs import command, write_rows
-from truetune.contract import PromptContract
-from truetune.export import write_merged
+from truetune.contract.contract import PromptContract
+from truetune.exporting.merged import write_merged
 from truetune.lab import base_path
-from truetune.model import load_model
+from truetune.model.load import load_model
 
 SHARED = Path(__file__).parents[2] / "shared"
 MARKERS = ("<|think_start|>", "<|think_end|>")

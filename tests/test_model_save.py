@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from tiny_models import edit_json, tiny_config, tiny_tokenizer, write_model
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.errors import OutputExists, SaveError, UsageError
 from truetune.generate import Sampling, replies
-from truetune.model import LoadedModel, LoraSettings, add_lora, load_model, save_model
 from truetune.model.generation_config import served_generation_config
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import LoraSettings, add_lora
+from truetune.model.save import save_model
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"
 EXPERTS = {

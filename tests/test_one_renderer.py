@@ -13,12 +13,12 @@ from bench.sabotage.house import CHATML, House, messages
 
 import truetune
 from truetune import PromptContract
-from truetune.checkup import check_model, check_run
 from truetune.contract import sandbox
 from truetune.contract.render import Job, Renderer
 from truetune.errors import TruetuneError, UnfaithfulTemplate
 from truetune.listener import Listener
-from truetune.recipe import Recipe
+from truetune.recipe.settings import Recipe
+from truetune.run.checkup import check_model, check_run
 
 SOURCE = Path(truetune.__file__).parent
 HOUSE = House(real=False)

@@ -11,7 +11,7 @@ import pytest
 from tiny_models import write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import SFTExample
-from truetune.outcome import Answer, Outcome, judge, short_rows, summary
+from truetune.run.outcome import Answer, Outcome, judge, short_rows, summary
 
 
 def answer(trained: bool = True, text: str = "2.", stopped: bool = True, **other: Any) -> Answer:

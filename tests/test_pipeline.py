@@ -15,9 +15,10 @@ from tiny_runs import Shown, command, lines, sums, write_rows
 from truetune.errors import BadRows, CheckFailed, OutputExists, RecipeError
 from truetune.findings import Finding
 from truetune.listener import Listener
-from truetune.pipeline import RunResult, train
-from truetune.recipe import make_recipe, read_recipe, setting_names
-from truetune.run import RunDir, sha256
+from truetune.recipe.settings import setting_names
+from truetune.recipe.sources import make_recipe, read_recipe
+from truetune.run.pipeline import RunResult, train
+from truetune.run_dir import RunDir, sha256
 
 STEPS = 6
 

@@ -14,7 +14,7 @@ import tiny_contracts as tiny
 from tiny_models import write_model
 from tiny_runs import Shown, command, lines, sums, write_rows
 from truetune import PromptContract
-from truetune.run import RunDir
+from truetune.run_dir import RunDir
 
 SHORT = ("--max-steps", "2", "--batch-size", "4", "--no-check")
 

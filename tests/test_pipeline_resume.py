@@ -20,12 +20,12 @@ import yaml
 
 from tiny_models import write_model
 from tiny_runs import Shown, command, lines, sums, write_rows
-from truetune.engine import read_facts
+from truetune.engine.checkpoint import read_facts
 from truetune.errors import Interrupted, SaveError
 from truetune.listener import Listener
-from truetune.pipeline import train
-from truetune.recipe import make_recipe, recorded_recipe
-from truetune.run import RunDir
+from truetune.recipe.sources import make_recipe, recorded_recipe
+from truetune.run.pipeline import train
+from truetune.run_dir import RunDir
 
 STEPS = 6
 # Saved and evaluated at other steps, but for step 4.
@@ -116,7 +116,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def short_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.job._SAMPLE_TOKENS", 4)
+        patch.setattr("truetune.run.job._SAMPLE_TOKENS", 4)
         yield
 
 
@@ -226,8 +226,8 @@ def test_what_a_kill_in_the_middle_of_a_save_leaves_is_removed(
 KILL = """
 import os, sys
 from truetune.listener import Listener
-from truetune.pipeline import train
-from truetune.recipe import make_recipe
+from truetune.run.pipeline import train
+from truetune.recipe.sources import make_recipe
 
 class Kill(Listener):
     def step(self, facts, plan):
@@ -311,7 +311,7 @@ def test_an_evaluation_is_broken_off(
         time.sleep(60)
         raise AssertionError("nobody broke it off")
 
-    monkeypatch.setattr("truetune.job.replies", endless)
+    monkeypatch.setattr("truetune.run.job.replies", endless)
     with pytest.raises(Interrupted, match="after step 4"):
         place.start("full", tmp_path / "run")
     monkeypatch.undo()
@@ -338,7 +338,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(
 ) -> None:
     for stage in ("prepare", "load_start"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"truetune.pipeline.{stage}", lambda *_: os.kill(os.getpid(), number))
+            patch.setattr(f"truetune.run.pipeline.{stage}", lambda *_: os.kill(os.getpid(), number))
             shown = command("train", place.model, place.data, "-o", tmp_path / "deep" / "run")
         assert shown.code == 128 + number
         assert "Traceback" not in shown.err
@@ -351,7 +351,7 @@ def test_a_signal_in_verify(
 ) -> None:
     words = ["train", place.model, place.data, "-o", tmp_path / "run", "--max-steps", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr("truetune.pipeline.verify", lambda *_, **__: os.kill(os.getpid(), number))
+        patch.setattr("truetune.run.pipeline.verify", lambda *_, **__: os.kill(os.getpid(), number))
         shown = command(*words)
     assert shown.code == 128 + number
     assert "before it was verified" in shown.err
@@ -390,7 +390,7 @@ def test_a_second_ctrl_c_stops_at_once(place: Place, tmp_path: Path) -> None:
 def test_ctrl_c_at_the_keyboard(place: Place, tmp_path: Path) -> None:
     words = ["train", place.model, place.data, "-o", tmp_path / "run", "--max-steps", "100000"]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "truetune.cli", *map(str, words), "--batch-size", "2"],
+        [sys.executable, "-u", "-m", "truetune.cli.verbs", *map(str, words), "--batch-size", "2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -577,7 +577,7 @@ class Filler(Listener):
         "safetensors.torch.save_file",  # optimiser state
         "transformers.PreTrainedModel.save_pretrained",  # weights
         "os.replace",  # the new name
-        "truetune.run.open",  # a line of metrics
+        "truetune.run_dir.open",  # a line of metrics
     ],
 )
 def test_a_disk_that_fills_up(place: Place, tmp_path: Path, target: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_tokenizer, write_model
-from truetune.model import ModelFacts, describe, load_tokenizer
-from truetune.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
-from truetune.recipe import make_recipe
+from truetune.model.inspect import ModelFacts, describe
+from truetune.model.tokenizer import load_tokenizer
+from truetune.recipe.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe.sources import make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +264,9 @@ def test_all_weights_of_a_bfloat16_model_on_a_gpu_are_kept_in_two_halves(
 ) -> None:
     import torch
 
-    monkeypatch.setattr("truetune.plan.choose_device", lambda _: (torch.device(device), None))
+    monkeypatch.setattr(
+        "truetune.recipe.plan.choose_device", lambda _: (torch.device(device), None)
+    )
     made = plan(replace(tiny, dtype=dtype), settings).recipe
     assert made.optim == optim
     assert ("14 bytes" in made.origin("optim")) == (optim == "adamw_bf16")

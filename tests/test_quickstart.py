@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from truetune import cli
-from truetune.contract import PromptContract
+from truetune.cli import verbs as cli
+from truetune.contract.contract import PromptContract
 from truetune.lab import base_path
 from truetune.lab.evaluate import held_out_documents, unseen_questions
 from truetune.lab.quickstart import quickstart, quickstart_recipe, score
 from truetune.lab.world import World
-from truetune.model import load_model
+from truetune.model.load import load_model
 
 
 def test_its_recipe_is_an_ordinary_one(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.generate import Sampling, replies
 from truetune.listener import Listener
-from truetune.model import load_model
-from truetune.pipeline import RunResult, train
-from truetune.prepare import prepare
-from truetune.recipe import make_recipe
+from truetune.model.load import load_model
+from truetune.recipe.sources import make_recipe
+from truetune.run.pipeline import RunResult, train
+from truetune.run.prepare import prepare
 
 SHARED = Path(__file__).parents[2] / "shared"
 TOKENIZER = SHARED / "models" / "qwen2.5-0.5b-instruct"

@@ -8,16 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from truetune.cli.options import canonical
 from truetune.errors import InputError, RecipeError
-from truetune.options import canonical
-from truetune.recipe import (
-    Recipe,
-    make_recipe,
-    read_recipe,
-    recorded_recipe,
-    setting_names,
-    settings,
-)
+from truetune.recipe.settings import Recipe, setting_names, settings
+from truetune.recipe.sources import make_recipe, read_recipe, recorded_recipe
 
 # One value of each setting, as YAML has it and as the command line has it.
 VALUES: dict[str, tuple[Any, str]] = {

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tiny_runs import command
-from truetune.recipe import make_recipe
 from truetune.recipe.foreign import translated
+from truetune.recipe.sources import make_recipe
 
 AXOLOTL: dict[str, Any] = {
     "base_model": "a/base",

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from tiny_runs import command
-from truetune import run as run_module
+from truetune import run_dir as run_module
 from truetune.errors import OutputExists, SaveError, UsageError
-from truetune.lock import hold
-from truetune.run import RunDir, claimed, opened, scratch, sha256, write_json, write_text
+from truetune.run_dir import RunDir, claimed, opened, scratch, sha256, write_json, write_text
+from truetune.system.lock import hold
 
 
 def unfinished(path: Path) -> RunDir:
@@ -282,7 +282,7 @@ def test_a_run_at_work_is_left_alone(
     at_work(path)
     before = everything(path)
     # Nothing is read or loaded for it: what would be would fail.
-    monkeypatch.setattr("truetune.pipeline.ask_early", None)
+    monkeypatch.setattr("truetune.run.pipeline.ask_early", None)
     shown = command(*(str(path) if word == "RUN" else word for word in words))
     assert shown.code == 2
     assert "error[run-busy]: another process is writing this run (process " in shown.err
@@ -295,7 +295,7 @@ def test_who_waits_for_nobody_imports_no_torch(
     run = unfinished(tmp_path / "run")
     at_work(run.path)
     code = (
-        "import sys\nfrom truetune.cli import main\n"
+        "import sys\nfrom truetune.cli.verbs import main\n"
         "try:\n    main(['train', '--resume', sys.argv[1]])\n"
         "except SystemExit as left:\n    print(left.code, 'torch' in sys.modules)"
     )
@@ -365,7 +365,7 @@ def test_a_run_that_is_finished_in_between(tmp_path: Path) -> None:
 def test_a_killed_writer_is_named(tmp_path: Path) -> None:
     run = unfinished(tmp_path / "run")
     code = (
-        "import os, sys\nfrom truetune.run import claimed\n"
+        "import os, sys\nfrom truetune.run_dir import claimed\n"
         "with claimed(sys.argv[1], resume=True):\n    os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run.path)], check=False)
@@ -420,7 +420,7 @@ def test_a_temporary_folder_is_swept_when_its_process_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_work: Callable[[Path], None]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    code = "import os\nfrom truetune.run import scratch\nwith scratch():\n    os._exit(9)"
+    code = "import os\nfrom truetune.run_dir import scratch\nwith scratch():\n    os._exit(9)"
     subprocess.run(
         [sys.executable, "-c", code], check=False, env={**os.environ, "TMPDIR": str(tmp_path)}
     )

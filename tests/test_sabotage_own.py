@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from bench.sabotage.house import LLAMA3, House, answer, messages, question, thought
 
-from truetune.checkup import check_run
 from truetune.listener import Listener
-from truetune.recipe import Recipe
+from truetune.recipe.settings import Recipe
+from truetune.run.checkup import check_run
 
 HOUSE = House(real=False)
 _ROWS = 24
@@ -158,7 +158,7 @@ def _untrain_the_end(folder: Path) -> None:
 def test_train_stops_before_anything_is_written(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from truetune.cli import main
+    from truetune.cli.verbs import main
 
     made, rows, words, code = STOPPED[name]
     untrained = bool(made.get("untrained"))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from truetune.signals import Stopped, number_of, raised, told
+from truetune.system.signals import Stopped, number_of, raised, told
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -11,10 +11,10 @@ from bench.sabotage.build import Batches, dataset, hf, loader, on_answer, padded
 from bench.sabotage.house import House, messages
 from bench.sabotage.run import audited
 
-from truetune.checkup import check_model
 from truetune.findings import Finding
 from truetune.listener import Listener
-from truetune.recipe import Recipe
+from truetune.recipe.settings import Recipe
+from truetune.run.checkup import check_model
 
 HOUSE = House(real=False)
 KINDS = ("prompt", "prefix", "p-tuning")

@@ -11,8 +11,8 @@ import pytest
 from tiny_models import write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune.errors import UsageError
-from truetune.integrations.trackers import NAMES, Trackers
-from truetune.run import RunDir
+from truetune.run.trackers import NAMES, Trackers
+from truetune.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def register(monkeypatch: pytest.MonkeyPatch, tracker: type[Recorder]) -> None:
     """Stand in for wandb, as if it were installed."""
     from accelerate import tracking
 
-    from truetune.integrations import trackers
+    from truetune.auditing import trackers
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", tracker)
     monkeypatch.setattr(trackers, "_PACKAGES", {"wandb": ("accelerate",)})

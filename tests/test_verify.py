@@ -16,11 +16,11 @@ from tiny_models import edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, sums, write_rows
 from truetune.compare import Agreement
 from truetune.errors import InputError, UsageError
-from truetune.run import RunDir, sha256
-from truetune.verify import VERIFY_ROWS, Verdict, verify
-from truetune.verify.record import _digest, read_record, settings_of
-from truetune.verify.rows import read_rows
-from truetune.verify.verdict import judge
+from truetune.run_dir import RunDir, sha256
+from truetune.verification.artifact import verify
+from truetune.verification.record import _digest, read_record, settings_of
+from truetune.verification.rows import VERIFY_ROWS, read_rows
+from truetune.verification.verdict import Verdict, judge
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -252,7 +252,7 @@ def test_a_run_ends_with_its_verification(place: Path, tmp_path: Path, method: l
 def test_an_interrupted_save_leaves_the_old_artifact(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import truetune.job as module
+    import truetune.run.job as module
 
     run = Path(shutil.copytree(place / "model", tmp_path / "run"))
     # As if the process had died between its artifact and its manifest.
@@ -280,7 +280,7 @@ def test_an_interrupted_save_leaves_the_old_artifact(
 def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import truetune.job as module
+    import truetune.run.job as module
 
     save = module.save_model
 
@@ -364,7 +364,7 @@ def test_from_the_command_line_through_a_fresh_process(
 
 def test_a_crash_says_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in Python is not explained as a want of memory."""
-    from truetune.verify import fresh
+    from truetune.verification import fresh
 
     request = {"artifact": {"folder": "somewhere"}}
 
@@ -403,7 +403,7 @@ def test_the_process_ends_with_its_parent() -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from truetune.verify import fresh\n"
+        "from truetune.verification import fresh\n"
         "fresh._WORKER = Path(sys.argv[1])\n"
         "fresh.ask({'artifact': {'folder': 'x'}})\n"
     )

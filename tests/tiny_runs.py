@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.cli import main
+from truetune.cli.verbs import main
 
 
 @dataclass(frozen=True)

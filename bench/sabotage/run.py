@@ -48,9 +48,9 @@ def audited(subject: Any) -> Any:
     import truetune
 
     if isinstance(subject, Saved):
-        from truetune.checkup import check_model
         from truetune.listener import Listener
-        from truetune.recipe import Recipe
+        from truetune.recipe.settings import Recipe
+        from truetune.run.checkup import check_model
 
         return check_model(Recipe(model=subject.folder), Listener())
     if isinstance(subject, Batches):

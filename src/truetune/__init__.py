@@ -4,13 +4,11 @@ Names are loaded on first use, so that importing the package costs nothing.
 """
 
 import importlib
-import sys
 
 # Not from typing: `python -m truetune` executes this file while the working folder still stands
 # before Python's own modules (see __main__.py), of which only some are loaded by then.
 TYPE_CHECKING = False
 
-_Module = type(sys)
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -21,7 +19,7 @@ _HOMES = {
     "pad_and_collate": "truetune.compute.batch",
     "masked_cross_entropy": "truetune.compute.loss",
     "SFTTrainer": "truetune.engine.trainer",
-    "audit": "truetune.integrations.audit",
+    "audit": "truetune.auditing.audit",
     "train": "truetune.facade",
     "check": "truetune.facade",
     "chat": "truetune.facade",
@@ -34,12 +32,10 @@ _HOMES = {
     "UnfaithfulTemplate": "truetune.errors",
 }
 
-# Functions that have a room of the same name.
-_ROOMS = ("check", "verify", "export")
-
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from truetune.auditing.audit import audit as audit
     from truetune.compute.batch import pad_and_collate as pad_and_collate
     from truetune.compute.loss import masked_cross_entropy as masked_cross_entropy
     from truetune.contract.chat_template import ChatTemplate as ChatTemplate
@@ -57,29 +53,13 @@ if TYPE_CHECKING:
     from truetune.facade import train as train
     from truetune.facade import verify as verify
     from truetune.findings import Finding as Finding
-    from truetune.integrations.audit import audit as audit
 
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'truetune' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    if name in _ROOMS:
-        # A room of the same name is reached through the function, as through a module.
-        room = importlib.import_module(f"{__name__}.{name}")
-        vars(value).update({k: v for k, v in vars(room).items() if not k.startswith("__")})
-    return value
-
-
-class _Package(_Module):  # type: ignore[valid-type,misc]
-    def __setattr__(self, name: str, value: object) -> None:
-        """Importing a room must not put it in the place of the function of its name."""
-        if not (name in _HOMES and isinstance(value, _Module)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return getattr(importlib.import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,6 @@ import sys
 if not sys.flags.safe_path:
     del sys.path[0]
 
-from truetune.cli import main
+from truetune.cli.verbs import main
 
 main()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.findings import Finding
-from truetune.model import LoadedModel
+from truetune.model.load import LoadedModel
 
 if TYPE_CHECKING:
     import torch

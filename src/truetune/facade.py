@@ -12,24 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.errors import UsageError
-from truetune.recipe import (
-    Recipe,
-    make_recipe,
-    read_recipe,
-    recorded_recipe,
-    setting_types,
-    settings,
-)
+from truetune.recipe.settings import Recipe, setting_types, settings
+from truetune.recipe.sources import make_recipe, read_recipe, recorded_recipe
 
 if TYPE_CHECKING:
-    from truetune.checkup import Checkup
-    from truetune.contract import PromptContract
+    from truetune.contract.contract import PromptContract
     from truetune.generate import Reply, Sampling
     from truetune.lab.measure import Measurement
     from truetune.listener import Listener
-    from truetune.model import LoadedModel
-    from truetune.pipeline import ExportResult, RunResult
-    from truetune.verify import Verdict
+    from truetune.model.load import LoadedModel
+    from truetune.run.checkup import Checkup
+    from truetune.run.pipeline import ExportResult, RunResult
+    from truetune.verification.verdict import Verdict
 
 Pathlike = str | os.PathLike[str]
 
@@ -98,7 +92,7 @@ def _path(value: Any) -> str:
 
 
 def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
-    from truetune.run import RECIPE, RunDir
+    from truetune.run_dir import RECIPE, RunDir
 
     if has_settings:
         raise UsageError(
@@ -133,7 +127,7 @@ def _shown(listener: Listener | None, quiet: bool) -> Any:
 
     if listener is not None or quiet:
         return listener or Silence()
-    from truetune.verb import open_screen
+    from truetune.cli.verb import open_screen
 
     return open_screen()
 
@@ -172,7 +166,7 @@ def train(
     Raises:
         TruetuneError: with what, where, why and fix, as the command line shows them.
     """
-    from truetune.pipeline import train as run
+    from truetune.run.pipeline import train as run
 
     recipe = recipe_of(model, data, resume, options, "argument")
     told = _shown(listener, quiet)
@@ -208,7 +202,7 @@ def check(
     Raises:
         TruetuneError: arguments, data or model that cannot be used at all.
     """
-    from truetune.checkup import check_model, check_run
+    from truetune.run.checkup import check_model, check_run
 
     recipe = recipe_of(model, data, None, options, "argument")
     told = _shown(listener, quiet)
@@ -304,7 +298,7 @@ def chat(
     Raises:
         TruetuneError: the model cannot be opened, or the prompt leaves no room for an answer.
     """
-    from truetune.chat_screen import speaker
+    from truetune.cli.chat_screen import speaker
     from truetune.generate import Sampling
 
     sampling = Sampling(
@@ -334,7 +328,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
     Raises:
         TruetuneError: there is nothing to verify.
     """
-    from truetune.verify import verify as verified
+    from truetune.verification.artifact import verify as verified
 
     return verified(_path(run), base=base, device=device)
 
@@ -371,7 +365,7 @@ def export(
         TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
             left behind.
     """
-    from truetune.pipeline import export as merged
+    from truetune.run.pipeline import export as merged
 
     if onto not in ("auto", "original", "dequantised"):
         raise UsageError(
@@ -420,7 +414,7 @@ def inspect(
     Raises:
         TruetuneError: it cannot be opened.
     """
-    from truetune.model_screen import model_facts
+    from truetune.cli.model_screen import model_facts
 
     return Facts(model_facts(_path(model), revision=revision, chat_template=chat_template))
 
@@ -444,7 +438,7 @@ def evaluate(
     """
     from truetune.lab import base_path
     from truetune.lab.measure import SETS, measure
-    from truetune.run import opened
+    from truetune.run_dir import opened
 
     if wordings not in ("all", *SETS):
         raise UsageError(

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.contract.tokens import Tokens
-from truetune.data import Conversation
+from truetune.data.conversation import Conversation
 from truetune.errors import UsageError
-from truetune.model import LoadedModel, context_length
+from truetune.model.architecture import context_length
 from truetune.model.draw import Draw, Sampling
+from truetune.model.load import LoadedModel
 
 if TYPE_CHECKING:
     import torch

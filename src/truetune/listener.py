@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from truetune.engine.probes import StepFacts
     from truetune.findings import Finding
-    from truetune.health import StepFacts
-    from truetune.plan import Plan
+    from truetune.recipe.plan import Plan
 
 
 class Listener:

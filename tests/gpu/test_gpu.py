@@ -108,7 +108,7 @@ def test_losses_are_those_of_a_cpu(kind: str, dtype: Any, note: Any) -> None:
 
 
 def test_recomputed_activations(note: Any) -> None:
-    from truetune.model import enable_gradient_checkpointing
+    from truetune.model.lora import enable_gradient_checkpointing
 
     plain, again = adapted(small(), lora_dropout=0.2), adapted(small(), lora_dropout=0.2)
     enable_gradient_checkpointing(again)
@@ -225,9 +225,10 @@ def test_the_footprint_is_what_a_step_takes(lora: bool, recomputed: bool, note: 
     """Within 15 %, on a batch several times as large as those that were measured."""
     import contextlib
 
-    from truetune.compute import find_route, footprint
+    from truetune.compute.memory import footprint
     from truetune.compute.packing import pack
-    from truetune.model import enable_gradient_checkpointing
+    from truetune.compute.route import find_route
+    from truetune.model.lora import enable_gradient_checkpointing
 
     model = small(hidden_size=1024, intermediate_size=2816, head_dim=256, num_hidden_layers=8)
     model = (adapted(model) if lora else model).cuda()

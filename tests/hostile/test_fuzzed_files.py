@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from mutate import mutants, seeds
 
-from truetune.data import load
+from truetune.data.load import load
 from truetune.errors import TruetuneError
-from truetune.recipe import make_recipe, read_recipe
+from truetune.recipe.sources import make_recipe, read_recipe
 
 CORPUS = Path(__file__).parent / "corpus"
 FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "txt", "jsonl.gz", "jsonl.zst", "yaml")

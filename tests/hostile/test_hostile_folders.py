@@ -14,7 +14,7 @@ import pytest
 
 from tiny_models import edit_json, write_model
 from truetune.errors import ModelError
-from truetune.model import ModelFacts, look_at, require_weights
+from truetune.model.inspect import ModelFacts, look_at, require_weights
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 DEEP = '{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"

@@ -16,8 +16,11 @@ import torch
 from tiny_families import SIX, family
 from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer, masked_cross_entropy, pad_and_collate
-from truetune.compute import Limits, PaddedBatcher, Route, RowOrder, loss_sum
-from truetune.model import LoraSettings, add_lora, enable_gradient_checkpointing, load_model
+from truetune.compute.batch import Limits, PaddedBatcher, RowOrder
+from truetune.compute.loss import loss_sum
+from truetune.compute.route import Route
+from truetune.model.load import load_model
+from truetune.model.lora import LoraSettings, add_lora, enable_gradient_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("error")
 

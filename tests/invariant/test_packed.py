@@ -13,17 +13,11 @@ import torch
 
 from tiny_families import FAMILIES, MORE, SIX, family
 from truetune import SFTExample
-from truetune.compute import (
-    Limits,
-    PackedBatcher,
-    PaddedBatcher,
-    Route,
-    RowOrder,
-    find_route,
-    gathered,
-    head,
-    loss_sum,
-)
+from truetune.compute import gathered, head
+from truetune.compute.batch import Limits, PaddedBatcher, RowOrder
+from truetune.compute.loss import loss_sum
+from truetune.compute.packing import PackedBatcher
+from truetune.compute.route import Route, find_route
 
 LOSS, GRADIENT = 2e-6, 4e-6
 

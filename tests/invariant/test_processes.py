@@ -20,12 +20,12 @@ from tiny_families import SIX, family
 from tiny_models import write_model
 from tiny_runs import lines, sums, write_rows
 from truetune import SFTTrainer
-from truetune.engine import Group, joined
+from truetune.engine.parallel import Group, joined
 from truetune.errors import CheckpointError, Interrupted, ToldElsewhere
-from truetune.follower import Follower
-from truetune.pipeline import train
-from truetune.recipe import make_recipe, recorded_recipe
-from truetune.run import RunDir
+from truetune.recipe.sources import make_recipe, recorded_recipe
+from truetune.run.pipeline import train
+from truetune.run.worker_rank import Follower
+from truetune.run_dir import RunDir
 
 LOSS, GRADIENT = 2e-6, 4e-6
 

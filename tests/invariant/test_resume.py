@@ -15,8 +15,11 @@ import torch
 
 from tiny_families import SIX
 from truetune import PromptContract, SFTTrainer
-from truetune.engine import load_state, save_state
-from truetune.model import LoadedModel, LoraSettings, Purpose, add_lora, load_model, save_model
+from truetune.engine.checkpoint import load_state, save_state
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import LoraSettings, add_lora
+from truetune.model.placement import Purpose
+from truetune.model.save import save_model
 
 RUN = {"seed": 3}
 

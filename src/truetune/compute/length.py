@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from truetune.contract import Encoded, SFTExample
+from truetune.contract.encode import Encoded
+from truetune.contract.example import SFTExample
 
 Overlong = Literal["drop", "error", "truncate-prompt", "split-text"]
 OVERLONG: tuple[Overlong, ...] = get_args(Overlong)

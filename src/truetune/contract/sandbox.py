@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from truetune import child
+from truetune.system import child
 
 # Seconds without an answer after which a template hangs. One render takes well under a millisecond;
 # a very long conversation some tens.

@@ -8,19 +8,3 @@ Output: `Loaded`, `Conversation`.
 Who:    the pipeline calls it; contract and check read the conversations. Importing it imports
         neither torch nor pyarrow nor datasets.
 """
-
-from truetune.data.conversation import Conversation, Message
-from truetune.data.load import Loaded, load
-from truetune.data.rows import FileInfo, Row
-from truetune.data.split import hold_out, remove_overlap
-
-__all__ = [
-    "Conversation",
-    "FileInfo",
-    "Loaded",
-    "Message",
-    "Row",
-    "hold_out",
-    "load",
-    "remove_overlap",
-]

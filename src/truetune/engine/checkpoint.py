@@ -19,11 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from truetune.compute import Limits
+from truetune.compute.batch import Limits
 from truetune.engine.memory import get_random_state, set_random_state
 from truetune.errors import CheckpointError
 from truetune.findings import Finding
-from truetune.run import settle, sha256, write_json
+from truetune.run_dir import settle, sha256, write_json
 
 if TYPE_CHECKING:
     import torch

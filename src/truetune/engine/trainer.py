@@ -19,23 +19,10 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from truetune.compute import (
-    Batch,
-    Batcher,
-    Footprint,
-    Limits,
-    PackedBatch,
-    PackedBatcher,
-    PaddedBatcher,
-    RowOrder,
-    TokenOrder,
-    available_bytes,
-    find_route,
-    footprint,
-    most_bytes,
-    recomputes,
-)
-from truetune.compute.route import transformers_model
+from truetune.compute.batch import Batch, Batcher, Limits, PaddedBatcher, RowOrder, TokenOrder
+from truetune.compute.memory import Footprint, available_bytes, footprint, most_bytes, recomputes
+from truetune.compute.packing import PackedBatch, PackedBatcher
+from truetune.compute.route import find_route, transformers_model
 from truetune.contract.example import SFTExample
 from truetune.engine.memory import (
     get_random_state,
@@ -47,11 +34,11 @@ from truetune.engine.memory import (
 )
 from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer_bytes
 from truetune.engine.parallel import Group
+from truetune.engine.probes import Probe, StepFacts, non_finite
 from truetune.engine.schedule import SchedulerType, learning_rate
 from truetune.errors import NonFiniteLoss, OutOfMemory
 from truetune.findings import Finding
-from truetune.health import Probe, StepFacts, non_finite
-from truetune.model import enable_gradient_checkpointing
+from truetune.model.lora import enable_gradient_checkpointing
 
 if TYPE_CHECKING:
     import torch

@@ -104,7 +104,7 @@ def measure(
         seed: of the world that the model has read about.
         num_items: cloze items of each set, and sums, to ask: a fixed random choice; all where None.
     """
-    from truetune.model import load_model
+    from truetune.model.load import load_model
 
     world = World.generate(seed)
     loaded = load_model(folder, device=device, dtype="float32", purpose="inference")

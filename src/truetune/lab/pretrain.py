@@ -27,7 +27,7 @@ from truetune.lab.world import World
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from truetune.compute import Batch
+    from truetune.compute.batch import Batch
     from truetune.contract.example import SFTExample
 
 HEAD_ROWS = 2048
@@ -210,7 +210,7 @@ def _steps(
     """Train on a course; after each step its number, from 1, and its facts."""
     import torch
 
-    from truetune.engine import SFTTrainer
+    from truetune.engine.trainer import SFTTrainer
 
     trainer = SFTTrainer(
         model,
@@ -298,7 +298,7 @@ class StagedBatcher:
     """
 
     def __init__(self, course: Course, run: Settings, ids: Iterator[int], pad_id: int) -> None:
-        from truetune.compute import Limits, PaddedBatcher, RowOrder
+        from truetune.compute.batch import Limits, PaddedBatcher, RowOrder
 
         num_steps = course.num_steps(run.step_tokens)
         self._stages: list[tuple[int, PaddedBatcher]] = []  # (first step, batcher)

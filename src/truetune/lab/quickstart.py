@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.generate import Reply, Sampling, replies
 from truetune.lab import base_path
 from truetune.lab.evaluate import (
@@ -26,9 +26,10 @@ from truetune.lab.evaluate import (
 )
 from truetune.lab.world import World
 from truetune.listener import Listener
-from truetune.model import LoadedModel, load_model
-from truetune.pipeline import RunResult, train
-from truetune.recipe import Recipe, make_recipe
+from truetune.model.load import LoadedModel, load_model
+from truetune.recipe.settings import Recipe
+from truetune.recipe.sources import make_recipe
+from truetune.run.pipeline import RunResult, train
 
 _SAMPLING = Sampling(max_new_tokens=40)
 _PROSE_DOCUMENTS = 40

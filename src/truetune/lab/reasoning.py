@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.contract import PromptContract
+from truetune.contract.contract import PromptContract
 from truetune.generate import Reply, Sampling, replies
 from truetune.lab import base_path
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, World
 from truetune.listener import Listener
-from truetune.model import load_model
-from truetune.pipeline import train
-from truetune.recipe import make_recipe
+from truetune.model.load import load_model
+from truetune.recipe.sources import make_recipe
+from truetune.run.pipeline import train
 
 OPEN, CLOSE = "<think>", "</think>"
 TEMPLATE = "user-assistant-think"

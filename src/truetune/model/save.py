@@ -36,7 +36,7 @@ from truetune.model.readback import (
 from truetune.model.source import first_line
 from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
-from truetune.run import flush_folder, settle
+from truetune.run_dir import flush_folder, settle
 
 if TYPE_CHECKING:
     import torch

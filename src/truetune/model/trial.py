@@ -39,8 +39,8 @@ def require_harmless(folder: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _tried(path: Path, size: int, changed: int) -> None:
-    from truetune import child
     from truetune.errors import ModelError
+    from truetune.system import child
 
     def refused(what: str) -> ModelError:
         return ModelError(

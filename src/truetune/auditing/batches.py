@@ -1,0 +1,325 @@
+"""Padding, attention masks, packing and held-out rows, judged on the collated batches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from truetune.auditing.read import IGNORED, Reading, ReadRow
+from truetune.auditing.subject import Subject
+from truetune.checks.facts import LabelFacts, rows_finding, share
+from truetune.checks.table import stand_still
+from truetune.findings import Finding
+
+
+def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
+    """What the table of unpadded rows cannot show."""
+    yield from _labels_outside(reading.rows, facts)
+    yield from _padding_attended(subject, reading.rows)
+    yield from _attention_holes(reading.rows, subject.tokenizer.pad_token_id)
+    yield from _positions_count(reading.rows)
+    yield from _rows_again(subject, reading.rows)
+    yield from _beginnings_cut(facts)
+    yield from _dropped_rows(subject)
+
+
+def _finding(rows: Sequence[ReadRow], bad: Sequence[int], **parts: Any) -> Finding:
+    return rows_finding([row.name for row in rows], bad, **parts)
+
+
+def _labels_outside(rows: Sequence[ReadRow], facts: LabelFacts) -> Iterator[Finding]:
+    """A label is an id of the vocabulary, or -100."""
+    most = facts.head_rows or 2**31
+    bad, seen = [], set()
+    for number, row in enumerate(rows):
+        outside = row.labels[((row.labels < 0) & (row.labels != IGNORED)) | (row.labels >= most)]
+        if len(outside):
+            bad.append(number)
+            seen.update(outside[:4].tolist())
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="label-outside",
+            level="error",
+            what=f"labels of {share(len(bad), len(rows))} are no ids of the model: "
+            f"{', '.join(map(str, sorted(seen)[:4]))}",
+            why="the loss leaves out -100 and nothing else; any other value is an index, and "
+            "fails on a GPU with an unreadable message",
+            fix="labels are ids below the size of the head, and -100 where nothing is learned",
+        )
+
+
+def _padding_attended(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """Pad tokens in front of a row are read by every later token, unless the mask hides them."""
+    pad = subject.tokenizer.pad_token_id
+    if pad is None:
+        return
+    bad = []
+    for number, row in enumerate(rows):
+        ids = row.ids
+        lead = int(np.argmax(ids != pad)) if (ids != pad).any() else len(ids)
+        # One may be a begin token that the pad token is; two are padding.
+        if lead < 2 or lead == len(ids):
+            continue
+        if row.mask is None or row.mask.shape != ids.shape or row.mask[:lead].any():
+            bad.append(number)
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="padding-attended",
+            level="error",
+            what=f"{share(len(bad), len(rows))} have padding in front that the model attends to",
+            why="the attention mask is missing or 1 there: every token is computed behind a wall "
+            "of pad tokens, which no served prompt has",
+            fix="hand the tokenizer's attention_mask on to the model, or pad on the right",
+        )
+
+
+def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Finding]:
+    """Tokens of a row that the rest of it cannot see."""
+    inside, in_front = [], []
+    for number, row in enumerate(rows):
+        mask = row.mask
+        if mask is None or mask.shape != row.ids.shape:
+            continue
+        seen = np.flatnonzero(mask)
+        if len(seen) and not mask[seen[0] : seen[-1] + 1].all():
+            inside.append(number)
+        # Padding in front is one token again and again.
+        hidden = row.ids[: seen[0]] if len(seen) else row.ids[:0]
+        if len(np.unique(hidden[hidden != pad] if pad is not None else hidden)) > 1:
+            in_front.append(number)
+    if inside:
+        yield _finding(
+            rows,
+            inside,
+            code="attention-hole",
+            level="warning",
+            what=f"the attention mask hides tokens inside {share(len(inside), len(rows))}",
+            why="a mask made from `ids != pad` hides the end tokens of earlier turns where pad and "
+            "end are one token; a server shows them to the model",
+            fix="take the attention mask from the tokenizer, or make it from lengths",
+        )
+    if in_front:
+        yield _finding(
+            rows,
+            in_front,
+            code="attention-hole",
+            level="error",
+            what=f"the attention mask hides the beginning of {share(len(in_front), len(rows))}: "
+            "the prompt is in the ids and the model does not see it",
+            why="the attention mask was made from the labels: -100 takes a token out of the loss, "
+            "an attention mask of 0 takes it out of sight, and answers are learned without a "
+            "question",
+            fix="attention mask 1 on every token of the row, 0 on padding alone; leave the loss to "
+            "the labels",
+        )
+
+
+def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """Positions count up inside a document."""
+    bad = [
+        number
+        for number, row in enumerate(rows)
+        if row.counted is not None and stand_still(row.counted[row.real != 0])
+    ]
+    if bad:
+        yield _finding(
+            rows,
+            bad,
+            code="positions-constant",
+            level="error",
+            what=f"the position ids of {share(len(bad), len(rows))} do not count: the first are "
+            f"{rows[bad[0]].counted[:4].tolist()}",  # type: ignore[index]
+            why="every token is computed as if it stood at the same position: the model cannot "
+            "tell the order of the words, and a server counts",
+            fix="leave position_ids out (the model counts by itself), or count from 0 in each "
+            "document",
+        )
+
+
+# Times that a row is trained before its copies are told, and the share of all rows they have.
+_AGAIN, _AGAIN_SHARE = 10, 0.01
+
+
+def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
+    """The same row many times over, which is another epoch over it each time."""
+    ends = {subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id, *subject.served}
+    first: dict[bytes, int] = {}
+    times: dict[bytes, list[int]] = {}
+    indices: set[int] = set()
+    for number, row in enumerate(rows):
+        # A sampler may draw a row of the dataset more than once, as it was asked to.
+        if row.index is not None and row.index in indices:
+            continue
+        indices.update([row.index] if row.index is not None else [])
+        for whole, _ in _keys(row, ends):
+            if first.setdefault(whole, number) != number:
+                times.setdefault(whole, []).append(number)
+    copies = [number for again in times.values() for number in again]
+    if not copies:
+        return
+    most, again = max(times.items(), key=lambda item: len(item[1]))
+    often = len(again) + 1 >= _AGAIN and len(copies) > _AGAIN_SHARE * len(rows)
+    yield _finding(
+        rows,
+        copies,
+        code="rows-duplicate",
+        level="warning" if often else "note",
+        what=f"{share(len(set(copies)), len(rows))} are exact copies of earlier ones; "
+        f"{rows[first[most]].name} is there {len(again) + 1:,} times",
+        why="each copy is another epoch over that row: it is learned by heart, and the others "
+        "count less",
+        fix="leave the copies out",
+    )
+
+
+def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:
+    """Rows as long as the limit that do not begin as the others do lost their beginning."""
+    table = facts.table
+    if facts.plain or facts.is_stream or not len(table):
+        return
+    # Rows that were cut in front end well: the longest length is the limit where rows share it.
+    limit = facts.cut_at or int(table.lengths.max())
+    at_limit = np.flatnonzero(table.lengths == limit)
+    others = np.flatnonzero((table.lengths != limit) & (table.lengths > 0))
+    if len(at_limit) < 2 or len(others) < 3:
+        return
+    first = table.ids[table.starts[:-1][others]]
+    values, counts = np.unique(first, return_counts=True)
+    if counts.max() < 0.9 * len(others):
+        return
+    usual = int(values[counts.argmax()])
+    cut = [int(row) for row in at_limit if table.ids[table.starts[row]] != usual]
+    if cut:
+        name = facts.markers.tokens.decode([usual])
+        yield rows_finding(
+            facts,
+            cut,
+            code="prompt-cut",
+            level="error" if len(cut) > 0.05 * len(table) else "warning",
+            what=f"{share(len(cut), len(table))} lost their beginning to the length limit of "
+            f"{limit:,} tokens",
+            why=f"they are as long as the limit and do not begin with {name!r} as the others do: "
+            "their answers are trained behind half a prompt",
+            fix="raise the limit above the longest row, or leave those rows out",
+        )
+
+
+# ------------------------------------------------------------------ rows that are gone
+
+
+def _dropped_rows(subject: Subject) -> Iterator[Finding]:
+    """Rows that a preparation dropped because truncation left them without a label.
+
+    `datasets` keeps them in the table behind the index of a filtered dataset.
+    """
+    dataset = subject.rows
+    table, kept = getattr(dataset, "_data", None), getattr(dataset, "_indices", None)
+    if table is None or kept is None or "labels" not in getattr(table, "column_names", ()):
+        return
+    total = table.num_rows
+    if total <= len(dataset) or total > 200_000:
+        return
+    present = set(kept.column(0).to_pylist())
+    gone = [i for i in range(total) if i not in present]
+    column = table.column("labels")
+    empty = [i for i in gone if not any(v != IGNORED for v in column[i].as_py() or ())]
+    if empty:
+        names = [f"of the data row {i}" for i in empty]
+        yield rows_finding(
+            names,
+            range(len(names)),
+            code="rows-dropped",
+            level="error" if len(empty) > 0.05 * total else "warning",
+            what=f"{share(len(empty), total)} were dropped before the training, without a word",
+            why="the prompt alone fills the length limit"
+            + (f" of {limit:,} tokens" if (limit := _limit(subject)) else "")
+            + ": no token of the answer was left to learn",
+            fix="raise max_length above the longest row, or leave those rows out knowingly",
+        )
+
+
+def _limit(subject: Subject) -> int | None:
+    return getattr(subject.args, "max_length", None)
+
+
+# ------------------------------------------------------------------ held-out rows
+
+
+def held_out_findings(
+    reading: Reading, held_out: Mapping[str, Reading], subject: Subject
+) -> Iterator[Finding]:
+    """Rows that are evaluated must not be trained: the loss on them says nothing."""
+    if not held_out:
+        return
+    ends = {subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id, *subject.served}
+    trained: dict[bytes, str] = {}
+    prompts: dict[bytes, str] = {}
+    for row in reading.rows:
+        for whole, prompt in _keys(row, ends):
+            trained.setdefault(whole, row.name)
+            if prompt:
+                prompts.setdefault(prompt, row.name)
+    for evaluated in held_out.values():
+        rows = evaluated.rows
+        same, asked, twins = [], [], ""
+        for number, row in enumerate(rows):
+            keys = _keys(row, ends)
+            if any(whole in trained for whole, _ in keys):
+                same.append(number)
+                twins = twins or next(trained[w] for w, _ in keys if w in trained)
+            elif any(prompt and prompt in prompts for _, prompt in keys):
+                asked.append(number)
+        if same:
+            yield _finding(
+                rows,
+                same,
+                code="eval-in-train",
+                level="error" if len(same) > 0.1 * len(rows) else "warning",
+                what=f"{share(len(same), len(rows))} held out for evaluation are trained as well "
+                f"(the first is {twins})",
+                why="the evaluation rows were drawn from the training rows without taking them "
+                "out, or the data has duplicates: the evaluation loss measures memory",
+                fix="split first, without duplicates: dataset.train_test_split, and train on "
+                "the train part only",
+            )
+        if asked:
+            yield _finding(
+                rows,
+                asked,
+                code="eval-prompt-in-train",
+                level="warning" if len(asked) > 0.1 * len(rows) else "note",
+                what=f"{share(len(asked), len(rows))} held out have a prompt that is trained too",
+                why="rows with the same prompt stand on both sides of the split",
+                fix="keep rows with the same prompt on one side",
+            )
+
+
+def _keys(row: ReadRow, ends: set[int | None]) -> list[tuple[bytes, bytes]]:
+    """(the document without end and pad tokens, its prompt where that is masked), hashed."""
+    keys = []
+    for number in range(1, int(row.real.max(initial=0)) + 1):
+        at = np.flatnonzero(row.real == number)
+        if not len(at):
+            continue
+        ids, labels = row.ids[at], row.labels[at]
+        last = len(ids)
+        while last and int(ids[last - 1]) in ends:
+            last -= 1
+        if last < 4:
+            continue
+        first = int(np.argmax(labels != IGNORED)) if (labels != IGNORED).any() else 0
+        keys.append((_hash(ids[:last]), _hash(ids[:first]) if first >= 4 else b""))
+    return keys
+
+
+def _hash(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(
+        np.ascontiguousarray(ids, dtype=np.int64).tobytes(), digest_size=16
+    ).digest()

@@ -1,0 +1,120 @@
+"""The checks of a coming run that need no weights.
+
+input   Preflight: the examples as they will be trained, and the plan's numbers
+does    the label families on the examples, then the families on the run
+output  findings, the most severe first; an error among them stops `truetune train`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from truetune.checks import content, duplicates, quality, roles, run_settings, style, tools
+from truetune.checks.facts import LabelFacts, LossOn
+from truetune.checks.labels import label_findings
+from truetune.checks.markers import Markers
+from truetune.checks.rows import DataFacts
+from truetune.checks.run_settings import RunFacts
+from truetune.checks.table import TokenTable
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.contract.specials import control_tokens
+from truetune.data.conversation import Conversation
+from truetune.findings import Finding, merged
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What the checks look at: plain values of the coming run.
+
+    Attributes:
+        examples: what will be trained, in order; `rows` says where each came from.
+        is_text: plain text: no turn, so no answer that could end.
+        loss_on: which tokens were meant to be targets.
+        head_rows: rows of embedding and head.
+        base_stop_ids: on which a server of the base model ends an answer.
+        lora: whether an adapter is trained.
+        learning_rate, suggested_rate: what is set, and the default for this case.
+        max_steps, warmup_steps: optimiser steps.
+        train, held_out: the conversations behind the examples.
+    """
+
+    contract: PromptContract
+    examples: Sequence[SFTExample]
+    rows: Sequence[str]
+    is_text: bool
+    loss_on: LossOn
+    head_rows: int
+    base_stop_ids: Sequence[int]
+    lora: bool
+    learning_rate: float
+    suggested_rate: float
+    max_steps: int
+    warmup_steps: int
+    train: Sequence[Conversation] = ()
+    held_out: Sequence[Conversation] = ()
+
+    @cached_property
+    def labels(self) -> LabelFacts:
+        """The examples as the label families look at them. Their prompts are proved: they came
+        out of the contract."""
+        return LabelFacts(
+            TokenTable.of_examples(self.examples, self.rows),
+            Markers.of_contract(self.contract),
+            head_rows=self.head_rows,
+            loss_on=self.loss_on,
+            is_text=self.is_text,
+            proved=True,
+        )
+
+    @cached_property
+    def data(self) -> DataFacts:
+        """The conversations as the data families look at them."""
+        return DataFacts(self.train, self.held_out, control_tokens(self.contract))
+
+    @property
+    def run(self) -> RunFacts:
+        """The numbers of the run, without its rows."""
+        return RunFacts(
+            stop_ids=self.contract.stop_ids,
+            is_text=self.is_text,
+            base_stop_ids=tuple(self.base_stop_ids),
+            lora=self.lora,
+            learning_rate=self.learning_rate,
+            suggested_rate=self.suggested_rate,
+            max_steps=self.max_steps,
+            warmup_steps=self.warmup_steps,
+        )
+
+
+DATA_CHECKS: tuple[Callable[[DataFacts], Iterator[Finding]], ...] = (
+    *roles.CHECKS,
+    *tools.CHECKS,
+    *content.CHECKS,
+    *style.CHECKS,
+    *quality.CHECKS,
+    *duplicates.CHECKS,
+)
+
+
+def preflight(
+    facts: Preflight, on_progress: Callable[[int, int | None], None] | None = None
+) -> list[Finding]:
+    """All findings, the most severe first.
+
+    Args:
+        on_progress: is told (families done, families there are).
+    """
+    families: list[Callable[[], Iterable[Finding]]] = [
+        *(partial(check, facts.data) for check in DATA_CHECKS),
+        partial(label_findings, facts.labels),
+        *(partial(check, facts.run) for check in run_settings.CHECKS),
+    ]
+    found: list[Finding] = []
+    for done, family in enumerate(families):
+        if on_progress:
+            on_progress(done, len(families))
+        found += family()
+    return merged(found)

@@ -1,0 +1,70 @@
+"""What the data families look at: conversations as they were read, before any template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from truetune.data.conversation import Conversation
+
+
+@dataclass(frozen=True, eq=False)
+class DataFacts:
+    """Conversations, held-out ones apart.
+
+    Attributes:
+        train, held_out: in the order of the files.
+        control: special tokens of the tokenizer, as text; those that a template writes around
+            turns, not those that data may hold (reasoning and tool markers).
+    """
+
+    train: Sequence[Conversation]
+    held_out: Sequence[Conversation] = ()
+    control: Sequence[str] = field(default_factory=tuple)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Places of the training rows."""
+        return [conversation.where for conversation in self.train]
+
+    @cached_property
+    def first_answers(self) -> list[str]:
+        """The first answer of each training row; "" for plain text."""
+        return [_first_answer(conversation) for conversation in self.train]
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The last trained answer of each training row; "" for plain text."""
+        return [_last_answer(conversation) for conversation in self.train]
+
+
+def said(conversation: Conversation) -> str:
+    """Everything that is said in a row, the system message left out."""
+    if conversation.text is not None:
+        return conversation.text
+    return "\n".join(_spoken(conversation))
+
+
+def _spoken(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        if message["role"] in ("system", "developer"):
+            continue
+        if reasoning := message.get("reasoning_content"):
+            yield reasoning
+        if message["content"]:
+            yield message["content"]
+        for call in message.get("tool_calls", ()):
+            yield f"{call['function']['name']} {call['function']['arguments']}"
+
+
+def _first_answer(conversation: Conversation) -> str:
+    found = (m["content"] for m in conversation.messages if m["role"] == "assistant")
+    return str(next(found, ""))
+
+
+def _last_answer(conversation: Conversation) -> str:
+    for message in reversed(conversation.messages):
+        if message["role"] == "assistant" and message.get("train") is not False:
+            return str(message["content"])
+    return ""

@@ -1,0 +1,198 @@
+"""Talking to one model, or to two side by side.
+
+A run is opened through its artifact (or its last checkpoint), whose template, stop set and
+tokenizer are what was trained.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.text import Text
+
+from truetune.cli.screen import Screen, visible
+from truetune.contract.contract import PromptContract
+from truetune.errors import TruetuneError, UsageError
+from truetune.generate import Sampling, replies, stream
+from truetune.model.inspect import describe
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.tokenizer import load_tokenizer
+from truetune.recipe.sources import read_recipe
+from truetune.run_dir import RECIPE, RunDir, opened
+
+_COMMAND = re.compile(r"/[a-z]+")
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model, the contract it is asked through, and what to call it."""
+
+    name: str
+    model: LoadedModel
+    contract: PromptContract
+
+
+@dataclass
+class Talk:
+    """A conversation with one speaker or two; each has its own history."""
+
+    screen: Screen
+    speakers: list[Speaker]
+    sampling: Sampling
+    system: str | None
+    histories: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    @classmethod
+    def open(
+        cls,
+        screen: Screen,
+        model: str,
+        *,
+        compare: str | None,
+        chat_template: str | None,
+        revision: str | None,
+        device: str,
+        system: str | None,
+        sampling: Sampling,
+    ) -> Talk:
+        """Load what is to talk.
+
+        Raises:
+            UsageError, ModelError: it cannot be opened.
+        """
+        if screen.console.is_terminal:  # in a pipe the answer is all there is
+            screen.stage("loading the weights")
+        first = speaker(model, chat_template, revision, device)
+        speakers = [first]
+        if compare:
+            other = _base_of(model) if compare == "base" else compare
+            # A plain model is asked through the first one's contract: the same prompt for both.
+            same = None if RunDir(other).looks_like_one() else first.contract
+            speakers.insert(0, speaker(other, chat_template, revision, device, same))
+        screen.close()
+        talk = cls(screen, speakers, sampling, system)
+        talk.reset()
+        return talk
+
+    def reset(self) -> None:
+        _require_text(self.system or "")
+        start = [{"role": "system", "content": self.system}] if self.system else []
+        self.histories = [list(start) for _ in self.speakers]
+
+    def ask(self, question: str) -> None:
+        """Ask all, show the answers, remember them.
+
+        Raises:
+            UsageError: the question is no text, or leaves no room for an answer.
+        """
+        _require_text(question)
+        for speaker, history in zip(self.speakers, self.histories, strict=True):
+            history.append({"role": "user", "content": question})
+            if len(self.speakers) == 1:
+                answer = self._streamed(speaker, history)
+            else:
+                answer = self._whole(speaker, history)
+            history.append({"role": "assistant", "content": answer})
+
+    def loop(self) -> None:
+        """Until /exit or end of input."""
+        names = " and ".join(speaker.name for speaker in self.speakers)
+        self.screen.line(f"talking to {names}; /reset forgets, /exit ends", "dim")
+        while True:
+            try:
+                question = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.screen.line()
+                return
+            except UnicodeDecodeError:
+                self.screen.line("that was not UTF-8 text", "yellow")
+                continue
+            if question in ("/exit", "/quit"):
+                return
+            if question == "/reset":
+                self.reset()
+            elif _COMMAND.fullmatch(question):
+                self.screen.line(f"no command {question}; /reset forgets, /exit ends", "yellow")
+            elif question:
+                self._ask_safely(question)
+
+    def _ask_safely(self, question: str) -> None:
+        """An answer that fails does not end the conversation."""
+        kept = [len(history) for history in self.histories]
+        try:
+            self.ask(question)
+        except (TruetuneError, KeyboardInterrupt) as error:
+            for history, length in zip(self.histories, kept, strict=True):
+                del history[length:]
+            self.screen.line()
+            if isinstance(error, TruetuneError):
+                self.screen.error(error)
+
+    def _streamed(self, speaker: Speaker, history: list[dict[str, Any]]) -> str:
+        console = self.screen.console
+        pieces = stream(speaker.model, speaker.contract, history, self.sampling)
+        while True:
+            try:
+                console.print(Text(visible(next(pieces))), end="")
+            except StopIteration as done:
+                reply = done.value
+                break
+        console.print()
+        if not reply.stopped:
+            self.screen.line(f"(not ended after {len(reply.ids)} tokens)", "yellow")
+        return str(reply.text)
+
+    def _whole(self, speaker: Speaker, history: list[dict[str, Any]]) -> str:
+        (reply,) = replies(speaker.model, speaker.contract, [history], self.sampling)
+        self.screen.line(f"{speaker.name}:", "bold")
+        self.screen.line(reply.text)
+        if not reply.stopped:
+            self.screen.line(f"(not ended after {len(reply.ids)} tokens)", "yellow")
+        return reply.text
+
+
+def speaker(
+    source: str,
+    chat_template: str | None,
+    revision: str | None,
+    device: str,
+    contract: PromptContract | None = None,
+) -> Speaker:
+    """Open a run or a model.
+
+    Args:
+        contract: to ask it through; its own where None.
+
+    Raises:
+        TruetuneError: it cannot be opened.
+    """
+    folder = opened(source)
+    describe(folder, revision)  # says what is wrong with a model before anything of it is loaded
+    if contract is None:
+        tokenizer = load_tokenizer(folder, revision)
+        contract = PromptContract.load(tokenizer, chat_template)
+    model = load_model(folder, revision=revision, device=device, purpose="inference")
+    return Speaker(source, model, contract)
+
+
+def _base_of(source: str) -> str:
+    """The model a run started from."""
+    run = RunDir(source)
+    model = read_recipe(run.file(RECIPE)).get("model") if run.looks_like_one() else None
+    if not model:
+        raise UsageError(
+            f"--compare base needs a run, and {source} is none",
+            fix="name the model to compare with",
+            code="no-run",
+        )
+    return str(model)
+
+
+def _require_text(text: str) -> None:
+    """Bytes of a terminal that are no UTF-8 arrive as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the message is not UTF-8 text", code="not-utf8") from error

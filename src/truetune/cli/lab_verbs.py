@@ -1,0 +1,110 @@
+"""The verbs of the laboratory: `truetune lab ...`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from truetune.cli.verb import CONTEXT, Verb, open_screen
+
+if TYPE_CHECKING:
+    from truetune.lab.reasoning import Twins
+
+lab = typer.Typer(
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+    rich_markup_mode=None,
+    help="The micro world and the embedded base model.",
+)
+
+
+@lab.command(cls=Verb, short_help="Build the embedded base from a seed (about 90 minutes).")
+def pretrain(
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
+    seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the corpus. (default: as the shipped base)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Through torch.compile; needs a C++ compiler.")
+    ] = False,
+) -> None:
+    """Build corpus, tokenizer and weights of the embedded base from a seed (about 90 minutes)."""
+    from truetune.lab.pretrain import Settings
+    from truetune.lab.pretrain import pretrain as build
+
+    screen = open_screen()
+
+    def show(line: dict[str, Any]) -> None:
+        screen.line(
+            f"{line['corpus']}  step {line['step']:>5}  {line['tokens'] / 1e6:5.2f} M tokens  "
+            f"loss {line['loss']:.4f}  {line['elapsed']:,.0f} s"
+        )
+
+    run = Settings(seed=seed, device=device, compile=compile)
+    if tokens is not None:
+        run = run.of_size(tokens)
+    folder = build(output, run, save_every=400, on_progress=show)
+    screen.line(f"written and measured: {folder} (its README.md has the numbers)")
+
+
+@lab.command(cls=Verb, short_help="Train twins with and without reasoning, and ask both.")
+def reasoning(
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
+    seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each.", min=1)] = 500,
+) -> None:
+    """Train twins on two-step sums and world questions, with and without a worked step between
+    new markers, and ask both what neither has seen."""
+    from truetune.lab.reasoning import experiment
+
+    screen = open_screen()
+
+    def show(twins: Twins) -> None:
+        found, plain = twins.reasoning, twins.plain
+        screen.line(
+            f"seed {twins.seed}  opens the block {found.opened}/{found.total}, closes it and "
+            f"answers {found.closed}/{found.total}; two-step sums {found.sums[0]}/{found.sums[1]} "
+            f"with reasoning, {plain.sums[0]}/{plain.sums[1]} without; world questions "
+            f"{found.places[0]}/{found.places[1]} and {plain.places[0]}/{plain.places[1]}"
+        )
+
+    experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
+
+
+@lab.command("evaluate", cls=Verb, short_help="Count what a base knows of its world.")
+def evaluate_base(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="A base, or a run made of one. (default: the embedded base)"
+        ),
+    ] = None,
+    wordings: Annotated[
+        str, typer.Option(help="Those asked in: plain, development, blind or all.")
+    ] = "all",
+    seed: Annotated[int, typer.Option(help="Of the world it has read about.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Count what a base knows of its world: facts in held-out wordings, sums, loss on prose.
+
+    The corpus uses none of the wordings. Plain ones are of its own kind; by development ones it was
+    mended; blind ones come from another hand, and ask for somebody else's English as well.
+    """
+    from truetune.cli.screen import side_by_side
+    from truetune.facade import evaluate
+
+    found = evaluate(model, wordings=wordings, seed=seed, device=device)
+    if as_json:
+        typer.echo(json.dumps(found.facts(), indent=2))
+        return
+    screen = open_screen()
+    heading, *rows = found.table()
+    side_by_side(screen, heading, rows)
+    screen.line()
+    for line in found.lines():
+        screen.line(line)

@@ -1,0 +1,125 @@
+"""What a finished run shows: where it is, how it is served, whether it was proved, what changed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from truetune.cli.screen import Screen, side_by_side
+from truetune.run.outcome import summary
+
+if TYPE_CHECKING:
+    from truetune.generate import Reply
+    from truetune.lab.quickstart import Comparison
+    from truetune.run.pipeline import RunResult
+    from truetune.verification.verdict import Verdict
+
+
+def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
+    """What was made, and the lines that load, chat with and serve it."""
+    run, artifact = shlex.quote(str(result.run.path)), shlex.quote(str(result.artifact))
+    merge = [("merge", f"truetune export {run} --merge -o {run}-merged")]
+    held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
+    screen.line()
+    screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")
+    if asked := summary(result.answers):
+        screen.line(f"asked as served: {asked}")
+    if result.verdict:
+        passed = sum(check.state == "passed" for check in result.verdict.checks)
+        screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")
+    kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
+    folder = json.dumps(str(result.artifact), ensure_ascii=False)
+    load = f"{kind}.from_pretrained({folder}{_bits(result)})"
+    serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
+    verify = ("verify", f"truetune verify {run}")
+    told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
+    screen.pairs([*told, *(merge if result.base else []), *more])
+
+
+def _bits(result: RunResult) -> str:
+    """What peft must be told of a quantised base: by itself it opens the original weights, and the
+    adapter on them is another model."""
+    recipe = result.plan.recipe
+    if recipe.qlora:
+        how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+    elif recipe.load_in_8bit:
+        how = "load_in_8bit=True"
+    else:
+        return ""
+    return f", quantization_config=BitsAndBytesConfig({how})"
+
+
+# vLLM makes room for rank 16 unless told otherwise, and takes these.
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+
+
+def _serve_adapter(result: RunResult) -> str:
+    recipe = result.plan.recipe
+    if recipe.add_token or recipe.dora or recipe.qlora or recipe.load_in_8bit:
+        # vLLM takes no rows of new tokens and no DoRA, and would load the base unquantised.
+        merged = shlex.quote(str(result.run.path) + "-merged")
+        run = shlex.quote(str(result.run.path))
+        return f"truetune export {run} --merge -o {merged} && vllm serve {merged}"
+    artifact, stops = str(result.artifact), list(result.contract.stop_ids)
+    words = ["vllm", "serve", str(result.base)]
+    if result.base_revision:
+        words += ["--revision", result.base_revision]
+    words += ["--enable-lora"]
+    words += ["--lora-modules", f"tuned={artifact}"]
+    words += ["--chat-template", f"{artifact}/chat_template.jinja"]
+    rank = next((r for r in _VLLM_RANKS if r >= result.plan.recipe.lora_r), _VLLM_RANKS[-1])
+    if rank > _VLLM_RANKS[0]:
+        words += ["--max-lora-rank", str(rank)]
+    line = shlex.join(words)
+    if not set(stops) <= set(result.base_stop_ids):
+        line += f"\n         (requests need stop_token_ids={stops})"
+    return line
+
+
+def show_checks(screen: Screen, verdict: Verdict | None) -> None:
+    from truetune.verification.verdict import shown
+
+    for check in verdict.checks if verdict else ():
+        screen.line(f"  {check.state:<11}  {check.name:<8}  {shown(check)}")
+
+
+def _shortened(reply: Reply, most: int = 64) -> str:
+    """An answer that fits the table; one that did not end is marked."""
+    text = reply.text if len(reply.text) <= most else reply.text[: most - 1].rstrip() + "\u2026"
+    return text if reply.stopped else f"{text} (not ended)"
+
+
+def show_comparison(screen: Screen, found: Comparison) -> None:
+    screen.line()
+    shown = [
+        [question.text, *(_shortened(reply) for reply in (base, tuned))]
+        for question, base, tuned in zip(
+            found.questions[:6], found.base.replies, found.tuned.replies, strict=False
+        )
+    ]
+    side_by_side(screen, ["unseen question", "base", "tuned"], shown)
+    total = len(found.questions)
+    screen.line()
+    side_by_side(
+        screen,
+        [f"of {total} questions", "base", "tuned"],
+        [
+            [
+                "answers that end on the stop token",
+                f"{100 * found.base.finished / total:.0f} %",
+                f"{100 * found.tuned.finished / total:.0f} %",
+            ],
+            [
+                "exact facts",
+                f"{100 * found.base.correct / total:.0f} %",
+                f"{100 * found.tuned.correct / total:.0f} %",
+            ],
+            [
+                "loss on prose (nats per token)",
+                f"{found.base.prose_loss:.3f}",
+                f"{found.tuned.prose_loss:.3f}",
+            ],
+        ],
+    )

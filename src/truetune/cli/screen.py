@@ -1,0 +1,232 @@
+"""Drawing on the terminal: the command line's only way to print.
+
+Everything from rows, models and files is untrusted: Rich markup is off and control characters are
+shown, not sent.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from truetune.cli.live_screen import Stages, Steps
+from truetune.engine.probes import StepFacts
+from truetune.errors import BadRows, CheckFailed, TruetuneError
+from truetune.findings import Finding, labelled, merged
+from truetune.listener import Listener
+from truetune.recipe.plan import Plan
+
+_COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+# Findings shown before the rest is only counted: about a screen.
+_MOST = 12
+
+
+def visible(text: str, *, keep_newlines: bool = True) -> str:
+    """Control, format and direction characters as escapes; line breaks and tabs stay on demand."""
+    return "".join(
+        char
+        if (char in "\n\t" and keep_newlines)
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
+    )
+
+
+class Screen(Listener):
+    """A run, drawn: what moves on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(
+            markup=False, highlight=False, emoji=False, soft_wrap=True, quiet=quiet
+        )
+        self.errors = Console(
+            stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True
+        )
+        self.stages, self.steps = Stages(self.console), Steps(self.console)
+        self._shown_findings = 0
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """A line, made harmless."""
+        self.console.print(Text(visible(text), style=style))
+
+    def pairs(self, rows: Sequence[tuple[str, str]], *, folded: bool = False) -> None:
+        """Names and values in two columns.
+
+        Args:
+            folded: long values are folded in their column; lines to be copied are not.
+        """
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            head, indent = f"  {visible(name):<{width}}  ", " " * (width + 4)
+            first, *rest = _folded(self.console, head + visible(value), indent if folded else "")
+            text = Text(head, style="dim")
+            text.append(first[len(head) :], style="not dim")
+            self.console.print(text)
+            for line in rest:
+                self.console.print(Text(line))
+
+    def close(self) -> None:
+        """Nothing moves any more."""
+        self.stages.end()
+        self.steps.end()
+
+    # what a run tells
+
+    def stage(self, name: str) -> None:
+        self.steps.end()
+        self.stages.begin(name)
+
+    def progress(self, done: int, total: int | None) -> None:
+        self.stages.progress(done, total)
+
+    def finding(self, finding: Finding) -> None:
+        self._shown_findings += 1
+        if self._shown_findings == _MOST + 1:
+            self.line("  more findings are in findings.jsonl of the run", "dim")
+        if self._shown_findings > _MOST:
+            return
+        self.show(finding)
+
+    def show(self, finding: Finding) -> None:
+        """One finding, in full."""
+        self._print_finding(self.console, finding)
+
+    def planned(self, plan: Plan, facts: dict[str, Any]) -> None:
+        self.stages.end()
+        recipe, data = plan.recipe, facts["data"]
+        trained, held = data["train"], data["held_out"]
+        share = 100 * facts["trainable_parameters"] / max(facts["parameters"], 1)
+        length = "epochs" if plan.epochs else "max_steps"
+        self.pairs(
+            [
+                ("model", f"{recipe.model} ({plan.start})"),
+                (
+                    "rows",
+                    f"{trained['examples']:,} to train, {held['examples']:,} held out, "
+                    f"{len(data['dropped']):,} dropped; schema {data['schema']}",
+                ),
+                (
+                    "tokens",
+                    f"{trained['tokens']:,}, of them {trained['supervised_tokens']:,} supervised; "
+                    f"longest row {trained['longest']:,} of {plan.max_length:,}",
+                ),
+                *_lengths(data),
+                (
+                    "method",
+                    f"{recipe.method}: "
+                    f"{facts['trainable_parameters']:,} of {facts['parameters']:,} parameters "
+                    f"({share:.2f} %)",
+                ),
+                ("batch", _batch(plan, facts["route"])),
+                (
+                    "steps",
+                    f"{plan.max_steps:,}, {plan.warmup_steps} of them warm-up "
+                    f"({recipe.origin(length)})",
+                ),
+                (
+                    "learning rate",
+                    f"{plan.learning_rate:g} ({recipe.origin('learning_rate')})",
+                ),
+                *((c["name"], f"{c['value']} ({c['reason']})") for c in facts["choices"]),
+            ],
+            folded=True,
+        )
+
+    def step(self, facts: StepFacts, plan: Plan) -> None:
+        self.stages.end()
+        self.steps.step(facts, plan.max_steps)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self.steps.evaluated(step, loss)
+
+    # errors and findings
+
+    def _print_finding(self, console: Console, finding: Finding) -> None:
+        head, *rest = finding.lines()
+        for line in _folded(console, visible(head), " " * 9):
+            console.print(Text(line, style=_COLOURS[finding.level]))
+        for line in rest:
+            # What is to be typed stays in one piece.
+            indent = "" if line.startswith("  fix") else " " * 9
+            for part in _folded(console, visible(line), indent):
+                console.print(Text(part))
+
+    def error(self, error: TruetuneError) -> None:
+        """An error, with the findings behind it."""
+        self.close()
+        if isinstance(error, BadRows | CheckFailed):
+            found = merged(error.findings)
+            for finding in found[:_MOST]:
+                self._print_finding(self.errors, finding)
+            if len(found) > _MOST:
+                self.errors.print(Text(f"and {len(found) - _MOST} more findings"))
+        head = Text(visible(f"error[{error.code}]: {error.what}"), style=_COLOURS["error"])
+        self.errors.print(head)
+        for line in labelled(error.parts()):
+            self.errors.print(Text(visible(line)))
+
+
+def _folded(console: Console, text: str, indent: str) -> list[str]:
+    """Lines that fit a terminal, folded between words; a pipe, and no indent, take them whole."""
+    if not console.is_terminal or not indent:
+        return [text]
+    return [
+        line
+        for part in text.split("\n")
+        for line in textwrap.wrap(
+            part,
+            console.width,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        )
+        or [""]
+    ]
+
+
+def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a length limit would cost, where there is reasoning to lose."""
+    from truetune.checks.lengths import report_lines
+
+    return report_lines(data["lengths"]) if "lengths" in data else []
+
+
+def _batch(plan: Plan, route: dict[str, Any]) -> str:
+    """How a step is cut."""
+    size, at_once = plan.batch_size, plan.micro_batch_size
+    step = f"{size} rows a step" if size else f"up to {plan.tokens_per_step:,} tokens a step"
+    if route["kind"] == "apart":
+        return f"{step}, one at a time"
+    if route["kind"] == "packed":
+        cut = f"{at_once} rows or " if at_once and at_once < (size or at_once + 1) else ""
+        return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens a forward pass"
+    if not size or not at_once:
+        return f"{step}, {at_once} rows at a time"
+    passes = -(-size // at_once)
+    return f"{step}, {at_once} at a time ({passes} forward pass{'es' if passes > 1 else ''})"
+
+
+def side_by_side(screen: Screen, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of texts."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    for column in columns:
+        head = Text(visible(column, keep_newlines=False), style="bold")
+        table.add_column(head, overflow="fold", ratio=1)
+    for row in rows:
+        table.add_row(*(Text(visible(cell, keep_newlines=False)) for cell in row))
+    Console(
+        file=sys.stdout,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        quiet=screen.console.quiet,
+        width=None if screen.console.is_terminal else 110,
+    ).print(table)

@@ -1,0 +1,44 @@
+"""What every verb of the command line shares: how its help looks, and the screen."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import typer.core
+
+if TYPE_CHECKING:
+    from truetune.cli.screen import Screen
+
+
+class Verb(typer.core.TyperCommand):
+    """A verb whose help is plain text, options grouped, no name cut off."""
+
+    # typer keeps click's types to itself, so there is nothing to annotate these with.
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        parameters: list[Any] = self.get_params(ctx)
+        for parameter in parameters:
+            if parameter.param_type_name == "argument":
+                groups.setdefault("Arguments", []).append(
+                    (parameter.display_name_raw, parameter.help)
+                )
+                continue
+            parameter.metavar = parameter.metavar or _METAVARS.get(parameter.bare_type())
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(parameter.rich_help_panel or "Options", []).append(record)
+        for title, records in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+_METAVARS = {"str": "TEXT", "int": "INT", "float": "FLOAT"}
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+
+
+def open_screen() -> Screen:
+    """The terminal, opened when something is to be told: of several processes that torchrun
+    started, by the first one."""
+    from truetune.cli.screen import Screen
+
+    return Screen(quiet=os.environ.get("RANK", "0") != "0")

@@ -1,0 +1,488 @@
+"""The verbs of the command line. Nothing else prints.
+
+Heavy modules are imported inside the verbs, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from truetune import __version__, lab_verbs, signals
+from truetune.cli.options import canonical, own_option, with_settings
+from truetune.cli.verb import CONTEXT, Verb, open_screen
+from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
+from truetune.facade import recipe_of
+from truetune.recipe.sources import make_recipe
+
+_ORIGIN = "command line"
+
+app = typer.Typer(
+    name="truetune",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=CONTEXT,
+    help="Supervised fine-tuning where what is trained is what is served.",
+)
+app.add_typer(lab_verbs.lab, name="lab")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"truetune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Nothing to do: the verbs do it."""
+
+
+def train(source: str | None, rows: str | None, resume: str | None = None, **options: Any) -> None:
+    """Fine-tune MODEL on DATA, or as a YAML recipe says.
+
+    \b
+    truetune train Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --lora -o runs/first
+    truetune train recipe.yaml --learning-rate 5e-5
+    truetune train --resume runs/first
+    """
+    from truetune.run.pipeline import train as run
+
+    screen = open_screen()
+    try:
+        recipe = recipe_of(source, rows, resume, options, _ORIGIN)
+        result = run(recipe, screen, resume=resume)
+    finally:
+        screen.close()
+    from truetune.cli.result_screen import show_result
+
+    show_result(screen, result)
+
+
+app.command("train", cls=Verb)(
+    with_settings(
+        train,
+        own_option("resume", str | None, None, help="Continue an unfinished run.", metavar="RUN"),
+    )
+)
+
+
+def check(
+    source: str | None,
+    rows: str | None,
+    rehearse: bool,
+    show_all: bool,
+    as_json: bool,
+    html: str | None,
+    **options: Any,
+) -> None:
+    """Prove the run that the same line with `train` would start, without loading weights.
+
+    Without DATA: what a finished model or adapter, from any tool, would do when it is served.
+
+    \b
+    truetune check Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --lora
+    truetune check recipe.yaml --html check.html
+    truetune check path/to/checkpoint
+    """
+    from truetune.cli.check_screen import CheckScreen, show_checkup
+    from truetune.listener import Listener
+    from truetune.run.checkup import check_model, check_run
+
+    recipe = recipe_of(source, rows, None, options, _ORIGIN)
+    screen = CheckScreen()
+    listener = Listener() if as_json else screen
+    try:
+        found = (
+            check_run(recipe, listener, with_rehearsal=rehearse)
+            if recipe.data
+            else check_model(recipe, listener)
+        )
+    finally:
+        screen.close()
+    if html:
+        from truetune.checks.page import write_page
+
+        write_page(Path(html), found.as_dict())
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=True))
+    else:
+        show_checkup(screen, found, everything=show_all, page=html)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+app.command("check", cls=Verb, short_help="Prove a coming run, or a finished model.")(
+    with_settings(
+        check,
+        own_option(
+            "rehearse",
+            bool,
+            False,
+            "--rehearse",
+            help="Load the model too: one real step, a dry save and reload.",
+        ),
+        own_option("show_all", bool, False, "--all", help="Every finding, not a screen of them."),
+        own_option("as_json", bool, False, "--json", help="The same facts for programs."),
+        own_option("html", str | None, None, "--html", help="Write a page.", metavar="FILE"),
+    )
+)
+
+
+@app.command(cls=Verb, short_help="Talk to a run or a model.")
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="One question; the answer, and out.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Ask another run or model too; `base` is what the run started from."),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Smallest set of tokens with this mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the likeliest k tokens; 0 all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repeats.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+) -> None:
+    """Talk to a run or a model, through the prompt it was trained on.
+
+    \b
+    truetune chat runs/first
+    truetune chat runs/first --prompt "What is a river?" --compare base
+    """
+    from truetune.cli.chat_screen import Talk
+    from truetune.generate import Sampling
+
+    screen = open_screen()
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    talk = Talk.open(
+        screen,
+        model,
+        compare=compare,
+        chat_template=chat_template,
+        revision=revision,
+        device=device,
+        system=system,
+        sampling=sampling,
+    )
+    if prompt is not None:
+        talk.ask(prompt)
+    else:
+        talk.loop()
+
+
+_ROWS = "Rows"
+
+
+def _inspect_rows(
+    own: dict[str, Any],
+    settings: Sequence[str],
+    row: str | None,
+    page: str | None,
+    *,
+    with_ids: bool,
+) -> None:
+    """Rows on the terminal or as a page."""
+    from truetune.cli.rows_screen import show_rows, view_rows, write_page
+
+    pairs = [text.partition("=") for text in settings]
+    for text, (_, equals, _) in zip(settings, pairs, strict=True):
+        if not equals:
+            raise UsageError(f"--set {text!r} is no NAME=VALUE", fix="e.g. --set loss_on=last")
+    given = [("command line", {name: value}) for name, _, value in pairs]
+    recipe = make_recipe(*given, ("command line", {k: v for k, v in own.items() if v is not None}))
+    contract, views, total = view_rows(recipe, row, most=50 if page else 1)
+    screen = open_screen()
+    if page is None:
+        show_rows(screen, contract, views, total, with_ids=with_ids)
+        return
+    write_page(Path(page), contract, views, total, f"{own['data']} for {own['model']}")
+    screen.line(f"{len(views):,} of {total:,} rows: {page}")
+
+
+@app.command("inspect", cls=Verb, short_help="Show what a model brings.")
+def inspect_model(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
+    ],
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to show as they are trained.", rich_help_panel=_ROWS)
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|PLACE",
+            help="Its number, or its place as findings name it. (default: 1)",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Token ids beside the text.", rich_help_panel=_ROWS)
+    ] = False,
+    page: Annotated[
+        str | None,
+        typer.Option("--html", help="Write a page, of 50 rows or of --row.", rich_help_panel=_ROWS),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any setting of `train`, e.g. loss_on=last; may be repeated.",
+            rich_help_panel=_ROWS,
+        ),
+    ] = None,
+) -> None:
+    """Show what a model brings: template, stop set, vocabulary, head, LoRA targets.
+
+    With --data, show rows as they are trained: served prompt, supervised, stop.
+
+    \b
+    truetune inspect MODEL
+    truetune inspect MODEL --data rows.jsonl --row 17
+    truetune inspect MODEL --data rows.jsonl --html rows.html
+    """
+    if data is not None:
+        own = {"model": model, "revision": revision, "chat_template": chat_template, "data": data}
+        _inspect_rows(own, setting or [], row, page, with_ids=ids)
+        return
+    if row is not None or page or ids or setting:
+        raise UsageError(
+            "--row, --ids, --html and --set show rows, and there are none",
+            fix=f"truetune inspect {shlex.quote(model)} --data DATA",
+            code="rows-without-data",
+        )
+    from truetune.cli.model_screen import model_facts, show_model
+
+    facts = model_facts(model, revision=revision, chat_template=chat_template)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=True))
+    else:
+        show_model(open_screen(), facts)
+
+
+@app.command("export", cls=Verb, short_help="Merge an adapter into its base.")
+def export_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
+    merge: Annotated[bool, typer.Option("--merge", help="As one plain model.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    ] = None,
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="original weights, or dequantised: rounded as in training. "
+            "(default: auto, what the adapter was trained on)",
+            show_default=False,
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="bfloat16, float16 or float32. (default: auto, the base's)", show_default=False
+        ),
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Merge a run's adapter into its base: one folder that needs no peft.
+
+    The sum is made in float32, on weights that are not quantised, and cast to the base's own type.
+    A fresh process then compares it with the adapter on the run's held-out prompts; a model that
+    differs gets no name.
+
+    \b
+    truetune export runs/first --merge -o merged
+    """
+    from truetune.run.pipeline import export
+
+    if not merge:
+        raise UsageError(
+            "nothing was asked for", fix="truetune export RUN --merge -o DIR", code="export-what"
+        )
+    if onto not in ("auto", "original", "dequantised"):
+        raise UsageError(
+            f"unknown weights {onto!r}",
+            fix="--onto auto, original or dequantised",
+            code="export-onto",
+        )
+    screen = open_screen()
+    try:
+        result = export(
+            run,
+            output,
+            base=base,
+            onto=onto,  # type: ignore[arg-type]
+            dtype=None if dtype == "auto" else dtype,
+            device=device,
+            check=not no_verify,
+            listener=None if as_json else screen,
+        )
+    finally:
+        screen.close()
+    if as_json:
+        facts = result.verdict.as_dict() if result.verdict else {"passed": None, "checks": []}
+        typer.echo(
+            json.dumps({**facts, "artifact": output, "onto": result.exported.onto}, indent=2)
+        )
+        return
+    report = result.exported.report
+    screen.line(f"merged onto {result.exported.onto}, in float32; saved in {report.dtype}")
+    from truetune.cli.result_screen import show_checks
+
+    show_checks(screen, result.verdict)
+    folder = shlex.quote(str(result.folder))
+    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
+    screen.pairs(
+        [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
+    )
+
+
+@app.command("verify", cls=Verb, short_help="Is what was saved what was trained?")
+def verify_run(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Open what was saved in a fresh process, and hold it to what was trained.
+
+    Of a run: its files by hash, its base, template and stop set, the ids that its rows give, and
+    the probabilities that the trained model gave before it was saved. Of another folder: that it
+    opens and computes.
+
+    \b
+    truetune verify runs/first
+    """
+    from truetune.verification.artifact import verify
+
+    verdict = verify(model, base=base, device=device)
+    if as_json:
+        typer.echo(json.dumps(verdict.as_dict(), indent=2))
+        raise typer.Exit(0 if verdict.passed else 1)
+    screen = open_screen()
+    from truetune.cli.result_screen import show_checks
+
+    show_checks(screen, verdict)
+    if not verdict.passed:
+        raise CheckFailed("what was saved is not what was trained", verdict.findings())
+
+
+@app.command(cls=Verb)
+def quickstart(
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Folder of the run.")
+    ] = "runs/quickstart",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
+    seed: Annotated[int, typer.Option(help="Of row order.")] = 42,
+) -> None:
+    """Fine-tune the embedded base in a minute, and see what changed.
+
+    A 5-million-parameter model that knows a small invented world, but answers no question, learns
+    to answer and to stop from hand-written examples.
+    """
+    from truetune.lab.quickstart import quickstart as start
+
+    screen = open_screen()
+
+    def tell(text: str) -> None:
+        screen.close()
+        screen.line(text, "dim")
+
+    try:
+        result, comparison = start(
+            output,
+            seed=seed,
+            overwrite=overwrite,
+            listener=screen,
+            on_stage=tell,
+        )
+    finally:
+        screen.close()
+    from truetune.cli.result_screen import show_comparison, show_result
+
+    show_comparison(screen, comparison)
+    run = shlex.quote(str(result.run.path))
+    more = [
+        ("compare", f"truetune chat {run} --compare base"),
+        ("inspect", f"truetune inspect {run}"),
+        ("your own", "truetune train MODEL DATA --lora -o runs/mine"),
+    ]
+    show_result(screen, result, more)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: exit codes as in `truetune.errors`."""
+    if arguments is None:
+        # Whatever Python processes a library starts, none takes modules from the working folder.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] in (["train"], ["check"]):
+        words = canonical(words)
+    try:
+        with signals.raised():
+            code = app(args=words, prog_name="truetune", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Abort:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except typer.TyperException as error:
+        if hasattr(error, "show"):
+            error.show()
+        else:
+            sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+    except ToldElsewhere as error:
+        sys.exit(error.exit_code)
+    except TruetuneError as error:
+        open_screen().error(error)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, signals.Stopped) as error:
+        sys.stderr.write("interrupted\n")
+        sys.exit(128 + signals.number_of(error))
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

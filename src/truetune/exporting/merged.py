@@ -1,0 +1,77 @@
+"""An adapter as a plain model folder.
+
+input   an adapter folder
+does    merges in float32, casts to the base's own type, writes all that a server needs: weights,
+        config, tokenizer, template, generation_config with the stop set
+output  Exported: a folder under a name that is not final; whoever verifies it gives it its name
+who     pipeline.export
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from truetune.contract.contract import PromptContract
+from truetune.findings import Finding
+from truetune.model.merge import Onto, merge_adapter
+from truetune.model.quantise import LoadIn
+from truetune.model.save import SaveReport, save_model
+from truetune.model.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A merged model on disk.
+
+    Attributes:
+        report: what was written and read back.
+        onto: which weights the adapter was added to, in words.
+        load_in: how the adapter is opened to compute the same.
+        tied: whether head and embedding are one matrix; None where they never were.
+        findings: notes and warnings.
+    """
+
+    report: SaveReport
+    onto: str
+    load_in: LoadIn
+    tied: bool | None
+    findings: tuple[Finding, ...]
+
+
+def write_merged(
+    adapter: str | Path,
+    folder: Path,
+    *,
+    base: str | Path | None = None,
+    onto: Onto = "auto",
+    dtype: str | None = None,
+    device: str = "cpu",
+) -> Exported:
+    """Merge an adapter and write the result.
+
+    Args:
+        adapter: its folder.
+        folder: must not exist.
+        base: where the base is now; None where the adapter's config says.
+        onto: see `merge_adapter`.
+        dtype: type of the written weights; None takes the base's on disk.
+        device: where to add.
+
+    Raises:
+        UsageError, ModelError, SaveError: as `merge_adapter` and `save_model`; nothing is left.
+    """
+    contract = PromptContract.load(load_tokenizer(adapter))
+    merged = merge_adapter(adapter, base=base, onto=onto, device=device)
+    report = save_model(merged.loaded, contract, folder, dtype=dtype or merged.dtype)
+    findings = [*merged.findings, *report.findings]
+    if report.cast_error:
+        findings.append(
+            Finding(
+                "weights-rounded",
+                "note",
+                f"added in float32 and saved in {report.dtype}: the largest rounding is "
+                f"{report.cast_error:.2g}",
+            )
+        )
+    return Exported(report, merged.onto, merged.load_in, merged.tied, tuple(findings))

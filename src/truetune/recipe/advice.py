@@ -1,0 +1,148 @@
+"""What is known about runs like this one, as notes: never a reason to stop.
+
+input   the plan, facts of the model, counts of the rows
+output  notes, each with its source; none for models under 50 million weights, of which nothing is
+        known beyond docs/log.md
+who     start.py, for training and for `truetune check`
+
+docs/choose.md has the longer answer: whether to fine-tune at all, which start, how much data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from truetune.findings import Finding
+from truetune.recipe.plan import Start
+
+_SMALL = 50_000_000
+_PAGE = "docs/choose.md"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What advice is given on.
+
+    Attributes:
+        num_parameters: of the base.
+        num_rows: training examples.
+        num_supervised: supervised tokens of all rows.
+        reasoning_share: of the conversations, the share with reasoning.
+        start: base or instruct.
+        lora: whether an adapter is trained.
+        num_trainable: weights that are trained.
+        is_text: plain text, no conversation.
+    """
+
+    num_parameters: int
+    num_rows: int
+    num_supervised: int
+    reasoning_share: float
+    start: Start
+    lora: bool
+    num_trainable: int
+    is_text: bool
+
+
+def advise(situation: Situation) -> list[Finding]:
+    """Notes for this situation, in the order of the rules."""
+    if situation.num_parameters < _SMALL:
+        return []
+    return [note for rule in RULES for note in rule(situation)]
+
+
+def few_rows(s: Situation) -> Iterator[Finding]:
+    """Below some fifty rows a prompt with examples is the cheaper way to the same end."""
+    if s.num_rows < 50 and not s.is_text:
+        yield Finding(
+            "advice-few-rows",
+            "note",
+            f"{s.num_rows} rows: so few fit into a prompt as examples, which is quicker to try",
+            why="services that fine-tune see clear gains from 50 to 100 rows on (OpenAI's guide)",
+            fix=f"compare with a prompt first; {_PAGE} has more",
+        )
+
+
+def reasoning_rows(s: Situation) -> Iterator[Finding]:
+    """Some hundred traces teach a format and a narrow skill, and a small model no more."""
+    if s.reasoning_share <= 0.5 or s.num_rows >= 10_000 or s.num_parameters >= 10**10:
+        return
+    yield Finding(
+        "advice-reasoning-rows",
+        "note",
+        f"{s.num_rows:,} reasoning traces on {s.num_parameters / 1e9:.1f} B weights will teach the "
+        "format and the kind of problem in them, not a new way of thinking in general",
+        why="817 to 1,000 traces were enough on 32 B weights that could reason already (LIMO, Ye "
+        "et al. 2025; s1, Muennighoff et al. 2025); models up to 3 B learn better from short "
+        "traces (Li et al. 2025); DeepSeek-R1's distilled models took 800,000",
+        fix="use them for one skill, as a held-out set, or as seeds for more; short traces first",
+    )
+
+
+def base_start(s: Situation) -> Iterator[Finding]:
+    """An instruct model has the format already, for which a base needs about a thousand rows."""
+    if s.start == "base" and s.num_rows < 1000 and not s.is_text:
+        yield Finding(
+            "advice-base-start",
+            "note",
+            f"{s.num_rows:,} rows have to teach a base model to answer, to stop, and their content",
+            why="about 1,000 chosen rows gave a 65 B base the manner of an assistant (LIMA, Zhou "
+            "et al. 2023); an instruct model has it",
+            fix="start from the instruct model of the family, unless its manner is unwanted",
+        )
+
+
+def text_rows(s: Situation) -> Iterator[Finding]:
+    """Plain text is fed for its facts, and those are what it teaches last."""
+    if s.is_text and s.num_supervised < 10**8:
+        yield Finding(
+            "advice-text-knowledge",
+            "note",
+            f"{s.num_supervised:,} tokens of plain text teach manner and vocabulary sooner than "
+            "facts",
+            why="new facts are learned late in fine-tuning (Gekhman et al. 2024); told in one "
+            "wording they are stored but not found when asked (Allen-Zhu and Li 2023); retrieval "
+            "beat tuning for knowledge (Ovadia et al. 2023)",
+            fix="for facts: each in many wordings and rows that ask for them, or put the documents "
+            f"into the prompt; {_PAGE} has more",
+        )
+
+
+def adapter_capacity(s: Situation) -> Iterator[Finding]:
+    """An adapter stores about two bits a weight; beyond that it learns less than all weights."""
+    # About one bit a supervised token is new to the model after pretraining.
+    if s.lora and s.num_supervised > 2 * s.num_trainable:
+        yield Finding(
+            "advice-adapter-capacity",
+            "note",
+            f"{s.num_supervised:,} supervised tokens are much for an adapter of "
+            f"{s.num_trainable:,} weights",
+            why="a weight stores about 2 bits (Allen-Zhu and Li 2024) and a token brings about 1; "
+            "past its capacity LoRA learns more slowly than all weights (Schulman et al. 2025)",
+            fix="a larger --lora-r, or all weights",
+        )
+
+
+def adapter_is_enough(s: Situation) -> Iterator[Finding]:
+    """All weights on few rows: an adapter learns as well, and forgets less."""
+    if not s.lora and not s.is_text and s.num_rows < 10_000 and s.num_parameters > 5 * 10**8:
+        yield Finding(
+            "advice-adapter-enough",
+            "note",
+            f"all {s.num_parameters / 1e9:.1f} B weights for {s.num_rows:,} rows: an adapter "
+            "would learn them as well",
+            why="on sets of this size LoRA on all layers equals full training (Schulman et al. "
+            "2025) and forgets less of the rest (Biderman et al. 2024)",
+            fix="--lora, unless the format of the result decides",
+        )
+
+
+RULES: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
+    few_rows,
+    reasoning_rows,
+    base_start,
+    text_rows,
+    adapter_capacity,
+    adapter_is_enough,
+)

@@ -1,0 +1,242 @@
+"""The numbers of a run, derived from recipe, model and rows, each with its reason.
+
+input   Recipe (what somebody set), facts of the model, lengths and counts of the rows
+output  Plan: concrete numbers; the recipe completed with them and where they came from
+who     pipeline.py; recipe.yaml of the run holds the result
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from truetune.compute.batch import TokenOrder, rows_of_epochs
+from truetune.contract.contract import PromptContract
+from truetune.errors import UnfaithfulTemplate
+from truetune.model.inspect import ModelFacts
+from truetune.model.placement import choose_device
+from truetune.recipe.settings import Recipe
+
+Start = Literal["base", "instruct"]
+
+_SMALL = 50_000_000
+_BATCH = 16
+_TEXT_BLOCK = 1024
+# Logits in float32, their gradient and one copy, per micro-batch.
+_LOGIT_BYTES = 4 * 3
+_LOGIT_BUDGET = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Concrete numbers of a run.
+
+    Attributes:
+        start: whether training starts from a base or an instruct model.
+        max_length: longest row in tokens.
+        batch_size: rows per optimiser step; None where tokens were counted instead.
+        tokens_per_step: tokens per optimiser step, at most; None where rows are counted.
+        micro_batch_size: rows per forward pass, at most; None leaves tokens to decide.
+        learning_rate: the peak.
+        epochs: passes over the rows; None where max_steps was set.
+        max_steps, warmup_steps, eval_steps, save_steps: optimiser steps.
+        reasoning_share: of the conversations, the share with reasoning.
+        recipe: the recipe with these values and their origins filled in.
+    """
+
+    start: Start
+    max_length: int
+    batch_size: int | None
+    tokens_per_step: int | None
+    micro_batch_size: int | None
+    learning_rate: float
+    epochs: float | None
+    max_steps: int
+    warmup_steps: int
+    eval_steps: int
+    save_steps: int
+    reasoning_share: float
+    recipe: Recipe
+
+
+def starting_point(tokenizer: Any, has_template: bool) -> tuple[Start, str]:
+    """Base or instruct, by what the model brings, whatever template and stop the run sets: a model
+    that was tuned to chat stops on the token that its own template writes after an answer."""
+    if not has_template:
+        return "base", "the model has no chat template"
+    try:
+        own = PromptContract.load(tokenizer)
+    except UnfaithfulTemplate:
+        return "base", "the model's own chat template cannot be used"
+    if any(finding.code == "stop-added" for finding in own.findings):
+        return "base", "the model's own stop set lacks the token that its template writes"
+    return "instruct", "the model's own stop set holds the token that its template writes"
+
+
+def plan_length(
+    recipe: Recipe, *, longest: int, context: int | None, is_text: bool
+) -> tuple[int, str]:
+    """The longest row allowed, in tokens, and why."""
+    if recipe.max_length is not None:
+        return recipe.max_length, recipe.origin("max_length")
+    if is_text:
+        return min(context or _TEXT_BLOCK, _TEXT_BLOCK), "default: blocks of plain text"
+    if context is not None and longest > context:
+        return context, f"default: the model's context; the longest row has {longest:,} tokens"
+    return max(longest, 2), "default: the longest row"
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    model: ModelFacts,
+    start: Start,
+    start_reason: str,
+    max_length: tuple[int, str],
+    lengths: Sequence[int],
+    reasoning_share: float,
+) -> Plan:
+    """Fill in what the recipe leaves open.
+
+    Args:
+        lengths: of the training examples, in tokens.
+        reasoning_share: of the conversations, the share with reasoning.
+    """
+    filled: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+
+    def take(name: str, derive: Callable[[], tuple[Any, str]]) -> Any:
+        if recipe.given(name):
+            filled[name] = getattr(recipe, name)
+        else:
+            filled[name], reason = derive()
+            reasons[name] = f"default: {reason}"
+        return filled[name]
+
+    filled["max_length"], reasons["max_length"] = max_length
+    batch, micro = _sizes(recipe, max_length[0], model.head_rows, reasons)
+    filled |= {"batch_size": batch, "micro_batch_size": micro}
+    rate = take(
+        "learning_rate",
+        lambda: _learning_rate(recipe.lora, model, start, start_reason, reasoning_share),
+    )
+    epochs = None
+    if not recipe.given("max_steps"):
+        epochs = take(
+            "epochs", lambda: (3.0 if start == "base" else 2.0, f"{start}: {start_reason}")
+        )
+    steps = take(
+        "max_steps",
+        lambda: (
+            _num_steps(recipe, lengths, batch, epochs or 1),
+            f"{epochs:g} epochs of {len(lengths):,} examples",
+        ),
+    )
+    ratio = 0.03 if recipe.warmup_ratio is None else recipe.warmup_ratio
+    warmup = take("warmup_steps", lambda: (math.ceil(ratio * steps), f"{ratio:g} of the steps"))
+    evals = take("eval_steps", lambda: (max(math.ceil(steps / 10), 1), "10 evaluations"))
+    saves = take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
+    if optim := _optimizer(recipe, model):
+        filled["optim"], reasons["optim"] = optim
+    completed = dataclasses.replace(recipe, **filled, origins={**recipe.origins, **reasons})
+    return Plan(
+        start=start,
+        max_length=max_length[0],
+        batch_size=batch,
+        tokens_per_step=recipe.tokens_per_step,
+        micro_batch_size=micro,
+        learning_rate=rate,
+        epochs=epochs,
+        max_steps=steps,
+        warmup_steps=warmup,
+        eval_steps=evals,
+        save_steps=saves,
+        reasoning_share=reasoning_share,
+        recipe=completed,
+    )
+
+
+def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
+    """Another optimiser than the usual one, and why; None leaves it."""
+    asked = recipe.given("optim") or recipe.dtype not in ("auto", "bfloat16")
+    if asked or recipe.lora or model.base is not None or model.dtype != "bfloat16":
+        return None
+    if choose_device(recipe.device)[0].type != "cuda":
+        return None
+    return (
+        "adamw_bf16",
+        "default: all weights of a bfloat16 model on a GPU: the same float32 numbers as adamw "
+        "keeps, in 14 bytes a weight instead of 18, and nothing is cast at each forward pass",
+    )
+
+
+def _num_steps(recipe: Recipe, lengths: Sequence[int], batch: int | None, epochs: float) -> int:
+    if batch is not None:
+        return math.ceil(rows_of_epochs(len(lengths), epochs) / batch)
+    assert recipe.tokens_per_step
+    steps = TokenOrder(lengths, recipe.tokens_per_step, recipe.seed, epochs).num_steps
+    assert steps is not None
+    return steps
+
+
+def _sizes(
+    recipe: Recipe, max_length: int, head_rows: int, reasons: dict[str, str]
+) -> tuple[int | None, int | None]:
+    """Rows per step and per forward pass; contradictions were refused with the recipe."""
+    if recipe.tokens_per_step:
+        micro = recipe.micro_batch_size
+        if micro is None and not recipe.packing:
+            micro = _rows_of_logits(max_length, head_rows, reasons)
+        return None, micro
+    batch, micro = recipe.batch_size, recipe.micro_batch_size
+    accumulation = recipe.gradient_accumulation_steps
+    if batch is None and micro and accumulation:
+        batch = micro * accumulation
+        reasons["batch_size"] = f"default: {micro} rows x {accumulation} forward passes"
+    if batch is None:
+        parts = accumulation or 1
+        batch = max(math.ceil(_BATCH / parts) * parts, micro or 0)
+        cut = f", made to be cut into {parts}" if batch % _BATCH and accumulation else ""
+        reasons["batch_size"] = f"default: {_BATCH} (QLoRA, Dettmers et al. 2023){cut}"
+    if micro is None and accumulation:
+        micro = batch // accumulation
+        reasons["micro_batch_size"] = f"default: {batch} rows in {accumulation} forward passes"
+    if micro is None and recipe.packing:
+        micro = batch
+        reasons["micro_batch_size"] = "default: the batch; tokens limit a forward pass"
+    if micro is None:
+        micro = min(batch, _rows_of_logits(max_length, head_rows, reasons))
+    return batch, micro
+
+
+def _rows_of_logits(max_length: int, head_rows: int, reasons: dict[str, str]) -> int:
+    """Padded rows of which all logits are made at once."""
+    reasons["micro_batch_size"] = (
+        f"default: logits of {head_rows:,} columns stay under 2 GiB at {max_length:,} tokens"
+    )
+    return max(_LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES), 1)
+
+
+def suggested_rate(plan: Plan, model: ModelFacts) -> float:
+    """The default learning rate for this method, model and start."""
+    return _learning_rate(plan.recipe.lora, model, plan.start, "", plan.reasoning_share)[0]
+
+
+def _learning_rate(
+    lora: bool, model: ModelFacts, start: Start, why: str, reasoning_share: float
+) -> tuple[float, str]:
+    """Peak learning rate and its source."""
+    if lora:
+        if start == "base":
+            return 2e-4, f"LoRA on a base model ({why}); QLoRA practice"
+        if reasoning_share > 0.5:
+            return 3e-5, f"LoRA on reasoning traces, instruct model ({why})"
+        return 1e-4, f"LoRA on an instruct model ({why}); gentler than on a base"
+    if model.num_parameters < _SMALL:
+        return 3e-4, f"all weights of a model of {model.num_parameters:,} parameters"
+    if start == "base":
+        return 2e-5, f"all weights of a base model ({why}); Alpaca"
+    return 1e-5, f"all weights of an instruct model ({why})"

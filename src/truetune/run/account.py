@@ -1,0 +1,297 @@
+"""What is told and recorded of the rows: nothing is lost without a count and a reason.
+
+input   rows as they were read, encoded and fitted to the length limit
+does    turns what befell them into findings, and into data.json's counts
+output  findings, errors among them; `data_facts`; `digest` of what is trained
+who     prepare.py gathers them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from truetune.checks.lengths import damage, encoded_lengths, limit_keeping
+from truetune.compute.length import Fitted, length_table
+from truetune.contract.contract import PromptContract
+from truetune.contract.encode import Encoded
+from truetune.contract.example import SFTExample
+from truetune.data.load import Loaded
+from truetune.errors import BadRows, DataError, TruetuneError
+from truetune.findings import Finding, merged
+from truetune.model.inspect import ModelFacts
+from truetune.model.new_tokens import NewToken
+from truetune.recipe.settings import Recipe
+
+# What an encoded row may remark, as a note: (what, why).
+_REMARKS = {
+    "stripped": (
+        "the template strips outer whitespace of answers",
+        "the model is trained on the answer as the template writes it",
+    ),
+    "normalised": (
+        "the tokenizer's own normaliser changes characters of answers",
+        "the model cannot write what its tokenizer has no form for",
+    ),
+    "framed": (
+        "the template writes markers of its own around answers; the model learns to write them",
+        "a format may name a channel or a recipient before it answers",
+    ),
+    "stop-appended": (
+        "the template closes answers with nothing; the model's own end token closes them",
+        "without an end a served answer would go on",
+    ),
+    "reasoning-empty": (
+        "the think block that the prompt opens is closed at once, as --reasoning empty asks",
+        "the model learns not to think",
+    ),
+    "thinking-unlearned": (
+        "answers without reasoning are trained where the template would have the model think",
+        "thinking will be unlearned there",
+    ),
+    "prompt-realigned": (
+        "the template renders earlier turns of a finished conversation unlike it serves them; the "
+        "served prompt is trained",
+        "a server sends the prompt",
+    ),
+    "reordered": (
+        "the template writes the arguments of tool calls in an order of its own",
+        "the call is the same; the model learns the template's order",
+    ),
+    "template-words": (
+        "the template adds words to answers, and they are trained, as --template-words keep asks",
+        "they are in no row: the model learns to write them",
+    ),
+    "history-parsed": (
+        "earlier turns are served as a client sends them back that received reasoning_content; "
+        "without a reasoning parser on the server, later prompts hold the reasoning in another "
+        "form",
+        "the template treats a field and text in the content differently",
+    ),
+    "seam": (
+        "prompt and answer would have merged into one token; they are kept apart",
+        "a server sends the prompt alone, so the answer starts a token of its own",
+    ),
+}
+
+# Tokens of a row beyond which a longer limit is no advice where the model states no context.
+_LONGEST = 262_144
+_LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "target_modules", "full_fingerprint")
+
+
+def unused_tokens(tokens: Sequence[NewToken], examples: Sequence[SFTExample]) -> list[Finding]:
+    """New tokens that training will never see, or never ask for."""
+    present = {i for example in examples for i in example.ids}
+    targets = {i for ids, mask in examples for i, on in zip(ids, mask, strict=True) if on}
+    findings = []
+    for token in tokens:
+        if token.id in targets:
+            continue
+        known = token.id in present
+        findings.append(
+            Finding(
+                "new-token-untrained",
+                "warning",
+                f"{token.text!r} is in prompts only: the model reads it and never writes it"
+                if known
+                else f"{token.text!r} is in no training row",
+                why="its row in the head is never a target" if known else "its row stays as it is",
+                fix="leave --add-token out for it, or write it into the answers",
+            )
+        )
+    return findings
+
+
+def bad_rows_told(
+    found: Sequence[Finding], recipe: Recipe, num_left: int
+) -> tuple[list[Finding], list[TruetuneError]]:
+    """Findings on rows, and what stops the run: errors do, or become warnings with their count
+    under --bad-rows drop.
+
+    Raises:
+        BadRows: no row is left.
+        DataError: there was no row to begin with.
+    """
+    bad = [finding for finding in found if finding.level == "error"]
+    others = [finding for finding in found if finding.level != "error"]
+    if not bad and not num_left:
+        raise DataError("there is no row to train", where=str(recipe.data))
+    if not bad:
+        return others, []
+    error = BadRows(
+        f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
+        + ("" if num_left else "; no row is left to train"),
+        merged(bad),
+        fix="mend them, or leave them out with --bad-rows drop"
+        if num_left
+        else "mend them, or name the right --schema, --columns or --chat-template",
+    )
+    if not num_left:
+        raise error
+    if recipe.bad_rows == "error":
+        return [*bad, *others], [error]
+    return others + [
+        dataclasses.replace(finding, level="warning", what=f"dropped: {finding.what}")
+        for finding in bad
+    ], []
+
+
+def without_effect(recipe: Recipe) -> list[Finding]:
+    """Settings that another one would have to make use of."""
+    needs = [(name, "--lora") for name in _LORA_ONLY if not recipe.lora]
+    needs += [("think_markers", "--reasoning inline")] * (recipe.reasoning != "inline")
+    return [
+        Finding(
+            "setting-without-effect",
+            "warning",
+            f"{name} has no effect without {other}",
+            where=recipe.origin(name),
+            fix=f"add {other}, or leave it out",
+        )
+        for name, other in needs
+        if recipe.given(name)
+    ]
+
+
+def remarks(encoded: Sequence[Encoded]) -> list[Finding]:
+    counts: Counter[str] = Counter(remark for row in encoded for remark in row.remarks)
+    first: dict[str, str] = {}
+    for row in encoded:
+        for remark in row.remarks:
+            first.setdefault(remark, row.row)
+    return [
+        Finding(f"answer-{name}", "note", _REMARKS[name][0], first[name], count, _REMARKS[name][1])
+        for name, count in counts.items()
+    ]
+
+
+def length_findings(
+    fitted: Fitted,
+    eval_fitted: Fitted,
+    encoded: Sequence[Encoded],
+    limit: int,
+    facts: ModelFacts,
+    contract: PromptContract,
+    recipe: Recipe,
+) -> list[Finding]:
+    """What the length limit costs: an error where rows are too long under --overlong error, or too
+    much would be dropped."""
+    findings = []
+    if facts.context_length and limit > facts.context_length:
+        findings.append(
+            Finding(
+                "length-beyond-context",
+                "warning",
+                f"--max-length {limit:,} is beyond the model's context of "
+                f"{facts.context_length:,} tokens",
+                why="positions that the model never saw",
+                fix=f"--max-length {facts.context_length}",
+            )
+        )
+    counts = ((fitted.num_truncated, "truncated"), (fitted.num_split, "split"))
+    for count, how in counts:
+        if count:
+            what = {
+                "truncated": "prompts lost their beginning to the length limit",
+                "split": "plain texts were split into blocks; every token is trained",
+            }[how]
+            findings.append(Finding(f"rows-{how}", "note", what, str(recipe.data), count))
+    if not fitted.dropped and not eval_fitted.dropped:
+        return findings
+    dropped = [*fitted.dropped, *eval_fitted.dropped]
+    where, tokens = dropped[0]
+    total = sum(len(row) for row in encoded)
+    share = max(len(fitted.dropped) / max(total, 1), fitted.dropped_share)
+    table = ", ".join(
+        f"{size:,} keeps {kept:,} examples and {100 * part:.1f} % of the answers"
+        for size, kept, part in length_table(encoded)[-3:]
+    )
+    rows = encoded_lengths(encoded, contract)
+    refused = recipe.overlong == "error" or share > recipe.max_dropped or not fitted.examples
+    finding = Finding(
+        code="rows-overlong",
+        level="error" if refused else "warning",
+        what=f"{len(dropped):,} examples are longer than {limit:,} tokens and "
+        f"{'would be' if refused else 'are'} dropped: "
+        f"{100 * len(fitted.dropped) / max(total, 1):.1f} % of the examples, "
+        f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
+        where=f"{where} ({tokens:,} tokens)",
+        count=len(dropped),
+        why=f"in a trainer that cuts rows, {damage(rows, limit).line()}; {table}",
+        fix=_room_for(limit_keeping(rows), limit, facts.context_length)
+        + "cut prompts with --overlong truncate-prompt, or accept the loss with --max-dropped",
+    )
+    return [*findings, finding]
+
+
+def _room_for(needed: int, limit: int, context: int | None) -> str:
+    """A longer limit as advice, where one would help and the model can take it."""
+    # Without a stated context: what no model is trained on in one piece.
+    most = context or _LONGEST
+    if limit < needed <= most:
+        return f"--max-length {needed} keeps 99 % of the rows whole; or "
+    if needed > most and limit < most:
+        return f"--max-length {most} is the most that the model takes; split longer rows, "
+    return "split rows that are longer than the model takes, "
+
+
+def data_facts(
+    loaded: Loaded,
+    fitted: Fitted,
+    eval_fitted: Fitted,
+    found: Sequence[Finding],
+    overlap: Sequence[str],
+    lengths: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What data.json holds: files, counts, every drop with its reason, the length report of rows
+    with reasoning."""
+    drops = [
+        {"where": finding.where, "code": finding.code, "what": finding.what}
+        for finding in found
+        if finding.level == "error"
+    ]
+    drops += [
+        {"where": where, "code": "rows-overlong", "what": f"{tokens} tokens"}
+        for where, tokens in [*fitted.dropped, *eval_fitted.dropped]
+    ]
+    drops += [
+        {
+            "where": where,
+            "code": "eval-overlaps-train",
+            "what": "a held-out row whose prompt is trained",
+        }
+        for where in overlap
+    ]
+    return {
+        "schema": loaded.schema,
+        "files": [dataclasses.asdict(file) for file in loaded.files],
+        "rows_read": loaded.num_rows,
+        "train": _counts(fitted),
+        "held_out": _counts(eval_fitted),
+        "dropped": drops,
+        **({"lengths": lengths} if lengths else {}),
+    }
+
+
+def _counts(fitted: Fitted) -> dict[str, Any]:
+    examples = fitted.examples
+    return {
+        "examples": len(examples),
+        "tokens": sum(len(e.ids) for e in examples),
+        "supervised_tokens": sum(e.num_supervised for e in examples),
+        "longest": max((len(e.ids) for e in examples), default=0),
+        "truncated_prompts": fitted.num_truncated,
+        "split_texts": fitted.num_split,
+        "sha256": digest(examples),
+    }
+
+
+def digest(examples: Sequence[SFTExample]) -> str:
+    """sha256 over ids and masks, in order: equal exactly where the same thing is trained."""
+    hashed = hashlib.sha256()
+    for ids, mask in examples:
+        hashed.update(repr((ids, mask)).encode())
+    return hashed.hexdigest()

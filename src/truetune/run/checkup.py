@@ -1,0 +1,241 @@
+"""`truetune check`: everything that can be known of a coming run, or of a finished model.
+
+input   a recipe with model and data; or a model folder alone
+does    the stages of `prepare`, none of which stops; what the lengths cost, whether the model is
+        base or instruct, whether the run fits; with `rehearse` also what a real step shows
+output  Checkup: findings and a summary, for the terminal, --json and --html alike
+who     cli.py; nothing here prints
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.checks import saved_files, saved_weights
+from truetune.checks.checkpoint import Checkpoint, gather
+from truetune.checks.fit import Fit, estimate
+from truetune.checks.lengths import (
+    RowLengths,
+    encoded_lengths,
+    length_report,
+    limit_keeping,
+)
+from truetune.checks.markers import Markers
+from truetune.checks.start import Verdict, chat_ids, judge_rows, verdict
+from truetune.errors import BadRows, RecipeError
+from truetune.findings import LEVELS, Finding, merged, worst
+from truetune.listener import Listener
+from truetune.model.lora import lora_target_findings
+from truetune.model.source import locate
+from truetune.model.tables import read_tables
+from truetune.model.tokenizer import locate_base, num_ids
+from truetune.recipe.settings import Recipe
+from truetune.run.early import ask_early
+from truetune.run.load_model import advice
+from truetune.run.prepare import Survey, survey
+from truetune.run.smoke_test import rehearse
+from truetune.run_dir import opened
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What was found.
+
+    Attributes:
+        findings: the most severe first.
+        summary: plain values, by topic; a topic that was not looked at is not there.
+    """
+
+    findings: list[Finding]
+    summary: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """The findings, and the verdict below them."""
+        counts = ", ".join(f"{n} {level}s" for level, n in self.counts().items() if n)
+        told = [line for finding in self.findings for line in finding.lines()]
+        return "\n".join([*told, f"{'ok' if self.ok else 'not ok'}: {counts or 'nothing found'}"])
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is worse than a warning."""
+        return worst(self.findings) != "error"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            "ok": self.ok,
+            "findings": [finding.as_dict() for finding in self.findings],
+            "summary": {**self.summary, "counts": self.counts()},
+        }
+
+    def counts(self) -> dict[str, int]:
+        """level -> findings of that level."""
+        return {level: sum(f.level == level for f in self.findings) for level in LEVELS}
+
+
+def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = False) -> Checkup:
+    """Look at the run that `truetune train` would start.
+
+    Args:
+        with_rehearsal: load the model too, and take one real step.
+
+    Raises:
+        UsageError, InputError: options, data or model that cannot be used at all.
+    """
+    ask_early(recipe)
+    try:
+        found = survey(recipe, listener)
+    except BadRows as error:
+        # Not one row is left: the rows are all there is to tell.
+        return Checkup(
+            merged(error.findings), {"run": {"model": recipe.model, "data": recipe.data}}
+        )
+    rows = encoded_lengths(found.encoded, found.prepared.contract)
+    listener.stage("estimating memory and time")
+    fit = _fit(found, rows)
+    summary = {
+        "run": _run_summary(found),
+        "contract": _contract_summary(found),
+        **({"lengths": length_report(rows, *_limits(found))} if len(rows) else {}),
+        "plan": fit.as_dict(),
+    }
+    told = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
+    told += advice(found.prepared, fit.trainable)
+    if with_rehearsal and found.prepared.examples:
+        listener.stage("rehearsing a step")
+        rehearsed, numbers = rehearse(found.prepared)
+        told += rehearsed
+        summary["rehearsal"] = numbers
+        summary["verdict"] = _measured_verdict(found, numbers["chat"]).as_dict()
+        if "seconds_per_token" in numbers:
+            timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
+            summary["plan"] = timed.as_dict()
+    return Checkup(_ordered(told), summary)
+
+
+def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
+    """Base or instruct, by the model's own template and by what it predicts."""
+    prepared = found.prepared
+    served = prepared.model.generation_eos_ids or prepared.model.config_eos_ids
+    recipe, tokenizer = prepared.plan.recipe, prepared.contract.tokenizer
+    markers = Markers.probe(tokenizer, stop_ids=served)
+    files = locate(str(recipe.model), recipe.revision, weights=False)
+    base = locate_base(files, weights=False) if files.is_adapter else files
+    tables = read_tables(base, chat_ids(markers)).items()
+    rows = {kind: judge_rows(t, chat_ids(markers), num_ids(tokenizer)) for kind, t in tables}
+    return verdict(markers, rows, losses or None)
+
+
+def _limits(found: Survey) -> tuple[int, int | None]:
+    """Of the run, and of the model."""
+    return found.prepared.plan.max_length, found.prepared.model.context_length
+
+
+def _fit(found: Survey, rows: RowLengths) -> Fit:
+    return estimate(found.prepared.plan, tokens=_tokens(found), p99=limit_keeping(rows))
+
+
+def _tokens(found: Survey) -> int:
+    """That are trained on, over all epochs."""
+    plan, train = found.prepared.plan, found.prepared.data["train"]
+    per_example = train["tokens"] / max(train["examples"], 1)
+    per_step = plan.tokens_per_step or per_example * (plan.batch_size or 1)
+    return int(per_step * plan.max_steps)
+
+
+_SAVED = (*saved_files.CHECKS, *saved_weights.CHECKS)
+
+
+def check_model(recipe: Recipe, listener: Listener) -> Checkup:
+    """Look at a finished model or adapter, from any tool; of a run, at what it saved.
+
+    Raises:
+        ModelError: it is no model folder at all.
+        UsageError: a run that has saved nothing yet, or no model was named.
+    """
+    if not recipe.model:
+        raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
+    listener.stage("opening the model's files")
+    found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
+    findings = [finding for check in _SAVED for finding in check(found)]
+    judged = found.verdict
+    summary: dict[str, Any] = {"model": _model_summary(found, recipe)}
+    if judged is not None:
+        summary["verdict"] = judged.as_dict()
+    return Checkup(_ordered(findings), summary)
+
+
+def _model_summary(found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    facts, markers = found.facts, found.markers
+    summary: dict[str, Any] = {"model": recipe.model, "folder": str(found.folder)}
+    if facts is None or markers is None:
+        return summary
+    decode = markers.tokens.decode
+    ends = markers.terminator
+    return summary | {
+        "kind": "adapter" if found.is_adapter else "model",
+        "base": facts.base,
+        "architecture": facts.architecture,
+        "parameters": facts.num_parameters,
+        "weights": facts.weights or "none here",
+        "vocabulary": facts.tokenizer_length,
+        "head_rows": facts.head_rows,
+        "stop": [{"id": i, "token": decode([i])} for i in sorted(markers.served_stops)],
+        "stop_from": found.served_from,
+        "template_ends_with": None if ends is None else {"id": ends, "token": decode([ends])},
+        "rows_judged": sorted(found.rows),
+    }
+
+
+def _targets(recipe: Recipe) -> list[Finding]:
+    """Names of layers that LoRA was given and the model does not have."""
+    if not (recipe.model and recipe.lora and recipe.target_modules):
+        return []
+    return lora_target_findings(str(recipe.model), recipe.target_modules, recipe.revision)
+
+
+def _ordered(findings: list[Finding]) -> list[Finding]:
+    """By level, and within a level by how many rows are concerned."""
+    return sorted(merged(findings), key=lambda f: (LEVELS.index(f.level), -f.count))
+
+
+def _run_summary(found: Survey) -> dict[str, Any]:
+    prepared = found.prepared
+    plan, recipe = prepared.plan, prepared.plan.recipe
+    return {
+        "model": recipe.model,
+        "data": recipe.data,
+        "schema": prepared.data["schema"],
+        "rows_read": prepared.data["rows_read"],
+        "train": prepared.data["train"],
+        "held_out": prepared.data["held_out"],
+        "dropped": len(prepared.data["dropped"]),
+        "method": "lora" if recipe.lora else "full",
+        "start": plan.start,
+        "max_length": plan.max_length,
+        "batch_size": plan.batch_size,
+        "tokens_per_step": plan.tokens_per_step,
+        "epochs": plan.epochs,
+        "max_steps": plan.max_steps,
+        "learning_rate": plan.learning_rate,
+    }
+
+
+def _contract_summary(found: Survey) -> dict[str, Any]:
+    contract = found.prepared.contract
+    return {
+        "template": contract.origin,
+        "template_arguments": contract.template_kwargs,
+        "stop": [{"id": i, "token": contract.tokens.decode([i])} for i in contract.stop_ids],
+    }
+
+
+def replaced(found: Checkup, findings: list[Finding], **topics: Any) -> Checkup:
+    """A checkup with more findings and topics."""
+    return dataclasses.replace(
+        found,
+        findings=_ordered([*found.findings, *findings]),
+        summary={**found.summary, **topics},
+    )

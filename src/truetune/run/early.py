@@ -1,0 +1,57 @@
+"""What can be known of a run in its first second, asked before torch is imported."""
+
+from __future__ import annotations
+
+from truetune.contract.source import require_template
+from truetune.data.sources import resolve
+from truetune.errors import RecipeError
+from truetune.model.inspect import require_weights
+from truetune.model.placement import require_device
+from truetune.model.quantise import require_bitsandbytes
+from truetune.model.source import locate
+from truetune.recipe.settings import Recipe
+from truetune.run.trackers import require_trackers
+
+
+def ask_early(recipe: Recipe, *, with_weights: bool = False) -> None:
+    """Refuse what needs no model and no row to be refused.
+
+    Args:
+        with_weights: also a model folder without weights, as training would.
+
+    Raises:
+        UsageError, InputError: the first thing that is not there.
+    """
+    require_settings(recipe)
+    assert recipe.model
+    assert recipe.data
+    for needed, what in (
+        (recipe.qlora, "--qlora"),
+        (recipe.load_in_8bit, "--load-in-8bit"),
+        (recipe.optim in ("adamw_8bit", "paged_adamw_8bit"), f"--optim {recipe.optim}"),
+    ):
+        if needed:
+            require_bitsandbytes(what)
+    require_trackers(recipe.report_to or [])
+    require_device(recipe.device)
+    require_template(recipe.chat_template)
+    resolve(recipe.data, recipe.split)
+    if recipe.eval_data:
+        resolve(recipe.eval_data, recipe.eval_split)
+    locate(recipe.model, recipe.revision, weights=False)
+    if with_weights:
+        require_weights(recipe.model, recipe.revision)
+
+
+def require_settings(recipe: Recipe, *others: str) -> None:
+    """Raise where something that has no default was not given.
+
+    Raises:
+        RecipeError: naming all that is missing.
+    """
+    missing = [name for name in ("model", "data", *others) if not getattr(recipe, name)]
+    if missing:
+        raise RecipeError(
+            f"not given: {', '.join(missing)}",
+            fix="truetune train MODEL DATA -o RUN, or set it in a recipe",
+        )

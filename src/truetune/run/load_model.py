@@ -1,0 +1,175 @@
+"""The model as training finds it.
+
+input   Prepared, a checkpoint where a run is resumed
+does    loads the weights, in fewer bits where asked (and compares those with the original before
+        anything is trained); makes room and first values for new tokens; puts the adapter on;
+        adds what is known about runs like this one
+output  LoadedModel and findings
+who     pipeline.train
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from truetune.compare import Measured, agreement, measure, rounding_finding
+from truetune.errors import ModelError
+from truetune.findings import Finding
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.lora import (
+    LoraSettings,
+    add_lora,
+    enable_gradient_checkpointing,
+    trainable_share,
+)
+from truetune.model.new_tokens import make_room, start_full_rows
+from truetune.model.placement import choose_device
+from truetune.model.quantise import NAMES, LoadIn
+from truetune.model.tokenizer import num_ids
+from truetune.recipe.advice import Situation, advise
+from truetune.recipe.settings import Recipe
+from truetune.run.prepare import Prepared
+
+# Rows on which a quantised base is compared with the original before training.
+_ROUNDING_ROWS = 64
+
+
+def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel, list[Finding]]:
+    """The model that the loop is given, and what is to be told about it.
+
+    Args:
+        checkpoint: to continue from; None at the start of a run.
+
+    Raises:
+        ModelError, UsageError: as `load_model` and `add_lora`.
+    """
+    recipe = prepared.plan.recipe
+    source = str(checkpoint or recipe.model)
+    look = _bits(recipe) != "as-trained" and not checkpoint and not recipe.no_check
+    original, findings = _measure_original(prepared) if look else (None, [])
+    loaded = load_model(
+        source,
+        revision=None if checkpoint else recipe.revision,
+        device=recipe.device,
+        dtype=recipe.dtype,
+        purpose="lora" if recipe.lora else "full",
+        load_in=_bits(recipe),
+        full_fingerprint=recipe.full_fingerprint,
+        bf16_weights=recipe.optim == "adamw_bf16",
+        # New tokens are not the base's.
+        tokenizer=None if prepared.new_tokens else prepared.contract.tokenizer,
+    )
+    if original:
+        rows = _rounding_rows(prepared)
+        found = agreement(original, measure(loaded, rows, keep_logits=False))
+        bits = NAMES[loaded.quantised] if loaded.quantised else ""
+        findings.append(rounding_finding(found, bits, len(rows)))
+    # The contract's tokenizer is the one that the rows were proved with.
+    loaded = replace(loaded, tokenizer=prepared.contract.tokenizer)
+    if not checkpoint:
+        loaded = _with_adapter(loaded, prepared)
+    if recipe.gradient_checkpointing:
+        enable_gradient_checkpointing(loaded.model)
+    if not checkpoint:
+        findings += advice(prepared, trainable_share(loaded.model)[0])
+    return loaded, [*loaded.findings, *findings]
+
+
+def advice(prepared: Prepared, num_trainable: int) -> list[Finding]:
+    """What is known about runs like this one.
+
+    Args:
+        num_trainable: weights that are trained.
+    """
+    plan, examples = prepared.plan, prepared.examples
+    return advise(
+        Situation(
+            num_parameters=prepared.model.num_parameters,
+            num_rows=len(examples),
+            num_supervised=sum(example.num_supervised for example in examples),
+            reasoning_share=plan.reasoning_share,
+            start=plan.start,
+            lora=plan.recipe.lora,
+            num_trainable=num_trainable,
+            is_text=prepared.is_text,
+        )
+    )
+
+
+def _rounding_rows(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
+    """Up to 64 training rows whose ids the base has."""
+    known = prepared.model.head_rows
+    rows = ((e.ids, e.mask) for e in prepared.examples if max(e.ids) < known)
+    return list(itertools.islice(rows, _ROUNDING_ROWS))
+
+
+def _measure_original(prepared: Prepared) -> tuple[Measured | None, list[Finding]]:
+    """What the unquantised base says of some rows; it is gone again when this returns."""
+    recipe, rows = prepared.plan.recipe, _rounding_rows(prepared)
+    try:
+        _require_memory(prepared)
+        loaded = load_model(
+            str(recipe.model),
+            revision=recipe.revision,
+            device=recipe.device,
+            dtype=recipe.dtype,
+            purpose="inference",
+        )
+        return measure(loaded, rows, keep_logits=False), []
+    except ModelError as error:
+        if error.code != "model-too-large":
+            raise
+        note = Finding(
+            "quantised-base-not-compared",
+            "note",
+            "the quantised base was not compared with the original",
+            why=error.what,
+            fix="compare answers with `truetune chat RUN --compare base` on a larger machine",
+        )
+        return None, [note]
+
+
+def _require_memory(prepared: Prepared) -> None:
+    """On a CPU too much memory is no exception but the end of the process."""
+    needed, free = 4 * prepared.model.num_parameters, _free_memory()
+    on_cpu = choose_device(prepared.plan.recipe.device)[0].type == "cpu"
+    if on_cpu and free is not None and needed > free:
+        raise ModelError(
+            f"the original takes {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free",
+            code="model-too-large",
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _bits(recipe: Recipe) -> LoadIn:
+    return "4bit" if recipe.qlora else "8bit" if recipe.load_in_8bit else "as-trained"
+
+
+def _with_adapter(loaded: LoadedModel, prepared: Prepared) -> LoadedModel:
+    """The model as training finds it: room and first values for new rows, a fresh adapter."""
+    recipe, new_tokens = prepared.plan.recipe, prepared.new_tokens
+    if new_tokens:
+        make_room(loaded.model, num_ids(loaded.tokenizer))
+    if not recipe.lora:
+        start_full_rows(loaded.model, new_tokens)
+    elif not loaded.is_adapter:
+        settings = LoraSettings(
+            recipe.lora_r,
+            recipe.lora_alpha,
+            recipe.lora_dropout,
+            recipe.target_modules or "all-linear",
+            rslora=recipe.rslora,
+            dora=recipe.dora,
+        )
+        loaded = add_lora(loaded, settings, recipe.seed, new_tokens=new_tokens)
+    return loaded

@@ -1,0 +1,202 @@
+"""Whether a run has plainly learned, by what it answers as served and how its losses went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from truetune.contract.example import SFTExample
+from truetune.findings import Finding
+
+# An answer is long enough to have ended where it had so many times the tokens of the row's own.
+ROOM = 2
+# Longest answer of a row that is asked for, in tokens: what is short is wholly right or wrong.
+SHORT = 24
+# Nats a token: the model gives the right token less than 37 %, of rows that it was trained on.
+_UNSURE = 1.0
+# Share by which a held-out loss still fell between the last two evaluations of a run that ended
+# early, and by which it rose over its best in one that went on too long.
+_FALLING, _RISEN = 0.05, 0.10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt asked as it will be served.
+
+    Attributes:
+        trained: whether the row was trained on.
+        where: the row.
+        expected: its answer, as tokens decoded without the stop.
+        text: what the model wrote.
+        stopped: whether it ended by itself.
+        had_room: whether it was given twice the tokens of the row's answer, and more.
+    """
+
+    trained: bool
+    where: str
+    expected: str
+    text: str
+    stopped: bool
+    had_room: bool = True
+
+    @property
+    def right(self) -> bool:
+        return self.stopped and self.text.strip() == self.expected.strip()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a run when its last step is done.
+
+    Attributes:
+        answers: to trained and to held-out prompts.
+        first_loss, last_loss: of training, each the mean of a few steps, in nats per token.
+        held_out: (step, loss) of each evaluation.
+        steps: that were taken.
+        learning_rate: the peak.
+        passes: over the rows.
+    """
+
+    answers: tuple[Answer, ...]
+    first_loss: float
+    last_loss: float
+    held_out: tuple[tuple[int, float], ...]
+    steps: int
+    learning_rate: float
+    passes: float
+
+    @property
+    def trained(self) -> list[Answer]:
+        return [answer for answer in self.answers if answer.trained]
+
+
+def short_rows(examples: Sequence[SFTExample], most: int) -> list[int]:
+    """Examples of one short answer, spread over the rows: what is asked costs little, and is
+    wholly right or wrong."""
+    fitting = [
+        row
+        for row, example in enumerate(examples)
+        if 0 < example.num_supervised <= SHORT and _is_one_answer(example)
+    ]
+    step = max(len(fitting) // most, 1)
+    return fitting[::step][:most]
+
+
+def _is_one_answer(example: SFTExample) -> bool:
+    """A prompt, then one stretch that is supervised."""
+    first = example.mask.index(1)
+    return first > 0 and all(example.mask[first : first + example.num_supervised])
+
+
+def judge(outcome: Outcome) -> list[Finding]:
+    """What is plainly wrong, each with the setting to change; nothing of a run that may be well."""
+    return [finding for rule in _RULES for finding in rule(outcome)]
+
+
+def summary(answers: Sequence[Answer]) -> str:
+    """A line for the screen; empty where nothing was asked."""
+    parts = [
+        f"{sum(a.right for a in some)} of {len(some)} {name}"
+        for name, some in (
+            ("trained", [a for a in answers if a.trained]),
+            ("held-out", [a for a in answers if not a.trained]),
+        )
+        if some
+    ]
+    ended = sum(a.stopped for a in answers)
+    return f"{', '.join(parts)} as in the rows; {ended} of {len(answers)} ended" if parts else ""
+
+
+def _not_ended(outcome: Outcome) -> Iterator[Finding]:
+    """Answers that had twice the room that they need."""
+    asked = [a for a in outcome.answers if a.had_room]
+    open_ones = [a for a in asked if not a.stopped]
+    if len(asked) >= 3 and 2 * len(open_ones) >= len(asked):
+        yield Finding(
+            "answers-do-not-end",
+            "warning",
+            f"{len(open_ones)} of {len(asked)} prompts, asked as served, get an answer that does "
+            "not end",
+            open_ones[0].where,
+            len(open_ones),
+            why=f"the run was too short or too gentle for the model to learn to stop: it writes "
+            f"{_quoted(open_ones[0].text)}",
+            fix=_more(outcome),
+        )
+
+
+def _not_learned(outcome: Outcome) -> Iterator[Finding]:
+    """Short answers to trained prompts, wrong, by a model that is still unsure of the rows."""
+    asked = outcome.trained
+    wrong = [a for a in asked if not a.right]
+    if len(asked) >= 3 and 4 * len(wrong) >= 3 * len(asked) and outcome.last_loss > _UNSURE:
+        yield Finding(
+            "rows-not-learned",
+            "warning",
+            f"{len(wrong)} of {len(asked)} prompts that were trained on get another answer than "
+            "their row's",
+            wrong[0].where,
+            len(wrong),
+            why=f"the loss ended at {outcome.last_loss:.2f} nats a token, from "
+            f"{outcome.first_loss:.2f}: the model gives the right token less than 37 %; it writes "
+            f"{_quoted(wrong[0].text)} for {_quoted(wrong[0].expected)}",
+            fix=_more(outcome),
+        )
+
+
+def _ended_early(outcome: Outcome) -> Iterator[Finding]:
+    """A held-out loss that was still falling fast, though the rate had fallen."""
+    losses = [loss for _, loss in outcome.held_out]
+    if len(losses) < 4:
+        return
+    before, last = losses[-2:]
+    if last < (1 - _FALLING) * before and last == min(losses):
+        yield Finding(
+            "held-out-falling",
+            "note",
+            f"the held-out loss was still falling at the end: {before:.3f}, then {last:.3f}",
+            why="the run ended before it had learned what the rows can teach",
+            fix=_longer(outcome),
+        )
+
+
+def _went_too_far(outcome: Outcome) -> Iterator[Finding]:
+    losses = [loss for _, loss in outcome.held_out]
+    if len(losses) < 3:
+        return
+    best = min(outcome.held_out, key=lambda pair: pair[1])
+    if losses[-1] > (1 + _RISEN) * best[1] and best[0] < outcome.held_out[-1][0]:
+        yield Finding(
+            "held-out-rising",
+            "note",
+            f"the held-out loss rose from {best[1]:.3f} at step {best[0]:,} to {losses[-1]:.3f}",
+            why="the rows are learned by heart after that step",
+            fix=f"--max-steps {best[0]}, or a lower --learning-rate; more rows, if there are any",
+        )
+
+
+_RULES = (_not_ended, _not_learned, _ended_early, _went_too_far)
+
+
+def _more(outcome: Outcome) -> str:
+    """What to change: three times the rate where the loss hardly moved, else three times the
+    passes."""
+    if outcome.last_loss > 0.5 * outcome.first_loss:
+        rate = float(f"{3 * outcome.learning_rate:.0e}")
+        return f"--learning-rate {rate:g}, or {_longer(outcome)}"
+    return _longer(outcome)
+
+
+def _longer(outcome: Outcome) -> str:
+    passes = max(round(3 * outcome.passes), 2)
+    return f"--epochs {passes} (this run: {outcome.passes:.3g})"
+
+
+def _quoted(text: str, most: int = 60) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= most else text[: most - 1].rstrip() + "\u2026")
+
+
+def mean(losses: Iterable[float]) -> float:
+    values = list(losses)
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,259 @@
+"""The way of a run, all stages in order. Read this page first.
+
+    rows -> conversations -> held-out split       data/
+    template, stop set, arguments -> contract     contract/
+    conversations -> examples, each proved        contract/
+    examples -> length policy, plan, preflight    compute/, plan.py, check/      (prepare.py)
+    weights, adapter                              model/                         (start.py)
+    the loop, with metrics, samples, checkpoints  engine/, health/, generate.py
+    the artifact, read back                       model/                         (job.py)
+    the same, by a fresh process                  verify/
+    the manifest, last                            run.py
+
+    an adapter -> merged model -> compared by a fresh process      export/, verify/
+
+Nothing is written before the preflight has passed; the run directory is complete when its
+manifest is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from truetune.engine.checkpoint import Checkpoint, last_good
+from truetune.engine.parallel import Group, joined
+from truetune.errors import CheckFailed, OutputExists
+from truetune.exporting.merged import Exported, write_merged
+from truetune.findings import Finding
+from truetune.listener import Listener
+from truetune.model.merge import Onto
+from truetune.recipe.settings import Recipe
+from truetune.run.early import ask_early, require_settings
+from truetune.run.job import Job, RunResult
+from truetune.run.load_model import load_start
+from truetune.run.prepare import prepare
+from truetune.run.trackers import Trackers
+from truetune.run.worker_rank import Follower
+from truetune.run_dir import RunDir, claimed, opened, write_json
+from truetune.system.lock import Owner
+from truetune.system.signals import Stopped, number_of
+from truetune.verification.artifact import VERDICT, run_of, verify, verify_merge
+from truetune.verification.verdict import Verdict
+
+
+def train(
+    recipe: Recipe, listener: Listener | None = None, *, resume: Path | str | None = None
+) -> RunResult:
+    """Fine-tune a model; see the module's docstring for the stages.
+
+    Args:
+        recipe: with model, data and output; of the run itself when resuming.
+        listener: is told what happens.
+        resume: a run directory to continue from its last checkpoint.
+
+    Raises:
+        TruetuneError: any of `truetune.errors`; before the run directory is made unless the
+            training itself fails.
+    """
+    listener = listener or Listener()
+    with joined() as group, contextlib.ExitStack() as held:
+        # Under torchrun all processes come this way, each with its share of every step; the first
+        # one writes and tells.
+        with group.together():
+            if not resume:
+                require_settings(recipe, "output")
+            run, found = RunDir(resume or str(recipe.output)), []
+            if group.leads:
+                run, dead = held.enter_context(
+                    claimed(run.path, overwrite=recipe.overwrite, resume=bool(resume))
+                )
+                found = [_taken_over(dead)] if dead else []
+            job, checkpoint = _started(
+                recipe, listener if group.leads else Listener(), group, run, found, bool(resume)
+            )
+        try:
+            if isinstance(job, Follower):
+                return _follow(job, checkpoint)
+            return _lead(job, checkpoint)
+        finally:
+            job.trackers.finish()
+
+
+def _started(
+    recipe: Recipe,
+    listener: Listener,
+    group: Group,
+    run: RunDir,
+    found: list[Finding],
+    resumed: bool,
+) -> tuple[Job, Checkpoint | None]:
+    """The run before its first step, and the checkpoint that it goes on from."""
+    ask_early(recipe, with_weights=True)
+    if not resumed and group.leads:
+        _refuse_own_input(recipe, run)
+    prepared = prepare(recipe, listener)
+    trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
+    checkpoint, damaged = last_good(run.checkpoints()) if resumed else (None, [])
+    listener.stage("loading the weights")
+    loaded, findings = load_start(prepared, checkpoint.folder if checkpoint else None)
+    findings = [*found, *damaged, *findings]
+    if not group.leads:
+        return Follower(run, prepared, loaded, listener, trackers, findings, group), checkpoint
+    if not resumed:
+        run.make(overwrite=recipe.overwrite)
+    job = Job(run, prepared, loaded, listener, trackers, findings, group)
+    try:
+        job.write_start()
+    except BaseException:
+        trackers.finish()
+        if not resumed:
+            run.discard()
+        raise
+    return job, checkpoint
+
+
+def _lead(job: Job, checkpoint: Checkpoint | None) -> RunResult:
+    job.restore(checkpoint)
+    report = job.train_and_save()
+    verdict = None
+    try:
+        if job.recipe.verify:
+            job.listener.stage("verifying in a fresh process")
+            job.release()
+            verdict = verify(str(job.run.path), device=job.recipe.device)
+        result = job.finish(report, verdict)
+    except (KeyboardInterrupt, Stopped) as error:
+        raise job.interrupted(
+            f"stopped when {report.folder} was saved, and before it was verified",
+            number_of(error),
+        ) from None
+    job.group.gather("finished")
+    if verdict:
+        _require_passed(verdict, "what was saved is not what was trained")
+    return result
+
+
+def _follow(job: Follower, checkpoint: Checkpoint | None) -> RunResult:
+    job.restore(checkpoint)
+    job.follow()
+    job.release()
+    job.group.gather("finished")
+    artifact = job.run.artifact()
+    assert artifact is not None
+    return job.result(artifact)
+
+
+def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:
+    """A run that is replaced must not be what the new one is made from."""
+    folder = run.path.resolve()
+    for name in ("model", "data", "eval_data"):
+        value = getattr(recipe, name)
+        if value and Path(value).expanduser().resolve().is_relative_to(folder):
+            raise OutputExists(
+                f"the {name.replace('_', ' ')} is in the output folder, which would be replaced",
+                where=str(value),
+                fix="name another folder with --output",
+                code="output-is-input",
+            )
+
+
+def _taken_over(dead: Owner) -> Finding:
+    return Finding(
+        "run-taken-over",
+        "note",
+        f"the process that wrote this run before ended without saying so: {dead}",
+        why="it was killed, or the machine went down",
+        fix="nothing to do: its lock is released, and what it left half-written is removed",
+    )
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What `export` leaves.
+
+    Attributes:
+        folder: the exported model.
+        exported: how it was made.
+        verdict: what a fresh process found; None where it was not asked.
+    """
+
+    folder: Path
+    exported: Exported
+    verdict: Verdict | None
+
+    def __repr__(self) -> str:
+        verified = "" if self.verdict is None else f"; verified: {self.verdict.passed}"
+        return f"{self.folder}: merged onto {self.exported.onto}{verified}"
+
+
+def export(
+    source: str,
+    output: Path | str,
+    *,
+    base: str | None = None,
+    onto: Onto = "auto",
+    dtype: str | None = None,
+    device: str = "cpu",
+    check: bool = True,
+    listener: Listener | None = None,
+) -> ExportResult:
+    """Merge a run's adapter into its base, have a fresh process compare the two, and only then
+    give the folder its name.
+
+    Args:
+        source: a run, or an adapter folder.
+        output: must not exist.
+        base: where the adapter's base is now; None where its config says.
+        onto: see `merge_adapter`.
+        dtype: type of the written weights; None takes the base's on disk.
+        device: where to merge and to compare.
+        check: compare.
+
+    Raises:
+        TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
+            left behind.
+    """
+    listener, folder = listener or Listener(), Path(output)
+    if folder.exists():
+        raise OutputExists(
+            f"{folder} exists already",
+            fix="name another folder with --output",
+            code="output-exists",
+        )
+    adapter = opened(source)
+    unnamed = folder.with_name(f".{folder.name}.unverified-{os.getpid()}")
+    try:
+        listener.stage("merging")
+        made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
+        for finding in made.findings:
+            listener.finding(finding)
+        verdict = None
+        if check:
+            listener.stage("verifying in a fresh process")
+            verdict = verify_merge(
+                adapter,
+                str(unnamed),
+                base=base,
+                load_in=made.load_in,
+                dtype=made.report.dtype,
+                run=run_of(source),
+                device=device,
+            )
+            _require_passed(verdict, "the merged model is not what the adapter is")
+            write_json(unnamed / VERDICT, {**verdict.as_dict(), "artifact": str(folder)})
+        unnamed.rename(folder)
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
+    return ExportResult(folder, made, verdict)
+
+
+def _require_passed(verdict: Verdict, what: str) -> None:
+    if not verdict.passed:
+        raise CheckFailed(what, verdict.findings())
+
+
+__all__ = ["ExportResult", "RunResult", "export", "train"]

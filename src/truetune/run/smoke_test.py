@@ -1,0 +1,342 @@
+"""A rehearsal: the real model, a few real rows, one real step, a dry save and a reload.
+
+input   Prepared; the weights are loaded here and nothing is kept
+does    predicts the rows, computes one step in two ways, takes it, saves to a temporary folder,
+        reloads and compares
+output  findings, and what was measured
+who     `truetune check MODEL DATA --rehearse`
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from truetune.checks.fit import undisturbed
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.engine.trainer import SFTTrainer
+from truetune.errors import NonFiniteLoss, SaveError, UnfaithfulTemplate
+from truetune.findings import Finding
+from truetune.model.load import LoadedModel, load_model
+from truetune.model.save import save_model
+from truetune.run.load_model import load_start
+from truetune.run.prepare import Prepared
+from truetune.run_dir import scratch
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows of the rehearsed step, the shortest of the first hundred: a rehearsal costs seconds.
+_ROWS, _AMONG = 4, 100
+# Packed rows in pieces against single padded rows: float32 stays within 1e-3 of the norm, bfloat16
+# within 3 % (docs/log.md).
+_SAME = {"float32": 1e-3, "bfloat16": 5e-2}
+# A step that makes the loss of its own rows this much worse overshot.
+_OVERSHOT = 1.1
+
+
+def rehearse(prepared: Prepared) -> tuple[list[Finding], dict[str, Any]]:
+    """Rehearse a run.
+
+    Returns:
+        findings, and numbers: losses in nats a token, seconds, relative differences.
+
+    Raises:
+        ModelError: the weights cannot be loaded.
+    """
+    began = time.perf_counter()
+    loaded, findings = load_start(prepared, None)
+    examples = sorted(prepared.examples[:_AMONG], key=lambda e: len(e.ids))[:_ROWS]
+    numbers: dict[str, Any] = {
+        "rows": len(examples),
+        "load_seconds": time.perf_counter() - began,
+        "trained_type": str(_trained(loaded.model)[0][1].dtype).removeprefix("torch."),
+    }
+    numbers["chat"] = chat_losses(loaded, prepared.contract)
+    with _without_dropout(loaded.model):
+        findings += _two_ways(loaded, prepared, examples, numbers)
+        if any(finding.level == "error" for finding in findings):
+            return findings, numbers
+        findings += _one_step(loaded, prepared, examples, numbers)
+        findings += _dry_save(loaded, prepared, examples, numbers)
+        numbers["seconds_per_token"] = _pace(loaded, prepared, examples, numbers["step_seconds"])
+    return findings, numbers
+
+
+# Most seconds and tokens of the step that is timed.
+_TIMED_SECONDS, _TIMED_TOKENS = 10.0, 2048
+
+
+def _pace(
+    loaded: LoadedModel, prepared: Prepared, short: Sequence[SFTExample], seconds: float
+) -> float:
+    """Seconds a token of a step on the run's own rows, as many as a short step allows."""
+    most = min(_TIMED_TOKENS, _TIMED_SECONDS / seconds * sum(len(e.ids) for e in short))
+    rows: list[SFTExample] = []
+    tokens = 0
+    for example in prepared.examples:
+        if rows and tokens + len(example.ids) > most:
+            break
+        rows.append(example)
+        tokens += len(example.ids)
+    trainer = _trainer(loaded, prepared, rows, max_lr=0.0)
+    where = loaded.device.type
+    began = undisturbed(where)
+    trainer.train_step()
+    return (undisturbed(where) - began) / tokens
+
+
+# Short conversations that any model that was tuned to chat has seen the like of.
+_CONVERSATIONS = (
+    ("What is the capital of France?", "The capital of France is Paris."),
+    ("What is two plus two?", "Two plus two is four."),
+    ("Name a colour.", "Blue is a colour."),
+    ("Which is larger, the sun or the moon?", "The sun is larger than the moon."),
+)
+
+
+def chat_losses(loaded: LoadedModel, contract: PromptContract) -> dict[str, float]:
+    """How well a model predicts conversations in its template, and the same in plain form.
+
+    Returns:
+        nats a token: of answers `templated` and `plain`, of the `stop` behind a templated answer,
+        and of guessing (`vocabulary`); empty where the template takes no plain turns.
+    """
+    templated, stops, plain = [], [], []
+    for asked, said in _CONVERSATIONS:
+        talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        try:
+            (example,) = contract.encode(talk)
+        except (UnfaithfulTemplate, ValueError):
+            return {}
+        losses = _token_losses(loaded.model, example.ids)
+        on = [loss for loss, m in zip(losses, example.mask[1:], strict=True) if m]
+        templated += on[:-1]
+        stops.append(on[-1])
+        prompt, whole = contract.tokens.encode([f"{asked}\n", f"{asked}\n{said}"])
+        plain += _token_losses(loaded.model, whole)[len(prompt) - 1 :]
+    return {
+        "templated": sum(templated) / len(templated),
+        "stop": sum(stops) / len(stops),
+        "plain": sum(plain) / len(plain),
+        "vocabulary": math.log(loaded.model.get_input_embeddings().weight.shape[0]),
+    }
+
+
+def _token_losses(model: Any, ids: Sequence[int]) -> list[float]:
+    """Cross-entropy in nats of each id but the first."""
+    import torch
+
+    logits = _predicted(model, SFTExample(list(ids), [1] * len(ids)))[:-1]
+    found = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+    return [float(loss) for loss in found]
+
+
+def _trainer(
+    loaded: LoadedModel, prepared: Prepared, examples: Sequence[SFTExample], **changes: Any
+) -> SFTTrainer:
+    """The run's loop on a few rows; all of them are one step."""
+    plan, recipe = prepared.plan, prepared.plan.recipe
+    settings: dict[str, Any] = {
+        "max_seq_len": max(plan.max_length, 2),
+        "pad_id": prepared.contract.pad_id,
+        "batch_size": len(examples),
+        "micro_batch_size": min(plan.micro_batch_size or len(examples), len(examples)),
+        "micro_batch_tokens": recipe.micro_batch_tokens,
+        "packing": recipe.packing,
+        "max_steps": 2,
+        "max_lr": plan.learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": recipe.weight_decay,
+        "grad_clip": recipe.max_grad_norm,
+        "optim": recipe.optim,
+        "autocast_dtype": loaded.compute_dtype,
+    }
+    return SFTTrainer(loaded.model, examples=examples, **(settings | changes))
+
+
+def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+@contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Two ways of one step draw other dropout: it is off for the comparison.
+
+    Attention keeps its rate as a number of its own, which it hands to a kernel.
+    """
+    found = [
+        (module, name, rate)
+        for module in model.modules()
+        for name, rate in vars(module).items()
+        if isinstance(rate, float) and rate and (name == "p" or "drop" in name)
+    ]
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, rate in found:
+            setattr(module, name, rate)
+
+
+def _two_ways(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    examples: Sequence[SFTExample],
+    numbers: dict[str, Any],
+) -> list[Finding]:
+    """The step as the run takes it, and row by row on the reference path; weights stay."""
+    import torch
+
+    before = [p.detach().clone() for _, p in _trained(loaded.model)]
+    try:
+        own = _trainer(loaded, prepared, examples, max_lr=0.0, weight_decay=0.0).train_step()
+        plain = _trainer(
+            loaded,
+            prepared,
+            examples,
+            max_lr=0.0,
+            weight_decay=0.0,
+            packing=False,
+            micro_batch_size=1,
+        ).train_step()
+    except NonFiniteLoss as error:
+        return [
+            Finding(
+                "rehearsal-not-finite",
+                "error",
+                f"the first step gives {error.what}",
+                error.where,
+                why="weights or their type: float16 overflows, a damaged file holds NaN",
+                fix="--dtype float32 tells which; then another copy of the weights",
+            )
+        ]
+    with torch.no_grad():
+        for (_, p), value in zip(_trained(loaded.model), before, strict=True):
+            p.copy_(value)
+    loss = abs(own["loss"] - plain["loss"]) / max(abs(plain["loss"]), 1e-9)
+    grad = abs(own["grad_norm"] - plain["grad_norm"]) / max(plain["grad_norm"], 1e-9)
+    numbers |= {"loss": plain["loss"], "grad_norm": plain["grad_norm"]}
+    numbers |= {"loss_difference": loss, "gradient_difference": grad}
+    computed = str(loaded.compute_dtype or torch.float32).removeprefix("torch.")
+    if max(loss, grad) <= _SAME.get(computed, 5e-2):
+        return []
+    return [
+        Finding(
+            "step-not-equal",
+            "error",
+            f"the step as it will be taken differs from the same rows one by one: loss by "
+            f"{100 * loss:.2g} %, gradient norm by {100 * grad:.2g} %",
+            why="rows see each other when they are packed, or the loss is averaged per forward "
+            "pass instead of over the step",
+            fix="--no-packing",
+        )
+    ]
+
+
+def _one_step(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    examples: Sequence[SFTExample],
+    numbers: dict[str, Any],
+) -> Iterator[Finding]:
+    """One step at the peak rate: what moved, and whether the rows got better."""
+    before = {name: p.detach().clone() for name, p in _trained(loaded.model)}
+    frozen = {
+        name: float(p.detach().double().sum())
+        for name, p in loaded.model.named_parameters()
+        if not p.requires_grad
+    }
+    trainer = _trainer(loaded, prepared, examples)
+    first = trainer.train_step()["loss"]
+    began = time.perf_counter()
+    # The second step starts from what the first one left, so its loss judges the first.
+    second = trainer.train_step()["loss"]
+    numbers |= {"loss_after_a_step": second, "step_seconds": time.perf_counter() - began}
+    still = [
+        name
+        for name, p in _trained(loaded.model)
+        if bool((p.detach() == before[name]).all()) and "lora_A" not in name
+    ]
+    numbers |= {"trained_tensors": len(before), "unmoved_tensors": len(still)}
+    if still:
+        yield Finding(
+            "weights-unmoved",
+            "error" if len(still) == len(before) else "warning",
+            f"{len(still):,} of {len(before):,} trained tensors did not move in two steps",
+            still[0],
+            len(still),
+            why="no gradient reaches them, or the step is below half a unit in the last place of "
+            "their type",
+            fix="look at what is frozen; train in float32",
+        )
+    moved = [
+        name
+        for name, p in loaded.model.named_parameters()
+        if name in frozen and float(p.detach().double().sum()) != frozen[name]
+    ]
+    if moved:
+        yield Finding(
+            "frozen-moved",
+            "error",
+            f"{len(moved):,} frozen tensors changed",
+            moved[0],
+            len(moved),
+            why="a trained tensor shares its memory",
+            fix="report it: this is a defect of truetune",
+        )
+    if not math.isfinite(second) or second > _OVERSHOT * max(first, 1e-3) + 0.05:
+        yield Finding(
+            "step-overshoots",
+            "warning",
+            f"one step at {prepared.plan.learning_rate:g} makes the loss of its own rows worse: "
+            f"{first:.3f} to {second:.3f}",
+            why="the learning rate is too high for these weights",
+            fix=f"--learning-rate {prepared.plan.learning_rate / 10:g}",
+        )
+
+
+def _dry_save(
+    loaded: LoadedModel,
+    prepared: Prepared,
+    examples: Sequence[SFTExample],
+    numbers: dict[str, Any],
+) -> Iterator[Finding]:
+    """Save what the step left, open it again, and compare what both predict."""
+    with scratch() as folder:
+        target = folder / "dry"
+        try:
+            save_model(loaded, prepared.contract, target)
+            again = load_model(target, device=str(loaded.device), purpose="inference")
+        except SaveError as error:
+            yield Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
+            return
+        ours, theirs = _predicted(loaded.model, examples[0]), _predicted(again.model, examples[0])
+    apart = float((ours - theirs).abs().max())
+    numbers["reload_difference"] = apart
+    if apart > 0.05 * max(float(ours.abs().max()), 1.0):
+        yield Finding(
+            "reload-differs",
+            "error",
+            f"the saved model predicts something else than the trained one: logits "
+            f"differ by {apart:.2g}",
+            why="weights were left out, or an embedding was untied on saving",
+            fix="report it with the model's name: saving reads back every tensor",
+        )
+
+
+def _predicted(model: Any, example: SFTExample) -> torch.Tensor:
+    import torch
+
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.ids], device=device)).logits[0].float().cpu()
+    model.train(was_training)
+    return logits

@@ -1,0 +1,62 @@
+"""A run at work in a process other than the first: the same loop on other rows, nothing written.
+
+input   as job.py, and the group
+does    what keeps step with process 0: gradients, evaluations, states for its checkpoints
+output  its own RunResult, when process 0 has finished the run
+who     pipeline.train under torchrun
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from truetune.engine.checkpoint import gather_states
+from truetune.engine.probes import StepFacts
+from truetune.errors import Interrupted, NonFiniteLoss, ToldElsewhere
+from truetune.findings import Finding
+from truetune.run.job import Job, interruptible
+from truetune.system.signals import Stopped, number_of
+
+
+class Follower(Job):
+    """`Job` without files and words."""
+
+    def write_start(self) -> None:
+        pass
+
+    def on_step(self, facts: StepFacts) -> None:
+        self.last_loss = facts.loss
+        if self.is_saved_after(facts.step):
+            self.save_checkpoint()
+
+    def on_eval(self, step: int, loss: float) -> None:
+        self.last_eval = loss
+
+    def save_checkpoint(self) -> None:
+        gather_states(self.trainer)
+
+    def follow(self) -> None:
+        """Train to the end.
+
+        Raises:
+            ToldElsewhere: the run stopped; process 0 tells why.
+        """
+        try:
+            with interruptible(self.trainer, self.group) as stop:
+                self.train(stop)
+        except (NonFiniteLoss, Interrupted) as error:
+            raise ToldElsewhere(error.exit_code) from error
+        except (KeyboardInterrupt, Stopped) as error:
+            raise ToldElsewhere(128 + number_of(error)) from error
+
+    def _rewind(self) -> None:
+        pass
+
+    def _keep_until(self, step: int) -> None:
+        pass
+
+    def _found(self, finding: Finding) -> None:
+        self.findings.append(finding)
+
+    def _rows(self, *, at_start: bool = False) -> Any:
+        return None

@@ -1,0 +1,273 @@
+"""Is what was saved what was trained? Asked of files alone, by a process that saw no training.
+
+input   a run directory, or a model or adapter folder
+does    hashes the files against the manifest and the record; opens the artifact in a fresh process;
+        compares its template, stop set and tokenizer with those of training, its ids on the run's
+        rows with the trained ones, its predictions with those of the model in memory when it was
+        saved
+output  Verdict
+who     pipeline.py, the verify verb
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from truetune.compare import Agreement
+from truetune.errors import InputError, UsageError
+from truetune.run_dir import CONTRACT, RunDir, opened
+from truetune.verification.files import check_files, check_record
+from truetune.verification.fresh import VerifyError, ask
+from truetune.verification.record import Record, read_record, rows_digest
+from truetune.verification.rows import VerifyRow, examples_of, read_rows
+from truetune.verification.verdict import Check, Verdict, judge, judge_reading
+
+VERDICT = "verify.json"
+_NUM_REPLIES = 8
+
+
+def verify(source: str, *, base: str | None = None, device: str = "auto") -> Verdict:
+    """Verify a run, or a model or adapter folder.
+
+    Args:
+        source: folder of either.
+        base: where an adapter's base is now; None where its config says.
+        device: where to open it.
+
+    Raises:
+        UsageError: there is no such folder, or a run that has saved nothing yet.
+    """
+    if not os.path.isdir(source):
+        raise UsageError(
+            f"there is no folder {source}",
+            where=source,
+            why=f"{source} is a file" if os.path.isfile(source) else "",
+            fix="name the folder of a run, a model or an adapter",
+            code="no-run",
+        )
+    run = run_of(source)
+    folder = opened(source)
+    final = run is not None and _is_artifact(folder, run)
+    rows = read_rows(run) if run else []
+    record = read_record(run) if run else None
+    checks = []
+    if run:
+        checks.append(check_files(run, None if final else folder))
+    if run and final:
+        checks.append(check_record(run, record, rows_digest(rows)))
+    request = {
+        "artifact": {"folder": folder, "base": base},
+        "conversations": [dataclasses.asdict(row.conversation) for row in rows],
+        "rows": examples_of(rows),
+        "loss_on": _loss_on(run),
+        "contract": _recorded(run),
+        "device": device,
+    }
+    if final and record:
+        held = record.as_dict()
+        request |= {name: held[name] for name in ("probes", "reading", "machine", "way")}
+    try:
+        found = ask(request)
+    except VerifyError as error:
+        return Verdict(folder, (*checks, _unopened(error)))
+    checks.append(_opened(found))
+    if run:
+        checks += [_contract(run, found, record if final else None), _rows(rows, found)]
+        checks += _logits(record, found) if final else [_NO_LOGITS]
+    return Verdict(folder, tuple(checks))
+
+
+_NO_LOGITS = Check("logits", "not-checked", "a checkpoint: the run measured its last step only")
+
+
+def verify_merge(
+    adapter: str,
+    merged: str,
+    *,
+    base: str | None,
+    load_in: str,
+    dtype: str,
+    run: RunDir | None,
+    device: str = "auto",
+) -> Verdict:
+    """Compare a merged model with its adapter, in a fresh process, on the run's rows.
+
+    Args:
+        adapter, merged: folders.
+        base, load_in: as the adapter is to be opened.
+        dtype: that the merged weights were saved in.
+        run: that trained the adapter; None: some probes of our own.
+    """
+    rows = read_rows(run) if run else []
+    kind = "held-out" if any(row.held_out for row in rows) else "trained" if rows else "neutral"
+    request = {
+        "artifact": {"folder": merged},
+        "reference": {"folder": adapter, "base": base, "load_in": load_in},
+        "conversations": [dataclasses.asdict(row.conversation) for row in rows],
+        "rows": examples_of(rows),
+        "loss_on": _loss_on(run),
+        "contract": _recorded(run),
+        "num_replies": _NUM_REPLIES,
+        "device": device,
+    }
+    try:
+        found = ask(request)
+    except VerifyError as error:
+        return Verdict(merged, (_unopened(error),))
+    checks = [_opened(found)]
+    if rows:
+        checks.append(_rows(rows, found))
+    words = f"merged against the adapter on {found['num_rows']} {kind} prompts"
+    check = judge("merge", Agreement(**found["agreement"]), dtype, words)
+    same = found["same_replies"]
+    numbers = {**check.numbers, "same_replies": sum(same), "num_replies": len(same)}
+    return Verdict(merged, (*checks, dataclasses.replace(check, numbers=numbers)))
+
+
+def run_of(source: str) -> RunDir | None:
+    """The run that a path is or lies in; None where it is no run's."""
+    path = Path(source)
+    for folder in (path, path.parent, path.parent.parent):
+        run = RunDir(folder)
+        if run.looks_like_one():
+            return run
+    return None
+
+
+def _is_artifact(folder: str, run: RunDir) -> bool:
+    artifact = run.artifact()
+    return artifact is not None and artifact.resolve() == Path(folder).resolve()
+
+
+def _unopened(error: VerifyError) -> Check:
+    if error.code == "model-too-large":
+        return Check("opens", "not-checked", f"no room to open it: {error.why or error.what}")
+    return Check(
+        "opens",
+        "failed",
+        f"a fresh process cannot open it: {error.what}",
+        {"code": error.code, "why": error.why, "where": error.where},
+        fix=error.fix,
+    )
+
+
+def _opened(found: dict[str, Any]) -> Check:
+    if not found["finite"]:
+        return Check(
+            "opens",
+            "failed",
+            "it gives NaN or infinite probabilities",
+            fix="export an earlier checkpoint",
+        )
+    return Check("opens", "passed", f"a fresh process opens it ({found['parameters']:,} weights)")
+
+
+def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Check:
+    """Stop set, size, and with a record all that the tokenizer and its template do."""
+    path = run.file(CONTRACT)
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))
+        then = {"stop": sorted(s["id"] for s in trained["stop"])}
+        then["size"] = trained["tokenizer"]["size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{CONTRACT} cannot be read: {error}", where=str(path), fix="copy the run again"
+        ) from error
+    now = {
+        "stop": sorted(s["id"] for s in found["contract"]["stop"]),
+        "size": found["contract"]["tokenizer"]["size"],
+    }
+    numbers = {name: [then[name], now[name]] for name in then}
+    told = [
+        f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]
+    ]
+    if record:
+        told += _behaviours(record.tokenizer, {**found["tokenizer"], "template": found["template"]})
+        if not told and record.tokenizer.get("stop") != now["stop"]:
+            told.append(f"stop: {record.tokenizer.get('stop')} then, {now['stop']} now")
+    if told:
+        return Check(
+            "contract",
+            "failed",
+            f"the saved model is served otherwise than it was trained: {'; '.join(told)}",
+            numbers,
+            fix="put back the tokenizer and generation_config that were saved",
+        )
+    return Check("contract", "passed", f"it stops on {now['stop']}", numbers)
+
+
+# What a difference in one of the entries of `behaviour_of` means.
+_MEANINGS = {
+    "ids": "texts of many scripts give other ids",
+    "texts": "ids give other texts",
+    "readable": "ids give other texts once special tokens are left out",
+    "vocabulary": "ids stand for other tokens",
+    "added": "added tokens are others",
+    "special": "special tokens are others",
+    "side": "it pads on the other side",
+    "template": "its chat template is another",
+}
+
+
+def _behaviours(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [words for name, words in _MEANINGS.items() if then.get(name) != now[name]]
+
+
+def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
+    """The central equation again, on what the saved tokenizer and template make of the rows."""
+    if not rows:
+        return Check("rows", "not-checked", "the run kept no rows to verify with")
+    wrong = []
+    for row, encoded in zip(rows, found["encoded"], strict=True):
+        if encoded is None or [tuple(e) for e in encoded] != [tuple(e) for e in row.examples]:
+            wrong.append(row.conversation.where)
+    numbers = {"rows": len(rows), "differing": wrong}
+    if wrong:
+        return Check(
+            "rows",
+            "failed",
+            f"{len(wrong)} of {len(rows)} rows give other ids than were trained, first {wrong[0]}",
+            numbers,
+            fix="put back the tokenizer and template that were saved",
+        )
+    return Check("rows", "passed", f"{len(rows)} rows give the ids that were trained", numbers)
+
+
+def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:
+    """The predictions against those of the model in memory; and what rounding it had cost."""
+    if record is None:
+        return [Check("logits", "not-checked", "the run kept no measurement of the trained model")]
+    checks = [judge_reading(record, found)]
+    if record.rounding:
+        rounded = Agreement(**record.rounding)
+        words = f"weights saved in {record.dtype} against the trained ones in memory"
+        checks.append(judge("rounding", rounded, record.dtype, words))
+    return checks
+
+
+def _loss_on(run: RunDir | None) -> str:
+    if run is None:
+        return "assistant"
+    import yaml
+
+    from truetune.run_dir import RECIPE
+
+    try:
+        value = yaml.safe_load(run.file(RECIPE).read_text(encoding="utf-8"))["loss_on"]["value"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return "assistant"
+    return str(value)
+
+
+def _recorded(run: RunDir | None) -> dict[str, Any]:
+    """What contract.json says of how prompts were made; {} where it says nothing."""
+    try:
+        found = json.loads(run.file(CONTRACT).read_text(encoding="utf-8")) if run else {}
+    except (OSError, ValueError):
+        return {}  # told where the contract is compared
+    return found if isinstance(found, dict) else {}

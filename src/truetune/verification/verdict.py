@@ -1,0 +1,217 @@
+"""What verification found: a list of checks, each with its numbers; verify.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from truetune.compare import Agreement, Reading, distance
+from truetune.findings import Finding
+from truetune.verification.record import Record
+
+State = Literal["passed", "failed", "not-checked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: files, record, opens, contract, rows, logits, rounding, merge.
+        state: passed, failed, or not-checked with the reason in `what`.
+        what: one sentence.
+        numbers: what was measured.
+        fix: the next command, where it failed.
+    """
+
+    name: str
+    state: State
+    what: str
+    numbers: dict[str, Any] = field(default_factory=dict)
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks of an artifact."""
+
+    artifact: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed; what could not be checked is no failure."""
+        return all(check.state != "failed" for check in self.checks)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What verify.json holds."""
+        return {
+            "passed": self.passed,
+            "artifact": self.artifact,
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+        }
+
+    def findings(self) -> list[Finding]:
+        """An error for each check that failed."""
+        return [
+            Finding(
+                code="verify-failed",
+                level="error",
+                what=f"{check.name}: {check.what}",
+                where=check.numbers.get("where") or self.artifact,
+                why=check.numbers.get("why", ""),
+                fix=check.fix,
+            )
+            for check in self.checks
+            if check.state == "failed"
+        ]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far apart two models may be that differ by a cast only.
+
+    Attributes:
+        relative: mean difference of logits, in units of their spread (standard deviation).
+        greedy: share of positions where both take the same token, counted over many.
+        loss: nats per token.
+    """
+
+    relative: float
+    greedy: float
+    loss: float
+
+    def least_greedy(self, positions: int) -> float:
+        """The share that must be met at so many positions: three standard deviations of a count
+        below `greedy`, so that few positions raise no alarm by chance."""
+        chance = math.sqrt(self.greedy * (1 - self.greedy) / max(positions, 1))
+        return max(self.greedy - 3 * chance, 0.0)
+
+
+# By the type the weights were saved in. What merging and reloading cost where nothing is wrong,
+# what two computations of one model in bfloat16 differ by (2 to 3 % of the tokens), and what a
+# merge into 4-bit weights costs (relative 0.6, 77 % of the tokens), is measured in docs/log.md.
+TOLERANCES = {
+    "float32": Tolerance(relative=1e-4, greedy=0.9999, loss=1e-4),
+    "float16": Tolerance(relative=2e-2, greedy=0.98, loss=2e-2),
+    "bfloat16": Tolerance(relative=0.1, greedy=0.95, loss=0.1),
+}
+
+
+def judge(name: str, found: Agreement, dtype: str, what: str) -> Check:
+    """A check from two models' agreement.
+
+    Args:
+        dtype: that the weights were saved in.
+        what: the comparison in words: "merged against the adapter".
+    """
+    allowed = TOLERANCES.get(dtype, TOLERANCES["bfloat16"])
+    over = []
+    if found.relative is not None and found.relative > allowed.relative:
+        over.append(
+            f"logits differ by {found.relative:.2g} of their spread on average, "
+            f"{allowed.relative:g} is allowed"
+        )
+    least = allowed.least_greedy(found.num_positions)
+    if found.greedy < least:
+        over.append(
+            f"the same token is taken at {100 * found.greedy:.1f} % of the positions, "
+            f"{100 * least:.1f} % is asked"
+        )
+    if abs(found.loss - found.reference_loss) > allowed.loss:
+        over.append(f"the loss went from {found.reference_loss:.4f} to {found.loss:.4f}")
+    return Check(
+        name,
+        "failed" if over else "passed",
+        f"{what}: {'; '.join(over)}" if over else what,
+        {
+            **dataclasses.asdict(found),
+            "relative": found.relative,
+            "dtype": dtype,
+            "tolerance": {**dataclasses.asdict(allowed), "least_greedy": least},
+        },
+        fix="do not serve it; train or merge again, and report it if it stays" if over else "",
+    )
+
+
+# Half a unit in the last place, relative: what a computation in this type rounds by at least, in
+# units of the logits' spread. Two computations may differ by it where the floor happened to be 0.
+_ROUNDS = {"float32": 1e-4, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# On the machine that took the record, the same shapes in the same types give the same logits: one
+# floor is room enough. Another one rounds in other places: ten times the divergence, three times
+# the difference.
+_SAME_MACHINE, _OTHER_MACHINE = 1.0, 10.0
+# The largest divergence of many positions where the mean is the least that is allowed.
+_TAIL = 20.0
+
+
+def judge_reading(record: Record, found: Mapping[str, Any]) -> Check:
+    """The check of a saved model's predictions against the trained model's in memory.
+
+    Args:
+        record: what training left.
+        found: the fresh process's answer: reading, machine, and its own floor on another machine.
+    """
+    reading = Reading.from_dict(found["reading"])
+    same = found["machine"] == record.machine
+    factor = _SAME_MACHINE if same else _OTHER_MACHINE
+    floors = [record.floor, *([found["floor"]] if found["floor"] else [])]
+    least = (_ROUNDS.get(record.way["dtype"], 2.0**-8) * record.reading.spread) ** 2 / 2
+    mean = factor * max(least, *(floor["mean"] for floor in floors))
+    largest = max(_TAIL * mean, factor * max(floor["largest"] for floor in floors))
+    apart = distance(record.reading, reading, allowed=largest)
+    over = []
+    if not apart.mean <= mean:
+        over.append(f"{apart.mean:.2g} nats apart on average, {mean:.2g} is allowed")
+    if not apart.largest <= largest:
+        over.append(f"{apart.largest:.2g} nats apart at one position, {largest:.2g} is allowed")
+    if apart.flips:
+        over.append(f"another token is the likeliest at {apart.flips} clear positions")
+    what = f"reloaded against the trained model in memory at {apart.positions} positions"
+    numbers = {
+        **dataclasses.asdict(apart),
+        "dtype": record.way["dtype"],
+        "same_machine": same,
+        "floor": floors,
+        "tolerance": {"mean": mean, "largest": largest},
+    }
+    return Check(
+        "logits",
+        "failed" if over else "passed",
+        f"{what}: {'; '.join(over)}" if over else what,
+        numbers,
+        fix="do not serve it; train or merge again, and report it if it stays" if over else "",
+    )
+
+
+def shown(check: Check) -> str:
+    """The check in one line, with its most telling numbers."""
+    numbers = check.numbers
+    parts = []
+    if numbers.get("bit_equal"):
+        return f"{check.what}; equal to the last bit"
+    if "tolerance" in numbers and "mean" in numbers and check.state == "passed":
+        return (
+            f"{check.what}; {numbers['mean']:.2g} nats apart on average, "
+            f"{numbers['tolerance']['mean']:.2g} is allowed ({numbers['dtype']})"
+        )
+    if numbers.get("max_difference") is not None:
+        parts.append(
+            f"logits differ by at most {numbers['max_difference']:.2g}, "
+            f"{numbers['mean_difference']:.2g} on average"
+        )
+    elif "max_logprob_difference" in numbers:
+        parts.append(
+            f"log-probabilities differ by at most {numbers['max_logprob_difference']:.2g} nats"
+        )
+    if "greedy" in numbers:
+        parts.append(
+            f"the same token at {100 * numbers['greedy']:.1f} % of "
+            f"{numbers['num_positions']:,} positions"
+        )
+    if check.state != "passed":
+        parts = []
+    return "; ".join([check.what, *parts])
