@@ -18,7 +18,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from truetune.engine.memory import peak_bytes
 from truetune.engine.probes import StepFacts
 
 # A stage that took less leaves no line on a terminal; a pipe gets a line of steps as often.
@@ -204,5 +203,7 @@ def _width(total: int) -> int:
 
 
 def _memory() -> str:
+    from truetune.engine.memory import peak_bytes  # which an error that comes first does not need
+
     found = peak_bytes()
     return f"{found / 2**30:.1f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"

@@ -10,18 +10,20 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from truetune.cli.live_screen import Stages, Steps
-from truetune.engine.probes import StepFacts
 from truetune.errors import BadRows, CheckFailed, TruetuneError
 from truetune.findings import Finding, labelled, merged
 from truetune.listener import Listener
-from truetune.recipe.plan import Plan
+
+if TYPE_CHECKING:  # an error that comes first needs neither
+    from truetune.engine.probes import StepFacts
+    from truetune.recipe.plan import Plan
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Findings shown before the rest is only counted: about a screen.
