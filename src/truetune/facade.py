@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import html
 import inspect as _inspect
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truetune.errors import UsageError
+from truetune.errors import TruetuneError, UsageError
+from truetune.recipe import in_python
 from truetune.recipe.settings import Recipe, setting_types, settings
 from truetune.recipe.sources import make_recipe, read_recipe, recorded_recipe
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
+    from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.lab.measure import Measurement
     from truetune.listener import Listener
@@ -104,6 +108,24 @@ def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
     return recorded_recipe(RunDir.open(resume).file(RECIPE))
 
 
+@contextlib.contextmanager
+def _words_of_python() -> Iterator[None]:
+    """Errors name arguments, not options of the command line."""
+    try:
+        yield
+    except TruetuneError as error:
+        for part in ("what", "where", "why", "fix"):
+            setattr(error, part, in_python(getattr(error, part)))
+        if hasattr(error, "findings"):
+            error.findings = [_respelled(finding) for finding in error.findings]
+        raise
+
+
+def _respelled(finding: Finding) -> Finding:
+    parts = {part: in_python(getattr(finding, part)) for part in ("what", "why", "fix")}
+    return dataclasses.replace(finding, **parts)
+
+
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show the settings in the signature, in place of `**options`."""
     types = setting_types()
@@ -129,7 +151,9 @@ def _shown(listener: Listener | None, quiet: bool) -> Any:
         return listener or Silence()
     from truetune.cli.verb import open_screen
 
-    return open_screen()
+    screen = open_screen()
+    screen.spell = in_python
+    return screen
 
 
 def _closed(listener: Any) -> None:
@@ -138,6 +162,7 @@ def _closed(listener: Any) -> None:
 
 
 @_with_settings
+@_words_of_python()
 def train(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
@@ -171,12 +196,14 @@ def train(
     recipe = recipe_of(model, data, resume, options, "argument")
     told = _shown(listener, quiet)
     try:
-        return run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        done = run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        return dataclasses.replace(done, findings=[_respelled(f) for f in done.findings])
     finally:
         _closed(told)
 
 
 @_with_settings
+@_words_of_python()
 def check(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
@@ -207,9 +234,12 @@ def check(
     recipe = recipe_of(model, data, None, options, "argument")
     told = _shown(listener, quiet)
     try:
-        if recipe.data:
-            return check_run(recipe, told, with_rehearsal=rehearse)
-        return check_model(recipe, told)
+        found = (
+            check_run(recipe, told, with_rehearsal=rehearse)
+            if recipe.data
+            else check_model(recipe, told)
+        )
+        return dataclasses.replace(found, findings=[_respelled(f) for f in found.findings])
     finally:
         _closed(told)
 
@@ -238,6 +268,7 @@ class Chat:
         """Forget what was said."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    @_words_of_python()
     def ask(self, question: str) -> Reply:
         """Ask, and remember question and answer.
 
@@ -262,6 +293,7 @@ class Chat:
         return _pre(repr(self))
 
 
+@_words_of_python()
 def chat(
     model: Pathlike,
     prompt: str | None = None,
@@ -314,6 +346,7 @@ def chat(
     return talk if prompt is None else talk(prompt)
 
 
+@_words_of_python()
 def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> Verdict:
     """Open what was saved in a fresh process, and hold it to what was trained.
 
@@ -333,6 +366,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
     return verified(_path(run), base=base, device=device)
 
 
+@_words_of_python()
 def export(
     run: Pathlike,
     output: Pathlike,
@@ -400,6 +434,7 @@ class Facts(dict[str, Any]):
         return _pre(repr(self))
 
 
+@_words_of_python()
 def inspect(
     model: Pathlike, *, revision: str | None = None, chat_template: str | None = None
 ) -> Facts:
@@ -419,6 +454,7 @@ def inspect(
     return Facts(model_facts(_path(model), revision=revision, chat_template=chat_template))
 
 
+@_words_of_python()
 def evaluate(
     model: Pathlike | None = None, *, wordings: str = "all", seed: int = 7, device: str = "cpu"
 ) -> Measurement:

@@ -160,7 +160,7 @@ class Steps:
         elapsed, left = self._times(facts, total, now)
         return (
             f"{f'{facts.step}/{total}':>{_width(total)}} {100 * facts.step // total:>3}% "
-            f"{facts.loss:>7.3f} {facts.learning_rate:>9.2e} {self._tokens:>9,.0f} "
+            f"{facts.loss:>7.3f} {facts.learning_rate:>8.2e} {self._tokens:>8,.0f} "
             f"{self._supervised:>10,.0f} {_memory():>8} {elapsed:>7} {left:>7}"
         )
 
@@ -193,7 +193,7 @@ class Steps:
 def _heads(total: int) -> str:
     """Of the columns of a row."""
     return (
-        f"{'step':>{_width(total)}}    % {'loss':>7} {'rate':>9} {'tokens/s':>9} "
+        f"{'step':>{_width(total)}}    % {'loss':>7} {'rate':>8} {'tokens/s':>8} "
         f"{'supervised':>10} {'memory':>8} {'time':>7} {'left':>7}"
     )
 
