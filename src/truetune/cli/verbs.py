@@ -22,6 +22,7 @@ from truetune.cli.verb import CONTEXT, Verb, open_screen
 from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
 from truetune.recipe.given import recipe_of
 from truetune.recipe.sources import make_recipe
+from truetune.run.early import ask_first
 from truetune.system import signals
 
 _ORIGIN = "command line"
@@ -60,11 +61,12 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     truetune train recipe.yaml --learning-rate 5e-5
     truetune train --resume runs/first
     """
+    recipe = recipe_of(source, rows, resume, options, _ORIGIN)
+    ask_first(recipe)
     from truetune.run.pipeline import train as run
 
     screen = open_screen()
     try:
-        recipe = recipe_of(source, rows, resume, options, _ORIGIN)
         result = run(recipe, screen, resume=resume)
     finally:
         screen.close()
@@ -99,11 +101,12 @@ def check(
     truetune check recipe.yaml --html check.html
     truetune check path/to/checkpoint
     """
+    recipe = recipe_of(source, rows, None, options, _ORIGIN)
+    ask_first(recipe)
     from truetune.cli.check_screen import CheckScreen, show_checkup
     from truetune.listener import Listener
     from truetune.run.checkup import check_model, check_run
 
-    recipe = recipe_of(source, rows, None, options, _ORIGIN)
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:

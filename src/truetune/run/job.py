@@ -504,6 +504,7 @@ class Job:
             self.plan.max_steps,
             self.plan.learning_rate,
             self.plan.logging_steps * taken / max(whole, 1),
+            self.plan.epochs is None,
         )
 
     def _keep_record(self, report: SaveReport, name: str, before: Measured | None) -> None:

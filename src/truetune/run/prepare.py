@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
         CheckFailed: the preflight found an error, or too much would be lost to the length limit.
     """
-    found = survey(recipe, listener)
+    found = survey(recipe, listener, at_once=True)
     if found.stopping:
         raise found.stopping[0]
     for finding in found.prepared.findings:
@@ -142,8 +142,11 @@ class _Planned:
     findings: list[Finding]
 
 
-def survey(recipe: Recipe, listener: Listener) -> Survey:
+def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Survey:
     """Everything that can be known of a run without weights; errors are collected.
+
+    Args:
+        at_once: rows that are broken as they were read are refused before the model is opened.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
@@ -151,6 +154,12 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
     """
     # Rows need no torch: what is wrong with them is found before it is imported.
     read = _read(recipe, listener)
+    if at_once and any(finding.level == "error" for finding in read.loaded.findings):
+        _, broken = bad_rows_told(
+            read.loaded.findings, recipe, len(read.train) + len(read.held_out)
+        )
+        if broken:
+            raise broken[0]
     listener.stage("opening the model's files")
     facts, tokenizer = look_at(str(recipe.model), recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
