@@ -4,7 +4,8 @@
 
 --points N      kills per phase (default 50); a fifth as many of every other trial
 --only WORD     only rows of the table that begin with it
---results FILE  keep what was tried; rows in it that were tried as often are not tried again
+--results FILE  keep what was tried; rows in it that were tried as often are not tried again;
+                with --only, the others of it stand in the table as well
 --write         write the table into docs/reliability.md
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,22 +135,17 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for what, promised, trial in rows(Trials(Path(folder)), arguments.points):
-            if what in known and known[what]["points"] >= arguments.points:
-                tally = Tally(**{name: known[what][name] for name in ("tried", "ends", "lost")})
-            elif arguments.only and not any(what.startswith(word) for word in arguments.only):
-                continue
-            else:
-                tally, started = Tally(), time.monotonic()
+            before = known.get(what, {"tried": 0, "ends": {}, "lost": [], "points": 0})
+            tally = Tally(before["tried"], Counter(before["ends"]), before["lost"])
+            wanted = not arguments.only or any(what.startswith(word) for word in arguments.only)
+            if wanted and before["points"] < arguments.points:
+                tally = Tally()
                 for one in trial:
                     tally.count(one())
-                    if tally.lost and tally.lost[-1]:
-                        print(f"LOST {what}: {tally.lost[-1]}", file=sys.stderr, flush=True)
-                known[what] = {**asdict(tally), "points": arguments.points}
-                known[what]["seconds"] = round(time.monotonic() - started)
-                if kept:
-                    # Another process may have tried other rows meanwhile.
-                    there = json.loads(kept.read_text()) if kept.is_file() else {}
-                    kept.write_text(json.dumps({**there, what: known[what]}, indent=1))
+                    keep(kept, what, tally, points=0)
+                keep(kept, what, tally, arguments.points)
+            if not tally.tried:
+                continue
             shown.append((what, promised, tally))
             print(line(what, promised, tally), flush=True)
     lost = [f"{what}: {words}" for what, _, tally in shown for words in tally.lost]
@@ -158,6 +155,16 @@ def main() -> int:
     if arguments.write:
         write(shown, tried, len(lost))
     return 1 if lost else 0
+
+
+def keep(kept: Path | None, what: str, tally: Tally, points: int) -> None:
+    """Put a row among what was tried; another process may have tried others meanwhile."""
+    if kept:
+        there = json.loads(kept.read_text()) if kept.is_file() else {}
+        there[what] = {**vars(tally), "points": points}
+        written = kept.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(there, indent=1))
+        written.replace(kept)
 
 
 def line(what: str, promised: str, tally: Tally) -> str:
