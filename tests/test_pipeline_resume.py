@@ -116,7 +116,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def short_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.run.job._SAMPLE_TOKENS", 4)
+        patch.setattr("truetune.run.answers._SAMPLE_TOKENS", 4)
         yield
 
 
@@ -311,7 +311,7 @@ def test_an_evaluation_is_broken_off(
         time.sleep(60)
         raise AssertionError("nobody broke it off")
 
-    monkeypatch.setattr("truetune.run.job.replies", endless)
+    monkeypatch.setattr("truetune.run.answers.replies", endless)
     with pytest.raises(Interrupted, match="after step 4"):
         place.start("full", tmp_path / "run")
     monkeypatch.undo()

@@ -252,7 +252,7 @@ def test_a_run_ends_with_its_verification(place: Path, tmp_path: Path, method: l
 def test_an_interrupted_save_leaves_the_old_artifact(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import truetune.run.job as module
+    import truetune.run.artifact as module
 
     run = Path(shutil.copytree(place / "model", tmp_path / "run"))
     # As if the process had died between its artifact and its manifest.
@@ -280,7 +280,7 @@ def test_an_interrupted_save_leaves_the_old_artifact(
 def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import truetune.run.job as module
+    import truetune.run.artifact as module
 
     save = module.save_model
 

@@ -32,9 +32,10 @@ from truetune.listener import Listener
 from truetune.model.merge import Onto
 from truetune.recipe.settings import Recipe
 from truetune.run.early import ask_early, require_settings
-from truetune.run.job import Job, RunResult
+from truetune.run.job import Job
 from truetune.run.load_model import load_start
 from truetune.run.prepare import prepare
+from truetune.run.result import RunResult
 from truetune.run.trackers import Trackers
 from truetune.run.worker_rank import Follower
 from truetune.run_dir import RunDir, claimed, named_at_last, opened, write_json
