@@ -295,9 +295,8 @@ class Encoder:
                 message = row.messages[done.text.turn]
                 twin = self._proof.unproved(done, message, self._frame(row), named=named)
                 if twin and (not named or message.get("tool_calls")):
-                    asked.setdefault(
-                        (done.text.prompt if each else "", twin.key), (row, done.text, twin)
-                    )
+                    place = (done.text.prompt, twin.keys[1]) if each else ("", twin.keys[0])
+                    asked.setdefault(place, (row, done.text, twin))
         jobs = [
             self._through(row, text.turn, message)
             for row, text, twin in asked.values()
