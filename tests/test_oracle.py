@@ -190,7 +190,8 @@ def test_the_page_has_no_silent_row() -> None:
     body = text.removeprefix(mutant_table.INTRO)
     assert "| WRONG |" not in body
     assert "| CRASH |" not in body
-    parts = mutant_table.parts().values()
+    parts = [text for head, text in mutant_table.parts().items() if text != head]
+    assert len(parts) >= 3
     assert all(" 0 silently wrong, 0 crashes." in part for part in parts), REMAKE
 
 
