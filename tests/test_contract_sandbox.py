@@ -220,3 +220,24 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     out, err = process.communicate(timeout=120)
     assert sorted(out.splitlines()) == ["child a True", "parent b 0 c"], err
     assert _gone(worker)
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__init__.__globals__ }}",
+        "{{ messages.append({}) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ messages[0].get.__self__.keys() }}",
+        "{{ cycler.__init__.__globals__ }}",
+    ],
+)
+def test_what_the_sandbox_forbids_it_forbids_each_time(reach: str) -> None:
+    allowed = "{{ messages[0].get('role') }}{{ messages[0].items() | list | length }}"
+    jobs = [Job([{"role": "user", "content": str(n)}]) for n in range(3)]
+    for made in Renderer(allowed, {}).render_many(jobs):
+        assert made == "user2"
+    for made in Renderer(allowed + reach, {}).render_many(jobs):
+        assert isinstance(made, UnfaithfulTemplate)
+        assert "unsafe" in made.what

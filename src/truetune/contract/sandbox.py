@@ -1,6 +1,6 @@
 """Rendering in a process of its own, with a memory limit and a deadline.
 
-input   template source, special tokens, date, jobs
+input   template source, special tokens, date, JSON texts, and jobs by the numbers of those texts
 does    keeps one worker process, hands it jobs in batches, kills it when it stands still or when a
         template has used up the time that all of its answers may take
 output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died"] where there was
@@ -67,16 +67,15 @@ class Worker:
             pass
         self._answers.put(None)
 
-    def send(self, request: dict[str, Any]) -> int:
-        """Hand over a request; its size in bytes."""
-        data = json.dumps(request, default=_placeholder).encode("ascii")
+    def send(self, request: dict[str, Any]) -> None:
+        """Hand over a request."""
+        data = json.dumps(request).encode("ascii")
         assert self.process.stdin
         try:
             self.process.stdin.write(struct.pack("<I", len(data)) + data)
             self.process.stdin.flush()
         except OSError:
             pass  # it is gone; the reader says so
-        return len(data)
 
     def ready(self) -> bool:
         """Whether its libraries are loaded; waits for them."""
@@ -139,7 +138,7 @@ def describe(source: str) -> Answer:
     """What a template reads and writes; see `worker.py`."""
     with _lock:
         if source not in _stopped:
-            answer = _answers(source, {"describe": source}, 1)[0]
+            answer = _answers(source, {"describe": source}, 1, len(source))[0]
             if answer[0] not in _LAST:
                 return answer
             _stopped[source] = answer
@@ -147,17 +146,30 @@ def describe(source: str) -> Answer:
 
 
 def render(
-    source: str, special: dict[str, Any], date: str, jobs: Sequence[list[Any]]
+    source: str,
+    special: dict[str, Any],
+    date: str,
+    texts: Sequence[str],
+    jobs: Sequence[tuple[tuple[int, ...], int | None, bool, int]],
 ) -> list[Answer]:
-    """One answer per job, in order. A template that had to be stopped is not run again."""
+    """One answer per job, in order. A template that had to be stopped is not run again.
+
+    Args:
+        texts: messages, tools and arguments as JSON, without repetition.
+        jobs: (messages, tools, generation prompt, arguments) each, by the texts' numbers.
+    """
     answers: list[Answer] = []
+    sizes = [len(text) for text in texts]
     with _lock:
         for first in range(0, len(jobs), _BATCH):
             if source in _stopped:
                 break
             batch = list(jobs[first : first + _BATCH])
             request = {"source": source, "special": special, "date": date, "jobs": batch}
-            answers += _answers(source, request, len(batch))
+            if not first:
+                request["texts"] = texts  # the worker keeps them for the batches that follow
+            size = sum(sizes[number] for messages, *_ in batch for number in messages)
+            answers += _answers(source, request, len(batch), size)
             if answers[-1][0] in _LAST:
                 _stopped[source] = answers[-1]
     return (
@@ -165,14 +177,15 @@ def render(
     )
 
 
-def _answers(source: str, request: dict[str, Any], number: int) -> list[Answer]:
+def _answers(source: str, request: dict[str, Any], number: int, size: int) -> list[Answer]:
+    """The answers to a request, within the time that so many texts of this size may take."""
     worker = _started()
     answers: list[Answer] = []
     if not worker.ready():
         worker.kill()
         return [["died"]] * number
     try:
-        size = worker.send(request)
+        worker.send(request)
         left = _left.get(source, TOTAL) + number * _PER_TEXT + size * _PER_MEGABYTE / 2**20
         while len(answers) < number:
             seconds, answer = worker.receive()
@@ -191,7 +204,7 @@ def _answers(source: str, request: dict[str, Any], number: int) -> list[Answer]:
     return answers
 
 
-def _placeholder(value: Any) -> str:
+def placeholder(value: Any) -> str:
     """As transformers shows a template what is no plain data."""
     return f"<{type(value).__name__}>"
 
