@@ -96,10 +96,10 @@ def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
 @pytest.mark.parametrize(
     ("examples", "size", "epochs"),
     [
-        (50, 49_999_999, 50),  # 4 steps a pass
-        (150, 10**6, 20),
-        (300, 10**6, 11),
-        (5, 10**6, 50),
+        (50, 49_999_999, 75),  # 4 steps a pass
+        (150, 10**6, 30),
+        (300, 10**6, 16),
+        (5, 10**6, 75),
         (5000, 10**6, 3),
         (50, 50_000_000, 3),
     ],

@@ -25,7 +25,7 @@ Start = Literal["base", "instruct"]
 # Weights of a model that is trained from scratch in all but name: rates of large ones move it too
 # little, and so do their few passes (measured on the embedded base, docs/log.md).
 _SMALL = 50_000_000
-_SMALL_STEPS, _SMALL_EPOCHS = 200, 50
+_SMALL_STEPS, _SMALL_EPOCHS = 300, 75
 _BATCH = 16
 _TEXT_BLOCK = 1024
 # Logits in float32, their gradient and one copy, per micro-batch.
