@@ -359,7 +359,9 @@ def test_from_the_command_line_through_a_fresh_process(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     shown = command("verify", run)
     assert shown.code == 1
-    assert "ended with 1" in shown.out
+    assert "failed       opens" in shown.out
+    # Once, with its place and what to do.
+    assert (shown.out + shown.err).count("ended with 1") == 1
 
 
 def test_a_crash_says_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

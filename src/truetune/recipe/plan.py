@@ -20,7 +20,10 @@ from truetune.recipe.settings import Recipe, setting_names
 
 Start = Literal["base", "instruct"]
 
+# Weights of a model that is trained from scratch in all but name: rates of large ones move it too
+# little, and so do their few passes (measured on the embedded base, docs/log.md).
 _SMALL = 50_000_000
+_SMALL_STEPS, _SMALL_EPOCHS = 300, 75
 _BATCH = 16
 _TEXT_BLOCK = 1024
 # Logits in float32, their gradient and one copy, per micro-batch.
@@ -116,9 +119,8 @@ def make_plan(
     )
     epochs = None
     if not recipe.given("max_steps"):
-        epochs = take(
-            "epochs", lambda: (3.0 if start == "base" else 2.0, f"{start}: {start_reason}")
-        )
+        a_pass = _num_steps(recipe, lengths, batch, 1)
+        epochs = take("epochs", lambda: _epochs(model, start, start_reason, a_pass))
     steps = take(
         "max_steps",
         lambda: (
@@ -206,10 +208,21 @@ def suggested_rate(plan: Plan, model: ModelFacts) -> float:
     return _learning_rate(plan.lora, model, plan.start, "", plan.reasoning_share)[0]
 
 
+def _epochs(model: ModelFacts, start: Start, why: str, steps: int) -> tuple[float, str]:
+    """Passes over the rows, of so many steps each, and why."""
+    usual = 3.0 if start == "base" else 2.0
+    most = min(math.ceil(_SMALL_STEPS / steps), _SMALL_EPOCHS)
+    if model.num_parameters < _SMALL and most > usual:
+        return float(most), f"a model of {model.num_parameters:,} parameters needs many passes"
+    return usual, f"{start}: {why}"
+
+
 def _learning_rate(
     lora: bool, model: ModelFacts, start: Start, why: str, reasoning_share: float
 ) -> tuple[float, str]:
     """Peak learning rate and its source."""
+    if lora and model.num_parameters < _SMALL:
+        return 3e-3, f"LoRA on {model.num_parameters:,} parameters; ten times that of all weights"
     if lora:
         if start == "base":
             return 2e-4, f"LoRA on a base model ({why}); QLoRA practice"
