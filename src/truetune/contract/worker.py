@@ -6,8 +6,10 @@ string from filling the memory. This file is run by path, in a process without t
 nothing of truetune.
 
 Frames are a length of four bytes and JSON. A request is {"describe": source} or {"source",
-"special", "date", "jobs": [[messages, tools, add_generation_prompt, arguments], ...]}; each job is
-answered by a frame of its own, [processor seconds, answer], so that the parent sees progress.
+"special", "date", "jobs": [[messages, tools, add_generation_prompt, arguments], ...]}, each with
+"seconds", the processor time that one answer may take: the kernel ends a process that takes more,
+by SIGPROF, whatever it is doing. Each job is answered by a frame of its own, [processor seconds,
+answer], so that the parent sees progress.
 """
 
 from __future__ import annotations
@@ -39,18 +41,29 @@ def main() -> None:
     _send(answers, ["ready"])
     while (request := _receive(requests)) is not None:
         if "describe" in request:
-            _send(answers, _timed(lambda r=request: _describe(library, r["describe"])))
+            described = _timed(lambda r=request: _describe(library, r["describe"]), request)
+            _send(answers, described)
             continue
         _freeze(library, request["date"])
         for job in request["jobs"]:
-            _send(answers, _timed(lambda j=job, r=request: _render(library, r, j)))
+            _send(answers, _timed(lambda j=job, r=request: _render(library, r, j), request))
 
 
-def _timed(work: Any) -> list[Any]:
+def _timed(work: Any, request: dict[str, Any]) -> list[Any]:
     """[processor seconds, answer]: what others do on the machine does not count."""
+    _alarm(request["seconds"])
     began = time.process_time()
     answer = _guarded(work)
+    _alarm(0.0)
     return [time.process_time() - began, answer]
+
+
+def _alarm(seconds: float) -> None:
+    import signal
+
+    if hasattr(signal, "setitimer"):  # elsewhere the parent has a deadline of its own
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _render(library: Any, request: dict[str, Any], job: list[Any]) -> list[Any]:
