@@ -28,8 +28,8 @@ from truetune.data.schemas import (
     schema_named,
 )
 from truetune.data.sources import Source, resolve
-from truetune.errors import DataError, UsageError
-from truetune.findings import Finding
+from truetune.errors import BadRows, DataError, UsageError
+from truetune.findings import Finding, merged
 
 Progress = Callable[[int, int | None], None]
 _PROGRESS_EVERY = 1000
@@ -88,6 +88,7 @@ def load(
 
     Raises:
         DataError: the source cannot be read, or no schema fits it.
+        BadRows: every row of it is refused.
         UsageError: a schema, mapping or limit that makes no sense.
     """
     only = schema_named(schema)
@@ -98,6 +99,7 @@ def load(
     rows = rename(rows, mapping, str(source))
     reading = _Reading(only, frozenset(mapping), Counter(), Counter())
     found = [reading.recognise(row) for row in rows]
+    _require_rows(rows, findings)
     decided = _decide(found, rows, only, str(source))
     conversations: list[Conversation] = []
     for done, (row, recognised) in enumerate(zip(rows, found, strict=True), 1):
@@ -181,6 +183,17 @@ class _Reading:
                 )
             )
         return notes
+
+
+def _require_rows(rows: list[Row], findings: list[Finding]) -> None:
+    """Where every row is refused for itself, the reasons say more than a schema that is missing."""
+    refused = [finding for finding in findings if finding.level == "error"]
+    if not rows and any(finding.code != "row-not-an-object" for finding in refused):
+        raise BadRows(
+            f"none of the {len(refused)} rows can be used",
+            merged(refused),
+            fix="mend the rows: nothing is left to train",
+        )
 
 
 def _decide(
