@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,17 @@ from truetune.run.environment import environment
 from truetune.run.outcome import ROOM, Answer, Outcome, judge, mean, short_rows
 from truetune.run.prepare import Prepared
 from truetune.run.trackers import Trackers
-from truetune.run_dir import STEP, RunDir, flush_folder, write_json, write_text
+from truetune.run_dir import (
+    STEP,
+    UNVERIFIED,
+    RunDir,
+    flush_folder,
+    read_sealed,
+    sha256,
+    write_json,
+    write_sealed,
+    write_text,
+)
 from truetune.system.signals import Stopped, number_of, told
 from truetune.verification.artifact import VERDICT
 from truetune.verification.new_tokens import written_findings, written_tokens
@@ -123,6 +134,9 @@ class Job:
         self.last_loss = float("nan")
         self.last_eval: float | None = None
         self.answers: tuple[Answer, ...] = ()
+        # None where the trained model is no adapter; and its commit.
+        self.base = loaded.base if loaded.is_adapter else None
+        self.base_revision = loaded.base_revision if self.base else None
         self._samples_now: list[dict[str, Any]] = []
 
     def _trainer(self) -> SFTTrainer:
@@ -234,28 +248,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued exactly."""
-        plan, recipe = self.plan, self.recipe
-        return {
-            "data": self.prepared.data["train"]["sha256"],
-            "contract": self.contract.fingerprint(),
-            "batch_size": plan.batch_size,
-            "tokens_per_step": plan.tokens_per_step,
-            "micro_batch_size": plan.micro_batch_size,
-            "micro_batch_tokens": recipe.micro_batch_tokens,
-            "packing": recipe.packing,
-            "max_length": plan.max_length,
-            "max_steps": plan.max_steps,
-            "learning_rate": plan.learning_rate,
-            "warmup_steps": plan.warmup_steps,
-            "lr_scheduler_type": recipe.lr_scheduler_type,
-            "weight_decay": recipe.weight_decay,
-            "max_grad_norm": recipe.max_grad_norm,
-            "optim": recipe.optim,
-            "seed": recipe.seed,
-            "method": recipe.method,
-            "new_tokens": [token.text for token in self.prepared.new_tokens],
-            "processes": self.group.size,
-        }
+        return identity(self.prepared, self.group.size)
 
     def train_and_save(self) -> SaveReport:
         """The loop, then the artifact."""
@@ -264,8 +257,8 @@ class Job:
                 self.train(stop)
                 self._ask()
                 report = self._save_artifact()
+                self._keep_for_later(report)
             if stop.number is not None:
-                self._save_after_all()
                 raise self.interrupted("stopped when all steps were done", stop.number)
             return report
         except NonFiniteLoss as error:
@@ -292,11 +285,24 @@ class Job:
                 f"stopped after step {self.trainer.step}; it is saved", numbers[0]
             )
 
-    def _save_after_all(self) -> None:
-        """A checkpoint of the last step, where the artifact is no end yet. Of several processes the
-        others have no part in this any more; their run repeats the steps since its last one."""
-        if self.group.size == 1:
-            self.save_checkpoint()
+    def _keep_for_later(self, report: SaveReport) -> None:
+        """All that the end of the run needs: one that is stopped while the artifact is verified
+        goes on with that. Several processes go on together, from their last checkpoint."""
+        if self.group.size > 1:
+            return
+        facts = {
+            "run": self.identity(),
+            "artifact": report.folder.name,
+            "files": {file.name: file.sha256 for file in report.files},
+            "dtype": report.dtype,
+            "cast_error": report.cast_error,
+            "train_loss": self.last_loss,
+            "eval_loss": self.last_eval,
+            "base": self.base,
+            "base_revision": self.base_revision,
+            "answers": [vars(answer) for answer in self.answers],
+        }
+        write_sealed(self.run.file(UNVERIFIED), facts)
 
     def release(self) -> None:
         """Give the weights and the optimiser back: whoever opens the artifact needs the room."""
@@ -333,7 +339,6 @@ class Job:
 
     def result(self, artifact: Path, verdict: Verdict | None = None) -> RunResult:
         """Of the finished run."""
-        base = self.loaded.base if self.loaded.is_adapter else None
         return RunResult(
             self.run,
             artifact,
@@ -342,10 +347,10 @@ class Job:
             self.last_loss,
             self.last_eval,
             self.findings,
-            base,
+            self.base,
             self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
             verdict,
-            self.loaded.base_revision if base else None,
+            self.base_revision,
             self.answers,
         )
 
@@ -353,11 +358,12 @@ class Job:
         """What is told when a signal ended the run."""
         saved = self.run.checkpoints()
         last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
+        trained = self.run.file(UNVERIFIED).is_file()
+        go_on = "verify it" if trained else f"go on from step {last} of {self.plan.max_steps}"
         return Interrupted(
             what,
             where=str(self.run.path),
-            fix=f"go on from step {last} of {self.plan.max_steps} with "
-            f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
+            fix=f"{go_on} with `truetune train --resume {shlex.quote(str(self.run.path))}`",
             number=number,
         )
 
@@ -611,6 +617,90 @@ class Job:
                 error.code, "error", error.what, error.where, 1, error.why, error.fix
             ).as_dict(),
         )
+
+
+def identity(prepared: Prepared, processes: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued exactly."""
+    plan, recipe = prepared.plan, prepared.plan.recipe
+    return {
+        "data": prepared.data["train"]["sha256"],
+        "contract": prepared.contract.fingerprint(),
+        "batch_size": plan.batch_size,
+        "tokens_per_step": plan.tokens_per_step,
+        "micro_batch_size": plan.micro_batch_size,
+        "micro_batch_tokens": recipe.micro_batch_tokens,
+        "packing": recipe.packing,
+        "max_length": plan.max_length,
+        "max_steps": plan.max_steps,
+        "learning_rate": plan.learning_rate,
+        "warmup_steps": plan.warmup_steps,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optim": recipe.optim,
+        "seed": recipe.seed,
+        "method": recipe.method,
+        "new_tokens": [token.text for token in prepared.new_tokens],
+        "processes": processes,
+    }
+
+
+class Saved(Job):
+    """A run that was stopped when its artifact was whole, and before it was verified: no weight is
+    loaded, and no step is computed again.
+
+    Args:
+        facts: of `saved_facts`.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        prepared: Prepared,
+        facts: Mapping[str, Any],
+        listener: Listener,
+        trackers: Trackers,
+        findings: list[Finding],
+    ) -> None:
+        self.run, self.prepared, self.group = run, prepared, Group()
+        self.plan, self.recipe = prepared.plan, prepared.plan.recipe
+        self.contract, self.listener, self.trackers = prepared.contract, listener, trackers
+        self.findings = [Finding(**line) for line in run.lines("findings.jsonl")]
+        for finding in findings:
+            self._found(finding)
+        self.last_loss, self.last_eval = facts["train_loss"], facts["eval_loss"]
+        self.base, self.base_revision = facts["base"], facts["base_revision"]
+        self.answers = tuple(Answer(**answer) for answer in facts["answers"])
+        self._facts = facts
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Nothing is trained any more."""
+
+    def train_and_save(self) -> SaveReport:
+        """What was saved."""
+        facts = self._facts
+        folder = self.run.file(facts["artifact"])
+        return SaveReport(folder, (), facts["dtype"], facts["cast_error"], ())
+
+    def release(self) -> None:
+        """Nothing was loaded."""
+
+
+def saved_facts(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
+    """What a run left that waits for nothing but its verification; None where it has to be
+    trained: its artifact is not whole, or not what these rows and settings give."""
+    try:
+        facts, whole = read_sealed(run.file(UNVERIFIED))
+        folder = run.file(facts["artifact"])
+        there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        same = json.loads(json.dumps(identity(prepared, 1), default=str)) == facts["run"]
+        if not whole or not same or there != facts["files"].keys():
+            return None
+        if any(sha256(folder / name) != digest for name, digest in facts["files"].items()):
+            return None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return facts
 
 
 def _replace_folder(folder: Path, fresh: Path) -> None:
