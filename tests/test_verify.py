@@ -101,6 +101,24 @@ def test_a_run_as_it_was_saved(place: Path, kind: str) -> None:
     assert verdict.findings() == []
 
 
+def test_a_folder_that_was_never_a_run_or_a_model(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("buy milk")
+    for folder in (tmp_path, tmp_path / "notes"):
+        shown = command("verify", folder)
+        assert (shown.code, shown.out) == (2, "")
+        assert f"error[no-run]: {folder} is neither a run nor a model" in shown.err
+    # A run without its manifest is one still, and so is one that lost its contract.
+    for name in ("manifest.json", "contract.json"):
+        run = shutil.copytree(place / "adapter", tmp_path / name)
+        (run / name).unlink()
+        shown = command("verify", run)
+        assert "no-run" not in shown.err
+        if name == "manifest.json":
+            told = "there is no manifest.json: the run was not finished, or the file was not copied"
+            assert told in shown.out.replace("\n", " ").replace("  ", " ")
+
+
 def test_a_checkpoint_and_a_plain_folder(place: Path) -> None:
     assert states(verify(str(place / "base"))) == {"opens": "passed"}
     verdict = verify(str(place / "adapter/checkpoints/step-00000001"))

@@ -214,12 +214,19 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
             fix="change the row, or give another template with --chat-template",
             code="template-refuses",
         )
+    if kind == "died":
+        return UnfaithfulTemplate(
+            f"the process that rendered the chat template ended twice ({answer[1]})",
+            why="the template ends it, or the system did, for want of memory for instance",
+            fix=f"free some memory and try again; if it stays, {other}",
+            code="template-out-of-bounds",
+        )
     what = {
-        "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds",
+        "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds of "
+        "processor time",
         "slow": f"takes too long: more than {sandbox.TOTAL:g} seconds for its texts together",
         "memory": "fills the memory",
         "size": "writes a text without measure",
-        "died": "ended the process that rendered it",
     }[kind]
     return UnfaithfulTemplate(
         f"the chat template {what}",

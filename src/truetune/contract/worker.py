@@ -8,12 +8,14 @@ nothing of truetune.
 Frames are a length of four bytes and JSON. A request is {"describe": source} or {"source",
 "special", "date", "texts": [JSON, ...], "jobs": [[messages, tools, add_generation_prompt,
 arguments], ...]}, with messages, tools and arguments as numbers of texts; without "texts" those of
-the request before stay. Each job is answered by a frame of its own, [processor seconds, answer], so
-that the parent sees progress.
+the request before stay. Each has "seconds", the processor time that one answer may take: the kernel
+ends a process that takes more, by SIGPROF, whatever it is doing. Each job is answered by a frame of
+its own, [processor seconds, answer], so that the parent sees progress.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
@@ -45,20 +47,34 @@ def main() -> None:
     known: list[Any] = []
     while (request := _receive(requests)) is not None:
         if "describe" in request:
-            _send(answers, _timed(lambda r=request: _describe(library, r["describe"])))
+            described = _timed(lambda r=request: _describe(library, r["describe"]), request)
+            _send(answers, described)
             continue
         _freeze(library, request["date"])
         if "texts" in request:
             known = [json.loads(text) for text in request["texts"]]
         for job in request["jobs"]:
-            _send(answers, _timed(lambda j=job, r=request, k=known: _render(library, r, j, k)))
+            _send(
+                answers,
+                _timed(lambda j=job, r=request, k=known: _render(library, r, j, k), request),
+            )
 
 
-def _timed(work: Any) -> list[Any]:
+def _timed(work: Any, request: dict[str, Any]) -> list[Any]:
     """[processor seconds, answer]: what others do on the machine does not count."""
+    _alarm(request["seconds"])
     began = time.process_time()
     answer = _guarded(work)
+    _alarm(0.0)
     return [time.process_time() - began, answer]
+
+
+def _alarm(seconds: float) -> None:
+    import signal
+
+    if hasattr(signal, "setitimer"):  # elsewhere the parent has a deadline of its own
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _remember_verdicts() -> None:

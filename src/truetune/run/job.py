@@ -47,7 +47,15 @@ from truetune.run.prepare import Prepared
 from truetune.run.result import RunResult
 from truetune.run.stop import BrokenOff, Stop, interruptible
 from truetune.run.trackers import Trackers
-from truetune.run_dir import STEP, RunDir, flush_folder, write_json, write_text
+from truetune.run_dir import (
+    STEP,
+    UNVERIFIED,
+    RunDir,
+    flush_folder,
+    write_json,
+    write_sealed,
+    write_text,
+)
 from truetune.system.signals import Stopped, number_of
 from truetune.verification.artifact import VERDICT
 from truetune.verification.verdict import Verdict
@@ -80,6 +88,9 @@ class Job:
         self.last_loss = float("nan")
         self.last_eval: float | None = None
         self.answers: tuple[Answer, ...] = ()
+        # None where the trained model is no adapter; and its commit.
+        self.base = loaded.base if loaded.is_adapter else None
+        self.base_revision = loaded.base_revision if self.base else None
         self._samples_now: list[dict[str, Any]] = []
 
     def _trainer(self) -> SFTTrainer:
@@ -165,13 +176,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued exactly."""
-        return {
-            **self.plan.identity(),
-            "data": self.prepared.data["train"]["sha256"],
-            "contract": self.contract.fingerprint(),
-            "new_tokens": [token.text for token in self.prepared.new_tokens],
-            "processes": self.group.size,
-        }
+        return identity(self.prepared, self.group.size)
 
     def train_and_save(self) -> SaveReport:
         """The loop, then the artifact."""
@@ -180,8 +185,8 @@ class Job:
                 self.train(stop)
                 self._ask()
                 report = self._save_artifact()
+                self._keep_for_later(report)
             if stop.number is not None:
-                self._save_after_all()
                 raise self.interrupted("stopped when all steps were done", stop.number)
             return report
         except NonFiniteLoss as error:
@@ -208,11 +213,24 @@ class Job:
                 f"stopped after step {self.trainer.step}; it is saved", numbers[0]
             )
 
-    def _save_after_all(self) -> None:
-        """A checkpoint of the last step, where the artifact is no end yet. Of several processes the
-        others have no part in this any more; their run repeats the steps since its last one."""
-        if self.group.size == 1:
-            self.save_checkpoint()
+    def _keep_for_later(self, report: SaveReport) -> None:
+        """All that the end of the run needs: one that is stopped while the artifact is verified
+        goes on with that. Several processes go on together, from their last checkpoint."""
+        if self.group.size > 1:
+            return
+        facts = {
+            "run": self.identity(),
+            "artifact": report.folder.name,
+            "files": {file.name: file.sha256 for file in report.files},
+            "dtype": report.dtype,
+            "cast_error": report.cast_error,
+            "train_loss": self.last_loss,
+            "eval_loss": self.last_eval,
+            "base": self.base,
+            "base_revision": self.base_revision,
+            "answers": [vars(answer) for answer in self.answers],
+        }
+        write_sealed(self.run.file(UNVERIFIED), facts)
 
     def release(self) -> None:
         """Give the weights and the optimiser back: whoever opens the artifact needs the room."""
@@ -249,7 +267,6 @@ class Job:
 
     def result(self, artifact: Path, verdict: Verdict | None = None) -> RunResult:
         """Of the finished run."""
-        base = self.loaded.base if self.loaded.is_adapter else None
         return RunResult(
             self.run,
             artifact,
@@ -258,10 +275,10 @@ class Job:
             self.last_loss,
             self.last_eval,
             self.findings,
-            base,
+            self.base,
             self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
             verdict,
-            self.loaded.base_revision if base else None,
+            self.base_revision,
             self.answers,
         )
 
@@ -269,11 +286,12 @@ class Job:
         """What is told when a signal ended the run."""
         saved = self.run.checkpoints()
         last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
+        trained = self.run.file(UNVERIFIED).is_file()
+        go_on = "verify it" if trained else f"go on from step {last} of {self.plan.max_steps}"
         return Interrupted(
             what,
             where=str(self.run.path),
-            fix=f"go on from step {last} of {self.plan.max_steps} with "
-            f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
+            fix=f"{go_on} with `truetune train --resume {shlex.quote(str(self.run.path))}`",
             number=number,
         )
 
@@ -398,3 +416,14 @@ class Job:
                 error.code, "error", error.what, error.where, 1, error.why, error.fix
             ).as_dict(),
         )
+
+
+def identity(prepared: Prepared, processes: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be continued exactly."""
+    return {
+        **prepared.plan.identity(),
+        "data": prepared.data["train"]["sha256"],
+        "contract": prepared.contract.fingerprint(),
+        "new_tokens": [token.text for token in prepared.new_tokens],
+        "processes": processes,
+    }
