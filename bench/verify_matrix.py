@@ -108,7 +108,7 @@ def model_folder(name: str, place: Path) -> Path:
     if folder.exists():
         return folder
     if name == "embedded base":
-        from truetune.lab.base import base_path
+        from truetune.lab import base_path
 
         return Path(base_path())
     from tiny_families import FAMILIES as SETTINGS

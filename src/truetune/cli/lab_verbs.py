@@ -33,8 +33,8 @@ def pretrain(
     ] = False,
 ) -> None:
     """Build corpus, tokenizer and weights of the embedded base from a seed (about 90 minutes)."""
-    from truetune.lab.pretrain import Settings
-    from truetune.lab.pretrain import pretrain as build
+    from truetune.lab.building.pretrain import Settings
+    from truetune.lab.building.pretrain import pretrain as build
 
     screen = open_screen()
 
