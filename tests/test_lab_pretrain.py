@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 from truetune.lab import base_path
-from truetune.lab.building.card import HASHED
 from truetune.lab.building.pretrain import (
     Course,
     Settings,
@@ -25,8 +25,16 @@ from truetune.lab.building.pretrain import (
 )
 from truetune.lab.building.prose import documents
 from truetune.lab.world import World
-from truetune.run_dir import sha256
 
+HASHED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "pretraining.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_log.jsonl",
+]
 PLAIN = Course("plain", 6 * 512, ((64, 0.5), (128, 0.5)), 3e-3)
 TINY = Settings(
     courses=(PLAIN, Course("rich", 2 * 512, ((128, 1.0),), 1e-3)),
@@ -75,8 +83,10 @@ def test_card_and_checksums(run):
     assert "seed 7" in card
     assert re.search(r"\| all \| \d+ of 20 \(.*\) \| \d+ of 20 \(", card)  # development, blind
     assert "sums of numbers up to 30: " in card
-    sums = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    assert sums == [[sha256(folder / name), name] for name in HASHED]
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED
+    }
 
 
 def test_same_settings_same_weights(run, tmp_path):

@@ -55,7 +55,7 @@ def pretrain(
 def reasoning(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
     seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each.", min=1)] = 500,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each.", min=1)] = 500,
 ) -> None:
     """Train twins on two-step sums and world questions, with and without a worked step between
     new markers, and ask both what neither has seen."""

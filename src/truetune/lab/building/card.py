@@ -9,17 +9,6 @@ from truetune.lab.measure import Measurement, measure
 from truetune.lab.world import MAX_ADDEND, World
 from truetune.run_dir import sha256
 
-# Files that SHA256SUMS covers, in its order (`sha256sum --check` reads it).
-HASHED = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "pretraining.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "training_log.jsonl",
-)
-
 
 def finish(folder: Path, num_items: int | None = None) -> None:
     """Measure the saved model as any user would, then write its card and checksums.
@@ -31,8 +20,14 @@ def finish(folder: Path, num_items: int | None = None) -> None:
     seed = json.loads((folder / "pretraining.json").read_text())["seed"]
     text = card(folder, measure(folder, seed=seed, num_items=num_items))
     (folder / "README.md").write_text(text, encoding="utf-8")
-    sums = [f"{sha256(folder / name)}  {name}\n" for name in HASHED]
-    (folder / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
+    (folder / "SHA256SUMS").write_text(checksums(folder), encoding="utf-8")
+
+
+def checksums(folder: Path) -> str:
+    """What `sha256sum --check` reads: a line for every file but the card and the sums."""
+    described = {path.name for path in folder.iterdir() if path.is_file()}
+    described -= {"README.md", "SHA256SUMS"}
+    return "".join(f"{sha256(folder / name)}  {name}\n" for name in sorted(described))
 
 
 def card(folder: Path, found: Measurement) -> str:

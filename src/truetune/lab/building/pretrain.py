@@ -2,7 +2,7 @@
 
 World, prose, tokenizer, blocks of tokens, and a small Llama, trained by the product's own trainer
 with every token supervised: first on the plain course, then on the rich one; in each first on short
-rows, at the end on long ones. The folder holds weights in bf16, config, tokenizer, the training
+examples, at the end on long ones. The folder holds weights in bf16, config, tokenizer, the training
 log, and a model card with what was measured.
 """
 
@@ -56,8 +56,8 @@ class Course:
     Attributes:
         corpus: plain or rich, see `prose.py`.
         tokens: tokens of the corpus, each seen once.
-        stages: (tokens per row, share of the steps) in order. In short rows there is little to
-            attend to but what matters, so that taking names up again and recalling facts are
+        stages: (tokens per example, share of the steps) in order. In short ones there is little
+            to attend to but what matters, so that taking names up again and recalling facts are
             learned in a fraction of the steps; the last stage trains every position of the context.
         lr: peak learning rate; cosine down to a tenth of it.
     """
@@ -75,7 +75,7 @@ class Settings:
     Attributes:
         seed: of the world, the corpus, the first weights and the order of blocks.
         courses: in order; each begins with the weights that the one before saved, in bf16.
-        step_tokens: tokens per step, at any row length.
+        step_tokens: tokens per step, at any length of the examples.
         warmup: share of the steps of a course.
         autocast: compute in bf16; weights and optimizer stay fp32.
         compile: through torch.compile: about a fifth faster on CPU, where it needs a C++ compiler.
@@ -200,7 +200,7 @@ def _trainer(
         grad_clip=run.grad_clip,
         autocast_dtype=torch.bfloat16 if run.autocast else None,
         batcher=batcher,
-        packing=False,  # full rows of one length: there is no padding to save
+        packing=False,  # full examples of one length: there is no padding to save
     )
 
 
@@ -243,21 +243,21 @@ def corpus_ids(world: World, tokenizer: Any, corpus: str) -> Iterator[int]:
 
 
 def cut_blocks(ids: Iterator[int], block: int, count: int) -> Iterator[SFTExample]:
-    """`count` rows of block + 1 tokens, all supervised.
+    """`count` examples of block + 1 tokens, all supervised.
 
-    A row's last token is the next one's first, so that every token is predicted once.
+    The last token of one is the first of the next, so that every token is predicted once.
     """
     from truetune.contract.example import SFTExample
 
     last = next(ids)
     for _ in range(count):
-        row = [last, *islice(ids, block)]
-        last = row[-1]
-        yield SFTExample(row, [1] * len(row))
+        example = [last, *islice(ids, block)]
+        last = example[-1]
+        yield SFTExample(example, [1] * len(example))
 
 
 class StagedBatcher:
-    """Batches for the trainer: one reference batcher a stage, each with its own row length.
+    """Batches for the trainer: one reference batcher a stage, each with its own length.
 
     Attributes:
         num_steps: steps of all stages.
@@ -290,7 +290,7 @@ class StagedBatcher:
         return batcher.micro_batches(step)
 
     def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
-        """For evaluation: rows of any length, as the last stage batches them."""
+        """For evaluation: examples of any length, as the last stage batches them."""
         return self._steps[-1][0].batches(examples)
 
 
