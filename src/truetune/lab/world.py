@@ -55,36 +55,10 @@ class World:
     opposites: tuple[tuple[str, str], ...]
     all_facts: tuple[Fact, ...]
 
-    @classmethod
-    @lru_cache(maxsize=4)
-    def generate(cls, seed: int = BASE_SEED, num_places: int = 240) -> World:
+    @staticmethod
+    def generate(seed: int = BASE_SEED, num_places: int = 240) -> World:
         """The world of a seed; equal seeds give equal worlds on every machine."""
-        rng = random.Random(seed)
-        taken: list[str] = []
-        places = _names(rng, num_places, 0.6, "place_ends", taken, apart=3)
-        rivers = _names(rng, 40, 0, "river_ends", taken, apart=2)
-        rulers = _names(rng, 60, 0.8, "ruler_ends", taken, apart=2)
-        lakes = tuple(f"Lake {n}" for n in _names(rng, 12, 0, "river_ends", taken, apart=2))
-        nature = [line.split() for line in words("world")["animals"]]
-        materials = [line.split() for line in words("world")["crafts"]]
-        pairs = [line.split() for line in words("world")["opposites"]]
-        animals, crafts = (tuple(entry[0] for entry in kind) for kind in (nature, materials))
-        pools = (rivers, rulers, animals, crafts, _pool("foods"), _pool("banners"))
-        dealt = [_deal(rng, pool, num_places) for pool in pools]
-        facts = [
-            Fact(place, relation, value)
-            for place, values in zip(places, zip(*dealt, strict=True), strict=True)
-            for relation, value in zip(PLACE_RELATIONS, values, strict=True)
-        ]
-        mouths = zip(rivers, _deal(rng, lakes, len(rivers)), strict=True)
-        facts += [Fact(river, "mouth", lake) for river, lake in mouths]
-        for animal, food, colour in nature:
-            facts += [Fact(animal, "diet", food), Fact(animal, "coat", colour)]
-        facts += [Fact(craft, "material", material) for craft, material in materials]
-        for a, b in pairs:
-            facts += [Fact(a, "opposite", b), Fact(b, "opposite", a)]
-        opposites = tuple((a, b) for a, b in pairs)
-        return cls(seed, places, rivers, rulers, lakes, *pools[2:], opposites, tuple(facts))
+        return _generated(seed, num_places)
 
     @cached_property
     def _by_subject(self) -> dict[str, list[Fact]]:
@@ -108,6 +82,36 @@ class World:
     def place_facts(self) -> tuple[Fact, ...]:
         """Six facts for each place."""
         return tuple(f for f in self.all_facts if f.relation in PLACE_RELATIONS)
+
+
+@lru_cache(maxsize=4)
+def _generated(seed: int, num_places: int) -> World:
+    rng = random.Random(seed)
+    taken: list[str] = []
+    places = _names(rng, num_places, 0.6, "place_ends", taken, apart=3)
+    rivers = _names(rng, 40, 0, "river_ends", taken, apart=2)
+    rulers = _names(rng, 60, 0.8, "ruler_ends", taken, apart=2)
+    lakes = tuple(f"Lake {n}" for n in _names(rng, 12, 0, "river_ends", taken, apart=2))
+    nature = [line.split() for line in words("world")["animals"]]
+    materials = [line.split() for line in words("world")["crafts"]]
+    pairs = [line.split() for line in words("world")["opposites"]]
+    animals, crafts = (tuple(entry[0] for entry in kind) for kind in (nature, materials))
+    pools = (rivers, rulers, animals, crafts, _pool("foods"), _pool("banners"))
+    dealt = [_deal(rng, pool, num_places) for pool in pools]
+    facts = [
+        Fact(place, relation, value)
+        for place, values in zip(places, zip(*dealt, strict=True), strict=True)
+        for relation, value in zip(PLACE_RELATIONS, values, strict=True)
+    ]
+    mouths = zip(rivers, _deal(rng, lakes, len(rivers)), strict=True)
+    facts += [Fact(river, "mouth", lake) for river, lake in mouths]
+    for animal, food, colour in nature:
+        facts += [Fact(animal, "diet", food), Fact(animal, "coat", colour)]
+    facts += [Fact(craft, "material", material) for craft, material in materials]
+    for a, b in pairs:
+        facts += [Fact(a, "opposite", b), Fact(b, "opposite", a)]
+    opposites = tuple((a, b) for a, b in pairs)
+    return World(seed, places, rivers, rulers, lakes, *pools[2:], opposites, tuple(facts))
 
 
 def _pool(name: str) -> tuple[str, ...]:
