@@ -13,6 +13,7 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
+from truetune.cli import verbs as cli
 from truetune.lab import base_path
 from truetune.lab.building.pretrain import (
     Course,
@@ -102,6 +103,18 @@ def test_a_run_of_another_size_deals_its_tokens_in_proportion():
     twice = run.of_size(18 * 512)
     assert [course.tokens for course in twice.courses] == [12 * 512, 6 * 512]
     assert [course.corpus for course in twice.courses] == ["plain", "rich"]
+
+
+def test_a_run_too_small_for_its_stages_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lab", "pretrain", "-o", str(tmp_path / "base"), "--tokens", "49999"])
+    assert ended.value.code == 2
+    assert "--tokens" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+    smallest = Settings().of_size(50_000)
+    for course in smallest.courses:
+        steps = smallest.num_steps(course)
+        assert 0 < round(steps * course.stages[0][1]) < steps
 
 
 def test_the_rich_course_has_its_own_documents(ids):

@@ -25,7 +25,9 @@ def pretrain(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
     seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the corpus. (default: as the shipped base)")
+        int | None,
+        # Fewer leave a stage of a course without a step.
+        typer.Option(help="Tokens of the corpus. (default: as the shipped base)", min=50_000),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compile: Annotated[
