@@ -118,9 +118,9 @@ def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
     """Base or instruct, by the model's own template and by what it predicts."""
     prepared = found.prepared
     served = prepared.model.generation_eos_ids or prepared.model.config_eos_ids
-    recipe, tokenizer = prepared.plan.recipe, prepared.contract.tokenizer
+    plan, tokenizer = prepared.plan, prepared.contract.tokenizer
     markers = Markers.probe(tokenizer, stop_ids=served)
-    files = locate(str(recipe.model), recipe.revision, weights=False)
+    files = locate(str(plan.model), plan.revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
     tables = read_tables(base, chat_ids(markers)).items()
     rows = {kind: judge_rows(t, chat_ids(markers), num_ids(tokenizer)) for kind, t in tables}
@@ -202,16 +202,16 @@ def _ordered(findings: list[Finding]) -> list[Finding]:
 
 def _run_summary(found: Survey) -> dict[str, Any]:
     prepared = found.prepared
-    plan, recipe = prepared.plan, prepared.plan.recipe
+    plan = prepared.plan
     return {
-        "model": recipe.model,
-        "data": recipe.data,
+        "model": plan.model,
+        "data": plan.data,
         "schema": prepared.data["schema"],
         "rows_read": prepared.data["rows_read"],
         "train": prepared.data["train"],
         "held_out": prepared.data["held_out"],
         "dropped": len(prepared.data["dropped"]),
-        "method": "lora" if recipe.lora else "full",
+        "method": "lora" if plan.lora else "full",
         "start": plan.start,
         "max_length": plan.max_length,
         "batch_size": plan.batch_size,
