@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
@@ -119,10 +119,10 @@ def test_recall_on_held_out_wordings():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_instructions_bring_out_facts_never_asked_for(tokenizer, seed):
-    base = load_model(base_path(), device="cpu", dtype="float32", purpose="inference")
+    model = load()
     examples = [ChatTemplate.render_with_mask(m, tokenizer) for m in load_instructions()]
     trainer = SFTTrainer(
-        base.model,
+        model,
         examples=examples,
         max_seq_len=64,
         pad_id=tokenizer.pad_token_id,
@@ -136,6 +136,8 @@ def test_instructions_bring_out_facts_never_asked_for(tokenizer, seed):
     world = World.generate(BASE_SEED)
     contract = PromptContract.load(tokenizer, "chatml-lite")
     questions = unseen_questions(world, 100, seed=seed)
-    found = score(base, contract, questions, held_out_documents(world, 1))
+    opened = load_model(base_path(), device="cpu", dtype="float32", purpose="inference")
+    tuned = replace(opened, model=model.eval())
+    found = score(tuned, contract, questions, held_out_documents(world, 1))
     assert found.finished >= 99
     assert found.correct >= 95
