@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import inspect as _inspect
 import os
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from truetune.errors import UsageError
+from truetune.findings import escaped
 from truetune.recipe.given import Pathlike, path_of, recipe_of
 from truetune.recipe.settings import setting_types, settings
 
@@ -362,4 +362,4 @@ def evaluate(
 
 
 def _pre(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{escaped(text)}</pre>"

@@ -16,7 +16,6 @@ from typing import Any
 
 from truetune.checks.lengths import encoded_lengths, length_report
 from truetune.checks.preflight import Preflight, preflight
-from truetune.checks.untrained import untrained_rows
 from truetune.compute.length import Fitted, fit_length, is_text, longest
 from truetune.contract.contract import PromptContract, Refused
 from truetune.contract.encode import Encoded
@@ -31,8 +30,9 @@ from truetune.findings import Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model.inspect import ModelFacts, look_at
 from truetune.model.new_tokens import NewToken, add_tokens, require_room
+from truetune.model.start import by_template
 from truetune.model.tokenizer import num_ids
-from truetune.recipe.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe.plan import Plan, make_plan, plan_length, suggested_rate
 from truetune.recipe.settings import Recipe
 from truetune.run.account import (
     bad_rows_told,
@@ -129,7 +129,7 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
         # A resumed run goes on with the day on which it was started.
         origins = {**recipe.origins, "date": "the day of the start"}
         recipe = dataclasses.replace(recipe, date=contract.date, origins=origins)
-    start, start_reason = starting_point(tokenizer, facts.has_chat_template)
+    start = by_template(tokenizer)
 
     listener.stage("proving the rows")
     contract = contract.fit(train, loss_on=recipe.loss_on)
@@ -156,8 +156,8 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
     plan = make_plan(
         recipe,
         model=facts,
-        start=start,
-        start_reason=start_reason,
+        start="instruct" if start.kind == "instruct" else "base",
+        start_reason=start.reasons[0],
         max_length=limit,
         lengths=[len(example.ids) for example in fitted.examples] or [1],
         reasoning_share=_reasoning_share(train),
@@ -178,14 +178,10 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
                 text,
                 taken,
                 eval_taken,
+                new_tokens,
             ),
             listener.progress,
         )
-        if recipe.lora:
-            trained = [token.id for token in new_tokens]
-            told += untrained_rows(
-                contract, fitted.examples, str(recipe.model), recipe.revision, trained
-            )
         findings += [*told, *unused_tokens(new_tokens, fitted.examples)]
         if worst(told) == "error":
             errors = [finding for finding in told if finding.level == "error"]
@@ -333,18 +329,13 @@ def _encode(
     taken, encoded = [], []
     for position, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
         if isinstance(result, Refused):
-            refused.append(_refusal(result))
+            refused.append(result.error.finding)
         elif position in controls:
             refused.append(controls[position])
         else:
             taken.append(conversation)
             encoded.append(result)
     return taken, encoded, refused
-
-
-def _refusal(refused: Refused) -> Finding:
-    error = refused.error
-    return Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
 
 
 def _preflight(
@@ -355,6 +346,7 @@ def _preflight(
     text: bool,
     train: Sequence[Conversation],
     held_out: Sequence[Conversation],
+    new_tokens: Sequence[NewToken],
 ) -> Preflight:
     return Preflight(
         contract=contract,
@@ -365,7 +357,7 @@ def _preflight(
         head_rows=max(facts.head_rows, num_ids(contract.tokenizer))
         if plan.recipe.add_token
         else facts.head_rows,
-        base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
+        base_stop_ids=facts.served_eos_ids,
         lora=plan.recipe.lora,
         learning_rate=plan.learning_rate,
         suggested_rate=suggested_rate(plan, facts),
@@ -373,6 +365,9 @@ def _preflight(
         warmup_steps=plan.warmup_steps,
         train=train,
         held_out=held_out,
+        model=str(plan.recipe.model),
+        revision=plan.recipe.revision,
+        trained_tokens=[token.id for token in new_tokens],
     )
 
 
