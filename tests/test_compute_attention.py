@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune.compute import gathered
-from truetune.compute.attention import _explicit, attention
+from truetune.compute.attention import attention
+from truetune.compute.explicit import explicit_attention
 from truetune.compute.flex import flex, rule
 from truetune.compute.layout import Layout, visible
 
@@ -189,7 +190,7 @@ def test_what_goes_through_attention_in_one_product() -> None:
 def test_sinks_take_part_of_the_weight() -> None:
     q, k, v = (t[0] for t in inputs(ROWS, 2, 2, torch.float32))
     sinks = torch.tensor([0.5, -1.0])
-    got = _explicit(q, k, v, ROWS, None, 0.3, 0.0, None, sinks)
+    got = explicit_attention(q, k, v, ROWS, None, 0.3, 0.0, None, sinks)
     scores = (q @ k.transpose(1, 2) * 0.3).masked_fill(~dense(ROWS, None), -torch.inf)
     weights = torch.cat([scores, sinks[:, None, None].expand(2, 55, 1)], -1).softmax(-1)
     torch.testing.assert_close(got, (weights[..., :-1] @ v).transpose(0, 1), atol=1e-6, rtol=0)

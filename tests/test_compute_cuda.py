@@ -18,6 +18,7 @@ from truetune.compute import attention as room
 from truetune.compute import flex
 from truetune.compute.cuda import varlen as cuda
 from truetune.compute.cuda.plan import plan
+from truetune.compute.explicit import explicit_attention
 from truetune.compute.layout import Layout
 from truetune.compute.packing import pack
 from truetune.compute.route import find_route
@@ -78,7 +79,7 @@ def test_merged_calls_and_their_gradients(
     sinks = torch.linspace(-1, 2, heads).requires_grad_() if with_sinks else None
     wanted = [*leaves, *([sinks] if sinks is not None else [])]
     q, k, v = (t[0] for t in leaves)
-    right = room._explicit(q, k, v, layout, window, 0.3, 0.0, None, sinks)
+    right = explicit_attention(q, k, v, layout, window, 0.3, 0.0, None, sinks)
     made = cuda.varlen(*leaves, layout, window, 0.3, sinks, OnCpu())
     assert made.shape == right.shape
     probe = torch.randn(right.shape, generator=torch.Generator().manual_seed(0))

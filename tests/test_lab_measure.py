@@ -93,7 +93,7 @@ def test_the_command_prints_the_table(
 ) -> None:
     asked: dict[str, object] = {}
 
-    def stand_in(source: str, **options: object) -> Measurement:
+    def stand_in(source: str | None, **options: object) -> Measurement:
         asked.update(source=source, **options)
         return FOUND
 
@@ -101,8 +101,8 @@ def test_the_command_prints_the_table(
     with pytest.raises(SystemExit) as ended:
         cli.main(["lab", "evaluate", "--wordings", "blind"])
     assert ended.value.code == 0
-    assert asked["source"] == str(base_path())
-    assert asked["sets"] == ("blind",)
+    assert asked["source"] is None  # the embedded base
+    assert asked["wordings"] == "blind"
     printed = capsys.readouterr().out
     assert "4 of 5 (80.0%)" in printed
     assert "sums of numbers up to 9: 99 of 100" in printed

@@ -72,6 +72,18 @@ def test_the_setting_follows_the_loss(last: float, says: str) -> None:
     assert judge(wrong)[0].fix.startswith(says)
 
 
+def test_a_run_of_steps_is_told_steps() -> None:
+    wrong = {"answers": (answer(text="5."),) * 4, "last_loss": 1.2, "by_steps": True}
+    (found,) = judge(dataclasses.replace(GOOD, **wrong))
+    assert found.fix == "--max-steps 120 (this run: 40)"
+    assert "a probability of 30 %" in found.why
+    rising: dict[str, Any] = {"held_out": ((10, 2.0), (20, 1.0), (40, 1.2))}
+    (found,) = judge(dataclasses.replace(GOOD, **rising))
+    assert found.fix.startswith("--epochs 1.5")
+    (found,) = judge(dataclasses.replace(GOOD, **rising, by_steps=True))
+    assert found.fix.startswith("--max-steps 20")
+
+
 def test_the_line_of_the_screen() -> None:
     assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out as in the rows; 8 of 8 ended"
     assert summary(()) == ""

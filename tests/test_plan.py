@@ -71,12 +71,12 @@ def test_learning_rates(
     tiny: ModelFacts, lora: bool, start: str, size: int, reasoning: float, rate: float
 ) -> None:
     made = plan(tiny, {"lora": lora}, start=start, size=size, reasoning=reasoning)
-    assert made.learning_rate == made.recipe.learning_rate == rate
-    assert made.recipe.origin("learning_rate").startswith("default: ")
+    assert made.learning_rate == rate
+    assert made.origin("learning_rate").startswith("default: ")
     assert suggested_rate(made, replace(tiny, num_parameters=size)) == rate
     own = plan(tiny, {"lora": lora, "lr": 0.05}, start=start, size=size, reasoning=reasoning)
     assert own.learning_rate == 0.05
-    assert own.recipe.origin("learning_rate") == "test"
+    assert own.origin("learning_rate") == "test"
 
 
 @pytest.mark.parametrize(("start", "epochs"), [("base", 3.0), ("instruct", 2.0)])
@@ -87,8 +87,8 @@ def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
     assert made.warmup_steps == math.ceil(0.03 * made.max_steps)
     assert made.eval_steps == math.ceil(made.max_steps / 10)
     assert made.save_steps == math.ceil(made.max_steps / 4)
-    assert "REASON" in made.recipe.origin("epochs")
-    assert f"{epochs:g} epochs of 1,000 examples" in made.recipe.origin("max_steps")
+    assert "REASON" in made.origin("epochs")
+    assert f"{epochs:g} epochs of 1,000 examples" in made.origin("max_steps")
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_steps(tiny: ModelFacts, settings: dict[str, Any], examples: int, steps:
 def test_steps_instead_of_epochs(tiny: ModelFacts) -> None:
     made = plan(tiny, {"max_steps": 7})
     assert made.epochs is None
-    assert made.recipe.origin("max_steps") == "test"
-    assert made.recipe.origin("epochs") == "default"
+    assert made.origin("max_steps") == "test"
+    assert made.origin("epochs") == "default"
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_batches_in_all_combinations(
     else:
         assert made.micro_batch_size == made.batch_size
     # What the run holds is what it says, and where it came from.
-    assert made.recipe.batch_size == made.batch_size
-    assert made.recipe.micro_batch_size == made.micro_batch_size
+    assert made.batch_size == made.batch_size
+    assert made.micro_batch_size == made.micro_batch_size
     for name, value in given.items():
         if name != "gradient_accumulation_steps":
-            origin = made.recipe.origin(name)
+            origin = made.origin(name)
             assert origin == "test" if value else origin.startswith("default: ")
 
 
@@ -268,6 +268,6 @@ def test_all_weights_of_a_bfloat16_model_on_a_gpu_are_kept_in_two_halves(
     monkeypatch.setattr(
         "truetune.recipe.plan.choose_device", lambda _: (torch.device(device), None)
     )
-    made = plan(replace(tiny, dtype=dtype), settings).recipe
+    made = plan(replace(tiny, dtype=dtype), settings)
     assert made.optim == optim
     assert ("14 bytes" in made.origin("optim")) == (optim == "adamw_bf16")

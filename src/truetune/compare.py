@@ -15,12 +15,13 @@ import base64
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
+from truetune.model.mode import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,7 @@ def measure(
     import torch
 
     logprobs, greedy, kept = [], [], []
-    with evaluating(loaded):
+    with evaluating(loaded.model):
         for ids, mask in rows:
             targets = [i for i, on in enumerate(mask) if on and i]
             if not targets:
@@ -237,7 +238,7 @@ def read(
     tops, kept, greedy, spreads = [], [], [], []
     digest = hashlib.sha256()
     at = 0
-    with evaluating(loaded):
+    with evaluating(loaded.model):
         for probe in probes:
             logits_PV = _logits(loaded, probe.ids, probe.positions, padding)
             digest.update(logits_PV.contiguous().numpy().tobytes())
@@ -375,14 +376,3 @@ def _logits(
         logits_PV = model(ids_BT, **asked).logits[0]
     chosen = logits_PV if selects else logits_PV[wanted]
     return chosen.float().cpu()
-
-
-@contextlib.contextmanager
-def evaluating(loaded: LoadedModel) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    was_training = loaded.model.training
-    loaded.model.eval()
-    try:
-        yield
-    finally:
-        loaded.model.train(was_training)

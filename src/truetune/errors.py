@@ -20,6 +20,7 @@ TruetuneError                 1   the work failed part way; what was saved stays
 
 from __future__ import annotations
 
+import errno
 import signal
 from typing import TYPE_CHECKING
 
@@ -188,3 +189,18 @@ class ToldElsewhere(TruetuneError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of the run stopped")
         self.exit_code = exit_code
+
+
+# Of torch's allocator for the CPU, of C++, and of Python where a thread has no stack.
+_NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory is used up; each library has its own."""
+    return (
+        isinstance(error, MemoryError)
+        # torch's, for devices; this module does not import torch.
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    )

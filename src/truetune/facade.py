@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect as _inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from truetune.errors import UsageError
+from truetune.errors import TruetuneError, UsageError
 from truetune.findings import escaped
 from truetune.recipe.given import Pathlike, path_of, recipe_of
 from truetune.recipe.settings import setting_types, settings
+from truetune.recipe.spelling import in_python
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
+    from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.lab.measure import Measurement
     from truetune.listener import Listener
@@ -22,6 +26,26 @@ if TYPE_CHECKING:
     from truetune.run.checkup import Checkup
     from truetune.run.pipeline import ExportResult, RunResult
     from truetune.verification.verdict import Verdict
+
+
+@contextlib.contextmanager
+def _words_of_python() -> Iterator[None]:
+    """Errors name arguments, not options of the command line."""
+    try:
+        yield
+    except TruetuneError as error:
+        for part in ("what", "where", "why", "fix"):
+            setattr(error, part, in_python(getattr(error, part)))
+        if hasattr(error, "findings"):
+            error.findings = [_respelled(finding) for finding in error.findings]
+        raise
+
+
+def _respelled(finding: Finding) -> Finding:
+    parts: dict[str, Any] = {
+        part: in_python(getattr(finding, part)) for part in ("what", "why", "fix")
+    }
+    return dataclasses.replace(finding, **parts)
 
 
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +73,9 @@ def _shown(listener: Listener | None, quiet: bool) -> Any:
         return listener or Silence()
     from truetune.cli.verb import open_screen
 
-    return open_screen()
+    screen = open_screen()
+    screen.spell = in_python
+    return screen
 
 
 def _closed(listener: Any) -> None:
@@ -58,6 +84,7 @@ def _closed(listener: Any) -> None:
 
 
 @_with_settings
+@_words_of_python()
 def train(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
@@ -91,12 +118,14 @@ def train(
     recipe = recipe_of(model, data, resume, options, "argument")
     told = _shown(listener, quiet)
     try:
-        return run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        done = run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        return dataclasses.replace(done, findings=[_respelled(f) for f in done.findings])
     finally:
         _closed(told)
 
 
 @_with_settings
+@_words_of_python()
 def check(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
@@ -127,9 +156,12 @@ def check(
     recipe = recipe_of(model, data, None, options, "argument")
     told = _shown(listener, quiet)
     try:
-        if recipe.data:
-            return check_run(recipe, told, with_rehearsal=rehearse)
-        return check_model(recipe, told)
+        found = (
+            check_run(recipe, told, with_rehearsal=rehearse)
+            if recipe.data
+            else check_model(recipe, told)
+        )
+        return dataclasses.replace(found, findings=[_respelled(f) for f in found.findings])
     finally:
         _closed(told)
 
@@ -158,6 +190,7 @@ class Chat:
         """Forget what was said."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    @_words_of_python()
     def ask(self, question: str) -> Reply:
         """Ask, and remember question and answer.
 
@@ -182,6 +215,7 @@ class Chat:
         return _pre(repr(self))
 
 
+@_words_of_python()
 def chat(
     model: Pathlike,
     prompt: str | None = None,
@@ -233,6 +267,7 @@ def chat(
     return talk if prompt is None else talk(prompt)
 
 
+@_words_of_python()
 def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> Verdict:
     """Open what was saved in a fresh process, and hold it to what was trained.
 
@@ -252,6 +287,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
     return verified(path_of(run), base=base, device=device)
 
 
+@_words_of_python()
 def export(
     run: Pathlike,
     output: Pathlike,
@@ -319,6 +355,7 @@ class Facts(dict[str, Any]):
         return _pre(repr(self))
 
 
+@_words_of_python()
 def inspect(
     model: Pathlike, *, revision: str | None = None, chat_template: str | None = None
 ) -> Facts:
@@ -338,6 +375,7 @@ def inspect(
     return Facts(model_facts(path_of(model), revision=revision, chat_template=chat_template))
 
 
+@_words_of_python()
 def evaluate(
     model: Pathlike | None = None, *, wordings: str = "all", seed: int = 7, device: str = "cpu"
 ) -> Measurement:

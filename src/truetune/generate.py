@@ -25,6 +25,7 @@ from truetune.model.architecture import context_length
 from truetune.model.draw import Draw, Sampling
 from truetune.model.inspect import describe
 from truetune.model.load import LoadedModel, load_model
+from truetune.model.mode import evaluating
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
 
@@ -103,7 +104,7 @@ def replies_to_ids(
     limits = [_limit(loaded, sampling, ids, row) for row, ids in enumerate(prompts)]
     tokens = Tokens(contract.tokenizer)
     found: dict[int, Reply] = {}
-    with _serving(loaded):
+    with evaluating(loaded.model):
         for rows in _batches(prompts, limits, batch_size):
             batch = [prompts[row] for row in rows]
             for row, ids in zip(
@@ -144,7 +145,7 @@ def stream(
     def run() -> None:
         _generate(loaded, contract, [prompt], [0], sampling, limit, worker=worker)
 
-    with _serving(loaded), worker.running(run):
+    with evaluating(loaded.model), worker.running(run):
         for token in worker.tokens():
             ids.append(token)
             if token in contract.stop_ids:
@@ -269,17 +270,6 @@ def _reply(
         return Reply(tokens.decode_after(prompt, ids), tuple(ids), False, len(prompt))
     text = tokens.decode_after(prompt, ids[:end])
     return Reply(text, tuple(ids[: end + 1]), True, len(prompt))
-
-
-@contextlib.contextmanager
-def _serving(loaded: LoadedModel) -> Iterator[None]:
-    """Evaluation mode for a while."""
-    was_training = loaded.model.training
-    loaded.model.eval()
-    try:
-        yield
-    finally:
-        loaded.model.train(was_training)
 
 
 @contextlib.contextmanager

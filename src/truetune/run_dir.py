@@ -133,31 +133,9 @@ class RunDir:
             Busy: another process writes it; nothing was changed.
             UsageError: what `require` raises, or the folder cannot be written.
         """
-        lock = self.path / LOCK
-        require_free(lock)
+        require_free(self.path / LOCK)
         require()
-        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        with contextlib.ExitStack() as held:
-            held.callback(_remove_empty, made)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                dead = held.enter_context(hold(lock))
-            except (NotADirectoryError, FileExistsError) as error:
-                # A link that leads nowhere is there too.
-                there = next(p for p in (self.path, *self.path.parents) if os.path.lexists(p))
-                raise OutputExists(
-                    f"{there} is a file or a broken link, so {self.path} cannot be a folder",
-                    where=str(self.path),
-                    fix="name another folder with --output",
-                ) from error
-            except OSError as error:
-                raise UsageError(
-                    f"the run's folder cannot be written: {error.strerror}",
-                    where=str(error.filename or self.path),
-                    why="the file system is read-only, or the folder belongs to somebody else",
-                    fix="make it writable, or copy it to where you may write",
-                    code="output-not-writable",
-                ) from error
+        with _alone_in(self.path, LOCK) as dead:
             require()
             yield dead
 
@@ -412,6 +390,77 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, lock: str) -> Iterator[Owner | None]:
+    """Make a folder where there is none, and hold a lock in it; see `RunDir.writing`."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as held:
+        held.callback(_remove_empty, made)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            dead = held.enter_context(hold(folder / lock))
+        except (NotADirectoryError, FileExistsError) as error:
+            # A link that leads nowhere is there too.
+            there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+            raise OutputExists(
+                f"{there} is a file or a broken link, so {folder} cannot be a folder",
+                where=str(folder),
+                fix="name another folder with --output",
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"the folder cannot be written: {error.strerror}",
+                where=str(error.filename or folder),
+                why="the file system is read-only, or the folder belongs to somebody else",
+                fix="make it writable, or copy it to where you may write",
+                code="output-not-writable",
+            ) from error
+        yield dead
+
+
+@contextlib.contextmanager
+def named_at_last(folder: Path) -> Iterator[Path]:
+    """Another name for a folder that is to be written, for this process alone; it takes its own
+    name at the end, and is gone where the end is not reached. What a killed process left goes
+    first.
+
+    Raises:
+        OutputExists: the folder is there already.
+        Busy: another process writes it; nothing was changed.
+        UsageError: its place cannot be written.
+    """
+
+    def require_absent() -> None:
+        if os.path.lexists(folder):
+            raise OutputExists(
+                f"{folder} exists already",
+                fix="name another folder with --output",
+                code="output-exists",
+            )
+
+    require_absent()
+    unnamed = folder.with_name(f".{folder.name}.unverified")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_alone_in(folder.parent, f"{unnamed.name}.lock"))
+        except Busy as busy:
+            raise Busy(
+                f"another process is writing {folder}",
+                where=str(folder.parent / f"{unnamed.name}.lock"),
+                fix="wait for it, or name another folder with --output",
+                code="output-busy",
+            ) from busy
+        require_absent()
+        _remove(unnamed)
+        try:
+            yield unnamed
+            require_absent()
+            unnamed.rename(folder)
+            flush_folder(folder.parent)
+        finally:
+            shutil.rmtree(unnamed, ignore_errors=True)
 
 
 @contextlib.contextmanager

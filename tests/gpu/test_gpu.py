@@ -151,8 +151,8 @@ def test_split_adamw_is_adamw_bit_for_bit() -> None:
 @pytest.mark.parametrize("layer", ["rows", "trees", "window", "window in trees", "sinks"])
 def test_attention_by_variable_length_calls(layer: str, note: Any) -> None:
     """The kernel of the device, forward and backward, against a softmax written out in float32."""
-    from truetune.compute.attention import _explicit
     from truetune.compute.cuda.varlen import fits, varlen
+    from truetune.compute.explicit import explicit_attention
     from truetune.compute.layout import Layout
 
     parents = (-1, 0, 1, 0, -1, 4, 4, 6) if "trees" in layer else (-1,) * 8
@@ -170,7 +170,7 @@ def test_attention_by_variable_length_calls(layer: str, note: Any) -> None:
         given = [(t.float() if exact else t).detach().requires_grad_() for t in leaves]
         if exact:
             q, k, v = (t[0] for t in given)
-            out = _explicit(q, k, v, layout, window, 0.125, 0.0, None, sinks)
+            out = explicit_attention(q, k, v, layout, window, 0.125, 0.0, None, sinks)
         else:
             out = varlen(*given, layout, window, 0.125, sinks)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
@@ -190,7 +190,7 @@ def test_attention_by_flex(softcap: float | None, window: int | None, note: Any)
 
     from torch._dynamo.utils import counters
 
-    from truetune.compute.attention import _explicit
+    from truetune.compute.explicit import explicit_attention
     from truetune.compute.flex import flex
     from truetune.compute.layout import Layout
 
@@ -204,7 +204,7 @@ def test_attention_by_flex(softcap: float | None, window: int | None, note: Any)
             for n in (4, 2, 2)
         ]
         q, k, v = (t[0] for t in leaves)
-        right = _explicit(q, k, v, layout, window, 0.125, 0.0, softcap, None)
+        right = explicit_attention(q, k, v, layout, window, 0.125, 0.0, softcap, None)
         made = flex(*leaves, layout, window, 0.125, softcap)
         pairs = zip(
             (made, *torch.autograd.grad(made.square().sum(), leaves)),

@@ -17,6 +17,7 @@ from truetune.auditing.read import IGNORED, Reading, ReadRow
 from truetune.auditing.subject import Subject
 from truetune.checks.labels.facts import LabelFacts
 from truetune.findings import Finding, Level, rows_finding
+from truetune.model.mode import evaluating
 
 # Tokens of the two rows that accumulation is measured on: counts that differ, and cheap.
 _WINDOWS = (16, 64)
@@ -51,18 +52,10 @@ def _can_run(subject: Subject) -> bool:
 
 @contextmanager
 def _asking(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own flag comes back."""
-    import torch
-
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.eval()
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    """Evaluation mode, and no word of what it warns of."""
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # ------------------------------------------------------------------ accumulation

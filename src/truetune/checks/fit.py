@@ -158,7 +158,7 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
     """
     import torch
 
-    device = plan.recipe.device
+    device = plan.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = run_shape(plan, device)
@@ -179,44 +179,42 @@ def run_shape(plan: Plan, device: str) -> Shape:
     """The shape of a planned run."""
     import torch
 
-    recipe = plan.recipe
     config, adapted = _config(plan)
-    lora = recipe.lora or adapted
-    split = recipe.optim == "adamw_bf16"
-    halved = split or recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
+    lora = plan.lora or adapted
+    split = plan.optim == "adamw_bf16"
+    halved = split or plan.dtype == "bfloat16" or (plan.dtype == "auto" and device == "cuda")
     model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
     model.to(torch.bfloat16 if split or (lora and halved) else torch.float32)
     if lora:
-        model = _with_lora(model, recipe)
+        model = _with_lora(model, plan)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if recipe.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     most = plan.max_length
     made = _footprint(model, config, halved, most)
     # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
-    packed = max(recipe.micro_batch_tokens or usual, most)
-    forward = packed if recipe.packing else (plan.micro_batch_size or 1) * most
+    packed = max(plan.micro_batch_tokens or usual, most)
+    forward = packed if plan.packing else (plan.micro_batch_size or 1) * most
     return Shape(
         parameters=parameters,
         trainable=trainable,
         # Trained weights are float32, frozen ones of the type they compute in, or fewer bits.
-        weight_bytes=_weight_bytes(recipe, split or (lora and halved)),
+        weight_bytes=_weight_bytes(plan, split or (lora and halved)),
         gradient_bytes=2 if split else 4,
         footprint=made,
         tokens=forward,
-        optimiser_bytes=_OPTIMISER.get(recipe.optim, 2),
-        checkpointing=recipe.gradient_checkpointing,
+        optimiser_bytes=_OPTIMISER.get(plan.optim, 2),
+        checkpointing=plan.gradient_checkpointing,
         lora=lora,
     )
 
 
 def _config(plan: Plan) -> tuple[Any, bool]:
     """(config of the base, whether the model that was named is an adapter)."""
-    recipe = plan.recipe
-    assert recipe.model
-    files = locate(recipe.model, recipe.revision, weights=False)
+    assert plan.model
+    files = locate(plan.model, plan.revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
     return causal_config(base), files.is_adapter
 
@@ -294,7 +292,7 @@ def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
     if half < shape.tokens:
         option = (
             f"--micro-batch-tokens {half}"
-            if plan.recipe.packing
+            if plan.packing
             else f"--micro-batch-size {max((plan.micro_batch_size or 1) // 2, 1)}"
         )
         yield option, dataclasses.replace(shape, tokens=half).total, "the same result, more passes"
@@ -311,7 +309,7 @@ def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
         made = _frozen(shape.footprint)
         smaller = dataclasses.replace(shape, lora=True, trainable=trainable, footprint=made)
         yield "--lora", smaller.total, "an adapter in place of all weights"
-    if not plan.recipe.qlora:
+    if not plan.qlora:
         trainable = shape.trainable if shape.lora else shape.parameters // 100
         made = shape.footprint if shape.lora else _frozen(shape.footprint)
         smaller = dataclasses.replace(

@@ -7,7 +7,7 @@ from typing import Any
 
 from truetune.checks.fit import duration, gib
 from truetune.checks.lengths import report_lines
-from truetune.cli.screen import Screen
+from truetune.cli.screen import Screen, held_out
 from truetune.findings import Finding, percent
 from truetune.run.checkup import Checkup
 
@@ -57,6 +57,8 @@ def show_checkup(
     if page:
         screen.line(f"written: {page}", "dim")
     screen.line(_verdict(found), "bold red" if not found.ok else "bold green")
+    if found.ok and "plan" in found.summary:
+        screen.line("the same line with `train` in place of `check`, and -o RUN, starts it", "dim")
 
 
 def _first(findings: list[Finding], everything: bool) -> list[Finding]:
@@ -96,7 +98,7 @@ def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
         *lines,
         (
             "rows",
-            f"{train['examples']:,} to train, {held['examples']:,} held out, "
+            f"{train['examples']:,} to train, {held_out(train, held)}, "
             f"{run['dropped']:,} dropped; schema {run['schema']}",
         ),
         (

@@ -41,10 +41,9 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
 def _bits(result: RunResult) -> str:
     """What peft must be told of a quantised base: by itself it opens the original weights, and the
     adapter on them is another model."""
-    recipe = result.plan.recipe
-    if recipe.qlora:
+    if result.plan.qlora:
         how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
-    elif recipe.load_in_8bit:
+    elif result.plan.load_in_8bit:
         how = "load_in_8bit=True"
     else:
         return ""
@@ -56,8 +55,7 @@ _VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 
 def _serve_adapter(result: RunResult) -> str:
-    recipe = result.plan.recipe
-    if recipe.add_token or recipe.dora or recipe.qlora or recipe.load_in_8bit:
+    if result.plan.add_token or result.plan.dora or result.plan.qlora or result.plan.load_in_8bit:
         # vLLM takes no rows of new tokens and no DoRA, and would load the base unquantised.
         merged = shlex.quote(str(result.run.path) + "-merged")
         run = shlex.quote(str(result.run.path))
@@ -69,7 +67,7 @@ def _serve_adapter(result: RunResult) -> str:
     words += ["--enable-lora"]
     words += ["--lora-modules", f"tuned={artifact}"]
     words += ["--chat-template", f"{artifact}/chat_template.jinja"]
-    rank = next((r for r in _VLLM_RANKS if r >= result.plan.recipe.lora_r), _VLLM_RANKS[-1])
+    rank = next((r for r in _VLLM_RANKS if r >= result.plan.lora_r), _VLLM_RANKS[-1])
     if rank > _VLLM_RANKS[0]:
         words += ["--max-lora-rank", str(rank)]
     line = shlex.join(words)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from truetune.cli.live_screen import Stages, Steps
-from truetune.engine.probes import StepFacts
+from truetune.data.split import HELD_OUT_FROM
 from truetune.errors import BadRows, CheckFailed, TruetuneError
 from truetune.findings import Finding, labelled, merged, visible
 from truetune.listener import Listener
-from truetune.recipe.plan import Plan
+
+if TYPE_CHECKING:  # an error that comes first needs neither
+    from truetune.engine.probes import StepFacts
+    from truetune.recipe.plan import Plan
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Findings shown before the rest is only counted: about a screen.
@@ -39,6 +42,8 @@ class Screen(Listener):
         )
         self.stages, self.steps = Stages(self.console), Steps(self.console)
         self._shown_findings = 0
+        # How findings are worded: the functions of Python name arguments in place of options.
+        self.spell: Callable[[str], str] = str
 
     def line(self, text: str = "", style: str = "") -> None:
         """A line, made harmless."""
@@ -88,16 +93,16 @@ class Screen(Listener):
 
     def planned(self, plan: Plan, facts: dict[str, Any]) -> None:
         self.stages.end()
-        recipe, data = plan.recipe, facts["data"]
+        data = facts["data"]
         trained, held = data["train"], data["held_out"]
         share = 100 * facts["trainable_parameters"] / max(facts["parameters"], 1)
         length = "epochs" if plan.epochs else "max_steps"
         self.pairs(
             [
-                ("model", f"{recipe.model} ({plan.start})"),
+                ("model", f"{plan.model} ({plan.start})"),
                 (
                     "rows",
-                    f"{trained['examples']:,} to train, {held['examples']:,} held out, "
+                    f"{trained['examples']:,} to train, {held_out(trained, held)}, "
                     f"{len(data['dropped']):,} dropped; schema {data['schema']}",
                 ),
                 (
@@ -108,7 +113,7 @@ class Screen(Listener):
                 *_lengths(data),
                 (
                     "method",
-                    f"{recipe.method}: "
+                    f"{plan.method}: "
                     f"{facts['trainable_parameters']:,} of {facts['parameters']:,} parameters "
                     f"({share:.2f} %)",
                 ),
@@ -116,11 +121,11 @@ class Screen(Listener):
                 (
                     "steps",
                     f"{plan.max_steps:,}, {plan.warmup_steps} of them warm-up "
-                    f"({recipe.origin(length)})",
+                    f"({plan.origin(length)})",
                 ),
                 (
                     "learning rate",
-                    f"{plan.learning_rate:g} ({recipe.origin('learning_rate')})",
+                    f"{plan.learning_rate:g} ({plan.origin('learning_rate')})",
                 ),
                 *((c["name"], f"{c['value']} ({c['reason']})") for c in facts["choices"]),
             ],
@@ -137,7 +142,7 @@ class Screen(Listener):
     # errors and findings
 
     def _print_finding(self, console: Console, finding: Finding) -> None:
-        head, *rest = finding.lines()
+        head, *rest = map(self.spell, finding.lines())
         for line in _folded(console, visible(head), " " * 9):
             console.print(Text(line, style=_COLOURS[finding.level]))
         for line in rest:
@@ -178,6 +183,14 @@ def _folded(console: Console, text: str, indent: str) -> list[str]:
         )
         or [""]
     ]
+
+
+def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
+    """How many rows are held out; of few rows why none are."""
+    few = not held["examples"] and trained["examples"] < HELD_OUT_FROM
+    return f"{held['examples']:,} held out" + (
+        f" (under {HELD_OUT_FROM} rows none are; --eval-data names some)" if few else ""
+    )
 
 
 def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:

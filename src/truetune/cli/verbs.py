@@ -19,9 +19,16 @@ from truetune import __version__
 from truetune.cli import lab_verbs
 from truetune.cli.options import canonical, own_option, with_settings
 from truetune.cli.verb import CONTEXT, Verb, open_screen
-from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
+from truetune.errors import (
+    CheckFailed,
+    ToldElsewhere,
+    TruetuneError,
+    UsageError,
+    is_out_of_memory,
+)
 from truetune.recipe.given import recipe_of
 from truetune.recipe.sources import make_recipe
+from truetune.run.early import ask_first
 from truetune.system import signals
 
 _ORIGIN = "command line"
@@ -60,11 +67,12 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     truetune train recipe.yaml --learning-rate 5e-5
     truetune train --resume runs/first
     """
+    recipe = recipe_of(source, rows, resume, options, _ORIGIN)
+    ask_first(recipe)
     from truetune.run.pipeline import train as run
 
     screen = open_screen()
     try:
-        recipe = recipe_of(source, rows, resume, options, _ORIGIN)
         result = run(recipe, screen, resume=resume)
     finally:
         screen.close()
@@ -99,11 +107,12 @@ def check(
     truetune check recipe.yaml --html check.html
     truetune check path/to/checkpoint
     """
+    recipe = recipe_of(source, rows, None, options, _ORIGIN)
+    ask_first(recipe)
     from truetune.cli.check_screen import CheckScreen, show_checkup
     from truetune.listener import Listener
     from truetune.run.checkup import check_model, check_run
 
-    recipe = recipe_of(source, rows, None, options, _ORIGIN)
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:
@@ -487,6 +496,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signals.number_of(error))
     except BrokenPipeError:
         sys.exit(141)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
+        # Its frames hold what was computed.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        _tell_no_memory(said)
+        sys.exit(1)
+
+
+def _tell_no_memory(said: str) -> None:
+    told = TruetuneError(
+        "the memory of this machine, or of this process, is used up",
+        why=said,
+        fix="free some memory and repeat the command; a run that had begun goes on with "
+        "`truetune train --resume RUN`",
+        code="out-of-memory",
+    )
+    try:
+        open_screen().error(told)
+    except Exception:
+        # Not even enough to open the screen.
+        sys.stderr.write(f"error[{told.code}]: {told}\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from truetune.contract.example import SFTExample
 if TYPE_CHECKING:
     import torch
 
-    from truetune.compute.packing import PackedBatch
-
 
 def pad_and_collate(
     examples: Sequence[SFTExample], *, max_seq_len: int, pad_id: int
@@ -143,7 +141,7 @@ class Limits:
             most = max(most, self.tree_tokens or 0)
         return rows <= self.rows and (most is None or tokens <= most)
 
-    def halve(self, batch: Batch | PackedBatch) -> bool:
+    def halve(self, batch: MicroBatch) -> bool:
         """Lower the limits below a batch that did not fit; False where it is a single row."""
         if len(batch.rows) == 1:
             return False
@@ -155,14 +153,28 @@ class Limits:
         return True
 
 
+class MicroBatch(Protocol):
+    """What the loop counts of one forward pass, padded or packed; see `Batch`."""
+
+    @property
+    def rows(self) -> tuple[int, ...]: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_supervised(self) -> int: ...
+    @property
+    def num_computed(self) -> int: ...
+    def to(self, device: torch.device | str) -> MicroBatch: ...
+
+
 class Batcher(Protocol):
     """What the loop needs of a source of batches."""
 
-    def micro_batches(self, step: int) -> Sequence[Batch | PackedBatch]:
+    def micro_batches(self, step: int) -> Sequence[MicroBatch]:
         """All batches of one optimiser step (0-based); the same list at each call."""
         ...
 
-    def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch | PackedBatch]:
+    def batches(self, examples: Sequence[SFTExample]) -> Iterator[MicroBatch]:
         """Batches over `examples` in order, for evaluation."""
         ...
 

@@ -15,10 +15,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from truetune.compute.batch import Batch
+from truetune.compute.batch import Batch, MicroBatch
 from truetune.compute.loss import loss_sum as padded_loss_sum
 from truetune.compute.packing import PackedBatch
 from truetune.findings import Finding
+from truetune.model.mode import mode_kept
 
 if TYPE_CHECKING:
     import torch
@@ -58,34 +59,36 @@ class Route:
         self.seed, self.step = 0, 0
 
     @contextlib.contextmanager
-    def scope(self, batch: Batch | PackedBatch) -> Iterator[None]:
+    def scope(self, batch: MicroBatch) -> Iterator[None]:
         """The model is as this batch needs it inside, backward pass included, and as it came
         afterwards."""
         with contextlib.ExitStack() as stack:
-            if not isinstance(batch, Batch) and self.adapters:
+            if isinstance(batch, PackedBatch) and self.adapters:
                 from truetune.compute.adapter import fast_adapters
 
                 drawn = {"seed": self.seed, "step": self.step}
                 stack.enter_context(fast_adapters(self.adapters, batch.keys_T, **drawn))
-            if not isinstance(batch, Batch) and self.kind == "packed":
+            if isinstance(batch, PackedBatch) and self.kind == "packed":
                 from truetune.compute.attention import packed_attention
 
                 stack.enter_context(packed_attention(transformers_model(self.model)))
             yield
 
-    def loss_sum(self, batch: Batch | PackedBatch) -> torch.Tensor:
+    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Summed cross-entropy in nats over the supervised positions (scalar, float32); inside
         `scope`."""
         if isinstance(batch, Batch):
             return padded_loss_sum(self.model, batch)
+        assert isinstance(batch, PackedBatch)
+        packed = batch
         if self.head is not None:
             return self.head.loss_sum(
-                lambda: self.logits(batch), batch.positions_N, batch.targets_N, batch.weights_N
+                lambda: self.logits(packed), packed.positions_N, packed.targets_N, packed.weights_N
             )
         from truetune.compute.loss import cross_entropy_sum
 
-        logits_NV = self.logits(batch)[0][batch.positions_N]
-        return cross_entropy_sum(logits_NV, batch.targets_N, batch.weights_N)
+        logits_NV = self.logits(packed)[0][packed.positions_N]
+        return cross_entropy_sum(logits_NV, packed.targets_N, packed.weights_N)
 
     def logits(self, batch: PackedBatch, *, mask: bool = False) -> torch.Tensor:
         """(1, T, V) of the model's own forward pass; `mask` as in `packed_arguments`."""
@@ -136,9 +139,8 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
 
     from truetune.compute.adapter import find_adapters
 
-    was_training = model.training
-    model.eval()
-    try:
+    with mode_kept(model):
+        model.eval()
         # A compiled forward writes masks for the probe's lengths only: the model is probed bare.
         with torch.compiler.set_stance("force_eager"):
             with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -146,8 +148,6 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
             route = Route(model, "apart" if reason else "packed", reason=reason)
             route.head = _proved_head(route)
             route.adapters = find_adapters(model)
-    finally:
-        model.train(was_training)
     return route
 
 

@@ -253,6 +253,12 @@ class Encoder:
         found = self._proof.require(
             completion, row.messages[completion.text.turn], self._frame(row)
         )
+        # Whitespace between a block in the content and the answer, where the two went apart.
+        content = str(row.history[completion.text.turn].get("content") or "").strip()
+        if content != str(row.messages[completion.text.turn].get("content") or "").strip() and (
+            content not in completion.body
+        ):
+            found = [*found, "respaced"]
         return replace(completion, remarks=(*completion.remarks, *found)) if found else completion
 
     def _learn(self, rows: Sequence[_Row], *, each: bool, named: bool) -> None:
@@ -299,7 +305,8 @@ class Encoder:
         seen, markers = row.behaviour, self.policy.markers(row.behaviour)
         marks = (markers.open, markers.close, *seen.marks)
         pairs = ((markers.open, markers.close), *seen.pairs)
-        return Frame(marks, pairs, seen.recipient, self.policy.template_words == "keep")
+        used = seen.pairs if row.route == "none" else pairs
+        return Frame(marks, pairs, used, seen.recipient, self.policy.template_words == "keep")
 
     def _jobs(self, row: _Row) -> list[Job]:
         """The served prompt of each trained turn, and the rendering through it.

@@ -97,7 +97,7 @@ def load(
     rows = rename(rows, mapping, str(source))
     reading = _Reading(only, frozenset(mapping), Counter(), Counter())
     found = [reading.recognise(row) for row in rows]
-    decided = _decide(found, rows, only, str(source))
+    decided = _decide(found, rows, only, str(source), findings)
     conversations: list[Conversation] = []
     for done, (row, recognised) in enumerate(zip(rows, found, strict=True), 1):
         findings += _convert(row, recognised, decided, reading, conversations)
@@ -183,12 +183,25 @@ class _Reading:
 
 
 def _decide(
-    found: list[tuple[str, Picks] | None], rows: list[Row], only: str | None, source: str
+    found: list[tuple[str, Picks] | None],
+    rows: list[Row],
+    only: str | None,
+    source: str,
+    findings: list[Finding],
 ) -> str:
     """The schema of the most rows. All rows vote: the order of a file says nothing about it."""
     votes = Counter(recognised[0] for recognised in found if recognised is not None)
     if votes:
         return votes.most_common(1)[0][0]
+    bad = next((finding for finding in findings if finding.level == "error"), None)
+    if not rows and bad is not None:
+        raise DataError(
+            f"no row can be read; the first one: {bad.what}",
+            where=bad.where or source,
+            why=bad.why,
+            fix=bad.fix or 'write one object a row, for example {"text": "..."}',
+            code="no-schema",
+        )
     if not rows:
         raise DataError(
             "no row is an object with named columns",

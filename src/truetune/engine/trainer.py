@@ -15,18 +15,18 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from truetune.compute.batch import Batch, Batcher, Limits, PaddedBatcher, RowOrder, TokenOrder
+from truetune.compute.batch import Batcher, Limits, MicroBatch, PaddedBatcher, RowOrder, TokenOrder
 from truetune.compute.memory import Footprint, available_bytes, footprint, most_bytes, recomputes
-from truetune.compute.packing import PackedBatch, PackedBatcher
+from truetune.compute.packing import PackedBatcher
 from truetune.compute.route import find_route, transformers_model
 from truetune.contract.example import SFTExample
 from truetune.engine.memory import (
     get_random_state,
     give_cached_blocks_back,
-    is_out_of_memory,
     keep_freed_pages,
     keep_gradients_apart,
     set_random_state,
@@ -34,10 +34,13 @@ from truetune.engine.memory import (
 from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer_bytes
 from truetune.engine.parallel import Group
 from truetune.engine.probes import Probe, StepFacts, non_finite
-from truetune.engine.schedule import SchedulerType, learning_rate
-from truetune.errors import NonFiniteLoss, OutOfMemory
+from truetune.engine.schedule import learning_rate
+from truetune.errors import NonFiniteLoss, OutOfMemory, is_out_of_memory
 from truetune.findings import Finding
 from truetune.model.lora import enable_gradient_checkpointing
+from truetune.model.mode import evaluating
+from truetune.recipe.plan import Plan
+from truetune.recipe.settings import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -61,10 +64,8 @@ class SFTTrainer:
         examples: what is trained; masks are taken as they are.
         max_seq_len: longest row in tokens, at least 2.
         pad_id: fills short rows; never supervised.
-        batch_size: rows per optimiser step.
-        tokens_per_step: instead of batch_size: at most so many tokens of whole rows per optimiser
-            step, in the order of the rows; a longer row is a step of its own.
-        max_steps: optimiser steps of `train`.
+        batch_size: rows per optimizer step; None where `settings` count tokens instead.
+        max_steps: optimizer steps of `train`.
         max_lr, min_lr, warmup_steps: see `lr`.
         weight_decay: on matrices only, as usual for AdamW (biases and norms are left out).
         grad_clip: largest L2 norm of the gradient; 0 leaves it unclipped.
@@ -72,32 +73,28 @@ class SFTTrainer:
         eval_iters: at most so many batches per evaluation, in order; 0 for all.
         log_every: steps between entries of the history; the last step always has one.
         seed: of the row order, and of what adapters drop where rows are packed.
-        micro_batch_size: most rows per forward pass; the step is the same whatever it is.
-        micro_batch_tokens: most tokens per forward pass of packed rows; a longer row goes alone.
-            None: 1,024 on CPU, where more brings no speed, 16,384 elsewhere, and fewer where an
-            estimate says that they would not fit into the memory that is free; of a tree of rows
-            that share a beginning up to eight times as many, if a cut would compute an eighth of
-            a forward pass again. Where the longest row would not fit, activations are computed
-            twice, which is told.
-        packing: rows without padding and loss at supervised positions only, where that is proved
-            on the model first (a transformers model); False, and any other module: the padded
-            reference path.
-        epochs: end of the row stream, not before max_steps; the last step may hold fewer rows.
-            None repeats.
-        lr_scheduler_type: cosine, linear or constant.
-        optim: see `build_optimizer`.
+        settings: the rest of the recipe: how a step is cut into forward passes, packing, the end of
+            the row stream, the schedule, the optimizer. Rows are packed where that is proved on the
+            model first (a transformers model); any other module takes the padded reference path.
+            A forward pass of packed rows takes 1,024 tokens on CPU, where more brings no speed,
+            16,384 elsewhere, and fewer where an estimate says that they would not fit into the
+            memory that is free; of a tree of rows that share a beginning up to eight times as many,
+            if a cut would compute an eighth of a forward pass again. Where the longest row would
+            not fit, activations are computed twice, which is told.
         autocast_dtype: compute type under autocast; None computes in the parameters' own type.
         batcher: replaces the padded reference batcher; for one process.
         group: the processes that train together; each takes its share of a step's rows.
-        probes: asked before each optimiser step; a finding of level error stops.
+        probes: asked before each optimizer step; a finding of level error stops.
         on_step: called after each step with its facts.
         on_eval: called after each evaluation with (step, loss).
         on_finding: called with what a probe found, if it is no error.
+        others: settings by name, in place of those in `settings`.
 
     Raises:
         ValueError: empty examples, batch_size < 1, micro_batch_size < 1, max_seq_len < 2, nothing
             to train, an unknown name, epochs that end before max_steps, or not exactly one of
             batch_size and tokens_per_step.
+        TypeError: no such setting.
     """
 
     def __init__(
@@ -110,7 +107,6 @@ class SFTTrainer:
         max_steps: int,
         max_lr: float,
         batch_size: int | None = None,
-        tokens_per_step: int | None = None,
         min_lr: float = 0.0,
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
@@ -119,12 +115,7 @@ class SFTTrainer:
         eval_iters: int = 20,
         log_every: int = 1,
         seed: int = 0,
-        micro_batch_size: int | None = None,
-        micro_batch_tokens: int | None = None,
-        packing: bool = True,
-        epochs: float | None = None,
-        lr_scheduler_type: SchedulerType = "cosine",
-        optim: str = "adamw",
+        settings: Recipe | None = None,
         autocast_dtype: torch.dtype | None = None,
         batcher: Batcher | None = None,
         group: Group | None = None,
@@ -132,7 +123,10 @@ class SFTTrainer:
         on_step: Callable[[StepFacts], None] | None = None,
         on_eval: Callable[[int, float], None] | None = None,
         on_finding: Callable[[Finding], None] | None = None,
+        **others: Any,
     ) -> None:
+        settings = replace(settings or Recipe(), **others)
+        tokens_per_step, micro_batch_size = settings.tokens_per_step, settings.micro_batch_size
         if not examples:
             raise ValueError("SFTTrainer needs at least one example")
         if (batch_size is None) == (tokens_per_step is None):
@@ -149,7 +143,7 @@ class SFTTrainer:
         self._alike = False
         self.max_steps, self.batch_size = max_steps, batch_size
         self.max_lr, self.min_lr, self.warmup_steps = max_lr, min_lr, warmup_steps
-        self.lr_scheduler_type = lr_scheduler_type
+        self.settings = settings
         self.grad_clip = grad_clip
         self.eval_every, self.eval_iters, self.log_every = eval_every, eval_iters, log_every
         self.autocast_dtype = autocast_dtype
@@ -168,9 +162,10 @@ class SFTTrainer:
         self.device = self.named_trainable[0][1].device
         if self.device.type == "cpu":
             keep_freed_pages()
-        self.route = find_route(model, longest=max_seq_len, packing=packing)
+        self.route = find_route(model, longest=max_seq_len, packing=settings.packing)
         self.route.seed = seed
         if batcher is None:
+            epochs = settings.epochs
             order = _order(examples, batch_size, tokens_per_step, seed, epochs)
             if order.num_steps is not None and order.num_steps < max_steps:
                 raise ValueError(
@@ -179,7 +174,7 @@ class SFTTrainer:
             most = micro_batch_size or batch_size or len(examples)
             rows = 1 if self.route.kind == "apart" else most
             self._longest = min(max_seq_len, max(len(example.ids) for example in examples))
-            limits = self._limits(rows, micro_batch_tokens, optim, self._longest)
+            limits = self._limits(rows, self._longest)
             common: dict[str, Any] = {
                 "max_seq_len": max_seq_len,
                 "order": order,
@@ -199,8 +194,26 @@ class SFTTrainer:
             end = keep_gradients_apart([p for _, p in self.named_trainable])
             weakref.finalize(self, end)
         self.optimizer = build_optimizer(
-            optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
+            settings.optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
         )
+
+    @classmethod
+    def of_plan(cls, model: torch.nn.Module, plan: Plan, **others: Any) -> SFTTrainer:
+        """The loop of a run: every number from its plan.
+
+        Args:
+            others: arguments of the constructor, in place of the plan's.
+        """
+        same = ("batch_size", "max_steps", "warmup_steps", "weight_decay", "seed")
+        numbers = {name: getattr(plan, name) for name in same}
+        numbers |= {
+            "max_seq_len": max(plan.max_length, 2),
+            "max_lr": plan.learning_rate,
+            "grad_clip": plan.max_grad_norm,
+            "eval_every": plan.eval_steps,
+            "log_every": plan.logging_steps,
+        }
+        return cls(model, settings=plan, **(numbers | others))
 
     @cached_property
     def footprint(self) -> Footprint:
@@ -212,23 +225,24 @@ class SFTTrainer:
         """Of a micro-batch, as they are now; None where a batcher of one's own has none."""
         return getattr(self.batcher, "limits", None)
 
-    def _limits(self, rows: int, tokens: int | None, optim: str, longest: int) -> Limits:
+    def _limits(self, rows: int, longest: int) -> Limits:
         """Of a micro-batch: as asked, or what is fast and fits. Where the longest row would not
         fit, activations are computed twice from here on."""
+        tokens = self.settings.micro_batch_tokens
         if tokens or self.route.kind == "padded":
             return Limits(rows, tokens)
         usual = _CPU_TOKENS if self.device.type == "cpu" else _DEVICE_TOKENS
         room = available_bytes(self.device)
         if not room:
             return Limits(rows, usual, usual)
-        moments = optimizer_bytes(optim, [p for _, p in self.named_trainable])
+        moments = optimizer_bytes(self.settings.optim, [p for _, p in self.named_trainable])
         free = int(_ROOM * room) - moments
         # No forward pass is larger than a whole step: where that surely fits, nothing is measured.
         if most_bytes(self.route, min(_TREE * usual, rows * longest), longest) <= free:
             return Limits(rows, usual, _TREE * usual)
         try:
             too_much = self.footprint.of(longest) > free
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             give_cached_blocks_back(self.device)
@@ -269,17 +283,17 @@ class SFTTrainer:
             min_lr=self.min_lr,
             warmup_steps=self.warmup_steps,
             max_steps=self.max_steps,
-            kind=self.lr_scheduler_type,
+            kind=self.settings.lr_scheduler_type,
         )
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step.
+        """One optimizer step.
 
         Returns:
             loss (nats per supervised token, over the whole step), lr, grad_norm (before clipping).
 
         Raises:
-            NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimiser are as
+            NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimizer are as
                 before the step, and `.rows` names the step's examples.
         """
         facts = self._step()
@@ -321,7 +335,7 @@ class SFTTrainer:
             try:
                 loss = self._backward(batches, counted[2])
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 # Its frames hold the activations that are to be freed.
@@ -334,7 +348,7 @@ class SFTTrainer:
         self.group.sum_gradients([p for _, p in self.named_trainable])
         return loss, counted
 
-    def _counted(self, batches: Sequence[Batch | PackedBatch]) -> tuple[tuple[int, ...], int, int]:
+    def _counted(self, batches: Sequence[MicroBatch]) -> tuple[tuple[int, ...], int, int]:
         """Rows, tokens and supervised tokens of a step, over all processes."""
         own = (
             tuple(row for batch in batches for row in batch.rows),
@@ -375,9 +389,7 @@ class SFTTrainer:
                 )
             )
 
-    def _backward(
-        self, batches: Sequence[Batch | PackedBatch], num_supervised: int
-    ) -> torch.Tensor:
+    def _backward(self, batches: Sequence[MicroBatch], num_supervised: int) -> torch.Tensor:
         self.model.train()
         # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
         # of this one.
@@ -447,26 +459,19 @@ class SFTTrainer:
         Raises:
             ValueError: no examples.
         """
-        import torch
-
         if not examples:
             raise ValueError("evaluate needs at least one example")
-        was_training = self.model.training
-        self.model.eval()
         summed, count = self._zero(), 0.0
-        try:
-            with torch.no_grad(), self._autocast():
-                for number, batch in enumerate(self.batcher.batches(examples)):
-                    if self.eval_iters and number >= self.eval_iters:
-                        break
-                    if number % self.group.size != self.group.rank:
-                        continue
-                    moved = batch.to(self.device)
-                    with self.route.scope(moved):
-                        summed += self.route.loss_sum(moved)
-                    count += batch.num_supervised
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), self._autocast():
+            for number, batch in enumerate(self.batcher.batches(examples)):
+                if self.eval_iters and number >= self.eval_iters:
+                    break
+                if number % self.group.size != self.group.rank:
+                    continue
+                moved = batch.to(self.device)
+                with self.route.scope(moved):
+                    summed += self.route.loss_sum(moved)
+                count += batch.num_supervised
         total, count = self.group.sum_numbers(summed.item(), count)
         return total / count if count else 0.0
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truetune.data.read import READERS, extension
 from truetune.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -63,6 +64,15 @@ def locate(source: str | Path, revision: str | None = None, *, weights: bool) ->
     Raises:
         ModelError: nothing there, or not reachable.
     """
+    return locate_here(source) or _from_hub(str(source), revision, weights=weights)
+
+
+def locate_here(source: str | Path) -> ModelFiles | None:
+    """A folder of this machine; None for what may be a model of the Hub.
+
+    Raises:
+        ModelError: neither.
+    """
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -71,12 +81,21 @@ def locate(source: str | Path, revision: str | None = None, *, weights: bool) ->
         raise ModelError(
             f"{text} is a file, not a model folder",
             why="a model is a folder with config.json, weights and tokenizer",
-            fix=f"give the folder: {path.parent}",
+            fix=f"the model comes first: truetune train MODEL {text} -o RUN"
+            if extension(path) in READERS and path.name not in ("config.json", ADAPTER_CONFIG)
+            else f"give the folder: {path.parent}",
+            code="model-is-file",
+        )
+    if extension(path) in READERS and text.count("/") < 2:
+        raise ModelError(
+            f"{text} is the name of a data file, and stands where the model should",
+            why="there is no such folder, and no model of the Hub is called so",
+            fix=f"the model comes first: truetune train MODEL {text} -o RUN",
             code="model-is-file",
         )
     if not _HUB_ID.fullmatch(text):
         raise _no_such_folder(text, path)
-    return _from_hub(text, revision, weights=weights)
+    return None
 
 
 def _no_such_folder(text: str, path: Path) -> ModelError:

@@ -6,7 +6,6 @@ output  Plan: concrete numbers; the recipe completed with them and where they ca
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from truetune.compute.batch import TokenOrder, rows_of_epochs
 from truetune.model.inspect import ModelFacts
 from truetune.model.placement import choose_device
 from truetune.recipe.rates import EPOCHS, Start, usual_rate
-from truetune.recipe.settings import Recipe
+from truetune.recipe.settings import Recipe, setting_names
 
 _BATCH = 16
 _TEXT_BLOCK = 1024
@@ -25,36 +24,29 @@ _LOGIT_BYTES = 4 * 3
 _LOGIT_BUDGET = 2 * 2**30
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Concrete numbers of a run.
+@dataclass(frozen=True, kw_only=True)
+class Plan(Recipe):
+    """A recipe with every number filled in, and where each came from.
 
     Attributes:
         start: whether training starts from a base or an instruct model.
+        reasoning_share: of the conversations, the share with reasoning.
         max_length: longest row in tokens.
-        batch_size: rows per optimiser step; None where tokens were counted instead.
-        tokens_per_step: tokens per optimiser step, at most; None where rows are counted.
+        batch_size: rows per optimizer step; None where tokens are counted instead.
         micro_batch_size: rows per forward pass, at most; None leaves tokens to decide.
         learning_rate: the peak.
         epochs: passes over the rows; None where max_steps was set.
-        max_steps, warmup_steps, eval_steps, save_steps: optimiser steps.
-        reasoning_share: of the conversations, the share with reasoning.
-        recipe: the recipe with these values and their origins filled in.
+        max_steps, warmup_steps, eval_steps, save_steps: optimizer steps.
     """
 
     start: Start
+    reasoning_share: float
     max_length: int
-    batch_size: int | None
-    tokens_per_step: int | None
-    micro_batch_size: int | None
     learning_rate: float
-    epochs: float | None
     max_steps: int
     warmup_steps: int
     eval_steps: int
     save_steps: int
-    reasoning_share: float
-    recipe: Recipe
 
 
 def plan_length(
@@ -100,7 +92,7 @@ def make_plan(
     filled["max_length"], reasons["max_length"] = max_length
     batch, micro = _sizes(recipe, max_length[0], model.head_rows, reasons)
     filled |= {"batch_size": batch, "micro_batch_size": micro}
-    rate = take(
+    take(
         "learning_rate",
         lambda: usual_rate(recipe.lora, model.num_parameters, start, start_reason, reasoning_share),
     )
@@ -115,26 +107,16 @@ def make_plan(
         ),
     )
     ratio = 0.03 if recipe.warmup_ratio is None else recipe.warmup_ratio
-    warmup = take("warmup_steps", lambda: (math.ceil(ratio * steps), f"{ratio:g} of the steps"))
-    evals = take("eval_steps", lambda: (max(math.ceil(steps / 10), 1), "10 evaluations"))
-    saves = take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
+    take("warmup_steps", lambda: (math.ceil(ratio * steps), f"{ratio:g} of the steps"))
+    take("eval_steps", lambda: (max(math.ceil(steps / 10), 1), "10 evaluations"))
+    take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
     if optim := _optimizer(recipe, model):
         filled["optim"], reasons["optim"] = optim
-    completed = dataclasses.replace(recipe, **filled, origins={**recipe.origins, **reasons})
     return Plan(
+        **{name: getattr(recipe, name) for name in setting_names()} | filled,
+        origins={**recipe.origins, **reasons},
         start=start,
-        max_length=max_length[0],
-        batch_size=batch,
-        tokens_per_step=recipe.tokens_per_step,
-        micro_batch_size=micro,
-        learning_rate=rate,
-        epochs=epochs,
-        max_steps=steps,
-        warmup_steps=warmup,
-        eval_steps=evals,
-        save_steps=saves,
         reasoning_share=reasoning_share,
-        recipe=completed,
     )
 
 
@@ -202,4 +184,4 @@ def _rows_of_logits(max_length: int, head_rows: int, reasons: dict[str, str]) ->
 def suggested_rate(plan: Plan, model: ModelFacts) -> float:
     """The default learning rate for this method, model and start."""
     parameters, share = model.num_parameters, plan.reasoning_share
-    return usual_rate(plan.recipe.lora, parameters, plan.start, "", share)[0]
+    return usual_rate(plan.lora, parameters, plan.start, "", share)[0]

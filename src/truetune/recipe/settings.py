@@ -20,6 +20,17 @@ from truetune.recipe.rates import SHOWN
 Origin = str
 
 
+INPUT, PROMPT, METHOD, LENGTH, TRAIN, WATCH, RUN = (
+    "Input",
+    "Prompt and answer",
+    "Method",
+    "Length",
+    "Training",
+    "Watching",
+    "Run",
+)
+
+
 def _option(
     default: Any,
     group: str,
@@ -31,8 +42,10 @@ def _option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    resumed: bool = True,
 ) -> Any:
-    """A setting: its default, the group and text of its help, other spellings, its range."""
+    """A setting: its default, the group and text of its help, other spellings, its range, and
+    whether a resumed run must have the same (of the groups that decide about the weights)."""
     meta = {
         "group": group,
         "help": help,
@@ -42,19 +55,9 @@ def _option(
         "maximum": maximum,
         "above": above,
         "below": below,
+        "resumed": resumed and group in (METHOD, LENGTH, TRAIN),
     }
     return dataclasses.field(default=default, metadata=meta)
-
-
-INPUT, PROMPT, METHOD, LENGTH, TRAIN, WATCH, RUN = (
-    "Input",
-    "Prompt and answer",
-    "Method",
-    "Length",
-    "Training",
-    "Watching",
-    "Run",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +268,9 @@ class Recipe:
         minimum=0,
         maximum=2**32 - 1,
     )
-    device: Literal["auto", "cuda", "mps", "cpu"] = _option("auto", TRAIN, "Where to compute.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = _option(
+        "auto", TRAIN, "Where to compute.", resumed=False
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = _option(
         "auto", TRAIN, "Type to compute in; trained weights are float32, but for adamw_bf16."
     )
@@ -310,6 +315,10 @@ class Recipe:
         name = f"rank-stabilised {name}" if self.rslora else name
         bits = 4 * self.qlora or 8 * self.load_in_8bit
         return f"{name} on a base in {bits} bits" if bits else name
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that must be equal for a checkpoint to be continued exactly."""
+        return {f.name: getattr(self, f.name) for f in settings() if f.metadata["resumed"]}
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """name -> {value, origin}, as recipe.yaml holds it and `read_recipe` takes it back.

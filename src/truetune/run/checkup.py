@@ -123,9 +123,9 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
 def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
     """Base or instruct, by the model's own template and by what it predicts."""
     prepared = found.prepared
-    recipe, tokenizer = prepared.plan.recipe, prepared.contract.tokenizer
+    plan, tokenizer = prepared.plan, prepared.contract.tokenizer
     frame = Frame.probe(tokenizer, stop_ids=prepared.model.served_eos_ids)
-    files = locate(str(recipe.model), recipe.revision, weights=False)
+    files = locate(str(plan.model), plan.revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
     tables = read_tables(base, frame.chat_ids).items()
     rows = {kind: judge_rows(t, frame.chat_ids, num_ids(tokenizer)) for kind, t in tables}
@@ -141,14 +141,14 @@ def start_differs(judged: Verdict, plan: Plan) -> Iterator[Finding]:
     kind = judged.kind
     if kind == "unknown" or kind == plan.start:
         return
-    rate = usual_rate(plan.recipe.lora, SMALL, kind, "", plan.reasoning_share)[0]
-    derived = plan.recipe.origin("learning_rate").startswith("default")
+    rate = usual_rate(plan.lora, SMALL, kind, "", plan.reasoning_share)[0]
+    derived = plan.origin("learning_rate").startswith("default")
     yield Finding(
         "start-differs",
         "warning" if derived else "note",
         f"the plan takes the model for {_ARTICLE[plan.start]} model by its template, its weights "
         f"are those of {_ARTICLE[kind]} one",
-        str(plan.recipe.model),
+        str(plan.model),
         why="; ".join(judged.reasons),
         fix=f"--learning-rate {words(rate)} --epochs {EPOCHS[kind]:g}",
     )
@@ -228,16 +228,16 @@ def _ordered(findings: list[Finding]) -> list[Finding]:
 
 def _run_summary(found: Survey) -> dict[str, Any]:
     prepared = found.prepared
-    plan, recipe = prepared.plan, prepared.plan.recipe
+    plan = prepared.plan
     return {
-        "model": recipe.model,
-        "data": recipe.data,
+        "model": plan.model,
+        "data": plan.data,
         "schema": prepared.data["schema"],
         "rows_read": prepared.data["rows_read"],
         "train": prepared.data["train"],
         "held_out": prepared.data["held_out"],
         "dropped": len(prepared.data["dropped"]),
-        "method": "lora" if recipe.lora else "full",
+        "method": "lora" if plan.lora else "full",
         "start": plan.start,
         "max_length": plan.max_length,
         "batch_size": plan.batch_size,

@@ -111,7 +111,7 @@ class Job:
         group: Group,
     ) -> None:
         self.run, self.prepared, self.loaded, self.group = run, prepared, loaded, group
-        self.plan, self.recipe = prepared.plan, prepared.plan.recipe
+        self.plan = prepared.plan
         self.contract, self.listener, self.trackers = prepared.contract, listener, trackers
         self.findings = [*prepared.findings, *findings]
         for finding in findings:
@@ -125,29 +125,12 @@ class Job:
         self._samples_now: list[dict[str, Any]] = []
 
     def _trainer(self) -> SFTTrainer:
-        recipe, plan = self.recipe, self.plan
-        return SFTTrainer(
+        return SFTTrainer.of_plan(
             self.loaded.model,
+            self.plan,
             examples=self.prepared.examples,
-            max_seq_len=plan.max_length,
             pad_id=self.contract.pad_id,
-            batch_size=plan.batch_size,
-            tokens_per_step=plan.tokens_per_step,
-            micro_batch_size=plan.micro_batch_size,
-            micro_batch_tokens=recipe.micro_batch_tokens,
-            packing=recipe.packing,
-            max_steps=plan.max_steps,
-            epochs=plan.epochs,
-            max_lr=plan.learning_rate,
-            warmup_steps=plan.warmup_steps,
-            lr_scheduler_type=recipe.lr_scheduler_type,
-            weight_decay=recipe.weight_decay,
-            grad_clip=recipe.max_grad_norm,
-            optim=recipe.optim,
-            eval_every=plan.eval_steps,
             eval_iters=0,
-            log_every=recipe.logging_steps,
-            seed=recipe.seed,
             autocast_dtype=self.loaded.compute_dtype,
             group=self.group,
             on_step=self.on_step,
@@ -179,23 +162,23 @@ class Job:
                 "micro_batch_tokens": self.trainer.limits.tokens if self.trainer.limits else None,
             },
             "processes": self.group.size,
-            "check": "skipped by --no-check" if self.recipe.no_check else "passed",
+            "check": "skipped by --no-check" if self.plan.no_check else "passed",
         }
-        recipe = yaml.safe_dump(self.recipe.rows(), sort_keys=False, allow_unicode=True)
+        recipe = yaml.safe_dump(self.plan.rows(), sort_keys=False, allow_unicode=True)
         write_json(self.run.file("contract.json"), self.contract.as_dict())
         write_text(self.run.file("recipe.yaml"), recipe)
         write_json(self.run.file("data.json"), self.prepared.data)
         write_json(self.run.file("env.json"), {**environment(), **facts})
         self.run.replace_lines("findings.jsonl", [f.as_dict() for f in self.findings])
         self.listener.planned(self.plan, {**facts, "data": self.prepared.data})
-        self.trackers.start(self.recipe.rows())
+        self.trackers.start(self.plan.rows())
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Seed a new run, or continue a checkpoint's."""
         import torch
 
         # Each process draws dropout of its own.
-        torch.manual_seed(self.recipe.seed + self.group.rank)
+        torch.manual_seed(self.plan.seed + self.group.rank)
         with self.group.together():
             if checkpoint:
                 load_state(
@@ -233,25 +216,10 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued exactly."""
-        plan, recipe = self.plan, self.recipe
         return {
+            **self.plan.identity(),
             "data": self.prepared.data["train"]["sha256"],
             "contract": self.contract.fingerprint(),
-            "batch_size": plan.batch_size,
-            "tokens_per_step": plan.tokens_per_step,
-            "micro_batch_size": plan.micro_batch_size,
-            "micro_batch_tokens": recipe.micro_batch_tokens,
-            "packing": recipe.packing,
-            "max_length": plan.max_length,
-            "max_steps": plan.max_steps,
-            "learning_rate": plan.learning_rate,
-            "warmup_steps": plan.warmup_steps,
-            "lr_scheduler_type": recipe.lr_scheduler_type,
-            "weight_decay": recipe.weight_decay,
-            "max_grad_norm": recipe.max_grad_norm,
-            "optim": recipe.optim,
-            "seed": recipe.seed,
-            "method": recipe.method,
             "new_tokens": [token.text for token in self.prepared.new_tokens],
             "processes": self.group.size,
         }
@@ -362,7 +330,7 @@ class Job:
 
     def on_step(self, facts: StepFacts) -> None:
         self.last_loss = facts.loss
-        if facts.step % self.recipe.logging_steps == 0 or facts.step == self.plan.max_steps:
+        if facts.step % self.plan.logging_steps == 0 or facts.step == self.plan.max_steps:
             line = {
                 "step": facts.step,
                 "loss": facts.loss,
@@ -425,7 +393,7 @@ class Job:
                 fix="free some space, then "
                 f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
             ) from error
-        for old in self.run.checkpoints()[: -self.recipe.save_total_limit]:
+        for old in self.run.checkpoints()[: -self.plan.save_total_limit]:
             shutil.rmtree(old)
         self.listener.saved(str(final))
 
@@ -535,7 +503,8 @@ class Job:
             tuple((line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line),
             self.plan.max_steps,
             self.plan.learning_rate,
-            self.recipe.logging_steps * taken / max(whole, 1),
+            self.plan.logging_steps * taken / max(whole, 1),
+            self.plan.epochs is None,
         )
 
     def _keep_record(self, report: SaveReport, name: str, before: Measured | None) -> None:

@@ -45,19 +45,19 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
     Raises:
         ModelError, UsageError: as `load_model` and `add_lora`.
     """
-    recipe = prepared.plan.recipe
-    source = str(checkpoint or recipe.model)
-    look = _bits(recipe) != "as-trained" and not checkpoint and not recipe.no_check
+    plan = prepared.plan
+    source = str(checkpoint or plan.model)
+    look = _bits(plan) != "as-trained" and not checkpoint and not plan.no_check
     original, findings = _measure_original(prepared) if look else (None, [])
     loaded = load_model(
         source,
-        revision=None if checkpoint else recipe.revision,
-        device=recipe.device,
-        dtype=recipe.dtype,
-        purpose="lora" if recipe.lora else "full",
-        load_in=_bits(recipe),
-        full_fingerprint=recipe.full_fingerprint,
-        bf16_weights=recipe.optim == "adamw_bf16",
+        revision=None if checkpoint else plan.revision,
+        device=plan.device,
+        dtype=plan.dtype,
+        purpose="lora" if plan.lora else "full",
+        load_in=_bits(plan),
+        full_fingerprint=plan.full_fingerprint,
+        bf16_weights=plan.optim == "adamw_bf16",
         # New tokens are not the base's.
         tokenizer=None if prepared.new_tokens else prepared.contract.tokenizer,
     )
@@ -70,7 +70,7 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
     loaded = replace(loaded, tokenizer=prepared.contract.tokenizer)
     if not checkpoint:
         loaded = _with_adapter(loaded, prepared)
-    if recipe.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         enable_gradient_checkpointing(loaded.model)
     if not checkpoint:
         findings += advice(prepared, trainable_share(loaded.model)[0])
@@ -91,7 +91,7 @@ def advice(prepared: Prepared, num_trainable: int) -> list[Finding]:
             num_supervised=sum(example.num_supervised for example in examples),
             reasoning_share=plan.reasoning_share,
             start=plan.start,
-            lora=plan.recipe.lora,
+            lora=plan.lora,
             num_trainable=num_trainable,
             is_text=prepared.is_text,
         )
@@ -107,14 +107,14 @@ def _rounding_rows(prepared: Prepared) -> list[tuple[list[int], list[int]]]:
 
 def _measure_original(prepared: Prepared) -> tuple[Measured | None, list[Finding]]:
     """What the unquantised base says of some rows; it is gone again when this returns."""
-    recipe, rows = prepared.plan.recipe, _rounding_rows(prepared)
+    plan, rows = prepared.plan, _rounding_rows(prepared)
     try:
         _require_memory(prepared)
         loaded = load_model(
-            str(recipe.model),
-            revision=recipe.revision,
-            device=recipe.device,
-            dtype=recipe.dtype,
+            str(plan.model),
+            revision=plan.revision,
+            device=plan.device,
+            dtype=plan.dtype,
             purpose="inference",
         )
         return measure(loaded, rows, keep_logits=False), []
@@ -134,7 +134,7 @@ def _measure_original(prepared: Prepared) -> tuple[Measured | None, list[Finding
 def _require_memory(prepared: Prepared) -> None:
     """On a CPU too much memory is no exception but the end of the process."""
     needed, free = 4 * prepared.model.num_parameters, _free_memory()
-    on_cpu = choose_device(prepared.plan.recipe.device)[0].type == "cpu"
+    on_cpu = choose_device(prepared.plan.device)[0].type == "cpu"
     if on_cpu and free is not None and needed > free:
         raise ModelError(
             f"the original takes {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free",
@@ -156,19 +156,19 @@ def _bits(recipe: Recipe) -> LoadIn:
 
 def _with_adapter(loaded: LoadedModel, prepared: Prepared) -> LoadedModel:
     """The model as training finds it: room and first values for new rows, a fresh adapter."""
-    recipe, new_tokens = prepared.plan.recipe, prepared.new_tokens
+    plan, new_tokens = prepared.plan, prepared.new_tokens
     if new_tokens:
         make_room(loaded.model, num_ids(loaded.tokenizer))
-    if not recipe.lora:
+    if not plan.lora:
         start_full_rows(loaded.model, new_tokens)
     elif not loaded.is_adapter:
         settings = LoraSettings(
-            recipe.lora_r,
-            recipe.lora_alpha,
-            recipe.lora_dropout,
-            recipe.target_modules or "all-linear",
-            rslora=recipe.rslora,
-            dora=recipe.dora,
+            plan.lora_r,
+            plan.lora_alpha,
+            plan.lora_dropout,
+            plan.target_modules or "all-linear",
+            rslora=plan.rslora,
+            dora=plan.dora,
         )
-        loaded = add_lora(loaded, settings, recipe.seed, new_tokens=new_tokens)
+        loaded = add_lora(loaded, settings, plan.seed, new_tokens=new_tokens)
     return loaded

@@ -20,8 +20,6 @@ manifest is there.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +37,7 @@ from truetune.run.load_model import load_start
 from truetune.run.prepare import prepare
 from truetune.run.trackers import Trackers
 from truetune.run.worker_rank import Follower
-from truetune.run_dir import RunDir, claimed, opened, write_json
+from truetune.run_dir import RunDir, claimed, named_at_last, opened, write_json
 from truetune.system.lock import Owner
 from truetune.system.signals import Stopped, number_of
 from truetune.verification.artifact import VERDICT, run_of, verify, verify_merge
@@ -122,10 +120,10 @@ def _lead(job: Job, checkpoint: Checkpoint | None) -> RunResult:
     report = job.train_and_save()
     verdict = None
     try:
-        if job.recipe.verify:
+        if job.plan.verify:
             job.listener.stage("verifying in a fresh process")
             job.release()
-            verdict = verify(str(job.run.path), device=job.recipe.device)
+            verdict = verify(str(job.run.path), device=job.plan.device)
         result = job.finish(report, verdict)
     except (KeyboardInterrupt, Stopped) as error:
         raise job.interrupted(
@@ -219,15 +217,8 @@ def export(
             left behind.
     """
     listener, folder = listener or Listener(), Path(output)
-    if folder.exists():
-        raise OutputExists(
-            f"{folder} exists already",
-            fix="name another folder with --output",
-            code="output-exists",
-        )
     adapter = opened(source)
-    unnamed = folder.with_name(f".{folder.name}.unverified-{os.getpid()}")
-    try:
+    with named_at_last(folder) as unnamed:
         listener.stage("merging")
         made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
         for finding in made.findings:
@@ -246,9 +237,6 @@ def export(
             )
             _require_passed(verdict, "the merged model is not what the adapter is")
             write_json(unnamed / VERDICT, {**verdict.as_dict(), "artifact": str(folder)})
-        unnamed.rename(folder)
-    finally:
-        shutil.rmtree(unnamed, ignore_errors=True)
     return ExportResult(folder, made, verdict)
 
 

@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
         CheckFailed: the preflight found an error, or too much would be lost to the length limit.
     """
-    found = survey(recipe, listener)
+    found = survey(recipe, listener, at_once=True)
     if found.stopping:
         raise found.stopping[0]
     for finding in found.prepared.findings:
@@ -110,49 +110,142 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
     return found.prepared
 
 
-def survey(recipe: Recipe, listener: Listener) -> Survey:
+@dataclass(frozen=True)
+class _Read:
+    """Rows as the files have them: to train, held out, and the places of held-out rows that were
+    left out because they are trained."""
+
+    train: list[Conversation]
+    held_out: list[Conversation]
+    loaded: Loaded
+    findings: list[Finding]
+    overlap: list[str]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The rows that can be trained, as they were read and encoded, and one error for each other."""
+
+    conversations: list[Conversation]
+    rows: list[Encoded]
+    refused: list[Finding]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """The numbers of the run, and what the length policy leaves of the rows."""
+
+    plan: Plan
+    fitted: Fitted
+    eval_fitted: Fitted
+    is_text: bool
+    findings: list[Finding]
+
+
+def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Survey:
     """Everything that can be known of a run without weights; errors are collected.
+
+    Args:
+        at_once: rows that are broken as they were read are refused before the model is opened.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
         BadRows: not one row can be trained.
     """
-    assert recipe.model
-    assert recipe.data
     # Rows need no torch: what is wrong with them is found before it is imported.
-    train, held_out, loaded, findings, overlap = _rows(recipe, listener)
+    read = _read(recipe, listener)
+    if at_once and any(finding.level == "error" for finding in read.loaded.findings):
+        _, broken = bad_rows_told(
+            read.loaded.findings, recipe, len(read.train) + len(read.held_out)
+        )
+        if broken:
+            raise broken[0]
     listener.stage("opening the model's files")
-    facts, tokenizer = look_at(recipe.model, recipe.revision)
+    facts, tokenizer = look_at(str(recipe.model), recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
     contract = contract_of(tokenizer, recipe)
-    if contract.date and not recipe.date:
-        # A resumed run goes on with the day on which it was started.
-        origins = {**recipe.origins, "date": "the day of the start"}
-        recipe = dataclasses.replace(recipe, date=contract.date, origins=origins)
-    start = by_template(tokenizer)
+    recipe = _dated(recipe, contract)
 
     listener.stage("proving the rows")
-    contract = contract.fit(train, loss_on=recipe.loss_on)
-    taken, encoded, refused = _encode(contract, train, recipe, listener)
-    eval_taken, eval_encoded, eval_refused = _encode(contract, held_out, recipe, listener)
-    refusals = [*loaded.findings, *refused, *eval_refused]
-    findings += [*token_findings, *without_effect(recipe)]
-    bad_rows, stopping = bad_rows_told(refusals, recipe, len(encoded))
-    findings += [*bad_rows, *contract.findings, *remarks([*encoded, *eval_encoded])]
+    contract = contract.fit(read.train, loss_on=recipe.loss_on)
+    train = _encode(contract, read.train, recipe, listener)
+    held_out = _encode(contract, read.held_out, recipe, listener)
+    refusals = [*read.loaded.findings, *train.refused, *held_out.refused]
+    bad_rows, stopping = bad_rows_told(refusals, recipe, len(train.rows))
 
-    text = all(is_text(row) for row in encoded)
+    planned = _plan(recipe, facts, contract, read, train, held_out)
+    plan, fitted = planned.plan, planned.fitted
+    if worst(planned.findings) == "error":
+        stopping.append(CheckFailed("too many rows are longer than the limit", planned.findings))
+    told: list[Finding] = []
+    if not recipe.no_check:
+        listener.stage("checking the run")
+        told = _check(contract, facts, planned, train, held_out, new_tokens, listener)
+        if worst(told) == "error":
+            errors = [finding for finding in told if finding.level == "error"]
+            stopping.append(CheckFailed("the check found errors; nothing was trained", errors))
+        told += unused_tokens(new_tokens, fitted.examples)
+    findings = [
+        *read.findings,
+        *token_findings,
+        *without_effect(recipe),
+        *bad_rows,
+        *contract.findings,
+        *remarks([*train.rows, *held_out.rows]),
+        *planned.findings,
+        *told,
+    ]
+    lengths = None
+    if plan.reasoning_share and train.rows:
+        # Where reasoning is cut, neither the closing marker nor the answer is left.
+        rows = encoded_lengths(train.rows, contract)
+        lengths = length_report(rows, plan.max_length, facts.context_length)
+    prepared = Prepared(
+        contract,
+        facts,
+        fitted.examples,
+        fitted.rows,
+        planned.eval_fitted.examples,
+        _answerable(held_out.conversations, planned.eval_fitted),
+        plan,
+        merged(findings),
+        data_facts(read.loaded, fitted, planned.eval_fitted, refusals, read.overlap, lengths),
+        new_tokens,
+        _verify_rows(held_out, plan, held_out=True) or _verify_rows(train, plan, held_out=False),
+        planned.is_text,
+    )
+    return Survey(prepared, train.rows, read.train, stopping)
+
+
+def _dated(recipe: Recipe, contract: PromptContract) -> Recipe:
+    """With the day that a template writes: a resumed run goes on with the one on which it was
+    started."""
+    if not contract.date or recipe.date:
+        return recipe
+    origins = {**recipe.origins, "date": "the day of the start"}
+    return dataclasses.replace(recipe, date=contract.date, origins=origins)
+
+
+def _plan(
+    recipe: Recipe,
+    facts: ModelFacts,
+    contract: PromptContract,
+    read: _Read,
+    train: _Encoded,
+    held_out: _Encoded,
+) -> _Planned:
+    """Length policy, then the numbers of the run."""
+    start = by_template(contract.tokenizer)
+    text = all(is_text(row) for row in train.rows)
     limit = plan_length(
         recipe,
-        longest=longest([*encoded, *eval_encoded]),
+        longest=longest([*train.rows, *held_out.rows]),
         context=facts.context_length,
         is_text=text,
     )
-    fitted = fit_length(encoded, max_length=limit[0], overlong=recipe.overlong)
-    eval_fitted = fit_length(eval_encoded, max_length=limit[0], overlong=recipe.overlong)
-    lost = length_findings(fitted, eval_fitted, encoded, limit[0], facts, contract, recipe)
-    findings += lost
-    if worst(lost) == "error":
-        stopping.append(CheckFailed("too many rows are longer than the limit", lost))
+    fitted = fit_length(train.rows, max_length=limit[0], overlong=recipe.overlong)
+    eval_fitted = fit_length(held_out.rows, max_length=limit[0], overlong=recipe.overlong)
+    lost = length_findings(fitted, eval_fitted, train.rows, limit[0], facts, contract, recipe)
     plan = make_plan(
         recipe,
         model=facts,
@@ -160,61 +253,53 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
         start_reason=start.reasons[0],
         max_length=limit,
         lengths=[len(example.ids) for example in fitted.examples] or [1],
-        reasoning_share=_reasoning_share(train),
+        reasoning_share=_reasoning_share(read.train),
     )
-    lengths = None
-    if plan.reasoning_share and encoded:
-        # Where reasoning is cut, neither the closing marker nor the answer is left.
-        rows = encoded_lengths(encoded, contract)
-        lengths = length_report(rows, plan.max_length, facts.context_length)
-    if not recipe.no_check:
-        listener.stage("checking the run")
-        told = preflight(
-            _preflight(
-                contract,
-                fitted,
-                plan,
-                facts,
-                text,
-                taken,
-                eval_taken,
-                new_tokens,
-            ),
-            listener.progress,
-        )
-        findings += [*told, *unused_tokens(new_tokens, fitted.examples)]
-        if worst(told) == "error":
-            errors = [finding for finding in told if finding.level == "error"]
-            stopping.append(CheckFailed("the check found errors; nothing was trained", errors))
-    prepared = Prepared(
-        contract,
-        facts,
-        fitted.examples,
-        fitted.rows,
-        eval_fitted.examples,
-        _answerable(eval_taken, eval_fitted),
-        plan,
-        merged(findings),
-        data_facts(loaded, fitted, eval_fitted, refusals, overlap, lengths),
-        new_tokens,
-        _verify_rows(eval_taken, eval_encoded, plan, held_out=True)
-        or _verify_rows(taken, encoded, plan, held_out=False),
-        text,
-    )
-    return Survey(prepared, encoded, train, stopping)
+    return _Planned(plan, fitted, eval_fitted, text, lost)
 
 
-def _verify_rows(
-    conversations: Sequence[Conversation],
-    encoded: Sequence[Encoded],
-    plan: Plan,
-    *,
-    held_out: bool,
-) -> list[VerifyRow]:
+def _check(
+    contract: PromptContract,
+    facts: ModelFacts,
+    planned: _Planned,
+    train: _Encoded,
+    held_out: _Encoded,
+    new_tokens: Sequence[NewToken],
+    listener: Listener,
+) -> list[Finding]:
+    """What every family of checks says of the run."""
+    plan, fitted = planned.plan, planned.fitted
+    return preflight(
+        Preflight(
+            contract=contract,
+            examples=fitted.examples,
+            rows=fitted.rows,
+            is_text=planned.is_text,
+            loss_on=plan.loss_on,
+            head_rows=max(facts.head_rows, num_ids(contract.tokenizer))
+            if plan.add_token
+            else facts.head_rows,
+            base_stop_ids=facts.served_eos_ids,
+            lora=plan.lora,
+            learning_rate=plan.learning_rate,
+            suggested_rate=suggested_rate(plan, facts),
+            max_steps=plan.max_steps,
+            warmup_steps=plan.warmup_steps,
+            train=train.conversations,
+            held_out=held_out.conversations,
+            model=str(plan.model),
+            revision=plan.revision,
+            trained_tokens=[token.id for token in new_tokens],
+        ),
+        listener.progress,
+    )
+
+
+def _verify_rows(encoded: _Encoded, plan: Plan, *, held_out: bool) -> list[VerifyRow]:
     """The first rows that fit as they are: what verification can do again from the row alone."""
     fitting = (
         (conversation, row)
-        for conversation, row in zip(conversations, encoded, strict=True)
+        for conversation, row in zip(encoded.conversations, encoded.rows, strict=True)
         if all(len(e.ids) <= plan.max_length for e in row)
     )
     return [
@@ -271,11 +356,7 @@ def contract_of(tokenizer: Any, recipe: Recipe) -> PromptContract:
     )
 
 
-def _rows(
-    recipe: Recipe, listener: Listener
-) -> tuple[list[Conversation], list[Conversation], Loaded, list[Finding], list[str]]:
-    """Training rows, held-out rows, what was read, what to tell, and the places of held-out rows
-    that were left out because they are trained."""
+def _read(recipe: Recipe, listener: Listener) -> _Read:
     listener.stage("reading the rows")
     assert recipe.data
     loaded = load(
@@ -288,7 +369,7 @@ def _rows(
     )
     if not recipe.eval_data and not recipe.eval_split:
         train, held_out = hold_out(loaded.conversations, seed=recipe.seed)
-        return train, held_out, loaded, [], []
+        return _Read(train, held_out, loaded, [], [])
     own = load(
         recipe.eval_data or recipe.data,
         schema=recipe.schema,
@@ -305,7 +386,7 @@ def _rows(
     )
     kept = {id(conversation) for conversation in held_out}
     overlap = [c.where for c in own.conversations if id(c) not in kept]
-    return loaded.conversations, held_out, both, findings, overlap
+    return _Read(loaded.conversations, held_out, both, findings, overlap)
 
 
 def _encode(
@@ -313,9 +394,9 @@ def _encode(
     conversations: Sequence[Conversation],
     recipe: Recipe,
     listener: Listener,
-) -> tuple[list[Conversation], list[Encoded], list[Finding]]:
-    """The rows that can be trained, as they were read and encoded, and one error for each other:
-    it has no faithful completion, or holds a control token where the recipe refuses those."""
+) -> _Encoded:
+    """Each row's examples, or why it has none: no faithful completion, or a control token where the
+    recipe refuses those."""
     total = len(conversations)
     results = contract.encode_all(
         conversations,
@@ -335,40 +416,12 @@ def _encode(
         else:
             taken.append(conversation)
             encoded.append(result)
-    return taken, encoded, refused
+    return _Encoded(taken, encoded, refused)
 
 
-def _preflight(
-    contract: PromptContract,
-    fitted: Fitted,
-    plan: Plan,
-    facts: ModelFacts,
-    text: bool,
-    train: Sequence[Conversation],
-    held_out: Sequence[Conversation],
-    new_tokens: Sequence[NewToken],
-) -> Preflight:
-    return Preflight(
-        contract=contract,
-        examples=fitted.examples,
-        rows=fitted.rows,
-        is_text=text,
-        loss_on=plan.recipe.loss_on,
-        head_rows=max(facts.head_rows, num_ids(contract.tokenizer))
-        if plan.recipe.add_token
-        else facts.head_rows,
-        base_stop_ids=facts.served_eos_ids,
-        lora=plan.recipe.lora,
-        learning_rate=plan.learning_rate,
-        suggested_rate=suggested_rate(plan, facts),
-        max_steps=plan.max_steps,
-        warmup_steps=plan.warmup_steps,
-        train=train,
-        held_out=held_out,
-        model=str(plan.recipe.model),
-        revision=plan.recipe.revision,
-        trained_tokens=[token.id for token in new_tokens],
-    )
+def _refusal(refused: Refused) -> Finding:
+    error = refused.error
+    return Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
 
 
 def _reasoning_share(conversations: Sequence[Conversation]) -> float:

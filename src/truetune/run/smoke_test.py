@@ -21,6 +21,7 @@ from truetune.engine.trainer import SFTTrainer
 from truetune.errors import NonFiniteLoss, SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, load_model
+from truetune.model.mode import evaluating
 from truetune.model.save import save_model
 from truetune.run.load_model import load_start
 from truetune.run.prepare import Prepared
@@ -139,23 +140,24 @@ def _trainer(
     loaded: LoadedModel, prepared: Prepared, examples: Sequence[SFTExample], **changes: Any
 ) -> SFTTrainer:
     """The run's loop on a few rows; all of them are one step."""
-    plan, recipe = prepared.plan, prepared.plan.recipe
-    settings: dict[str, Any] = {
-        "max_seq_len": max(plan.max_length, 2),
-        "pad_id": prepared.contract.pad_id,
+    plan = prepared.plan
+    few: dict[str, Any] = {
         "batch_size": len(examples),
+        "tokens_per_step": None,
         "micro_batch_size": min(plan.micro_batch_size or len(examples), len(examples)),
-        "micro_batch_tokens": recipe.micro_batch_tokens,
-        "packing": recipe.packing,
+        "epochs": None,
         "max_steps": 2,
-        "max_lr": plan.learning_rate,
+        "warmup_steps": 0,
         "lr_scheduler_type": "constant",
-        "weight_decay": recipe.weight_decay,
-        "grad_clip": recipe.max_grad_norm,
-        "optim": recipe.optim,
-        "autocast_dtype": loaded.compute_dtype,
     }
-    return SFTTrainer(loaded.model, examples=examples, **(settings | changes))
+    return SFTTrainer.of_plan(
+        loaded.model,
+        plan,
+        examples=examples,
+        pad_id=prepared.contract.pad_id,
+        autocast_dtype=loaded.compute_dtype,
+        **(few | changes),
+    )
 
 
 def _trained(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -332,10 +334,8 @@ def _dry_save(
 def _predicted(model: Any, example: SFTExample) -> torch.Tensor:
     import torch
 
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([example.ids], device=device)).logits[0].float().cpu()
-    model.train(was_training)
-    return logits
+    with evaluating(model):
+        ids_BT = torch.tensor([example.ids], device=device)
+        logits_TV: torch.Tensor = model(input_ids=ids_BT).logits[0].float().cpu()
+    return logits_TV

@@ -22,6 +22,7 @@ import torch
 
 from truetune.compute.cuda.copies import sent
 from truetune.compute.cuda.plan import Call, plan
+from truetune.compute.explicit import explicit_attention
 from truetune.compute.layout import Layout
 
 
@@ -280,8 +281,6 @@ def _is_right(
     width: int,
     kernel: Kernel | None = None,
 ) -> bool:
-    from truetune.compute.attention import _explicit
-
     generator = torch.Generator().manual_seed(0)
 
     def normal(count: int) -> torch.Tensor:
@@ -298,7 +297,7 @@ def _is_right(
                 try:
                     if exact:
                         q, k, v = (t[0] for t in leaves)
-                        out = _explicit(q, k, v, _PROBE, window, scale, 0.0, None, None)
+                        out = explicit_attention(q, k, v, _PROBE, window, scale, 0.0, None, None)
                     else:
                         q, k, v = leaves
                         out = varlen(q, k, v, _PROBE, window, scale, kernel=kernel)
