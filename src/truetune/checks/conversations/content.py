@@ -34,7 +34,7 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
             f"{shown}; the first in {first.field}{turn}",
             why="the tokenizer makes the real token of it: the text opens or closes a turn of its "
             "own, in training and when served",
-            fix="take them out, write them apart (`<| im_end |>`), or refuse such rows with "
+            fix="take them out, or break them up (`<| im_end |>`); truetune refuses such rows with "
             "--content-specials error",
         )
 
