@@ -113,6 +113,7 @@ def test_each_option_reaches_the_run_and_beats_the_recipe(
         "truetune.run.pipeline.train", lambda recipe, *_, **__: given.append(recipe)
     )
     monkeypatch.setattr("truetune.cli.result_screen.show_result", lambda *_: None)
+    monkeypatch.setattr("truetune.cli.verbs.ask_first", lambda _: None)  # whether they are there
     file = tmp_path / "r.yaml"
     base: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
     if isinstance(value, bool) and name != "no_check":
