@@ -56,9 +56,10 @@ def show_checkup(
         _picture(screen, found.summary["lengths"])
     if page:
         screen.line(f"written: {page}", "dim")
-    screen.line(_verdict(found), "bold red" if not found.ok else "bold green")
     if found.ok and "plan" in found.summary:
         screen.line("the same line with `train` in place of `check`, and -o RUN, starts it", "dim")
+    # The last line is the verdict.
+    screen.line(_verdict(found), "bold red" if not found.ok else "bold green")
 
 
 def _first(findings: list[Finding], everything: bool) -> list[Finding]:
