@@ -16,9 +16,9 @@ from test_recipe import VALUES
 from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import __version__
-from truetune.cli.screen import Screen, side_by_side, visible
+from truetune.cli.screen import Screen, side_by_side
 from truetune.errors import BadRows
-from truetune.findings import Finding
+from truetune.findings import Finding, visible
 from truetune.recipe.settings import settings
 
 VERBS = [

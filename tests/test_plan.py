@@ -11,8 +11,9 @@ import pytest
 
 from tiny_models import tiny_tokenizer, write_model
 from truetune.model.inspect import ModelFacts, describe
+from truetune.model.start import by_template
 from truetune.model.tokenizer import load_tokenizer
-from truetune.recipe.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe.plan import Plan, make_plan, plan_length, suggested_rate
 from truetune.recipe.sources import make_recipe
 
 
@@ -237,7 +238,7 @@ def test_a_cut_at_the_context_says_how_long_the_longest_row_is() -> None:
 
 
 def test_a_model_without_template_is_a_base() -> None:
-    assert starting_point(tiny_tokenizer(None), False)[0] == "base"
+    assert by_template(tiny_tokenizer(None)).kind == "base"
 
 
 @pytest.mark.parametrize(("eos", "start"), [(257, "instruct"), (256, "base")])
@@ -246,12 +247,12 @@ def test_base_or_instruct_by_the_stop_that_the_model_brings(
 ) -> None:
     # The template closes answers with <|end|>, which is 257.
     folder = write_model(tmp_path / "m", generation={"eos_token_id": eos}, eos_token_id=eos)
-    assert starting_point(load_tokenizer(folder), True)[0] == start
+    assert by_template(load_tokenizer(folder)).kind == start
 
 
 def test_a_template_that_is_no_jinja_makes_no_instruct_model() -> None:
     tokenizer = tiny_tokenizer("{% for %}")
-    assert starting_point(tokenizer, True)[0] == "base"
+    assert by_template(tokenizer).kind == "base"
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -24,12 +24,10 @@ import errno
 import signal
 from typing import TYPE_CHECKING
 
-from truetune.findings import labelled
+from truetune.findings import Finding, labelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from truetune.findings import Finding
 
 
 class TruetuneError(Exception):
@@ -55,6 +53,11 @@ class TruetuneError(Exception):
 
     def __str__(self) -> str:
         return "\n".join([self.what, *labelled(self.parts())])
+
+    @property
+    def finding(self) -> Finding:
+        """The error as a finding, where the work goes on."""
+        return Finding(self.code, "error", self.what, self.where, why=self.why, fix=self.fix)
 
     def parts(self) -> list[tuple[str, str]]:
         """The labelled lines below the first one, in the order they are shown."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import html
 import inspect as _inspect
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from truetune.errors import TruetuneError, UsageError
+from truetune.findings import escaped
 from truetune.recipe.given import Pathlike, path_of, recipe_of
 from truetune.recipe.settings import setting_types, settings
 from truetune.recipe.spelling import in_python
@@ -402,4 +402,4 @@ def evaluate(
 
 
 def _pre(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{escaped(text)}</pre>"

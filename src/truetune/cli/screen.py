@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from rich.text import Text
 from truetune.cli.live_screen import Stages, Steps
 from truetune.data.split import HELD_OUT_FROM
 from truetune.errors import BadRows, CheckFailed, TruetuneError
-from truetune.findings import Finding, labelled, merged
+from truetune.findings import Finding, labelled, merged, visible
 from truetune.listener import Listener
 
 if TYPE_CHECKING:  # an error that comes first needs neither
@@ -29,17 +28,6 @@ if TYPE_CHECKING:  # an error that comes first needs neither
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Findings shown before the rest is only counted: about a screen.
 _MOST = 12
-
-
-def visible(text: str, *, keep_newlines: bool = True) -> str:
-    """Control, format and direction characters as escapes; line breaks and tabs stay on demand."""
-    return "".join(
-        char
-        if (char in "\n\t" and keep_newlines)
-        or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
-        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in text
-    )
 
 
 class Screen(Listener):

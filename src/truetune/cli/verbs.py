@@ -124,9 +124,10 @@ def check(
     finally:
         screen.close()
     if html:
-        from truetune.checks.page import write_page
+        from truetune.cli.check_page import page
+        from truetune.cli.html import write_document
 
-        write_page(Path(html), found.as_dict())
+        write_document(Path(html), page(found.as_dict()))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=True))
     else:
@@ -221,7 +222,8 @@ def _inspect_rows(
     with_ids: bool,
 ) -> None:
     """Rows on the terminal or as a page."""
-    from truetune.cli.rows_screen import show_rows, view_rows, write_page
+    from truetune.cli.html import write_document
+    from truetune.cli.rows_screen import rows_page, show_rows, view_rows
 
     pairs = [text.partition("=") for text in settings]
     for text, (_, equals, _) in zip(settings, pairs, strict=True):
@@ -234,7 +236,8 @@ def _inspect_rows(
     if page is None:
         show_rows(screen, contract, views, total, with_ids=with_ids)
         return
-    write_page(Path(page), contract, views, total, f"{own['data']} for {own['model']}")
+    title = f"{own['data']} for {own['model']}"
+    write_document(Path(page), rows_page(contract, views, total, title))
     screen.line(f"{len(views):,} of {total:,} rows: {page}")
 
 

@@ -15,7 +15,6 @@ its own, [processor seconds, answer], so that the parent sees progress.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import struct

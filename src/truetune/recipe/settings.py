@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from truetune.recipe.rates import SHOWN
+
 Origin = str
 
 
@@ -228,8 +230,7 @@ class Recipe:
         TRAIN,
         "Peak learning rate.",
         aliases=["lr", "max_lr"],
-        shown="LoRA 2e-4 base, 1e-4 instruct, 3e-3 under 50 M; full 2e-5 base, 1e-5 instruct, "
-        "3e-4 under 50 M",
+        shown=SHOWN,
         above=0,
     )
     any_learning_rate: bool = _option(

@@ -276,7 +276,7 @@ class Job:
             self.last_eval,
             self.findings,
             self.base,
-            self.prepared.model.generation_eos_ids or self.prepared.model.config_eos_ids,
+            self.prepared.model.served_eos_ids,
             verdict,
             self.base_revision,
             self.answers,
@@ -410,12 +410,7 @@ class Job:
         named = ", ".join(self.prepared.rows[row] for row in rows[:4])
         more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
         error.where = f"{named}{more}; all of them in {path}"
-        self.run.append(
-            "findings.jsonl",
-            Finding(
-                error.code, "error", error.what, error.where, 1, error.why, error.fix
-            ).as_dict(),
-        )
+        self.run.append("findings.jsonl", error.finding.as_dict())
 
 
 def identity(prepared: Prepared, processes: int) -> dict[str, Any]:
