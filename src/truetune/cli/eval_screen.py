@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from truetune.cli.screen import Screen
 from truetune.errors import OutputExists, UsageError
 from truetune.evaluation.result import Evaluation, Judgement
-from truetune.evaluation.table import lines
+from truetune.evaluation.table import lines, short_names
 from truetune.run_dir import write_text
 
 # Characters of a prompt, an answer or a reply that are shown; the file of -o has all of them.
@@ -49,7 +50,7 @@ def show_evaluation(screen: Screen, found: Evaluation, worst: int) -> None:
             screen.finding(finding)
     for line in lines(found):
         screen.line(line)
-    names = [model.name for model in found.models]
+    names = short_names([model.name for model in found.models])
     for row in found.worst(worst):
         results = [model.rows[row] for model in found.models]
         last = results[-1]
@@ -90,7 +91,7 @@ def require_no_tasks(models: Sequence[str], tasks: str | None) -> None:
             "tasks of lm-evaluation-harness are not run",
             where=f"--tasks {tasks}",
             why="models are evaluated on rows of question and answer",
-            fix=f"truetune eval {' '.join(models) or 'MODEL'} --data DATA, with the task's rows as "
+            fix=f"truetune eval {shlex.join(models)} --data DATA, with the task's rows as "
             "a file or a dataset of the Hub",
             code="tasks-unsupported",
         )

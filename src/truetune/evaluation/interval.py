@@ -86,3 +86,10 @@ def interval(drawn: torch.Tensor) -> Interval | None:
         return None
     low, high = torch.quantile(kept, torch.tensor([0.025, 0.975], dtype=kept.dtype)).tolist()
     return Interval(low, high)
+
+
+def unanimous(value: float, num_rows: int) -> Interval:
+    """The exact interval of a share of 0 or 1, where every resampled set is the same: rows that are
+    all alike do not show that all rows are."""
+    reach = 1 - 0.025 ** (1 / num_rows)
+    return Interval(1 - reach, 1.0) if value else Interval(0.0, reach)

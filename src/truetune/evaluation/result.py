@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from truetune.evaluation.interval import FEWEST_DIFFERENT, Bootstrap, Interval, interval
+from truetune.evaluation.interval import FEWEST_DIFFERENT, Bootstrap, Interval, interval, unanimous
 from truetune.evaluation.questions import LeftOut
 from truetune.findings import Finding
 
@@ -288,7 +288,10 @@ class _Sheet:
         for measure in self.measures:
             value, of = self._whole(measure.name)
             if value is not None:
-                found[measure.name] = Value(value, interval(self.drawn[measure.name]), of)
+                around = interval(self.drawn[measure.name])
+                if measure.percent and value in (0.0, 1.0):
+                    around = unanimous(value, of)
+                found[measure.name] = Value(value, around, of)
         return found
 
     def _whole(self, name: str) -> tuple[float | None, int]:

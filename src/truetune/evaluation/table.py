@@ -15,7 +15,7 @@ _LABEL, _VALUE, _DIFFERENCE = 17, 21, 31
 
 def lines(found: Evaluation) -> Iterator[str]:
     """The whole: how the models were asked, what was left out, measures, differences, notes."""
-    names = _short([model.name for model in found.models])
+    names = short_names([model.name for model in found.models])
     yield from _wrapped(f"{found.num_rows:,} rows of {found.data}; {_asked(found)}")
     if found.settings["match"] != "none":
         yield from _wrapped(f"match: {found.settings['compared_by']}")
@@ -36,12 +36,14 @@ def lines(found: Evaluation) -> Iterator[str]:
     for first in range(0, len(others), 2):
         yield ""
         shown = others[first : first + 2]
-        yield _row("against the first", [names[at] for at in shown], _DIFFERENCE)
+        yield _row("against first", [names[at] for at in shown], _DIFFERENCE)
         for measure in found.measures:
             told = [found.models[at].against_first.get(measure.name) for at in shown]
             yield _row(measure.label, [_difference(measure, d) for d in told], _DIFFERENCE)
     yield ""
-    yield from _wrapped("[ ]: 95 % intervals, bootstrap over the same rows for all models")
+    yield from _wrapped(
+        "[ ]: 95 % intervals by bootstrap, the same rows for all; exact where all rows agree"
+    )
     for name, model in zip(names, found.models, strict=True):
         for out in model.no_loss:
             yield from _wrapped(
@@ -100,7 +102,7 @@ def _difference(measure: Measure, told: Difference | None) -> str:
     return told.word + _interval(measure, told.interval, sign=True)
 
 
-def _short(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Names that fit their columns: the last parts of paths, as many as tell them apart."""
     most = _VALUE - 2
     for parts in range(1, 5):
