@@ -44,9 +44,7 @@ def usual_rate(
         reasoning_share: of the conversations, the share with reasoning.
     """
     if lora and num_parameters < SMALL:
-        return LORA[
-            "small"
-        ], f"LoRA on {num_parameters:,} parameters; ten times the full rate"
+        return LORA["small"], f"LoRA on {num_parameters:,} parameters; ten times the full rate"
     if lora:
         if start == "base":
             return LORA["base"], f"LoRA on a base model ({why}); QLoRA practice"
