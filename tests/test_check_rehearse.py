@@ -42,7 +42,7 @@ def recipe(place: Path, **settings: Any) -> Recipe:
 
 
 def checked(place: Path, **settings: Any) -> Checkup:
-    return check_run(recipe(place, **settings), Listener(), with_rehearsal=True)
+    return check_run(recipe(place, **settings), Listener(), with_smoke_test=True)
 
 
 def test_base_or_instruct_by_what_the_model_predicts(place: Path) -> None:
@@ -323,12 +323,12 @@ def test_the_verb_rehearses_and_writes_a_page(
         main([*words, "--html", str(page), "--all"])
     assert left.value.code == 0
     shown = capsys.readouterr().out
-    assert "rehearsal" in shown
+    assert "smoke test" in shown
     assert f"written: {page}" in " ".join(shown.split())
     assert "ok: nothing found" in shown
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>")
-    assert "rehearsal" in text.lower()
+    assert "smoke test" in text.lower()
     with pytest.raises(SystemExit) as left:
         main([*words, "--json", "--lr", "10", "--any-learning-rate"])
     assert left.value.code == 0

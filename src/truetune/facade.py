@@ -132,7 +132,7 @@ def check(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
     *,
-    rehearse: bool = False,
+    smoke_test: bool = False,
     quiet: bool = False,
     listener: Listener | None = None,
     **options: Any,
@@ -145,7 +145,7 @@ def check(
 
     Args:
         model, data, quiet, listener, options: as of `train`.
-        rehearse: load the model too: one real step, a dry save and reload.
+        smoke_test: load the model too: one real step, a dry save and reload.
 
     Returns:
         `.ok`, `.findings` (the most severe first) and `.summary`.
@@ -159,7 +159,7 @@ def check(
     told = _shown(listener, quiet)
     try:
         found = (
-            check_run(recipe, told, with_rehearsal=rehearse)
+            check_run(recipe, told, with_smoke_test=smoke_test)
             if recipe.data
             else check_model(recipe, told)
         )

@@ -173,7 +173,7 @@ def _topics(summary: Mapping[str, Any]) -> Iterator[str]:
         "run": "Run",
         "contract": "Prompt and answer",
         "plan": "Memory and time",
-        "rehearsal": "Rehearsal",
+        "rehearsal": "Smoke test",
     }
     for name, title in titles.items():
         values = summary.get(name)

@@ -45,7 +45,7 @@ def show_checkup(
         ("run", partial(_run_lines, judged="verdict" in found.summary)),
         ("contract", _contract_lines),
         ("plan", _plan_lines),
-        ("rehearsal", _rehearsal_lines),
+        ("rehearsal", _smoke_test_lines),
         ("lengths", report_lines),
     )
     screen.pairs(
@@ -163,7 +163,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _rehearsal_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
+def _smoke_test_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     if "loss" not in numbers:
         return []
     text = f"{numbers['rows']} rows, loss {numbers['loss']:.3f}"
@@ -175,7 +175,7 @@ def _rehearsal_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     )
     if "reload_difference" in numbers:
         text += f"; saved, reloaded: logits within {numbers['reload_difference']:.1e}"
-    return [("rehearsal", text)]
+    return [("smoke test", text)]
 
 
 def _picture(screen: Screen, lengths: dict[str, Any]) -> None:

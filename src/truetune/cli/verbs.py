@@ -92,7 +92,7 @@ app.command("train", cls=Verb)(
 def check(
     source: str | None,
     rows: str | None,
-    rehearse: bool,
+    smoke_test: bool,
     show_all: bool,
     as_json: bool,
     html: str | None,
@@ -117,7 +117,7 @@ def check(
     listener = Listener() if as_json else screen
     try:
         found = (
-            check_run(recipe, listener, with_rehearsal=rehearse)
+            check_run(recipe, listener, with_smoke_test=smoke_test)
             if recipe.data
             else check_model(recipe, listener)
         )
@@ -140,9 +140,10 @@ app.command("check", cls=Verb, short_help="Prove a coming run, or a finished mod
     with_settings(
         check,
         own_option(
-            "rehearse",
+            "smoke_test",
             bool,
             False,
+            "--smoke-test",
             "--rehearse",
             help="Load the model too: one real step, a dry save and reload.",
         ),

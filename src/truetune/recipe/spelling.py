@@ -9,7 +9,7 @@ from truetune.recipe.settings import setting_types
 
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?:[ =]([\w./-]*\w))?")
 # What functions of the facade take beside the settings.
-_OWN: dict[str, Any] = {"base": str, "resume": str, "rehearse": bool, "max_new_tokens": int}
+_OWN: dict[str, Any] = {"base": str, "resume": str, "smoke_test": bool, "max_new_tokens": int}
 _NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 
 

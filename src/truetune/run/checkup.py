@@ -2,7 +2,7 @@
 
 input   a recipe with model and data; or a model folder alone
 does    the stages of `prepare`, none of which stops; what the lengths cost, whether the model is
-        base or instruct, whether the run fits; with `rehearse` also what a real step shows
+        base or instruct, whether the run fits; with `smoke_test` also what a real step shows
 output  Checkup: findings and a summary, for the terminal, --json and --html alike
 """
 
@@ -37,7 +37,7 @@ from truetune.recipe.settings import Recipe
 from truetune.run.early import ask_early
 from truetune.run.load_model import advice
 from truetune.run.prepare import Survey, survey
-from truetune.run.smoke_test import rehearse
+from truetune.run.smoke_test import smoke_test
 from truetune.run_dir import opened
 
 
@@ -77,11 +77,11 @@ class Checkup:
         return {level: sum(f.level == level for f in self.findings) for level in LEVELS}
 
 
-def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = False) -> Checkup:
+def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = False) -> Checkup:
     """Look at the run that `truetune train` would start.
 
     Args:
-        with_rehearsal: load the model too, and take one real step.
+        with_smoke_test: load the model too, and take one real step.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
@@ -105,10 +105,10 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
     }
     told = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
     told += advice(found.prepared, fit.trainable)
-    if with_rehearsal and found.prepared.examples:
-        listener.stage("rehearsing a step")
-        rehearsed, numbers = rehearse(found.prepared)
-        told += rehearsed
+    if with_smoke_test and found.prepared.examples:
+        listener.stage("taking one real step")
+        seen, numbers = smoke_test(found.prepared)
+        told += seen
         summary["rehearsal"] = numbers
         judged = _measured_verdict(found, numbers["chat"])
         told += start_differs(judged, found.prepared.plan)

@@ -1,4 +1,4 @@
-"""A rehearsal: the real model, a few real rows, one real step, a dry save and a reload.
+"""The smoke test: the real model, a few real rows, one real step, a dry save and a reload.
 
 input   Prepared; the weights are loaded here and nothing is kept
 does    predicts the rows, computes one step in two ways, takes it, saves to a temporary folder,
@@ -30,7 +30,7 @@ from truetune.run_dir import scratch
 if TYPE_CHECKING:
     import torch
 
-# Rows of the rehearsed step, the shortest of the first hundred: a rehearsal costs seconds.
+# Rows of its step, the shortest of the first hundred: it costs seconds.
 _ROWS, _AMONG = 4, 100
 # Packed rows in pieces against single padded rows: float32 stays within 1e-3 of the norm, bfloat16
 # within 3 % (docs/log.md).
@@ -39,7 +39,7 @@ _SAME = {"float32": 1e-3, "bfloat16": 5e-2}
 _OVERSHOT = 1.1
 
 
-def rehearse(prepared: Prepared) -> tuple[list[Finding], dict[str, Any]]:
+def smoke_test(prepared: Prepared) -> tuple[list[Finding], dict[str, Any]]:
     """Rehearse a run.
 
     Returns:
