@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -180,7 +181,8 @@ def _smoke_test_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _picture(screen: Screen, lengths: dict[str, Any]) -> None:
     """The histogram, a line a range, joined to at most twelve."""
-    bins = _joined(lengths["histogram"], 12)
+    filled = itertools.dropwhile(lambda part: not part["rows"], lengths["histogram"])
+    bins = _joined(list(filled), 12)
     most = max((b["rows"] for b in bins), default=0)
     labels = [f"{b['to']:,}" for b in bins]
     wide = max(map(len, labels), default=0)
