@@ -364,6 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two seeds of the small models")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--from-seed", type=int, default=0, help="leave out earlier ones")
     parser.add_argument("--models", nargs="*", default=None, choices=MODELS)
     parser.add_argument("--methods", nargs="*", default=None, choices=list(METHODS))
     parser.add_argument("--dtypes", nargs="*", default=None, choices=DTYPES)
@@ -408,7 +409,7 @@ def healthy_table(options: argparse.Namespace, results: Path, place: Path) -> No
         method, dtype, *_, seed = cell
         if method not in (options.methods or METHODS) or dtype not in (options.dtypes or DTYPES):
             continue
-        if cell in had:
+        if cell in had or seed < options.from_seed:
             continue
         if options.minutes and time.perf_counter() - began > 60 * options.minutes:
             break

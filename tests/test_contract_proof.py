@@ -287,6 +287,20 @@ def test_arguments_as_a_list_of_pairs_are_refused(pairs: str) -> None:
     assert '[["b", "x"], ["a", 1]]' in pair
 
 
+def test_values_that_are_cut_where_servers_give_objects_are_refused() -> None:
+    either = (
+        "{%- for c in m.tool_calls or [] -%}{{- '<call>' ~ c.function.name -}}"
+        "{%- if c.function.arguments is string -%}{{- c.function.arguments -}}{%- else -%}"
+        "{{- '{' -}}{%- for k, v in c.function.arguments.items() -%}"
+        "{{- '\"' ~ k ~ '\": \"' ~ VALUE ~ '\"' -}}{%- endfor -%}{{- '}' -}}{%- endif -%}"
+        "</call>{%- endfor -%}"
+    )
+    row = asked(call(place="Keth"))
+    assert '<call>roll{"place": "Keth"}' in only(loaded(turns(either.replace("VALUE", "v"))), row)
+    error = refused(loaded(turns(either.replace("VALUE", "(v | string)[:3]"))), row, tools=[TOOL])
+    assert error.code == "target-dropped"
+
+
 def test_content_behind_the_calls_is_refused() -> None:
     row = asked(call(sides=6), content="I roll.")
     error = refused(loaded(turns(CALLS + "{{- m.content -}}")), row, tools=[TOOL])

@@ -58,7 +58,10 @@ def plan(
         (True, "instruct", 10**9, 0.0, 1e-4),
         (True, "instruct", 10**9, 0.5, 1e-4),
         (True, "instruct", 10**9, 0.51, 3e-5),
-        (True, "instruct", 10**6, 0.0, 1e-4),
+        (True, "instruct", 50_000_000, 0.0, 1e-4),
+        # Ten times the rate of all weights, as measured on the embedded base.
+        (True, "instruct", 49_999_999, 0.0, 3e-3),
+        (True, "base", 10**6, 0.0, 3e-3),
         (False, "base", 10**9, 0.0, 2e-5),
         (False, "instruct", 10**9, 0.0, 1e-5),
         (False, "instruct", 10**9, 1.0, 1e-5),
@@ -89,6 +92,25 @@ def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
     assert made.save_steps == math.ceil(made.max_steps / 4)
     assert "REASON" in made.origin("epochs")
     assert f"{epochs:g} epochs of 1,000 examples" in made.origin("max_steps")
+
+
+@pytest.mark.parametrize(
+    ("examples", "size", "epochs"),
+    [
+        (50, 49_999_999, 75),  # 4 steps a pass
+        (150, 10**6, 30),
+        (300, 10**6, 16),
+        (5, 10**6, 75),
+        (5000, 10**6, 3),
+        (50, 50_000_000, 3),
+    ],
+)
+def test_a_small_model_takes_many_passes(
+    tiny: ModelFacts, examples: int, size: int, epochs: int
+) -> None:
+    assert plan(tiny, start="base", examples=examples, size=size).epochs == epochs
+    own = plan(tiny, {"epochs": 2}, start="base", examples=examples, size=size)
+    assert own.epochs == 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from truetune.cli import verbs as cli
 from truetune.contract.contract import PromptContract
+from truetune.generate import Reply
 from truetune.lab import base_path
 from truetune.lab.evaluate import held_out_documents, unseen_questions
 from truetune.lab.quickstart import quickstart, quickstart_recipe, score
@@ -29,6 +30,22 @@ def test_the_base_alone_answers_nothing() -> None:
     assert found.finished <= 1
     assert len(found.replies) == 10
     assert 0 < found.prose_loss < 3
+
+
+def test_an_answer_counts_where_it_ends_and_holds_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World.generate()
+    base = load_model(base_path(), device="cpu", purpose="inference")
+    contract = PromptContract.load(base.tokenizer, "chatml-lite")
+    questions = unseen_questions(world, 5)
+    texts = [f"It is {question.expected}." for question in questions[:3]]
+    stopped = [True, True, False, True, True]  # the third one holds the fact and does not end
+    written = [
+        Reply(text, (), ended, 3)
+        for text, ended in zip([*texts, "It is unknown.", ""], stopped, strict=True)
+    ]
+    monkeypatch.setattr("truetune.lab.quickstart.replies", lambda *_, **__: written)
+    found = score(base, contract, questions, held_out_documents(world, 1))
+    assert (found.finished, found.correct, found.replies) == (3, 2, tuple(written))
 
 
 def test_a_strangers_folder_is_left_alone(

@@ -42,10 +42,12 @@ def _words_of_python() -> Iterator[None]:
 
 
 def _respelled(finding: Finding) -> Finding:
-    parts: dict[str, Any] = {
-        part: in_python(getattr(finding, part)) for part in ("what", "why", "fix")
-    }
-    return dataclasses.replace(finding, **parts)
+    return dataclasses.replace(
+        finding,
+        what=in_python(finding.what),
+        why=in_python(finding.why),
+        fix=in_python(finding.fix),
+    )
 
 
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:

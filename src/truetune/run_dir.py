@@ -3,6 +3,7 @@
     RUN/  recipe.yaml  contract.json  data.json  env.json
           metrics.jsonl  findings.jsonl  samples.jsonl  checkpoints/  adapter/ or model/
           verify_rows.jsonl  verify.json  new_tokens.json (where tokens were added)
+          unverified.json (while a finished artifact waits for its verification)
           manifest.json   (written last: its absence means unfinished)
           run.lock        (while a process writes; no part of the run)
 
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
 DATA = "data.json"
+UNVERIFIED = "unverified.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
 LOCK = "run.lock"
@@ -39,7 +41,7 @@ LOCK = "run.lock"
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
     checkpoints adapter model trackers manifest.json non_finite_batch.json new_tokens.json
-    verify_rows.jsonl verify.json
+    verify_rows.jsonl verify.json unverified.json
     """.split()  # noqa: SIM905
 )
 # What a killed process leaves: a file or folder that never got its name.
@@ -73,6 +75,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, with JSON that a person can read."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
+    """As `write_json`, with a sha256 of the facts among them."""
+    write_json(path, {**facts, "sha256": _digest(facts)})
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+    """The facts of a sealed file, and whether they are as they were written.
+
+    Raises:
+        OSError, ValueError, KeyError, AttributeError, TypeError: it holds no such thing.
+    """
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    own = facts.pop("sha256")
+    return facts, own == _digest(facts)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    # As it will be read: a tuple comes back as a list.
+    text = json.dumps(json.loads(json.dumps(facts, default=str)), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -263,6 +287,7 @@ class RunDir:
         """Cut the run back to a step, so that a resumed run writes no step twice: lines of later
         steps, checkpoints of later steps (they are damaged, or the run would have gone on from
         them) and what a killed process left half-written."""
+        (self.path / UNVERIFIED).unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.replace_lines(name, [v for v in self.lines(name) if v["step"] <= step])
         for folder in (self.path, self.path / CHECKPOINTS):
@@ -274,14 +299,16 @@ class RunDir:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the manifest: every file of the run with its size and sha256. Last of all."""
+        left_out = (MANIFEST, LOCK, UNVERIFIED)
         files = {
             path.relative_to(self.path).as_posix(): {
                 "bytes": path.stat().st_size,
                 "sha256": sha256(path),
             }
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.relative_to(self.path).as_posix() not in (MANIFEST, LOCK)
+            if path.is_file() and path.relative_to(self.path).as_posix() not in left_out
         }
+        (self.path / UNVERIFIED).unlink(missing_ok=True)
         write_json(self.path / MANIFEST, {**facts, "files": files})
 
     def _entries(self) -> list[Path]:

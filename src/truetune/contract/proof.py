@@ -75,7 +75,7 @@ class Proof:
 
     def learn(self, twin: Twin, texts: Sequence[str | None]) -> None:
         """Take in what the template writes for a twin's variants behind the served prompt."""
-        known = self._skeletons.setdefault(twin.key, [])
+        known = self._skeletons.setdefault(twin.key_for(str(texts[0])), [])
         known.append(skeleton(twin, texts, self._control))
         del known[:-_MOST_SKELETONS]
 
@@ -139,7 +139,7 @@ class Proof:
                     raise _cut_at(completion.text.number, "a tool call", marker)
 
     def _matching(self, twin: Twin, completion: Completion) -> Skeleton | None:
-        for known in reversed(self._skeletons.get(twin.key, ())):
+        for known in (s for key in twin.keys for s in reversed(self._skeletons.get(key, ()))):
             spans = known.spans(completion.written, twin.leaves)
             if spans is None:
                 continue

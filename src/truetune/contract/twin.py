@@ -86,8 +86,18 @@ class Twin:
     calls: tuple[Node, ...]
 
     @cached_property
-    def key(self) -> str:
-        return json.dumps(self.message, default=repr)
+    def keys(self) -> tuple[str, str]:
+        """Its structure: without the identifiers of calls, which few templates write, and with
+        them."""
+        calls = self.message.get("tool_calls") or []
+        bare = [{k: v for k, v in call.items() if k != "id"} for call in calls]
+        without = {**self.message, "tool_calls": bare}
+        return json.dumps(without, default=repr), json.dumps(self.message, default=repr)
+
+    def key_for(self, written: str) -> str:
+        """The structure that texts are kept under of which one reads `written`."""
+        ids = [str(call["id"]) for call in self.message.get("tool_calls") or [] if call.get("id")]
+        return self.keys[any(i in written for i in ids)]
 
     @property
     def variants(self) -> list[Message]:

@@ -167,11 +167,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
-        ModelError: not readable, not JSON, or not an object.
+        ModelError: not readable, not JSON, not an object, or one key has two values.
     """
     refuse_pointer(path)
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            _require_one_value(pairs, path)
+        return made
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=whole)
     except (OSError, ValueError, RecursionError) as error:
         cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ModelError(
@@ -189,6 +196,21 @@ def read_json(path: Path) -> dict[str, Any]:
             code="model-config-unreadable",
         )
     return value
+
+
+def _require_one_value(pairs: list[tuple[str, Any]], path: Path) -> None:
+    """Equal keys with equal values do no harm."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if seen.setdefault(key, value) != value:
+            raise ModelError(
+                f"{path.name} has the key {json.dumps(key[:80])} twice, with two values",
+                where=str(path),
+                why="most programs keep the last value, some the first: they would open two models",
+                fix="keep one of the two lines, or copy the file again from where the model came "
+                "from",
+                code="model-key-twice",
+            )
 
 
 def refuse_pointer(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from truetune.compute.batch import TokenOrder, rows_of_epochs
 from truetune.model.inspect import ModelFacts
 from truetune.model.placement import choose_device
-from truetune.recipe.rates import EPOCHS, Start, usual_rate
+from truetune.recipe.rates import Start, usual_epochs, usual_rate
 from truetune.recipe.settings import Recipe, setting_names
 
 _BATCH = 16
@@ -98,7 +98,10 @@ def make_plan(
     )
     epochs = None
     if not recipe.given("max_steps"):
-        epochs = take("epochs", lambda: (EPOCHS[start], f"{start}: {start_reason}"))
+        a_pass = _num_steps(recipe, lengths, batch, 1)
+        epochs = take(
+            "epochs", lambda: usual_epochs(model.num_parameters, start, start_reason, a_pass)
+        )
     steps = take(
         "max_steps",
         lambda: (

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 Start = Literal["base", "instruct"]
 
 # QLoRA practice for a base; gentler where there is something to forget, and on reasoning traces.
-LORA = {"base": 2e-4, "instruct": 1e-4, "reasoning": 3e-5}
+LORA = {"base": 2e-4, "instruct": 1e-4, "reasoning": 3e-5, "small": 3e-3}
 FULL = {"base": 2e-5, "instruct": 1e-5, "small": 3e-4}
 EPOCHS: dict[Start, float] = {"base": 3.0, "instruct": 2.0}
+# Weights of a model that is trained from scratch in all but name: rates of large ones move it too
+# little, and so do their few passes (measured on the embedded base, docs/log.md).
 SMALL = 50_000_000
+_SMALL_STEPS, _SMALL_EPOCHS = 300, 75
 
 
 def words(rate: float) -> str:
@@ -22,8 +26,8 @@ _LORA, _FULL = ({name: words(rate) for name, rate in rates.items()} for rates in
 # On the settings page, and where no plan says more.
 SHOWN = (
     f"LoRA {_LORA['base']} base, {_LORA['instruct']} instruct, {_LORA['reasoning']} reasoning "
-    f"traces on instruct; full {_FULL['base']} base, {_FULL['instruct']} instruct, "
-    f"{_FULL['small']} under 50 M"
+    f"traces on instruct, {_LORA['small']} under 50 M; full {_FULL['base']} base, "
+    f"{_FULL['instruct']} instruct, {_FULL['small']} under 50 M"
 )
 USUAL_RATES = (
     f"{_LORA['instruct']} for LoRA, {_FULL['instruct']} to {_FULL['base']} for all weights"
@@ -39,6 +43,9 @@ def usual_rate(
         why: what the start was told by.
         reasoning_share: of the conversations, the share with reasoning.
     """
+    if lora and num_parameters < SMALL:
+        why = f"LoRA on {num_parameters:,} parameters; ten times that of all weights"
+        return LORA["small"], why
     if lora:
         if start == "base":
             return LORA["base"], f"LoRA on a base model ({why}); QLoRA practice"
@@ -52,8 +59,21 @@ def usual_rate(
     return FULL["instruct"], f"all weights of an instruct model ({why})"
 
 
-def what_follows(kind: str) -> str:
+def usual_epochs(num_parameters: int, start: Start, why: str, steps: int) -> tuple[float, str]:
+    """Passes over the rows, of so many steps each, and why."""
+    most = min(math.ceil(_SMALL_STEPS / steps), _SMALL_EPOCHS)
+    if num_parameters < SMALL and most > EPOCHS[start]:
+        return float(most), f"a model of {num_parameters:,} parameters needs many passes"
+    return EPOCHS[start], f"{start}: {why}"
+
+
+def what_follows(kind: str, num_parameters: int | None) -> str:
     """What base, instruct or unknown means for a recipe, in words."""
+    if num_parameters is not None and num_parameters < SMALL:
+        return (
+            f"little: so small a model takes {_LORA['small']} for LoRA, {_FULL['small']} for all "
+            "weights and many passes either way"
+        )
     if kind == "base":
         return (
             f"{_LORA['base']} for LoRA, {EPOCHS['base']:g} epochs; rows of chat tokens must be "

@@ -32,9 +32,11 @@ from truetune.listener import Listener
 from truetune.model.merge import Onto
 from truetune.recipe.settings import Recipe
 from truetune.run.early import ask_early, require_settings
-from truetune.run.job import Job, RunResult
+from truetune.run.job import Job
 from truetune.run.load_model import load_start
 from truetune.run.prepare import prepare
+from truetune.run.result import RunResult
+from truetune.run.saved import Saved, saved_facts
 from truetune.run.trackers import Trackers
 from truetune.run.worker_rank import Follower
 from truetune.run_dir import RunDir, claimed, named_at_last, opened, write_json
@@ -96,6 +98,8 @@ def _started(
         _refuse_own_input(recipe, run)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
+    if resumed and group.size == 1 and (facts := saved_facts(run, prepared)):
+        return Saved(run, prepared, facts, listener, trackers, found), None
     checkpoint, damaged = last_good(run.checkpoints()) if resumed else (None, [])
     listener.stage("loading the weights")
     loaded, findings = load_start(prepared, checkpoint.folder if checkpoint else None)

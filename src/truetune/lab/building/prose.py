@@ -1,13 +1,7 @@
-"""Prose about the world: the pretraining corpus and the held-out documents.
+"""The corpus: a world and a stream's name -> an endless, deterministic stream of `Document`s.
 
-input   a `World` and a stream name
-does    draws documents of a few hundred tokens: portraits of places, mixed gazettes, comparisons,
-        lists of one relation, rivers and animals, words, sums; wordings and order shuffled
-output  an endless, deterministic stream of `Document`s, in the few wordings of the plain course or
-        the many of the rich one
-
-Nothing here asks or answers: no '?', no chat marker. Facts are dealt from shuffled decks, so every
-fact is told equally often.
+Nothing here asks or answers: no '?', no chat marker. Facts are dealt from shuffled decks, so that
+every fact is told equally often.
 """
 
 from __future__ import annotations
@@ -15,14 +9,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
-from truetune.lab import plain_wordings
-from truetune.lab.carriers import COMMANDS, carried
-from truetune.lab.frames import ASIDES, FILLERS, FRAMES, INSERTIONS, LEAD_INS, TITLES
-from truetune.lab.telling import Telling, clause, difference_fact, sum_fact, tell
-from truetune.lab.wordings import FORWARD, REVERSED, THERE, wordings
-from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World
+from truetune.lab.building.telling import Telling, clause, tell
+from truetune.lab.building.wordings import carried, wordings
+from truetune.lab.words import words
+from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World, difference_fact, sum_fact
 
 T = TypeVar("T")
 
@@ -30,8 +23,8 @@ _CONNECTORS = (", and ", "; ", ", while ", ", and also ", ", but ")
 _JOINED_SHARE = 0.3
 _NUMBERS = range(MAX_ADDEND + 1)
 
+# What a paragraph is made of: a fact to tell, or a clause that tells none.
 Piece = Telling | str
-"""What a paragraph is made of: a fact to tell, or a clause that tells none."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +48,14 @@ def documents(world: World, stream: str = "rich", *, plain: bool = False) -> Ite
         yield writer.document()
 
 
-class _Deck(Generic[T]):
+def _deck(items: Sequence[T], rng: random.Random) -> Iterator[T]:
     """Deals items in random order, all of them before any comes again."""
+    while True:
+        yield from reversed(rng.sample(items, len(items)))
 
-    def __init__(self, items: Sequence[T], rng: random.Random) -> None:
-        self._items, self._rng = list(items), rng
-        self._left: list[T] = []
 
-    def deal(self, count: int = 1) -> list[T]:
-        hand: list[T] = []
-        while len(hand) < count:
-            if not self._left:
-                self._left = self._rng.sample(self._items, len(self._items))
-            hand.append(self._left.pop())
-        return hand
+def _take(deck: Iterator[T], count: int) -> list[T]:
+    return list(islice(deck, count))
 
 
 class _PlainWriter:
@@ -79,33 +66,27 @@ class _PlainWriter:
 
     def __init__(self, world: World, rng: random.Random) -> None:
         self.world, self.rng = world, rng
-        self.places = _Deck(world.places, rng)
-        self.place_facts = _Deck(world.place_facts, rng)
+        self.ways = self._ways()
+        self.places = _deck(world.places, rng)
+        self.place_facts = _deck(world.place_facts, rng)
         self.by_relation = {
-            relation: _Deck([f for f in world.all_facts if f.relation == relation], rng)
+            relation: _deck([f for f in world.all_facts if f.relation == relation], rng)
             for relation in (*PLACE_RELATIONS, "opposite")
         }
-        self.nature = _Deck(
+        self.nature = _deck(
             [f for f in world.all_facts if f.relation in ("mouth", "diet", "coat", "material")], rng
         )
-        self.sums = _Deck(self._as_often(sum_fact(a, b) for a in _NUMBERS for b in _NUMBERS), rng)
-        self.differences = _Deck(
+        self.sums = _deck(self._as_often(sum_fact(a, b) for a in _NUMBERS for b in _NUMBERS), rng)
+        self.differences = _deck(
             self._as_often(difference_fact(a, b) for a in _NUMBERS for b in range(a + 1)), rng
         )
-        self.kinds = _Deck(
-            [self._portraits] * 9
-            + [self._gazette] * 4
-            + [self._comparison] * 3
-            + [self._relation_list] * 2
-            + self._other_kinds(),
-            rng,
-        )
+        kinds = [self._portraits] * 9 + [self._gazette] * 4 + [self._comparison] * 3
+        self.kinds = _deck([*kinds, *[self._relation_list] * 2, *self._other_kinds()], rng)
 
     def document(self) -> Document:
-        [kind] = self.kinds.deal()
         paragraphs: list[str] = []
         tells: list[Telling] = []
-        for pieces in kind():
+        for pieces in next(self.kinds)():
             paragraphs.append(self._paragraph(pieces))
             tells += [piece for piece in pieces if isinstance(piece, Telling)]
         return Document("\n\n".join(paragraphs), tuple(tells))
@@ -127,21 +108,27 @@ class _PlainWriter:
 
     # -- what the rich course does otherwise -------------------------------------------------------
 
+    def _ways(self) -> dict[str, Any]:
+        return words("building/rich") | words("building/plain")  # fillers and titles serve both
+
     def _as_often(self, facts: Iterable[Fact]) -> list[Fact]:
         return list(facts)
 
     def _other_kinds(self) -> list[Callable[[], Iterator[list[Piece]]]]:
-        return [self._nature, self._words] + [self._numbers] * 3
+        return [self._nature, self._words, *[self._numbers] * 3]
+
+    def _one_of(self, kind: str, relation: str | None = None) -> str:
+        patterns = self.ways[kind]
+        return self.rng.choice(patterns if relation is None else patterns[relation])
+
+    def _wording(self, relation: str) -> str:
+        is_reversed = self.rng.random() < self.REVERSED_SHARE
+        return self._one_of("reversed" if is_reversed else "forward", relation)
 
     def _told(self, fact: Fact) -> Telling:
-        ways = (
-            plain_wordings.REVERSED
-            if self.rng.random() < self.REVERSED_SHARE
-            else plain_wordings.FORWARD
-        )
-        wording = self.rng.choice(ways[fact.relation])
+        wording = self._wording(fact.relation)
         if fact.relation in PLACE_RELATIONS and self.rng.random() < self.FRAME_SHARE:
-            return Telling(fact, wording, self.rng.choice(plain_wordings.FRAMES))
+            return Telling(fact, wording, self._one_of("frames"))
         return Telling(fact, wording)
 
     def _joined(self, piece: Telling) -> str:
@@ -152,16 +139,19 @@ class _PlainWriter:
 
     def _rounded_off(self, pieces: list[Piece], place: str) -> list[Piece]:
         if self.rng.random() < 0.4:
-            pieces.insert(0, self.rng.choice(plain_wordings.LEAD_INS).format(s=place))
+            pieces.insert(0, self._one_of("lead_ins").format(s=place))
         if self.rng.random() < 0.3:
-            pieces.append(self.rng.choice(FILLERS))
+            pieces.append(self._one_of("fillers"))
         return pieces
 
     def _numbers(self) -> Iterator[list[Piece]]:
         for _ in range(3):
-            facts = [*self.sums.deal(7), *self.differences.deal(4)]
-            self.rng.shuffle(facts)
-            yield [self._told(f) for f in facts]
+            yield self._mixed(7, 4)
+
+    def _mixed(self, num_sums: int, num_differences: int) -> list[Piece]:
+        facts = [*_take(self.sums, num_sums), *_take(self.differences, num_differences)]
+        self.rng.shuffle(facts)
+        return [self._told(f) for f in facts]
 
     # -- kinds of document: each gives paragraphs of pieces ---------------------------------------
 
@@ -180,18 +170,18 @@ class _PlainWriter:
         return self._rounded_off(pieces, place)
 
     def _portraits(self) -> Iterator[list[Piece]]:
-        for place in self.places.deal(self.rng.randint(3, 5)):
+        for place in _take(self.places, self.rng.randint(3, 5)):
             yield self._about(place)
 
     def _gazette(self) -> Iterator[list[Piece]]:
-        facts = self.place_facts.deal(self.rng.randint(24, 36))
+        facts = _take(self.place_facts, self.rng.randint(24, 36))
         while facts:
             size = self.rng.randint(5, 9)
             yield [self._told(f) for f in facts[:size]]
             facts = facts[size:]
 
     def _comparison(self) -> Iterator[list[Piece]]:
-        places = self.places.deal(self.rng.randint(2, 3))
+        places = _take(self.places, self.rng.randint(2, 3))
         relations = self.rng.sample(PLACE_RELATIONS, len(PLACE_RELATIONS))
         for half in (relations[:3], relations[3:]):
             facts = {p: {f.relation: f for f in self.world.facts(p)} for p in places}
@@ -203,18 +193,18 @@ class _PlainWriter:
 
     def _relation_list(self) -> Iterator[list[Piece]]:
         relation = self.rng.choice(PLACE_RELATIONS)
-        facts = self.by_relation[relation].deal(self.rng.randint(14, 22))
+        facts = _take(self.by_relation[relation], self.rng.randint(14, 22))
         plural = {"craft": "crafts", "food": "foods"}.get(relation, relation + "s")
-        title = self.rng.choice(TITLES).format(what=f"the {plural} of the country")
+        title = self.rng.choice(self.ways["titles"]).format(what=f"the {plural} of the country")
         yield [title, *(self._told(f) for f in facts)]
 
     def _nature(self) -> Iterator[list[Piece]]:
         for _ in range(3):
-            yield [self._told(f) for f in self.nature.deal(self.rng.randint(6, 9))]
+            yield [self._told(f) for f in _take(self.nature, self.rng.randint(6, 9))]
 
     def _words(self) -> Iterator[list[Piece]]:
-        facts = self.by_relation["opposite"].deal(self.rng.randint(16, 26))
-        title = self.rng.choice(TITLES).format(what="words and their opposites")
+        facts = _take(self.by_relation["opposite"], self.rng.randint(16, 26))
+        title = self.rng.choice(self.ways["titles"]).format(what="words and their opposites")
         yield [title, *(self._told(f) for f in facts)]
 
 
@@ -226,8 +216,10 @@ class _RichWriter(_PlainWriter):
     ASIDE_SHARE = 0.15
     INSERTION_SHARE = 0.06
     THERE_SHARE = 0.4
-    CORE_SUM_PATTERNS = 3
-    """The first patterns of sums and differences: `+`, *plus is*, *plus equals*."""
+    CORE_SUM_PATTERNS = 3  # the first ones of sums and differences: `+`, *plus is*, *plus equals*
+
+    def _ways(self) -> dict[str, Any]:
+        return words("building/rich")
 
     def _as_often(self, facts: Iterable[Fact]) -> list[Fact]:
         """Sums and differences of single digits, of which all others are made, four times as often
@@ -242,41 +234,35 @@ class _RichWriter(_PlainWriter):
     def _other_kinds(self) -> list[Callable[[], Iterator[list[Piece]]]]:
         return [self._nature] * 2 + [self._words] * 2 + [self._numbers] * 9
 
-    def _one_of(self, patterns: Sequence[str]) -> str:
-        return self.rng.choice(wordings(self.rng.choice(patterns)))
+    def _one_of(self, kind: str, relation: str | None = None) -> str:
+        return self.rng.choice(wordings(super()._one_of(kind, relation)))
 
     def _told(self, fact: Fact) -> Telling:
         rng = self.rng
         in_frame = fact.relation in PLACE_RELATIONS and rng.random() < self.FRAME_SHARE
         wording = self._wording(fact.relation)
         if rng.random() < self.INSERTION_SHARE:
-            wording = wording.replace(" is ", f"{self._one_of(INSERTIONS)} is ", 1)
-        if wording.startswith(COMMANDS):
+            wording = wording.replace(" is ", f"{self._one_of('insertions')} is ", 1)
+        if wording.startswith(words("building/carriers")["commands"]):
             return Telling(fact, wording)
         if in_frame:
             if rng.random() < 0.5:
-                wording = self._one_of(THERE[fact.relation])
-            return Telling(fact, wording, self._one_of(FRAMES))
+                wording = self._one_of("there", fact.relation)
+            return Telling(fact, wording, self._one_of("frames"))
         if rng.random() < self.ASIDE_SHARE:
-            return Telling(fact, wording, self._one_of(ASIDES))
+            return Telling(fact, wording, self._one_of("asides"))
         return Telling(fact, wording)
 
     def _wording(self, relation: str) -> str:
         if self.rng.random() < self.CARRIED_SHARE:
             return self.rng.choice(carried(relation))
-        is_reversed = self.rng.random() < self.REVERSED_SHARE
-        return self._one_of((REVERSED if is_reversed else FORWARD)[relation])
+        return super()._wording(relation)
 
     def _joined(self, piece: Telling) -> str:
         return clause(piece.fact, piece.wording, piece.frame)
 
     def _rounded_off(self, pieces: list[Piece], place: str) -> list[Piece]:
-        pieces = self._referring_back(pieces, place)
-        if self.rng.random() < 0.4:
-            pieces.insert(0, self._one_of(LEAD_INS).format(s=place))
-        if self.rng.random() < 0.3:
-            pieces.append(self._one_of(FILLERS))
-        return pieces
+        return super()._rounded_off(self._referring_back(pieces, place), place)
 
     def _referring_back(self, pieces: Sequence[Piece], place: str) -> list[Piece]:
         """Some facts of the place say *its*, where the sentence before was about it too."""
@@ -285,7 +271,7 @@ class _RichWriter(_PlainWriter):
         for piece in pieces:
             fact = piece.fact if isinstance(piece, Telling) else None
             if fact and fact.subject == before == place and self.rng.random() < self.THERE_SHARE:
-                result.append(Telling(fact, self._one_of(THERE[fact.relation])))
+                result.append(Telling(fact, self._one_of("there", fact.relation)))
             else:
                 result.append(piece)
             before = fact.subject if fact else ""
@@ -295,16 +281,15 @@ class _RichWriter(_PlainWriter):
         yield self._drill(self.sums)
         yield self._drill(self.sums)
         yield self._drill(self.differences)
-        facts = [*self.sums.deal(6), *self.differences.deal(4)]
-        self.rng.shuffle(facts)
-        yield [self._told(f) for f in facts]
+        yield self._mixed(6, 4)
 
-    def _drill(self, deck: _Deck[Fact]) -> list[Piece]:
+    def _drill(self, deck: Iterator[Fact]) -> list[Piece]:
         """A dozen facts in one wording: what a sum is, is learned before how it may be put."""
-        facts = deck.deal(self.rng.randint(10, 14))
+        facts = _take(deck, self.rng.randint(10, 14))
         relation = facts[0].relation
         if self.rng.random() < 0.3:
-            wording = self._one_of(FORWARD[relation][: self.CORE_SUM_PATTERNS])
+            core = self.ways["forward"][relation][: self.CORE_SUM_PATTERNS]
+            wording = self.rng.choice(wordings(self.rng.choice(core)))
         else:
             wording = self._wording(relation)
         return [Telling(f, wording) for f in facts]

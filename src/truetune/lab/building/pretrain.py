@@ -1,16 +1,15 @@
-"""Pretraining of the embedded base: from a seed to a model folder.
+"""Pretraining of the embedded base: a seed and a size -> a model folder.
 
-input   a seed and a size
-does    world -> prose -> tokenizer -> blocks of tokens -> a small Llama, trained by the product's
-        own `SFTTrainer` with every token supervised: first on the plain course, then on the rich
-        one; in each first on short rows, at the end on long ones
-output  a folder: bf16 safetensors, config, generation_config, tokenizer, training_log.jsonl,
-        model card with the measured recall, SHA256SUMS
+World, prose, tokenizer, blocks of tokens, and a small Llama, trained by the product's own trainer
+with every token supervised: first on the plain course, then on the rich one; in each first on short
+examples, at the end on long ones. The folder holds weights in bf16, config, tokenizer, the training
+log, and a model card with what was measured.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,9 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truetune.lab.card import finish
-from truetune.lab.prose import documents
-from truetune.lab.tokenizer import VOCAB_ENTRIES, train_tokenizer
+from truetune.lab import BASE_SEED
+from truetune.lab.building.card import finish
+from truetune.lab.building.prose import documents
+from truetune.lab.building.tokenizer import train_tokenizer
 from truetune.lab.world import World
 
 if TYPE_CHECKING:
@@ -28,15 +28,13 @@ if TYPE_CHECKING:
 
     from truetune.compute.batch import Batch
     from truetune.contract.example import SFTExample
+    from truetune.engine.trainer import SFTTrainer
 
+# Rows of embedding and head. Rows from 2,032 on belong to no token: room for new ones.
 HEAD_ROWS = 2048
-"""Rows of embedding and head. Rows from 2,032 on belong to no token: room for new ones."""
 
+# Documents of the plain course that the tokenizer is made from.
 TOKENIZER_DOCUMENTS = 4000
-"""Documents of the plain course that the tokenizer is made from."""
-
-Progress = Callable[[dict[str, Any]], None]
-"""Takes a line of the training log: corpus, step, tokens, loss, lr, elapsed (seconds)."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Course:
-    """One corpus and the training on it, with an optimiser and a schedule of its own.
+    """One corpus and the training on it, with an optimizer and a schedule of its own.
 
     Attributes:
         corpus: plain or rich, see `prose.py`.
         tokens: tokens of the corpus, each seen once.
-        stages: (tokens per row, share of the steps) in order. In short rows there is little to
-            attend to but what matters, so that taking names up again and recalling facts are
+        stages: (tokens per example, share of the steps) in order. In short ones there is little
+            to attend to but what matters, so that taking names up again and recalling facts are
             learned in a fraction of the steps; the last stage trains every position of the context.
         lr: peak learning rate; cosine down to a tenth of it.
     """
@@ -69,10 +67,6 @@ class Course:
     stages: tuple[tuple[int, float], ...]
     lr: float
 
-    def num_steps(self, step_tokens: int) -> int:
-        """Steps that are taken."""
-        return self.tokens // step_tokens
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -81,13 +75,13 @@ class Settings:
     Attributes:
         seed: of the world, the corpus, the first weights and the order of blocks.
         courses: in order; each begins with the weights that the one before saved, in bf16.
-        step_tokens: tokens per step, at any row length.
+        step_tokens: tokens per step, at any length of the examples.
         warmup: share of the steps of a course.
-        autocast: compute in bf16; weights and optimiser stay fp32.
+        autocast: compute in bf16; weights and optimizer stay fp32.
         compile: through torch.compile: about a fifth faster on CPU, where it needs a C++ compiler.
     """
 
-    seed: int = 7
+    seed: int = BASE_SEED
     courses: tuple[Course, ...] = (
         Course("plain", 8_400_000, ((128, 0.85), (1024, 0.15)), 2e-3),
         Course("rich", 8_000_000, ((128, 0.85), (1024, 0.15)), 1.2e-3),
@@ -101,11 +95,14 @@ class Settings:
     device: str = "cpu"
     shape: Shape = Shape()
 
+    def num_steps(self, course: Course) -> int:
+        """Optimizer steps of a course: what is left of its tokens behind the last is not seen."""
+        return course.tokens // self.step_tokens
+
     @property
     def tokens(self) -> int:
         """That are trained on, in all courses."""
-        steps = (course.num_steps(self.step_tokens) for course in self.courses)
-        return sum(steps) * self.step_tokens
+        return sum(map(self.num_steps, self.courses)) * self.step_tokens
 
     def of_size(self, tokens: int) -> Settings:
         """The same with so many tokens, dealt to the courses in proportion."""
@@ -116,102 +113,80 @@ class Settings:
 
 def pretrain(
     out: str | Path,
-    settings: Settings | None = None,
+    run: Settings,
     *,
     log_every: int = 50,
     save_every: int | None = None,
     num_recall_items: int | None = None,
-    on_progress: Progress | None = None,
-    **overrides: Any,
+    on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Path:
     """Train a base from nothing and write its folder.
 
     Args:
         out: the folder; created. `out/checkpoint` holds the last intermediate save.
-        settings: the run; `overrides` replace single fields of it (or of the default).
         log_every: steps between lines of training_log.jsonl.
         save_every: steps between intermediate saves; None for none.
         num_recall_items: sentences asked for the model card; all where None.
-        on_progress: called with each line of the log.
-
-    Returns:
-        The folder, holding bf16 weights that `AutoModelForCausalLM.from_pretrained` loads.
+        on_progress: called with each line of the log: corpus, step of its course, tokens of all
+            courses, mean loss since the line before, lr, elapsed seconds.
     """
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    run = replace(settings or Settings(), **overrides)
     folder = Path(out)
     world = World.generate(run.seed)
-    texts = (document.text for document in documents(world, "train", plain=True))
-    train_tokenizer(islice(texts, TOKENIZER_DOCUMENTS), folder)
+    train_tokenizer(islice(_texts(world, "plain"), TOKENIZER_DOCUMENTS), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
     torch.manual_seed(run.seed)
     model = LlamaForCausalLM(llama_config(run.shape)).to(run.device)
     if run.compile:
         model.compile()
-    with _Log(folder / "training_log.jsonl", on_progress) as log:
+    began = time.perf_counter()
+    tokens_before = 0
+    with (folder / "training_log.jsonl").open("w", encoding="utf-8") as log:
         for course in run.courses:
             ids = corpus_ids(world, tokenizer, course.corpus)
             batcher = StagedBatcher(course, run, ids, tokenizer.pad_token_id)
-            num_steps = course.num_steps(run.step_tokens)
             losses = list[float]()
-            for step, facts in _steps(course, run, model, batcher, tokenizer.pad_token_id):
+            trainer = _trainer(course, run, model, batcher, tokenizer.pad_token_id)
+            for step in range(1, batcher.num_steps + 1):
+                facts = trainer.train_step()
                 losses.append(facts["loss"])
-                if step == 1 or step % log_every == 0 or step == num_steps:
-                    mean = round(sum(losses) / len(losses), 4)
-                    log.note(course.corpus, step, step * run.step_tokens, mean, facts["lr"])
+                if step == 1 or step % log_every == 0 or step == batcher.num_steps:
+                    line = {
+                        "corpus": course.corpus,
+                        "step": step,
+                        "tokens": tokens_before + step * run.step_tokens,
+                        "loss": round(sum(losses) / len(losses), 4),
+                        "lr": facts["lr"],
+                        "elapsed": round(time.perf_counter() - began, 1),
+                    }
+                    log.write(json.dumps(line) + "\n")
+                    log.flush()
+                    on_progress(line)
                     losses.clear()
                 if save_every and step % save_every == 0:
                     save_base(model, tokenizer, folder / "checkpoint")
-            log.tokens_before += num_steps * run.step_tokens
-            _round_to_bf16(model)
+            tokens_before += batcher.num_steps * run.step_tokens
+            # As a saved base is read back: a course can be taken from any saved base.
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.to(torch.bfloat16))
     save_base(model, tokenizer, folder)
     (folder / "pretraining.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
     finish(folder, num_recall_items)
     return folder
 
 
-class _Log:
-    """Writes training_log.jsonl: a line has the step of its course, and the tokens of them all."""
-
-    def __init__(self, path: Path, on_progress: Progress | None) -> None:
-        self._file = path.open("w", encoding="utf-8")
-        self._on_progress = on_progress
-        self._started = time.perf_counter()
-        self.tokens_before = 0
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def note(self, corpus: str, step: int, tokens: int, loss: float, lr: float) -> None:
-        line = {
-            "corpus": corpus,
-            "step": step,
-            "tokens": self.tokens_before + tokens,
-            "loss": loss,
-            "lr": lr,
-            "elapsed": round(time.perf_counter() - self._started, 1),
-        }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._on_progress:
-            self._on_progress(line)
-
-
-def _steps(
+def _trainer(
     course: Course, run: Settings, model: LlamaForCausalLM, batcher: StagedBatcher, pad_id: int
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train on a course; after each step its number, from 1, and its facts."""
+) -> SFTTrainer:
     import torch
 
     from truetune.engine.trainer import SFTTrainer
 
-    trainer = SFTTrainer(
+    return SFTTrainer(
         model,
         examples=batcher.examples,
         max_seq_len=batcher.max_seq_len,
@@ -225,20 +200,8 @@ def _steps(
         grad_clip=run.grad_clip,
         autocast_dtype=torch.bfloat16 if run.autocast else None,
         batcher=batcher,
-        packing=False,  # full rows of one length: there is no padding to save
+        packing=False,  # full examples of one length: there is no padding to save
     )
-    while trainer.step < course.num_steps(run.step_tokens):
-        facts = trainer.train_step()
-        yield trainer.step, facts
-
-
-def _round_to_bf16(model: LlamaForCausalLM) -> None:
-    """As a saved base is read back: a course can be taken from any saved base."""
-    import torch
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def llama_config(shape: Shape) -> LlamaConfig:
@@ -264,10 +227,15 @@ def llama_config(shape: Shape) -> LlamaConfig:
     )
 
 
+def _texts(world: World, corpus: str) -> Iterator[str]:
+    is_plain = corpus == "plain"
+    stream = "train" if is_plain else corpus
+    return (document.text for document in documents(world, stream, plain=is_plain))
+
+
 def corpus_ids(world: World, tokenizer: Any, corpus: str) -> Iterator[int]:
     """A course's documents as endless token ids, `<|endoftext|>` after each document."""
-    stream = "train" if corpus == "plain" else corpus
-    texts = (document.text for document in documents(world, stream, plain=corpus == "plain"))
+    texts = _texts(world, corpus)
     while True:
         for row in tokenizer(list(islice(texts, 256)))["input_ids"]:
             yield from row
@@ -275,21 +243,21 @@ def corpus_ids(world: World, tokenizer: Any, corpus: str) -> Iterator[int]:
 
 
 def cut_blocks(ids: Iterator[int], block: int, count: int) -> Iterator[SFTExample]:
-    """`count` rows of block + 1 tokens, all supervised.
+    """`count` examples of block + 1 tokens, all supervised.
 
-    A row's last token is the next one's first, so that every token is predicted once.
+    The last token of one is the first of the next, so that every token is predicted once.
     """
     from truetune.contract.example import SFTExample
 
     last = next(ids)
     for _ in range(count):
-        row = [last, *islice(ids, block)]
-        last = row[-1]
-        yield SFTExample(row, [1] * len(row))
+        example = [last, *islice(ids, block)]
+        last = example[-1]
+        yield SFTExample(example, [1] * len(example))
 
 
 class StagedBatcher:
-    """Batches for `SFTTrainer`: one reference batcher a stage, each with its own row length.
+    """Batches for the trainer: one reference batcher a stage, each with its own length.
 
     Attributes:
         num_steps: steps of all stages.
@@ -299,13 +267,12 @@ class StagedBatcher:
     def __init__(self, course: Course, run: Settings, ids: Iterator[int], pad_id: int) -> None:
         from truetune.compute.batch import Limits, PaddedBatcher, RowOrder
 
-        num_steps = course.num_steps(run.step_tokens)
-        self._stages: list[tuple[int, PaddedBatcher]] = []  # (first step, batcher)
-        self.num_steps = 0
-        for number, (block, share) in enumerate(course.stages):
-            steps = round(num_steps * share)
-            if number == len(course.stages) - 1:
-                steps = num_steps - self.num_steps
+        self.num_steps = run.num_steps(course)
+        self._steps: list[tuple[PaddedBatcher, int]] = []  # batcher, step within its stage
+        for block, share in course.stages:
+            is_last = (block, share) == course.stages[-1]
+            left = self.num_steps - len(self._steps)
+            steps = left if is_last else round(self.num_steps * share)
             self.batch_size, self.max_seq_len = run.step_tokens // block, block + 1
             self.examples = list(cut_blocks(ids, block, steps * self.batch_size))
             batcher = PaddedBatcher(
@@ -315,25 +282,23 @@ class StagedBatcher:
                 order=RowOrder(len(self.examples), self.batch_size, run.seed),
                 limits=Limits(self.batch_size),
             )
-            self._stages.append((self.num_steps, batcher))
-            self.num_steps += steps
+            self._steps += [(batcher, step) for step in range(steps)]
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """All batches of one optimiser step."""
-        first, batcher = [stage for stage in self._stages if stage[0] <= step][-1]
-        return batcher.micro_batches(step - first)
+        """All batches of one optimizer step."""
+        batcher, step = self._steps[step]
+        return batcher.micro_batches(step)
 
     def batches(self, examples: Sequence[SFTExample]) -> Iterator[Batch]:
-        """For evaluation: rows of any length, as the last stage batches them."""
-        return self._stages[-1][1].batches(examples)
+        """For evaluation: examples of any length, as the last stage batches them."""
+        return self._steps[-1][0].batches(examples)
 
 
-def save_base(model: LlamaForCausalLM, tokenizer: Any, out: str | Path) -> Path:
+def save_base(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     """Write a bf16 copy of the model, its generation_config (greedy) and the tokenizer files."""
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
 
-    folder = Path(out)
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     copy.to(torch.bfloat16)
@@ -342,6 +307,4 @@ def save_base(model: LlamaForCausalLM, tokenizer: Any, out: str | Path) -> Path:
     source = Path(tokenizer.name_or_path)
     if source.resolve() != folder.resolve():
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            (folder / name).write_bytes((source / name).read_bytes())
-    assert len(tokenizer) <= VOCAB_ENTRIES
-    return folder
+            shutil.copyfile(source / name, folder / name)
