@@ -87,7 +87,8 @@ def test_check_and_inspect_print_well(place: Path) -> None:
         (lambda p: truetune.check(p / "tiny", p / "no.jsonl"), "no-such-file"),
         (lambda p: truetune.chat(p / "no"), "model-not-found"),
         (lambda p: truetune.export(p / "tiny", p / "x", onto="sand"), "export-onto"),
-        (lambda p: truetune.evaluate(wordings="other"), "wordings-unknown"),
+        (lambda p: truetune.evaluate(p / "no", p / "rows.jsonl"), "model-not-found"),
+        (lambda p: truetune.evaluate(p / "tiny", p / "rows.jsonl", match="x"), "match-unknown"),
     ],
 )
 def test_errors_are_those_of_the_command_line(place: Path, call: Any, code: str) -> None:

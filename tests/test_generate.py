@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from tiny_families import APART, FAMILIES, MORE
 from tiny_models import write_model
 from truetune.contract.contract import PromptContract
 from truetune.data.conversation import Conversation
 from truetune.errors import UsageError
-from truetune.generate import Reply, Sampling, replies, stream
+from truetune.generate import Reply, Sampling, replies, replies_to_ids, stream
 from truetune.model.draw import Draw
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.lora import LoraSettings, add_lora
@@ -143,6 +144,67 @@ def test_the_batch_decides_nothing(llama: LoadedModel) -> None:
     assert once != replies(llama, contract, chats(*TEXTS), replace(sampling, seed=5))
     same = replies(llama, contract, chats("hi", "hi"), sampling)
     assert same[0].ids != same[1].ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_that_shrinks_decides_nothing(loaded: LoadedModel, temperature: float) -> None:
+    asked = chats(*(f"{'long ' * (at % 5)}question {at}" for at in range(24)))
+    sampling = Sampling(max_new_tokens=24, temperature=temperature, repetition_penalty=1.1)
+    plain = replies(loaded, contract_of(loaded, 300), asked, sampling, batch_size=1)
+    # Stops that end about half of the rows: the others go on without them.
+    stops: set[int] = set()
+    for token in range(264):
+        ended = sum(bool({*stops, token} & set(reply.ids)) for reply in plain)
+        stops |= {token} if ended <= 18 else set()
+    contract = contract_of(loaded, *stops)
+    alone = replies(loaded, contract, asked, sampling, batch_size=1)
+    assert 12 <= sum(reply.stopped for reply in alone) < 24
+    for size in (24, 10):
+        assert replies(loaded, contract, asked, sampling, batch_size=size) == alone
+    prompts = [contract.prompt_ids(chat) for chat in asked]
+    told: list[tuple[int, int]] = []
+    found = replies_to_ids(
+        loaded, contract, prompts, sampling, batch_size=None,
+        on_progress=lambda *facts: told.append(facts),
+    )  # fmt: skip
+    assert found == alone
+    assert told == [(24, 24)]
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "qwen2", "gpt_oss"])
+def test_caches_of_other_kinds_shrink_or_stay_whole(kind: str, tmp_path: Path) -> None:
+    settings = (FAMILIES.get(kind) or MORE.get(kind) or APART[kind][0]) | {}
+    loaded = load_model(write_model(tmp_path / kind, kind, **settings), purpose="inference")
+    asked = chats(*(f"{'long ' * (at % 3)}question {at}" for at in range(20)))
+    sampling = Sampling(max_new_tokens=16)
+    plain = replies(loaded, contract_of(loaded, 300), asked, sampling, batch_size=20)
+    contract = contract_of(loaded, *{reply.ids[4] for reply in plain[:5]})
+    found = replies(loaded, contract, asked, sampling, batch_size=20)
+    assert sum(reply.stopped for reply in found) > 0
+    for before, after in zip(plain, found, strict=True):
+        assert after.ids == before.ids[: len(after.ids)]
+        assert after.stopped or len(after.ids) == 16
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    contract, sampling = contract_of(llama, 300), Sampling(max_new_tokens=4)
+    asked = chats(*map(str, range(7)))
+    expected = replies(llama, contract, asked, sampling)
+    forward, sizes = llama.model.forward, []
+
+    def small(input_ids: torch.Tensor, **more: Any) -> Any:
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("too large")
+        sizes.append(len(input_ids))
+        return forward(input_ids=input_ids, **more)
+
+    monkeypatch.setattr(llama.model, "forward", small)
+    assert replies(llama, contract, asked, sampling) == expected
+    assert set(sizes) == {1, 2}
 
 
 def test_training_is_left_as_it_was(llama: LoadedModel) -> None:

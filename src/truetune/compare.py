@@ -15,7 +15,7 @@ import base64
 import contextlib
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,73 @@ def measure(
             if keep_logits:
                 kept.append(logits_PV[_spread(list(range(len(targets))), _KEPT)].clone())
     return Measured(tuple(logprobs), tuple(greedy), tuple(kept))
+
+
+# Tokens of a forward pass over several rows, and logits that it may hold (float32: 256 MB).
+_PASS_TOKENS, _PASS_LOGITS = 4096, 2**26
+
+
+def row_losses(
+    loaded: LoadedModel,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Summed cross-entropy in nats of each row's targets, every one of them; rows as of `measure`.
+
+    Rows of similar length share a forward pass, padded right: attention is causal, so no target
+    sees the padding. The model is left in the mode it was in.
+
+    Args:
+        on_progress: is called with the number of rows so far and of all.
+    """
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda row: (len(rows[row][0]), row))
+    targets = [[i for i, on in enumerate(mask) if on and i] for _, mask in rows]
+    sums = [0.0] * len(rows)
+    done = 0
+    with evaluating(loaded.model):
+        for batch in _passes(loaded, rows, targets, order):
+            wanted = sorted({i - 1 for row in batch for i in targets[row]})
+            width = len(rows[batch[-1]][0])
+            ids = [[*rows[row][0], *[0] * (width - len(rows[row][0]))] for row in batch]
+            at = {position: place for place, position in enumerate(wanted)}
+            logits_BPV = _forward(loaded, torch.tensor(ids, device=loaded.device), wanted, {})
+            for row, logits_PV in zip(batch, logits_BPV, strict=True):
+                if targets[row]:
+                    chosen_PV = logits_PV[[at[i - 1] for i in targets[row]]].float()
+                    gold = torch.tensor([rows[row][0][i] for i in targets[row]])
+                    gold = gold.to(chosen_PV.device)
+                    losses = torch.nn.functional.cross_entropy(chosen_PV, gold, reduction="none")
+                    sums[row] = float(losses.double().sum())
+            done += len(batch)
+            if on_progress:
+                on_progress(done, len(rows))
+    return sums
+
+
+def _passes(
+    loaded: LoadedModel,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    targets: Sequence[Sequence[int]],
+    order: Sequence[int],
+) -> Iterator[list[int]]:
+    """Rows that are computed together, the longest of each pass last."""
+    vocabulary = loaded.transformers_model.get_input_embeddings().weight.shape[0]
+    batch: list[int] = []
+    wanted: set[int] = set()
+    for row in order:
+        more = wanted.union(targets[row])
+        width = len(rows[row][0])
+        # Where the model cannot be asked for some positions, it computes all.
+        kept = len(more) if _selects(loaded) else width
+        fits = (len(batch) + 1) * width <= _PASS_TOKENS
+        if batch and not (fits and (len(batch) + 1) * kept * vocabulary <= _PASS_LOGITS):
+            yield batch
+            batch, more = [], set(targets[row])
+        batch, wanted = [*batch, row], more
+    if batch:
+        yield batch
 
 
 def agreement(reference: Measured, other: Measured) -> Agreement:
@@ -357,14 +424,28 @@ def _logits(
     """Logits (P, V) of one row at some positions, float32 on CPU."""
     import torch
 
-    model = loaded.model
     ids_BT = torch.tensor([[*ids, *[ids[0]] * padding]], device=loaded.device)
-    wanted = torch.tensor(list(positions), device=loaded.device)
-    asked: dict[str, Any] = {"use_cache": False}
+    asked: dict[str, Any] = {}
     if padding:
         asked["attention_mask"] = torch.ones_like(ids_BT)
         asked["attention_mask"][:, -padding:] = 0
-    selects = "logits_to_keep" in inspect.signature(loaded.transformers_model.forward).parameters
+    return _forward(loaded, ids_BT, positions, asked)[0].float().cpu()
+
+
+def _selects(loaded: LoadedModel) -> bool:
+    """Whether the model can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(loaded.transformers_model.forward).parameters
+
+
+def _forward(
+    loaded: LoadedModel, ids_BT: torch.Tensor, positions: Sequence[int], asked: dict[str, Any]
+) -> torch.Tensor:
+    """Logits (B, P, V) at some positions, as the model computes them."""
+    import torch
+
+    wanted = torch.tensor(list(positions), device=loaded.device, dtype=torch.int64)
+    asked = {**asked, "use_cache": False}
+    selects = _selects(loaded)
     if selects:
         asked["logits_to_keep"] = wanted
     autocast = (
@@ -373,6 +454,5 @@ def _logits(
         else contextlib.nullcontext()
     )
     with torch.no_grad(), autocast:
-        logits_PV = model(ids_BT, **asked).logits[0]
-    chosen = logits_PV if selects else logits_PV[wanted]
-    return chosen.float().cpu()
+        logits_BPV: torch.Tensor = loaded.model(ids_BT, **asked).logits
+    return logits_BPV if selects else logits_BPV[:, wanted]

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import inspect as _inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from truetune.recipe.spelling import in_python
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
+    from truetune.evaluation.result import Evaluation
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
-    from truetune.lab.measure import Measurement
     from truetune.listener import Listener
     from truetune.model.load import LoadedModel
     from truetune.run.checkup import Checkup
@@ -379,26 +379,93 @@ def inspect(
 
 @_words_of_python()
 def evaluate(
-    model: Pathlike | None = None, *, wordings: str = "all", seed: int = 7, device: str = "cpu"
-) -> Measurement:
-    """Count what a base, or a run made of one, knows of the invented world.
+    models: Pathlike | Sequence[Pathlike],
+    data: Pathlike,
+    *,
+    match: str = "exact",
+    pattern: str | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+    split: str | None = None,
+    schema: str = "auto",
+    columns: str | None = None,
+    max_new_tokens: int = 256,
+    samples: int = 1,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    listener: Listener | None = None,
+) -> Evaluation:
+    """Ask models the rows of a data source, each as it is served, and compare, as `truetune eval`
+    does.
+
+        found = truetune.evaluate(["Qwen/Qwen2.5-0.5B", "runs/first"], "held_out.jsonl")
+        found["runs/first"].values["match"].value
 
     Args:
-        model: the embedded base where None.
-        wordings: plain, development, blind or all.
-        seed: of the world that it has read about.
-        device: cpu or cuda.
+        models: one or several: runs, model or adapter folders, or Hub ids. The others are held to
+            the first.
+        data: a file, a folder, or a Hub dataset; rows of question and answer.
+        match: exact, contains, number, regex, json or none.
+        pattern: of regex, in place of each row's own answer.
+        limit: the first so many rows.
+        shots: other rows put before each question.
+        split, schema, columns: of the data, as of `train`.
+        max_new_tokens: of a reply.
+        samples: replies a row: pass@1 and maj@K.
+        temperature: 0 is greedy; where None, 0 of one sample and 1 of several.
+        top_p, top_k: of the sampling.
+        seed: of shots, sampling and intervals.
+        chat_template: for every model; its own where None.
+        revision: of models on the Hub.
+        device: auto, cuda, mps or cpu.
+        quiet, listener: as of `train`.
 
     Returns:
-        `.recall`, `.sums`, `.prose_loss`; `.table()` as rows of text.
+        the table: `.models` with `.values`, `.against_first` and `.rows`; `.left_out`; `.as_dict()`
+        and `.rows()` for programs.
 
     Raises:
-        TruetuneError: unknown wordings, or a model that cannot be opened.
+        TruetuneError: a model or the data cannot be used.
     """
-    from truetune.lab.measure import measure
+    from truetune.evaluation.evaluate import Settings
+    from truetune.evaluation.evaluate import evaluate as evaluated
 
-    source = None if model is None else path_of(model)
-    return measure(source, wordings=wordings, seed=seed, device=device)
+    settings = Settings.of(
+        match=match,
+        pattern=pattern,
+        limit=limit,
+        shots=shots,
+        split=split,
+        schema=schema,
+        columns=columns,
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        chat_template=chat_template,
+        revision=revision,
+        device=device,
+    )
+    several = [models] if isinstance(models, str | os.PathLike) else list(models)
+    told = _shown(listener, quiet)
+    try:
+        return evaluated(
+            [path_of(model) for model in several],
+            path_of(data),
+            settings,
+            on_stage=told.stage,
+            on_progress=told.progress,
+        )
+    finally:
+        _closed(told)
 
 
 def _pre(text: str) -> str:

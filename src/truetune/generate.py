@@ -5,7 +5,8 @@ does    prompts by contract.prompt_ids, stops on contract.stop_ids, and samples 
         given here: nothing of the model's own generation_config takes part
 output  Reply
 
-Prompts are padded left in a batch; which batch a row is in changes nothing it draws.
+Prompts are padded left in a batch, and a batch shrinks as its rows end; which batch a row is in
+changes nothing it draws.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from truetune.compute.memory import available_bytes
 from truetune.contract.contract import PromptContract
 from truetune.contract.tokens import Tokens
 from truetune.data.conversation import Conversation
@@ -37,6 +39,10 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Prompt tokens kept in front of a streamed text: enough to complete a character.
 _CONTEXT = 8
+# Rows of a batch whose size memory decides, at most, and where memory or cache are unknown.
+_MOST_ROWS, _FEW_ROWS = 256, 16
+# Smaller batches gain nothing by shrinking.
+_WORTH_SHRINKING = 8
 
 
 @dataclass(frozen=True)
@@ -91,28 +97,33 @@ def replies_to_ids(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = 16,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Reply]:
     """`replies` to prompts that are ids already: the beginnings of trained rows.
 
+    Args:
+        batch_size: None takes as many as half of the free memory holds, 256 at most.
+        on_progress: is called with the number of replies so far and of all.
+
     Raises:
         UsageError: as `replies`.
+        torch.OutOfMemoryError: a single prompt does not fit; larger batches are halved.
     """
     sampling = sampling or Sampling()
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}, must be at least 1", code="sampling")
     limits = [_limit(loaded, sampling, ids, row) for row, ids in enumerate(prompts)]
     tokens = Tokens(contract.tokenizer)
     found: dict[int, Reply] = {}
+    most = batch_size or _rows_in_memory(loaded, prompts, limits)
     with evaluating(loaded.model):
-        for rows in _batches(prompts, limits, batch_size):
-            batch = [prompts[row] for row in rows]
-            for row, ids in zip(
-                rows,
-                _generate(loaded, contract, batch, rows, sampling, limits[rows[0]]),
-                strict=True,
-            ):
-                found[row] = _reply(tokens, contract.stop_ids, prompts[row], ids)
+        for batch in _batches(prompts, limits, most):
+            for rows, written in _in_memory(loaded, contract, prompts, batch, sampling, limits):
+                for row, ids in zip(rows, written, strict=True):
+                    found[row] = _reply(tokens, contract.stop_ids, prompts[row], ids)
+                if on_progress:
+                    on_progress(len(found), len(prompts))
     return [found[row] for row in range(len(prompts))]
 
 
@@ -206,6 +217,49 @@ def _batches(
         yield batch
 
 
+def _in_memory(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    prompts: Sequence[Sequence[int]],
+    batch: Sequence[int],
+    sampling: Sampling,
+    limits: Sequence[int],
+) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
+    """Rows of a batch with their new ids; halves of it where a device's memory runs out."""
+    import torch
+
+    left = [batch]
+    while left:
+        rows = left.pop(0)
+        try:
+            asked = [prompts[row] for row in rows]
+            written = _generate(loaded, contract, asked, rows, sampling, limits[rows[0]])
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            left[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+            continue
+        yield rows, written
+
+
+def _rows_in_memory(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], limits: Sequence[int]
+) -> int:
+    """Rows whose keys, values and logits half of the free memory holds."""
+    config = loaded.transformers_model.config.get_text_config(decoder=True)
+    free = available_bytes(loaded.device)
+    heads = getattr(config, "num_attention_heads", 0)
+    width = getattr(config, "hidden_size", 0)
+    if not (free and heads and width and prompts):
+        return _FEW_ROWS
+    # Every head, not those of keys and values alone: attention may write them out for all heads.
+    of_a_head = getattr(config, "head_dim", None) or width // heads
+    per_token = 2 * heads * of_a_head * (config.num_hidden_layers + 2) * 4
+    longest = max(len(ids) + limit for ids, limit in zip(prompts, limits, strict=True))
+    per_row = longest * (per_token + 8 * width) + 6 * 4 * config.vocab_size
+    return max(min(free // 2 // per_row, _MOST_ROWS), 1)
+
+
 def _generate(
     loaded: LoadedModel,
     contract: PromptContract,
@@ -228,31 +282,95 @@ def _generate(
     for row, ids in enumerate(prompts):
         ids_BT[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
         attended_BT[row, width - len(ids) :] = 1
-    config = GenerationConfig(
-        max_new_tokens=limit,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=list(contract.stop_ids) or None,
-    )
-    hooks: dict[str, Any] = {"logits_processor": [Draw(sampling, rows, [len(p) for p in prompts])]}
-    if worker:
-        hooks |= {"streamer": worker, "stopping_criteria": [worker.is_cancelled]}
+    ids_BT, attended_BT = ids_BT.to(device), attended_BT.to(device)
+    draw = Draw(sampling, rows, [len(p) for p in prompts])
+    hooks: dict[str, Any] = {"streamer": worker} if worker else {}
     autocast = (
         torch.autocast(device.type, dtype=loaded.compute_dtype)
         if loaded.compute_dtype is not None
         else contextlib.nullcontext()
     )
-    with torch.no_grad(), autocast, _own_config(model, config):
-        out_BT = model.generate(
-            ids_BT.to(device),
-            attention_mask=attended_BT.to(device),
-            generation_config=config,
-            **hooks,
+    stops = list(contract.stop_ids)
+    shrinks = worker is None and len(prompts) > _WORTH_SHRINKING and bool(stops)
+    # Places in `prompts` of the rows that are still written.
+    places = list(range(len(prompts)))
+    written: dict[int, list[int]] = {}
+    cache: Any = None
+    while places:
+        config = GenerationConfig(
+            max_new_tokens=limit - (ids_BT.shape[1] - width),
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=stops or None,
+            return_dict_in_generate=True,
         )
-    new: list[list[int]] = out_BT[:, width:].tolist()
-    return new
+        ended = _HalfEnded(stops) if shrinks else None
+        criteria = [worker.is_cancelled] if worker else [ended] if ended else []
+        with torch.no_grad(), autocast, _own_config(model, config):
+            out = model.generate(
+                ids_BT,
+                attention_mask=attended_BT,
+                generation_config=config,
+                logits_processor=[draw],
+                stopping_criteria=criteria,
+                **({"past_key_values": cache} if cache is not None else {}),
+                **hooks,
+            )
+        whole_BT = out.sequences
+        new: list[list[int]] = whole_BT[:, width:].tolist()
+        written |= dict(zip(places, new, strict=True))
+        if ended is None or len(new[0]) >= limit:
+            break
+        live = [at for at, ids in enumerate(new) if not set(stops).intersection(ids)]
+        places = [places[at] for at in live]
+        cache = out.past_key_values
+        if not live:
+            break
+        if _can_shrink(cache):
+            kept = torch.tensor(live, device=device)
+            cache.batch_select_indices(kept)
+            draw.keep(live)
+            ids_BT, attended_BT = whole_BT[kept], attended_BT[kept]
+        else:
+            # Some caches hold more than keys and values: all rows go on to the end.
+            shrinks, places, ids_BT = False, list(range(len(prompts))), whole_BT
+        more = ids_BT.shape[1] - attended_BT.shape[1]
+        attended_BT = torch.cat([attended_BT, attended_BT.new_ones(len(ids_BT), more)], dim=1)
+        shrinks = shrinks and len(places) > _WORTH_SHRINKING
+    return [written[place] for place in range(len(prompts))]
+
+
+def _can_shrink(cache: Any) -> bool:
+    """Whether rows can be taken out of a cache: it holds keys and values alone."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    # Of exactly these classes: those made of them may hold states of other kinds as well.
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
+
+
+class _HalfEnded:
+    """Ends a stage of generation when half of its rows have ended.
+
+    Args:
+        stops: ids that end a row.
+    """
+
+    def __init__(self, stops: Sequence[int]) -> None:
+        self.stops = stops
+        self.ended_B: torch.Tensor | None = None
+
+    def __call__(self, ids_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        import torch
+
+        stops = torch.tensor(self.stops, device=ids_BT.device)
+        now_B = torch.isin(ids_BT[:, -1], stops)
+        self.ended_B = now_B if self.ended_B is None else self.ended_B | now_B
+        half = 2 * int(self.ended_B.sum()) >= len(ids_BT)
+        return torch.full((len(ids_BT),), half, device=ids_BT.device)
 
 
 def _pad_id(loaded: LoadedModel, contract: PromptContract) -> int:

@@ -307,6 +307,147 @@ def inspect_model(
         show_model(open_screen(), facts)
 
 
+_READING, _SAMPLING = "Rows", "Replies"
+
+
+@app.command("eval", cls=Verb, short_help="What models make of rows, side by side.")
+def evaluate_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="Runs, model or adapter folders, or Hub ids."),
+    ],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="A file, a folder, or a Hub dataset.")
+    ] = None,
+    match: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="exact, contains, number, regex, json or none."),
+    ] = "exact",
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="REGEX", help="Of --match regex. (default: each row's answer)"),
+    ] = None,
+    show: Annotated[
+        int, typer.Option(help="Print so many rows on which the last model is worst.", min=0)
+    ] = 0,
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", metavar="FILE.jsonl", help="A line a row and a model."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The table for programs.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(help="The first so many rows.", rich_help_panel=_READING)
+    ] = None,
+    shots: Annotated[
+        int,
+        typer.Option(help="Other rows put before each question.", rich_help_panel=_READING),
+    ] = 0,
+    split: Annotated[
+        str | None, typer.Option(help="Of a folder or a dataset.", rich_help_panel=_READING)
+    ] = None,
+    schema: Annotated[
+        str, typer.Option(help="Of the rows, as `train` has it.", rich_help_panel=_READING)
+    ] = "auto",
+    columns: Annotated[
+        str | None,
+        typer.Option(help="prompt=question,completion=answer.", rich_help_panel=_READING),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest reply in tokens.", rich_help_panel=_SAMPLING)
+    ] = 256,
+    samples: Annotated[
+        int, typer.Option(help="Replies a row: pass@1 and maj@K.", rich_help_panel=_SAMPLING)
+    ] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="0 is greedy. (default: 0; 1 of several samples)", rich_help_panel=_SAMPLING
+        ),
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Smallest set of tokens with this mass.", rich_help_panel=_SAMPLING),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Only the likeliest k tokens; 0 all.", rich_help_panel=_SAMPLING)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of shots, drawing and intervals.")] = 0,
+    chat_template: Annotated[
+        str | None, typer.Option(help="For all models. (default: each model's own)")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    tasks: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Ask models the rows of DATA, each as it is served, and compare what they reply.
+
+    A row's prompt is its messages up to the last assistant turn, which is what is expected. The
+    first model is what the others are held to. --match says when a reply that has ended is right:
+
+    \b
+    exact     the same text, whitespace aside
+    contains  the row's answer stands in the reply as whole words
+    number    the last numbers are equal
+    regex     the row's answer, or --pattern, is found; its first group, where
+              it has one, must catch what it catches in the row's answer
+    json      equal values
+    none      rows need no answer, nothing is compared
+
+    \b
+    truetune eval runs/first --data held_out.jsonl
+    truetune eval Qwen/Qwen2.5-0.5B-Instruct runs/first --data rows.jsonl --match number --show 5
+    """
+    from truetune.cli.eval_screen import (
+        require_no_tasks,
+        require_writable,
+        show_evaluation,
+        write_rows,
+    )
+    from truetune.evaluation.evaluate import Settings, evaluate
+
+    require_no_tasks(models, tasks)
+    settings = Settings.of(
+        match=match,
+        pattern=pattern,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        samples=samples,
+        seed=seed,
+        shots=shots,
+        limit=limit,
+        split=split,
+        schema=schema,
+        columns=columns,
+        chat_template=chat_template,
+        revision=revision,
+        device=device,
+    )
+    if output is not None:
+        require_writable(Path(output), overwrite=overwrite)
+    screen = open_screen()
+    # In a pipe the table is all there is.
+    moves = screen.console.is_terminal and not as_json
+    try:
+        found = evaluate(
+            models,
+            data or "",
+            settings,
+            on_stage=screen.stage if moves else None,
+            on_progress=screen.progress if moves else None,
+        )
+    finally:
+        screen.close()
+    if output is not None:
+        write_rows(Path(output), found)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_evaluation(screen, found, show)
+
+
 @app.command("export", cls=Verb, short_help="Merge an adapter into its base.")
 def export_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter folder.")],

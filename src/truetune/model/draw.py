@@ -83,6 +83,11 @@ class Draw:
         chosen_B1 = self._drawn(logits_BV)
         return torch.full_like(logits_BV, -torch.inf).scatter(1, chosen_B1, 0.0)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows of the batch alone."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.streams = [self.streams[row] for row in rows]
+
     def _penalised(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
         penalty = self.sampling.repetition_penalty
         logits_BV = logits_BV.clone()

@@ -44,8 +44,7 @@ def usual_rate(
         reasoning_share: of the conversations, the share with reasoning.
     """
     if lora and num_parameters < SMALL:
-        why = f"LoRA on {num_parameters:,} parameters; ten times that of all weights"
-        return LORA["small"], why
+        return LORA["small"], f"LoRA on {num_parameters:,} parameters; ten times the full rate"
     if lora:
         if start == "base":
             return LORA["base"], f"LoRA on a base model ({why}); QLoRA practice"
@@ -60,7 +59,11 @@ def usual_rate(
 
 
 def usual_epochs(num_parameters: int, start: Start, why: str, steps: int) -> tuple[float, str]:
-    """Passes over the rows, of so many steps each, and why."""
+    """Passes over the rows, and why.
+
+    Args:
+        steps: of one pass.
+    """
     most = min(math.ceil(_SMALL_STEPS / steps), _SMALL_EPOCHS)
     if num_parameters < SMALL and most > EPOCHS[start]:
         return float(most), f"a model of {num_parameters:,} parameters needs many passes"

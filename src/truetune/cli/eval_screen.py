@@ -1,0 +1,97 @@
+"""What `truetune eval` shows and writes: the table, the worst rows, a line for each row."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from truetune.cli.screen import Screen
+from truetune.errors import OutputExists, UsageError
+from truetune.evaluation.result import Evaluation, Judgement
+from truetune.evaluation.table import lines, short_names
+from truetune.run_dir import write_text
+
+# Characters of a prompt, an answer or a reply that are shown; the file of -o has all of them.
+_MOST = 1200
+
+
+def require_writable(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file of results that could not be written in the end.
+
+    Raises:
+        UsageError: its folder is not there, or something is in the way.
+    """
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise OutputExists(
+            f"{path} is {'a folder' if path.is_dir() else 'there already'}",
+            fix="name another file with -o" + ("" if path.is_dir() else ", or give --overwrite"),
+            code="output-exists",
+        )
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"no such folder: {path.parent}",
+            where=f"-o {path}",
+            fix=f"mkdir -p {path.parent}",
+            code="output-not-writable",
+        )
+
+
+def write_rows(path: Path, found: Evaluation) -> None:
+    """A row and a model a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in found.rows()))
+
+
+def show_evaluation(screen: Screen, found: Evaluation, worst: int) -> None:
+    """Warnings, the table, and the worst rows of the last model."""
+    for model in found.models:
+        for finding in model.findings:
+            screen.finding(finding)
+    for line in lines(found):
+        screen.line(line)
+    names = short_names([model.name for model in found.models])
+    for row in found.worst(worst):
+        results = [model.rows[row] for model in found.models]
+        last = results[-1]
+        screen.line()
+        screen.line(last.where, "bold")
+        width = max(map(len, ["expected", *names]))
+        pairs = [("prompt", _ending(last.prompt)), ("expected", _beginning(last.expected))]
+        for name, result in zip(names, results, strict=True):
+            pairs += [(name, _told(reply)) for reply in result.replies]
+        # A reply must not look like a line of this table.
+        indent = "\n" + " " * (width + 4)
+        screen.pairs([(name, text.replace("\n", indent)) for name, text in pairs], folded=True)
+
+
+def _told(reply: Judgement) -> str:
+    marks = [] if reply.ended else ["not ended"]
+    marks += ["as expected"] if reply.right else []
+    return _beginning(reply.text) + (f"  ({', '.join(marks)})" if marks else "")
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _MOST else f"{text[:_MOST]}\u2026"
+
+
+def _ending(text: str) -> str:
+    """The end of a prompt is the question."""
+    return text if len(text) <= _MOST else f"\u2026{text[-_MOST:]}"
+
+
+def require_no_tasks(models: Sequence[str], tasks: str | None) -> None:
+    """Refuse what other evaluators take.
+
+    Raises:
+        UsageError: tasks of lm-evaluation-harness.
+    """
+    if tasks is not None:
+        raise UsageError(
+            "tasks of lm-evaluation-harness are not run",
+            where=f"--tasks {tasks}",
+            why="models are evaluated on rows of question and answer",
+            fix=f"truetune eval {shlex.join(models)} --data DATA, with the task's rows as "
+            "a file or a dataset of the Hub",
+            code="tasks-unsupported",
+        )

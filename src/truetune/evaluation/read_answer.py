@@ -1,0 +1,164 @@
+"""One answer read out of a text: plain words, the last number, a JSON value.
+
+Replies and rows are untrusted: every reading here takes time in proportion to the text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+# Places from which a JSON value is tried where the text is more than one.
+_TRIES = 20
+_FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)```", re.DOTALL)
+
+_SPACES = "\u00a0\u2009\u202f"
+_BETWEEN_DIGITS = re.compile(rf"(?<=\d)(?:[{_SPACES}]|\\[,! ;]|\{{,\}})(?=\d{{3}}(?!\d))")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.,]{1,40})\s*\}\s*\{\s*([\d.,]{1,40})\s*\}")
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(
+    # A sign belongs to the number unless something stands before it: 10-12 ends in 12.
+    r"(?P<sign>(?<![\w)\]}])[-+][ ]?\$?)?"
+    # A digit that is glued to a Latin letter is part of a name: x2, H2O.
+    rf"(?<![A-Za-z0-9_])(?<!\d\.)(?P<body>{_WHOLE}(?:\.\d+)?|\.\d+)"
+    r"(?:[eE](?P<e>[-+]?\d{1,3})(?![\w.])"
+    r"|\s?(?:\u00d7|\*|x|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?(?P<ten>[-+]?\d{1,3})\}?"
+    rf"|\s?/\s?(?P<under>{_WHOLE})(?![\d/]|\.\d))?"
+)
+# Longer rows of digits are no answer that anybody wrote.
+_MOST_DIGITS = 400
+
+
+def normalised(text: str) -> str:
+    """Unicode in its composed form, each stretch of whitespace one space, none around it."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def holds(text: str, part: str) -> bool:
+    """Whether `part` stands in `text` as whole words, both normalised.
+
+    A letter, digit or hyphen beside it makes it part of a longer word; letters of scripts that
+    write no spaces do not.
+    """
+    at = text.find(part)
+    while at >= 0:
+        end = at + len(part)
+        if not (_goes_on(text[at - 1 : at]) or _goes_on(text[end : end + 1])):
+            return True
+        at = text.find(part, at + 1)
+    return False
+
+
+def _goes_on(char: str) -> bool:
+    """Whether a neighbour makes a word longer; "" is the edge of the text."""
+    return bool(char) and (
+        char in "-_" or (char.isalnum() and unicodedata.category(char) not in ("Lo", "Lm"))
+    )
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text; of its last \\boxed{}, where that holds one.
+
+    Thousands may be separated by commas or thin spaces, units and percent signs are left aside, and
+    3/4, \\frac{3}{4}, 1e-3 and 2 \\times 10^3 are numbers. A comma is never a decimal sign.
+    """
+    boxed = _last_boxed(text)
+    found = None if boxed is None else _last(boxed)
+    return _last(text) if found is None else found
+
+
+def _last(text: str) -> Fraction | None:
+    text = text.replace("\u2212", "-")
+    text = _FRACTION.sub(r"\1/\2", _BETWEEN_DIGITS.sub("", text))
+    value = None
+    for match in _NUMBER.finditer(text):
+        number = _value(match)
+        value = value if number is None else number
+    return value
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    body = match["body"].replace(",", "")
+    under = (match["under"] or "1").replace(",", "")
+    if max(len(body), len(under)) > _MOST_DIGITS:
+        return None
+    value = Fraction(body)
+    if int(under):
+        value /= int(under)
+    if power := match["e"] or match["ten"]:
+        value *= Fraction(10) ** int(power)
+    return -value if (match["sign"] or "").startswith("-") else value
+
+
+def _last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{}, its own braces balanced."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth, begin = 0, start + len("\\boxed")
+    for place in range(begin, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return text[begin + 1 : place]
+    return None
+
+
+def json_value(text: str) -> str | None:
+    """A JSON value as canonical text; None where there is none.
+
+    It is the whole text, or the first fenced block that parses, or the first object or list in it.
+    Two values have one text where they are equal: 1 and 1.0 are, 1 and true are not; the order of
+    keys does not count. A key that stands twice, NaN and infinity are no JSON.
+    """
+    pieces = [text.strip(), *(found.strip() for found in _FENCED.findall(text)[:_TRIES])]
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_float=Decimal,
+        parse_int=Decimal,
+        parse_constant=_no_constant,
+    )
+    for piece in pieces:
+        try:
+            return _canonical(decoder.decode(piece))
+        except (ValueError, RecursionError, ArithmeticError):
+            continue
+    starts = [found.start() for found in re.finditer(r"[{\[]", text)][:_TRIES]
+    for start in starts:
+        try:
+            return _canonical(decoder.raw_decode(text, start)[0])
+        except (ValueError, RecursionError, ArithmeticError):
+            continue
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key stands twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _canonical(value: Any) -> str:
+    if isinstance(value, dict):
+        inside = (f"{json.dumps(key)}:{_canonical(value[key])}" for key in sorted(value))
+        return "{" + ",".join(inside) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    if isinstance(value, Decimal):
+        # Not normalize(): it rounds to the context's precision.
+        sign, digits, exponent = value.as_tuple()
+        text = "".join(map(str, digits)).lstrip("0")
+        kept = text.rstrip("0")
+        if not kept:
+            return "0"
+        assert isinstance(exponent, int)
+        return f"{'-' * sign}{kept}e{exponent + len(text) - len(kept)}"
+    return json.dumps(value)

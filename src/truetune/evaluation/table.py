@@ -1,0 +1,114 @@
+"""An evaluation as lines of plain text, 80 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+
+from truetune.evaluation.interval import Interval
+from truetune.evaluation.result import Difference, Evaluation, Measure, Value
+
+_WIDTH = 80
+_LABEL, _VALUE, _DIFFERENCE = 17, 21, 31
+
+
+def lines(found: Evaluation) -> Iterator[str]:
+    """The whole: how the models were asked, what was left out, measures, differences, notes."""
+    names = short_names([model.name for model in found.models])
+    yield from _wrapped(f"{found.num_rows:,} rows of {found.data}; {_asked(found)}")
+    if found.settings["match"] != "none":
+        yield from _wrapped(f"match: {found.settings['compared_by']}")
+    for out in found.left_out:
+        by = f" ({out.model})" if out.model else ""
+        yield from _wrapped(f"left out: {out.count:,}: {out.reason}{by}, first {out.where}")
+    for name, model in zip(names, found.models, strict=True):
+        if name != model.name:
+            yield from _wrapped(f"{name} is {model.name}")
+    for first in range(0, len(names), 3):
+        yield ""
+        shown = range(first, min(first + 3, len(names)))
+        yield _row("", [names[at] for at in shown], _VALUE)
+        for measure in found.measures:
+            values = [found.models[at].values.get(measure.name) for at in shown]
+            yield _row(measure.label, [_value(measure, value) for value in values], _VALUE)
+    others = range(1, len(names))
+    for first in range(0, len(others), 2):
+        yield ""
+        shown = others[first : first + 2]
+        yield _row("against first", [names[at] for at in shown], _DIFFERENCE)
+        for measure in found.measures:
+            told = [found.models[at].against_first.get(measure.name) for at in shown]
+            yield _row(measure.label, [_difference(measure, d) for d in told], _DIFFERENCE)
+    yield ""
+    yield from _wrapped(
+        "[ ]: 95 % intervals by bootstrap, the same rows for all; exact where all rows agree"
+    )
+    for name, model in zip(names, found.models, strict=True):
+        for out in model.no_loss:
+            yield from _wrapped(
+                f"{name}: no loss on {out.count:,} rows: {out.reason} (first {out.where})"
+            )
+        for note in model.notes:
+            yield from _wrapped(f"{name}: {note}")
+
+
+def _asked(found: Evaluation) -> str:
+    asked = found.settings
+    parts = ["prompts as served"]
+    if asked["shots"]:
+        parts.append(f"{asked['shots']} shots")
+    if asked["temperature"] == 0:
+        parts.append("greedy")
+    else:
+        parts.append(f"temperature {asked['temperature']:g}")
+    if asked["samples"] > 1:
+        parts.append(f"{asked['samples']} samples")
+    parts.append(f"at most {asked['max_new_tokens']:,} new tokens")
+    return ", ".join(parts)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _row(label: str, cells: Sequence[str], width: int) -> str:
+    return "".join([f"{label:<{_LABEL}}", *(f"{cell:<{width}}" for cell in cells)]).rstrip()
+
+
+def _number(measure: Measure, value: float, *, sign: bool = False) -> str:
+    if measure.percent:
+        return f"{100 * value:{'+' if sign else ''}.1f}"
+    digits = ".0f" if measure.name != "loss" else ".3f" if abs(value) < 10 else ".2f"
+    return f"{value:{'+' if sign else ''}{digits}}"
+
+
+def _interval(measure: Measure, found: Interval | None, *, sign: bool = False) -> str:
+    if found is None:
+        return ""
+    low = _number(measure, found.low, sign=sign)
+    return f" [{low}, {_number(measure, found.high, sign=sign)}]"
+
+
+def _value(measure: Measure, value: Value | None) -> str:
+    if value is None:
+        return "-"
+    return _number(measure, value.value) + _interval(measure, value.interval)
+
+
+def _difference(measure: Measure, told: Difference | None) -> str:
+    if told is None:
+        return "-"
+    return told.word + _interval(measure, told.interval, sign=True)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names that fit their columns: the last parts of paths, as many as tell them apart."""
+    most = _VALUE - 2
+    for parts in range(1, 5):
+        made = ["/".join(PurePath(name).parts[-parts:]) or name for name in names]
+        if len(set(made)) == len(made):
+            if all(len(name) <= most for name in made):
+                return made
+            break
+    return [f"model {number}" for number in range(1, len(names) + 1)]
