@@ -70,23 +70,32 @@ def test_base_or_instruct_by_what_the_model_predicts(place: Path) -> None:
 @pytest.mark.parametrize(
     ("stop", "given", "level"),
     # The model writes its end, or it does not; what it predicts otherwise is that of a chat model.
-    [(0.1, {}, None), (9.0, {}, "warning"), (9.0, {"learning_rate": 1e-4}, "note")],
+    [
+        (0.1, {"size": 10**9}, None),
+        (9.0, {"size": 10**9}, "warning"),
+        (9.0, {"size": 10**9, "learning_rate": 1e-4}, "note"),
+        # Of so small a model the rate is one and the same.
+        (9.0, {"size": 10**7}, "note"),
+    ],
 )
 def test_weights_that_tell_another_start_than_the_template(
     place: Path, stop: float, given: dict[str, Any], level: str | None
 ) -> None:
     """The plan goes by the template; where weights answer otherwise, one finding says so."""
-    plan = survey(recipe(place, lora=True, **given), Listener()).prepared.plan
+    size = given["size"]
+    rate_given = {name: value for name, value in given.items() if name != "size"}
+    plan = survey(recipe(place, lora=True, **rate_given), Listener()).prepared.plan
     assert plan.start == "instruct"
     tokenizer = tiny_tokenizer()
     losses = {"vocabulary": 5.6, "plain": 2.0, "templated": 1.8, "stop": stop}
     judged = verdict(Frame.probe(tokenizer, stop_ids=[END]), {}, losses)
-    told = list(start_differs(judged, plan))
+    told = list(start_differs(judged, plan, size))
     assert [finding.level for finding in told] == ([level] if level else [])
     if told:
         assert told[0].code == "start-differs"
-        assert told[0].fix == "--learning-rate 2e-4 --epochs 3"
-    assert list(start_differs(verdict(Frame.probe(tokenizer, stop_ids=[END])), plan)) == []
+        rate = "2e-4" if size > 10**8 else "3e-3"
+        assert told[0].fix == f"--learning-rate {rate} --epochs 3"
+    assert list(start_differs(verdict(Frame.probe(tokenizer, stop_ids=[END])), plan, size)) == []
 
 
 @pytest.mark.parametrize("lora", [False, True])

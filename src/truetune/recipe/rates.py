@@ -70,8 +70,13 @@ def usual_epochs(num_parameters: int, start: Start, why: str, steps: int) -> tup
     return EPOCHS[start], f"{start}: {why}"
 
 
-def what_follows(kind: str) -> str:
+def what_follows(kind: str, num_parameters: int | None) -> str:
     """What base, instruct or unknown means for a recipe, in words."""
+    if num_parameters is not None and num_parameters < SMALL:
+        return (
+            f"little: so small a model takes {_LORA['small']} for LoRA, {_FULL['small']} for all "
+            "weights and many passes either way"
+        )
     if kind == "base":
         return (
             f"{_LORA['base']} for LoRA, {EPOCHS['base']:g} epochs; rows of chat tokens must be "

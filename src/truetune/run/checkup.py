@@ -32,7 +32,7 @@ from truetune.model.source import locate
 from truetune.model.start import Verdict, verdict
 from truetune.model.tokenizer import locate_base, num_ids
 from truetune.recipe.plan import Plan
-from truetune.recipe.rates import EPOCHS, SMALL, usual_rate, what_follows, words
+from truetune.recipe.rates import EPOCHS, usual_rate, what_follows, words
 from truetune.recipe.settings import Recipe
 from truetune.run.early import ask_early
 from truetune.run.load_model import advice
@@ -111,9 +111,12 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
         told += seen
         summary["rehearsal"] = numbers
         judged = _measured_verdict(found, numbers["chat"])
-        told += start_differs(judged, found.prepared.plan)
+        parameters = found.prepared.model.num_parameters
+        told += start_differs(judged, found.prepared.plan, parameters)
         # One answer a screen: where weights say nothing, what the template says stands.
-        summary["verdict"] = _verdict_summary(judged) | {"taken_for": found.prepared.plan.start}
+        summary["verdict"] = _verdict_summary(judged, parameters) | {
+            "taken_for": found.prepared.plan.start
+        }
         if "seconds_per_token" in numbers:
             timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
             summary["plan"] = timed.as_dict()
@@ -132,17 +135,18 @@ def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
     return verdict(frame, rows, losses or None)
 
 
-def _verdict_summary(judged: Verdict) -> dict[str, Any]:
-    return {**judged.as_dict(), "means": what_follows(judged.kind)}
+def _verdict_summary(judged: Verdict, num_parameters: int | None) -> dict[str, Any]:
+    return {**judged.as_dict(), "means": what_follows(judged.kind, num_parameters)}
 
 
-def start_differs(judged: Verdict, plan: Plan) -> Iterator[Finding]:
+def start_differs(judged: Verdict, plan: Plan, num_parameters: int) -> Iterator[Finding]:
     """The plan goes by the template, before weights are read; these may tell another story."""
     kind = judged.kind
     if kind == "unknown" or kind == plan.start:
         return
-    rate = usual_rate(plan.lora, SMALL, kind, "", plan.reasoning_share)[0]
-    derived = plan.origin("learning_rate").startswith("default")
+    rate = usual_rate(plan.lora, num_parameters, kind, "", plan.reasoning_share)[0]
+    # A rate that somebody gave, or that does not depend on the start, is none that is wrong now.
+    derived = plan.origin("learning_rate").startswith("default") and rate != plan.learning_rate
     yield Finding(
         "start-differs",
         "warning" if derived else "note",
@@ -188,7 +192,8 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
     judged = found.verdict
     summary: dict[str, Any] = {"model": _model_summary(found, recipe)}
     if judged is not None:
-        summary["verdict"] = _verdict_summary(judged)
+        parameters = found.facts.num_parameters if found.facts else None
+        summary["verdict"] = _verdict_summary(judged, parameters)
     return Checkup(_ordered([*ask(saved_model, found)]), summary)
 
 

@@ -85,11 +85,7 @@ def reasoning_as_served(facts: LabelFacts) -> Iterator[Finding]:
     shown, lost = [], []
     for row in np.unique(table.rows_of(closings)).tolist():
         low, high = table.starts[row], table.starts[row + 1]
-        turns = (
-            [int(p) for p in starts if low <= p < high]
-            if len(starts) < 64
-            else _within(starts, low, high)
-        )
+        turns = _within(starts, low, high)
         if len(turns) < 2:
             continue
         questions = _within(asked, low, high)

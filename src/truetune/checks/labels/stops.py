@@ -141,7 +141,7 @@ def ends_once(facts: LabelFacts) -> Iterator[Finding]:
     rows = table.rows_of(twice)
     inside = twice + 2 < table.starts[rows + 1]
     # White space behind the last end is no turn.
-    inside &= _over_space(facts, twice + 2, table.starts[rows + 1]) < table.starts[rows + 1]
+    inside &= over_space(facts, twice + 2, table.starts[rows + 1]) < table.starts[rows + 1]
     name = facts.named(frozenset(np.unique(table.ids[twice]).tolist()))
     found = np.unique(rows)
     yield rows_finding(
@@ -177,7 +177,7 @@ def _ends(facts: LabelFacts) -> _Ends:
     # An earlier answer may hand over with a special token that no server stops on; whether the
     # server knows the last one is judged below, in `stops_served`.
     ended |= _special(facts, table.labels[last]) & ~(final & _at_limit(facts, rows))
-    after = _over_space(facts, runs[:, 1] + 1, table.starts[rows + 1])
+    after = over_space(facts, runs[:, 1] + 1, table.starts[rows + 1])
     inside = after < table.starts[rows + 1]
     follows = np.zeros(len(runs), bool)
     follows[inside] = np.isin(table.ids[after[inside]], ends)
@@ -291,7 +291,7 @@ def back_over_space(
         at[blank] -= 1
 
 
-def _over_space(facts: LabelFacts, first: Indices, end: Indices) -> Indices:
+def over_space(facts: LabelFacts, first: Indices, end: Indices) -> Indices:
     """The first position from `first` on, before `end`, whose token is more than whitespace."""
     at = first.copy()
     while True:

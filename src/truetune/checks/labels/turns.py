@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, unproved
-from truetune.checks.labels.table import Indices
+from truetune.checks.labels.stops import over_space
 from truetune.checks.registry import check
 from truetune.findings import Finding, rows_finding, share
 
@@ -56,7 +56,7 @@ def ends_end_turns(facts: LabelFacts) -> Iterator[Finding]:
         return
     hits = np.flatnonzero(table.ids == end)
     rows = table.rows_of(hits)
-    after = _next_solid(facts, hits + 1, table.starts[rows + 1])
+    after = over_space(facts, hits + 1, table.starts[rows + 1])
     inside = after < table.starts[rows + 1]
     hits, rows, after = hits[inside], rows[inside], after[inside]
     special = np.isin(table.ids[after], list(frame.tokens.special_ids | frame.ends))
@@ -91,23 +91,6 @@ def _openings(facts: LabelFacts) -> tuple[str, ...]:
         behind = marker.rpartition(end)[2].strip()
         found += [text for text in (behind, marker.strip()) if text]
     return tuple(found) or ("\0",)
-
-
-def _next_solid(facts: LabelFacts, first: Indices, end: Indices) -> Indices:
-    """The first position from `first` on, before `end`, that is no whitespace."""
-    at, tokens = first.copy(), facts.tokens
-    while True:
-        inside = np.flatnonzero(at < end)
-        ids = facts.table.ids[at[inside]]
-        blank = {
-            i
-            for i in np.unique(ids).tolist()
-            if i not in tokens.special_ids and not tokens.decode([i]).strip()
-        }
-        moving = inside[np.isin(ids, list(blank))]
-        if not len(moving):
-            return at
-        at[moving] += 1
 
 
 @check(unproved, has_header, of_turns)
