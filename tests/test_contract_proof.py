@@ -287,6 +287,49 @@ def test_arguments_as_a_list_of_pairs_are_refused(pairs: str) -> None:
     assert '[["b", "x"], ["a", 1]]' in pair
 
 
+BY_HAND = IN_QUOTES.replace("'\": \"' ~ VALUE ~ '\"'", "'\": ' ~ VALUE")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("v", "Rome"),
+        ("v", True),
+        ("v", None),
+        ("v", ["a", "b"]),
+        ("v", {"a": "b"}),
+        ("(v | tojson)[1:]", "Rome"),
+    ],
+)
+def test_a_call_that_is_no_json_is_refused(written: str, value: Any) -> None:
+    row = asked(call(city=value))
+    error = refused(loaded(turns(BY_HAND.replace("VALUE", written))), row, tools=[TOOL])
+    assert error.code == "target-dropped"
+    assert json.dumps(value) in only(loaded(turns(BY_HAND.replace("VALUE", "v | tojson"))), row)
+
+
+def test_a_call_without_its_last_bracket_is_refused() -> None:
+    error = refused(
+        loaded(turns(CALLS.replace("}</tool", "</tool"))), asked(call(a="b")), tools=[TOOL]
+    )
+    assert "cannot be read" in error.what
+
+
+@pytest.mark.parametrize(
+    ("written", "more"),
+    [
+        (CALLS, '<tool_call>{"name": "log", "arguments": {}}</tool_call>'),
+        (IN_TAGS.replace("VALUE", "{{ v }}"), "<call><name>log</name></call>"),
+        (CALLS.replace("<tool_call>", "<tool_call><tool_call>"), ""),
+    ],
+)
+def test_a_call_or_a_marker_that_the_template_adds_is_refused(written: str, more: str) -> None:
+    for messages in (asked(call(a="b")), asked(call(a="b"), call())):
+        assert refused(loaded(turns(written + more)), messages).code == "target-invented"
+    whole = loaded(turns(written.replace("<tool_call><tool_call>", "<tool_call>")))
+    assert only(whole, asked(call(a="b"), call(a="b"))).count("roll") == 2
+
+
 def test_values_that_are_cut_where_servers_give_objects_are_refused() -> None:
     either = (
         "{%- for c in m.tool_calls or [] -%}{{- '<call>' ~ c.function.name -}}"

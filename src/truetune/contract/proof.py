@@ -320,6 +320,20 @@ class Proof:
                 code="target-invented",
             )
         label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
+        if defect.what == "called":
+            return UnfaithfulTemplate(
+                f"the template adds a tool call to message {turn}",
+                why=f"the completion would be {excerpt(completion.body)}",
+                fix="use a template that renders the calls of the row and no others",
+                code="target-invented",
+            )
+        if defect.what == "unreadable":
+            return UnfaithfulTemplate(
+                f"the template writes a tool call of message {turn} as JSON that cannot be read",
+                why=f"at {label} the completion would be {excerpt(completion.body)}",
+                fix="use a template that renders names and arguments with tojson",
+                code="target-dropped",
+            )
         if defect.what == "listed":
             return UnfaithfulTemplate(
                 f"the template writes the arguments of a tool call of message {turn} as pairs",
@@ -447,7 +461,7 @@ def _mendable(known: Skeleton) -> bool:
     """Whether a template may write it rightly for the names that it knows: what it adds to
     arguments, or makes of them, it does under any name."""
     return bool(known.defects) and not any(
-        d.what in ("added", "listed", "behind") for d in known.defects
+        d.what in ("added", "listed", "behind", "called", "unreadable") for d in known.defects
     )
 
 

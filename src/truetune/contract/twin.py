@@ -14,6 +14,9 @@ from typing import Any, Literal, TypeAlias
 from truetune.contract.shape import Message
 
 Kind = Literal["reasoning", "content", "name", "key", "value"]
+Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
+Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable"]
+Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
 # What stands for a part in the text of a skeleton.
 PART = "\x00"
 
@@ -234,9 +237,7 @@ def _filled(value: Any) -> Iterator[tuple[str, Any]]:
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
 
-    what: Literal[
-        "missing", "repeated", "order", "quoted", "glued", "added", "filled", "listed", "behind"
-    ]
+    what: Wrong
     leaf: int | None = None
     text: str = ""
 
@@ -353,6 +354,8 @@ def skeleton(
         elif what == "{}" and _listed(*full.partition("zqfilled")[::2]):
             defects.append(Defect("listed", None, what))
     defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
+    defects += [Defect("called", None, before) for before in _called(twin, pieces)]
+    defects += [Defect("unreadable", n) for n in _unreadable(twin, written, pieces)]
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
     if not defects:
         defects = reader.order()
@@ -386,6 +389,42 @@ def _added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
             bare = _BARE_KEYS[behind[:1]]
             found += [key for text in texts for key in bare.findall(text)]
     return list(dict.fromkeys(found))
+
+
+# What a format writes in front of the name of a call: a key, a tag, a marker, a namespace.
+_NAMED = re.compile(r"(?:\\*[\"']\w+\\*[\"']\s*:\s*\\*[\"']|<[^<>]*>?|\[/?[A-Z_]+\]|\w+=\w+\.)$")
+
+
+def _called(twin: Twin, pieces: Sequence[str | int]) -> list[str]:
+    """What stands before the name of a call where the turn has none: a call that nobody made."""
+    names = [
+        before[0]
+        for piece, held in itertools.pairwise(pieces)
+        if isinstance(held, int)
+        and twin.leaves[held].kind == "name"
+        and (before := _NAMED.search(str(piece)))
+    ]
+    whole = PART.join(piece for piece in pieces if isinstance(piece, str))
+    return [text for text in dict.fromkeys(names) if whole.count(text) > names.count(text)]
+
+
+def _unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[int]:
+    """Names and keys that are written as JSON has them, in a text that is none."""
+    found: set[str] = set()
+    for held in _json_objects(written):
+        found |= {str(text) for text in (*held, *held.values()) if isinstance(text, str)}
+    bad = []
+    for before, piece, behind in zip(pieces, pieces[1:], pieces[2:], strict=False):
+        if not isinstance(piece, int) or twin.leaves[piece].sentinel in found:
+            continue
+        kind, behind = twin.leaves[piece].kind, str(behind)
+        if (kind == "key" and re.match(r"\\*\"\s*:", behind)) or (
+            kind == "name"
+            and re.search(r"\\*\"\w+\\*\"\s*:\s*\\*\"$", str(before))
+            and re.match(r"\\*\"", behind)
+        ):
+            bad.append(piece)
+    return bad
 
 
 def _json_objects(text: str) -> Iterator[dict[str, Any]]:

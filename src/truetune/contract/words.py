@@ -55,6 +55,9 @@ def words_in(
         return glued.group().replace(PART, "")
     if invented := _unknown_tag(frame, known, calls):
         return invented
+    marks = "|".join([*map(re.escape, known), _TAG.pattern])
+    if twice := re.search(rf"({marks})\s*\1", frame):
+        return twice.group()
     text = _TAG.sub(_MARK, text)
     if calls:
         for quoted in _QUOTED.finditer(text):
