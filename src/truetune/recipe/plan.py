@@ -25,7 +25,7 @@ Start = Literal["base", "instruct"]
 # Weights of a model that is trained from scratch in all but name: rates of large ones move it too
 # little, and so do their few passes (measured on the embedded base, docs/log.md).
 _SMALL = 50_000_000
-_SMALL_STEPS, _SMALL_EPOCHS = 300, 75
+_SMALL_PASSES, _SMALL_STEPS, _SMALL_EPOCHS = 30, (300, 600), 75
 _BATCH = 16
 _TEXT_BLOCK = 1024
 # Logits in float32, their gradient and one copy, per micro-batch.
@@ -230,9 +230,11 @@ def suggested_rate(plan: Plan, model: ModelFacts) -> float:
 def _epochs(model: ModelFacts, start: Start, why: str, steps: int) -> tuple[float, str]:
     """Passes over the rows, of so many steps each, and why."""
     usual = 3.0 if start == "base" else 2.0
-    most = min(math.ceil(_SMALL_STEPS / steps), _SMALL_EPOCHS)
-    if model.num_parameters < _SMALL and most > usual:
-        return float(most), f"a model of {model.num_parameters:,} parameters needs many passes"
+    least, most = _SMALL_STEPS
+    wanted = min(max(_SMALL_PASSES * steps, least), most)
+    passes = min(math.ceil(wanted / steps), _SMALL_EPOCHS)
+    if model.num_parameters < _SMALL and passes > usual:
+        return float(passes), f"a model of {model.num_parameters:,} parameters needs many passes"
     return usual, f"{start}: {why}"
 
 
