@@ -99,9 +99,10 @@ def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
     [
         (50, 49_999_999, 75),  # 4 steps a pass
         (150, 10**6, 30),
-        (300, 10**6, 16),
+        (300, 10**6, 30),
+        (1000, 10**6, 10),  # 63 steps a pass
         (5, 10**6, 75),
-        (5000, 10**6, 3),
+        (5000, 10**6, 3),  # 939 steps
         (50, 50_000_000, 3),
     ],
 )

@@ -14,7 +14,7 @@ EPOCHS: dict[Start, float] = {"base": 3.0, "instruct": 2.0}
 # Weights of a model that is trained from scratch in all but name: rates of large ones move it too
 # little, and so do their few passes (measured on the embedded base, docs/log.md).
 SMALL = 50_000_000
-_SMALL_STEPS, _SMALL_EPOCHS = 300, 75
+_SMALL_PASSES, _SMALL_STEPS, _SMALL_EPOCHS = 30, (300, 600), 75
 
 
 def words(rate: float) -> str:
@@ -64,9 +64,11 @@ def usual_epochs(num_parameters: int, start: Start, why: str, steps: int) -> tup
     Args:
         steps: of one pass.
     """
-    most = min(math.ceil(_SMALL_STEPS / steps), _SMALL_EPOCHS)
-    if num_parameters < SMALL and most > EPOCHS[start]:
-        return float(most), f"a model of {num_parameters:,} parameters needs many passes"
+    least, most = _SMALL_STEPS
+    wanted = min(max(_SMALL_PASSES * steps, least), most)
+    passes = min(math.ceil(wanted / steps), _SMALL_EPOCHS)
+    if num_parameters < SMALL and passes > EPOCHS[start]:
+        return float(passes), f"a model of {num_parameters:,} parameters needs many passes"
     return EPOCHS[start], f"{start}: {why}"
 
 

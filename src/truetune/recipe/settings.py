@@ -183,7 +183,7 @@ class Recipe:
         TRAIN,
         "Passes over the rows.",
         aliases=["num_train_epochs", "num_epochs"],
-        shown="3 on a base model, 2 on an instruct model; under 50 M as many as make 300 steps",
+        shown="3 on a base model, 2 on an instruct model; under 50 M up to 75, in 300 to 600 steps",
         above=0,
     )
     max_steps: int | None = _option(
