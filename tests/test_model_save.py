@@ -494,12 +494,14 @@ def test_a_published_tokenizer_is_saved_as_it_behaves(tmp_path: Path, path: Path
         load_tokenizer(path.parent), chat_template="instruction-response"
     )
     before, texts = behaviour_of(contract), [*TEXTS, *contract.tokenizer.all_special_tokens]
+    before.pop("stop")  # it is generation_config's, which is not written here
     ids = [contract.tokenizer(text).input_ids for text in texts]
     for name in ("once", "again"):
         (tmp_path / name).mkdir()
         save._write_tokenizer(contract, tmp_path / name)
         reopened = PromptContract.load(load_tokenizer(tmp_path / name))
-        assert behaviour_of(reopened) == before
+        now = behaviour_of(reopened)
+        assert {key: now[key] for key in before} == before
         assert [reopened.tokenizer(text).input_ids for text in texts] == ids
         contract = reopened
     # What is written for a tokenizer that was written by us is the same to the byte.
