@@ -59,7 +59,7 @@ def verb(*words: object, through: tuple[str, ...] = ()) -> subprocess.CompletedP
         text=True,
         input="hello\n",
         env=environment,
-        timeout=300,
+        timeout=1200,  # a hang, and not a crowded machine
         check=False,
     )
 
