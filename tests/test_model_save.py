@@ -16,10 +16,13 @@ from tiny_models import edit_json, tiny_config, tiny_tokenizer, write_model
 from truetune.contract.contract import PromptContract
 from truetune.errors import OutputExists, SaveError, UsageError
 from truetune.generate import Sampling, replies
+from truetune.model import save
 from truetune.model.generation_config import served_generation_config
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.lora import LoraSettings, add_lora
 from truetune.model.save import save_model
+from truetune.model.tokenizer import load_tokenizer
+from truetune.verification.record import TEXTS, behaviour_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"
 EXPERTS = {
@@ -115,6 +118,29 @@ def test_a_cast_is_stated_and_measured(tmp_path: Path, kind: str) -> None:
     # The model in memory is as before.
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     assert loaded.model.config.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_tied_head_is_saved_once(tmp_path: Path, kind: str, dtype: str | None) -> None:
+    """As the library saves it: the model that came in and the one that goes out hold as much."""
+    from safetensors import safe_open
+
+    def names(folder: Path) -> set[str]:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            return set(file.keys())
+
+    tied = write_model(tmp_path / "tied", kind, tie_word_embeddings=True)
+    loaded = load_model(tied, device="cpu")
+    save_model(loaded, contract_of(loaded), tmp_path / "out", dtype=dtype)
+    assert names(tmp_path / "out") == names(tied)
+    assert load_model(tmp_path / "out", device="cpu").findings == ()
+    # A head of its own is a weight of its own, also where its numbers are the embedding's.
+    apart = load_model(write_model(tmp_path / "apart", kind, tie_word_embeddings=False))
+    embedding, head = apart.model.get_input_embeddings(), apart.model.get_output_embeddings()
+    head.weight.data.copy_(embedding.weight.data)
+    save_model(apart, contract_of(apart), tmp_path / "both", dtype=dtype)
+    assert len(names(tmp_path / "both")) == len(names(tied)) + 1
 
 
 # peft asks transformers for a property that transformers has renamed.
@@ -455,6 +481,32 @@ def test_a_published_tokenizer_around_a_small_model(tmp_path: Path) -> None:
     sampling = Sampling(max_new_tokens=4)
     (reply,) = replies(again, PromptContract.load(again.tokenizer), [QUESTION], sampling)
     assert reply.prompt_tokens == 30
+
+
+PUBLISHED = sorted(SHARED.glob("*/tokenizer.json"))
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="the published tokenizers are not here")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.parent.name)
+def test_a_published_tokenizer_is_saved_as_it_behaves(tmp_path: Path, path: Path) -> None:
+    """Saved once and again: ids, decoded texts and special tokens are those it came with."""
+    contract = PromptContract.load(
+        load_tokenizer(path.parent), chat_template="instruction-response"
+    )
+    before, texts = behaviour_of(contract), [*TEXTS, *contract.tokenizer.all_special_tokens]
+    before.pop("stop")  # it is generation_config's, which is not written here
+    ids = [contract.tokenizer(text).input_ids for text in texts]
+    for name in ("once", "again"):
+        (tmp_path / name).mkdir()
+        save._write_tokenizer(contract, tmp_path / name)
+        reopened = PromptContract.load(load_tokenizer(tmp_path / name))
+        now = behaviour_of(reopened)
+        assert {key: now[key] for key in before} == before
+        assert [reopened.tokenizer(text).input_ids for text in texts] == ids
+        contract = reopened
+    # What is written for a tokenizer that was written by us is the same to the byte.
+    for file in (tmp_path / "once").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
 def test_config_edits_survive(folder: Path, tmp_path: Path) -> None:

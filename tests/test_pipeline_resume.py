@@ -544,6 +544,19 @@ def test_a_damaged_checkpoint_is_passed_over(place: Place, tmp_path: Path, name:
     assert read_facts(run.checkpoints()[-1])["step"] == 4
 
 
+def test_a_checkpoint_under_another_name_is_passed_over(place: Place, tmp_path: Path) -> None:
+    """Whole, byte for byte, and of another step than it says."""
+    with pytest.raises(Killed):
+        place.start("full", tmp_path / "run", Killer("step 5"))
+    run = RunDir(tmp_path / "run")
+    last = run.checkpoints()[-1]
+    last.rename(last.with_name("step-00000005"))
+    shown = resume(run.path)
+    assert shown.code == 0
+    assert "the checkpoint is of step 4, which its folder's name does not say" in shown.out
+    assert_same(run, place.uninterrupted("full"))
+
+
 def test_when_all_checkpoints_are_damaged(place: Place, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         place.start("full", tmp_path / "run", Killer("step 5"))

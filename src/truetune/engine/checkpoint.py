@@ -22,7 +22,7 @@ from truetune.compute.batch import Limits
 from truetune.engine.memory import get_random_state, set_random_state
 from truetune.errors import CheckpointError
 from truetune.findings import Finding
-from truetune.run_dir import read_sealed, settle, sha256, write_sealed
+from truetune.run_dir import STEP, read_sealed, settle, sha256, write_sealed
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +151,7 @@ def last_good(folders: Sequence[Path]) -> tuple[Checkpoint | None, list[Finding]
     for folder in reversed(folders):
         try:
             good = Checkpoint(folder, read_facts(folder))
+            _require_own_name(good)
         except CheckpointError as error:
             damage.append(error)
             continue
@@ -158,6 +159,18 @@ def last_good(folders: Sequence[Path]) -> tuple[Checkpoint | None, list[Finding]
     if damage:
         raise damage[0]
     return None, []
+
+
+def _require_own_name(checkpoint: Checkpoint) -> None:
+    """Two folders whose names were exchanged are whole, and each is another step than it says."""
+    folder, step = checkpoint.folder, checkpoint.facts["step"]
+    named = folder.name.removeprefix(STEP)
+    if not named.isdecimal() or int(named) != step:
+        raise _damaged(
+            folder,
+            f"the checkpoint is of step {step}, which its folder's name does not say",
+            "the folder was renamed, or copied from elsewhere",
+        )
 
 
 def _passed_over(error: CheckpointError, good: Checkpoint) -> Finding:

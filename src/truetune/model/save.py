@@ -157,13 +157,26 @@ def _write(
 def _write_full(model: Any, generation_config: Any, folder: Path, cast: torch.dtype | None) -> None:
     state = None
     if cast is not None:
-        state = {name: as_saved(value, cast) for name, value in model.state_dict().items()}
+        state = _cast_once(model.state_dict(), cast)
     with _changed(model, generation_config=generation_config), _kept(model.config, "dtype"):
         model.save_pretrained(folder, state_dict=state)
         if cast is not None:
             # save_pretrained has recorded the type of the weights in memory.
             model.config.dtype = dtype_name(cast)
             model.config.save_pretrained(folder)
+
+
+def _cast_once(state: dict[str, torch.Tensor], cast: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights as they are written; those that are one in memory (a tied head) stay one, or the
+    file would hold it twice."""
+    made: dict[tuple[Any, ...], torch.Tensor] = {}
+    found = {}
+    for name, value in state.items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if not value.numel() or place not in made:
+            made[place] = as_saved(value, cast)
+        found[name] = made[place]
+    return found
 
 
 def _write_adapter(loaded: LoadedModel, folder: Path, cast: torch.dtype | None) -> None:
