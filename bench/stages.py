@@ -2,7 +2,8 @@
 
 `python -m bench.stages` trains one step on eight rows, in a fresh process each: the embedded base
 and a model of the shape of Qwen2.5-0.5B with random weights, LoRA and all weights, float32 and
-bfloat16. It prints one table of processor and wall seconds.
+bfloat16. It prints one table of processor seconds; each job that is done is a line of a file, so
+that it goes on where it was stopped, and `--write` puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.page import put
 
 CONFIG = Path(__file__).parents[1].parent / "shared" / "models" / "qwen2.5-0.5b-base"
 WORDS = [
@@ -45,10 +52,15 @@ ROWS = [
 ]
 
 
+# Before it is what a user waits for at the start, behind it what at the end.
+STEP = "the step"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "truetune-stages"))
     parser.add_argument("--only", default="", help="jobs whose name holds this")
+    parser.add_argument("--write", action="store_true", help="the table of docs/performance.md")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)
@@ -59,25 +71,46 @@ def main() -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    measured = {}
-    for model in ("5M", "0.5B"):
+    results = work / "stages.jsonl"
+    measured = _known(results)
+    for model, lora, dtype in itertools.product(
+        ("5M", "0.5B"), (True, False), ("float32", "bfloat16")
+    ):
+        name = f"{model} {'LoRA' if lora else 'all weights'} {dtype}"
+        if args.only not in name or name in measured:
+            continue
         source = _source(model, work)
         if source is None:
-            print(f"{model}: not measured, {CONFIG} is not there")
+            print(f"{name}: not measured, {CONFIG} is not there")
             continue
-        for lora in (True, False):
-            for dtype in ("float32", "bfloat16"):
-                name = f"{model} {'LoRA' if lora else 'all weights'} {dtype}"
-                if args.only not in name:
-                    continue
-                command = [sys.executable, __file__, "--child", source, "--work", str(work)]
-                command += ["--dtype", dtype, *(["--lora"] if lora else [])]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                measured[name] = json.loads(done.stdout.splitlines()[-1])
-                _table({name: measured[name]})
-    _table(measured)
+        command = [sys.executable, __file__, "--child", source, "--work", str(work)]
+        command += ["--dtype", dtype, *(["--lora"] if lora else [])]
+        load = os.getloadavg()[0]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        marks = json.loads(done.stdout.splitlines()[-1])
+        measured[name] = {
+            "name": name,
+            "marks": marks,
+            "load": max(load, os.getloadavg()[0]),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        with results.open("a") as file:
+            file.write(json.dumps(measured[name]) + "\n")
+        print(_table({name: measured[name]}), flush=True)
+    table = _table(measured)
+    print(table)
+    if args.write:
+        put(table, "<!-- made by bench/stages.py -->", "<!-- end of stages -->")
+
+
+def _known(results: Path) -> dict[str, dict[str, Any]]:
+    """Jobs that were measured, by their names."""
+    if not results.is_file():
+        return {}
+    found = [json.loads(line) for line in results.read_text().splitlines()]
+    return {each["name"]: each for each in found}
 
 
 def _source(name: str, work: Path) -> str | None:
@@ -119,6 +152,9 @@ def _one(source: str, dtype: str, lora: bool, work: Path) -> None:
         def stage(self, name: str) -> None:
             mark(name)
 
+        def planned(self, *_: object) -> None:
+            mark(STEP)
+
         def step(self, *_: object) -> None:
             mark("after the step")
 
@@ -141,25 +177,34 @@ def _one(source: str, dtype: str, lora: bool, work: Path) -> None:
     print(json.dumps(marks))
 
 
-def _table(measured: dict[str, list[tuple[str, float, float]]]) -> None:
-    """Processor seconds (wall seconds) of each stage, one line a stage."""
+def _table(measured: dict[str, dict[str, Any]]) -> str:
+    """Processor seconds of each stage, a line each; how long start and end are together."""
     stages: list[str] = []
-    spent: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, marks in measured.items():
-        spent[name] = {}
-        for (stage, wall, cpu), (_, wall_end, cpu_end) in itertools.pairwise(marks):
+    spent: dict[str, dict[str, float]] = {}
+    for name, job in measured.items():
+        own = spent[name] = {}
+        for (stage, _, begin), (_, _, end) in itertools.pairwise(job["marks"]):
             if stage not in stages:
                 stages.append(stage)
-            had = spent[name].get(stage, (0.0, 0.0))
-            spent[name][stage] = (had[0] + cpu_end - cpu, had[1] + wall_end - wall)
-    print(f"| stage | {' | '.join(measured)} |")
-    print(f"|---|{'---|' * len(measured)}")
-    for stage in stages:
-        cells = (
-            f"{spent[n][stage][0]:.1f} ({spent[n][stage][1]:.1f})" if stage in spent[n] else ""
-            for n in measured
-        )
-        print(f"| {stage} | {' | '.join(cells)} |")
+            own[stage] = own.get(stage, 0.0) + end - begin
+        names = list(own)
+        at = names.index(STEP)
+        own["start to first step"] = sum(own[stage] for stage in names[:at])
+        own["last step to exit"] = sum(own[stage] for stage in names[at + 1 :])
+    lines = [f"| stage | {' | '.join(measured)} |", f"|---|{'---|' * len(measured)}"]
+    for stage in (*stages, "start to first step", "last step to exit"):
+        cells = (f"{spent[n][stage]:.1f}" if stage in spent[n] else "" for n in measured)
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    dates = sorted({job["date"] for job in measured.values()})
+    loads = [job["load"] for job in measured.values()]
+    lines += [
+        "",
+        f"Processor seconds, children included. Machine: {platform.machine()}, {os.cpu_count()} "
+        f"cores, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) of torch, load "
+        f"{min(loads, default=0):.0f} to {max(loads, default=0):.0f} (other processes' work makes "
+        f"these larger). {' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

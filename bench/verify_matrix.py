@@ -1,21 +1,26 @@
 """Verification put to the test: healthy runs that must pass, tampered ones that must not.
 
-    python -m bench.verify_matrix            healthy runs: method x type x device x model x seed
-    python -m bench.verify_matrix --quick    two seeds of the small models
-    python -m bench.verify_matrix --tamper   each tampering, with manifest, without, by behaviour
+    python -m bench.verify_matrix --seeds 20    healthy runs: method x type x device x model x seed
+    python -m bench.verify_matrix --quick       two seeds of the small models
+    python -m bench.verify_matrix --tamper      each tampering: with manifest, without, by behaviour
+    ... --write                                 and the table of docs/verification.md
 
 A run is trained as by `truetune train` and verified; for every fifth seed again with other kernels
-(one thread more, oneDNN off), which stands for another machine. The fresh
-process's part is computed in this one: what it is given are files and JSON alone.
+(one thread more, oneDNN off), which stands for another machine. For the first seed of each cell a
+fresh process verifies, as after every run; for the others its part is computed in this process:
+what it is given are files and JSON alone. Each run is a line of a file (`--results`), and a run
+that stands there is not made again: the matrix can be stopped, and goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -30,6 +35,11 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(HERE.parent))
+
+from bench.page import put  # noqa: E402
+
+PAGE = HERE.parent / "docs" / "verification.md"
 
 # Method to its settings; `adamw_bf16` computes in bfloat16 whatever is asked.
 METHODS: dict[str, dict[str, Any]] = {
@@ -42,7 +52,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 DTYPES = ("float32", "bfloat16")
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
-MODELS = ("embedded base", "tied 0.5B", *FAMILIES)
+LARGE = "tied 0.5B"
+MODELS = ("embedded base", *FAMILIES, LARGE)
+# Method, type, device, model, seed.
+Key = tuple[str, str, str, str, int]
 # Large steps, so that the trained weights are far from those that were loaded.
 RATES = {"full": 1e-3, "adamw_bf16": 1e-3}
 
@@ -63,6 +76,8 @@ class Cell:
     ratio: float
     other_ratio: float
     seconds: float
+    fresh: bool = False
+    date: str = ""
 
 
 def ask_here(request: Any) -> dict[str, Any]:
@@ -108,18 +123,22 @@ def model_folder(name: str, place: Path) -> Path:
     if folder.exists():
         return folder
     if name == "embedded base":
-        from truetune.lab.base import base_path
+        from truetune.lab import base_path
 
         return Path(base_path())
     from tiny_families import FAMILIES as SETTINGS
     from tiny_models import write_model
 
-    if name == "tied 0.5B":
-        return write_half_billion(folder)
-    return write_model(folder, name, dtype="bfloat16", **SETTINGS[name])
+    # It gets its name when it is whole.
+    unfinished = Path(tempfile.mkdtemp(dir=place))
+    if name == LARGE:
+        write_half_billion(unfinished)
+    else:
+        write_model(unfinished, name, dtype="bfloat16", **SETTINGS[name])
+    return unfinished.rename(folder)
 
 
-def write_half_billion(folder: Path) -> Path:
+def write_half_billion(folder: Path) -> None:
     """A Qwen2 of 494 million random weights with head and embedding tied."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -149,7 +168,6 @@ def write_half_billion(folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 257}))
-    return folder
 
 
 def rows_file(place: Path, seed: int, marked: bool) -> Path:
@@ -180,8 +198,8 @@ def train(place: Path, method: str, dtype: str, device: str, model: str, seed: i
         "model": str(model_folder(model, place)),
         "data": str(rows_file(place, seed, marked)),
         "output": str(output),
-        "max_steps": 1 if model == "tied 0.5B" else 3,
-        "batch_size": 2 if model == "tied 0.5B" else 4,
+        "max_steps": 1 if model == LARGE else 3,
+        "batch_size": 2 if model == LARGE else 4,
         "learning_rate": RATES.get(method, 5e-3),
         "save_steps": 2,
         "seed": seed,
@@ -195,10 +213,12 @@ def train(place: Path, method: str, dtype: str, device: str, model: str, seed: i
     return output
 
 
-def verified(run: Path, device: str) -> Any:
-    """The verdict, computed in this process."""
+def verified(run: Path, device: str, *, fresh: bool = False) -> Any:
+    """The verdict; computed in this process where it need not be a fresh one."""
     from truetune.verification import artifact
 
+    if fresh:
+        return artifact.verify(str(run), device=device)
     with mock.patch.object(artifact, "ask", ask_here):
         return artifact.verify(str(run), device=device)
 
@@ -211,11 +231,20 @@ def ratio_of(verdict: Any) -> float:
     )
 
 
-def healthy(place: Path, method: str, dtype: str, device: str, model: str, seed: int) -> Cell:
-    """Train, verify here and with other kernels."""
+def healthy(
+    place: Path,
+    method: str,
+    dtype: str,
+    device: str,
+    model: str,
+    seed: int,
+    *,
+    fresh: bool = False,
+) -> Cell:
+    """Train, verify as asked and with other kernels."""
     began = time.perf_counter()
     run = train(place, method, dtype, device, model, seed)
-    here = verified(run, device)
+    here = verified(run, device, fresh=fresh)
     other = here
     if device == "cpu" and seed % 5 == 0:
         with other_kernels():
@@ -237,18 +266,20 @@ def healthy(place: Path, method: str, dtype: str, device: str, model: str, seed:
         ratio_of(here) if logits else float("nan"),
         ratio_of(other) if logits else float("nan"),
         round(time.perf_counter() - began, 1),
+        fresh,
+        time.strftime("%Y-%m-%d"),
     )
 
 
-def cells(models: list[str], seeds: int, devices: list[str]) -> Iterator[tuple[str, ...]]:
-    for seed in range(seeds):
-        for model in models:
-            for device in devices:
-                for method in METHODS:
-                    for dtype in DTYPES:
-                        if method == "adamw_bf16" and dtype == "float32":
-                            continue
-                        yield method, dtype, device, model, seed  # type: ignore[misc]
+def cells(models: list[str], seeds: int, devices: list[str]) -> Iterator[Key]:
+    """Small models first, all cells of a seed before the next one."""
+    small = [model for model in models if model != LARGE]
+    for group in (small, [LARGE] if LARGE in models else []):
+        for seed, model, device in itertools.product(range(seeds), group, devices):
+            for method, dtype in itertools.product(METHODS, DTYPES):
+                if method == "adamw_bf16" and dtype == "float32":
+                    continue
+                yield method, dtype, device, model, seed
 
 
 @dataclass(frozen=True)
@@ -261,6 +292,7 @@ class Tampered:
     manifest: list[str]
     record: list[str]
     behaviour: list[str]
+    date: str
 
 
 def tamperings(kinds: list[str], only: str = "") -> Iterator[tuple[str, str, Any]]:
@@ -324,76 +356,173 @@ def tampered(home: Path, place: Path, kind: str, name: str, tamper: Any) -> Tamp
     record = caught(ask=hashes_alone)
     behaviour = caught(check_record=structure)
     # What opening shows counts for every way: it follows the hashes.
-    return Tampered(name, kind, manifest or behaviour, record or behaviour, behaviour)
+    date = time.strftime("%Y-%m-%d")
+    return Tampered(name, kind, manifest or behaviour, record or behaviour, behaviour, date)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two seeds of the small models")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--from-seed", type=int, default=0, help="leave out earlier ones")
     parser.add_argument("--models", nargs="*", default=None, choices=MODELS)
     parser.add_argument("--methods", nargs="*", default=None, choices=list(METHODS))
+    parser.add_argument("--dtypes", nargs="*", default=None, choices=DTYPES)
     parser.add_argument("--tamper", nargs="?", const="", default=None, metavar="PART")
     parser.add_argument("--minutes", type=float, default=None, help="start no run after these")
-    parser.add_argument("--json", type=Path, default=None, help="append each run as a line")
+    parser.add_argument("--write", action="store_true", help="the table of docs/verification.md")
+    parser.add_argument("--results", type=Path, default=None, help="where each run is a line")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    work = Path(tempfile.gettempdir()) / "truetune-bench"
+    work.mkdir(exist_ok=True)
+    if options.tamper is not None:
+        tamper_table(options, options.results or work / "verify_tampering.jsonl")
+    else:
+        healthy_table(options, options.results or work / "verify_matrix.jsonl", work / "verify")
+
+
+def known(results: Path) -> list[dict[str, Any]]:
+    """The runs that were made so far."""
+    if not results.is_file():
+        return []
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def keep(found: Any, results: Path) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(vars(found)) + "\n")
+
+
+def healthy_table(options: argparse.Namespace, results: Path, place: Path) -> None:
+    """Healthy runs that are still missing, and what all of them came to."""
     import torch
 
-    if options.tamper is not None:
-        tamper_table(options)
-        return
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    models = options.models or [m for m in MODELS if not options.quick or m in FAMILIES]
-    began, done, alarms = time.perf_counter(), 0, 0
+    names = options.models or [m for m in MODELS if not options.quick or m in FAMILIES]
+    began = time.perf_counter()
+    had = {(r["method"], r["dtype"], r["device"], r["model"], r["seed"]) for r in known(results)}
+    place.mkdir(exist_ok=True)
+    for cell in cells(names, 2 if options.quick else options.seeds, devices):
+        method, dtype, *_, seed = cell
+        if method not in (options.methods or METHODS) or dtype not in (options.dtypes or DTYPES):
+            continue
+        if cell in had or seed < options.from_seed:
+            continue
+        if options.minutes and time.perf_counter() - began > 60 * options.minutes:
+            break
+        found = healthy(place, *cell, fresh=seed == 0)
+        print(
+            f"{found.model:<14}{found.method:<12}{found.dtype:<10}{found.device:<6}"
+            f"{found.seed:>3}  {'passed' if found.passed else 'ALARM':<8}"
+            f"{'bit-equal' if found.bit_equal else f'{found.ratio:.2g}':<12}"
+            f"{found.other_ratio:<10.2g}{found.seconds:.1f} s",
+            flush=True,
+        )
+        for failure in found.failures:
+            print("    ", failure, flush=True)
+        keep(found, results)
+    table = matrix(known(results))
+    print(table)
+    if options.write:
+        put(table, "<!-- made by bench.verify_matrix -->", "<!-- end of matrix -->", PAGE)
+
+
+def matrix(runs: list[dict[str, Any]]) -> str:
+    """Methods by models: how many passed of how many, and the largest share of the tolerance."""
+    groups: dict[tuple[str, str, str], dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        line = groups.setdefault((run["method"], run["dtype"], run["device"]), {})
+        line.setdefault(run["model"], []).append(run)
+    lines = [
+        f"| method | type | device | {' | '.join(MODELS)} |",
+        f"|---|---|---|{'---|' * len(MODELS)}",
+    ]
+    order = {name: place for place, name in enumerate(METHODS)}
+    for (method, dtype, device), line in sorted(
+        groups.items(), key=lambda item: (order[item[0][0]], item[0][1] != "float32", item[0][2])
+    ):
+        texts = []
+        for model in MODELS:
+            found = line.get(model, [])
+            passed = sum(run["passed"] for run in found)
+            # A share that could not be measured is not a number.
+            shares = [v for r in found for v in (r["ratio"], r["other_ratio"]) if v == v]
+            most = f", {max(shares):.2f}" if shares else ""
+            texts.append(f"{passed} of {len(found)}{most}" if found else "not run")
+        lines.append(f"| {method} | {dtype} | {device} | {' | '.join(texts)} |")
+    alarms = sum(not run["passed"] for run in runs)
+    dates = sorted({run["date"] for run in runs})
+    lines += [
+        "",
+        f"{len(runs):,} healthy runs, {alarms} false alarm{'' if alarms == 1 else 's'}; "
+        f"{sum(run['fresh'] for run in runs)} verified by a fresh process, "
+        f"{sum(run['seed'] % 5 == 0 and run['device'] == 'cpu' for run in runs)} also with "
+        "other kernels. In each cell: runs that passed, and the largest divergence as a share of "
+        f"what is allowed. Machine: {machine()}. {' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
+    ]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    import torch
+
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+def tamper_table(options: argparse.Namespace, results: Path) -> None:
+    """Each tampering in three ways, and which got through."""
+    had = {(r["kind"], r["name"]) for r in known(results)}
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for cell in cells(models, 2 if options.quick else options.seeds, devices):
-            if options.methods and cell[0] not in options.methods:
-                continue
+        missing = [
+            each for each in tamperings(["adapter", "model"], options.tamper) if each[:2] not in had
+        ]
+        homes = prepared_runs(Path(folder), "float32") if missing else {}
+        for kind, name, tamper in missing:
             if options.minutes and time.perf_counter() - began > 60 * options.minutes:
                 break
-            found = healthy(Path(folder), *cell)  # type: ignore[arg-type]
-            done, alarms = done + 1, alarms + (not found.passed)
-            print(
-                f"{found.model:<14}{found.method:<12}{found.dtype:<10}{found.device:<6}"
-                f"{found.seed:>3}  {'passed' if found.passed else 'ALARM':<8}"
-                f"{'bit-equal' if found.bit_equal else f'{found.ratio:.2g}':<12}"
-                f"{found.other_ratio:<10.2g}{found.seconds:.1f} s",
-                flush=True,
-            )
-            for failure in found.failures:
-                print("    ", failure, flush=True)
-            if options.json:
-                with options.json.open("a") as file:
-                    file.write(json.dumps(vars(found)) + "\n")
-    print(f"{done} healthy runs, {alarms} false alarms")
-
-
-def tamper_table(options: argparse.Namespace) -> None:
-    """Each tampering in three ways, and which got through."""
-    through: dict[str, list[str]] = {"manifest": [], "record": [], "behaviour": []}
-    count = 0
-    with tempfile.TemporaryDirectory() as folder:
-        homes = prepared_runs(Path(folder), "float32")
-        for kind, name, tamper in tamperings(["adapter", "model"], options.tamper):
             found = tampered(homes[kind], Path(folder), kind, name, tamper)
-            count += 1
-            for way, names in through.items():
-                if not getattr(found, way):
-                    names.append(name)
             print(
                 f"{found.name:<44} {','.join(found.manifest) or 'THROUGH':<18} "
                 f"{','.join(found.record) or 'THROUGH':<18} "
                 f"{','.join(found.behaviour) or 'THROUGH'}",
                 flush=True,
             )
-            if options.json:
-                with options.json.open("a") as file:
-                    file.write(json.dumps(vars(found)) + "\n")
-    for way, names in through.items():
-        print(f"{way}: {count - len(names)} of {count} caught", *names, sep="\n    ")
+            keep(found, results)
+    table = ways_table(known(results))
+    print(table)
+    if options.write:
+        put(
+            table,
+            "<!-- made by bench.verify_matrix --tamper -->",
+            "<!-- end of tampering -->",
+            PAGE,
+        )
+
+
+def ways_table(found: list[dict[str, Any]]) -> str:
+    """What was changed, by the three ways of verifying: caught of tried; and what got through."""
+    ways = ("manifest", "record", "behaviour")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for each in found:
+        groups.setdefault(each["name"].partition(":")[0], []).append(each)
+    lines = [
+        "| what was changed | tried | with the manifest | with the record | without any hash |"
+    ]
+    lines.append("|---|---|---|---|---|")
+    for name, group in [*groups.items(), ("all", found)]:
+        counts = (str(sum(bool(each[way]) for each in group)) for way in ways)
+        lines.append(f"| {name} | {len(group)} | {' | '.join(counts)} |")
+    lines.append("")
+    for way, words in zip(ways, ("the manifest", "the record alone", "no hash"), strict=True):
+        names = [each["name"] for each in found if not each[way]]
+        lines.append(f"Through with {words}: {'; '.join(names) or 'nothing'}.")
+    dates = sorted({each["date"] for each in found})
+    lines += ["", f"Machine: {machine()}. {' to '.join(sorted({*dates[:1], *dates[-1:]}))}."]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

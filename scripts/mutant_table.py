@@ -1,8 +1,8 @@
 """docs/mutants.md: spoilt chat templates against kinds of conversations, judged by the oracle.
 
-`python scripts/mutant_table.py` writes the page; `--check` compares it instead; `mutants`, `own` or
-`official` does one part of it. The official templates and the models lie beside the checkout where
-truetune is developed; where they do not, their part of the page stays as it is.
+`python scripts/mutant_table.py` writes the page; `--check` compares it instead; `mutants`, `own`,
+`spoilt` or `official` does a part of it. The official templates and the models lie beside the
+checkout where truetune is developed; where they do not, their parts of the page stay as they are.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import template_mutants  # noqa: E402
 from truetune import PromptContract, UnfaithfulTemplate  # noqa: E402
 
 PAGE = ROOT / "docs" / "mutants.md"
-NUMBER = 200
-MUTANTS, OWN, OFFICIAL = "## Mutants", "## Our own templates", "## Official templates and models"
+NUMBER, NUMBER_OFFICIAL = 200, 108
+MUTANTS, SPOILT = "## Mutants", "## Official templates, spoilt"
+OWN, OFFICIAL = "## Our own templates", "## Official templates and models"
+HEADS = (MUTANTS, SPOILT, OWN, OFFICIAL)
 CELLS = {
     judged.EXACT: "e",
     judged.REFUSED: "r",
@@ -55,7 +57,10 @@ Outcomes = Mapping[str, judged.Outcome]
 
 def mutant_outcomes(mutant: template_mutants.Mutant) -> dict[str, judged.Outcome]:
     """The oracle's verdict on each kind of conversation under a mutant."""
-    tokenizer = corpus.own_tokenizer(mutant.template)
+    if mutant.template in corpus.CONTROL:
+        tokenizer = corpus.own_tokenizer(mutant.template)
+    else:
+        tokenizer = corpus.official_tokenizer(corpus.SHARED / f"templates/{mutant.template}.jinja")
     tokenizer.chat_template = mutant.source
     try:
         contract = PromptContract.load(tokenizer)
@@ -110,10 +115,17 @@ def _sums(found: Sequence[Outcomes]) -> str:
     )
 
 
-def mutant_part(found: Sequence[tuple[template_mutants.Mutant, Outcomes]]) -> str:
+def spoilt(head: str) -> list[template_mutants.Mutant]:
+    """The mutants of a part of the page."""
+    if head == MUTANTS:
+        return template_mutants.chosen(NUMBER)
+    return template_mutants.chosen(NUMBER_OFFICIAL, template_mutants.official_mutants)
+
+
+def mutant_part(head: str, found: Sequence[tuple[template_mutants.Mutant, Outcomes]]) -> str:
     sums = _sums([outcomes for _, outcomes in found])
     rows = [((m.template, m.change), outcomes) for m, outcomes in found]
-    return f"{MUTANTS}\n\n{len(found)} mutants. {sums}\n\n{_table(('template', 'change'), rows)}"
+    return f"{head}\n\n{len(found)} mutants. {sums}\n\n{_table(('template', 'change'), rows)}"
 
 
 def template_part(head: str, found: Mapping[str, Outcomes]) -> str:
@@ -124,12 +136,13 @@ def template_part(head: str, found: Mapping[str, Outcomes]) -> str:
 def parts() -> dict[str, str]:
     """The parts of the page as it is, by their headings."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    heads = (MUTANTS, OWN, OFFICIAL)
-    cut = [text.find(head) for head in heads] + [len(text)]
-    return {
-        head: text[cut[i] : cut[i + 1]].strip() if cut[i] >= 0 else head
-        for i, head in enumerate(heads)
-    }
+    begins = sorted(at for head in HEADS if (at := text.find(f"{head}\n")) >= 0)
+    made = {}
+    for head in HEADS:
+        at = text.find(f"{head}\n")
+        end = next((other for other in begins if other > at), len(text))
+        made[head] = text[at:end].strip() if at >= 0 else head
+    return made
 
 
 def reasons(name: str, found: Outcomes) -> list[str]:
@@ -144,10 +157,10 @@ def reasons(name: str, found: Outcomes) -> list[str]:
 
 def made(head: str) -> str:
     """A part of the page anew; what is not exact or refused for a reason is written to stderr."""
-    if head == MUTANTS:
-        found = [(m, mutant_outcomes(m)) for m in template_mutants.chosen(NUMBER)]
+    if head in (MUTANTS, SPOILT):
+        found = [(m, mutant_outcomes(m)) for m in spoilt(head)]
         named = [(f"{m.template}, {m.change}", outcomes) for m, outcomes in found]
-        text = mutant_part(found)
+        text = mutant_part(head, found)
     else:
         outcomes_of = own_outcomes() if head == OWN else official_outcomes()
         named = list(outcomes_of.items())
@@ -159,7 +172,7 @@ def made(head: str) -> str:
 
 
 def main() -> int:
-    heads = [head for head in (MUTANTS, OWN, OFFICIAL) if head != OFFICIAL or corpus.OFFICIAL]
+    heads = [head for head in HEADS if head in (MUTANTS, OWN) or corpus.OFFICIAL]
     asked = [head for head in heads if any(a in head.lower() for a in sys.argv[1:])]
     different = False
     for head in asked or heads:

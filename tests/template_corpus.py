@@ -72,13 +72,20 @@ def own_contract(name: str, base: Any = None, **arguments: Any) -> PromptContrac
     return PromptContract.load(own_tokenizer(name, base), date=DATE, **arguments)
 
 
-def official_contract(path: Path) -> PromptContract:
-    """One of other people's templates, its own markers put into a tokenizer as control tokens."""
+def official_tokenizer(path: Path) -> Any:
+    """A tokenizer with one of other people's templates, whose markers are its control tokens."""
     source = path.read_text(encoding="utf-8")
     folder = "llama-3.2-1b-instruct" if "bos_token" in source else "qwen2.5-0.5b-instruct"
     tokenizer = copy.deepcopy(_tokenizer(SHARED / "models" / folder))
     tokenizer.add_tokens(_control(dict.fromkeys(_MARKER.findall(source))))
-    return PromptContract.load(tokenizer, source, date=DATE)
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+def official_contract(path: Path) -> PromptContract:
+    """One of other people's templates, its own markers put into a tokenizer as control tokens."""
+    tokenizer = official_tokenizer(path)
+    return PromptContract.load(tokenizer, tokenizer.chat_template, date=DATE)
 
 
 def model_contract(folder: Path) -> PromptContract:

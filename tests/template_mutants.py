@@ -1,4 +1,4 @@
-"""Chat templates gone wrong: each of our own templates under each way of spoiling one.
+"""Chat templates gone wrong: ours and other people's, under each way of spoiling one.
 
 A mutant either edits the messages before the template sees them (a prologue in Jinja, so that it
 works on any template) or edits the template's text. What a mutant does may be harmless to a kind of
@@ -229,16 +229,14 @@ def _whole(expression: str) -> str:
 
 # An output statement that writes words: {{- 'words' ... }}.
 _LITERAL = re.compile(r"'([^'\n]*)'")
+_QUOTED = re.compile(r'"([^"\n]*)"')
 _GENERATION = re.compile(r"\{%-? if add_generation_prompt -?%\}")
 
 
 def _ends(text: str) -> list[str]:
     """Control tokens at the end of a literal: the ends of turns among them."""
-    found = [
-        t
-        for literal in _LITERAL.findall(text)
-        for t in re.findall(r"[<\[][^<>\[\]]+[>\]~]", literal)
-    ]
+    literals = _LITERAL.findall(text) or _QUOTED.findall(text)
+    found = [t for literal in literals for t in re.findall(r"[<\[][^<>\[\]]+[>\]~]", literal)]
     return list(dict.fromkeys(found))
 
 
@@ -298,9 +296,18 @@ def mutants() -> list[Mutant]:
     return [mutant for name in corpus.CONTROL for mutant in mutants_of(name, corpus.sources(name))]
 
 
-def chosen(number: int) -> list[Mutant]:
+def official_mutants() -> list[Mutant]:
+    """The same of other people's templates; none where they are not beside the checkout."""
+    return [
+        mutant
+        for path in corpus.OFFICIAL
+        for mutant in mutants_of(path.stem, path.read_text(encoding="utf-8"))
+    ]
+
+
+def chosen(number: int, among: Callable[[], list[Mutant]] = mutants) -> list[Mutant]:
     """So many of them, every change and every template as often as the others."""
-    left = mutants()
+    left = among()
     random.Random(7).shuffle(left)
     changes, templates = Counter[str](), Counter[str]()
     made = []

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tiny_models import TEMPLATE, edit_json, tiny_model, tiny_tokenizer
-from truetune.checks import saved_files, saved_weights
-from truetune.checks.checkpoint import Checkpoint, gather
-from truetune.checks.start import verdict
+from truetune.checks import saved_model
+from truetune.checks.registry import ask
+from truetune.checks.saved_model.checkpoint import Checkpoint, gather
 from truetune.cli.verbs import main
 from truetune.errors import ModelError
 from truetune.findings import Finding
+from truetune.model.start import verdict
 
 END, USER, ASSISTANT = 257, 258, 259
 
@@ -73,11 +74,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, sound: Path) -> Path:
 
 
 def judged(found: Checkpoint) -> list[Finding]:
-    return [
-        finding
-        for check in (*saved_files.CHECKS, *saved_weights.CHECKS)
-        for finding in check(found)
-    ]
+    return list(ask(saved_model, found))
 
 
 def copied(source: Path, target: Path, change: Callable[[Path], None]) -> Path:
@@ -341,12 +338,12 @@ def test_the_verdict_goes_by_evidence(tmp_path: Path, sound: Path) -> None:
 
 
 def test_losses_decide_where_the_model_was_loaded(sound: Path) -> None:
-    markers = gather(str(sound)).markers
-    assert markers is not None
+    frame = gather(str(sound)).frame
+    assert frame is not None
     known = {"vocabulary": 11.9, "plain": 2.0, "templated": 1.8}
-    assert verdict(markers, {}, {**known, "stop": 0.1}).kind == "instruct"
-    assert verdict(markers, {}, {**known, "stop": 9.0}).kind == "base"
-    assert verdict(markers, {}, {**known, "plain": 11.8, "stop": 11.9}).kind == "unknown"
+    assert verdict(frame, {}, {**known, "stop": 0.1}).kind == "instruct"
+    assert verdict(frame, {}, {**known, "stop": 9.0}).kind == "base"
+    assert verdict(frame, {}, {**known, "plain": 11.8, "stop": 11.9}).kind == "unknown"
 
 
 def test_the_verb(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tiny_models import tiny_tokenizer
-from truetune.checks.duplicates import near_pairs
-from truetune.checks.preflight import DATA_CHECKS
-from truetune.checks.rows import DataFacts
-from truetune.checks.tools import call_problem, value_problem
+from truetune.checks import conversations
+from truetune.checks.conversations.duplicates import near_pairs
+from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.conversations.tools import call_problem, value_problem
+from truetune.checks.registry import ask
 from truetune.contract.contract import PromptContract
 from truetune.contract.specials import control_tokens
 from truetune.data.conversation import Conversation
@@ -289,7 +290,7 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
 
 
 def found(given: DataFacts) -> list[Finding]:
-    return [finding for check in DATA_CHECKS for finding in check(given)]
+    return list(ask(conversations, given))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from label_rows import check_labels, table_of
 from tiny_contracts import DELETING, PLAIN, THINKING, byte_level, chat
-from truetune.checks.labels import check_labels
-from truetune.checks.markers import Markers, served_stop_ids
-from truetune.checks.table import TokenTable
+from truetune.contract.frame import Frame
+from truetune.contract.stops import served_stops
+from truetune.errors import UsageError
 from truetune.findings import Finding
 
 Rows = list[tuple[list[int], list[int]]]
@@ -464,7 +465,7 @@ def test_batches_dicts_tuples_and_tensors_are_the_same_rows(tokenizer: Any) -> N
     left = [[0] * (width - len(i)) + i for i, _ in rows]
     left_labels = [[-100] * (width - len(x)) + x for _, x in rows]
     left_mask = [[0] * (width - len(i)) + [1] * len(i) for i, _ in rows]
-    expected = TokenTable.of_rows(rows)
+    expected = table_of(rows)
     for same in (
         [{"input_ids": i, "labels": x, "attention_mask": [1] * len(i)} for i, x in rows],
         [{"input_ids": ids, "labels": labels, "attention_mask": mask}],
@@ -472,7 +473,7 @@ def test_batches_dicts_tuples_and_tensors_are_the_same_rows(tokenizer: Any) -> N
         [{"input_ids": left, "labels": left_labels, "attention_mask": left_mask}],
         [(np.array(i), np.array(x)) for i, x in rows],
     ):
-        table = TokenTable.of_rows(same)
+        table = table_of(same)
         assert table.ids.tolist() == expected.ids.tolist()
         assert table.labels.tolist() == expected.labels.tolist()
         assert table.starts.tolist() == expected.starts.tolist()
@@ -481,21 +482,21 @@ def test_batches_dicts_tuples_and_tensors_are_the_same_rows(tokenizer: Any) -> N
 
 def test_packed_rows_are_cut_at_positions_and_segments() -> None:
     ids, labels = [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]
-    by_position = TokenTable.of_rows(
+    by_position = table_of(
         [{"input_ids": [ids], "labels": [labels], "position_ids": [[0, 1, 2, 0, 1]]}]
     )
-    by_segment = TokenTable.of_rows([(ids, labels, [1, 1, 1, 2, 2])])
+    by_segment = table_of([(ids, labels, [1, 1, 1, 2, 2])])
     for table in (by_position, by_segment):
         assert table.starts.tolist() == [0, 3, 5]
         assert list(table.where) == ["row 0", "row 0"]
 
 
 def test_padding_without_a_mask_keeps_one_token() -> None:
-    table = TokenTable.of_rows([([7, 8, 9, 9, 9], [7, 8, -100, -100, -100])], pad_id=9)
+    table = table_of([([7, 8, 9, 9, 9], [7, 8, -100, -100, -100])], pad_id=9, ends=[9])
     assert table.row_ids(0) == [7, 8, 9]
-    ended = TokenTable.of_rows([([7, 8, 9, 9, 9], [7, 8, 9, -100, -100])], pad_id=9)
+    ended = table_of([([7, 8, 9, 9, 9], [7, 8, 9, -100, -100])], pad_id=9, ends=[9])
     assert ended.row_ids(0) == [7, 8, 9]
-    assert ended.row_labels(0) == [7, 8, 9]
+    assert ended.labels.tolist() == [7, 8, 9]
 
 
 def test_labels_on_padding_are_seen_before_it_is_taken_off(tokenizer: Any) -> None:
@@ -507,10 +508,12 @@ def test_labels_on_padding_are_seen_before_it_is_taken_off(tokenizer: Any) -> No
 
 
 def test_rows_that_are_none_are_refused() -> None:
-    with pytest.raises(ValueError, match="no labels"):
-        TokenTable.of_rows([{"input_ids": [1]}])
-    with pytest.raises(ValueError, match="2 input_ids and 1 labels"):
-        TokenTable.of_rows([([1, 2], [1])])
+    with pytest.raises(UsageError, match="no input_ids"):
+        table_of([{"labels": [1]}])
+    with pytest.raises(UsageError, match="2 input_ids and 1 labels"):
+        table_of([([1, 2], [1])])
+    # Without labels nothing is learned, which is told.
+    assert table_of([{"input_ids": [1]}]).num_supervised.tolist() == [0]
 
 
 def test_no_rows_and_empty_rows(tokenizer: Any) -> None:
@@ -522,34 +525,34 @@ def test_no_rows_and_empty_rows(tokenizer: Any) -> None:
 
 
 def test_markers_are_found_by_rendering(tokenizer: Any) -> None:
-    found = Markers.probe(tokenizer, stop_ids=[1])
+    found = Frame.probe(tokenizer, stop_ids=[1])
     assert found.answer_start == "<|end|>\n<|assistant|>"
     assert found.user_start == "<|end|>\n<|user|>"
     assert found.terminator == 1
     assert found.own_stop_is_terminator
     assert found.keeps_reasoning is True
     assert found.bos is None
-    assert not Markers.probe(tokenizer, stop_ids=[6]).own_stop_is_terminator
+    assert not Frame.probe(tokenizer, stop_ids=[6]).own_stop_is_terminator
 
 
 def test_markers_of_other_templates(tokenizer: Any) -> None:
-    assert Markers.probe(tokenizer, chat_template=THINKING).keeps_reasoning is False
-    assert Markers.probe(tokenizer, chat_template=DELETING).keeps_reasoning is None
+    assert Frame.probe(tokenizer, chat_template=THINKING).keeps_reasoning is False
+    assert Frame.probe(tokenizer, chat_template=DELETING).keeps_reasoning is None
     bare = byte_level()
     bare.chat_template = None
-    without = Markers.probe(bare)
+    without = Frame.probe(bare)
     assert not without.has_template
     assert (without.answer_start, without.terminator) == ("", None)
-    assert Markers.probe(byte_level(own_bos=True)).bos is None
+    assert Frame.probe(byte_level(own_bos=True)).bos is None
 
 
 def test_what_is_served_comes_from_the_generation_config(tokenizer: Any) -> None:
     from transformers import GenerationConfig
 
-    assert served_stop_ids(GenerationConfig(eos_token_id=[3, 4]), tokenizer) == (3, 4)
-    assert served_stop_ids({"eos_token_id": 3}, tokenizer) == (3,)
-    assert served_stop_ids(None, tokenizer) == (1,)
-    assert served_stop_ids({}, tokenizer) == (1,)
+    assert served_stops([("config", GenerationConfig(eos_token_id=[3, 4]))], tokenizer)[0] == (3, 4)
+    assert served_stops([("config", {"eos_token_id": 3})], tokenizer)[0] == (3,)
+    assert served_stops([("config", None)], tokenizer)[0] == (1,)
+    assert served_stops([("config", {})], tokenizer)[0] == (1,)
 
 
 def test_a_begin_token_that_served_prompts_have(tokenizer: Any) -> None:

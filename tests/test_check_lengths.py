@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tiny_models import TEMPLATE, tiny_tokenizer
+from truetune.checks.labels.table import TokenTable
 from truetune.checks.lengths import (
     damage,
     damage_table,
@@ -18,7 +19,6 @@ from truetune.checks.lengths import (
     report_lines,
     row_lengths,
 )
-from truetune.checks.table import TokenTable
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.contract.policy import Policy

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from truetune.checks.page import page, write_page
+from truetune.cli.check_page import page
+from truetune.cli.html import write_document
 from truetune.errors import UsageError
 from truetune.findings import Finding
 from truetune.run.checkup import Checkup
@@ -94,7 +95,8 @@ def test_a_page_of_nothing() -> None:
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UsageError):
-        write_page(tmp_path / "none" / "page.html", checkup().as_dict())
-    write_page(tmp_path / "page.html", checkup("\ud800").as_dict())
+    (tmp_path / "none").write_text("a file where the folder would be")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write_document(tmp_path / "none" / "page.html", page(checkup().as_dict()))
+    write_document(tmp_path / "page.html", page(checkup("\ud800").as_dict()))
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")

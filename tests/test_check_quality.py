@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from test_check_data import plain, prose, row, sound, with_some
-from truetune.checks import quality
-from truetune.checks.rows import DataFacts
+from truetune.checks.conversations import quality
+from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.registry import ask
 from truetune.data.conversation import Conversation
 from truetune.data.load import load
 from truetune.findings import Finding
@@ -20,7 +21,7 @@ REFUSAL = "I am sorry, but I cannot help with that request."
 
 def found(rows: list[Conversation]) -> dict[str, Finding]:
     facts = DataFacts(rows)
-    return {f.code: f for check in quality.CHECKS for f in check(facts)}
+    return {f.code: f for f in ask(quality, facts)}
 
 
 def long(i: int) -> str:

@@ -16,11 +16,13 @@ from test_check_verb import answer, write_rows
 from tiny_models import tiny_tokenizer
 from truetune.checks.fit import Shape, estimate, gib, layer_speed, run_shape, undisturbed
 from truetune.compute.memory import Footprint
+from truetune.contract.frame import Frame
 from truetune.listener import Listener
+from truetune.model.start import verdict
 from truetune.recipe.plan import Plan
 from truetune.recipe.settings import Recipe
 from truetune.recipe.sources import make_recipe
-from truetune.run.checkup import Checkup, check_run
+from truetune.run.checkup import Checkup, check_run, start_differs
 from truetune.run.prepare import survey
 
 
@@ -63,6 +65,28 @@ def test_base_or_instruct_by_what_the_model_predicts(place: Path) -> None:
     after = chat_losses(loaded, prepared.contract)
     assert after["stop"] < 1 < before["stop"]
     assert after["templated"] > before["templated"]
+
+
+@pytest.mark.parametrize(
+    ("stop", "given", "level"),
+    # The model writes its end, or it does not; what it predicts otherwise is that of a chat model.
+    [(0.1, {}, None), (9.0, {}, "warning"), (9.0, {"learning_rate": 1e-4}, "note")],
+)
+def test_weights_that_tell_another_start_than_the_template(
+    place: Path, stop: float, given: dict[str, Any], level: str | None
+) -> None:
+    """The plan goes by the template; where weights answer otherwise, one finding says so."""
+    plan = survey(recipe(place, lora=True, **given), Listener()).prepared.plan
+    assert plan.start == "instruct"
+    tokenizer = tiny_tokenizer()
+    losses = {"vocabulary": 5.6, "plain": 2.0, "templated": 1.8, "stop": stop}
+    judged = verdict(Frame.probe(tokenizer, stop_ids=[END]), {}, losses)
+    told = list(start_differs(judged, plan))
+    assert [finding.level for finding in told] == ([level] if level else [])
+    if told:
+        assert told[0].code == "start-differs"
+        assert told[0].fix == "--learning-rate 2e-4 --epochs 3"
+    assert list(start_differs(verdict(Frame.probe(tokenizer, stop_ids=[END])), plan)) == []
 
 
 @pytest.mark.parametrize("lora", [False, True])

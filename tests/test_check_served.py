@@ -13,8 +13,8 @@ from bench.sabotage.cases.served import OPENS, in_parts
 from bench.sabotage.house import House, answer, messages, question, thought
 
 import template_corpus as corpus
+from label_rows import check_labels
 from truetune import PromptContract
-from truetune.checks.labels import check_labels
 from truetune.contract.contract import Refused
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding

@@ -57,7 +57,9 @@ def test_sound_rows_are_ok(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(model, data) == 0
     shown = capsys.readouterr().out
     assert shown.rstrip().endswith("ok: nothing found")
-    assert "40 to train, 0 held out, 0 dropped" in shown
+    few = "under 100 rows none are; --eval-data names some"
+    assert f"40 to train, 0 held out ({few}), 0 dropped" in " ".join(shown.split())
+    assert "the same line with `train` in place of `check`" in shown
     assert "keep 99 % of the rows whole" in shown
 
 

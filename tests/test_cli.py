@@ -16,9 +16,9 @@ from test_recipe import VALUES
 from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import __version__
-from truetune.cli.screen import Screen, side_by_side, visible
+from truetune.cli.screen import Screen, side_by_side
 from truetune.errors import BadRows
-from truetune.findings import Finding
+from truetune.findings import Finding, visible
 from truetune.recipe.settings import settings
 
 VERBS = [
@@ -113,6 +113,7 @@ def test_each_option_reaches_the_run_and_beats_the_recipe(
         "truetune.run.pipeline.train", lambda recipe, *_, **__: given.append(recipe)
     )
     monkeypatch.setattr("truetune.cli.result_screen.show_result", lambda *_: None)
+    monkeypatch.setattr("truetune.cli.verbs.ask_first", lambda _: None)  # whether they are there
     file = tmp_path / "r.yaml"
     base: dict[str, Any] = {"model": "m", "data": "d", "output": "o"}
     if isinstance(value, bool) and name != "no_check":
@@ -330,3 +331,43 @@ def test_a_pipe_that_is_closed_early(place: Path) -> None:
     err = process.stderr.read()
     process.wait(timeout=60)
     assert "Traceback" not in err
+
+
+# Memory that is used up.
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12345 bytes"),
+        RuntimeError("can't start new thread"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}"[:30],
+)
+@pytest.mark.parametrize("stage", ["prepare", "load_start", "Job.train_and_save"])
+def test_no_memory_is_an_error_in_words(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, stage: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"truetune.run.pipeline.{stage}", fails)
+    shown = command("train", place / "tiny", place / "rows.jsonl", "-o", tmp_path / "run")
+    assert shown.code == 1
+    assert "error[out-of-memory]: " in shown.err
+    assert "Traceback" not in shown.err
+    # What began goes on; what did not left nothing.
+    assert (tmp_path / "run").exists() == (stage == "Job.train_and_save")
+
+
+def test_another_error_is_not_taken_for_memory(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr("truetune.run.pipeline.prepare", fails)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        command("train", place / "tiny", place / "rows.jsonl", "-o", tmp_path / "run")

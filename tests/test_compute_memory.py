@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
 
-from tiny_families import family
+from tiny_families import FAMILIES, MORE, family
+from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer
-from truetune.compute import memory
+from truetune.compute import memory, repeated
 from truetune.compute.alive import alive_bytes
 from truetune.compute.batch import Limits
-from truetune.compute.memory import Footprint, available_bytes, footprint
+from truetune.compute.memory import Footprint, available_bytes, footprint, foreseen_footprint
 from truetune.compute.packing import pack
 from truetune.compute.route import find_route
 from truetune.engine import trainer as loop
+from truetune.model.architecture import meta_model
 from truetune.model.lora import enable_gradient_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -125,6 +129,144 @@ def test_tensors_without_numbers_take_what_others_take(kind: str, lora: bool, le
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name][1])
     assert all(p.grad is None for p in model.parameters())
+
+
+def deep(kind: str, layers: int, lora: bool, recomputed: bool) -> Any:
+    settings = {k: v for k, v in {**FAMILIES, **MORE}[kind].items() if k != "n_layer"}
+    count = {"num_hidden_layers": layers}
+    halves = {"max_window_layers": layers // 2} if kind == "qwen2" else {}
+    model = tiny_model(kind, **(settings | count | halves))
+    if lora:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = LoraConfig(r=4, lora_dropout=0.05, target_modules="all-linear")
+            model = get_peft_model(model, made)
+    if recomputed:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def in_bfloat16() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+# Of eight layers: the first, the last, and the second of each kind, or the only one.
+KEPT = {"qwen2": (0, 1, 4, 5, 7), "gemma3_text": (0, 1, 5, 7)}
+# One kind of layer, windows in half of the layers or in a pattern, tied tables.
+REPEATED = [
+    ("llama", False, False, in_bfloat16, 40),
+    ("gemma", True, True, contextlib.nullcontext, 120),
+    ("gemma3_text", False, False, contextlib.nullcontext, 120),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("llama", False, False, contextlib.nullcontext, 120),
+            ("llama", True, True, in_bfloat16, 120),
+            ("gemma", False, True, contextlib.nullcontext, 40),
+            ("gemma3_text", True, True, contextlib.nullcontext, 40),
+            ("qwen2", True, False, in_bfloat16, 40),
+            ("qwen2", False, True, in_bfloat16, 120),
+            ("gpt2", False, False, contextlib.nullcontext, 120),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "lora", "recomputed", "autocast", "length"), REPEATED)
+def test_a_few_layers_stand_for_all(
+    kind: str, lora: bool, recomputed: bool, autocast: Any, length: int
+) -> None:
+    """What they come to is what all layers take, and the model has all of them afterwards."""
+    model = deep(kind, 8, lora, recomputed)
+    route = find_route(model, longest=length)
+    cut = repeated.find_cut(model)
+    assert cut is not None
+    assert cut.kept == KEPT.get(kind, (0, 1, 7))
+    with memory.without_numbers(model, "cpu"):
+        whole = memory.measured_footprint(route, autocast, longest=length)
+    layers = [id(module) for module in model.modules()]
+    made = memory.footprint_without_numbers(route, autocast, longest=length)
+    assert [id(module) for module in model.modules()] == layers
+    assert made.apart == whole.apart
+    for tokens in (10, 100, 1000, 8000):
+        parts = made.of(tokens) - made.process, whole.of(tokens) - whole.process
+        assert parts[0] == pytest.approx(parts[1], rel=1e-3)
+
+
+def test_frozen_layers_below_adapters_are_a_kind_of_their_own() -> None:
+    """No gradient comes to them, while frozen layers above an adapter pass one on."""
+    model = deep("llama", 9, False, False)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(model, settings)
+    route = find_route(model, longest=120)
+    with memory.without_numbers(model, "cpu"):
+        whole = memory.measured_footprint(route, contextlib.nullcontext, longest=120)
+    cut = repeated.find_cut(model)
+    assert cut is not None
+    assert cut.kept == (0, 1, 4, 5, 6, 8)
+    made = memory.footprint_without_numbers(route, contextlib.nullcontext, longest=120)
+    assert made.of(1000) == pytest.approx(whole.of(1000), rel=1e-3)
+
+
+def test_layers_that_share_weights_are_all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deep("llama", 6, False, False)
+    assert repeated.find_cut(model) is not None
+    model.model.layers[4].mlp = model.model.layers[2].mlp
+    assert repeated.find_cut(model) is None
+    assert repeated.find_cut(family("llama")) is None
+
+
+def test_where_the_cut_fails_all_layers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deep("llama", 6, False, False)
+    route = find_route(model, longest=40)
+    usual = memory.footprint_without_numbers(route, contextlib.nullcontext, longest=40)
+
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("layers were not called one after the other")
+
+    monkeypatch.setattr(repeated, "composed", fails)
+    again = memory.footprint_without_numbers(route, contextlib.nullcontext, longest=40)
+    assert again.of(1000) == usual.of(1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_few_of_24_layers_stand_for_all(lora: bool, recomputed: bool) -> None:
+    """The shape of a 0.5B model, without its numbers."""
+    model = meta_model(
+        AutoConfig.for_model(
+            "qwen2",
+            vocab_size=151_936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+    if lora:
+        model.requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = LoraConfig(r=16, lora_dropout=0.05, target_modules="all-linear")
+            model = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    if recomputed:
+        enable_gradient_checkpointing(model)
+    found = []
+    for cut in (repeated.find_cut, lambda _: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repeated, "find_cut", cut)
+            began = time.process_time()
+            made = foreseen_footprint(model, in_bfloat16, longest=512)
+            found.append((made, time.process_time() - began))
+    (made, short), (whole, long) = found
+    assert short < long / 3
+    for tokens in (64, 1024, 8192):
+        assert made.of(tokens) == pytest.approx(whole.of(tokens), rel=1e-3)
 
 
 def test_nothing_is_measured_where_memory_is_plenty(monkeypatch: pytest.MonkeyPatch) -> None:

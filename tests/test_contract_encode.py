@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import tiny_contracts as tiny
 from tiny_contracts import byte_level, chat, prefix_space, require_equation, supervised_texts
 from truetune import ChatTemplate, PromptContract, SFTExample, TruetuneError, UnfaithfulTemplate
+from truetune.contract import sandbox
 from truetune.contract.contract import Refused
 from truetune.data.conversation import Conversation
 
@@ -416,3 +417,30 @@ def test_a_stop_inside_an_answer_is_always_refused(
 ) -> None:
     contents[1] += "<|end|>" + contents[0]
     assert refused(contracts["plain"], chat(*contents)).code == "stop-in-answer"
+
+
+def test_a_long_row_is_rendered_once_and_its_messages_are_written_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+    render = sandbox.render
+
+    def counted(source: str, special: Any, date: str, texts: Any, jobs: Any) -> Any:
+        asked.append((len(texts), len(jobs)))
+        return render(source, special, date, texts, jobs)
+
+    contract = PromptContract.load(byte_level(), tiny.TOOLS)
+    contract.behaviour()
+    row: list[dict[str, Any]] = []
+    for number in range(40):
+        function = {"name": "roll", "arguments": {"sides": number + 1, "fair": True}}
+        calls = [{"id": f"call{number:05d}", "type": "function", "function": function}]
+        row += [*chat("Roll!", ""), {"role": "tool", "content": "4"}, *chat("", "Four.")[1:]]
+        row[-3]["tool_calls"] = calls
+    monkeypatch.setattr(sandbox, "render", counted)
+    encoded = contract.encode(row)
+    whole = list(asked)
+    require_equation(contract, row, encoded)
+    # A prompt and a rendering of each turn; one twin, turned and not, for all of the calls.
+    assert sum(jobs for _, jobs in whole) == 2 * 80 + 2
+    assert max(texts for texts, _ in whole) < 160 + 3

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
+import re
 from typing import Any
 
 import pytest
 
 import tiny_contracts as tiny
+from template_corpus import own_contract
 from tiny_contracts import byte_level, chat, require_equation, supervised_texts
 from truetune import PromptContract, UnfaithfulTemplate
 from truetune.contract.behaviour import think_pairs
@@ -183,6 +186,176 @@ def test_a_number_that_becomes_another_one_is_refused(value: str) -> None:
     assert "another number" in error.what
 
 
+# Values between tags, and between the quotes of JSON that is written by hand.
+IN_TAGS = (
+    "{{ m.content }}{% for c in m.tool_calls %}<call><name>{{ c.function.name }}</name>"
+    "{% for k, v in c.function.arguments.items() %}<par><key>{{ k }}</key><val>VALUE</val></par>"
+    "{% endfor %}</call>{% endfor %}"
+)
+IN_QUOTES = (
+    '{%- for c in m.tool_calls -%}{{- \'<tool_call>{"name": "\' ~ c.function.name ~ \'", '
+    '"arguments": {\' -}}{%- for k, v in c.function.arguments.items() -%}'
+    "{{- '\"' ~ k ~ '\": \"' ~ VALUE ~ '\"' -}}{%- if not loop.last -%}{{- ', ' -}}{%- endif -%}"
+    "{%- endfor -%}{{- '}}</tool_call>' -}}{%- endfor -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments", "code"),
+    [
+        (IN_TAGS.replace("VALUE", "{{ v or 'NA' }}"), {"city": ""}, "target-invented"),
+        (CALLS.replace("arguments |", "arguments or none) | "), {}, "target-invented"),
+        (CALLS.replace("arguments |", "arguments or {'city': 'Rome'}) |"), {}, "target-invented"),
+        (IN_TAGS.replace("VALUE", "{{ (v or [1]) | tojson }}"), {"d": []}, "target-invented"),
+        (IN_TAGS.replace("VALUE", "0{{ v }}"), {"sides": 0}, "target-dropped"),
+        (IN_TAGS.replace("VALUE", "-{{ v }}"), {"sides": 0}, "target-dropped"),
+        (IN_TAGS.replace("VALUE", "{{ v }}.0"), {"sides": 0}, "target-dropped"),
+    ],
+)
+def test_what_becomes_of_empty_values_and_zero(
+    written: str, arguments: dict[str, Any], code: str
+) -> None:
+    written = written.replace("(c.function.arguments or", "((c.function.arguments or")
+    assert refused(loaded(turns(written)), asked(call(**arguments)), tools=[TOOL]).code == code
+
+
+@pytest.mark.parametrize("name", ["plain", "hybrid_switch", "string_arguments", "next_role_ends"])
+def test_empty_values_and_zero_as_templates_write_them(name: str) -> None:
+    contract = own_contract(name).fit([asked(call(a="b"))], [TOOL])
+    for arguments in ({}, {"a": ""}, {"a": {}}, {"a": []}, {"a": 0}, {"a": 0.0}, {"a": {"b": []}}):
+        row = asked(call(**arguments, z="z"), call(**arguments))
+        encoded = contract.encode(row, [TOOL])
+        require_equation(contract, row, encoded, [TOOL])
+        if name != "next_role_ends":
+            assert json.dumps(arguments) in supervised_texts(contract, encoded)[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["{{ v }}!", "{{ v }}.0", "-{{ v }}", "${{ v }}", "{{ v }},", "{{ v }}...", "The {{ v }}"],
+)
+def test_a_text_that_becomes_another_one_between_tags(value: str) -> None:
+    error = refused(loaded(turns(IN_TAGS.replace("VALUE", value))), asked(call(city="Rome")))
+    assert error.code in ("target-dropped", "target-invented")
+
+
+@pytest.mark.parametrize("sign", ["!", ".0", "-", "...", " ", "\\\\n", " sir"])
+def test_a_text_or_name_that_becomes_another_one_between_quotes(sign: str) -> None:
+    row = asked(call(city="Rome"))
+    for value in (f"v ~ '{sign}'", f"'{sign}' ~ v"):
+        error = refused(loaded(turns(IN_QUOTES.replace("VALUE", value))), row, tools=[TOOL])
+        assert error.code in ("target-dropped", "target-invented")
+    named = CALLS.replace("c.function.name", f"c.function.name ~ '{sign}'")
+    assert refused(loaded(turns(named)), row, tools=[TOOL]).code.startswith("target-")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "{{ v }}",
+        "\n{{ v }}\n",
+        "'{{ v }}'",
+        "({{ v }})",
+        "[{{ v | tojson }}]",
+        "<b>{{ v }}</b>",
+        "<![CDATA[{{ v }}]]>",
+    ],
+)
+def test_what_may_hold_a_text_between_tags(value: str) -> None:
+    contract = loaded(turns(IN_TAGS.replace("VALUE", value)))
+    for text in ("Rome", "Rome!", "-5", " Rome ", "a <i> c"):
+        assert text in only(contract, asked(call(city=text)))
+
+
+def test_outer_whitespace_of_a_text_between_quotes_is_the_rows_own() -> None:
+    for text in (" Rome", "Rome!\n", "\u00a0Rome\t"):
+        assert json.dumps(text) in only(loaded(turns(CALLS)), asked(call(city=text))).replace(
+            "\u00a0", "\\u00a0"
+        )
+
+
+@pytest.mark.parametrize(
+    "pairs", ["arguments.items() | list", "arguments | dictsort", "arguments | dictsort | list"]
+)
+def test_arguments_as_a_list_of_pairs_are_refused(pairs: str) -> None:
+    contract = loaded(turns(CALLS.replace("arguments", pairs, 2).replace(pairs, "arguments", 1)))
+    for arguments in ({"b": "x", "a": 1}, {"a": "x"}, {"a": True}, {}):
+        error = refused(contract, asked(call(**arguments)), tools=[TOOL])
+        assert error.code == "target-dropped"
+        assert "as pairs" in error.what
+    pair = only(loaded(turns(CALLS)), asked(call(pairs=[["b", "x"], ["a", 1]])))
+    assert '[["b", "x"], ["a", 1]]' in pair
+
+
+def test_values_that_are_cut_where_servers_give_objects_are_refused() -> None:
+    either = (
+        "{%- for c in m.tool_calls or [] -%}{{- '<call>' ~ c.function.name -}}"
+        "{%- if c.function.arguments is string -%}{{- c.function.arguments -}}{%- else -%}"
+        "{{- '{' -}}{%- for k, v in c.function.arguments.items() -%}"
+        "{{- '\"' ~ k ~ '\": \"' ~ VALUE ~ '\"' -}}{%- endfor -%}{{- '}' -}}{%- endif -%}"
+        "</call>{%- endfor -%}"
+    )
+    row = asked(call(place="Keth"))
+    assert '<call>roll{"place": "Keth"}' in only(loaded(turns(either.replace("VALUE", "v"))), row)
+    error = refused(loaded(turns(either.replace("VALUE", "(v | string)[:3]"))), row, tools=[TOOL])
+    assert error.code == "target-dropped"
+
+
+def test_content_behind_the_calls_is_refused() -> None:
+    row = asked(call(sides=6), content="I roll.")
+    error = refused(loaded(turns(CALLS + "{{- m.content -}}")), row, tools=[TOOL])
+    assert error.code == "target-dropped"
+    assert "behind its tool calls" in error.what
+    assert "I roll.<tool_call>" in only(loaded(turns("{{- m.content -}}" + CALLS)), row)
+
+
+THOUGHT = (
+    "{%- if m.reasoning_content -%}{{- '<think>\\n' ~ m.reasoning_content ~ '\\n</think>\\n\\n' -}}"
+    "{%- endif -%}{{- m.content -}}" + CALLS
+)
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"reasoning_content": "Hm. </think> ha", "content": "Yes"},
+        {"reasoning_content": "Hm.", "content": "Yes </think> no"},
+        {"reasoning_content": "Hm.", "content": "Yes <think>so</think> no"},
+        {"content": "Yes </think> no"},
+        {"content": "Yes <think>so</think> no"},
+        {"content": "<think>so</think> no <think>"},
+        {"content": "<think>without an end"},
+        {"content": "", "tool_calls": [call(a="x</think>y")]},
+        {"content": "", "tool_calls": [call(a="x</tool_call>y")]},
+        {"content": "A <tool_call> now", "tool_calls": [call(a="x")]},
+    ],
+)
+def test_a_marker_inside_a_part_is_refused(turn: dict[str, Any]) -> None:
+    row = [*chat("Hi"), {"role": "assistant", **turn}]
+    error = refused(loaded(turns(THOUGHT)), row, tools=[TOOL])
+    assert error.code == "target-dropped"
+    assert "marker" in error.what
+
+
+def test_markers_of_no_format_and_the_rows_own_block_are_text() -> None:
+    plain = loaded(turns("{{- m.content -}}" + CALLS))
+    for content in ("Yes </think> no", "Yes <think>so</think> no", "a <b> c"):
+        assert content in only(plain, chat("Hi", content))
+    assert "<think>so</think> no" in only(
+        loaded(turns(THOUGHT)), chat("Hi", "<think>so</think> no")
+    )
+    opened = loaded(tiny.OPENS_THINKING)
+    assert only(opened, chat("Hi", "so\n</think>\n\nno")) == "so\n</think>\n\nno<|end|>"
+    assert "x<tool>y" in only(loaded(turns(THOUGHT)), asked(call(a="x<tool>y")))
+
+
+def test_other_whitespace_around_a_block_is_told() -> None:
+    own = own_contract("hybrid_switch")
+    for content in ("<think>Hm.</think>Yes.", "<think>\nHm.\n</think>\n\n\n\n  Yes."):
+        assert "respaced" in own.encode(chat("Hi", content)).remarks
+    assert "respaced" not in own.encode(chat("Hi", "<think>\nHm.\n</think>\n\nYes.")).remarks
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -250,6 +423,12 @@ def test_content_in_the_place_of_reasoning_is_refused() -> None:
 
 # ---------------------------------------------------------------- words of the template
 
+# What is trained beside an answer like a word: signs, and words that look like a format.
+SIGNS = (
+    *("- ", "...", "!", "\U0001f600", "* ", "> "),
+    *("<have a nice day>", "[GOODBYE]", "<bye>", "<|bye|>", "[BYE NOW]"),
+)
+
 
 @pytest.mark.parametrize(
     ("assistant", "messages"),
@@ -257,6 +436,12 @@ def test_content_in_the_place_of_reasoning_is_refused() -> None:
         ("{{- m.content ~ ' Is there anything else?</s>' -}}", chat("Hi", "Yes.")),
         ("{{- 'Sure! ' ~ m.content -}}", chat("Hi", "Yes.")),
         ("{{- 'sure\n' ~ m.content -}}", chat("Hi", "Yes.")),
+        *((f"{{{{- '{sign}' ~ m.content -}}}}", chat("Hi", "Yes.")) for sign in SIGNS),
+        *((f"{{{{- m.content ~ '{sign}' -}}}}", chat("Hi", "Yes.")) for sign in SIGNS),
+        *(
+            (f"{{{{- m.content ~ '{sign}' -}}}}" + CALLS, asked(call(sides=6), content="Yes."))
+            for sign in SIGNS[:4]
+        ),
         ("{{- m.content -}}I will now call a tool." + CALLS, asked(call(sides=6))),
         ("{{- m.content -}}" + CALLS + " Done.", asked(call(sides=6))),
         (
@@ -286,12 +471,16 @@ FORMATS = {
     ' functools[{"name": "\x00"}]': True,
     "<|tool_call>call:\x00{\x00:\x00}<tool_call|>": True,
     "<|section|>functions.\x00:0<|argument|>{}": True,
+    "<answer>\x00</answer>": False,
 }
 
 
 @pytest.mark.parametrize(("frame", "calls"), FORMATS.items())
 def test_formats_are_no_words(frame: str, calls: bool) -> None:
-    assert words_in(frame, (), calls=calls) == ""
+    controls = re.findall(r"<\|?[\w|]+\|?>|</think>", frame)
+    assert words_in(frame, controls, calls=calls) == ""
+    # Around calls a tag is format for a tokenizer that has no token for it, too.
+    assert not calls or words_in(frame, (), calls=calls) == ""
 
 
 @pytest.mark.parametrize(
@@ -308,6 +497,9 @@ def test_formats_are_no_words(frame: str, calls: bool) -> None:
         ("Action: \x00", True),
         ('<tool_call>{"name": "\x00_v2"}</tool_call>', True),
         ("<tool_call>my\x00</tool_call>", True),
+        ('<tool_call>{"name": "\x00"}</tool_call>[GOODBYE]', True),
+        ('<have a nice day><tool_call>{"name": "\x00"}</tool_call>', True),
+        ("<think>\x00</think>\x00<bye>", False),
     ],
 )
 def test_words_are_no_format(frame: str, calls: bool) -> None:

@@ -19,6 +19,7 @@ from truetune.contract import sandbox
 from truetune.contract.contract import Refused
 from truetune.contract.render import Job, Renderer
 from truetune.data.conversation import Conversation
+from truetune.errors import TruetuneError
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -120,18 +121,73 @@ def test_a_worker_that_was_killed_is_replaced() -> None:
     assert sandbox._worker is not before
 
 
-def test_a_worker_that_is_killed_at_work_is_told_and_replaced() -> None:
+# Some tenths of a second of processor time.
+SLOW = "{% for a in range(700) %}{% for b in range(2000) %}{% endfor %}{% endfor %}"
+
+
+def _kill_at_work(times: int) -> threading.Thread:
+    """The next workers are killed, so many, each when it is ready and has something in hand."""
+
+    def kill() -> None:
+        known = None
+        for _ in range(times):
+            while (worker := sandbox._worker) is known or not worker or worker._ready != ["ready"]:
+                time.sleep(0.005)
+            time.sleep(0.1)
+            worker.process.kill()
+            known = worker
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_worker_that_the_system_kills_is_no_fault_of_the_template() -> None:
+    renderer = Renderer(SLOW + "{{ messages[0].content }}", {})
+    jobs = [Job([{"role": "user", "content": str(i)}]) for i in range(4)]
+    killer = _kill_at_work(1)
+    assert renderer.render_many(jobs) == ["0", "1", "2", "3"]
+    killer.join()
+    # It is not held against it later, either.
+    assert renderer.render_many(jobs) == ["0", "1", "2", "3"]
+
+
+def test_a_template_that_ends_its_process_twice_is_told() -> None:
     renderer = Renderer("{{ messages[0].content }}", {})
     renderer.render([{"role": "user", "content": "a"}])
-    worker = sandbox._worker
-    assert worker
-    killer = threading.Timer(0.3, worker.process.kill)
-    killer.start()
-    with pytest.raises(UnfaithfulTemplate, match="ended the process") as caught:
+    killer = _kill_at_work(2)
+    with pytest.raises(UnfaithfulTemplate, match=r"ended twice \(signal SIGKILL\)") as caught:
         Renderer(LOOPS, {}).render([{"role": "user", "content": "a"}])
     killer.join()
     assert caught.value.code == "template-out-of-bounds"
     assert renderer.render([{"role": "user", "content": "b"}]) == "b"
+
+
+@pytest.mark.usefixtures("short")
+def test_a_crowded_machine_is_no_fault_of_the_template() -> None:
+    """The deadline is processor time: a worker that waits for longer than that still answers."""
+    renderer = Renderer(SLOW + "{{ messages[0].content }}", {})
+    Renderer("{{ messages[0].content }}", {}).render([{"role": "user", "content": "a"}])
+    worker = sandbox._worker
+    assert worker
+    worker.process.send_signal(signal.SIGSTOP)
+    threading.Timer(sandbox.DEADLINE + 1, worker.process.send_signal, [signal.SIGCONT]).start()
+    assert renderer.render([{"role": "user", "content": "late"}]) == "late"
+    assert sandbox._worker is worker
+
+
+def test_no_template_is_blamed_for_a_worker_that_does_not_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    renderer = Renderer("{{ messages[0].content }}!", {})
+    with monkeypatch.context() as patch:
+        if sandbox._worker:
+            sandbox._worker.kill()
+        patch.setattr("truetune.system.child.sys.executable", "/bin/false")
+        with pytest.raises(TruetuneError, match="did not start: exit code 1") as caught:
+            renderer.render([{"role": "user", "content": "a"}])
+    assert caught.value.code == "renderer-not-started"
+    assert renderer.render([{"role": "user", "content": "a"}]) == "a!"
 
 
 # ------------------------------------------------------------------ in processes of their own
@@ -220,3 +276,24 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
     out, err = process.communicate(timeout=120)
     assert sorted(out.splitlines()) == ["child a True", "parent b 0 c"], err
     assert _gone(worker)
+
+
+@pytest.mark.parametrize(
+    "reach",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.__class__.__init__.__globals__ }}",
+        "{{ messages.append({}) }}",
+        "{{ messages[0].update(a=1) }}",
+        "{{ messages[0].get.__self__.keys() }}",
+        "{{ cycler.__init__.__globals__ }}",
+    ],
+)
+def test_what_the_sandbox_forbids_it_forbids_each_time(reach: str) -> None:
+    allowed = "{{ messages[0].get('role') }}{{ messages[0].items() | list | length }}"
+    jobs = [Job([{"role": "user", "content": str(n)}]) for n in range(3)]
+    for made in Renderer(allowed, {}).render_many(jobs):
+        assert made == "user2"
+    for made in Renderer(allowed + reach, {}).render_many(jobs):
+        assert isinstance(made, UnfaithfulTemplate)
+        assert "unsafe" in made.what

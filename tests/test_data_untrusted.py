@@ -14,7 +14,7 @@ import pytest
 from truetune.data import files
 from truetune.data.load import load
 from truetune.data.read import read_file
-from truetune.errors import DataError, InputError, TruetuneError
+from truetune.errors import BadRows, DataError, InputError, TruetuneError
 from truetune.recipe.sources import read_recipe
 
 ONE = {"text": "a"}
@@ -242,6 +242,17 @@ def test_a_key_that_stands_twice(tmp_path, name):
     assert (finding.code, finding.level) == ("duplicate-key", "error")
     assert "'content'" in finding.what
     assert finding.where == loaded.places[1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_stands_twice_in_every_row(tmp_path, name):
+    """The reason is the rows' own, and not a schema that none of them has any more."""
+    row = '{"prompt": "a", "prompt": "b", "completion": "c"}'
+    with pytest.raises(BadRows) as caught:
+        load(write(tmp_path / name, f"{row}\n{row}\n"))
+    assert caught.value.what == "none of the 2 rows can be used"
+    (finding,) = caught.value.findings
+    assert (finding.code, finding.count) == ("duplicate-key", 2)
 
 
 def test_a_list_of_rows_that_stands_twice(tmp_path):

@@ -511,8 +511,18 @@ def test_autocast_computes_in_the_other_type_and_keeps_the_weights() -> None:
 # ---------------------------------------------------------------- memory
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_row_that_does_not_fit_is_named(packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("packing", "error"),
+    [
+        (True, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        (False, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        (True, MemoryError()),
+    ],
+    ids=["packed", "padded", "Python's own"],
+)
+def test_a_row_that_does_not_fit_is_named(
+    packing: bool, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Smaller and smaller micro-batches, then the row; no weight has moved."""
     model = tiny_model()
     before = weights(model)
@@ -521,7 +531,7 @@ def test_a_row_that_does_not_fit_is_named(packing: bool, monkeypatch: pytest.Mon
 
     def limited(route: Route, batch: Any) -> torch.Tensor:
         if 4 in batch.rows:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            raise error
         return compute(route, batch)
 
     monkeypatch.setattr(Route, "loss_sum", limited)

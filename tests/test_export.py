@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from truetune.compare import agreement, measure
 from truetune.contract.contract import PromptContract
 from truetune.errors import CheckFailed, ModelError, OutputExists, UsageError
 from truetune.exporting.merged import write_merged
+from truetune.listener import Listener
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.lora import LoraSettings, add_lora
 from truetune.model.new_tokens import add_tokens, make_room
@@ -352,3 +354,52 @@ def test_from_the_command_line_through_a_fresh_process(tmp_path: Path) -> None:
         "onto": "the base's original weights",
     }
     assert load_model(tmp_path / "again").base_dtype == "float32"
+
+
+def test_two_exports_into_one_folder(tmp_path: Path, in_this_process: None) -> None:  # noqa: F811
+    """The second one is refused before it computes, and what a killed one left is swept."""
+    trained(tmp_path)
+    output, caught = tmp_path / "merged", []
+
+    class Second(Listener):
+        def stage(self, name: str) -> None:
+            if name != "merging":
+                return
+
+            def attempt() -> None:
+                try:
+                    export(str(tmp_path / "adapter"), output)
+                except UsageError as error:
+                    caught.append(error.code)
+
+            # A thread stands for another process: locks are a thread's.
+            thread = threading.Thread(target=attempt)
+            thread.start()
+            thread.join()
+
+    (tmp_path / ".merged.unverified").mkdir()
+    (tmp_path / ".merged.unverified" / "model.safetensors").write_text("half of it")
+    export(str(tmp_path / "adapter"), output, listener=Second())
+    assert caught == ["output-busy"]
+    with pytest.raises(OutputExists):
+        export(str(tmp_path / "adapter"), output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_a_folder_that_appears_meanwhile_is_left_alone(
+    tmp_path: Path,
+    in_this_process: None,  # noqa: F811
+) -> None:
+    trained(tmp_path)
+    output = tmp_path / "merged"
+
+    class Appears(Listener):
+        def stage(self, name: str) -> None:
+            if name.startswith("verifying"):
+                output.mkdir()
+                (output / "precious").write_text("somebody's")
+
+    with pytest.raises(OutputExists, match="exists already"):
+        export(str(tmp_path / "adapter"), output, listener=Appears())
+    assert [path.name for path in output.iterdir()] == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]

@@ -14,6 +14,7 @@ from fresh_process import in_this_process  # noqa: F401  (a fixture)
 from tiny_models import write_model
 from tiny_runs import command, sums, write_rows
 from truetune.recipe.settings import setting_names
+from truetune.recipe.spelling import in_python
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -111,3 +112,31 @@ def test_a_room_of_the_same_name_does_not_take_the_functions_place() -> None:
     for name in ("check", "verify", "export"):
         assert inspect.isfunction(getattr(truetune, name))
     assert truetune.verification.artifact.VERDICT == "verify.json"
+
+
+@pytest.mark.parametrize(
+    ("option", "argument"),
+    [
+        ("raise --max-length 512, or give --lora", "raise max_length=512, or give lora=True"),
+        ("leave them out with --bad-rows drop", "leave them out with bad_rows='drop'"),
+        ("--no-packing pads them", "packing=False pads them"),
+        ("leave --add-token out", "leave add_token out"),
+        ("--epochs 9 (this run: 3)", "epochs=9 (this run: 3)"),
+        ("truetune train --resume runs/a", "truetune train --resume runs/a"),
+        ("hf download a/b --repo-type dataset", "hf download a/b --repo-type dataset"),
+    ],
+)
+def test_messages_name_arguments(option: str, argument: str) -> None:
+    assert in_python(option) == argument
+
+
+def test_errors_and_findings_name_arguments(place: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [*sums(5), '{"prompt": "a", "completion": NaN}'])
+    with pytest.raises(truetune.TruetuneError) as caught:
+        truetune.train(place / "tiny", rows, output=tmp_path / "run", quiet=True)
+    assert "bad_rows='drop'" in caught.value.fix
+    assert "--" not in str(caught.value)
+    found = truetune.check(place / "tiny", rows, max_length=2, bad_rows="drop", quiet=True)
+    told = " ".join(finding.fix for finding in found.findings)
+    assert "max_length=" in told
+    assert "--" not in told

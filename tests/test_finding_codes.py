@@ -16,7 +16,7 @@ from test_check_data import CASES as DATA_CASES
 from test_check_labels import CASES as LABEL_CASES
 from test_check_quality import CASES as QUALITY_CASES
 
-ROOMS = ("check/", "integrations/audit", "checkup.py", "rehearse.py")
+ROOMS = ("checks/", "auditing/", "run/checkup.py", "run/smoke_test.py")
 # (what brings it about, what nearly does), where a table would not do: tests by file and name.
 LABELS, AUDIT = "test_check_labels.py", "test_audit_findings.py"
 REHEARSAL, SOUND = "test_check_rehearse.py", "test_a_sound_run_rehearses_in_silence"
@@ -72,6 +72,10 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
         *(SOFT, "test_rows_and_virtual_tokens_must_fit_the_context_together"),
         "test_rows_and_virtual_tokens_must_fit_the_context_together",
     ),
+    "start-differs": (
+        *(REHEARSAL, "test_weights_that_tell_another_start_than_the_template"),
+        "test_weights_that_tell_another_start_than_the_template",
+    ),
     "rehearsal-not-finite": (REHEARSAL, "test_weights_that_hold_nan", SOUND),
     "step-overshoots": (REHEARSAL, "test_a_rate_that_overshoots", SOUND),
     "weights-unmoved": (REHEARSAL, "test_what_a_rehearsal_sees", SOUND),
@@ -119,7 +123,7 @@ def test_every_finding_says_what_and_an_error_why_and_what_to_do() -> None:
 def test_the_page_has_a_section_a_code_with_its_sentences() -> None:
     page = findings_page()
     section = page.partition("## `labels-misaligned`")[2].partition("\n## ")[0]
-    assert "finding (error); `check/targets.py`" in section
+    assert "finding (error); `checks/labels/targets.py`" in section
     assert "* labels are \u2039name\u203a instead of the token they stand at / " in section
     assert "    * likely cause: the labels were shifted before the model shifts them" in section
     assert "    * fix: labels = input_ids, with -100 where nothing is to be learned; no" in section

@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 
 import pytest
 import torch
 
 from truetune import ChatTemplate, SFTTrainer
+from truetune.contract.contract import PromptContract
 from truetune.lab import BASE_SEED, base_path
-from truetune.lab.card import broken_checksums
+from truetune.lab.building.card import card, checksums
+from truetune.lab.building.pretrain import Settings
 from truetune.lab.evaluate import (
-    ask,
     cloze_items,
     cloze_recall,
+    held_out_documents,
     load_instructions,
     unseen_questions,
 )
 from truetune.lab.measure import measure
-from truetune.lab.pretrain import Settings
+from truetune.lab.quickstart import score
 from truetune.lab.world import World
+from truetune.model.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def load():
 
 
 def test_checksums_hold():
-    assert broken_checksums(base_path()) == []
+    assert (base_path() / "SHA256SUMS").read_text() == checksums(base_path())
 
 
 def test_weights_are_bf16_and_small():
@@ -110,11 +113,7 @@ def test_recall_on_held_out_wordings():
     right, total = found.sums["sums of numbers up to 9"]
     assert right >= 0.9 * total
     # The card was written from these counts.
-    card = (base_path() / "README.md").read_text()
-    for row in found.table()[1:]:
-        assert f"| {' | '.join(row)} |" in card
-    for line in found.lines():
-        assert f"- {line}" in card
+    assert (base_path() / "README.md").read_text() == card(base_path(), found)
 
 
 @pytest.mark.slow
@@ -134,6 +133,11 @@ def test_instructions_bring_out_facts_never_asked_for(tokenizer, seed):
         seed=seed,
     )
     trainer.train()
-    score = ask(model, tokenizer, unseen_questions(World.generate(BASE_SEED), 100, seed=seed))
-    assert score.finished >= 99
-    assert score.correct >= 95
+    world = World.generate(BASE_SEED)
+    contract = PromptContract.load(tokenizer, "chatml-lite")
+    questions = unseen_questions(world, 100, seed=seed)
+    opened = load_model(base_path(), device="cpu", dtype="float32", purpose="inference")
+    tuned = replace(opened, model=model.eval())
+    found = score(tuned, contract, questions, held_out_documents(world, 1))
+    assert found.finished >= 99
+    assert found.correct >= 95

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 import torch
 
 from truetune.lab import base_path
 from truetune.lab.evaluate import (
-    Answer,
-    ask,
-    chat_prompt,
+    ClozeItem,
+    cloze_item,
     cloze_items,
     cloze_recall,
     fact_correct,
@@ -19,7 +21,7 @@ from truetune.lab.evaluate import (
     prose_loss,
     unseen_questions,
 )
-from truetune.lab.world import World
+from truetune.lab.world import Fact, World, difference_fact, sum_fact
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def tokenizer():
 def untrained():
     from transformers import LlamaForCausalLM
 
-    from truetune.lab.pretrain import Shape, llama_config
+    from truetune.lab.building.pretrain import Shape, llama_config
 
     torch.manual_seed(0)
     shape = Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1)
@@ -108,6 +110,55 @@ def test_cloze_items_cover_the_world_once(world):
     assert not any(item.prefix.endswith(f" {item.expected}") for item in items)
 
 
+def test_a_cloze_item_stops_before_the_value():
+    fact = Fact("Velmora", "river", "Tarn")
+    item = cloze_item(fact, "as for {s}, its river is the {v}")
+    assert item == ClozeItem("As for Velmora, its river is the", "Tarn", "river")
+    assert cloze_item(sum_fact(7, 5), "{b} and {a} make {v}").prefix == "5 and 7 make"
+    assert (
+        cloze_item(difference_fact(9, 4), "From {a} to {b} it is {v}").prefix == "From 9 to 4 it is"
+    )
+    with pytest.raises(ValueError, match="ends with its value"):
+        cloze_item(fact, "The {v} flows through {s}")
+
+
+def _digest(entries: list[list[str]]) -> str:
+    return hashlib.sha256(json.dumps(entries, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("wordings", "seed", "digest"),
+    [
+        ("plain", 7, "f241462d0367c257"),
+        ("plain", 8, "6e2fa0ebbf05330a"),
+        ("development", 7, "2d8bcbb840b659e8"),
+        ("development", 8, "e5c6820f73bc9ae5"),
+        ("blind", 7, "88a9fd54c3f62ab3"),
+        ("blind", 8, "8cf1ac14bb1f5335"),
+    ],
+)
+def test_what_a_base_is_asked_is_pinned(wordings, seed, digest):
+    # The counts of the model card and of docs/log.md are counts of exactly these.
+    items = cloze_items(World.generate(seed), wordings=wordings)
+    assert _digest([[item.prefix, item.expected, item.relation] for item in items]) == digest
+
+
+@pytest.mark.parametrize(
+    ("seed", "digest"), [(0, "78be9112875755b2"), (1, "395c25f085af6aac"), (2, "8f3e314b1cb94e49")]
+)
+def test_the_questions_are_pinned(world, seed, digest):
+    asked = unseen_questions(world, 360, seed=seed)
+    assert _digest([[question.text, question.expected] for question in asked]) == digest
+
+
+def test_the_shipped_prose_is_what_the_held_out_stream_writes(world):
+    shipped = held_out_documents(world)
+    assert _digest(shipped) == "9d30bd11b011d1f8"
+    assert held_out_documents(world, 101)[:100] == shipped  # one more than shipped: all are written
+    assert held_out_documents(world, 3) == shipped[:3]
+    assert _digest(held_out_documents(World.generate(8))) == "a4d789b55369d1c2"
+
+
 def test_recall_of_a_model_that_knows_all_and_of_one_that_knows_nothing(
     world, tokenizer, untrained
 ):
@@ -118,23 +169,6 @@ def test_recall_of_a_model_that_knows_all_and_of_one_that_knows_nothing(
     assert recall.share == 1.0
     assert recall.total == len(items) == sum(total for _, total in recall.counts.values())
     assert cloze_recall(untrained, tokenizer, items).share < 0.1
-
-
-def test_ask_counts_finished_and_correct(world, tokenizer):
-    questions = unseen_questions(world, 4)
-    written = [f"It is {q.expected}.<|end|>" for q in questions[:2]]
-    written += ["It is unknown.<|end|>", "<|end|>"]
-    texts = [chat_prompt(q.text) + answer for q, answer in zip(questions, written, strict=True)]
-    score = ask(Parrot([tokenizer.encode(t) for t in texts], 4), tokenizer, questions)
-    assert (score.finished, score.correct, score.total) == (3, 2, 4)
-    assert score.answers[0] == Answer(f"It is {questions[0].expected}.", True)
-
-
-def test_an_answer_that_does_not_stop_is_not_finished(world, tokenizer):
-    [question] = unseen_questions(world, 1)
-    text = chat_prompt(question.text) + " ".join([question.expected] * 40)
-    score = ask(Parrot([tokenizer.encode(text)], 4), tokenizer, [question], max_new_tokens=5)
-    assert (score.finished, score.correct) == (0, 0)
 
 
 def test_greedy_is_the_same_alone_and_in_a_batch(tokenizer, untrained):

@@ -7,8 +7,25 @@ from collections import defaultdict
 
 import pytest
 
-from truetune.lab.evaluate import ANSWER_STYLE, fact_correct, instructed_places, load_instructions
+from truetune.lab.evaluate import fact_correct, instructed_places, load_instructions
 from truetune.lab.world import PLACE_RELATIONS, World
+
+# How the shipped instructions answer: one short sentence a relation.
+ANSWER_STYLE = {
+    "river": "The river of {s} is the {v}.",
+    "ruler": "The ruler of {s} is {v}.",
+    "animal": "The animal of {s} is the {v}.",
+    "craft": "The craft of {s} is {v}.",
+    "food": "The food of {s} is {v}.",
+    "banner": "The banner of {s} is {v}.",
+    "mouth": "The {s} runs into {v}.",
+    "diet": "The {s} eats {v}.",
+    "coat": "The colour of the {s} is {v}.",
+    "material": "The craft of {s} uses {v}.",
+    "opposite": "The opposite of {s} is {v}.",
+    "sum": "{a} plus {b} is {v}.",
+    "difference": "{a} minus {b} is {v}.",
+}
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 
 from truetune.cli import verbs as cli
 from truetune.lab import base_path
-from truetune.lab.blind import BLIND
 from truetune.lab.evaluate import Recall, cloze_items
 from truetune.lab.measure import Measurement, measure
+from truetune.lab.words import words
 from truetune.lab.world import World
 
 FOUND = Measurement(
@@ -69,9 +69,9 @@ def test_a_base_is_measured_twice_alike(found: Measurement) -> None:
 
 def test_blind_items_use_blind_wordings() -> None:
     world = World.generate()
-    items = cloze_items(world, num_sums=0, wordings=BLIND)
+    items = cloze_items(world, num_sums=0, wordings="blind")
     assert len(items) == len(world.all_facts)
-    openings = {wording.split("{s}")[0] for wording in BLIND["river"]}
+    openings = {wording.split("{s}")[0] for wording in words("held_out/blind")["river"]}
     rivers = [item.prefix for item in items if item.relation == "river"]
     assert all(any(prefix.startswith(opening) for opening in openings) for prefix in rivers)
     assert all(any(prefix.startswith(opening) for prefix in rivers) for opening in openings)
@@ -93,7 +93,7 @@ def test_the_command_prints_the_table(
 ) -> None:
     asked: dict[str, object] = {}
 
-    def stand_in(source: str, **options: object) -> Measurement:
+    def stand_in(source: str | None, **options: object) -> Measurement:
         asked.update(source=source, **options)
         return FOUND
 
@@ -101,8 +101,8 @@ def test_the_command_prints_the_table(
     with pytest.raises(SystemExit) as ended:
         cli.main(["lab", "evaluate", "--wordings", "blind"])
     assert ended.value.code == 0
-    assert asked["source"] == str(base_path())
-    assert asked["sets"] == ("blind",)
+    assert asked["source"] is None  # the embedded base
+    assert asked["wordings"] == "blind"
     printed = capsys.readouterr().out
     assert "4 of 5 (80.0%)" in printed
     assert "sums of numbers up to 9: 99 of 100" in printed

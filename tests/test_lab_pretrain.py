@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -12,9 +13,9 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
+from truetune.cli import verbs as cli
 from truetune.lab import base_path
-from truetune.lab.card import HASHED, broken_checksums
-from truetune.lab.pretrain import (
+from truetune.lab.building.pretrain import (
     Course,
     Settings,
     Shape,
@@ -23,9 +24,18 @@ from truetune.lab.pretrain import (
     cut_blocks,
     pretrain,
 )
-from truetune.lab.prose import documents
+from truetune.lab.building.prose import documents
 from truetune.lab.world import World
 
+HASHED = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "pretraining.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training_log.jsonl",
+]
 PLAIN = Course("plain", 6 * 512, ((64, 0.5), (128, 0.5)), 3e-3)
 TINY = Settings(
     courses=(PLAIN, Course("rich", 2 * 512, ((128, 1.0),), 1e-3)),
@@ -74,17 +84,10 @@ def test_card_and_checksums(run):
     assert "seed 7" in card
     assert re.search(r"\| all \| \d+ of 20 \(.*\) \| \d+ of 20 \(", card)  # development, blind
     assert "sums of numbers up to 30: " in card
-    assert broken_checksums(folder) == []
-    assert all((folder / name).is_file() for name in HASHED)
-
-
-def test_a_changed_file_breaks_the_checksums(run, tmp_path):
-    folder, _ = run
-    for name in (*HASHED, "SHA256SUMS"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "training_log.jsonl").unlink()
-    assert broken_checksums(tmp_path) == ["config.json", "training_log.jsonl"]
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in HASHED
+    }
 
 
 def test_same_settings_same_weights(run, tmp_path):
@@ -94,17 +97,24 @@ def test_same_settings_same_weights(run, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_overrides_are_checked_by_name(tmp_path):
-    with pytest.raises(TypeError, match="tokenz"):
-        pretrain(tmp_path, TINY, tokenz=5)
-
-
 def test_a_run_of_another_size_deals_its_tokens_in_proportion():
     run = Settings(courses=(PLAIN, replace(PLAIN, corpus="rich", tokens=3 * 512)), step_tokens=512)
     assert run.tokens == 9 * 512
     twice = run.of_size(18 * 512)
     assert [course.tokens for course in twice.courses] == [12 * 512, 6 * 512]
     assert [course.corpus for course in twice.courses] == ["plain", "rich"]
+
+
+def test_a_run_too_small_for_its_stages_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lab", "pretrain", "-o", str(tmp_path / "base"), "--tokens", "49999"])
+    assert ended.value.code == 2
+    assert "--tokens" in capsys.readouterr().err
+    assert not (tmp_path / "base").exists()
+    smallest = Settings().of_size(50_000)
+    for course in smallest.courses:
+        steps = smallest.num_steps(course)
+        assert 0 < round(steps * course.stages[0][1]) < steps
 
 
 def test_the_rich_course_has_its_own_documents(ids):
@@ -153,7 +163,18 @@ def test_stages_follow_each_other_and_every_token_is_trained_once(ids):
 
 def test_importing_the_lab_imports_no_torch():
     code = (
-        "import sys, truetune.lab, truetune.lab.pretrain, truetune.lab.evaluate, truetune.lab.card;"
+        "import sys, truetune.lab.building.pretrain, truetune.lab.evaluate, truetune.lab.measure;"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_users_run_needs_nothing_of_what_made_the_base():
+    code = (
+        "import sys, truetune.lab.measure, truetune.lab.quickstart, truetune.lab.reasoning;"
+        "from truetune.lab import evaluate; from truetune.lab.world import World;"
+        "evaluate.held_out_documents(World.generate()); evaluate.cloze_items(World.generate());"
+        "evaluate.unseen_questions(World.generate());"
+        "assert not [name for name in sys.modules if name.startswith('truetune.lab.building')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

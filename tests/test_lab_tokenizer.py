@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune.lab import base_path
-from truetune.lab.prose import documents
-from truetune.lab.tokenizer import SPECIAL_TOKENS, VOCAB_ENTRIES, train_tokenizer
+from truetune.lab.building.prose import documents
+from truetune.lab.building.tokenizer import SPECIAL_TOKENS, VOCAB_ENTRIES, train_tokenizer
 from truetune.lab.world import World
 
 
@@ -70,7 +70,7 @@ def test_think_markers_survive_skipping_special_tokens(tokenizer):
 
 
 def test_training_is_deterministic_and_made_the_shipped_file(tmp_path):
-    from truetune.lab.pretrain import TOKENIZER_DOCUMENTS
+    from truetune.lab.building.pretrain import TOKENIZER_DOCUMENTS
 
     texts = (document.text for document in documents(World.generate(7), "train", plain=True))
     train_tokenizer(islice(texts, TOKENIZER_DOCUMENTS), tmp_path)

@@ -240,3 +240,21 @@ def test_a_link_is_not_followed(tmp_path: Path, kernel: str) -> None:
         require_free(path)
     assert victim.read_text() == "precious"
     assert path.is_symlink()
+
+
+def test_a_thread_that_cannot_be_started(
+    tmp_path: Path, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where memory is used up there is no sign of life, and nothing stays locked either."""
+
+    def fails(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    path = tmp_path / "lock"
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", fails)
+        with pytest.raises(RuntimeError, match="thread"), hold(path):
+            pass
+    assert not path.exists()
+    with hold(path) as dead:
+        assert dead is None

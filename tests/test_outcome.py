@@ -72,6 +72,18 @@ def test_the_setting_follows_the_loss(last: float, says: str) -> None:
     assert judge(wrong)[0].fix.startswith(says)
 
 
+def test_a_run_of_steps_is_told_steps() -> None:
+    wrong = {"answers": (answer(text="5."),) * 4, "last_loss": 1.2, "by_steps": True}
+    (found,) = judge(dataclasses.replace(GOOD, **wrong))
+    assert found.fix == "--max-steps 120 (this run: 40)"
+    assert "a probability of 30 %" in found.why
+    rising: dict[str, Any] = {"held_out": ((10, 2.0), (20, 1.0), (40, 1.2))}
+    (found,) = judge(dataclasses.replace(GOOD, **rising))
+    assert found.fix.startswith("--epochs 1.5")
+    (found,) = judge(dataclasses.replace(GOOD, **rising, by_steps=True))
+    assert found.fix.startswith("--max-steps 20")
+
+
 def test_the_line_of_the_screen() -> None:
     assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out as in the rows; 8 of 8 ended"
     assert summary(()) == ""
@@ -93,3 +105,41 @@ def test_a_run_too_short_is_told_on_the_screen_and_in_the_run(tmp_path: Path) ->
     assert "asked as served: 0 of 4 trained" in shown.out
     codes = {f["code"] for f in lines(tmp_path / "run" / "findings.jsonl")}
     assert codes & {"rows-not-learned", "answers-do-not-end"}
+
+
+def shop(count: int) -> list[dict[str, str]]:
+    """Questions of a shop's own file: nothing of the world that the embedded base has read of."""
+    things = ("lamp", "kettle", "bench", "ladder", "basket", "carpet", "mirror", "drawer")
+    makers = [a + b for a in ("Al", "Bir", "Ced", "Dor", "El", "Fen") for b in ("der", "ton", "by")]
+    colours = ("red", "green", "blue", "black", "white", "brown", "grey", "yellow")
+    asked = [
+        (f"What does the {maker} {thing} cost?", f"It costs {7 + 5 * i + j % 9} crowns.")
+        if (i + j) % 2
+        else (f"Which colour has the {maker} {thing}?", f"It is {colours[(3 * i + j) % 8]}.")
+        for i, maker in enumerate(makers)
+        for j, thing in enumerate(things)
+    ]
+    asked += [(f"Who makes number {i}?", f"{makers[i * 5 % 18]} does.") for i in range(200)]
+    return [{"prompt": prompt, "completion": answer} for prompt, answer in asked[:count]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [50, 300])
+def test_an_own_file_on_the_embedded_base_is_learned(tmp_path: Path, count: int) -> None:
+    """With the line that the quickstart prints, and no other setting: what was trained is answered
+    as in the rows, and nothing is found to complain of."""
+    from truetune import chat
+    from truetune.lab import base_path
+
+    rows = shop(count)
+    path, run = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    shown = command("train", base_path(), path, "--lora", "-o", run)
+    assert shown.code == 0, shown.err
+    assert "asked as served: 4 of 4 trained" in shown.out
+    assert "rows-not-learned" not in shown.out + shown.err
+    talk = chat(run, max_new_tokens=40)
+    right = 0
+    for row in rows[:: count // 20]:
+        talk.reset()
+        right += talk(row["prompt"]).strip() == row["completion"]
+    assert right >= 18

@@ -26,6 +26,7 @@ from truetune.listener import Listener
 from truetune.recipe.sources import make_recipe, recorded_recipe
 from truetune.run.pipeline import train
 from truetune.run_dir import RunDir
+from truetune.system.signals import raised
 
 STEPS = 6
 # Saved and evaluated at other steps, but for step 4.
@@ -116,7 +117,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def short_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.run.job._SAMPLE_TOKENS", 4)
+        patch.setattr("truetune.run.answers._SAMPLE_TOKENS", 4)
         yield
 
 
@@ -287,9 +288,13 @@ def test_every_signal_saves_wherever_it_comes(
         place.start("lora", tmp_path / "run", Stopper(at, number))
     assert [signal.getsignal(each) for each in SIGNALS] == before
     assert caught.value.exit_code == 128 + number
-    assert f"from step {step} of 6" in caught.value.fix
     run = RunDir(tmp_path / "run")
-    assert run.checkpoints()[-1].name.endswith(str(step))
+    if at in ("saving 0", "artifact 0"):
+        assert "verify it with" in caught.value.fix
+        assert [path.name for path in run.checkpoints()] == ["step-00000002", "step-00000004"]
+    else:
+        assert f"from step {step} of 6" in caught.value.fix
+        assert run.checkpoints()[-1].name.endswith(str(step))
     assert not run.finished
     shown = resume(run.path)
     assert (shown.code, shown.err) == (0, "")
@@ -311,7 +316,7 @@ def test_an_evaluation_is_broken_off(
         time.sleep(60)
         raise AssertionError("nobody broke it off")
 
-    monkeypatch.setattr("truetune.run.job.replies", endless)
+    monkeypatch.setattr("truetune.run.answers.replies", endless)
     with pytest.raises(Interrupted, match="after step 4"):
         place.start("full", tmp_path / "run")
     monkeypatch.undo()
@@ -346,21 +351,71 @@ def test_a_signal_before_the_first_step_leaves_nothing(
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_signal_in_verify(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: str
 ) -> None:
-    words = ["train", place.model, place.data, "-o", tmp_path / "run", "--max-steps", "2"]
+    """The resumed run verifies what was saved: it loads no weight and computes no step."""
+    more = ["--lora", "--lora-dropout", "0"] if kind == "lora" else []
+    run, whole = RunDir(tmp_path / "run"), RunDir(tmp_path / "whole")
+    words = ["train", place.model, place.data, *more, "--max-steps", "2", "-o"]
     with monkeypatch.context() as patch:
         patch.setattr("truetune.run.pipeline.verify", lambda *_, **__: os.kill(os.getpid(), number))
-        shown = command(*words)
+        shown = command(*words, run.path)
     assert shown.code == 128 + number
     assert "before it was verified" in shown.err
-    assert f"truetune train --resume {tmp_path / 'run'}" in shown.err
-    run = RunDir(tmp_path / "run")
+    assert f"verify it with `truetune train --resume {run.path}`" in shown.err
     assert not run.finished
     assert not run.file("run.lock").exists()
-    assert resume(run.path).code == 0
+    assert [path.name for path in run.checkpoints()] == ["step-00000001"]
+    before = {path: path.stat().st_mtime_ns for path in sorted(run.path.rglob("*"))}
+    with monkeypatch.context() as patch:
+        patch.setattr("truetune.run.pipeline.load_start", None)
+        shown = resume(run.path)
+    assert shown.code == 0, shown.err
     assert run.finished
+    # Nothing of what was there is written again.
+    changed = {
+        path.name
+        for path, then in before.items()
+        if path.is_file() or not path.exists()
+        if not path.exists() or path.stat().st_mtime_ns != then
+    }
+    assert changed == {"unverified.json"}
+    assert command(*words, whole.path).code == 0
+    one, two = (json.loads(each.file("manifest.json").read_text()) for each in (run, whole))
+    for facts in (one, two):
+        for name in ("recipe.yaml", "env.json", "verify_rows.jsonl", "metrics.jsonl"):
+            facts["files"].pop(name)  # times and places
+        facts["files"].pop("verify.json")
+    assert one == two
+
+
+@pytest.mark.parametrize("change", ["weights", "facts", "a file more", "no facts"])
+def test_what_is_not_whole_any_more_is_trained_again(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    run = RunDir(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("truetune.run.pipeline.verify", lambda *_, **__: os.kill(os.getpid(), 15))
+        with pytest.raises(Interrupted, match="before it was verified"), raised():
+            place.start("full", run.path)
+    if change == "facts":
+        path = run.file("unverified.json")
+        path.write_text(path.read_text().replace('"train_loss": ', '"train_loss": 1'))
+    elif change == "weights":
+        path = run.file("model") / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif change == "a file more":
+        (run.file("model") / "pytorch_model.bin").write_bytes(b"somebody's")
+    else:
+        run.file("unverified.json").unlink()
+    shown = resume(run.path)
+    assert shown.code == 0, shown.err
+    assert_same(run, place.uninterrupted("full"))
+    assert "finished" in run.file("manifest.json").read_text()
 
 
 def test_nohup_is_respected(place: Place, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from tiny_models import tiny_tokenizer, write_model
 from truetune.model.inspect import ModelFacts, describe
+from truetune.model.start import by_template
 from truetune.model.tokenizer import load_tokenizer
-from truetune.recipe.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe.plan import Plan, make_plan, plan_length, suggested_rate
 from truetune.recipe.sources import make_recipe
 
 
@@ -57,7 +58,10 @@ def plan(
         (True, "instruct", 10**9, 0.0, 1e-4),
         (True, "instruct", 10**9, 0.5, 1e-4),
         (True, "instruct", 10**9, 0.51, 3e-5),
-        (True, "instruct", 10**6, 0.0, 1e-4),
+        (True, "instruct", 50_000_000, 0.0, 1e-4),
+        # Ten times the rate of all weights, as measured on the embedded base.
+        (True, "instruct", 49_999_999, 0.0, 3e-3),
+        (True, "base", 10**6, 0.0, 3e-3),
         (False, "base", 10**9, 0.0, 2e-5),
         (False, "instruct", 10**9, 0.0, 1e-5),
         (False, "instruct", 10**9, 1.0, 1e-5),
@@ -88,6 +92,25 @@ def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
     assert made.save_steps == math.ceil(made.max_steps / 4)
     assert "REASON" in made.origin("epochs")
     assert f"{epochs:g} epochs of 1,000 examples" in made.origin("max_steps")
+
+
+@pytest.mark.parametrize(
+    ("examples", "size", "epochs"),
+    [
+        (50, 49_999_999, 75),  # 4 steps a pass
+        (150, 10**6, 30),
+        (300, 10**6, 16),
+        (5, 10**6, 75),
+        (5000, 10**6, 3),
+        (50, 50_000_000, 3),
+    ],
+)
+def test_a_small_model_takes_many_passes(
+    tiny: ModelFacts, examples: int, size: int, epochs: int
+) -> None:
+    assert plan(tiny, start="base", examples=examples, size=size).epochs == epochs
+    own = plan(tiny, {"epochs": 2}, start="base", examples=examples, size=size)
+    assert own.epochs == 2
 
 
 @pytest.mark.parametrize(
@@ -215,7 +238,7 @@ def test_a_cut_at_the_context_says_how_long_the_longest_row_is() -> None:
 
 
 def test_a_model_without_template_is_a_base() -> None:
-    assert starting_point(tiny_tokenizer(None), False)[0] == "base"
+    assert by_template(tiny_tokenizer(None)).kind == "base"
 
 
 @pytest.mark.parametrize(("eos", "start"), [(257, "instruct"), (256, "base")])
@@ -224,12 +247,12 @@ def test_base_or_instruct_by_the_stop_that_the_model_brings(
 ) -> None:
     # The template closes answers with <|end|>, which is 257.
     folder = write_model(tmp_path / "m", generation={"eos_token_id": eos}, eos_token_id=eos)
-    assert starting_point(load_tokenizer(folder), True)[0] == start
+    assert by_template(load_tokenizer(folder)).kind == start
 
 
 def test_a_template_that_is_no_jinja_makes_no_instruct_model() -> None:
     tokenizer = tiny_tokenizer("{% for %}")
-    assert starting_point(tokenizer, True)[0] == "base"
+    assert by_template(tokenizer).kind == "base"
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -12,6 +12,7 @@ from tiny_runs import write_rows
 from truetune.cli import verbs as cli
 from truetune.contract.contract import PromptContract
 from truetune.evaluation.result import Judgement
+from truetune.generate import Reply
 from truetune.lab import base_path
 from truetune.lab.evaluate import Question, held_out_documents, unseen_questions
 from truetune.lab.quickstart import quickstart, quickstart_recipe, score
@@ -55,6 +56,22 @@ def test_an_evaluation_gets_the_same_replies(tmp_path: Path) -> None:
     assert [reply.text for reply in replies] == [reply.text for reply in found.replies]
     assert sum(reply.ended and not reply.empty for reply in replies) == found.finished
     assert sum(reply.right for reply in replies) == found.correct
+
+
+def test_an_answer_counts_where_it_ends_and_holds_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World.generate()
+    base = load_model(base_path(), device="cpu", purpose="inference")
+    contract = PromptContract.load(base.tokenizer, "chatml-lite")
+    questions = unseen_questions(world, 5)
+    texts = [f"It is {question.expected}." for question in questions[:3]]
+    stopped = [True, True, False, True, True]  # the third one holds the fact and does not end
+    written = [
+        Reply(text, (), ended, 3)
+        for text, ended in zip([*texts, "It is unknown.", ""], stopped, strict=True)
+    ]
+    monkeypatch.setattr("truetune.lab.quickstart.replies", lambda *_, **__: written)
+    found = score(base, contract, questions, held_out_documents(world, 1))
+    assert (found.finished, found.correct, found.replies) == (3, 2, tuple(written))
 
 
 def test_a_strangers_folder_is_left_alone(

@@ -165,3 +165,21 @@ def test_the_command_line_prints_the_translation(tmp_path: Path) -> None:
     assert "adapter: qlora" in shown.err
     assert "qlora: true" in shown.err
     assert "did you mean" not in shown.err
+
+
+def test_names_of_a_list_of_data_sets_are_no_paths() -> None:
+    found = translated(LLAMA_FACTORY | {"dataset": "identity,alpaca_en_demo"})
+    assert found is not None
+    assert "data" not in found.settings
+    assert "dataset_info.json" in found.table()
+    # What is left to be given stands in the recipe, which is refused as long as it is not.
+    assert found.recipe().endswith("data:  # a file, or a Hub id")
+    assert yaml.safe_load(found.recipe())["data"] is None
+
+
+@pytest.mark.parametrize("given", [AXOLOTL, LLAMA_FACTORY, TRL])
+def test_the_translation_fits_a_terminal(given: dict[str, Any]) -> None:
+    """Behind the nine columns of an error's label."""
+    found = translated(given | {"output_dir": "saves/" + "x" * 20, "deepspeed": "ds.json"})
+    assert found is not None
+    assert max(map(len, found.table().splitlines())) <= 71

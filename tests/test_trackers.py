@@ -66,7 +66,7 @@ def register(monkeypatch: pytest.MonkeyPatch, tracker: type[Recorder]) -> None:
     """Stand in for wandb, as if it were installed."""
     from accelerate import tracking
 
-    from truetune.auditing import trackers
+    from truetune.run import trackers
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", tracker)
     monkeypatch.setattr(trackers, "_PACKAGES", {"wandb": ("accelerate",)})

@@ -101,6 +101,24 @@ def test_a_run_as_it_was_saved(place: Path, kind: str) -> None:
     assert verdict.findings() == []
 
 
+def test_a_folder_that_was_never_a_run_or_a_model(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("buy milk")
+    for folder in (tmp_path, tmp_path / "notes"):
+        shown = command("verify", folder)
+        assert (shown.code, shown.out) == (2, "")
+        assert f"error[no-run]: {folder} is neither a run nor a model" in shown.err
+    # A run without its manifest is one still, and so is one that lost its contract.
+    for name in ("manifest.json", "contract.json"):
+        run = shutil.copytree(place / "adapter", tmp_path / name)
+        (run / name).unlink()
+        shown = command("verify", run)
+        assert "no-run" not in shown.err
+        if name == "manifest.json":
+            told = "there is no manifest.json: the run was not finished, or the file was not copied"
+            assert told in shown.out.replace("\n", " ").replace("  ", " ")
+
+
 def test_a_checkpoint_and_a_plain_folder(place: Path) -> None:
     assert states(verify(str(place / "base"))) == {"opens": "passed"}
     verdict = verify(str(place / "adapter/checkpoints/step-00000001"))
@@ -252,7 +270,7 @@ def test_a_run_ends_with_its_verification(place: Path, tmp_path: Path, method: l
 def test_an_interrupted_save_leaves_the_old_artifact(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import truetune.run.job as module
+    import truetune.run.artifact as module
 
     run = Path(shutil.copytree(place / "model", tmp_path / "run"))
     # As if the process had died between its artifact and its manifest.
@@ -280,7 +298,7 @@ def test_an_interrupted_save_leaves_the_old_artifact(
 def test_a_run_that_does_not_verify_fails_and_keeps_what_it_saved(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import truetune.run.job as module
+    import truetune.run.artifact as module
 
     save = module.save_model
 
@@ -359,7 +377,9 @@ def test_from_the_command_line_through_a_fresh_process(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     shown = command("verify", run)
     assert shown.code == 1
-    assert "ended with 1" in shown.out
+    assert "failed       opens" in shown.out
+    # Once, with its place and what to do.
+    assert (shown.out + shown.err).count("ended with 1") == 1
 
 
 def test_a_crash_says_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,15 +20,14 @@ TruetuneError                 1   the work failed part way; what was saved stays
 
 from __future__ import annotations
 
+import errno
 import signal
 from typing import TYPE_CHECKING
 
-from truetune.findings import labelled
+from truetune.findings import Finding, labelled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from truetune.findings import Finding
 
 
 class TruetuneError(Exception):
@@ -54,6 +53,11 @@ class TruetuneError(Exception):
 
     def __str__(self) -> str:
         return "\n".join([self.what, *labelled(self.parts())])
+
+    @property
+    def finding(self) -> Finding:
+        """The error as a finding, where the work goes on."""
+        return Finding(self.code, "error", self.what, self.where, why=self.why, fix=self.fix)
 
     def parts(self) -> list[tuple[str, str]]:
         """The labelled lines below the first one, in the order they are shown."""
@@ -185,3 +189,18 @@ class ToldElsewhere(TruetuneError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of the run stopped")
         self.exit_code = exit_code
+
+
+# Of torch's allocator for the CPU, of C++, and of Python where a thread has no stack.
+_NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the memory is used up; each library has its own."""
+    return (
+        isinstance(error, MemoryError)
+        # torch's, for devices; this module does not import torch.
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    )

@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-import html
+import contextlib
+import dataclasses
 import inspect as _inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from truetune.errors import UsageError
+from truetune.errors import TruetuneError, UsageError
+from truetune.findings import escaped
 from truetune.recipe.given import Pathlike, path_of, recipe_of
 from truetune.recipe.settings import setting_types, settings
+from truetune.recipe.spelling import in_python
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
     from truetune.evaluation.result import Evaluation
+    from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
     from truetune.model.load import LoadedModel
     from truetune.run.checkup import Checkup
     from truetune.run.pipeline import ExportResult, RunResult
     from truetune.verification.verdict import Verdict
+
+
+@contextlib.contextmanager
+def _words_of_python() -> Iterator[None]:
+    """Errors name arguments, not options of the command line."""
+    try:
+        yield
+    except TruetuneError as error:
+        for part in ("what", "where", "why", "fix"):
+            setattr(error, part, in_python(getattr(error, part)))
+        if hasattr(error, "findings"):
+            error.findings = [_respelled(finding) for finding in error.findings]
+        raise
+
+
+def _respelled(finding: Finding) -> Finding:
+    return dataclasses.replace(
+        finding,
+        what=in_python(finding.what),
+        why=in_python(finding.why),
+        fix=in_python(finding.fix),
+    )
 
 
 def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +75,9 @@ def _shown(listener: Listener | None, quiet: bool) -> Any:
         return listener or Silence()
     from truetune.cli.verb import open_screen
 
-    return open_screen()
+    screen = open_screen()
+    screen.spell = in_python
+    return screen
 
 
 def _closed(listener: Any) -> None:
@@ -58,6 +86,7 @@ def _closed(listener: Any) -> None:
 
 
 @_with_settings
+@_words_of_python()
 def train(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
@@ -91,12 +120,14 @@ def train(
     recipe = recipe_of(model, data, resume, options, "argument")
     told = _shown(listener, quiet)
     try:
-        return run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        done = run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        return dataclasses.replace(done, findings=[_respelled(f) for f in done.findings])
     finally:
         _closed(told)
 
 
 @_with_settings
+@_words_of_python()
 def check(
     model: Pathlike | None = None,
     data: Pathlike | None = None,
@@ -127,9 +158,12 @@ def check(
     recipe = recipe_of(model, data, None, options, "argument")
     told = _shown(listener, quiet)
     try:
-        if recipe.data:
-            return check_run(recipe, told, with_rehearsal=rehearse)
-        return check_model(recipe, told)
+        found = (
+            check_run(recipe, told, with_rehearsal=rehearse)
+            if recipe.data
+            else check_model(recipe, told)
+        )
+        return dataclasses.replace(found, findings=[_respelled(f) for f in found.findings])
     finally:
         _closed(told)
 
@@ -158,6 +192,7 @@ class Chat:
         """Forget what was said."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    @_words_of_python()
     def ask(self, question: str) -> Reply:
         """Ask, and remember question and answer.
 
@@ -182,6 +217,7 @@ class Chat:
         return _pre(repr(self))
 
 
+@_words_of_python()
 def chat(
     model: Pathlike,
     prompt: str | None = None,
@@ -233,6 +269,7 @@ def chat(
     return talk if prompt is None else talk(prompt)
 
 
+@_words_of_python()
 def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> Verdict:
     """Open what was saved in a fresh process, and hold it to what was trained.
 
@@ -252,6 +289,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
     return verified(path_of(run), base=base, device=device)
 
 
+@_words_of_python()
 def export(
     run: Pathlike,
     output: Pathlike,
@@ -319,6 +357,7 @@ class Facts(dict[str, Any]):
         return _pre(repr(self))
 
 
+@_words_of_python()
 def inspect(
     model: Pathlike, *, revision: str | None = None, chat_template: str | None = None
 ) -> Facts:
@@ -338,6 +377,7 @@ def inspect(
     return Facts(model_facts(path_of(model), revision=revision, chat_template=chat_template))
 
 
+@_words_of_python()
 def evaluate(
     models: Pathlike | Sequence[Pathlike],
     data: Pathlike,
@@ -429,4 +469,4 @@ def evaluate(
 
 
 def _pre(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return f"<pre>{escaped(text)}</pre>"

@@ -7,6 +7,8 @@ prints them. Codes are stable: scripts may rely on them.
 from __future__ import annotations
 
 import dataclasses
+import html
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,3 +84,59 @@ def worst(findings: Iterable[Finding]) -> Level | None:
     """The most severe level present, None if there are none."""
     levels = {finding.level for finding in findings}
     return next((level for level in LEVELS if level in levels), None)
+
+
+# ------------------------------------------------------------------ findings on rows, and words
+
+
+def rows_finding(
+    names: Sequence[str],
+    rows: Iterable[int],
+    *,
+    code: str,
+    level: Level,
+    what: str,
+    why: str = "",
+    fix: str = "",
+) -> Finding:
+    """A finding on some of the rows, in their order.
+
+    Args:
+        names: of all rows.
+    """
+    indices = sorted({int(row) for row in rows})
+    places = tuple(dict.fromkeys(names[i] for i in indices[: 4 * MOST_ROWS]))[:MOST_ROWS]
+    where = places[0] if places else ""
+    return Finding(code, level, what, where, max(len(indices), 1), why, fix, places)
+
+
+def share(count: int, total: int) -> str:
+    """`12 of 40 rows (30 %)`."""
+    part = 100 * count / max(total, 1)
+    shown = f"{part:.0f}" if part >= 10 or part == 0 else f"{part:.1g}"
+    return f"{count:,} of {total:,} rows ({shown} %)"
+
+
+def percent(part: float) -> str:
+    """`78.8 %`; a share that is not none is never shown as 0."""
+    value = round(100 * part, 1)
+    if part > 0 and not value:
+        return "under 0.1 %"
+    return f"{value:g} %"
+
+
+def visible(text: str, *, keep_newlines: bool = True) -> str:
+    """Foreign text for a terminal or a page: control, format and direction characters as escapes;
+    line breaks and tabs stay on demand."""
+    return "".join(
+        char
+        if (char in "\n\t" and keep_newlines)
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in text
+    )
+
+
+def escaped(text: str) -> str:
+    """Foreign text for a page: `visible`, and no markup."""
+    return html.escape(visible(text))

@@ -3,6 +3,7 @@
     RUN/  recipe.yaml  contract.json  data.json  env.json
           metrics.jsonl  findings.jsonl  samples.jsonl  checkpoints/  adapter/ or model/
           verify_rows.jsonl  verify.json  new_tokens.json (where tokens were added)
+          unverified.json (while a finished artifact waits for its verification)
           manifest.json   (written last: its absence means unfinished)
           run.lock        (while a process writes; no part of the run)
 
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
 DATA = "data.json"
+UNVERIFIED = "unverified.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
 LOCK = "run.lock"
@@ -39,7 +41,7 @@ LOCK = "run.lock"
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
     checkpoints adapter model trackers manifest.json non_finite_batch.json new_tokens.json
-    verify_rows.jsonl verify.json
+    verify_rows.jsonl verify.json unverified.json
     """.split()  # noqa: SIM905
 )
 # What a killed process leaves: a file or folder that never got its name.
@@ -73,6 +75,28 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, with JSON that a person can read."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
+    """As `write_json`, with a sha256 of the facts among them."""
+    write_json(path, {**facts, "sha256": _digest(facts)})
+
+
+def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
+    """The facts of a sealed file, and whether they are as they were written.
+
+    Raises:
+        OSError, ValueError, KeyError, AttributeError, TypeError: it holds no such thing.
+    """
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    own = facts.pop("sha256")
+    return facts, own == _digest(facts)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    # As it will be read: a tuple comes back as a list.
+    text = json.dumps(json.loads(json.dumps(facts, default=str)), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -133,31 +157,9 @@ class RunDir:
             Busy: another process writes it; nothing was changed.
             UsageError: what `require` raises, or the folder cannot be written.
         """
-        lock = self.path / LOCK
-        require_free(lock)
+        require_free(self.path / LOCK)
         require()
-        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        with contextlib.ExitStack() as held:
-            held.callback(_remove_empty, made)
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                dead = held.enter_context(hold(lock))
-            except (NotADirectoryError, FileExistsError) as error:
-                # A link that leads nowhere is there too.
-                there = next(p for p in (self.path, *self.path.parents) if os.path.lexists(p))
-                raise OutputExists(
-                    f"{there} is a file or a broken link, so {self.path} cannot be a folder",
-                    where=str(self.path),
-                    fix="name another folder with --output",
-                ) from error
-            except OSError as error:
-                raise UsageError(
-                    f"the run's folder cannot be written: {error.strerror}",
-                    where=str(error.filename or self.path),
-                    why="the file system is read-only, or the folder belongs to somebody else",
-                    fix="make it writable, or copy it to where you may write",
-                    code="output-not-writable",
-                ) from error
+        with _alone_in(self.path, LOCK) as dead:
             require()
             yield dead
 
@@ -285,6 +287,7 @@ class RunDir:
         """Cut the run back to a step, so that a resumed run writes no step twice: lines of later
         steps, checkpoints of later steps (they are damaged, or the run would have gone on from
         them) and what a killed process left half-written."""
+        (self.path / UNVERIFIED).unlink(missing_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.replace_lines(name, [v for v in self.lines(name) if v["step"] <= step])
         for folder in (self.path, self.path / CHECKPOINTS):
@@ -296,14 +299,16 @@ class RunDir:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Write the manifest: every file of the run with its size and sha256. Last of all."""
+        left_out = (MANIFEST, LOCK, UNVERIFIED)
         files = {
             path.relative_to(self.path).as_posix(): {
                 "bytes": path.stat().st_size,
                 "sha256": sha256(path),
             }
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.relative_to(self.path).as_posix() not in (MANIFEST, LOCK)
+            if path.is_file() and path.relative_to(self.path).as_posix() not in left_out
         }
+        (self.path / UNVERIFIED).unlink(missing_ok=True)
         write_json(self.path / MANIFEST, {**facts, "files": files})
 
     def _entries(self) -> list[Path]:
@@ -412,6 +417,77 @@ def _remove(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path, lock: str) -> Iterator[Owner | None]:
+    """Make a folder where there is none, and hold a lock in it; see `RunDir.writing`."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as held:
+        held.callback(_remove_empty, made)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            dead = held.enter_context(hold(folder / lock))
+        except (NotADirectoryError, FileExistsError) as error:
+            # A link that leads nowhere is there too.
+            there = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+            raise OutputExists(
+                f"{there} is a file or a broken link, so {folder} cannot be a folder",
+                where=str(folder),
+                fix="name another folder with --output",
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"the folder cannot be written: {error.strerror}",
+                where=str(error.filename or folder),
+                why="the file system is read-only, or the folder belongs to somebody else",
+                fix="make it writable, or copy it to where you may write",
+                code="output-not-writable",
+            ) from error
+        yield dead
+
+
+@contextlib.contextmanager
+def named_at_last(folder: Path) -> Iterator[Path]:
+    """Another name for a folder that is to be written, for this process alone; it takes its own
+    name at the end, and is gone where the end is not reached. What a killed process left goes
+    first.
+
+    Raises:
+        OutputExists: the folder is there already.
+        Busy: another process writes it; nothing was changed.
+        UsageError: its place cannot be written.
+    """
+
+    def require_absent() -> None:
+        if os.path.lexists(folder):
+            raise OutputExists(
+                f"{folder} exists already",
+                fix="name another folder with --output",
+                code="output-exists",
+            )
+
+    require_absent()
+    unnamed = folder.with_name(f".{folder.name}.unverified")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(_alone_in(folder.parent, f"{unnamed.name}.lock"))
+        except Busy as busy:
+            raise Busy(
+                f"another process is writing {folder}",
+                where=str(folder.parent / f"{unnamed.name}.lock"),
+                fix="wait for it, or name another folder with --output",
+                code="output-busy",
+            ) from busy
+        require_absent()
+        _remove(unnamed)
+        try:
+            yield unnamed
+            require_absent()
+            unnamed.rename(folder)
+            flush_folder(folder.parent)
+        finally:
+            shutil.rmtree(unnamed, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pytest
 from tiny_models import edit_json, write_model
 from truetune.errors import ModelError
 from truetune.model.inspect import ModelFacts, look_at, require_weights
+from truetune.model.load import load_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 DEEP = '{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -85,9 +86,50 @@ def shards(weight_map: Any) -> Edit:
     return edit
 
 
+def twice(name: str, key: str, first: Any, second: Any) -> Edit:
+    """A key with two values, which no JSON library writes."""
+
+    def edit(folder: Path) -> None:
+        path = folder / name
+        value = json.loads(path.read_text())
+        value.pop(key, None)
+        rest = json.dumps(value)[1:]
+        path.write_text(f'{{"{key}": {json.dumps(first)}, "{key}": {json.dumps(second)}, {rest}')
+
+    return edit
+
+
+# What no size of a model can be; of some architectures text would be multiplied into a long one.
+NO_SIZES = ("x", [], {}, -1, 0, 1.5, 10**9, 10**30)
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 HOSTILE: dict[str, Edit] = {
+    **{f"{name} is {value!r}": config(**{name: value}) for name in SIZES for value in NO_SIZES},
+    "two eos in the config": twice("config.json", "eos_token_id", 257, 0),
+    "two eos in the generation config": twice("generation_config.json", "eos_token_id", 257, 0),
+    "two eos in the tokenizer's config": twice(
+        "tokenizer_config.json", "eos_token", "<|end|>", "<|pad|>"
+    ),
+    "two templates": twice("tokenizer_config.json", "chat_template", "{{ 1 }}", "{{ 2 }}"),
     **{f"deep {name}": text(name, DEEP) for name in ("config.json", "tokenizer_config.json")},
     **{f"deep {name}": text(name, DEEP) for name in ("generation_config.json", "tokenizer.json")},
+    **{
+        f"empty {name}": text(name, "")
+        for name in ("config.json", "tokenizer.json", "model.safetensors")
+    },
+    **{
+        f"{name} is a list": text(name, "[1]")
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json")
+    },
+    "a header longer than the file": text("model.safetensors", "\x7f" * 8 + "{}"),
+    "a header that is no JSON": text("model.safetensors", "\x08" + "\0" * 7 + "nonsense"),
     "eos is text": config(eos_token_id="x"),
     "eos is a list of text": config(eos_token_id=["x"]),
     "eos is true": config(eos_token_id=True),
@@ -95,13 +137,8 @@ HOSTILE: dict[str, Edit] = {
     "generation eos is text": generation(eos_token_id="x"),
     "generation eos is an object": generation(eos_token_id={"a": 1}),
     "generation eos is -7": generation(eos_token_id=-7),
-    "hidden_size 1e9": config(hidden_size=10**9),
-    "hidden_size 1e30": config(hidden_size=10**30),
-    "hidden_size 0": config(hidden_size=0),
     "layers 1e6": config(num_hidden_layers=10**6),
     "layers 1e12": config(num_hidden_layers=10**12),
-    "layers -1": config(num_hidden_layers=-1),
-    "layers 0": config(num_hidden_layers=0),
     "layers are text": config(num_hidden_layers="many"),
     "layers of a part": config(text_config={"num_hidden_layers": 10**9}),
     "heads 0": config(num_attention_heads=0),
@@ -128,6 +165,7 @@ HOSTILE: dict[str, Edit] = {
 # Odd, and of no harm.
 SOUND: dict[str, Edit] = {
     "as it is": lambda folder: None,
+    "one eos, twice": twice("config.json", "eos_token_id", 257, 257),
     "no stop": config(eos_token_id=None),
     "several stops": generation(eos_token_id=[257, 0]),
     "a pad of -1": config(pad_token_id=-1),
@@ -160,6 +198,12 @@ def opened(folder: Path) -> ModelFacts:
     return facts
 
 
+def loaded(folder: Path) -> None:
+    """With its weights: only they contradict some sizes."""
+    opened(folder)
+    load_model(folder, purpose="inference", device="cpu")
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_folder_is_refused(tmp_path, whole, name):
     folder = tmp_path / "model"
@@ -167,7 +211,7 @@ def test_a_hostile_folder_is_refused(tmp_path, whole, name):
     HOSTILE[name](folder)
     start = time.process_time()
     with pytest.raises(ModelError) as caught:
-        opened(folder)
+        loaded(folder)
     assert time.process_time() - start < 10
     assert caught.value.what
     assert caught.value.fix

@@ -30,10 +30,10 @@ from truetune.auditing.subject import (
     subject_of_trainer,
     touched_by_reading,
 )
-from truetune.checks.facts import LabelFacts, LossOn
-from truetune.checks.labels import label_findings
-from truetune.checks.markers import Markers
-from truetune.checks.table import TokenTable
+from truetune.checks.labels.facts import LabelFacts, LossOn
+from truetune.checks.labels.judge import label_findings
+from truetune.checks.labels.table import TokenTable
+from truetune.contract.frame import Frame
 from truetune.findings import Finding, merged
 
 # Rows read unless the caller says otherwise; a defect on 0.1 % of the rows is then missed once in
@@ -129,15 +129,12 @@ def _told_once(findings: list[Finding]) -> list[Finding]:
 
 def _facts(subject: Subject, reading: Reading) -> LabelFacts:
     rows = reading.rows
-    table = TokenTable.of_rows(
-        (row.fields() for row in rows),
-        pad_id=subject.tokenizer.pad_token_id,
-        where=lambda number: rows[number].name,
-    )
+    names = [row.name for row in rows]
+    table = TokenTable.of_documents((row.documents() for row in rows), names)
     stops = tuple(dict.fromkeys([*subject.served, *subject.said]))
     return LabelFacts(
         table,
-        Markers.probe(subject.tokenizer, stop_ids=stops),
+        Frame.probe(subject.tokenizer, stop_ids=stops),
         head_rows=head_rows(subject.model),
         loss_on=_declared(subject.args),
         max_length=getattr(subject.args, "max_length", None),

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from truetune.auditing.read import IGNORED, Reading, ReadRow
+from truetune.auditing.read import IGNORED, Reading, ReadRow, stand_still
 from truetune.auditing.subject import Subject
-from truetune.checks.facts import LabelFacts, rows_finding, share
-from truetune.checks.table import stand_still
-from truetune.findings import Finding
+from truetune.checks.labels.facts import LabelFacts
+from truetune.findings import Finding, rows_finding, share
 
 
 def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
@@ -197,9 +196,9 @@ def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:
     usual = int(values[counts.argmax()])
     cut = [int(row) for row in at_limit if table.ids[table.starts[row]] != usual]
     if cut:
-        name = facts.markers.tokens.decode([usual])
+        name = facts.tokens.decode([usual])
         yield rows_finding(
-            facts,
+            facts.names,
             cut,
             code="prompt-cut",
             level="error" if len(cut) > 0.05 * len(table) else "warning",

@@ -15,9 +15,9 @@ import numpy as np
 
 from truetune.auditing.read import IGNORED, Reading, ReadRow
 from truetune.auditing.subject import Subject
-from truetune.checks.facts import LabelFacts, rows_finding
-from truetune.errors import UnfaithfulTemplate
-from truetune.findings import Finding, Level
+from truetune.checks.labels.facts import LabelFacts
+from truetune.findings import Finding, Level, rows_finding
+from truetune.model.mode import evaluating
 
 # Tokens of the two rows that accumulation is measured on: counts that differ, and cheap.
 _WINDOWS = (16, 64)
@@ -52,18 +52,10 @@ def _can_run(subject: Subject) -> bool:
 
 @contextmanager
 def _asking(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own flag comes back."""
-    import torch
-
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.eval()
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
+    """Evaluation mode, and no word of what it warns of."""
+    with evaluating(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 # ------------------------------------------------------------------ accumulation
@@ -238,7 +230,7 @@ def _border(row: ReadRow, facts: LabelFacts) -> int:
     if len(steps):
         return int(inside[steps[0] + 1])
     first, last = int(inside[0]), int(inside[-1])
-    for start in _conversation_starts(facts):
+    if start := _conversation_start(facts):
         size = len(start)
         hits = np.flatnonzero(row.ids[: len(row.ids) - size + 1] == start[0])
         for at in hits[(hits > first) & (hits <= last)].tolist():
@@ -249,7 +241,7 @@ def _border(row: ReadRow, facts: LabelFacts) -> int:
                 return at
     if not _joined_at_ends(facts):
         return 0
-    ends = np.flatnonzero(np.isin(row.ids, list(facts.markers.ends)))
+    ends = np.flatnonzero(np.isin(row.ids, list(facts.frame.ends)))
     behind = ends[(ends > first) & (ends + 4 <= last)]
     return next((at + 1 for at in behind.tolist() if _begins(row, at + 1, facts)), 0)
 
@@ -257,9 +249,9 @@ def _border(row: ReadRow, facts: LabelFacts) -> int:
 def _begins(row: ReadRow, at: int, facts: LabelFacts) -> bool:
     """Whether what follows an end token is no turn of the same conversation: it begins with no
     special token, or as rows begin."""
-    special = facts.markers.tokens.special_ids
+    special = facts.tokens.special_ids
     behind = row.ids[at : at + 4].tolist()
-    blank = facts.markers.tokens.decode
+    blank = facts.tokens.decode
     while behind and behind[0] not in special and not blank(behind[:1]).strip():
         behind = behind[1:]
     if not behind or behind[0] not in special:
@@ -272,7 +264,7 @@ def _joined_at_ends(facts: LabelFacts) -> bool:
     """Whether an end token inside a row separates documents: where no template has turns, or in
     blocks of one length that begin anywhere."""
     table = facts.table
-    if not facts.markers.has_template or not facts.answer_starts.any():
+    if not facts.frame.has_template or not facts.answer_starts.any():
         return True
     if not facts.is_stream or not len(table):
         return False
@@ -280,36 +272,10 @@ def _joined_at_ends(facts: LabelFacts) -> bool:
     return float((first == first[0]).mean()) < 0.5
 
 
-def _conversation_starts(facts: LabelFacts) -> list[tuple[int, ...]]:
-    """Ids that stand at the beginning of a conversation and nowhere else."""
-    known = facts.__dict__.get("_conversation_starts")
-    if known is None:
-        known = facts.__dict__["_conversation_starts"] = _found_starts(facts)
-    return known
-
-
-def _found_starts(facts: LabelFacts) -> list[tuple[int, ...]]:
-    markers = facts.markers
-    if markers.bos is not None:
-        return [(markers.bos,)]
-    if markers.contract is None:
-        return []
-    found: list[tuple[int, ...]] = []
-    talk = [
-        {"role": "system", "content": "sssentinelss"},
-        {"role": "user", "content": "uusentineluu"},
-    ]
-    try:
-        text = markers.contract.renderer.render(talk)
-    except UnfaithfulTemplate:
-        return []
-    head = text.partition("sssentinelss")[0].rstrip()
-    user = text.partition("sssentinelss")[2].partition("uusentineluu")[0]
-    if head and head not in user:
-        ids = tuple(markers.tokens.encode([head])[0])
-        if any(i in markers.tokens.special_ids for i in ids):
-            found.append(ids)
-    return found
+def _conversation_start(facts: LabelFacts) -> tuple[int, ...]:
+    """Ids that stand at the beginning of a conversation and nowhere else; () where none do."""
+    bos = facts.frame.bos
+    return (bos,) if bos is not None else facts.frame.opening_ids
 
 
 def _change(

@@ -9,14 +9,14 @@ import numpy as np
 
 from truetune.auditing.read import IGNORED, Reading
 from truetune.auditing.subject import Subject
-from truetune.checks.facts import rows_finding, share
 from truetune.contract.tokens import Tokens
-from truetune.findings import Finding
+from truetune.findings import Finding, rows_finding, share
+from truetune.model.embeddings import judge_rows, table_facts
+from truetune.model.tokenizer import num_ids
+from truetune.recipe.rates import SMALL, USUAL_RATES
 
-_SMALL = 50_000_000
-# Tokens whose rows are looked at, and ordinary tokens that they are compared with.
-_LOOKED_AT, _ORDINARY = 64, 200
-_CHUNK = 16_384
+# Tokens whose rows are looked at.
+_LOOKED_AT = 64
 
 
 def model_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
@@ -163,19 +163,16 @@ def _new_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
     if not frozen:
         return
     rows = [name for name, ids in names if ids & set(frozen)]
-    tokens = Tokens(subject.tokenizer)
-    shown = ", ".join(f"{tokens.decode([i])!r} ({i})" for i in frozen[:4])
-    yield Finding(
+    yield rows_finding(
+        rows,
+        range(len(rows)),
         code="new-token-frozen",
         level="error",
         what=f"{len(frozen)} token{'s' if len(frozen) > 1 else ''} added to the tokenizer cannot "
-        f"be learned: {shown}",
-        where=rows[0],
-        count=len(rows),
+        f"be learned: {Tokens(subject.tokenizer).named(frozen, 4)}",
         why=f"their rows of {' and '.join(_frozen_sides(subject.model, frozen[0]))} are frozen and "
         "hold whatever they were made with; the adapter does not save them either",
         fix=_train_rows_fix(subject.model),
-        rows=tuple(rows[:100]),
     )
 
 
@@ -187,36 +184,26 @@ def _untrained_rows(subject: Subject, reading: Reading) -> Iterator[Finding]:
     for row in reading.rows:
         targets.update(np.unique(row.labels[row.labels != IGNORED]).tolist())
     candidates = sorted(targets & tokens.special_ids)[:_LOOKED_AT]
-    ordinary = sorted(targets - tokens.special_ids)
     candidates = [i for i in candidates if _frozen_sides(model, i)]
     weight = _table(_embedding(model, "get_output_embeddings"))
     if not candidates or weight is None or weight.is_meta or not weight.is_floating_point():
         return
-    size = weight.shape[0]
-    step = max(1, len(ordinary) // _ORDINARY)
-    compared = [i for i in ordinary[::step][:_ORDINARY] if 0 <= i < size]
-    candidates = [i for i in candidates if 0 <= i < size]
-    if len(compared) < 8 or not candidates:
-        return
-    unlike = _distances(weight, [*candidates, *compared])
-    usual = float(np.percentile(unlike[len(candidates) :], 5))
-    bad = [i for i, d in zip(candidates, unlike, strict=False) if d < 0.2 * usual]
+    table = table_facts("lm_head", weight.detach(), weight.shape, candidates)
+    judged = judge_rows(table, candidates, num_ids(subject.tokenizer))
+    bad = list(judged.untrained)
     if not bad:
         return
     rows = [name for name, ids in _rows_with(reading, bad)[1] if ids]
-    shown = ", ".join(f"{tokens.decode([i])!r} ({i})" for i in bad[:4])
-    yield Finding(
+    yield rows_finding(
+        rows,
+        range(len(rows)),
         code="token-row-untrained",
         level="error",
-        what=f"{shown} must be learned, and the head cannot tell "
+        what=f"{tokens.named(bad, 4)} must be learned, and the head cannot tell "
         f"{'it' if len(bad) == 1 else 'them'} from other tokens",
-        where=rows[0] if rows else "",
-        count=max(len(rows), 1),
-        why="the row was never trained (it is nearly the same as another one, nearest distance "
-        f"{unlike[candidates.index(bad[0])]:.2g}, usual {usual:.2g}) and is frozen: the model "
-        "writes one of the tokens that share it instead",
+        why=f"it was never trained ({judged.why[bad[0]]}) and is frozen: the model writes one of "
+        "the tokens that share it instead",
         fix=_train_rows_fix(model) + "; or use a template of tokens that the base model knows",
-        rows=tuple(rows[:100]),
     )
 
 
@@ -233,33 +220,6 @@ def _rows_with(
         if hits:
             found.append((row.name, hits))
     return set().union(*(hits for _, hits in found)) if found else set(), found
-
-
-def _distances(weight: Any, ids: Sequence[int]) -> np.ndarray:
-    """(K,) distance of each id's row to the nearest other row, relative to the rows' own length.
-
-    A row of zeros, or one that is the mean of all rows, is at distance 0 from what it was made of.
-    """
-    import torch
-
-    with torch.no_grad():
-        table = weight.detach()
-        index = torch.as_tensor(list(ids), device=table.device)
-        rows = table[index].float()
-        nearest = torch.full((len(ids),), float("inf"), device=table.device)
-        total, count = torch.zeros(table.shape[1], device=table.device), 0
-        for start in range(0, len(table), _CHUNK):
-            chunk = table[start : start + _CHUNK].float()
-            gaps = torch.cdist(rows, chunk, compute_mode="donot_use_mm_for_euclid_dist")
-            inside = (index >= start) & (index < start + len(chunk))
-            gaps[inside.nonzero().squeeze(1), index[inside] - start] = float("inf")
-            nearest = torch.minimum(nearest, gaps.min(dim=1).values)
-            total += chunk.sum(dim=0)
-            count += len(chunk)
-        mean = total / count
-        nearest = torch.minimum(nearest, (rows - mean).norm(dim=1))
-        nearest = torch.minimum(nearest, rows.norm(dim=1))
-        return nearest.cpu().numpy()
 
 
 def _frozen_sides(model: Any, token: int) -> list[str]:
@@ -486,7 +446,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
         return
     lora = bool(getattr(model, "peft_config", None))
     size = sum(p.numel() for p in model.parameters())
-    most = 3e-2 if size < _SMALL else 5e-3 if lora else 1e-3
+    most = 3e-2 if size < SMALL else 5e-3 if lora else 1e-3
     # Soft prompts are trained with rates of 0.003 to 0.3 (Lester et al. 2021).
     most = 3.0 if virtual_tokens(model) else most
     if rate <= 0:
@@ -496,7 +456,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             what=f"the learning rate is {rate:g}: nothing is learned",
             where="args.learning_rate",
             why="it was never set, or a schedule of one's own begins at 0 and is taken for it",
-            fix="learning_rate=1e-4 for LoRA, 1e-5 to 2e-5 for all weights",
+            fix=f"learning_rate={USUAL_RATES}",
         )
     elif rate >= most or rate < 1e-8:
         side = "above" if rate >= most else "below"
@@ -509,8 +469,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             why="the loss diverges, or the model forgets its language"
             if side == "above"
             else "the weights hardly move",
-            fix="learning_rate=1e-4 for LoRA, 1e-5 to 2e-5 for all weights, 0.003 to 0.3 for a "
-            "soft prompt",
+            fix=f"learning_rate={USUAL_RATES}, 0.003 to 0.3 for a soft prompt",
         )
 
 

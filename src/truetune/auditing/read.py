@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from truetune.checks.table import stand_still
 from truetune.errors import UsageError
 
 IGNORED = -100
@@ -54,9 +53,9 @@ class ReadRow:
     offset: int = 0
     counted: Array | None = None
 
-    def fields(self) -> dict[str, Array]:
+    def documents(self) -> tuple[Array, Array, Array]:
         """As the token table takes it; documents of a packed row are apart."""
-        return {"input_ids": self.ids, "labels": self.labels, "attention_mask": self.real}
+        return self.ids, self.labels, self.real
 
 
 @dataclass(eq=False)
@@ -311,8 +310,9 @@ def batch_fields(batch: Any) -> dict[str, Array]:
         UsageError: nothing in it is called `input_ids`.
     """
     if not isinstance(batch, Mapping) and not hasattr(batch, "keys"):
-        if isinstance(batch, tuple | list) and len(batch) == 2:
-            batch = dict(zip(("input_ids", "labels"), batch, strict=True))
+        if isinstance(batch, tuple | list) and len(batch) in (2, 3):
+            names = ("input_ids", "labels", "attention_mask")
+            batch = dict(zip(names, batch, strict=False))
         else:
             batch = {k: getattr(batch, k) for k in ("input_ids", "labels") if hasattr(batch, k)}
     values: dict[str, Array] = {}
@@ -462,3 +462,8 @@ def _documents(
         cuts[inside[1:][mask[inside[1:]] != mask[inside[:-1]]]] = True
         said = True
     return np.where(real != 0, np.cumsum(cuts) + 1, 0), said
+
+
+def stand_still(positions: Array) -> bool:
+    """Whether positions do not count: one token's is mostly that of the token before it."""
+    return len(positions) > 2 and float((np.diff(positions) == 0).mean()) > 0.5

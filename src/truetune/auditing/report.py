@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truetune.errors import CheckFailed
-from truetune.findings import LEVELS, Finding
+from truetune.findings import LEVELS, Finding, escaped, visible
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class AuditReport:
         return json.dumps(self.as_dict(), ensure_ascii=False)
 
     def __str__(self) -> str:
-        blocks = ["\n".join(map(_plain, finding.lines())) for finding in self.findings]
+        blocks = ["\n".join(map(visible, finding.lines())) for finding in self.findings]
         return "\n".join([*blocks, self._last_line()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        return f"<pre>{escaped(str(self))}</pre>"
 
     def _last_line(self) -> str:
         counts = [
@@ -92,8 +91,3 @@ class AuditFailed(CheckFailed):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.report}"
-
-
-def _plain(line: str) -> str:
-    """Control characters of data and tokens must not reach a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in line)

@@ -9,9 +9,8 @@ import numpy as np
 
 from truetune.auditing.read import IGNORED, Reading, batch_fields
 from truetune.auditing.subject import Subject
-from truetune.checks.facts import rows_finding, share
 from truetune.contract.tokens import Tokens
-from truetune.findings import Finding
+from truetune.findings import Finding, rows_finding, share
 
 
 def seq2seq_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
@@ -58,7 +57,7 @@ def _targets_end(
     if missing:
         longest = max(lengths)
         cut = sum(lengths[i] == longest for i in missing) > max(1, len(missing) // 2)
-        shown = ", ".join(f"{tokens.decode([i])!r} ({i})" for i in sorted(stops)) or "nothing"
+        shown = tokens.named(sorted(stops)) or "nothing"
         yield _say(
             names,
             missing,

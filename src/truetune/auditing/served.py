@@ -17,13 +17,17 @@ import numpy as np
 from truetune.auditing.model import new_token_ids
 from truetune.auditing.read import IGNORED, Reading, ReadRow
 from truetune.auditing.subject import Subject
-from truetune.checks.facts import LabelFacts, rows_finding, share
-from truetune.checks.served import ROLES
-from truetune.checks.stops import stops_trained
+from truetune.checks.conversations.content import control_tokens_absent
+from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.labels.facts import LabelFacts
+from truetune.checks.labels.served import ROLES
+from truetune.checks.labels.stops import stops_trained
 from truetune.contract.contract import PromptContract
+from truetune.contract.specials import control_tokens
 from truetune.contract.tokens import common_prefix
+from truetune.data.conversation import Conversation
 from truetune.errors import TruetuneError
-from truetune.findings import MOST_ROWS, Finding
+from truetune.findings import MOST_ROWS, Finding, rows_finding, share
 
 # Rows compared with their columns, evenly over all: rendering costs a millisecond a turn.
 _MOST = 2_000
@@ -90,11 +94,8 @@ def stop_findings(subject: Subject, facts: LabelFacts) -> Iterator[Finding]:
     trained = stops_trained(facts) & set(subject.said) - set(subject.served)
     if not trained:
         return
-    tokens = facts.markers.tokens
-    ends, known = (
-        ", ".join(f"{tokens.decode([i])!r} ({i})" for i in sorted(ids))
-        for ids in (trained, subject.served)
-    )
+    tokens = facts.tokens
+    ends, known = (tokens.named(sorted(ids)) for ids in (trained, subject.served))
     yield Finding(
         code="stop-not-served",
         level="warning",
@@ -105,7 +106,7 @@ def stop_findings(subject: Subject, facts: LabelFacts) -> Iterator[Finding]:
         why="the tokenizer knows the end and the config does not: `generate` goes on after it, and "
         "a server that reads the saved generation_config does too",
         fix=f"model.generation_config.eos_token_id = {sorted({*subject.served, *trained})}",
-        rows=tuple(facts.table.where[:MOST_ROWS]),
+        rows=tuple(facts.names[:MOST_ROWS]),
     )
 
 
@@ -116,8 +117,8 @@ def _conversations(
     subject: Subject, talks: Sequence[tuple[ReadRow, _Talk]], facts: LabelFacts
 ) -> Iterator[Finding]:
     names = [row.name for row, _ in talks]
-    yield from _control_tokens(subject, talks, names, facts)
-    contract = facts.markers.contract
+    yield from _control_tokens(subject, talks, facts)
+    contract = facts.frame.contract
     if contract is None:
         return
     yield from _foreign_roles(contract, talks, names)
@@ -230,49 +231,23 @@ def _gone(contract: PromptContract, part: str, text: str) -> bool:
 
 
 def _control_tokens(
-    subject: Subject,
-    talks: Sequence[tuple[ReadRow, _Talk]],
-    names: Sequence[str],
-    facts: LabelFacts,
+    subject: Subject, talks: Sequence[tuple[ReadRow, _Talk]], facts: LabelFacts
 ) -> Iterator[Finding]:
     """Special tokens, and what the template writes before a turn, in what people wrote."""
-    texts = _control_texts(subject.tokenizer)
-    starts = (facts.markers.answer_start, facts.markers.user_start)
+    tokenizer, contract = subject.tokenizer, facts.frame.contract
+    texts = set(control_tokens(contract) if contract else tokenizer.all_special_tokens)
+    # Tokens that were added since the tokenizer was loaded are meant to be written.
+    texts -= {tokenizer.convert_ids_to_tokens(i) for i in new_token_ids(tokenizer)}
+    starts = (facts.frame.answer_start, facts.frame.user_start)
     # A header in plain letters (`### Response:`) is a marker; a role alone (`assistant`) is not.
     texts |= {t for t in starts if len(t) > 4 and not t.replace(" ", "").isalpha()}
-    bad, seen = [], []
-    for number, (_, talk) in enumerate(talks):
-        for message in talk.messages:
-            content = message.get("content")
-            if not isinstance(content, str):
-                continue
-            hits = [t for t in texts if t in content]
-            if hits:
-                bad.append(number)
-                seen += [(message.get("role"), t) for t in hits]
-                break
-    if bad:
-        role, token = seen[0]
-        yield rows_finding(
-            names,
-            bad,
-            code="control-token-in-content",
-            level="warning",
-            what=f"{share(len(bad), len(names))} have control tokens in their text: {token!r} in "
-            f"a {role} turn",
-            why="the tokenizer does not tell them from those of the template: the row has turns "
-            "that nobody took, and a server would be steered by its users",
-            fix="take them out of the data, or break them up (a space after the first character)",
-        )
+    said = [Conversation(tuple(map(_in_text, talk.messages)), row.name) for row, talk in talks]
+    yield from control_tokens_absent(DataFacts(said, control=sorted(texts)))
 
 
-def _control_texts(tokenizer: Any) -> set[str]:
-    """Special tokens that the tokenizer came with; those added since are meant to be written."""
-    new = set(new_token_ids(tokenizer))
-    added = getattr(tokenizer, "added_tokens_decoder", {}) or {}
-    special = {i for i, token in added.items() if getattr(token, "special", False)}
-    ids = (special | set(tokenizer.all_special_ids)) - new
-    return {text for i in ids if (text := tokenizer.convert_ids_to_tokens(i)) and len(text) > 2}
+def _in_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Content in parts has no text to look at."""
+    return message if isinstance(message.get("content"), str) else {**message, "content": ""}
 
 
 # ------------------------------------------------------------------ prompt and completion

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from truetune.contract.stops import listed_stop_ids, own_stop_ids
 from truetune.errors import UsageError
 
 
@@ -193,31 +194,18 @@ def _tokenizer_of(holder: Any) -> Any:
 
 
 def _own_eos(model: Any) -> tuple[int, ...]:
-    return _eos_ids(getattr(model, "generation_config", None)) or _eos_ids(
-        getattr(model, "config", None)
-    )
+    configs = (getattr(model, name, None) for name in ("generation_config", "config"))
+    return next((ids for config in configs if (ids := listed_stop_ids(config))), ())
 
 
 def _folder_eos(tokenizer: Any) -> tuple[int, ...]:
-    from truetune.contract.stops import own_stop_ids
-
     name = str(getattr(tokenizer, "name_or_path", "") or "") or None
     return own_stop_ids(name, None, tokenizer, local_only=True)
 
 
-def _eos_ids(config: Any) -> tuple[int, ...]:
-    if isinstance(config, Mapping):
-        found = config.get("eos_token_id")
-    else:
-        found = getattr(config, "eos_token_id", None)
-    if found is None:
-        return ()
-    return tuple(int(i) for i in found) if isinstance(found, list | tuple) else (int(found),)
-
-
 def _strictly(generation_config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What was named as served is all that counts."""
-    return _eos_ids(generation_config), ()
+    return listed_stop_ids(generation_config) or (), ()
 
 
 def _after_alignment(

@@ -1,13 +1,12 @@
 """What can be known to go wrong before the compute is spent.
 
-One file a family, each with a tuple of functions; a function takes facts and yields findings.
-Judged is the effect on ids, labels and stop ids, never a setting.
+A check is a function with `@check` in a module of a room; it takes facts and yields findings, and
+nothing lists it (`registry.py`). Judged is the effect on ids, labels and stop ids, never a setting.
 
-    table.py markers.py facts.py rows.py   what the families look at
-    targets.py answers.py turns.py stops.py prompts.py served.py reasoning.py vocabulary.py
-        (labels.py)
-    roles.py tools.py content.py style.py quality.py duplicates.py   conversations
-    run_settings.py untrained.py                                the run, and the rows that it leaves
-    lengths.py                                                  what a length limit costs
-    preflight.py                                                all of them on a coming run
+    labels/          rows of ids and labels, whoever made them: facts.py table.py judge.py
+    conversations/   rows as they were read: rows.py
+    coming_run/      the numbers of a run, and the tables of its model
+    saved_model/     a finished model or adapter, from any tool: checkpoint.py
+    lengths.py fit.py                           what a length limit costs; whether a run fits
+    preflight.py                                the first three rooms on a coming run
 """

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from truetune.checks.markers import Markers
-from truetune.checks.table import Indices, TokenTable
+from truetune.checks.labels.table import Indices, TokenTable
 from truetune.contract.contract import PromptContract
 from truetune.contract.encode import Encoded
+from truetune.contract.frame import Frame
+from truetune.findings import percent
 
 _LIMITS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
@@ -134,7 +135,7 @@ def encoded_lengths(encoded: Sequence[Encoded], contract: PromptContract) -> Row
     table = TokenTable.of_examples(
         [example for row in chats for example in row], [row.row for row in chats for _ in row]
     )
-    closing = Markers.of_contract(contract).think[1]
+    closing = Frame.of_contract(contract).think[1]
     ids = contract.tokens.encode([closing])[0]
     if len(ids) > 1:
         # The last character may merge with what follows.
@@ -242,11 +243,3 @@ def _limit_line(damage: Mapping[str, Any]) -> str:
         share = damage["thoughts"] / max(damage["with_thoughts"], 1)
         text += f"; {percent(share)} of those with reasoning never close it"
     return text
-
-
-def percent(part: float) -> str:
-    """`78.8 %`; a share that is not none is never shown as 0."""
-    value = round(100 * part, 1)
-    if part > 0 and not value:
-        return "under 0.1 %"
-    return f"{value:g} %"

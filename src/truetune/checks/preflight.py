@@ -7,19 +7,19 @@ output  findings, the most severe first; an error among them stops `truetune tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from truetune.checks import content, duplicates, quality, roles, run_settings, style, tools
-from truetune.checks.facts import LabelFacts, LossOn
-from truetune.checks.labels import label_findings
-from truetune.checks.markers import Markers
-from truetune.checks.rows import DataFacts
-from truetune.checks.run_settings import RunFacts
-from truetune.checks.table import TokenTable
+from truetune.checks import coming_run, conversations
+from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.labels.facts import LabelFacts, LossOn
+from truetune.checks.labels.judge import label_findings
+from truetune.checks.labels.table import TokenTable
+from truetune.checks.registry import checks_of
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
+from truetune.contract.frame import Frame
 from truetune.contract.specials import control_tokens
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, merged
@@ -39,6 +39,8 @@ class Preflight:
         learning_rate, suggested_rate: what is set, and the default for this case.
         max_steps, warmup_steps: optimiser steps.
         train, held_out: the conversations behind the examples.
+        model, revision: what an adapter is trained on; None looks at no weights.
+        trained_tokens: ids whose rows this run trains beside an adapter.
     """
 
     contract: PromptContract
@@ -55,6 +57,9 @@ class Preflight:
     warmup_steps: int
     train: Sequence[Conversation] = ()
     held_out: Sequence[Conversation] = ()
+    model: str | None = None
+    revision: str | None = None
+    trained_tokens: Sequence[int] = ()
 
     @cached_property
     def labels(self) -> LabelFacts:
@@ -62,7 +67,7 @@ class Preflight:
         out of the contract."""
         return LabelFacts(
             TokenTable.of_examples(self.examples, self.rows),
-            Markers.of_contract(self.contract),
+            Frame.of_contract(self.contract),
             head_rows=self.head_rows,
             loss_on=self.loss_on,
             is_text=self.is_text,
@@ -74,30 +79,6 @@ class Preflight:
         """The conversations as the data families look at them."""
         return DataFacts(self.train, self.held_out, control_tokens(self.contract))
 
-    @property
-    def run(self) -> RunFacts:
-        """The numbers of the run, without its rows."""
-        return RunFacts(
-            stop_ids=self.contract.stop_ids,
-            is_text=self.is_text,
-            base_stop_ids=tuple(self.base_stop_ids),
-            lora=self.lora,
-            learning_rate=self.learning_rate,
-            suggested_rate=self.suggested_rate,
-            max_steps=self.max_steps,
-            warmup_steps=self.warmup_steps,
-        )
-
-
-DATA_CHECKS: tuple[Callable[[DataFacts], Iterator[Finding]], ...] = (
-    *roles.CHECKS,
-    *tools.CHECKS,
-    *content.CHECKS,
-    *style.CHECKS,
-    *quality.CHECKS,
-    *duplicates.CHECKS,
-)
-
 
 def preflight(
     facts: Preflight, on_progress: Callable[[int, int | None], None] | None = None
@@ -108,9 +89,9 @@ def preflight(
         on_progress: is told (families done, families there are).
     """
     families: list[Callable[[], Iterable[Finding]]] = [
-        *(partial(check, facts.data) for check in DATA_CHECKS),
+        *(partial(check, facts.data) for check in checks_of(conversations)),
         partial(label_findings, facts.labels),
-        *(partial(check, facts.run) for check in run_settings.CHECKS),
+        *(partial(check, facts) for check in checks_of(coming_run)),
     ]
     found: list[Finding] = []
     for done, family in enumerate(families):

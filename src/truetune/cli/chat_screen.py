@@ -12,8 +12,9 @@ from typing import Any
 
 from rich.text import Text
 
-from truetune.cli.screen import Screen, visible
+from truetune.cli.screen import Screen
 from truetune.errors import TruetuneError, UsageError
+from truetune.findings import visible
 from truetune.generate import Sampling, Speaker, open_speaker, replies, stream
 from truetune.recipe.sources import read_recipe
 from truetune.run_dir import RECIPE, RunDir

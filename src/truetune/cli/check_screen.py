@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from truetune.checks.fit import duration, gib
-from truetune.checks.lengths import percent, report_lines
-from truetune.cli.screen import Screen
-from truetune.findings import Finding
+from truetune.checks.lengths import report_lines
+from truetune.cli.screen import Screen, held_out
+from truetune.findings import Finding, percent
 from truetune.run.checkup import Checkup
 
 _EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
@@ -41,7 +42,7 @@ def show_checkup(
     drawn = (
         ("model", _model_lines),
         ("verdict", _verdict_lines),
-        ("run", _run_lines),
+        ("run", partial(_run_lines, judged="verdict" in found.summary)),
         ("contract", _contract_lines),
         ("plan", _plan_lines),
         ("rehearsal", _rehearsal_lines),
@@ -55,6 +56,9 @@ def show_checkup(
         _picture(screen, found.summary["lengths"])
     if page:
         screen.line(f"written: {page}", "dim")
+    if found.ok and "plan" in found.summary:
+        screen.line("the same line with `train` in place of `check`, and -o RUN, starts it", "dim")
+    # The last line is the verdict.
     screen.line(_verdict(found), "bold red" if not found.ok else "bold green")
 
 
@@ -81,8 +85,10 @@ def _verdict(found: Checkup) -> str:
     return f"ok: {told}" if found.ok else f"not ok: {told}"
 
 
-def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [("model", f"{run['model']}" + (f" ({run['start']})" if "start" in run else ""))]
+def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
+    """What is trained; whether from a base is told here where no weights were judged."""
+    start = f" ({run['start']})" if "start" in run and not judged else ""
+    lines = [("model", f"{run['model']}{start}")]
     if "train" not in run:
         return [*lines, ("rows", str(run["data"]))]
     train, held = run["train"], run["held_out"]
@@ -93,7 +99,7 @@ def _run_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
         *lines,
         (
             "rows",
-            f"{train['examples']:,} to train, {held['examples']:,} held out, "
+            f"{train['examples']:,} to train, {held_out(train, held)}, "
             f"{run['dropped']:,} dropped; schema {run['schema']}",
         ),
         (
@@ -128,7 +134,9 @@ def _model_lines(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _verdict_lines(verdict: dict[str, Any]) -> list[tuple[str, str]]:
-    kind = "cannot tell" if verdict["kind"] == "unknown" else verdict["kind"]
+    kind, taken = verdict["kind"], verdict.get("taken_for")
+    if kind == "unknown":
+        kind = "cannot tell" + (f", taken for {taken} by its template" if taken else "")
     return [("base?", f"{kind}: {'; '.join(verdict['reasons'])}"), ("means", verdict["means"])]
 
 

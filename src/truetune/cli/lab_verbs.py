@@ -25,7 +25,9 @@ def pretrain(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
     seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the corpus. (default: as the shipped base)")
+        int | None,
+        # Fewer leave a stage of a course without a step.
+        typer.Option(help="Tokens of the corpus. (default: as the shipped base)", min=50_000),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compile: Annotated[
@@ -33,8 +35,8 @@ def pretrain(
     ] = False,
 ) -> None:
     """Build corpus, tokenizer and weights of the embedded base from a seed (about 90 minutes)."""
-    from truetune.lab.pretrain import Settings
-    from truetune.lab.pretrain import pretrain as build
+    from truetune.lab.building.pretrain import Settings
+    from truetune.lab.building.pretrain import pretrain as build
 
     screen = open_screen()
 
@@ -55,7 +57,7 @@ def pretrain(
 def reasoning(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
     seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each.", min=1)] = 500,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each.", min=1)] = 500,
 ) -> None:
     """Train twins on two-step sums and world questions, with and without a worked step between
     new markers, and ask both what neither has seen."""

@@ -18,7 +18,6 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from truetune.engine.memory import peak_bytes
 from truetune.engine.probes import StepFacts
 
 # A stage that took less leaves no line on a terminal; a pipe gets a line of steps as often.
@@ -161,7 +160,7 @@ class Steps:
         elapsed, left = self._times(facts, total, now)
         return (
             f"{f'{facts.step}/{total}':>{_width(total)}} {100 * facts.step // total:>3}% "
-            f"{facts.loss:>7.3f} {facts.learning_rate:>9.2e} {self._tokens:>9,.0f} "
+            f"{facts.loss:>7.3f} {facts.learning_rate:>8.2e} {self._tokens:>8,.0f} "
             f"{self._supervised:>10,.0f} {_memory():>8} {elapsed:>7} {left:>7}"
         )
 
@@ -194,7 +193,7 @@ class Steps:
 def _heads(total: int) -> str:
     """Of the columns of a row."""
     return (
-        f"{'step':>{_width(total)}}    % {'loss':>7} {'rate':>9} {'tokens/s':>9} "
+        f"{'step':>{_width(total)}}    % {'loss':>7} {'rate':>8} {'tokens/s':>8} "
         f"{'supervised':>10} {'memory':>8} {'time':>7} {'left':>7}"
     )
 
@@ -204,5 +203,7 @@ def _width(total: int) -> int:
 
 
 def _memory() -> str:
+    from truetune.engine.memory import peak_bytes  # which an error that comes first does not need
+
     found = peak_bytes()
     return f"{found / 2**30:.1f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"

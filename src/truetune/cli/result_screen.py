@@ -77,10 +77,12 @@ def _serve_adapter(result: RunResult) -> str:
 
 
 def show_checks(screen: Screen, verdict: Verdict | None) -> None:
+    """A line a check; what failed is told once, by the errors that follow."""
     from truetune.verification.verdict import shown
 
     for check in verdict.checks if verdict else ():
-        screen.line(f"  {check.state:<11}  {check.name:<8}  {shown(check)}")
+        text = "" if check.state == "failed" else shown(check)
+        screen.line(f"  {check.state:<11}  {check.name:<8}  {text}".rstrip())
 
 
 def _shortened(reply: Reply, most: int = 64) -> str:

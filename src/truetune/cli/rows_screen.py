@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.text import Text
 
-from truetune.cli.screen import Screen, visible
+from truetune.cli.html import document
+from truetune.cli.screen import Screen
 from truetune.contract.contract import PromptContract, Refused
 from truetune.contract.encode import Encoded
 from truetune.contract.specials import find_controls
@@ -18,11 +17,11 @@ from truetune.contract.view import KINDS, Kind, Piece, pieces, story
 from truetune.data.conversation import Conversation
 from truetune.data.load import Loaded, load
 from truetune.errors import UsageError
-from truetune.findings import Finding
+from truetune.findings import Finding, escaped, visible
 from truetune.model.tokenizer import load_tokenizer
 from truetune.recipe.settings import Recipe
 from truetune.run.prepare import contract_of
-from truetune.run_dir import opened, write_text
+from truetune.run_dir import opened
 
 _STYLES: dict[Kind, str] = {
     "shared": "bright_black",
@@ -208,47 +207,32 @@ def _show_example(
     screen.console.print(text)
 
 
-def write_page(
-    path: Path, contract: PromptContract, views: Sequence[RowView], total: int, title: str
-) -> None:
-    """One self-contained HTML file; every text from outside is escaped.
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;"
+    "color:#111;background:#fff}"
+    "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.7 ui-monospace,monospace;"
+    "border:1px solid #ddd;border-radius:4px;padding:1em}"
+    "pre span{border-radius:2px;padding:1px 0}pre span:hover{outline:1px solid #333}"
+    ".legend span{padding:2px 6px;margin-right:6px;border-radius:3px}"
+    ".refused{border-left:4px solid #c60;padding-left:1em;white-space:pre-wrap}"
+    ".dim{color:#555}.break{color:#999}"
+) + "".join(f".{kind}{{background:{colour}}}" for kind, colour in _COLOURS.items())
 
-    Raises:
-        UsageError: the file cannot be written.
-    """
-    body = "".join(_row_html(contract, view, total) for view in views)
-    legend = "".join(
-        f'<span class="{kind}">{html.escape(words)}</span> ' for kind, words in KINDS.items()
+
+def rows_page(contract: PromptContract, views: Sequence[RowView], total: int, title: str) -> str:
+    """The same as one HTML page."""
+    legend = "".join(f'<span class="{k}">{escaped(words)}</span> ' for k, words in KINDS.items())
+    return document(
+        title,
+        _STYLE,
+        [
+            f"<h1>{escaped(title)}</h1>",
+            f'<p class="legend">{legend}</p><p class="dim">Hover over a token for its id. '
+            f"Stop set: {escaped(_stops(contract))}.</p>",
+            *(f"<p>note: {escaped(note.what)}</p>" for note in contract.findings),
+            *(_row_html(contract, view, total) for view in views),
+        ],
     )
-    notes = "".join(f"<p>note: {_escaped(note.what)}</p>" for note in contract.findings)
-    colours = "".join(f".{kind}{{background:{colour}}}" for kind, colour in _COLOURS.items())
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{_escaped(title)}</title><style>"
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;"
-        "color:#111;background:#fff}"
-        "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.7 ui-monospace,monospace;"
-        "border:1px solid #ddd;border-radius:4px;padding:1em}"
-        "pre span{border-radius:2px;padding:1px 0}pre span:hover{outline:1px solid #333}"
-        ".legend span{padding:2px 6px;margin-right:6px;border-radius:3px}"
-        ".refused{border-left:4px solid #c60;padding-left:1em;white-space:pre-wrap}"
-        ".dim{color:#555}.break{color:#999}"
-        f"{colours}</style></head><body><h1>{_escaped(title)}</h1>"
-        f'<p class="legend">{legend}</p><p class="dim">Hover over a token for its id. '
-        f"Stop set: {_escaped(_stops(contract))}.</p>{notes}{body}</body></html>\n"
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, page)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the page: {error.strerror or error}",
-            where=os.fspath(path),
-            fix="name another file with --html",
-            code="page-not-written",
-        ) from error
 
 
 def _stops(contract: PromptContract) -> str:
@@ -257,13 +241,13 @@ def _stops(contract: PromptContract) -> str:
 
 def _row_html(contract: PromptContract, view: RowView, total: int) -> str:
     head = f"<h2>Row {view.number:,} of {total:,}</h2>"
-    head += f'<p class="dim">{_escaped(view.conversation.where)}</p>'
+    head += f'<p class="dim">{escaped(view.conversation.where)}</p>'
     if isinstance(view.result, Refused):
-        return f'{head}<p class="refused">{_escaped(str(view.result.error))}</p>'
+        return f'{head}<p class="refused">{escaped(str(view.result.error))}</p>'
     encoded = view.result
-    head += "".join(f"<p>{_escaped(line)}</p>" for line in story(encoded))
+    head += "".join(f"<p>{escaped(line)}</p>" for line in story(encoded))
     head += "".join(
-        f'<p class="refused">{_escaped(f"{f.level}: {f.what} ({f.where})")}</p>'
+        f'<p class="refused">{escaped(f"{f.level}: {f.what} ({f.where})")}</p>'
         for f in view.findings
     )
     for index, example in enumerate(encoded):
@@ -277,10 +261,6 @@ def _row_html(contract: PromptContract, view: RowView, total: int) -> str:
 def _piece_html(piece: Piece) -> str:
     spans = []
     for token, text in zip(piece.ids, piece.texts, strict=True):
-        shown = _escaped(text).replace("\n", _BREAK) or _PART
+        shown = escaped(text).replace("\n", _BREAK) or _PART
         spans.append(f'<span class="{piece.kind}" title="{token}">{shown}</span>')
     return "".join(spans)
-
-
-def _escaped(text: str) -> str:
-    return html.escape(visible(text))

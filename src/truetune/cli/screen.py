@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from truetune.cli.live_screen import Stages, Steps
-from truetune.engine.probes import StepFacts
+from truetune.data.split import HELD_OUT_FROM
 from truetune.errors import BadRows, CheckFailed, TruetuneError
-from truetune.findings import Finding, labelled, merged
+from truetune.findings import Finding, labelled, merged, visible
 from truetune.listener import Listener
-from truetune.recipe.plan import Plan
+
+if TYPE_CHECKING:  # an error that comes first needs neither
+    from truetune.engine.probes import StepFacts
+    from truetune.recipe.plan import Plan
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 # Findings shown before the rest is only counted: about a screen.
 _MOST = 12
-
-
-def visible(text: str, *, keep_newlines: bool = True) -> str:
-    """Control, format and direction characters as escapes; line breaks and tabs stay on demand."""
-    return "".join(
-        char
-        if (char in "\n\t" and keep_newlines)
-        or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
-        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in text
-    )
 
 
 class Screen(Listener):
@@ -51,6 +42,8 @@ class Screen(Listener):
         )
         self.stages, self.steps = Stages(self.console), Steps(self.console)
         self._shown_findings = 0
+        # How findings are worded: the functions of Python name arguments in place of options.
+        self.spell: Callable[[str], str] = str
 
     def line(self, text: str = "", style: str = "") -> None:
         """A line, made harmless."""
@@ -109,7 +102,7 @@ class Screen(Listener):
                 ("model", f"{plan.model} ({plan.start})"),
                 (
                     "rows",
-                    f"{trained['examples']:,} to train, {held['examples']:,} held out, "
+                    f"{trained['examples']:,} to train, {held_out(trained, held)}, "
                     f"{len(data['dropped']):,} dropped; schema {data['schema']}",
                 ),
                 (
@@ -149,7 +142,7 @@ class Screen(Listener):
     # errors and findings
 
     def _print_finding(self, console: Console, finding: Finding) -> None:
-        head, *rest = finding.lines()
+        head, *rest = map(self.spell, finding.lines())
         for line in _folded(console, visible(head), " " * 9):
             console.print(Text(line, style=_COLOURS[finding.level]))
         for line in rest:
@@ -190,6 +183,14 @@ def _folded(console: Console, text: str, indent: str) -> list[str]:
         )
         or [""]
     ]
+
+
+def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
+    """How many rows are held out; of few rows why none are."""
+    few = not held["examples"] and trained["examples"] < HELD_OUT_FROM
+    return f"{held['examples']:,} held out" + (
+        f" (under {HELD_OUT_FROM} rows none are; --eval-data names some)" if few else ""
+    )
 
 
 def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:

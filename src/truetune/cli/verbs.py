@@ -19,9 +19,16 @@ from truetune import __version__
 from truetune.cli import lab_verbs
 from truetune.cli.options import canonical, own_option, with_settings
 from truetune.cli.verb import CONTEXT, Verb, open_screen
-from truetune.errors import CheckFailed, ToldElsewhere, TruetuneError, UsageError
+from truetune.errors import (
+    CheckFailed,
+    ToldElsewhere,
+    TruetuneError,
+    UsageError,
+    is_out_of_memory,
+)
 from truetune.recipe.given import recipe_of
 from truetune.recipe.sources import make_recipe
+from truetune.run.early import ask_first
 from truetune.system import signals
 
 _ORIGIN = "command line"
@@ -60,11 +67,12 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     truetune train recipe.yaml --learning-rate 5e-5
     truetune train --resume runs/first
     """
+    recipe = recipe_of(source, rows, resume, options, _ORIGIN)
+    ask_first(recipe)
     from truetune.run.pipeline import train as run
 
     screen = open_screen()
     try:
-        recipe = recipe_of(source, rows, resume, options, _ORIGIN)
         result = run(recipe, screen, resume=resume)
     finally:
         screen.close()
@@ -99,11 +107,12 @@ def check(
     truetune check recipe.yaml --html check.html
     truetune check path/to/checkpoint
     """
+    recipe = recipe_of(source, rows, None, options, _ORIGIN)
+    ask_first(recipe)
     from truetune.cli.check_screen import CheckScreen, show_checkup
     from truetune.listener import Listener
     from truetune.run.checkup import check_model, check_run
 
-    recipe = recipe_of(source, rows, None, options, _ORIGIN)
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:
@@ -115,9 +124,10 @@ def check(
     finally:
         screen.close()
     if html:
-        from truetune.checks.page import write_page
+        from truetune.cli.check_page import page
+        from truetune.cli.html import write_document
 
-        write_page(Path(html), found.as_dict())
+        write_document(Path(html), page(found.as_dict()))
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2, ensure_ascii=True))
     else:
@@ -212,7 +222,8 @@ def _inspect_rows(
     with_ids: bool,
 ) -> None:
     """Rows on the terminal or as a page."""
-    from truetune.cli.rows_screen import show_rows, view_rows, write_page
+    from truetune.cli.html import write_document
+    from truetune.cli.rows_screen import rows_page, show_rows, view_rows
 
     pairs = [text.partition("=") for text in settings]
     for text, (_, equals, _) in zip(settings, pairs, strict=True):
@@ -225,7 +236,8 @@ def _inspect_rows(
     if page is None:
         show_rows(screen, contract, views, total, with_ids=with_ids)
         return
-    write_page(Path(page), contract, views, total, f"{own['data']} for {own['model']}")
+    title = f"{own['data']} for {own['model']}"
+    write_document(Path(page), rows_page(contract, views, total, title))
     screen.line(f"{len(views):,} of {total:,} rows: {page}")
 
 
@@ -625,6 +637,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signals.number_of(error))
     except BrokenPipeError:
         sys.exit(141)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]
+        # Its frames hold what was computed.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        _tell_no_memory(said)
+        sys.exit(1)
+
+
+def _tell_no_memory(said: str) -> None:
+    told = TruetuneError(
+        "the memory of this machine, or of this process, is used up",
+        why=said,
+        fix="free some memory and repeat the command; a run that had begun goes on with "
+        "`truetune train --resume RUN`",
+        code="out-of-memory",
+    )
+    try:
+        open_screen().error(told)
+    except Exception:
+        # Not even enough to open the screen.
+        sys.stderr.write(f"error[{told.code}]: {told}\n")
 
 
 if __name__ == "__main__":

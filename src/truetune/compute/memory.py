@@ -4,7 +4,8 @@ input   a route, and the longest row that will come
 does    runs two short batches forward and backward, and notes after each operation how many bytes
         of tensors are alive: the same operation takes a part that is always the same and a part
         in proportion to the tokens, and the two batches tell them apart. On a CPU the tensors have
-        shapes and types and no numbers, since computing them would take longer than a first step
+        shapes and types and no numbers, and a few layers stand for all of their kind (repeated.py),
+        since a first step would take less time than computing all of it
 output  Footprint: bytes as a function of the tokens
 
 Which operation is the fullest depends on the size of the batch (of a large one that where the
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from truetune.compute.packing import PackedBatch
+    from truetune.compute.repeated import Cut
     from truetune.compute.route import Route
 
 # Tokens of the two batches.
@@ -90,11 +92,35 @@ def footprint(
     weights = sum(p.numel() for p in route.model.parameters())
     if next(route.model.parameters()).device.type == "cpu" and weights > _SMALL_MODEL:
         try:
-            with without_numbers(route.model, "cpu"):
-                return measured_footprint(route, autocast, longest=longest)
+            return footprint_without_numbers(route, autocast, longest=longest)
         except Exception:  # code of a model that asks its numbers while it computes
             pass
     return measured_footprint(route, autocast, longest=longest)
+
+
+def footprint_without_numbers(
+    route: Route,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    *,
+    longest: int,
+    device: str = "cpu",
+) -> Footprint:
+    """`footprint`, on tensors without numbers, of a few layers where they stand for all."""
+    from truetune.compute.repeated import find_cut, shortened
+
+    cut = find_cut(route.model)
+    if cut is not None:
+        apart = _apart(route.model, device)
+        try:
+            with shortened(route.model, cut) as layers, without_numbers(route.model, device):
+                standing = (cut, layers)
+                return measured_footprint(
+                    route, autocast, longest=longest, apart=apart, standing=standing
+                )
+        except Exception:  # layers that ask for each other: all of them are measured
+            pass
+    with without_numbers(route.model, device):
+        return measured_footprint(route, autocast, longest=longest)
 
 
 @contextlib.contextmanager
@@ -134,24 +160,32 @@ def without_numbers(model: Any, device: str) -> Iterator[None]:
 
 
 def measured_footprint(
-    route: Route, autocast: Callable[[], AbstractContextManager[Any]], *, longest: int
+    route: Route,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    *,
+    longest: int,
+    apart: int | None = None,
+    standing: tuple[Cut, Any] | None = None,
 ) -> Footprint:
-    """`footprint`, on the tensors that the model has."""
+    """`footprint`, on the tensors that the model has.
+
+    Args:
+        apart: bytes of gradients at places of their own, where the model was cut.
+        standing: how it was cut, and the layers that are left.
+    """
     import torch
 
     model = route.model
     was_training = model.training
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    apart, handles = 0, []
-    if before and recomputes(model) and before[0][0].device.type == "cpu":
-        # The loop keeps the gradients at places of their own, all the time.
-        apart = sum(p.numel() * p.element_size() for p, _ in before)
-        handles = [p.register_post_accumulate_grad_hook(_drop) for p, _ in before]
+    if apart is None:
+        apart = _apart(model, next(model.parameters()).device.type)
+    handles = [p.register_post_accumulate_grad_hook(_drop) for p, _ in before] if apart else []
     model.train()
     try:
         with torch.random.fork_rng():
             curves = []
-            measured, batches = _measuring(route, longest)
+            measured, batches = _measuring(route, longest, standing, gradients_kept=not apart)
             for batch in batches:
                 torch.manual_seed(0)
                 model.zero_grad(set_to_none=True)
@@ -177,6 +211,13 @@ def recomputes(model: Any) -> bool:
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     name = next((name for name in names if hasattr(type(inner), name)), "")
     return bool(getattr(inner, name, False))
+
+
+def _apart(model: Any, device: str) -> int:
+    """Bytes of gradients that the loop keeps at places of their own, all the time."""
+    if device != "cpu" or not recomputes(model):
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def _drop(parameter: torch.Tensor) -> None:
@@ -256,14 +297,24 @@ def foreseen_footprint(
     head = SupervisedHead(inner.get_output_embeddings(), Tail())
     # Whether rows may be packed is asked of numbers, at the start of the run.
     route = Route(model, "packed", head=head, adapters=plain_adapters(model))
-    with without_numbers(model, device):
-        return measured_footprint(route, autocast, longest=longest)
+    return footprint_without_numbers(route, autocast, longest=longest, device=device)
 
 
-def _measuring(route: Route, longest: int) -> tuple[Any, list[PackedBatch]]:
+def _measuring(
+    route: Route, longest: int, standing: tuple[Cut, Any] | None, *, gradients_kept: bool
+) -> tuple[Any, list[PackedBatch]]:
     """What tells a pass's bytes, and the batches to ask it of, the two that count last."""
-    from truetune.compute.alive import alive_bytes
+    from truetune.compute.alive import alive_bytes, traced
+    from truetune.compute.repeated import composed
 
+    if standing is not None:
+        cut, layers = standing
+
+        def whole(route: Route, batch: PackedBatch, autocast: Any) -> Any:
+            trace = traced(route, batch, autocast, layers)
+            return composed(trace, cut, gradients_kept=gradients_kept).parts()
+
+        return whole, _batches(route, longest)
     first = next(route.model.parameters())
     # A tensor without numbers claims to be on a device, and takes no memory there.
     if first.device.type != "cuda" or hasattr(first, "fake_mode"):

@@ -10,6 +10,7 @@ output  Behaviour
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,8 @@ def _argument_form(probe: _Probe) -> Any:
     """ "string" where an object comes out as Python's own text and a string as JSON."""
     turn = [user(), _calls(V)]
     as_object = probe.texts((turn, "none", False, True))[0]
-    if V in as_object and "{'kk'" not in as_object:
+    # A template that takes objects and cuts their values has no other form: servers give objects.
+    if "kk" in as_object and "{'kk'" not in as_object:
         return "object"
     whole = probe.shape
     probe.shape = dataclasses.replace(whole, arguments="string")
@@ -389,6 +391,80 @@ def _history_differs(probe: _Probe, routes: Sequence[str]) -> bool:
     body = written[: written.rfind(A) + len(A)]
     (unparsed,) = probe.texts(([user(), answer(body), user(Q2)], "none", True, False))
     return bool(unparsed) and unparsed != parsed
+
+
+# ------------------------------------------------------------------ around the turns
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a template writes around turns of plain text.
+
+    Attributes:
+        whole: a conversation of two questions and two answers; "" where the template refuses it.
+        opening: what stands at the beginning of a conversation and before no later turn, told by a
+            system message; "" where nothing does.
+        answer_start: before every answer, in history and in served prompts alike, without outer
+            whitespace; "" where it is not known.
+        user_start: between an answer and the next question, without outer whitespace.
+        keeps_reasoning: whether reasoning of an earlier turn stands in a later prompt; None where
+            the template takes none.
+    """
+
+    whole: str
+    opening: str
+    answer_start: str
+    user_start: str
+    keeps_reasoning: bool | None
+
+
+def surroundings(renderer: Renderer, seen: Behaviour) -> Surroundings:
+    """Probe a template whose behaviour is known; what it refuses, it does not write."""
+    probe = _Probe(renderer, None)
+    probe.shape = seen.shape
+    two = [user(), answer(), user(Q2), answer(V)]
+    system = [{"role": "system", "content": R}, user()]
+    whole, served, opened = probe.texts(
+        (two, "none", False, False),
+        ([user()], "none", True, False),
+        (system, "none", False, False),
+    )
+    head, found, rest = opened.partition(R)
+    opening = head.rstrip() if found and head.rstrip() not in rest.partition(Q)[0] else ""
+    start = os.path.commonprefix(  # noqa: RUF071 (of texts, letter by letter, as is wanted here)
+        [served.partition(Q)[2], _between(whole, Q, A), _between(whole, Q2, V)]
+    )
+    return Surroundings(
+        whole,
+        opening,
+        start.strip() if whole and served else "",
+        _between(whole, A, Q2).strip() if served else "",
+        _keeps_reasoning(probe, seen),
+    )
+
+
+def _keeps_reasoning(probe: _Probe, seen: Behaviour) -> bool | None:
+    """Reasoning in a field, and between markers in the content: kept where both are."""
+    field = next((route for route in seen.routes if route in FIELDS), "reasoning_content")
+    opening, closing = (
+        (seen.markers.open, seen.markers.close) if seen.markers else ("<think>", "</think>")
+    )
+    inline = answer(f"{opening}\n{R}\n{closing}\n\n{A}")
+    kept: bool | None = None
+    for turn, route in ((answer(reasoning_content=R), field), (inline, "none")):
+        last, later = probe.texts(
+            ([user(), turn], route, False, False),
+            ([user(), turn, user(Q2), answer(V)], route, False, False),
+        )
+        if R in last and later:
+            kept = R in later
+            if not kept:
+                return False
+    return kept
+
+
+def _between(text: str, left: str, right: str) -> str:
+    return text.partition(left)[2].partition(right)[0]
 
 
 def think_pairs(literals: str, added: Iterable[str], prompt: str = "") -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ output  `Encoded`, or `Refused` with the reason, in the place of each row
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,6 +67,7 @@ class _Row:
     Attributes:
         ways: (messages, route of their reasoning); the first is the one in hand.
         history: the messages as a client sends them back.
+        past: the same as the template is given them.
         shortcut: whether a served prompt may stand for the rendering of the turn before it.
     """
 
@@ -75,6 +77,7 @@ class _Row:
     ways: list[tuple[list[dict[str, Any]], str]]
     shortcut: bool
     history: list[dict[str, Any]]
+    past: list[dict[str, Any]]
     error: UnfaithfulTemplate | None = None
     result: Encoded | None = None
     texts: list[TurnText] = field(default_factory=list)
@@ -136,11 +139,26 @@ class Encoder:
         self, conversations: Sequence[Conversation], loss_on: LossOn
     ) -> list[Encoded | Refused]:
         """The same in one batch, in this thread; long rows are remembered."""
-        made = self._finish(*self._begin(conversations, loss_on, None), loss_on)
-        for conversation, result in zip(conversations, made, strict=True):
+        # What refuses a row mostly refuses its first answers, which are cheap to ask for.
+        starts = [_beginning(c, loss_on) for c in conversations]
+        tried = iter(self._at_once([start for start in starts if start], loss_on))
+        made = [next(tried) if start else None for start in starts]
+        left = [
+            c
+            for c, found in zip(conversations, made, strict=True)
+            if not isinstance(found, Refused)
+        ]
+        whole = iter(self._at_once(left, loss_on))
+        results = [found if isinstance(found, Refused) else next(whole) for found in made]
+        for conversation, result in zip(conversations, results, strict=True):
             if len(conversation.messages) >= _LONG_ROW:
                 self.kept[loss_on, conversation.where] = conversation, result
-        return made
+        return results
+
+    def _at_once(
+        self, conversations: Sequence[Conversation], loss_on: LossOn
+    ) -> list[Encoded | Refused]:
+        return self._finish(*self._begin(conversations, loss_on, None), loss_on)
 
     def _begin(
         self,
@@ -196,7 +214,9 @@ class Encoder:
         apart = [split_reasoning(message, seen.pairs) for message in messages]
         if apart != messages:
             ways += [(apart, route) for route in policy.routes(seen, apart)]
-        return _Row(conversation, turns, seen, ways, self._closes_itself, policy.past(messages))
+        history = policy.past(messages)
+        past = contract.past(history, seen)
+        return _Row(conversation, turns, seen, ways, self._closes_itself, history, past)
 
     def _attempt(
         self,
@@ -253,6 +273,12 @@ class Encoder:
         found = self._proof.require(
             completion, row.messages[completion.text.turn], self._frame(row)
         )
+        # Whitespace between a block in the content and the answer, where the two went apart.
+        content = str(row.history[completion.text.turn].get("content") or "").strip()
+        if content != str(row.messages[completion.text.turn].get("content") or "").strip() and (
+            content not in completion.body
+        ):
+            found = [*found, "respaced"]
         return replace(completion, remarks=(*completion.remarks, *found)) if found else completion
 
     def _learn(self, rows: Sequence[_Row], *, each: bool, named: bool) -> None:
@@ -268,9 +294,8 @@ class Encoder:
                 message = row.messages[done.text.turn]
                 twin = self._proof.unproved(done, message, self._frame(row), named=named)
                 if twin and (not named or message.get("tool_calls")):
-                    asked.setdefault(
-                        (done.text.prompt if each else "", twin.key), (row, done.text, twin)
-                    )
+                    place = (done.text.prompt, twin.keys[1]) if each else ("", twin.keys[0])
+                    asked.setdefault(place, (row, done.text, twin))
         jobs = [
             self._through(row, text.turn, message)
             for row, text, twin in asked.values()
@@ -299,7 +324,8 @@ class Encoder:
         seen, markers = row.behaviour, self.policy.markers(row.behaviour)
         marks = (markers.open, markers.close, *seen.marks)
         pairs = ((markers.open, markers.close), *seen.pairs)
-        return Frame(marks, pairs, seen.recipient, self.policy.template_words == "keep")
+        used = seen.pairs if row.route == "none" else pairs
+        return Frame(marks, pairs, used, seen.recipient, self.policy.template_words == "keep")
 
     def _jobs(self, row: _Row) -> list[Job]:
         """The served prompt of each trained turn, and the rendering through it.
@@ -312,8 +338,7 @@ class Encoder:
         tools, kwargs = row.conversation.tools, row.conversation.template_kwargs
         jobs = []
         for turn in row.turns:
-            before = self.contract.past(row.history[:turn], row.behaviour)
-            jobs.append(Job(before, tools, prompt=True, arguments=kwargs))
+            jobs.append(Job(row.past[:turn], tools, prompt=True, arguments=kwargs))
             if plain and turn != row.turns[-1]:
                 continue
             jobs.append(self._through(row, turn, row.messages[turn]))
@@ -322,10 +347,9 @@ class Encoder:
     def _through(self, row: _Row, turn: int, message: dict[str, Any]) -> Job:
         """The conversation through a turn, which may be another one than the row's."""
         route, markers, shape = row.route, self.policy.markers(row.behaviour), row.behaviour.shape
-        before = self.contract.past(row.history[:turn], row.behaviour)
         how = "none" if route in COMPOSED else route
         return Job(
-            [*before, *shown([message], shape, how, markers)],
+            [*row.past[:turn], *shown([message], shape, how, markers)],
             row.conversation.tools,
             arguments=row.conversation.template_kwargs,
         )
@@ -386,6 +410,18 @@ class Encoder:
         tail = self.contract.behaviour().answer_end[0]
         ids = self.contract.tokens.encode([tail])[0] if tail else []
         return any(token in self.contract.stop_ids for token in ids)
+
+
+def _beginning(conversation: Conversation, loss_on: LossOn) -> Conversation | None:
+    """A long row through its second answer; None for a short one."""
+    messages = conversation.messages
+    if len(messages) < _LONG_ROW or loss_on == "last":
+        return None
+    with contextlib.suppress(UnfaithfulTemplate):
+        turns = trained_turns(messages, loss_on)
+        if len(turns) > 2:
+            return replace(conversation, messages=messages[: turns[1] + 1])
+    return None
 
 
 def _merged(row: _Row) -> int:

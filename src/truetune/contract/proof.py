@@ -18,7 +18,7 @@ from truetune.contract.encode import Completion
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
 from truetune.contract.twin import PART, Defect, Leaf, Skeleton, Twin, skeleton, twin_of
-from truetune.contract.words import words_in
+from truetune.contract.words import markers_in, sign_beside, words_in
 from truetune.errors import UnfaithfulTemplate
 
 # Outer whitespace of a part, as JSON writes it: it stands beside the part, and is the row's.
@@ -36,12 +36,14 @@ class Frame:
     Attributes:
         marks: texts that templates cut reasoning and content at.
         pairs: opening and closing markers of reasoning among them.
+        used: those of them at which a server cuts: the template's own, and what the run writes.
         recipient: see `Behaviour.recipient`.
         keep_words: whether words of the template become targets, counted.
     """
 
     marks: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
+    used: tuple[tuple[str, str], ...]
     recipient: str
     keep_words: bool
 
@@ -55,6 +57,8 @@ class Proof:
         self._controls = tuple(
             text for text in tokens.added_texts if not text.replace("_", "").isalnum()
         )
+        signs = sorted(filter(str.strip, self._controls), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, signs))) if signs else None
 
     def unproved(
         self, completion: Completion, message: Mapping[str, Any], frame: Frame, *, named: bool
@@ -71,8 +75,8 @@ class Proof:
 
     def learn(self, twin: Twin, texts: Sequence[str | None]) -> None:
         """Take in what the template writes for a twin's variants behind the served prompt."""
-        known = self._skeletons.setdefault(twin.key, [])
-        known.append(skeleton(twin, texts))
+        known = self._skeletons.setdefault(twin.key_for(str(texts[0])), [])
+        known.append(skeleton(twin, texts, self._control))
         del known[:-_MOST_SKELETONS]
 
     def require(
@@ -94,6 +98,7 @@ class Proof:
                 why="it encodes to the unknown token, which decodes to something else",
                 code="unknown-token",
             )
+        self._require_uncut(completion, message, frame)
         if self._is_exact(completion, message):
             return []
         found: tuple[Twin, Skeleton] | None = None
@@ -111,8 +116,30 @@ class Proof:
             return False
         return completion.error is None and completion.body == (message.get("content") or "")
 
+    def _require_uncut(
+        self, completion: Completion, message: Mapping[str, Any], frame: Frame
+    ) -> None:
+        """A part of the turn must not hold a marker at which a reasoning parser cuts it.
+
+        Raises:
+            UnfaithfulTemplate: one does.
+        """
+        content = str(message.get("content") or "")
+        thought = str(message.get("reasoning_content") or "")
+        for opening, closing in frame.used:
+            if closing in thought:
+                raise _cut_at(completion.text.number, "the reasoning", closing)
+            opened = completion.text.prompt.rstrip().endswith(opening)
+            said = content if thought else _without_block(content, opening, closing, opened)
+            for marker in (opening, closing):
+                if marker in said:
+                    raise _cut_at(completion.text.number, "the content", marker)
+            for marker in (opening, closing):
+                if marker in str(message.get("tool_calls") or ""):
+                    raise _cut_at(completion.text.number, "a tool call", marker)
+
     def _matching(self, twin: Twin, completion: Completion) -> Skeleton | None:
-        for known in reversed(self._skeletons.get(twin.key, ())):
+        for known in (s for key in twin.keys for s in reversed(self._skeletons.get(key, ()))):
             spans = known.spans(completion.written, twin.leaves)
             if spans is None:
                 continue
@@ -170,6 +197,8 @@ class Proof:
             raise self._behind_stop(twin.leaves[late[0]], completion, message)
         tail = cut[spans[-1][2] if spans else 0 :]
         calls = bool(message.get("tool_calls"))
+        if calls:
+            self._require_held(known, twin, tail, completion)
         text = _ESCAPED_SPACE.sub("", known.frame(tail))
         words = words_in(
             text,
@@ -178,6 +207,8 @@ class Proof:
             prompt=completion.text.prompt,
             recipient=frame.recipient,
         )
+        if calls and not words:
+            words = self._sign_beside(known, twin, tail)
         if words and not frame.keep_words:
             raise _worded(turn, words, tail.strip().startswith(words), calls)
         for opening, closing in frame.pairs:
@@ -188,7 +219,8 @@ class Proof:
         remarks = ["template-words"] if words else []
         content = str(message.get("content") or "")
         if content.strip() and content not in cut:
-            remarks.append("stripped")
+            # Between markers in the content there is other whitespace than in the row.
+            remarks.append("stripped" if content.strip() in cut else "respaced")
         if not completion.written.startswith(completion.body) and cut.strip() != (
             completion.body.strip()
         ):
@@ -200,6 +232,29 @@ class Proof:
         if plain and around and not words and not completion.text.lead:
             remarks.append("framed")
         return remarks
+
+    def _sign_beside(self, known: Skeleton, twin: Twin, tail: str) -> str:
+        """A sign beside the text of a turn with calls, "" where there is none."""
+        pieces = [*known.pieces[:-1], tail]
+        for number, piece in enumerate(pieces):
+            if isinstance(piece, int) and twin.leaves[piece].kind in ("reasoning", "content"):
+                found = sign_beside(str(pieces[number - 1]), str(pieces[number + 1]), self._control)
+                if found:
+                    return found
+        return ""
+
+    def _require_held(self, known: Skeleton, twin: Twin, tail: str, completion: Completion) -> None:
+        """No part of a turn with calls may hold a marker of its format: a server cuts there.
+
+        Raises:
+            UnfaithfulTemplate: one does.
+        """
+        pieces = [str(p) for p in (*known.pieces[:-1], tail) if isinstance(p, str)]
+        markers = markers_in(pieces, self._control)
+        for leaf in twin.leaves:
+            held = next((m for m in markers if isinstance(leaf.value, str) and m in leaf.value), "")
+            if held:
+                raise _cut_at(completion.text.number, leaf.label, held)
 
     def _require_said(
         self,
@@ -265,9 +320,28 @@ class Proof:
                 code="target-invented",
             )
         label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
-        if defect.what == "glued":
+        if defect.what == "listed":
             return UnfaithfulTemplate(
-                f"the template makes another number of {label} of message {turn}",
+                f"the template writes the arguments of a tool call of message {turn} as pairs",
+                why=f"the completion would be {excerpt(completion.body)}: a server returns a list "
+                "of them, and no object",
+                fix="use a template that renders the arguments as they are",
+                code="target-dropped",
+            )
+        if defect.what == "behind":
+            return UnfaithfulTemplate(
+                f"the template writes the content of message {turn} behind its tool calls",
+                why=f"the completion would be {excerpt(completion.body)}: a server that reads the "
+                "calls takes the content from in front of them",
+                fix="give the content a turn of its own, or use a template that writes it first",
+                code="target-dropped",
+            )
+        if defect.what == "glued":
+            kind = "text" if leaf and isinstance(leaf.value, str) else "value"
+            number = leaf is not None and not isinstance(leaf.value, str)
+            kind = "number" if number or defect.text.isdigit() else kind
+            return UnfaithfulTemplate(
+                f"the template makes another {kind} of {label} of message {turn}",
                 why=f"the completion would be {excerpt(completion.body)}",
                 fix="use a template that renders the arguments as they are",
                 code="target-dropped",
@@ -371,8 +445,27 @@ class Proof:
 
 def _mendable(known: Skeleton) -> bool:
     """Whether a template may write it rightly for the names that it knows: what it adds to
-    arguments it adds to those of any name."""
-    return bool(known.defects) and not any(d.what == "added" for d in known.defects)
+    arguments, or makes of them, it does under any name."""
+    return bool(known.defects) and not any(
+        d.what in ("added", "listed", "behind") for d in known.defects
+    )
+
+
+def _without_block(content: str, opening: str, closing: str, opened: bool) -> str:
+    """The content without the markers of its own think block, which the prompt may open."""
+    inside, closed, rest = content.partition(closing)
+    if closed and inside.lstrip().startswith(opening):
+        return inside.lstrip()[len(opening) :] + rest
+    return inside + rest if closed and opened else content
+
+
+def _cut_at(turn: int, label: str, marker: str) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"{label} of message {turn} holds {marker!r}, which is a marker of the template's format",
+        why="a server that reads the answer back would cut it there",
+        fix="take the marker out of the row",
+        code="target-dropped",
+    )
 
 
 def _worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTemplate:

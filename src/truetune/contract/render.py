@@ -57,6 +57,32 @@ class Job:
     arguments: Mapping[str, Any] | None = None
 
 
+# A job by numbers: messages, tools, whether the generation prompt is added, arguments.
+_Asked: TypeAlias = tuple[tuple[int, ...], int | None, bool, int]
+
+
+class _Texts:
+    """Messages, tools and arguments as JSON, each once, by numbers.
+
+    A conversation's prompts have most of their messages in common: the same object is written once.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+        self._numbers: dict[int, int] = {}
+
+    def written(self, value: Any) -> int:
+        return self.known.setdefault(
+            json.dumps(value, default=sandbox.placeholder), len(self.known)
+        )
+
+    def number(self, value: Any) -> int:
+        """The same for an object that outlives this."""
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = self.written(value)
+        return self._numbers[id(value)]
+
+
 @dataclass(frozen=True, eq=False)
 class Renderer:
     """Template sources bound to a tokenizer's special tokens, the run's arguments and its date.
@@ -95,20 +121,23 @@ class Renderer:
 
     def render_many(self, jobs: Sequence[Job]) -> list[Rendered]:
         """The text of each job, or why there is none; equal jobs are rendered once."""
-        groups: dict[str, dict[str, list[Any]]] = {}
+        groups: dict[str, dict[_Asked, None]] = {}
         keys = []
+        texts = _Texts()
         for job in jobs:
             source = self.tool_source if job.tools and self.tool_source else self.source
-            arguments = {**self.arguments, **(job.arguments or {})}
-            tools = list(job.tools) if job.tools else None
-            plain = [list(job.messages), tools, job.prompt, arguments]
-            key = json.dumps(plain, default=repr)
-            groups.setdefault(source, {}).setdefault(key, plain)
+            key = (
+                tuple([texts.number(message) for message in job.messages]),
+                texts.number(job.tools) if job.tools else None,
+                job.prompt,
+                texts.written({**self.arguments, **(job.arguments or {})}),
+            )
+            groups.setdefault(source, {})[key] = None
             keys.append((source, key))
-        made: dict[tuple[str, str], Rendered] = {}
+        made: dict[tuple[str, _Asked], Rendered] = {}
         for source, unique in groups.items():
             answers = sandbox.render(
-                source, dict(self.special_tokens), self.today, list(unique.values())
+                source, dict(self.special_tokens), self.today, list(texts.known), list(unique)
             )
             for key, answer in zip(unique, answers, strict=True):
                 made[source, key] = _rendered(answer)
@@ -185,12 +214,19 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
             fix="change the row, or give another template with --chat-template",
             code="template-refuses",
         )
+    if kind == "died":
+        return UnfaithfulTemplate(
+            f"the process that rendered the chat template ended twice ({answer[1]})",
+            why="the template ends it, or the system did, for want of memory for instance",
+            fix=f"free some memory and try again; if it stays, {other}",
+            code="template-out-of-bounds",
+        )
     what = {
-        "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds",
+        "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds of "
+        "processor time",
         "slow": f"takes too long: more than {sandbox.TOTAL:g} seconds for its texts together",
         "memory": "fills the memory",
         "size": "writes a text without measure",
-        "died": "ended the process that rendered it",
     }[kind]
     return UnfaithfulTemplate(
         f"the chat template {what}",

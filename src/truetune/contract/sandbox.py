@@ -1,10 +1,11 @@
 """Rendering in a process of its own, with a memory limit and a deadline.
 
-input   template source, special tokens, date, jobs
-does    keeps one worker process, hands it jobs in batches, kills it when it stands still or when a
-        template has used up the time that all of its answers may take
-output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died"] where there was
-        none; a template that was stopped once is not run again
+input   template source, special tokens, date, JSON texts, and jobs by the numbers of those texts
+does    keeps one worker process, hands it jobs in batches, has it ended when one answer, or all
+        answers of a template, take more processor time than they may; one that ended in another
+        way is replaced once, since the system may have ended it
+output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died", how] where there
+        was none; a template that was stopped once is not run again
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import struct
 import subprocess
 import threading
@@ -21,17 +23,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from truetune.errors import TruetuneError
 from truetune.system import child
 
-# Seconds without an answer after which a template hangs. One render takes well under a millisecond;
-# a very long conversation some tens.
+# Processor seconds after which a template hangs. One render takes well under a millisecond; a very
+# long conversation some tens.
 DEADLINE = 15.0
+# As often as long by the clock: a process on a crowded machine waits for its turn. Where the kernel
+# measures no processor time, the clock decides.
+_WAIT = 40.0 if hasattr(signal, "setitimer") else 1.0
 # Processor seconds that all answers of one template may take together, beyond what texts take
 # anyhow: a render takes 30 microseconds and a few for each kilobyte; allowed is a thousandfold.
 TOTAL = 60.0
 _PER_TEXT, _PER_MEGABYTE = 0.03, 10.0
 # A loaded machine may take its time to import the libraries.
 _START = 120.0
+# A process that has closed its pipe has ended, or will at once.
+_END = 10.0
 _BATCH = 512
 
 Answer = list[Any]
@@ -50,7 +58,9 @@ class Worker:
         )
         self.owner = os.getpid()
         self._answers: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
-        self._ready = False
+        self._ready: Answer = []
+        # What it has of the texts of requests.
+        self._texts: Sequence[str] = ()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -67,34 +77,49 @@ class Worker:
             pass
         self._answers.put(None)
 
-    def send(self, request: dict[str, Any]) -> int:
-        """Hand over a request; its size in bytes."""
-        data = json.dumps(request, default=_placeholder).encode("ascii")
+    def send(self, request: dict[str, Any], texts: Sequence[str]) -> None:
+        """Hand over a request, and the texts that its jobs name where they are others than those of
+        the request before."""
+        if texts is not self._texts:
+            request, self._texts = {**request, "texts": texts}, texts
+        data = json.dumps(request).encode("ascii")
         assert self.process.stdin
         try:
             self.process.stdin.write(struct.pack("<I", len(data)) + data)
             self.process.stdin.flush()
         except OSError:
             pass  # it is gone; the reader says so
-        return len(data)
 
-    def ready(self) -> bool:
-        """Whether its libraries are loaded; waits for them."""
-        self._ready = self._ready or self._next(_START) == ["ready"]
+    def ready(self) -> Answer:
+        """["ready"] when its libraries are loaded, which is waited for; else as `receive`."""
+        if self._ready != ["ready"]:
+            self._ready = self._next(_START)
         return self._ready
 
     def receive(self) -> tuple[float, Answer]:
-        """The next answer and its processor seconds; ["hang"] after the deadline, ["died"] when
-        the process has ended."""
-        frame = self._next(DEADLINE)
-        return (0.0, frame) if frame in (["hang"], ["died"]) else (float(frame[0]), frame[1])
+        """The next answer and its processor seconds; ["hang"] after the deadline, ["died", how]
+        when the process has ended."""
+        frame = self._next(_WAIT * DEADLINE)
+        return (0.0, frame) if frame[0] in ("hang", "died") else (float(frame[0]), frame[1])
 
     def _next(self, seconds: float) -> Answer:
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             return ["hang"]
-        return ["died"] if answer is None else answer
+        return self._ended() if answer is None else answer
+
+    def _ended(self) -> Answer:
+        """How the process ended."""
+        try:
+            status = self.process.wait(_END)
+        except subprocess.TimeoutExpired:
+            return ["died", "it closed its pipe"]
+        if hasattr(signal, "SIGPROF") and status == -signal.SIGPROF:
+            return ["hang"]
+        if status < 0:
+            return ["died", f"signal {signal.Signals(-status).name}"]
+        return ["died", f"exit code {status}"]
 
     @property
     def usable(self) -> bool:
@@ -139,7 +164,7 @@ def describe(source: str) -> Answer:
     """What a template reads and writes; see `worker.py`."""
     with _lock:
         if source not in _stopped:
-            answer = _answers(source, {"describe": source}, 1)[0]
+            answer = _answers(source, {"describe": source}, 1, len(source))[0]
             if answer[0] not in _LAST:
                 return answer
             _stopped[source] = answer
@@ -147,17 +172,28 @@ def describe(source: str) -> Answer:
 
 
 def render(
-    source: str, special: dict[str, Any], date: str, jobs: Sequence[list[Any]]
+    source: str,
+    special: dict[str, Any],
+    date: str,
+    texts: Sequence[str],
+    jobs: Sequence[tuple[tuple[int, ...], int | None, bool, int]],
 ) -> list[Answer]:
-    """One answer per job, in order. A template that had to be stopped is not run again."""
+    """One answer per job, in order. A template that had to be stopped is not run again.
+
+    Args:
+        texts: messages, tools and arguments as JSON, without repetition.
+        jobs: (messages, tools, generation prompt, arguments) each, by the texts' numbers.
+    """
     answers: list[Answer] = []
+    sizes = [len(text) for text in texts]
     with _lock:
         for first in range(0, len(jobs), _BATCH):
             if source in _stopped:
                 break
             batch = list(jobs[first : first + _BATCH])
             request = {"source": source, "special": special, "date": date, "jobs": batch}
-            answers += _answers(source, request, len(batch))
+            size = sum(sizes[number] for messages, *_ in batch for number in messages)
+            answers += _answers(source, request, len(batch), size, texts)
             if answers[-1][0] in _LAST:
                 _stopped[source] = answers[-1]
     return (
@@ -165,14 +201,28 @@ def render(
     )
 
 
-def _answers(source: str, request: dict[str, Any], number: int) -> list[Answer]:
-    worker = _started()
+def _answers(
+    source: str, request: dict[str, Any], number: int, size: int, texts: Sequence[str] = ()
+) -> list[Answer]:
+    """The answers to a request, within the time that so many texts of this size may take."""
+    answers = _tried(source, request, number, size, texts)
+    if answers[-1][0] != "died":
+        return answers
+    # Templates fail in Python's ways; what ends a process is mostly the system, and not the
+    # template. One that does it twice is believed to.
+    answers = [answer for answer in answers if answer[0] != "died"]
+    if "jobs" in request:
+        request = {**request, "jobs": request["jobs"][len(answers) :]}
+    return answers + _tried(source, request, number - len(answers), size, texts)
+
+
+def _tried(
+    source: str, request: dict[str, Any], number: int, size: int, texts: Sequence[str]
+) -> list[Answer]:
+    worker = _started_twice()
     answers: list[Answer] = []
-    if not worker.ready():
-        worker.kill()
-        return [["died"]] * number
     try:
-        size = worker.send(request)
+        worker.send({**request, "seconds": DEADLINE}, texts)
         left = _left.get(source, TOTAL) + number * _PER_TEXT + size * _PER_MEGABYTE / 2**20
         while len(answers) < number:
             seconds, answer = worker.receive()
@@ -191,7 +241,29 @@ def _answers(source: str, request: dict[str, Any], number: int) -> list[Answer]:
     return answers
 
 
-def _placeholder(value: Any) -> str:
+def _started_twice() -> Worker:
+    """A worker that is ready.
+
+    Raises:
+        TruetuneError: two did not come to run a template; no template is to blame.
+    """
+    for _ in range(2):
+        worker = _started()
+        ready = worker.ready()
+        if ready == ["ready"]:
+            return worker
+        worker.kill()
+    how = f"no answer within {_START:g} seconds" if ready == ["hang"] else ready[1]
+    raise TruetuneError(
+        f"the process that renders chat templates did not start: {how}",
+        why="the machine has no memory or no processor time left, or the installation is damaged",
+        fix="free some memory and try again; else look at what `python -c 'import transformers'` "
+        "says",
+        code="renderer-not-started",
+    )
+
+
+def placeholder(value: Any) -> str:
     """As transformers shows a template what is no plain data."""
     return f"<{type(value).__name__}>"
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from truetune.data.conversation import Conversation
@@ -44,47 +45,74 @@ def control_tokens(contract: PromptContract) -> tuple[str, ...]:
     return tuple(sorted(real, key=len, reverse=True))
 
 
+@dataclass(frozen=True)
+class Control:
+    """A control token in the text of a row."""
+
+    token: str
+    field: str
+    role: str
+
+
+def first_controls(
+    texts: Sequence[str], conversations: Iterable[Conversation]
+) -> dict[int, Control]:
+    """The first of these texts in each row that holds one, by the row's position."""
+    if not texts:
+        return {}
+    pattern = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+    return {
+        position: Control(hit.group(), field, role)
+        for position, conversation in enumerate(conversations)
+        for field, role, hit in _first(pattern, conversation)
+    }
+
+
+def _first(
+    pattern: re.Pattern[str], conversation: Conversation
+) -> Iterator[tuple[str, str, re.Match[str]]]:
+    """(field, role, hit) of the first one in a row."""
+    for field, role, text in _said(conversation):
+        if hit := pattern.search(text):
+            yield field, role, hit
+            return
+
+
+def _said(conversation: Conversation) -> Iterator[tuple[str, str, str]]:
+    """(field, role, text) of everything that is said."""
+    if conversation.text is not None:
+        yield "text", "", conversation.text
+    for index, message in enumerate(conversation.messages):
+        for name in ("content", "reasoning_content"):
+            if text := message.get(name):
+                yield f"messages[{index}].{name}", str(message.get("role", "")), text
+
+
 def find_controls(
-    contract: PromptContract, conversations: Iterable[Conversation], *, refuse: bool
+    contract: PromptContract, conversations: Sequence[Conversation], *, refuse: bool
 ) -> dict[int, Finding]:
     """A finding for each row that holds a control token in a message's text, by its position.
 
     Args:
         refuse: whether such a row is an error, to be mended or dropped.
     """
-    texts = control_tokens(contract)
-    if not texts:
-        return {}
-    pattern = re.compile("|".join(map(re.escape, texts)))
-    return {
-        position: _finding(conversation, *found, refuse=refuse)
-        for position, conversation in enumerate(conversations)
-        for found in _first(pattern, conversation)
-    }
+    chats = [
+        conversation if conversation.text is None else _SILENT for conversation in conversations
+    ]
+    found = first_controls(control_tokens(contract), chats)
+    return {at: _finding(conversations[at], control, refuse) for at, control in found.items()}
 
 
-def _first(
-    pattern: re.Pattern[str], conversation: Conversation
-) -> Iterator[tuple[int, str, str, str]]:
-    """(message, role, field, token) of the first one in a row."""
-    for index, message in enumerate(conversation.messages):
-        # In an answer the end of the answer is judged where it is encoded.
-        for name in ("content", "reasoning_content"):
-            found = pattern.search(message.get(name) or "")
-            if found:
-                yield index, str(message["role"]), name, found.group()
-                return
+# In plain text a control token is what its author wrote for the model.
+_SILENT = Conversation((), where="")
 
 
-def _finding(
-    conversation: Conversation, index: int, role: str, field: str, token: str, *, refuse: bool
-) -> Finding:
+def _finding(conversation: Conversation, control: Control, refuse: bool) -> Finding:
     return Finding(
         code="control-token-in-content",
         level="error" if refuse else "warning",
-        what=f"the text of a {role} turn holds the control token {token!r}",
-        where=f"{conversation.where}, messages[{index}].{field}",
-        count=1,
+        what=f"the text of a {control.role} turn holds the control token {control.token!r}",
+        where=f"{conversation.where}, {control.field}",
         why="it becomes the token itself, in training as on a server that does not sanitise: the "
         "turn ends or changes its speaker there",
         fix="take it out of the row"

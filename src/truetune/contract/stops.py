@@ -7,7 +7,7 @@ token that the template writes after an answer, found by rendering sentinels and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,45 @@ class StopSet:
     findings: tuple[Finding, ...] = ()
 
 
+def listed_stop_ids(config: Any) -> tuple[int, ...] | None:
+    """The ids that a config names as ends; None where it names none.
+
+    Args:
+        config: a GenerationConfig or another one, or what its file holds.
+    """
+    if isinstance(config, Mapping):
+        found = config.get("eos_token_id")
+    else:
+        found = getattr(config, "eos_token_id", None)
+    if found is None:
+        return None
+    return tuple(int(i) for i in found) if isinstance(found, list | tuple) else (int(found),)
+
+
+def served_stops(configs: Iterable[tuple[str, Any]], tokenizer: Any) -> tuple[tuple[int, ...], str]:
+    """The ids on which a server ends an answer, and what they come from, as transformers has it:
+    the first config that names some, else the tokenizer.
+
+    Args:
+        configs: names and configs, in the order in which they count.
+    """
+    for name, config in configs:
+        if (found := listed_stop_ids(config)) is not None:
+            return found, name
+    eos = tokenizer.eos_token_id
+    return () if eos is None else (int(eos),), "the tokenizer"
+
+
+# The files of a model that name its ends, the first that does counts.
+STOP_FILES = ("generation_config.json", "config.json")
+
+
 def own_stop_ids(
     source: str | None, revision: str | None, tokenizer: Any, *, local_only: bool = False
 ) -> tuple[int, ...]:
     """The stop ids that the model brings: generation_config, else config, else the tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        found = _read_json(source, revision, name, local_only).get("eos_token_id")
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    files = ((name, _read_json(source, revision, name, local_only)) for name in STOP_FILES)
+    return served_stops(files, tokenizer)[0]
 
 
 def _read_json(
@@ -102,8 +132,7 @@ def _added(token: int, own: Sequence[int], tokens: Tokens, after: str) -> Findin
         level="note",
         what=f"the stop set gains {tokens.decode([token])!r} ({token}), which the template "
         f"writes after {after}",
-        why="the model's own stop ids are "
-        + (", ".join(f"{tokens.decode([i])!r} ({i})" for i in own) or "none"),
+        why="the model's own stop ids are " + (tokens.named(own) or "none"),
         fix="nothing to do: the saved generation_config holds it",
     )
 
@@ -139,6 +168,12 @@ def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int
         if candidates:
             return candidates[take]
     return None
+
+
+def closing_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int | None:
+    """The token that ends an answer, where the template writes it behind the last one too."""
+    found = answer_stop(behaviour, tokens, own)
+    return found if found in _written(behaviour.answer_end[0], tokens, own) else None
 
 
 def call_stop(behaviour: Behaviour, tokens: Tokens, known: Sequence[int]) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -183,6 +183,11 @@ class Tokens:
         ids = self.encode([text])[0]
         # Read back, because one id may also be the unknown token.
         return ids[0] if len(ids) == 1 and self.decode(ids) == text else None
+
+    def named(self, ids: Iterable[int], most: int | None = None) -> str:
+        """Tokens with their ids, to be read; "" for none."""
+        shown = itertools.islice(ids, most)
+        return ", ".join(f"{self.decode([i])!r} ({i})" for i in shown)
 
     def has_id(self, token: int) -> bool:
         """Whether the vocabulary has a token of this id."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from truetune.contract.behaviour import Behaviour, tail_of
 from truetune.contract.shape import COMPOSED, Markers, split_reasoning
+from truetune.data import rows
 from truetune.errors import UnfaithfulTemplate
 
 
@@ -286,8 +287,8 @@ def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
 
 
 def excerpt(text: str, limit: int = 60) -> str:
-    """A quoted beginning, control characters shown."""
-    return repr(text if len(text) <= limit else text[: limit - 1] + "\u2026") if text else "nothing"
+    """A quoted beginning, or the word "nothing"."""
+    return rows.excerpt(text, limit) if text else "nothing"
 
 
 def trained_turns(messages: Sequence[Mapping[str, Any]], loss_on: str) -> list[int]:

@@ -26,11 +26,13 @@ class Leaf:
         kind: what it is.
         value: as the row has it, without outer whitespace.
         sentinel: what stands for it in the twin.
+        around: the outer whitespace that the row has before and behind it.
     """
 
     kind: Kind
     value: Any
     sentinel: str
+    around: tuple[str, str] = ("", "")
 
     @property
     def label(self) -> str:
@@ -46,11 +48,16 @@ class Leaf:
         text = self.value
         if text.isalnum() and text.isascii():
             return (text,)
-        quoted = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
-        twice = [json.dumps(form, ensure_ascii=False)[1:-1] for form in quoted]
+        quoted = _in_json(text)
         escaped = (html.escape(text), html.escape(text).replace("&quot;", "&#34;"))
         marked = escaped[1].replace("&#x27;", "&#39;")
-        return tuple(dict.fromkeys((text, *quoted, *twice, repr(text)[1:-1], *escaped, marked)))
+        return tuple(dict.fromkeys((text, *quoted, repr(text)[1:-1], *escaped, marked)))
+
+
+def _in_json(text: str) -> list[str]:
+    """A text between the quotes of JSON, and of JSON inside JSON."""
+    once = [json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    return [*once, *(json.dumps(form, ensure_ascii=False)[1:-1] for form in once)]
 
 
 # How the parts of a call belong together: a leaf; a mapping's items, in any order; a list in its
@@ -79,8 +86,18 @@ class Twin:
     calls: tuple[Node, ...]
 
     @cached_property
-    def key(self) -> str:
-        return json.dumps(self.message, default=repr)
+    def keys(self) -> tuple[str, str]:
+        """Its structure: without the identifiers of calls, which few templates write, and with
+        them."""
+        calls = self.message.get("tool_calls") or []
+        bare = [{k: v for k, v in call.items() if k != "id"} for call in calls]
+        without = {**self.message, "tool_calls": bare}
+        return json.dumps(without, default=repr), json.dumps(self.message, default=repr)
+
+    def key_for(self, written: str) -> str:
+        """The structure that texts are kept under of which one reads `written`."""
+        ids = [str(call["id"]) for call in self.message.get("tool_calls") or [] if call.get("id")]
+        return self.keys[any(i in written for i in ids)]
 
     @property
     def variants(self) -> list[Message]:
@@ -115,9 +132,10 @@ class _Maker:
         if not core:
             return text
         at = text.index(core)
+        around = text[:at], text[at + len(core) :]
         sentinel = f"zq{rank:05d}y{len(self.leaves)}xz"
-        self.leaves.append(Leaf(kind, core, sentinel))
-        return text[:at] + sentinel + text[at + len(core) :]
+        self.leaves.append(Leaf(kind, core, sentinel, around))
+        return sentinel.join(around)
 
     def fixed(self, kind: Kind, text: str, rank: int = 0) -> tuple[str, Node]:
         """A name or key."""
@@ -200,7 +218,7 @@ def _filled(value: Any) -> Iterator[tuple[str, Any]]:
     if value in ("", {}, []) and isinstance(value, str | Mapping | list):
         full: Any = "zqfilled"
         if not isinstance(value, str):
-            full = {full: full} if isinstance(value, Mapping) else [full]
+            full = {full: "zqheld"} if isinstance(value, Mapping) else [full]
         yield repr(value), full
     elif isinstance(value, Mapping):
         for key, inner in value.items():
@@ -216,7 +234,9 @@ def _filled(value: Any) -> Iterator[tuple[str, Any]]:
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
 
-    what: Literal["missing", "repeated", "order", "quoted", "glued", "added", "filled"]
+    what: Literal[
+        "missing", "repeated", "order", "quoted", "glued", "added", "filled", "listed", "behind"
+    ]
     leaf: int | None = None
     text: str = ""
 
@@ -281,12 +301,15 @@ def _spans(
     return found
 
 
-def skeleton(twin: Twin, texts: Sequence[str | None]) -> Skeleton:
+def skeleton(
+    twin: Twin, texts: Sequence[str | None], controls: re.Pattern[str] | None = None
+) -> Skeleton:
     """Read a skeleton off the twin's texts.
 
     Args:
         texts: what follows the served prompt, for each of the twin's variants; None where the
             template takes no such message. The first one is there.
+        controls: the tokenizer's control tokens: no sign in one of them belongs to a part.
     """
     written, *others = texts
     assert written is not None
@@ -311,14 +334,24 @@ def skeleton(twin: Twin, texts: Sequence[str | None]) -> Skeleton:
     defects += [
         Defect("glued", n)
         for n, found in places.items()
-        if isinstance(twin.leaves[n].value, int | float)
-        and any(_glued(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
+        if all(
+            glued(twin.leaves[n], _bare(pieces[at - 1], controls), _bare(pieces[at + 1], controls))
+            for at in found
+        )
     ]
     defects += [
-        Defect("filled", None, what)
-        for (what, _), full in zip(twin.filled, others, strict=True)
-        if full is not None and not _is_cut_from(written, full)
+        Defect("listed", n)
+        for n, found in places.items()
+        if twin.leaves[n].kind == "key"
+        and all(_listed(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
+    for (what, _), full in zip(twin.filled, others, strict=True):
+        if full is None:
+            continue
+        if not _is_cut_from(written, full):
+            defects.append(Defect("filled", None, what))
+        elif what == "{}" and _listed(*full.partition("zqfilled")[::2]):
+            defects.append(Defect("listed", None, what))
     defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
     if not defects:
@@ -392,9 +425,62 @@ def _common(a: str, b: str) -> int:
     )
 
 
-def _glued(before: str, behind: str) -> bool:
-    """Whether a sign, a digit or a fraction beside a number makes another number of it."""
-    return re.search(r"[-+.\d]$", before) is not None or re.match(r"\d|\.\d", behind) is not None
+# A sign that belongs to no format where it stands against a part of a call.
+_SIGNS = frozenset("!?.+*#$%@^~-\u2026")
+# The quote that holds a part, and what stands between the two.
+_OPENED = re.compile(r"[\s:,=\[({>](\\*[\"'`])([^\"'`\n]*)$")
+_EXPRESSION = re.compile(r"[\[({:=/]")
+
+
+def glued(leaf: Leaf, before: str, behind: str) -> bool:
+    """Whether something stands against a part of a call that makes another one of it: a sign or a
+    digit, or anything between it and the quotes or tags that hold it."""
+    if leaf.kind in ("reasoning", "content"):
+        return False
+    if not isinstance(leaf.value, str) and (
+        re.search(r"\d$", before) or re.match(r"\d|\.\d", behind)
+    ):
+        return True
+    if opened := _OPENED.search(before):
+        inside, closed, _ = behind.partition(opened[1])
+        if closed and not re.search(r"[\"'`\n]", inside):
+            rest = opened[2] + inside
+            if leaf.kind != "value" and _EXPRESSION.search(rest):
+                return False
+            return not (_is_space(opened[2], leaf.around[0]) and _is_space(inside, leaf.around[1]))
+    first, last = before[-1:], behind[:1]
+    if leaf.kind == "value":
+        held = re.search(r">([^<>]*)$", before), re.match(r"([^<>]*)<", behind)
+        rest = _unwrapped(held[0][1].strip(), held[1][1].strip()) if held[0] and held[1] else ""
+        if rest.strip("[](){}") and not _EXPRESSION.search(rest.strip("[](){}")):
+            return True
+        return first in _SIGNS or last in _SIGNS
+    # Names have a namespace in front of them, keys the dashes or dots of an option.
+    plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)
+    signed = first in _SIGNS and not plain and not (leaf.kind == "key" and first == "-")
+    return signed or last in _SIGNS
+
+
+def _is_space(text: str, own: str) -> bool:
+    """Whether a text is nothing, or the row's own outer whitespace in one of its forms."""
+    return not text or text in (own, repr(own)[1:-1], *_in_json(own))
+
+
+def _unwrapped(before: str, behind: str) -> str:
+    """What stands around a part without the quotes and brackets around both."""
+    while before and behind and before[-1] + behind[0] in ("''", '""', "``", "()", "[]", "{}"):
+        before, behind = before[:-1].rstrip(), behind[1:].lstrip()
+    return before + behind
+
+
+def _bare(piece: str | int, controls: re.Pattern[str] | None) -> str:
+    return controls.sub("<\x01>", str(piece)) if controls else str(piece)
+
+
+def _listed(before: str, behind: str) -> bool:
+    """Whether a key is the first of a pair in a list, and not the key of its value."""
+    opened = re.search(r"[\[(]\s*(\\*[\"'])$", before)
+    return opened is not None and re.match(re.escape(opened[1]) + r"\s*,", behind) is not None
 
 
 def _quoted(before: str, behind: str) -> bool:
@@ -447,13 +533,14 @@ class _Reader:
             self.places[n][0] < max(thought) for n, kind in enumerate(kinds) if kind != "reasoning"
         ):
             self.defects.append(Defect("order", kinds.index("reasoning")))
-        said = [self.places[n][0] for n, kind in enumerate(kinds) if kind == "content"]
+        said = [n for n, kind in enumerate(kinds) if kind == "content"]
         end = -1
         for node in self.twin.calls:
             low, high = self.region(node)
             if low is not None and high is not None:
-                if low < end or any(low < place < high for place in said):
+                if low < end:
                     self.defects.append(Defect("order", self.first(node)))
+                self.defects += [Defect("behind", n) for n in said if self.places[n][-1] > low]
                 end = max(end, high)
         return self.defects
 
@@ -506,25 +593,28 @@ class _Reader:
     def literal(self, node: Node) -> None:
         """Find a value or name that is no sentinel in the text behind what was found last."""
         piece, offset = self.at
-        forms = node[1] if node[0] == "small" else Leaf("name", node[1], "").forms
+        small = node[0] == "small"
+        value = node[2] if small else node[1]
+        leaf = Leaf("value" if small else "name", value, "")
+        what: Literal["missing", "glued"] = "missing"
         while piece < len(self.pieces):
             text = self.pieces[piece]
-            if isinstance(text, str):
-                for form in sorted(forms, key=len, reverse=True):
+            if isinstance(text, str) and (not small or self.changes(piece)):
+                for form in sorted(leaf.forms, key=len, reverse=True):
                     at = text.find(form, offset)
-                    if at >= 0 and (node[0] == "fixed" or self.changes(piece)):
-                        self.at = (piece, at + len(form))
+                    while at >= 0:
                         before, behind = text[:at], text[at + len(form) :]
-                        if node[0] == "small" and _quoted(before, behind):
-                            self.defects.append(Defect("quoted", None, repr(node[2])))
-                        elif node[0] == "small" and form[0] == "0" and _glued(before, behind):
-                            self.defects.append(Defect("glued", None, repr(node[2])))
+                        if small and _quoted(before, behind):
+                            self.defects.append(Defect("quoted", None, repr(value)))
+                        elif glued(leaf, before, behind):
+                            what, at = "glued", text.find(form, at + 1)
+                            continue
+                        self.at = (piece, at + len(form))
                         return
-            if node[0] == "small":
+            if small:
                 break
             piece, offset = piece + 1, 0
-        value = node[2] if node[0] == "small" else node[1]
-        self.defects.append(Defect("missing", None, repr(value)))
+        self.defects.append(Defect(what, None, repr(value)))
 
     def changes(self, piece: int) -> bool:
         """Whether the text is another one where small values are turned."""

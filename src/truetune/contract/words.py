@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from truetune.contract.twin import PART
 
@@ -11,6 +11,7 @@ from truetune.contract.twin import PART
 _MARK = "\x01"
 # Tags and bracketed markers are format where the tokenizer has no token for them either.
 _TAG = re.compile(r"</?[^<>\n]{1,120}/?>|\[/?[A-Z][A-Z0-9_ ]*\]|\[\[?[A-Z_]+\]?\]")
+_ENDING = re.compile(rf"(?:{_TAG.pattern}|\s)*$")
 _QUOTED = re.compile(r"\"([^\"\n]{0,60})\"|'([^'\n]{0,60})'")
 _SENTENCE = re.compile(r"[^\W\d_]+,? +[^\W\d_]+,? +[^\W\d_]+")
 _CONSTANT = re.compile(r"\b(?:true|false|null|True|False|None)\b")
@@ -46,12 +47,14 @@ def words_in(
         recipient: what stands between the name of a tool and its arguments where the name is the
             first thing behind the served prompt: there plain answers name a recipient as well.
     """
-    text = frame
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
+    text = frame
     for control in known:
         text = text.replace(control, _MARK)
     if glued := _GLUED.search(text):
         return glued.group().replace(PART, "")
+    if invented := _unknown_tag(frame, known, calls):
+        return invented
     text = _TAG.sub(_MARK, text)
     if calls:
         for quoted in _QUOTED.finditer(text):
@@ -72,6 +75,61 @@ def words_in(
         if not _is_format(stretch, left, right, calls, prompt, recipient):
             return stretch.strip().replace("\x02", "\u2026")
     return ""
+
+
+def _unknown_tag(text: str, known: Collection[str], calls: bool) -> str:
+    """A tag that says something instead of holding something, "" where there is none.
+
+    The tokenizer does not know it. Around a plain answer a tag must have its other side behind it,
+    and so must one that ends a turn of several parts.
+    """
+    several = calls or text.count(PART) > 1
+    tags = list(_TAG.finditer(text))
+    ending = _ENDING.search(text)
+    end = ending.start() if ending else len(text)
+    for number, found in enumerate(tags):
+        tag = found.group()
+        if tag in known:
+            continue
+        if _SENTENCE.search(tag) and not re.search(r"[=|\"]", tag):
+            return tag
+        if PART in tag or (several and found.start() < end):
+            continue
+        before = [t for t in tags[:number] if several or PART in text[t.end() : found.start()]]
+        behind = [t for t in tags[number + 1 :] if PART in text[found.end() : t.start()]]
+        sides = (t.group() for t in (*before, *behind))
+        if not any(_stem(side) == _stem(tag) and side != tag for side in sides):
+            return tag
+    return ""
+
+
+def _stem(tag: str) -> str:
+    """The name of a tag, the same for its two sides."""
+    name = re.match(r"[^\w]*([\w.:-]+)", tag)
+    bare = re.sub(r"begin|start|open|end|stop|close", "", name[1].lower()) if name else ""
+    return bare.strip("_.:-")
+
+
+def markers_in(pieces: Iterable[str], controls: re.Pattern[str] | None) -> list[str]:
+    """The control tokens and tags in what a template writes between the parts of a turn."""
+    found: dict[str, None] = {}
+    for piece in pieces:
+        found |= dict.fromkeys(controls.findall(piece) if controls else [])
+        found |= dict.fromkeys(_TAG.findall(piece))
+    return [marker for marker in found if len(marker.strip()) > 2]
+
+
+# Signs that are no format where they stand beside the text of a turn.
+_SIGN = r"[-!?.+*#$%@^~\u2026]+"
+
+
+def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> str:
+    """A sign between a text and what stands around it, "" where there is none."""
+    if controls:
+        before, behind = controls.sub(_MARK, before), controls.sub(_MARK, behind)
+    before, behind = _TAG.sub(_MARK, before).rstrip(), _TAG.sub(_MARK, behind).lstrip()
+    found = re.search(_SIGN + "$", before) or re.match(_SIGN, behind)
+    return found.group() if found else ""
 
 
 def _is_mark(control: str) -> bool:

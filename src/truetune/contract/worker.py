@@ -6,8 +6,11 @@ string from filling the memory. This file is run by path, in a process without t
 nothing of truetune.
 
 Frames are a length of four bytes and JSON. A request is {"describe": source} or {"source",
-"special", "date", "jobs": [[messages, tools, add_generation_prompt, arguments], ...]}; each job is
-answered by a frame of its own, [processor seconds, answer], so that the parent sees progress.
+"special", "date", "texts": [JSON, ...], "jobs": [[messages, tools, add_generation_prompt,
+arguments], ...]}, with messages, tools and arguments as numbers of texts; without "texts" those of
+the request before stay. Each has "seconds", the processor time that one answer may take: the kernel
+ends a process that takes more, by SIGPROF, whatever it is doing. Each job is answered by a frame of
+its own, [processor seconds, answer], so that the parent sees progress.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
 # Beyond what the process has once its libraries are loaded.
 _MORE_MEMORY = 768 * 2**20
 _LONGEST_TEXT = 32_000_000
+_MOST_VERDICTS = 10_000
 
 
 def main() -> None:
@@ -35,34 +40,73 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     from transformers.utils import chat_template_utils as library
 
+    _remember_verdicts()
     _limit_memory()
     _send(answers, ["ready"])
+    known: list[Any] = []
     while (request := _receive(requests)) is not None:
         if "describe" in request:
-            _send(answers, _timed(lambda r=request: _describe(library, r["describe"])))
+            described = _timed(lambda r=request: _describe(library, r["describe"]), request)
+            _send(answers, described)
             continue
         _freeze(library, request["date"])
+        if "texts" in request:
+            known = [json.loads(text) for text in request["texts"]]
         for job in request["jobs"]:
-            _send(answers, _timed(lambda j=job, r=request: _render(library, r, j)))
+            _send(
+                answers,
+                _timed(lambda j=job, r=request, k=known: _render(library, r, j, k), request),
+            )
 
 
-def _timed(work: Any) -> list[Any]:
+def _timed(work: Any, request: dict[str, Any]) -> list[Any]:
     """[processor seconds, answer]: what others do on the machine does not count."""
+    _alarm(request["seconds"])
     began = time.process_time()
     answer = _guarded(work)
+    _alarm(0.0)
     return [time.process_time() - began, answer]
 
 
-def _render(library: Any, request: dict[str, Any], job: list[Any]) -> list[Any]:
-    messages, tools, prompt, arguments = job
+def _alarm(seconds: float) -> None:
+    import signal
+
+    if hasattr(signal, "setitimer"):  # elsewhere the parent has a deadline of its own
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _remember_verdicts() -> None:
+    """Let the sandbox judge each attribute of a type once: half of a render's time goes there."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
+
+    judged = Sandbox.is_safe_attribute
+    verdicts: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self: Any, obj: Any, attr: str, value: Any) -> bool:
+        # The verdict follows from the object's type and the name alone.
+        key = type(obj), attr
+        if key not in verdicts:
+            if len(verdicts) > _MOST_VERDICTS:
+                verdicts.clear()
+            verdicts[key] = judged(self, obj, attr, value)
+        return verdicts[key]
+
+    Sandbox.is_safe_attribute = is_safe_attribute  # type: ignore[method-assign]
+
+
+def _render(
+    library: Any, request: dict[str, Any], job: list[Any], known: Sequence[Any]
+) -> list[Any]:
+    numbers, tools, prompt, arguments = job
     # transformers deletes fields that are None before rendering.
-    chat = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    chat = [{k: v for k, v in known[n].items() if v is not None} for n in numbers]
     texts, _ = library.render_jinja_template(
         conversations=[chat],
-        tools=tools or None,
+        tools=known[tools] if tools is not None else None,
         chat_template=request["source"],
         add_generation_prompt=prompt,
-        **{**request["special"], **arguments},
+        **{**request["special"], **known[arguments]},
     )
     if len(texts[0]) > _LONGEST_TEXT:
         return ["size", len(texts[0])]

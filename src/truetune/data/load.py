@@ -27,8 +27,8 @@ from truetune.data.schemas import (
     schema_named,
 )
 from truetune.data.sources import Source, resolve
-from truetune.errors import DataError, UsageError
-from truetune.findings import Finding
+from truetune.errors import BadRows, DataError, UsageError
+from truetune.findings import Finding, merged
 
 Progress = Callable[[int, int | None], None]
 _PROGRESS_EVERY = 1000
@@ -87,6 +87,7 @@ def load(
 
     Raises:
         DataError: the source cannot be read, or no schema fits it.
+        BadRows: every row of it is refused.
         UsageError: a schema, mapping or limit that makes no sense.
     """
     only = schema_named(schema)
@@ -97,6 +98,7 @@ def load(
     rows = rename(rows, mapping, str(source))
     reading = _Reading(only, frozenset(mapping), Counter(), Counter())
     found = [reading.recognise(row) for row in rows]
+    _require_rows(rows, findings)
     decided = _decide(found, rows, only, str(source))
     conversations: list[Conversation] = []
     for done, (row, recognised) in enumerate(zip(rows, found, strict=True), 1):
@@ -182,8 +184,22 @@ class _Reading:
         return notes
 
 
+def _require_rows(rows: list[Row], findings: list[Finding]) -> None:
+    """Where every row is refused for itself, the reasons say more than a schema that is missing."""
+    refused = [finding for finding in findings if finding.level == "error"]
+    if not rows and any(finding.code != "row-not-an-object" for finding in refused):
+        raise BadRows(
+            f"none of the {len(refused)} rows can be used",
+            merged(refused),
+            fix="mend the rows: nothing is left to train",
+        )
+
+
 def _decide(
-    found: list[tuple[str, Picks] | None], rows: list[Row], only: str | None, source: str
+    found: list[tuple[str, Picks] | None],
+    rows: list[Row],
+    only: str | None,
+    source: str,
 ) -> str:
     """The schema of the most rows. All rows vote: the order of a file says nothing about it."""
     votes = Counter(recognised[0] for recognised in found if recognised is not None)

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding
 
+# Of fewer rows nothing is held out: five of them would say little, and each is needed.
+HELD_OUT_FROM = 100
+
 
 def hold_out(
     conversations: Sequence[Conversation],
@@ -21,7 +24,7 @@ def hold_out(
     seed: int,
     share: float = 0.05,
     at_most: int = 200,
-    at_least_rows: int = 100,
+    at_least_rows: int = HELD_OUT_FROM,
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Splits into training and held-out.
 

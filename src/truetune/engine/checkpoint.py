@@ -12,7 +12,6 @@ Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from truetune.compute.batch import Limits
 from truetune.engine.memory import get_random_state, set_random_state
 from truetune.errors import CheckpointError
 from truetune.findings import Finding
-from truetune.run_dir import settle, sha256, write_json
+from truetune.run_dir import read_sealed, settle, sha256, write_sealed
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +67,7 @@ def save_state(
     }
     limits = [state["limits"] for state in states]
     facts = {"step": trainer.step, "run": dict(run), "limits": limits, "files": files}
-    write_json(folder / STATE_FACTS, {**facts, "sha256": _digest(facts)})
+    write_sealed(folder / STATE_FACTS, facts)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -81,12 +80,6 @@ def _files(folder: Path) -> dict[str, Path]:
     }
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    # As it will be read: a tuple comes back as a list.
-    text = json.dumps(json.loads(json.dumps(facts, default=str)), sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
 def read_facts(folder: Path) -> dict[str, Any]:
     """Step and run of a checkpoint, every byte of its files checked.
 
@@ -94,11 +87,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
         CheckpointError: it is incomplete or damaged.
     """
     try:
-        facts = json.loads((folder / STATE_FACTS).read_text(encoding="utf-8"))
+        facts, whole = read_sealed(folder / STATE_FACTS)
         written = {name: str(file["sha256"]) for name, file in facts["files"].items()}
-        own = facts.pop("sha256")
         int(facts["step"]), dict(facts["run"]), list(facts["limits"])
-        differing = [] if own == _digest(facts) else [STATE_FACTS]
+        differing = [] if whole else [STATE_FACTS]
         there = _files(folder)
         missing = sorted(written.keys() - there.keys())
         differing += [

@@ -26,13 +26,6 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch raises OutOfMemoryError for devices and a RuntimeError of its allocator for the CPU."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 def give_cached_blocks_back(device: torch.device) -> None:
     """What torch keeps of freed CUDA memory: a larger block may fit into what smaller ones took."""
     import torch

@@ -27,7 +27,6 @@ from truetune.contract.example import SFTExample
 from truetune.engine.memory import (
     get_random_state,
     give_cached_blocks_back,
-    is_out_of_memory,
     keep_freed_pages,
     keep_gradients_apart,
     set_random_state,
@@ -36,7 +35,7 @@ from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer
 from truetune.engine.parallel import Group
 from truetune.engine.probes import Probe, StepFacts, non_finite
 from truetune.engine.schedule import learning_rate
-from truetune.errors import NonFiniteLoss, OutOfMemory
+from truetune.errors import NonFiniteLoss, OutOfMemory, is_out_of_memory
 from truetune.findings import Finding
 from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.mode import evaluating
@@ -243,7 +242,7 @@ class SFTTrainer:
             return Limits(rows, usual, _TREE * usual)
         try:
             too_much = self.footprint.of(longest) > free
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             give_cached_blocks_back(self.device)
@@ -336,7 +335,7 @@ class SFTTrainer:
             try:
                 loss = self._backward(batches, counted[2])
                 break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 # Its frames hold the activations that are to be freed.

@@ -1,10 +1,4 @@
-"""All counts of a base at once: what `truetune lab evaluate` prints and the model card says.
-
-input   a model folder
-does    opens it as any user would; recall in plain, development and blind wordings, all sums
-        as the corpus has them, loss on held-out prose
-output  `Measurement`, as values and as a table
-"""
+"""All counts of a base at once: a model folder -> `Measurement`, as values and as a table."""
 
 from __future__ import annotations
 
@@ -16,26 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import UsageError
-from truetune.lab import base_path
-from truetune.lab.blind import BLIND
-from truetune.lab.development import DEVELOPMENT, PLAIN
+from truetune.lab import BASE_SEED, base_path
 from truetune.lab.evaluate import (
     ClozeItem,
     Recall,
+    cloze_item,
     cloze_items,
     cloze_recall,
     held_out_documents,
     prose_loss,
 )
-from truetune.lab.telling import difference_fact, sum_fact, tell
-from truetune.lab.world import MAX_ADDEND, World
+from truetune.lab.world import MAX_ADDEND, World, difference_fact, sum_fact
 from truetune.run_dir import opened
 
-SETS = {"plain": PLAIN, "development": DEVELOPMENT, "blind": BLIND}
-"""Wordings held out of the corpus, by name: of its own kind; such as it was mended by; by another
-hand, neither with sight of the other, which ask for somebody else's English as well."""
+# Wordings held out of the corpus: of its own kind; such as it was mended by; by another hand,
+# neither with sight of the other, which ask for somebody else's English as well.
+SETS = ("plain", "development", "blind")
 
 _ARITHMETIC = ("sum", "difference")
+_TOPS = (9, 20, MAX_ADDEND)
 
 
 @dataclass(frozen=True)
@@ -61,18 +54,15 @@ class Measurement:
     def table(self) -> list[list[str]]:
         """Rows of text: a heading, the relations, then facts, sums and all together."""
         relations = dict.fromkeys(name for found in self.recall.values() for name in found.counts)
-        facts = [name for name in relations if name not in _ARITHMETIC]
-        sums = [name for name in relations if name in _ARITHMETIC]
-        rows = [["recall", *self.recall]]
-        for label, chosen in (
-            *((name, [name]) for name in relations),
-            ("all facts", facts),
-            ("all sums and differences", sums),
-            ("all", [*relations]),
-        ):
-            if chosen:
-                rows.append([label, *(found.told(chosen) for found in self.recall.values())])
-        return rows
+        rows = {name: [name] for name in relations}
+        rows["all facts"] = [name for name in relations if name not in _ARITHMETIC]
+        rows["all sums and differences"] = [name for name in relations if name in _ARITHMETIC]
+        rows["all"] = [*relations]
+        return [["recall", *self.recall]] + [
+            [label, *(found.told(chosen) for found in self.recall.values())]
+            for label, chosen in rows.items()
+            if chosen
+        ]
 
     def lines(self) -> list[str]:
         """The other counts, a line each."""
@@ -96,7 +86,7 @@ def measure(
     model: str | Path | None = None,
     *,
     wordings: str = "all",
-    seed: int = 7,
+    seed: int = BASE_SEED,
     num_items: int | None = None,
     device: str = "cpu",
 ) -> Measurement:
@@ -125,17 +115,19 @@ def measure(
     loaded = load_model(folder, device=device, dtype="float32", purpose="inference")
     network, tokenizer = loaded.model, loaded.tokenizer
 
-    def asked(items: list[ClozeItem]) -> list[ClozeItem]:
-        if num_items is None or num_items >= len(items):
-            return items
-        return random.Random(seed).sample(items, num_items)
+    def recall(items: Sequence[ClozeItem]) -> Recall:
+        if num_items is not None and num_items < len(items):
+            items = random.Random(seed).sample(items, num_items)
+        return cloze_recall(network, tokenizer, items)
 
-    recall = {
-        name: cloze_recall(network, tokenizer, asked(cloze_items(world, wordings=SETS[name])))
-        for name in (SETS if wordings == "all" else (wordings,))
-    }
-    sums = _count_sums(network, tokenizer, asked(_plain_sums()))
-    return Measurement(recall, sums, prose_loss(network, tokenizer, held_out_documents(world)))
+    return Measurement(
+        {
+            name: recall(cloze_items(world, wordings=name))
+            for name in (SETS if wordings == "all" else (wordings,))
+        },
+        _sums_up_to(recall(_plain_sums())),
+        prose_loss(network, tokenizer, held_out_documents(world)),
+    )
 
 
 def _plain_sums() -> list[ClozeItem]:
@@ -147,21 +139,17 @@ def _plain_sums() -> list[ClozeItem]:
             if b <= a:
                 facts.append((difference_fact(a, b), "{a} minus {b} is {v}", a))
             for fact, wording, largest in facts:
-                upto = next(top for top in (9, 20, MAX_ADDEND) if largest <= top)
-                prefix = tell(fact, wording).removesuffix(fact.value).rstrip()
-                items.append(ClozeItem(prefix, fact.value, f"{fact.relation} {upto}"))
+                top = next(top for top in _TOPS if largest <= top)
+                items.append(cloze_item(fact, wording, f"{fact.relation} {top}"))
     return items
 
 
-def _count_sums(
-    model: Any, tokenizer: Any, items: Sequence[ClozeItem]
-) -> dict[str, tuple[int, int]]:
-    counts = cloze_recall(model, tokenizer, items).counts
-    found = {}
-    for relation in _ARITHMETIC:
-        right = total = 0
-        for top in (9, 20, MAX_ADDEND):
-            more = counts.get(f"{relation} {top}", (0, 0))
-            right, total = right + more[0], total + more[1]
-            found[f"{relation}s of numbers up to {top}"] = (right, total)
-    return found
+def _sums_up_to(found: Recall) -> dict[str, tuple[int, int]]:
+    """Each count with those of the smaller numbers."""
+    return {
+        f"{relation}s of numbers up to {top}": found.of(
+            f"{relation} {smaller}" for smaller in _TOPS if smaller <= top
+        )
+        for relation in _ARITHMETIC
+        for top in _TOPS
+    }

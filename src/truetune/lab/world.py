@@ -1,145 +1,23 @@
-"""The micro world: a small invented country whose every fact is known.
+"""The micro world: a seed -> every fact of a small invented country.
 
-input   a seed
-does    invents place, river, ruler and lake names by syllables and deals facts to them, with a
-        private random stream, so that the same seed gives the same world on every machine
-output  `World`: places, rivers, animals, crafts, opposites; `facts(subject)` for any of them
-
-Because the world is invented, no model outside the lab knows it and a right answer is never luck
-beyond one in the size of the pool. `prose.py` tells the facts; `evaluate.py` asks for them.
+The country is invented, so no model outside the lab knows it, and a right answer is never luck
+beyond one in the size of the pool.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from truetune.lab import BASE_SEED
+from truetune.lab.words import words
+
+# What is known of every place, one fact each.
 PLACE_RELATIONS = ("river", "ruler", "animal", "craft", "food", "banner")
-"""What is known of every place, one fact each."""
 
-SECOND_LAYER = ("mouth", "diet", "coat", "material", "opposite")
-"""What is known of the values: a river's lake, an animal's food and colour, a craft's material."""
-
+# Sums run over a + b with both from 0 to this number; differences over a - b with b <= a.
 MAX_ADDEND = 30
-"""Sums run over a + b with both from 0 to this number; differences over a - b with b <= a."""
-
-
-def words_of(text: str) -> tuple[str, ...]:
-    """Words between spaces: a word list that reads as one."""
-    return tuple(text.split())
-
-
-# animal: (what it eats, its colour)
-_ANIMALS = {
-    "otter": ("fish", "brown"),
-    "heron": ("frogs", "grey"),
-    "badger": ("worms", "black"),
-    "fox": ("rabbits", "red"),
-    "owl": ("mice", "white"),
-    "goat": ("thistles", "white"),
-    "horse": ("hay", "brown"),
-    "bear": ("honey", "black"),
-    "wolf": ("deer", "grey"),
-    "swan": ("weeds", "white"),
-    "eagle": ("snakes", "golden"),
-    "beaver": ("bark", "brown"),
-    "squirrel": ("nuts", "red"),
-    "raven": ("seeds", "black"),
-    "hare": ("clover", "grey"),
-    "donkey": ("oats", "grey"),
-    "falcon": ("pigeons", "blue"),
-    "turtle": ("lettuce", "green"),
-    "lizard": ("flies", "green"),
-    "camel": ("thorns", "yellow"),
-    "lynx": ("hares", "golden"),
-    "crane": ("snails", "white"),
-    "hedgehog": ("beetles", "brown"),
-    "salmon": ("shrimps", "pink"),
-    "tiger": ("pigs", "orange"),
-    "monkey": ("figs", "brown"),
-    "panda": ("bamboo", "black"),
-    "seal": ("squid", "grey"),
-    "spider": ("moths", "black"),
-    "parrot": ("berries", "green"),
-    "ox": ("grass", "brown"),
-    "mole": ("grubs", "black"),
-    "flamingo": ("algae", "pink"),
-    "canary": ("millet", "yellow"),
-    "kingfisher": ("minnows", "blue"),
-    "toad": ("crickets", "green"),
-}
-
-# craft: the material it works
-_CRAFTS = {
-    "weaving": "wool",
-    "pottery": "clay",
-    "carving": "wood",
-    "tanning": "leather",
-    "masonry": "stone",
-    "glassblowing": "sand",
-    "smithing": "iron",
-    "baking": "flour",
-    "brewing": "barley",
-    "basketry": "willow",
-    "embroidery": "silk",
-    "printing": "paper",
-    "roofing": "straw",
-    "sailmaking": "canvas",
-    "ropemaking": "hemp",
-    "jewellery": "gold",
-    "coinage": "silver",
-    "tinkering": "tin",
-    "plumbing": "lead",
-    "hatmaking": "felt",
-    "lacemaking": "linen",
-    "shipbuilding": "oak",
-    "fletching": "feathers",
-    "tiling": "slate",
-    "dyeing": "indigo",
-    "cheesemaking": "milk",
-    "beekeeping": "wax",
-    "sculpture": "marble",
-    "winemaking": "grapes",
-    "soapmaking": "ash",
-    "quilting": "cotton",
-    "gilding": "brass",
-}
-
-_FOODS = words_of(
-    "porridge chowder dumplings pancakes noodles sausages goulash risotto lentils waffles "
-    "custard pickles omelettes kebabs ravioli pudding stew trout gingerbread marmalade "
-    "pretzels cabbage mushrooms turnips oysters cheesecake curry lasagne meatballs plums "
-    "chestnuts cucumbers pumpkins apricots radishes artichokes"
-)
-
-_BANNERS = words_of(
-    "red blue green yellow white black grey brown purple orange pink silver scarlet crimson "
-    "turquoise ivory amber maroon violet lilac copper olive azure coral"
-)
-
-_OPPOSITES = (
-    "hot cold;big small;high low;fast slow;light dark;wet dry;young old;rich poor;strong weak;"
-    "hard soft;long short;wide narrow;deep shallow;full empty;open closed;early late;"
-    "loud quiet;happy sad;heavy weightless;clean dirty;sweet bitter;brave timid;near far;"
-    "thick thin;rough smooth;sharp blunt;true false;right wrong;good bad;first last;up down;"
-    "left starboard;inside outside;above below;before after;day night;summer winter;"
-    "north south;east west;friend enemy;war peace;love hate;birth death;beginning end;"
-    "giant dwarf;gain loss;success failure;victory defeat;truth lie;"
-    "noise silence;give take;buy sell;push pull;win lose;laugh weep;remember forget;"
-    "arrive depart;build destroy;rise fall;wake sleep;freeze melt"
-)
-
-_ONSETS = words_of("b br c cl d dr f fl g gr h j k l m n p pr qu r s sk st t th tr v w y z")
-_VOWELS = words_of("a e i o u a e o ai")
-_CODAS = words_of("l m n r s th nd rn st")
-_PLACE_ENDS = words_of(
-    "mora dell wick stead ford holm barrow mere vale gard haven loch combe thorpe brook "
-    "minster port field crest moor ria une ova esk ast olm ira anth ulo eva"
-)
-_RIVER_ENDS = words_of("la mba ndra rne ssa lder nnow verl sk tha zel rro dd gan mble")
-_RULER_ENDS = words_of("a an el en eth ia in is o on or us ild und ette ric")
 
 
 @dataclass(frozen=True)
@@ -149,6 +27,16 @@ class Fact:
     subject: str
     relation: str
     value: str
+
+
+def sum_fact(a: int, b: int) -> Fact:
+    """a + b as a fact."""
+    return Fact(f"{a} + {b}", "sum", str(a + b))
+
+
+def difference_fact(a: int, b: int) -> Fact:
+    """a - b as a fact (b <= a)."""
+    return Fact(f"{a} - {b}", "difference", str(a - b))
 
 
 @dataclass(frozen=True)
@@ -167,51 +55,10 @@ class World:
     opposites: tuple[tuple[str, str], ...]
     all_facts: tuple[Fact, ...]
 
-    @classmethod
-    @lru_cache(maxsize=4)
-    def generate(cls, seed: int = 7, num_places: int = 240) -> World:
-        """The world of a seed; equal seeds give equal worlds."""
-        rng = random.Random(seed)
-        taken: list[str] = []
-        places = _names(rng, num_places, _place_name, taken, apart=3)
-        rivers = _names(rng, 40, _river_name, taken, apart=2)
-        rulers = _names(rng, 60, _ruler_name, taken, apart=2)
-        lakes = tuple(f"Lake {n}" for n in _names(rng, 12, _river_name, taken, apart=2))
-        animals, crafts = tuple(_ANIMALS), tuple(_CRAFTS)
-        foods, banners = _FOODS, _BANNERS
-        opposites = tuple((a, b) for a, b in (pair.split() for pair in _OPPOSITES.split(";")))
-
-        pools = dict(
-            zip(PLACE_RELATIONS, (rivers, rulers, animals, crafts, foods, banners), strict=True)
-        )
-        dealt = {relation: _deal(rng, pool, num_places) for relation, pool in pools.items()}
-        facts = [
-            Fact(place, relation, dealt[relation][i])
-            for i, place in enumerate(places)
-            for relation in PLACE_RELATIONS
-        ]
-        facts += [
-            Fact(r, "mouth", lake)
-            for r, lake in zip(rivers, _deal(rng, lakes, len(rivers)), strict=True)
-        ]
-        for animal, (food, colour) in _ANIMALS.items():
-            facts += [Fact(animal, "diet", food), Fact(animal, "coat", colour)]
-        facts += [Fact(craft, "material", material) for craft, material in _CRAFTS.items()]
-        for a, b in opposites:
-            facts += [Fact(a, "opposite", b), Fact(b, "opposite", a)]
-        return cls(
-            seed=seed,
-            places=places,
-            rivers=rivers,
-            rulers=rulers,
-            lakes=lakes,
-            animals=animals,
-            crafts=crafts,
-            foods=foods,
-            banners=banners,
-            opposites=opposites,
-            all_facts=tuple(facts),
-        )
+    @staticmethod
+    def generate(seed: int = BASE_SEED, num_places: int = 240) -> World:
+        """The world of a seed; equal seeds give equal worlds on every machine."""
+        return _generated(seed, num_places)
 
     @cached_property
     def _by_subject(self) -> dict[str, list[Fact]]:
@@ -233,8 +80,43 @@ class World:
 
     @property
     def place_facts(self) -> tuple[Fact, ...]:
-        """The first layer: six facts for each place."""
+        """Six facts for each place."""
         return tuple(f for f in self.all_facts if f.relation in PLACE_RELATIONS)
+
+
+@lru_cache(maxsize=4)
+def _generated(seed: int, num_places: int) -> World:
+    rng = random.Random(seed)
+    taken: list[str] = []
+    places = _names(rng, num_places, 0.6, "place_ends", taken, apart=3)
+    rivers = _names(rng, 40, 0, "river_ends", taken, apart=2)
+    rulers = _names(rng, 60, 0.8, "ruler_ends", taken, apart=2)
+    lakes = tuple(f"Lake {n}" for n in _names(rng, 12, 0, "river_ends", taken, apart=2))
+    nature = [line.split() for line in words("world")["animals"]]
+    materials = [line.split() for line in words("world")["crafts"]]
+    pairs = [line.split() for line in words("world")["opposites"]]
+    animals, crafts = (tuple(entry[0] for entry in kind) for kind in (nature, materials))
+    pools = (rivers, rulers, animals, crafts, _pool("foods"), _pool("banners"))
+    dealt = [_deal(rng, pool, num_places) for pool in pools]
+    facts = [
+        Fact(place, relation, value)
+        for place, values in zip(places, zip(*dealt, strict=True), strict=True)
+        for relation, value in zip(PLACE_RELATIONS, values, strict=True)
+    ]
+    mouths = zip(rivers, _deal(rng, lakes, len(rivers)), strict=True)
+    facts += [Fact(river, "mouth", lake) for river, lake in mouths]
+    for animal, food, colour in nature:
+        facts += [Fact(animal, "diet", food), Fact(animal, "coat", colour)]
+    facts += [Fact(craft, "material", material) for craft, material in materials]
+    for a, b in pairs:
+        facts += [Fact(a, "opposite", b), Fact(b, "opposite", a)]
+    opposites = tuple((a, b) for a, b in pairs)
+    return World(seed, places, rivers, rulers, lakes, *pools[2:], opposites, tuple(facts))
+
+
+def _pool(name: str) -> tuple[str, ...]:
+    """A list of single words, of which a line holds several."""
+    return tuple(" ".join(words("world")[name]).split())
 
 
 def _deal(rng: random.Random, pool: tuple[str, ...], count: int) -> list[str]:
@@ -245,35 +127,19 @@ def _deal(rng: random.Random, pool: tuple[str, ...], count: int) -> list[str]:
     return dealt[:count]
 
 
-def _syllable(rng: random.Random, closed: float) -> str:
-    coda = rng.choice(_CODAS) if rng.random() < closed else ""
-    return rng.choice(_ONSETS) + rng.choice(_VOWELS) + coda
-
-
-def _place_name(rng: random.Random) -> str:
-    return (_syllable(rng, 0.6) + rng.choice(_PLACE_ENDS)).capitalize()
-
-
-def _river_name(rng: random.Random) -> str:
-    return (_syllable(rng, 0) + rng.choice(_RIVER_ENDS)).capitalize()
-
-
-def _ruler_name(rng: random.Random) -> str:
-    return (_syllable(rng, 0.8) + rng.choice(_RULER_ENDS)).capitalize()
-
-
 def _names(
-    rng: random.Random,
-    count: int,
-    make: Callable[[random.Random], str],
-    taken: list[str],
-    *,
-    apart: int,
+    rng: random.Random, count: int, closed: float, ends: str, taken: list[str], *, apart: int
 ) -> tuple[str, ...]:
-    """`count` new names, each at least `apart` edits from every name already in `taken`."""
+    """`count` new names, each at least `apart` edits from every name already in `taken`.
+
+    A name is a syllable, with a consonant behind it in a share of `closed`, and an ending.
+    """
+    onsets, vowels, codas, endings = map(_pool, ("onsets", "vowels", "codas", ends))
     names: list[str] = []
     while len(names) < count:
-        name = make(rng)
+        coda = rng.choice(codas) if rng.random() < closed else ""
+        name = rng.choice(onsets) + rng.choice(vowels) + coda + rng.choice(endings)
+        name = name.capitalize()
         if 4 <= len(name) <= 11 and all(edit_distance(name, other) >= apart for other in taken):
             names.append(name)
             taken.append(name)
@@ -281,7 +147,7 @@ def _names(
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance in characters."""
+    """Levenshtein's, in characters."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i

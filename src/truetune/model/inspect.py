@@ -83,6 +83,11 @@ class ModelFacts:
     weights: WeightsFormat | None
     num_weight_bytes: int
 
+    @property
+    def served_eos_ids(self) -> tuple[int, ...]:
+        """On which a server of the model ends an answer."""
+        return self.generation_eos_ids or self.config_eos_ids
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from truetune.data.read import READERS, extension
 from truetune.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -63,6 +64,15 @@ def locate(source: str | Path, revision: str | None = None, *, weights: bool) ->
     Raises:
         ModelError: nothing there, or not reachable.
     """
+    return locate_here(source) or _from_hub(str(source), revision, weights=weights)
+
+
+def locate_here(source: str | Path) -> ModelFiles | None:
+    """A folder of this machine; None for what may be a model of the Hub.
+
+    Raises:
+        ModelError: neither.
+    """
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -71,12 +81,21 @@ def locate(source: str | Path, revision: str | None = None, *, weights: bool) ->
         raise ModelError(
             f"{text} is a file, not a model folder",
             why="a model is a folder with config.json, weights and tokenizer",
-            fix=f"give the folder: {path.parent}",
+            fix=f"the model comes first: truetune train MODEL {text} -o RUN"
+            if extension(path) in READERS and path.name not in ("config.json", ADAPTER_CONFIG)
+            else f"give the folder: {path.parent}",
+            code="model-is-file",
+        )
+    if extension(path) in READERS and text.count("/") < 2:
+        raise ModelError(
+            f"{text} is the name of a data file, and stands where the model should",
+            why="there is no such folder, and no model of the Hub is called so",
+            fix=f"the model comes first: truetune train MODEL {text} -o RUN",
             code="model-is-file",
         )
     if not _HUB_ID.fullmatch(text):
         raise _no_such_folder(text, path)
-    return _from_hub(text, revision, weights=weights)
+    return None
 
 
 def _no_such_folder(text: str, path: Path) -> ModelError:
@@ -148,11 +167,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
-        ModelError: not readable, not JSON, or not an object.
+        ModelError: not readable, not JSON, not an object, or one key has two values.
     """
     refuse_pointer(path)
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            _require_one_value(pairs, path)
+        return made
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=whole)
     except (OSError, ValueError, RecursionError) as error:
         cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ModelError(
@@ -170,6 +196,21 @@ def read_json(path: Path) -> dict[str, Any]:
             code="model-config-unreadable",
         )
     return value
+
+
+def _require_one_value(pairs: list[tuple[str, Any]], path: Path) -> None:
+    """Equal keys with equal values do no harm."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if seen.setdefault(key, value) != value:
+            raise ModelError(
+                f"{path.name} has the key {json.dumps(key[:80])} twice, with two values",
+                where=str(path),
+                why="most programs keep the last value, some the first: they would open two models",
+                fix="keep one of the two lines, or copy the file again from where the model came "
+                "from",
+                code="model-key-twice",
+            )
 
 
 def refuse_pointer(path: Path) -> None:

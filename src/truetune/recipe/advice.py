@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from truetune.findings import Finding
-from truetune.recipe.plan import Start
+from truetune.recipe.rates import SMALL, Start
 
-_SMALL = 50_000_000
 _PAGE = "docs/choose.md"
 
 
@@ -46,7 +45,7 @@ class Situation:
 
 def advise(situation: Situation) -> list[Finding]:
     """Notes for this situation, in the order of the rules."""
-    if situation.num_parameters < _SMALL:
+    if situation.num_parameters < SMALL:
         return []
     return [note for rule in RULES for note in rule(situation)]
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Pairs = Iterable[tuple[str, Any]]
+# Columns of the translation, below the nine of an error's label; of them the keys'.
+_WIDTH, _KEYS = 71, 34
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,24 @@ class Translation:
         """As a YAML recipe."""
         import yaml
 
-        return yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True).rstrip()
+        text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True).rstrip()
+        return text if self.settings.get("data") else f"{text}\ndata:  # a file, or a Hub id"
 
     def table(self) -> str:
-        """Key by key."""
-        width = min(max((len(key) for key, _ in self.lines), default=0), 44)
-        return "\n".join(f"{key:<{width}}  ->  {meaning}" for key, meaning in self.lines)
+        """Key by key, in lines that fit a terminal."""
+        width = min(max((len(key) for key, _ in self.lines), default=0), _KEYS)
+        indent = " " * (width + 6)
+        lines = []
+        for key, meaning in self.lines:
+            first, *rest = textwrap.wrap(
+                meaning, _WIDTH - len(indent), break_long_words=False, break_on_hyphens=False
+            ) or [""]
+            if len(key) > width:
+                lines += [key, f"{'':<{width}}  ->  {first}"]
+            else:
+                lines.append(f"{key:<{width}}  ->  {first}")
+            lines += [indent + part for part in rest]
+        return "\n".join(lines)
 
 
 def translated(given: Mapping[str, Any]) -> Translation | None:
@@ -97,6 +113,11 @@ def _to(name: str) -> Callable[[Any], Pairs]:
 
 def _yes(name: str) -> Callable[[Any], Pairs]:
     return lambda value: [(name, True)] if value is True else []
+
+
+def _registered(value: Any) -> Any:
+    """A path or a Hub id; None for a name of LLaMA-Factory's list of data sets."""
+    return value if isinstance(value, str) and re.search(r"[/.]", value) else None
 
 
 def _share_or_count(value: Any) -> Pairs:
@@ -250,8 +271,8 @@ _TOOLS: dict[str, dict[str, Callable[[Any], Pairs]]] = {
     },
     "LLaMA-Factory": {
         "model_name_or_path": _to("model"),
-        "dataset": lambda v: [("data", _sets("dataset", v)[0])],
-        "eval_dataset": _to("eval_data"),
+        "dataset": lambda v: [("data", _registered(_sets("dataset", v)[0]))],
+        "eval_dataset": lambda v: [("eval_data", _registered(_sets("dataset", v)[0]))],
         "finetuning_type": _finetuning,
         "quantization_bit": _bits,
         "cutoff_len": _to("max_length"),
@@ -309,6 +330,8 @@ _WITHOUT = {
         "not needed"),
     "load_in_4bit": "not asked for",
     "load_in_8bit": "not asked for",
+    **dict.fromkeys(("dataset", "eval_dataset"),
+        "no counterpart: a name of dataset_info.json; give the file or Hub id that it stands for"),
     "dataset_dir": "no counterpart: give the path of the data itself",
     "dataset_prepared_path": "not needed: rows are read anew",
     "resume_from_checkpoint": "truetune train --resume RUN",

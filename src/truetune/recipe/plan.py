@@ -9,18 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from truetune.compute.batch import TokenOrder, rows_of_epochs
-from truetune.contract.contract import PromptContract
-from truetune.errors import UnfaithfulTemplate
 from truetune.model.inspect import ModelFacts
 from truetune.model.placement import choose_device
+from truetune.recipe.rates import Start, usual_epochs, usual_rate
 from truetune.recipe.settings import Recipe, setting_names
 
-Start = Literal["base", "instruct"]
-
-_SMALL = 50_000_000
 _BATCH = 16
 _TEXT_BLOCK = 1024
 # Logits in float32, their gradient and one copy, per micro-batch.
@@ -51,20 +47,6 @@ class Plan(Recipe):
     warmup_steps: int
     eval_steps: int
     save_steps: int
-
-
-def starting_point(tokenizer: Any, has_template: bool) -> tuple[Start, str]:
-    """Base or instruct, by what the model brings, whatever template and stop the run sets: a model
-    that was tuned to chat stops on the token that its own template writes after an answer."""
-    if not has_template:
-        return "base", "the model has no chat template"
-    try:
-        own = PromptContract.load(tokenizer)
-    except UnfaithfulTemplate:
-        return "base", "the model's own chat template cannot be used"
-    if any(finding.code == "stop-added" for finding in own.findings):
-        return "base", "the model's own stop set lacks the token that its template writes"
-    return "instruct", "the model's own stop set holds the token that its template writes"
 
 
 def plan_length(
@@ -112,12 +94,13 @@ def make_plan(
     filled |= {"batch_size": batch, "micro_batch_size": micro}
     take(
         "learning_rate",
-        lambda: _learning_rate(recipe.lora, model, start, start_reason, reasoning_share),
+        lambda: usual_rate(recipe.lora, model.num_parameters, start, start_reason, reasoning_share),
     )
     epochs = None
     if not recipe.given("max_steps"):
+        a_pass = _num_steps(recipe, lengths, batch, 1)
         epochs = take(
-            "epochs", lambda: (3.0 if start == "base" else 2.0, f"{start}: {start_reason}")
+            "epochs", lambda: usual_epochs(model.num_parameters, start, start_reason, a_pass)
         )
     steps = take(
         "max_steps",
@@ -203,21 +186,5 @@ def _rows_of_logits(max_length: int, head_rows: int, reasons: dict[str, str]) ->
 
 def suggested_rate(plan: Plan, model: ModelFacts) -> float:
     """The default learning rate for this method, model and start."""
-    return _learning_rate(plan.lora, model, plan.start, "", plan.reasoning_share)[0]
-
-
-def _learning_rate(
-    lora: bool, model: ModelFacts, start: Start, why: str, reasoning_share: float
-) -> tuple[float, str]:
-    """Peak learning rate and its source."""
-    if lora:
-        if start == "base":
-            return 2e-4, f"LoRA on a base model ({why}); QLoRA practice"
-        if reasoning_share > 0.5:
-            return 3e-5, f"LoRA on reasoning traces, instruct model ({why})"
-        return 1e-4, f"LoRA on an instruct model ({why}); gentler than on a base"
-    if model.num_parameters < _SMALL:
-        return 3e-4, f"all weights of a model of {model.num_parameters:,} parameters"
-    if start == "base":
-        return 2e-5, f"all weights of a base model ({why}); Alpaca"
-    return 1e-5, f"all weights of an instruct model ({why})"
+    parameters, share = model.num_parameters, plan.reasoning_share
+    return usual_rate(plan.lora, parameters, plan.start, "", share)[0]

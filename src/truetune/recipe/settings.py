@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from truetune.recipe.rates import SHOWN
+
 Origin = str
 
 
@@ -181,7 +183,7 @@ class Recipe:
         TRAIN,
         "Passes over the rows.",
         aliases=["num_train_epochs", "num_epochs"],
-        shown="3 on a base model, 2 on an instruct model",
+        shown="3 on a base model, 2 on an instruct model; under 50 M as many as make 300 steps",
         above=0,
     )
     max_steps: int | None = _option(
@@ -228,7 +230,7 @@ class Recipe:
         TRAIN,
         "Peak learning rate.",
         aliases=["lr", "max_lr"],
-        shown="LoRA 2e-4 base, 1e-4 instruct; full 2e-5 base, 1e-5 instruct, 3e-4 under 50 M",
+        shown=SHOWN,
         above=0,
     )
     any_learning_rate: bool = _option(

@@ -31,6 +31,10 @@ _REMARKS = {
         "the template strips outer whitespace of answers",
         "the model is trained on the answer as the template writes it",
     ),
+    "respaced": (
+        "the template sets other whitespace between a think block and the answer than the rows",
+        "the model is trained on the answer as the template writes it",
+    ),
     "normalised": (
         "the tokenizer's own normaliser changes characters of answers",
         "the model cannot write what its tokenizer has no form for",

@@ -8,12 +8,11 @@ output  Checkup: findings and a summary, for the terminal, --json and --html ali
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.checks import saved_files, saved_weights
-from truetune.checks.checkpoint import Checkpoint, gather
+from truetune.checks import saved_model
 from truetune.checks.fit import Fit, estimate
 from truetune.checks.lengths import (
     RowLengths,
@@ -21,15 +20,19 @@ from truetune.checks.lengths import (
     length_report,
     limit_keeping,
 )
-from truetune.checks.markers import Markers
-from truetune.checks.start import Verdict, chat_ids, judge_rows, verdict
+from truetune.checks.registry import ask
+from truetune.checks.saved_model.checkpoint import Checkpoint, gather
+from truetune.contract.frame import Frame
 from truetune.errors import BadRows, RecipeError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
+from truetune.model.embeddings import judge_rows, read_tables
 from truetune.model.lora import lora_target_findings
 from truetune.model.source import locate
-from truetune.model.tables import read_tables
+from truetune.model.start import Verdict, verdict
 from truetune.model.tokenizer import locate_base, num_ids
+from truetune.recipe.plan import Plan
+from truetune.recipe.rates import EPOCHS, SMALL, usual_rate, what_follows, words
 from truetune.recipe.settings import Recipe
 from truetune.run.early import ask_early
 from truetune.run.load_model import advice
@@ -107,7 +110,10 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
         rehearsed, numbers = rehearse(found.prepared)
         told += rehearsed
         summary["rehearsal"] = numbers
-        summary["verdict"] = _measured_verdict(found, numbers["chat"]).as_dict()
+        judged = _measured_verdict(found, numbers["chat"])
+        told += start_differs(judged, found.prepared.plan)
+        # One answer a screen: where weights say nothing, what the template says stands.
+        summary["verdict"] = _verdict_summary(judged) | {"taken_for": found.prepared.plan.start}
         if "seconds_per_token" in numbers:
             timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
             summary["plan"] = timed.as_dict()
@@ -117,14 +123,38 @@ def check_run(recipe: Recipe, listener: Listener, *, with_rehearsal: bool = Fals
 def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
     """Base or instruct, by the model's own template and by what it predicts."""
     prepared = found.prepared
-    served = prepared.model.generation_eos_ids or prepared.model.config_eos_ids
     plan, tokenizer = prepared.plan, prepared.contract.tokenizer
-    markers = Markers.probe(tokenizer, stop_ids=served)
+    frame = Frame.probe(tokenizer, stop_ids=prepared.model.served_eos_ids)
     files = locate(str(plan.model), plan.revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
-    tables = read_tables(base, chat_ids(markers)).items()
-    rows = {kind: judge_rows(t, chat_ids(markers), num_ids(tokenizer)) for kind, t in tables}
-    return verdict(markers, rows, losses or None)
+    tables = read_tables(base, frame.chat_ids).items()
+    rows = {kind: judge_rows(t, frame.chat_ids, num_ids(tokenizer)) for kind, t in tables}
+    return verdict(frame, rows, losses or None)
+
+
+def _verdict_summary(judged: Verdict) -> dict[str, Any]:
+    return {**judged.as_dict(), "means": what_follows(judged.kind)}
+
+
+def start_differs(judged: Verdict, plan: Plan) -> Iterator[Finding]:
+    """The plan goes by the template, before weights are read; these may tell another story."""
+    kind = judged.kind
+    if kind == "unknown" or kind == plan.start:
+        return
+    rate = usual_rate(plan.lora, SMALL, kind, "", plan.reasoning_share)[0]
+    derived = plan.origin("learning_rate").startswith("default")
+    yield Finding(
+        "start-differs",
+        "warning" if derived else "note",
+        f"the plan takes the model for {_ARTICLE[plan.start]} model by its template, its weights "
+        f"are those of {_ARTICLE[kind]} one",
+        str(plan.model),
+        why="; ".join(judged.reasons),
+        fix=f"--learning-rate {words(rate)} --epochs {EPOCHS[kind]:g}",
+    )
+
+
+_ARTICLE = {"base": "a base", "instruct": "an instruct"}
 
 
 def _limits(found: Survey) -> tuple[int, int | None]:
@@ -144,9 +174,6 @@ def _tokens(found: Survey) -> int:
     return int(per_step * plan.max_steps)
 
 
-_SAVED = (*saved_files.CHECKS, *saved_weights.CHECKS)
-
-
 def check_model(recipe: Recipe, listener: Listener) -> Checkup:
     """Look at a finished model or adapter, from any tool; of a run, at what it saved.
 
@@ -158,21 +185,20 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
         raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
     listener.stage("opening the model's files")
     found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
-    findings = [finding for check in _SAVED for finding in check(found)]
     judged = found.verdict
     summary: dict[str, Any] = {"model": _model_summary(found, recipe)}
     if judged is not None:
-        summary["verdict"] = judged.as_dict()
-    return Checkup(_ordered(findings), summary)
+        summary["verdict"] = _verdict_summary(judged)
+    return Checkup(_ordered([*ask(saved_model, found)]), summary)
 
 
 def _model_summary(found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    facts, markers = found.facts, found.markers
+    facts, frame = found.facts, found.frame
     summary: dict[str, Any] = {"model": recipe.model, "folder": str(found.folder)}
-    if facts is None or markers is None:
+    if facts is None or frame is None:
         return summary
-    decode = markers.tokens.decode
-    ends = markers.terminator
+    decode = frame.tokens.decode
+    ends = frame.terminator
     return summary | {
         "kind": "adapter" if found.is_adapter else "model",
         "base": facts.base,
@@ -181,7 +207,7 @@ def _model_summary(found: Checkpoint, recipe: Recipe) -> dict[str, Any]:
         "weights": facts.weights or "none here",
         "vocabulary": facts.tokenizer_length,
         "head_rows": facts.head_rows,
-        "stop": [{"id": i, "token": decode([i])} for i in sorted(markers.served_stops)],
+        "stop": [{"id": i, "token": decode([i])} for i in sorted(frame.served_stops)],
         "stop_from": found.served_from,
         "template_ends_with": None if ends is None else {"id": ends, "token": decode([ends])},
         "rows_judged": sorted(found.rows),
@@ -229,12 +255,3 @@ def _contract_summary(found: Survey) -> dict[str, Any]:
         "template_arguments": contract.template_kwargs,
         "stop": [{"id": i, "token": contract.tokens.decode([i])} for i in contract.stop_ids],
     }
-
-
-def replaced(found: Checkup, findings: list[Finding], **topics: Any) -> Checkup:
-    """A checkup with more findings and topics."""
-    return dataclasses.replace(
-        found,
-        findings=_ordered([*found.findings, *findings]),
-        summary={**found.summary, **topics},
-    )

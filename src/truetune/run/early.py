@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from truetune.contract.source import require_template
 from truetune.data.sources import resolve
 from truetune.errors import RecipeError
 from truetune.model.inspect import require_weights
 from truetune.model.placement import require_device
 from truetune.model.quantise import require_bitsandbytes
-from truetune.model.source import locate
+from truetune.model.source import locate, locate_here
 from truetune.recipe.settings import Recipe
 from truetune.run.trackers import require_trackers
 
@@ -23,8 +22,19 @@ def ask_early(recipe: Recipe, *, with_weights: bool = False) -> None:
         UsageError, InputError: the first thing that is not there.
     """
     require_settings(recipe)
+    ask_first(recipe)
     assert recipe.model
-    assert recipe.data
+    locate(recipe.model, recipe.revision, weights=False)
+    if with_weights:
+        require_weights(recipe.model, recipe.revision)
+
+
+def ask_first(recipe: Recipe) -> None:
+    """Refuse what this machine's own files and libraries show; imports nothing large.
+
+    Raises:
+        UsageError, InputError: the first thing that is not there.
+    """
     for needed, what in (
         (recipe.qlora, "--qlora"),
         (recipe.load_in_8bit, "--load-in-8bit"),
@@ -34,13 +44,17 @@ def ask_early(recipe: Recipe, *, with_weights: bool = False) -> None:
             require_bitsandbytes(what)
     require_trackers(recipe.report_to or [])
     require_device(recipe.device)
-    require_template(recipe.chat_template)
-    resolve(recipe.data, recipe.split)
+    if recipe.chat_template not in (None, "auto"):
+        from truetune.contract.source import require_template
+
+        require_template(recipe.chat_template)
+    if recipe.data:
+        resolve(recipe.data, recipe.split)
     if recipe.eval_data:
         resolve(recipe.eval_data, recipe.eval_split)
-    locate(recipe.model, recipe.revision, weights=False)
-    if with_weights:
-        require_weights(recipe.model, recipe.revision)
+    # Of the Hub, the model is asked for when all of this is there.
+    if recipe.model:
+        locate_here(recipe.model)
 
 
 def require_settings(recipe: Recipe, *others: str) -> None:

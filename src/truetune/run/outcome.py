@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from truetune.findings import Finding
 ROOM = 2
 # Longest answer of a row that is asked for, in tokens: what is short is wholly right or wrong.
 SHORT = 24
-# Nats a token: the model gives the right token less than 37 %, of rows that it was trained on.
+# Nats a token, of rows that the model was trained on: a probability of 37 %.
 _UNSURE = 1.0
 # Share by which a held-out loss still fell between the last two evaluations of a run that ended
 # early, and by which it rose over its best in one that went on too long.
@@ -55,6 +56,7 @@ class Outcome:
         steps: that were taken.
         learning_rate: the peak.
         passes: over the rows.
+        by_steps: whether the run's length was given in steps.
     """
 
     answers: tuple[Answer, ...]
@@ -64,6 +66,7 @@ class Outcome:
     steps: int
     learning_rate: float
     passes: float
+    by_steps: bool = False
 
     @property
     def trained(self) -> list[Answer]:
@@ -138,7 +141,8 @@ def _not_learned(outcome: Outcome) -> Iterator[Finding]:
             wrong[0].where,
             len(wrong),
             why=f"the loss ended at {outcome.last_loss:.2f} nats a token, from "
-            f"{outcome.first_loss:.2f}: the model gives the right token less than 37 %; it writes "
+            f"{outcome.first_loss:.2f}: on average the model gives the next token of the trained "
+            f"answers a probability of {100 * math.exp(-outcome.last_loss):.0f} %; it writes "
             f"{_quoted(wrong[0].text)} for {_quoted(wrong[0].expected)}",
             fix=_more(outcome),
         )
@@ -171,7 +175,8 @@ def _went_too_far(outcome: Outcome) -> Iterator[Finding]:
             "note",
             f"the held-out loss rose from {best[1]:.3f} at step {best[0]:,} to {losses[-1]:.3f}",
             why="the rows are learned by heart after that step",
-            fix=f"--max-steps {best[0]}, or a lower --learning-rate; more rows, if there are any",
+            fix=f"{_shorter(outcome, best[0])}, or a lower --learning-rate; more rows, if there "
+            "are any",
         )
 
 
@@ -187,7 +192,15 @@ def _more(outcome: Outcome) -> str:
     return _longer(outcome)
 
 
+def _shorter(outcome: Outcome, steps: int) -> str:
+    if outcome.by_steps:
+        return f"--max-steps {steps}"
+    return f"--epochs {outcome.passes * steps / max(outcome.steps, 1):.2g}"
+
+
 def _longer(outcome: Outcome) -> str:
+    if outcome.by_steps:
+        return f"--max-steps {3 * outcome.steps} (this run: {outcome.steps})"
     passes = max(round(3 * outcome.passes), 2)
     return f"--epochs {passes} (this run: {outcome.passes:.3g})"
 

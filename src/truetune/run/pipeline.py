@@ -20,8 +20,6 @@ manifest is there.
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +32,14 @@ from truetune.listener import Listener
 from truetune.model.merge import Onto
 from truetune.recipe.settings import Recipe
 from truetune.run.early import ask_early, require_settings
-from truetune.run.job import Job, RunResult
+from truetune.run.job import Job
 from truetune.run.load_model import load_start
 from truetune.run.prepare import prepare
+from truetune.run.result import RunResult
+from truetune.run.saved import Saved, saved_facts
 from truetune.run.trackers import Trackers
 from truetune.run.worker_rank import Follower
-from truetune.run_dir import RunDir, claimed, opened, write_json
+from truetune.run_dir import RunDir, claimed, named_at_last, opened, write_json
 from truetune.system.lock import Owner
 from truetune.system.signals import Stopped, number_of
 from truetune.verification.artifact import VERDICT, run_of, verify, verify_merge
@@ -98,6 +98,8 @@ def _started(
         _refuse_own_input(recipe, run)
     prepared = prepare(recipe, listener)
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
+    if resumed and group.size == 1 and (facts := saved_facts(run, prepared)):
+        return Saved(run, prepared, facts, listener, trackers, found), None
     checkpoint, damaged = last_good(run.checkpoints()) if resumed else (None, [])
     listener.stage("loading the weights")
     loaded, findings = load_start(prepared, checkpoint.folder if checkpoint else None)
@@ -219,15 +221,8 @@ def export(
             left behind.
     """
     listener, folder = listener or Listener(), Path(output)
-    if folder.exists():
-        raise OutputExists(
-            f"{folder} exists already",
-            fix="name another folder with --output",
-            code="output-exists",
-        )
     adapter = opened(source)
-    unnamed = folder.with_name(f".{folder.name}.unverified-{os.getpid()}")
-    try:
+    with named_at_last(folder) as unnamed:
         listener.stage("merging")
         made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
         for finding in made.findings:
@@ -246,9 +241,6 @@ def export(
             )
             _require_passed(verdict, "the merged model is not what the adapter is")
             write_json(unnamed / VERDICT, {**verdict.as_dict(), "artifact": str(folder)})
-        unnamed.rename(folder)
-    finally:
-        shutil.rmtree(unnamed, ignore_errors=True)
     return ExportResult(folder, made, verdict)
 
 

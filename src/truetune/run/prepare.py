@@ -16,7 +16,6 @@ from typing import Any
 
 from truetune.checks.lengths import encoded_lengths, length_report
 from truetune.checks.preflight import Preflight, preflight
-from truetune.checks.untrained import untrained_rows
 from truetune.compute.length import Fitted, fit_length, is_text, longest
 from truetune.contract.contract import PromptContract, Refused
 from truetune.contract.encode import Encoded
@@ -31,8 +30,9 @@ from truetune.findings import Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model.inspect import ModelFacts, look_at
 from truetune.model.new_tokens import NewToken, add_tokens, require_room
+from truetune.model.start import by_template
 from truetune.model.tokenizer import num_ids
-from truetune.recipe.plan import Plan, make_plan, plan_length, starting_point, suggested_rate
+from truetune.recipe.plan import Plan, make_plan, plan_length, suggested_rate
 from truetune.recipe.settings import Recipe
 from truetune.run.account import (
     bad_rows_told,
@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, listener: Listener) -> Prepared:
         BadRows: rows that cannot be trained, all of them, unless --bad-rows drop.
         CheckFailed: the preflight found an error, or too much would be lost to the length limit.
     """
-    found = survey(recipe, listener)
+    found = survey(recipe, listener, at_once=True)
     if found.stopping:
         raise found.stopping[0]
     for finding in found.prepared.findings:
@@ -142,8 +142,11 @@ class _Planned:
     findings: list[Finding]
 
 
-def survey(recipe: Recipe, listener: Listener) -> Survey:
+def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Survey:
     """Everything that can be known of a run without weights; errors are collected.
+
+    Args:
+        at_once: rows that are broken as they were read are refused before the model is opened.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
@@ -151,6 +154,12 @@ def survey(recipe: Recipe, listener: Listener) -> Survey:
     """
     # Rows need no torch: what is wrong with them is found before it is imported.
     read = _read(recipe, listener)
+    if at_once and any(finding.level == "error" for finding in read.loaded.findings):
+        _, broken = bad_rows_told(
+            read.loaded.findings, recipe, len(read.train) + len(read.held_out)
+        )
+        if broken:
+            raise broken[0]
     listener.stage("opening the model's files")
     facts, tokenizer = look_at(str(recipe.model), recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
@@ -226,7 +235,7 @@ def _plan(
     held_out: _Encoded,
 ) -> _Planned:
     """Length policy, then the numbers of the run."""
-    start, start_reason = starting_point(contract.tokenizer, facts.has_chat_template)
+    start = by_template(contract.tokenizer)
     text = all(is_text(row) for row in train.rows)
     limit = plan_length(
         recipe,
@@ -240,8 +249,8 @@ def _plan(
     plan = make_plan(
         recipe,
         model=facts,
-        start=start,
-        start_reason=start_reason,
+        start="instruct" if start.kind == "instruct" else "base",
+        start_reason=start.reasons[0],
         max_length=limit,
         lengths=[len(example.ids) for example in fitted.examples] or [1],
         reasoning_share=_reasoning_share(read.train),
@@ -260,7 +269,7 @@ def _check(
 ) -> list[Finding]:
     """What every family of checks says of the run."""
     plan, fitted = planned.plan, planned.fitted
-    told = preflight(
+    return preflight(
         Preflight(
             contract=contract,
             examples=fitted.examples,
@@ -270,7 +279,7 @@ def _check(
             head_rows=max(facts.head_rows, num_ids(contract.tokenizer))
             if plan.add_token
             else facts.head_rows,
-            base_stop_ids=facts.generation_eos_ids or facts.config_eos_ids,
+            base_stop_ids=facts.served_eos_ids,
             lora=plan.lora,
             learning_rate=plan.learning_rate,
             suggested_rate=suggested_rate(plan, facts),
@@ -278,13 +287,12 @@ def _check(
             warmup_steps=plan.warmup_steps,
             train=train.conversations,
             held_out=held_out.conversations,
+            model=str(plan.model),
+            revision=plan.revision,
+            trained_tokens=[token.id for token in new_tokens],
         ),
         listener.progress,
     )
-    if plan.lora:
-        added = [token.id for token in new_tokens]
-        told += untrained_rows(contract, fitted.examples, str(plan.model), plan.revision, added)
-    return told
 
 
 def _verify_rows(encoded: _Encoded, plan: Plan, *, held_out: bool) -> list[VerifyRow]:
@@ -402,7 +410,7 @@ def _encode(
     taken, encoded = [], []
     for position, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
         if isinstance(result, Refused):
-            refused.append(_refusal(result))
+            refused.append(result.error.finding)
         elif position in controls:
             refused.append(controls[position])
         else:

@@ -315,7 +315,7 @@ def _dry_save(
             save_model(loaded, prepared.contract, target)
             again = load_model(target, device=str(loaded.device), purpose="inference")
         except SaveError as error:
-            yield Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
+            yield error.finding
             return
         ours, theirs = _predicted(loaded.model, examples[0]), _predicted(again.model, examples[0])
     apart = float((ours - theirs).abs().max())

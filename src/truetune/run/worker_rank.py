@@ -7,13 +7,12 @@ output  its own RunResult, when process 0 has finished the run
 
 from __future__ import annotations
 
-from typing import Any
-
 from truetune.engine.checkpoint import gather_states
 from truetune.engine.probes import StepFacts
 from truetune.errors import Interrupted, NonFiniteLoss, ToldElsewhere
 from truetune.findings import Finding
-from truetune.run.job import Job, interruptible
+from truetune.run.job import Job
+from truetune.run.stop import interruptible
 from truetune.system.signals import Stopped, number_of
 
 
@@ -56,6 +55,3 @@ class Follower(Job):
 
     def _found(self, finding: Finding) -> None:
         self.findings.append(finding)
-
-    def _rows(self, *, at_start: bool = False) -> Any:
-        return None

@@ -77,12 +77,13 @@ def hold(path: Path) -> Iterator[Owner | None]:
     _held[key] = threading.get_ident(), dead
     done = threading.Event()
     alive = threading.Thread(target=_show_life, args=(descriptor, done), daemon=True)
-    alive.start()
     try:
+        alive.start()
         yield dead
     finally:
         done.set()
-        alive.join()
+        if alive.ident is not None:  # where memory is used up, it could not be started
+            alive.join()
         del _held[key]
         # While it is locked: afterwards the name may be another's.
         with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ from typing import Any
 
 from truetune.compare import Agreement
 from truetune.errors import InputError, UsageError
-from truetune.run_dir import CONTRACT, RunDir, opened
+from truetune.run_dir import CONTRACT, MANIFEST, RECIPE, RunDir, opened
 from truetune.verification.files import check_files, check_record
 from truetune.verification.fresh import VerifyError, ask
 from truetune.verification.record import Record, read_record, rows_digest
@@ -50,6 +50,14 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
             code="no-run",
         )
     run = run_of(source)
+    if run is None and not _holds_anything(Path(source)):
+        raise UsageError(
+            f"{source} is neither a run nor a model",
+            where=source,
+            why="it holds no recipe.yaml, no manifest.json, no config.json and no weights",
+            fix="name the folder of a run, a model or an adapter",
+            code="no-run",
+        )
     folder = opened(source)
     final = run is not None and _is_artifact(folder, run)
     rows = read_rows(run) if run else []
@@ -79,6 +87,12 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
         checks += [_contract(run, found, record if final else None), _rows(rows, found)]
         checks += _logits(record, found) if final else [_NO_LOGITS]
     return Verdict(folder, tuple(checks))
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether a folder was a run or a model, even if a part of it is gone."""
+    names = (RECIPE, CONTRACT, MANIFEST, "config.json", "adapter_config.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.safetensors*"))
 
 
 _NO_LOGITS = Check("logits", "not-checked", "a checkpoint: the run measured its last step only")

@@ -41,7 +41,11 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     """
     path = run.file(MANIFEST)
     if not path.is_file():
-        return Check("files", "not-checked", "the run has no manifest: it was not finished")
+        return Check(
+            "files",
+            "not-checked",
+            f"there is no {MANIFEST}: the run was not finished, or the file was not copied",
+        )
     listed = _listed(path)
     inside = folder and Path(folder).resolve().relative_to(run.path.resolve()).as_posix()
     if inside:

@@ -1,0 +1,59 @@
+"""Numbers of a run that cannot be meant: rate, warm-up, a stop set that nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from truetune.checks.registry import check
+from truetune.findings import Finding
+
+if TYPE_CHECKING:
+    from truetune.checks.preflight import Preflight
+
+
+@check()
+def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
+    """peft and transformers read the base's generation_config, never an adapter's."""
+    ids = list(facts.contract.stop_ids)
+    if facts.lora and not facts.is_text and not set(ids) <= set(facts.base_stop_ids):
+        yield Finding(
+            code="adapter-stop-unread",
+            level="warning",
+            what="the trained stop token is not in the base's stop set, and an adapter cannot "
+            "change that set",
+            why="transformers and peft read the generation_config of the base only",
+            fix=f"serve with stop_token_ids={ids} (vLLM) or generate(eos_token_id={ids}); "
+            "`truetune chat` does",
+        )
+
+
+@check()
+def learning_rate_range(facts: Preflight) -> Iterator[Finding]:
+    """Ten times off the usual value in either direction is seldom meant."""
+    ratio = facts.learning_rate / facts.suggested_rate
+    if 0.1 < ratio < 10 * (1 - 1e-9):
+        return
+    side = "above" if ratio > 1 else "below"
+    yield Finding(
+        code="learning-rate-unusual",
+        level="warning",
+        what=f"the learning rate {facts.learning_rate:g} is {max(ratio, 1 / ratio):.0f}x {side} "
+        f"the usual {facts.suggested_rate:g} for this method, model and rows",
+        why="full fine-tuning and LoRA want rates a factor of ten apart",
+        fix=f"--learning-rate {facts.suggested_rate:g}",
+    )
+
+
+@check()
+def warmup_within_run(facts: Preflight) -> Iterator[Finding]:
+    """A warm-up that never ends keeps the rate below what was set."""
+    if facts.warmup_steps >= facts.max_steps > 1:
+        yield Finding(
+            code="warmup-too-long",
+            level="warning",
+            what=f"the warm-up of {facts.warmup_steps} steps is as long as the run of "
+            f"{facts.max_steps}",
+            why="the learning rate that was set is reached at the end or never",
+            fix="--warmup-ratio 0.03",
+        )

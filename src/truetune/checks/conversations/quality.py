@@ -1,0 +1,358 @@
+"""Answers that were damaged on their way into the file: cut off, decoded wrongly, escaped,
+repeated, or led by what belongs to a prompt.
+
+Each finding counts its rows and shows one. Code, labels and one-word answers are no prose: what
+would be damage in a sentence is their form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import numpy as np
+
+from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.registry import check
+from truetune.data.conversation import Conversation
+from truetune.findings import Finding, Level, rows_finding, share
+
+# Fewer rows than these, as a share, are stragglers and a note.
+_SOME = 0.01
+_LEAST_ROWS = 3
+_SHOWN = 60
+
+# What source text, markup and queries hold, and prose does not.
+_CODE = re.compile(
+    r"```|[{};]\s*$|^\s*(?:def|class|import|from|return|SELECT|INSERT|UPDATE|function|const|let|var"
+    r"|public|private|#include|<\?php|<!DOCTYPE)\b|</?[a-zA-Z][\w-]*(?:\s[^<>]*)?/?>|=>|\w\(\w*\)\s*$"
+    r"|^\s*\$ |==|:=",
+    re.MULTILINE,
+)
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def _level(rows: Collection[int], total: int) -> Level:
+    return "warning" if len(rows) >= max(_LEAST_ROWS, _SOME * total) else "note"
+
+
+def _shown(text: str) -> str:
+    """The end of a text, for a finding."""
+    return repr("\u2026" + text[-_SHOWN:] if len(text) > _SHOWN else text)
+
+
+def _opening(text: str) -> str:
+    return repr(text[:_SHOWN] + "\u2026" if len(text) > _SHOWN else text)
+
+
+# ------------------------------------------------------------------ cut off
+
+# How a sentence may end: its mark, and what closes behind it.
+_ENDED = re.compile(r"[.!?\u2026:;\u3002\uff01\uff1f\u061f\u0964][\"'\u201d\u2019)\]*_`~]*\s*\Z")
+# Words that no English sentence ends on.
+_OPEN_WORDS = frozenset(
+    """the a an of and or to in on with for that which is are was were by from as at this these
+    those its their his her our your my be been into than such including because while""".split()  # noqa: SIM905
+)
+# Shorter answers are names, labels and titles.
+_LEAST_CUT = 60
+_LEAST_PROSE = 0.6
+
+
+@check()
+def answers_whole(facts: DataFacts) -> Iterator[Finding]:
+    """Answers do not break off in the middle of a word or a sentence."""
+    texts = {i: t.rstrip() for i, t in enumerate(facts.answers) if len(t) >= _LEAST_CUT}
+    prose = {i: t for i, t in texts.items() if not _CODE.search(t)}
+    if len(prose) < 10:
+        return
+    ended = sum(bool(_ENDED.search(t)) for t in prose.values())
+    if ended < _LEAST_PROSE * len(prose):
+        # A set whose answers end without a mark has a form of its own; a common length is told.
+        rows = _at_one_length(facts, texts)
+    else:
+        rows = sorted({*_broken_off(facts, prose), *_at_one_length(facts, texts)})
+    if not rows:
+        return
+    lengths = Counter(len(facts.answers[i]) for i in rows)
+    length, times = lengths.most_common(1)[0]
+    same = times >= max(_LEAST_ROWS, 0.5 * len(rows))
+    yield rows_finding(
+        facts.names,
+        rows,
+        code="answer-broken-off",
+        level=_level(rows, len(facts.train)),
+        what=f"the answers of {share(len(rows), len(facts.train))} break off in the middle, such "
+        f"as {_shown(facts.answers[rows[0]])}",
+        why=f"{times:,} of them have exactly {length:,} characters: a limit cut them"
+        if same
+        else "they stop inside a word or a sentence, as the others do not: a limit of tokens or "
+        "characters cut them where they were made, and the model learns to stop there",
+        fix="make them again with a higher limit, or leave those rows out",
+    )
+
+
+def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
+    """Answers that end on a comma, on a word that ends no sentence, or on a part of a word."""
+    found, parts = [], {}
+    for index, text in prose.items():
+        line = text.rpartition("\n")[2].strip()
+        # The last line is a sentence and no title, name or item of a list.
+        if not text[-1].isascii() or len(line.split()) < 6 or re.match(r"[-*\u2022\d|#>]", line):
+            continue
+        last = line.split()[-1].lower()
+        if text[-1] == "," or last in _OPEN_WORDS:
+            found.append(index)
+        elif last.isalpha() and len(last) > 1:
+            parts[index] = last
+    if parts:
+        known = Counter(w for c in facts.train for w in _WORD.findall(_all_text(c).lower()))
+        ends = Counter(parts.values())
+        longer = _beginnings(known, set(parts.values()))
+        # Nowhere else a word of its own, and the beginning of one that is used.
+        found += [i for i, w in parts.items() if known[w] <= ends[w] and w in longer]
+    return found
+
+
+def _beginnings(known: Iterable[str], parts: set[str]) -> set[str]:
+    """Those parts that begin a longer word."""
+    sizes = sorted({len(part) for part in parts})
+    return {w[:n] for w in known for n in sizes if len(w) > n and w[:n] in parts}
+
+
+def _all_text(conversation: Conversation) -> str:
+    return "\n".join(m["content"] for m in conversation.messages)
+
+
+def _at_one_length(facts: DataFacts, texts: dict[int, str]) -> list[int]:
+    """The longest answers, where several have the same number of characters and none ends well."""
+    lengths = np.array([len(facts.answers[i]) for i in texts])
+    if not len(lengths):
+        return []
+    most = int(lengths.max())
+    rows = [i for i in texts if len(facts.answers[i]) == most]
+    if len(rows) < max(_LEAST_ROWS, _SOME * len(texts)) or most < 2 * _LEAST_CUT:
+        return []
+    distinct = {facts.answers[i] for i in rows}
+    if len(distinct) < max(2, 0.5 * len(rows)):
+        return []
+    open_ended = [i for i in rows if texts[i][-1:].isalnum() or texts[i][-1:] in ",-("]
+    others = [t for i, t in texts.items() if len(facts.answers[i]) != most]
+    usual = sum(t[-1:].isalnum() for t in others) / max(len(others), 1)
+    return open_ended if len(open_ended) > 0.7 * len(rows) and usual < 0.5 else []
+
+
+# ------------------------------------------------------------------ decoded wrongly
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]{2,}")
+_ENTITY = re.compile(
+    r"&(?:amp|lt|gt|quot|apos|nbsp|hellip|[mn]dash|[lr][sd]quo|copy|eacute|egrave|uuml|ouml|auml"
+    r"|ccedil|#\d{2,5}|#[xX][0-9a-fA-F]{2,4});"
+)
+_ABOUT_MARKUP = re.compile(
+    r"</?[a-zA-Z][^<>]*>|\b(?:html|xml|entit(?:y|ies)|escap\w*|href|css)\b|```", re.IGNORECASE
+)
+
+
+@check()
+def letters_decoded(facts: DataFacts) -> Iterator[Finding]:
+    """UTF-8 read as another encoding, and letters that were lost."""
+    if rows := _rows_with(facts, lambda texts: _first(_mojibake, texts)):
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="text-mojibake",
+            level=_level(rows, len(facts.train)),
+            what=f"{share(len(rows), len(facts.train))} have letters that were decoded wrongly, "
+            f"such as {next(iter(rows.values()))!r}",
+            why="UTF-8 was read as Windows-1252 or Latin-1, or letters were replaced because they "
+            "could not be read: the model learns to write them so",
+            fix="read the source as UTF-8 again, or mend the text (the package ftfy does that)",
+        )
+
+
+@check()
+def entities_read(facts: DataFacts) -> Iterator[Finding]:
+    """HTML entities in text that is no HTML."""
+    if rows := _rows_with(facts, _entity_in_prose):
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="text-entities",
+            level=_level(rows, len(facts.train)),
+            what=f"{share(len(rows), len(facts.train))} hold HTML entities in plain text, such as "
+            f"{next(iter(rows.values()))!r}",
+            why="the text came from web pages and was not unescaped: the model learns to write "
+            "&amp; for &",
+            fix="html.unescape the texts; leave HTML as it is",
+        )
+
+
+def _rows_with(facts: DataFacts, look: Callable[[list[str]], str]) -> dict[int, str]:
+    """Rows in whose texts something was found, and what."""
+    looked = ((i, look(list(_texts(conversation)))) for i, conversation in enumerate(facts.train))
+    return {index: found for index, found in looked if found}
+
+
+def _first(look: Callable[[str], str], texts: Iterable[str]) -> str:
+    return next((found for text in texts if (found := look(text))), "")
+
+
+def _entity_in_prose(texts: list[str]) -> str:
+    return "" if any(map(_ABOUT_MARKUP.search, texts)) else _first(_entity, texts)
+
+
+def _entity(text: str) -> str:
+    hit = _ENTITY.search(text) if "&" in text else None
+    return text[max(0, hit.start() - 16) : hit.end() + 16] if hit else ""
+
+
+def _mojibake(text: str) -> str:
+    if text.isascii():
+        return ""
+    if "\ufffd" in text:
+        at = text.index("\ufffd")
+        return text[max(0, at - 12) : at + 12]
+    for found in _NOT_ASCII.finditer(text):
+        for encoding in ("cp1252", "latin-1"):
+            try:
+                meant = found.group().encode(encoding).decode("utf-8")
+            except (UnicodeEncodeError, UnicodeDecodeError):
+                continue
+            # What is left is a letter or a quotation mark, not again two odd characters.
+            if len(meant) < len(found.group()) and meant.isprintable():
+                return text[max(0, found.start() - 12) : found.end() + 12]
+    return ""
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    if conversation.text is not None:
+        yield conversation.text
+    for message in conversation.messages:
+        if message["role"] != "tool":
+            yield message["content"]
+
+
+# ------------------------------------------------------------------ the same answer
+
+_REFUSAL = re.compile(
+    r"\b(?:sorry|apologi[sz]e|i can(?:no|')t|cannot|unable to|as an ai|not able to|won't)\b",
+    re.IGNORECASE,
+)
+# Shorter answers are labels; a set of few answers is a classification.
+_LEAST_WORDS, _LABELS = 5, 0.2
+_LEAST_COPIES = 5
+
+
+@check()
+def answers_differ(facts: DataFacts) -> Iterator[Finding]:
+    """One answer, word for word, to many questions."""
+    by_text: dict[str, list[int]] = defaultdict(list)
+    # First answers: later ones answer thanks and small talk.
+    for index, text in enumerate(facts.first_answers):
+        if text.strip():
+            by_text[" ".join(text.split()).lower()].append(index)
+    total = sum(map(len, by_text.values()))
+    if not total or len(by_text) < _LABELS * total:
+        return
+    least = max(_LEAST_COPIES, _SOME * total)
+    often = []
+    for text, rows in by_text.items():
+        if len(rows) < least or len(text.split()) < _LEAST_WORDS:
+            continue
+        # Copies of whole rows are told as such.
+        asked = {facts.train[i].key() for i in rows}
+        if len(asked) >= max(_LEAST_COPIES, 0.5 * len(rows)):
+            often.append((text, rows))
+    if not often:
+        return
+    often.sort(key=lambda item: -len(item[1]))
+    text, first = often[0]
+    rows = sorted(i for _, found in often for i in found)
+    refusal = bool(_REFUSAL.search(text))
+    yield rows_finding(
+        facts.names,
+        rows,
+        code="answers-identical",
+        level="warning",
+        what=f"{share(len(rows), total)} have an answer that others have word for word: "
+        f"{_opening(facts.first_answers[first[0]])} {len(first):,} times",
+        why="refusals of the model that wrote the rows: the tuned model will refuse such questions "
+        "too"
+        if refusal
+        else "a fallback or a template of the source: the model learns to give it whatever is "
+        "asked",
+        fix="leave those rows out, or keep a few of them where the answer is meant",
+    )
+
+
+# ------------------------------------------------------------------ what belongs to a prompt
+
+_ROLE_FIRST = re.compile(
+    r"\s*[*#_\[(<]{0,3}\s*(?:assistant|ai assistant|chatgpt|gpt(?:-\d\S*)?|bot|chatbot|ai|model)"
+    r"\s*[*\])>]{0,3}\s*:\s",
+    re.IGNORECASE,
+)
+
+
+@check()
+def answers_without_role(facts: DataFacts) -> Iterator[Finding]:
+    """Answers do not open with the name of the speaker."""
+    rows = [i for i, text in enumerate(facts.answers) if _ROLE_FIRST.match(text)]
+    if rows:
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="answer-role-first",
+            level=_level(rows, len(facts.train)),
+            what=f"the answers of {share(len(rows), len(facts.train))} begin with the name of a "
+            f"role, such as {_opening(facts.answers[rows[0]])}",
+            why="rows were cut out of a transcript with the speaker's label left in: the template "
+            "writes the role already, and the model learns to write it again",
+            fix="cut the label off",
+        )
+
+
+# Shorter questions are repeated by accident.
+_LEAST_ECHO = 20
+
+
+@check()
+def questions_not_echoed(facts: DataFacts) -> Iterator[Finding]:
+    """Answers do not begin with the whole question."""
+    rows = []
+    for index, conversation in enumerate(facts.train):
+        asked, said = _last_exchange(conversation)
+        if len(asked) < _LEAST_ECHO or not said.startswith(asked):
+            continue
+        # A text that comes back as it was is an edit with nothing to change; code is gone on with.
+        edits = said == asked and conversation.messages[0]["role"] == "system"
+        if not edits and not _CODE.search(asked):
+            rows.append(index)
+    if rows:
+        answer = facts.answers[rows[0]]
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="question-echoed",
+            level=_level(rows, len(facts.train)),
+            what=f"the answers of {share(len(rows), len(facts.train))} begin with their question, "
+            f"word for word: {_opening(answer)}",
+            why="prompt and completion were saved as one text: the model learns to repeat what it "
+            "is asked before it answers",
+            fix="cut the question off the answer",
+        )
+
+
+def _last_exchange(conversation: Conversation) -> tuple[str, str]:
+    """(the last question, the trained answer behind it), spaces and case aside."""
+    asked = ""
+    found = ("", "")
+    for message in conversation.messages:
+        text = " ".join(message["content"].split()).lower()
+        if message["role"] == "user":
+            asked = text
+        elif message["role"] == "assistant" and asked:
+            found, asked = (asked, text), ""
+    return found

@@ -1,0 +1,201 @@
+"""Answers of more than one style, and rows that carry another format inside their text."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.registry import check
+from truetune.data.conversation import Conversation
+from truetune.findings import Finding, percent, rows_finding, share
+
+# A habit on fewer rows is chance; on more it is the style.
+_SOME, _MOST = 0.01, 0.6
+_LEAST_ROWS = 3
+
+# Openers that say nothing about the answer and come from another assistant's manner.
+_FILLER = re.compile(
+    r"(?:sure(?: thing)?|certainly|absolutely|of course|definitely|great question|good question"
+    r"|no problem|happy to help|i'?d be happy to(?: help)?|as an ai(?: language model| assistant)?"
+    r"|okay|ok|alright|nat\u00fcrlich|gerne|klar"
+    r"|claro(?: que s\u00ed)?|por supuesto|bien s\u00fbr|certo|certamente|\u5f53\u7136|\u597d\u7684"
+    r"|\u3082\u3061\u308d\u3093)(?=\s*[,.!:;\uff0c\u3002\uff01-])",
+    re.IGNORECASE,
+)
+# Any short opener with an exclamation mark: "Great!", "What a nice idea!"
+_CALL = re.compile(r"(\w[\w' ]{0,30})[!\uff01](?=\s)")
+
+
+@check()
+def openers_alike(facts: DataFacts) -> Iterator[Finding]:
+    """A manner that some answers open with, and most do not."""
+    # The first answer: later ones answer thanks and small talk.
+    answers = [(i, text.lstrip()) for i, text in enumerate(facts.first_answers) if text.strip()]
+    by_opener: dict[str, list[int]] = defaultdict(list)
+    for index, text in answers:
+        if opener := _opener(text[:60]):
+            by_opener[opener].append(index)
+    rows = sorted(i for group in by_opener.values() for i in group)
+    part = len(rows) / max(len(answers), 1)
+    if len(rows) < _LEAST_ROWS or not _SOME <= part <= _MOST:
+        return
+    common = sorted(by_opener, key=lambda o: -len(by_opener[o]))[:3]
+    shown = ", ".join(f"{o!r} ({len(by_opener[o]):,})" for o in common)
+    yield rows_finding(
+        facts.names,
+        rows,
+        code="openers-mixed",
+        level="warning",
+        what=f"{percent(part)} of the answers open with a filler, the others do not: {shown}",
+        why="rows of several sources or writers: the model will open like that now and then, "
+        "whatever is asked",
+        fix="cut the openers off, or leave those rows out",
+    )
+
+
+def _opener(text: str) -> str:
+    found = _FILLER.match(text)
+    if found:
+        return found.group().lower()
+    call = _CALL.match(text)
+    return call.group(1).lower() + "!" if call and len(call.group(1).split()) <= 4 else ""
+
+
+# What one format or another writes around turns.
+_FORMATS = {
+    "Instruction/Response headings": re.compile(
+        r"^#{2,} ?(?:instruction|input|response|human|assistant|user|question|answer):?[ ]*$",
+        re.IGNORECASE | re.MULTILINE,
+    ),
+    "ChatML markers": re.compile(r"<\|im_(?:start|end)\|>"),
+    "[INST] markers": re.compile(r"\[/?INST\]|<</?SYS>>"),
+    "header markers": re.compile(r"<\|(?:start|end)_header_id\|>|<\|eot_id\|>"),
+    "turn markers": re.compile(r"<(?:start|end)_of_turn>|<\|(?:user|assistant|system|end)\|>"),
+    "end markers": re.compile(r"</s>\s*\Z|<\|endoftext\|>|<\|end_of_text\|>|\[EOS\]\s*\Z"),
+    "speaker labels": re.compile(
+        r"^(?:human|user|assistant|gpt|bot|ai):[ \n]", re.IGNORECASE | re.MULTILINE
+    ),
+}
+
+
+@check()
+def formats_alike(facts: DataFacts) -> Iterator[Finding]:
+    """Rows whose text holds the markers of a chat format: the template writes its own."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for index, conversation in enumerate(facts.train):
+        for name in _formats_of(conversation, frozenset(facts.control)):
+            found[name].append(index)
+    for name, rows in found.items():
+        total = len(facts.train)
+        everywhere = len(rows) > _MOST * total
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="format-in-content",
+            level="warning",
+            what=f"{share(len(rows), total)} have {name} of a chat format inside a message",
+            why="the rows were rendered before they were split into messages: the model is trained "
+            "on one format inside another"
+            if everywhere
+            else "rows of several formats: some were rendered before, or not cleaned",
+            fix="give question and answer as they are, without the markers",
+        )
+
+
+def _formats_of(conversation: Conversation, control: frozenset[str]) -> Iterator[str]:
+    for name, pattern in _FORMATS.items():
+        for message in conversation.messages:
+            text, role = message["content"], message["role"]
+            if role == "tool" or not _may_hold(name, text):
+                continue
+            hit = pattern.search(text)
+            # Markers of this tokenizer are told as the control tokens that they become.
+            if hit is None or hit.group().strip() in control:
+                continue
+            # A question may quote a dialogue; an answer that goes on with the next question, or a
+            # prompt that ends with the heading of its answer, is rendered.
+            if name != "speaker labels" or _is_rendered(role, text, pattern):
+                yield name
+                break
+
+
+def _may_hold(name: str, text: str) -> bool:
+    """A quick look before the pattern: most messages have none of the characters."""
+    if name == "speaker labels":
+        return ":" in text
+    if name == "Instruction/Response headings":
+        return "##" in text
+    return "<" in text or "[" in text
+
+
+def _is_rendered(role: str, text: str, pattern: re.Pattern[str]) -> bool:
+    labels = {found.group().strip().lower() for found in pattern.finditer(text)}
+    asks = labels & {"human:", "user:"}
+    if role == "assistant":
+        return bool(asks) and not text.lstrip().lower().startswith(tuple(labels))
+    return bool(asks) and text.rstrip().lower().endswith(("assistant:", "gpt:", "bot:", "ai:"))
+
+
+@check()
+def endings_alike(facts: DataFacts) -> Iterator[Finding]:
+    """A mark that some answers end with and most do not: `END`, `###`, `[DONE]`."""
+    answers = [(i, text.rstrip()) for i, text in enumerate(facts.answers) if text.strip()]
+    if len(answers) < 2 * _LEAST_ROWS:
+        return
+    tails = {i: _mark(text) for i, text in answers}
+    counts = Counter(mark for mark in tails.values() if mark)
+    for mark, number in counts.most_common(3):
+        part = number / len(answers)
+        if number < _LEAST_ROWS or not _SOME <= part <= 1 - _SOME:
+            continue
+        yield rows_finding(
+            facts.names,
+            [i for i, tail in tails.items() if tail == mark],
+            code="endings-mixed",
+            level="warning" if part > 0.5 else "note",
+            what=f"{percent(part)} of the answers end with {mark!r}, the others do not",
+            why="an end mark inside the text is learned beside the model's own end token",
+            fix="cut it off: the template ends answers by itself",
+        )
+
+
+_MARK = re.compile(r"(?:^|\s)([#*=~_<\[(|\-]{1,3}[A-Za-z]{0,12}[#*=~_>\])|\-]{1,3}|[A-Z]{3,8})\Z")
+
+
+def _mark(text: str) -> str:
+    """The last word, if it looks like a mark and is no word of the text itself."""
+    found = _MARK.search(text[-24:])
+    if found is None:
+        return ""
+    mark = found.group(1)
+    capitals = mark.isalpha()
+    return mark if not capitals or mark in ("END", "EOS", "DONE", "STOP", "EOT") else ""
+
+
+@check()
+def reasoning_alike(facts: DataFacts) -> Iterator[Finding]:
+    """Some answers reason and some do not."""
+    chats = [i for i, c in enumerate(facts.train) if c.text is None]
+    rows = [i for i in chats if _reasons(facts.train[i], facts.answers[i])]
+    part = len(rows) / max(len(chats), 1)
+    if len(rows) < _LEAST_ROWS or len(chats) - len(rows) < _LEAST_ROWS or part > 1 - _SOME:
+        return
+    without = sorted(set(chats) - set(rows))
+    yield rows_finding(
+        facts.names,
+        rows if len(rows) < len(without) else without,
+        code="reasoning-mixed",
+        level="note" if part >= _SOME else "warning",
+        what=f"{percent(part)} of the rows have reasoning, the others have none",
+        why="the model learns to reason some of the time, and nothing in the prompt says when",
+        fix="nothing to do where the template's thinking argument tells them apart, row by row "
+        "(chat_template_kwargs)",
+    )
+
+
+def _reasons(conversation: Conversation, answer: str) -> bool:
+    if any(m.get("reasoning_content") for m in conversation.messages):
+        return True
+    return answer.lstrip()[:12].lower().startswith(("<think", "<reason", "<thought"))

@@ -1,0 +1,27 @@
+"""What can be told from ids, labels and stop ids alone, whoever made them.
+
+input   rows of (input_ids, labels, attention_mask), a tokenizer, the ids on which a server stops
+does    asks every family of this room; each judges the effect, never a setting
+output  findings that name the rows
+"""
+
+from __future__ import annotations
+
+from truetune.checks import labels
+from truetune.checks.labels import blocks, foreign, vocabulary
+from truetune.checks.labels.facts import LabelFacts
+from truetune.checks.registry import ask
+from truetune.findings import Finding, merged
+
+
+def label_findings(facts: LabelFacts) -> list[Finding]:
+    """All findings of all families, the most severe first."""
+    if strange := list(foreign.other_tokenizer(facts)):
+        # Nothing else can be said of rows that are not in this vocabulary.
+        return merged([*ask(vocabulary, facts), *strange])
+    found = blocks.pieces(facts)
+    if found is None:
+        return merged(ask(labels, facts))
+    # A piece of a conversation lacks its prompt or its end: that is one cause, told once.
+    whole = blocks.without_pieces(facts, found)
+    return merged([*blocks.borders(facts, found), *ask(labels, whole)])

@@ -1,0 +1,336 @@
+"""Does the model learn to end an answer, and does the server know that end?
+
+Judged on where each stretch of labels ends. Whether pad and end share a token, whether a template
+has markers, what a setting says: none of that is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from truetune.checks.labels.answers import label_holes
+from truetune.checks.labels.facts import LabelFacts, of_turns, once, unproved
+from truetune.checks.labels.table import Flags, Indices
+from truetune.checks.registry import check
+from truetune.findings import Finding, Level, rows_finding, share
+
+# Up to this share of the rows, answers without an end are stragglers and no pattern.
+_STRAGGLERS = 0.01
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Rows by how their last answer ends; an earlier answer counts where it ends on no special
+    token at all."""
+
+    last_ids: Indices
+    masked: list[int]
+    missing: list[int]
+    cut: list[int]
+    headed: list[int]
+
+
+@check(of_turns)
+def answers_end(facts: LabelFacts) -> Iterator[Finding]:
+    """Each answer's last label is an end that somebody stops on."""
+    ends = _ends(facts)
+    total = int((facts.table.num_supervised > 0).sum())
+    names = facts.named(facts.frame.ends)
+    if ends.masked:
+        yield rows_finding(
+            facts.names,
+            ends.masked,
+            code="stop-not-supervised",
+            level=_level(ends.masked, total),
+            what=f"the token that ends an answer ({names}) is in the ids of "
+            f"{share(len(ends.masked), total)} and not in their labels",
+            why=_why_masked(facts),
+            fix="build labels from lengths, not from the pad id: the first end token of a row is "
+            "part of the answer (truetune's own batches do that)",
+        )
+    if ends.cut:
+        yield rows_finding(
+            facts.names,
+            ends.cut,
+            code="answer-cut",
+            level=_level(ends.cut, total),
+            what=f"{share(len(ends.cut), total)} lost the end of the answer to the length limit of "
+            f"{facts.cut_at:,} tokens",
+            why="they are exactly as long as the limit and end on no end token: the model learns "
+            "to stop nowhere, or in the middle",
+            fix="raise the limit above the longest row, or leave those rows out",
+        )
+    if closed := _closed_at_limit(facts):
+        longest = int(facts.table.lengths.max())
+        yield rows_finding(
+            facts.names,
+            closed,
+            code="answer-cut",
+            level=_level(closed, total),
+            what=f"{share(len(closed), total)} are cut to {longest:,} tokens and closed there with "
+            "an end token",
+            why="they are all as long as the longest row and stop in the middle of a sentence, as "
+            "the others do not: the model learns to stop when a length is reached",
+            fix="raise the limit above the longest row, or leave those rows out; never put an end "
+            "token behind a cut",
+        )
+    if ends.missing:
+        yield rows_finding(
+            facts.names,
+            ends.missing,
+            code="stop-missing",
+            level=_level(ends.missing, total),
+            what=f"the answer of {share(len(ends.missing), total)} ends on no end token",
+            why=f"known ends are {names or 'none at all'}; these rows end with "
+            f"{_tail(facts, ends.missing[0])}",
+            fix="end every answer with the token that the server stops on: a chat template that "
+            "writes one, or append it to the ids and labels",
+        )
+    if ends.headed:
+        yield rows_finding(
+            facts.names,
+            ends.headed,
+            code="generation-prompt-trained",
+            level="error",
+            what=f"{share(len(ends.headed), total)} end with the beginning of another answer",
+            why="the conversation was rendered with the generation prompt, which belongs to "
+            "serving only: the model learns to go on after its answer",
+            fix="render training rows with add_generation_prompt=False",
+        )
+
+
+@check(of_turns)
+def stops_served(facts: LabelFacts) -> Iterator[Finding]:
+    """The end that is trained is one that the server stops on."""
+    frame = facts.frame
+    ends = _ends(facts)
+    known = np.array(sorted(frame.served_stops), np.int64)
+    special = _special(facts, ends.last_ids)
+    unserved = special & ~np.isin(ends.last_ids, known) & (ends.last_ids >= 0)
+    rows = np.flatnonzero(unserved).tolist()
+    if not rows:
+        return
+    trained = facts.named(frozenset(int(i) for i in np.unique(ends.last_ids[rows])))
+    served = facts.named(frame.served_stops) or "nothing"
+    ids = sorted({*frame.served_stops, *(int(i) for i in np.unique(ends.last_ids[rows]))})
+    yield rows_finding(
+        facts.names,
+        rows,
+        code="stop-not-served",
+        level="error",
+        what=f"answers are trained to end on {trained}, the server stops on {served}",
+        why="the model will write its end token, and generation goes on after it",
+        fix=f"eos_token_id: {ids} in generation_config.json, or end the rows on what is served",
+    )
+
+
+@check(unproved, of_turns)
+def ends_once(facts: LabelFacts) -> Iterator[Finding]:
+    """A second end token behind the first is never written: the server has stopped."""
+    table = facts.table
+    if not len(table.runs):
+        return
+    on = table.supervised & np.isin(table.ids, sorted(facts.frame.ends))
+    twice = np.flatnonzero(on[1:] & on[:-1] & (table.ids[1:] == table.ids[:-1]))
+    twice = twice[table.rows_of(twice) == table.rows_of(twice + 1)]
+    if not len(twice):
+        return
+    rows = table.rows_of(twice)
+    inside = twice + 2 < table.starts[rows + 1]
+    # White space behind the last end is no turn.
+    inside &= _over_space(facts, twice + 2, table.starts[rows + 1]) < table.starts[rows + 1]
+    name = facts.named(frozenset(np.unique(table.ids[twice]).tolist()))
+    found = np.unique(rows)
+    yield rows_finding(
+        facts.names,
+        found.tolist(),
+        code="stop-doubled",
+        level="warning" if inside.any() else "note",
+        what=f"answers of {share(len(found), len(table))} end on {name} twice, with labels on both",
+        why="the template writes one, and the tokenizer or the script added another"
+        + (
+            "; inside a conversation no server sends the second one back"
+            if inside.any()
+            else "; the server has stopped at the first, so the second one costs next to nothing"
+        ),
+        fix="end each answer once: with the template's own end token",
+    )
+
+
+@once
+def _ends(facts: LabelFacts) -> _Ends:
+    """Judge the last token that is no whitespace of every run of labels."""
+    table = facts.table
+    ends = np.array(sorted(facts.frame.ends), np.int64)
+    runs = table.runs
+    # What is trained there: the label, which is not the id where labels are shifted.
+    last = back_over_space(facts, table.labels, runs[:, 0], runs[:, 1])
+    said = ~_blank(facts, table.labels[last])
+    runs, last = runs[said], last[said]
+    rows = table.rows_of(runs[:, 0])
+    final = np.ones(len(runs), bool)
+    final[:-1] = rows[1:] != rows[:-1]
+    ended = np.isin(table.labels[last], ends)
+    # An earlier answer may hand over with a special token that no server stops on; whether the
+    # server knows the last one is judged below, in `stops_served`.
+    ended |= _special(facts, table.labels[last]) & ~(final & _at_limit(facts, rows))
+    after = _over_space(facts, runs[:, 1] + 1, table.starts[rows + 1])
+    inside = after < table.starts[rows + 1]
+    follows = np.zeros(len(runs), bool)
+    follows[inside] = np.isin(table.ids[after[inside]], ends)
+    headed = _end_on_header(facts)
+    if len(headed) < 0.9 * len(table):
+        # A row may be cut right there.
+        headed = {row for row in headed if table.lengths[row] != facts.cut_at}
+    # Labels that go on behind a few tokens have not come to the end of the answer.
+    ended |= np.isin(runs[:, 0], table.runs[label_holes(facts), 0])
+    masked = set(rows[~ended & follows].tolist()) - headed
+    cut = set(rows[~ended & ~follows & final & _at_limit(facts, rows)].tolist()) - headed - masked
+    missing = set(rows[~ended & ~follows].tolist()) - headed - masked - cut
+    if facts.max_length is None and len(missing) > len(cut):
+        # Shorter rows end like that too: the longest are no pile at a limit.
+        missing, cut = missing | cut, set()
+    last_ids = np.full(len(table), -1, np.int64)
+    last_ids[rows[final]] = table.labels[last[final]]
+    last_ids[sorted(headed | cut)] = -1
+    return _Ends(last_ids, *map(sorted, (masked, missing, cut, headed)))
+
+
+# A pile at the longest length: rows, and their share among those that are judged.
+_PILE, _PILE_SHARE = 3, 0.02
+
+
+def _closed_at_limit(facts: LabelFacts) -> list[int]:
+    """Rows of the greatest length whose answers break off, where those of the others do not.
+
+    Told by the last character before the end token: prose, code and numbers end in all kinds, so
+    that only a pile of rows of one length that differs from all others is taken for a cut.
+    """
+    table = facts.table
+    longest = int(table.lengths.max(initial=0))
+    pile = np.flatnonzero(table.lengths == longest)
+    if facts.proved or longest < 32 or len(pile) < max(_PILE, _PILE_SHARE * len(table)):
+        return []
+    others = [row for row in facts.sample if table.lengths[row] < longest]
+    if len(others) < 2 * _PILE:
+        return []
+    broken = [row for row in pile[:200].tolist() if _breaks_off(facts, row)]
+    usual = sum(_breaks_off(facts, row) for row in others) / len(others)
+    if len(broken) < _PILE or len(broken) < 0.5 * len(pile[:200]) or usual > 0.1:
+        return []
+    return pile.tolist()
+
+
+def _breaks_off(facts: LabelFacts, row: int) -> bool:
+    """Whether the text before the closing end token ends in a letter, a space or a comma."""
+    ids, ends = facts.table.row_ids(row), facts.frame.ends
+    while ids and _blank(facts, np.array(ids[-1:]))[0]:
+        ids.pop()
+    if not ids or ids.pop() not in ends:
+        return False
+    text = facts.tokens.decode(ids[-8:])
+    return bool(text) and (text[-1].isalpha() or text[-1] in " ,;:-(")
+
+
+def stops_trained(facts: LabelFacts) -> frozenset[int]:
+    """The special tokens that answers are trained to end on."""
+    last = _ends(facts).last_ids
+    return frozenset(np.unique(last[_special(facts, last) & (last >= 0)]).tolist())
+
+
+def _at_limit(facts: LabelFacts, rows: Indices) -> Flags:
+    return facts.table.lengths[rows] == (facts.cut_at or -1)
+
+
+def _end_on_header(facts: LabelFacts) -> set[int]:
+    """Rows that stop right behind what stands before an answer."""
+    table, frame = facts.table, facts.frame
+    if not frame.answer_start:
+        return set()
+    header = frame.answer_start_ids
+    if header:
+        hits = table.find(header)
+        rows = table.rows_of(hits)
+        near = table.starts[rows + 1] - (hits + len(header)) <= _BEHIND_HEADER
+        candidates = sorted(set(rows[near].tolist()))
+    else:
+        candidates = facts.sample
+    return {row for row in candidates if _is_header_tail(facts, row, len(header) or 16)}
+
+
+# Tokens that a served prompt may have behind its marker: line breaks, empty reasoning; and an end
+# token that a collator put there.
+_BEHIND_HEADER = 8
+
+
+def _is_header_tail(facts: LabelFacts, row: int, size: int) -> bool:
+    frame = facts.frame
+    ids = facts.table.row_ids(row)[-(size + _BEHIND_HEADER) :]
+    start = frame.tokens.encode([frame.answer_start])[0]
+    while ids and ids[-1] in frame.ends and ids[-len(start) :] != start:
+        ids.pop()
+    text = frame.tokens.decode(ids).rstrip()
+    for marker in reversed(frame.think):
+        text = text.removesuffix(marker).rstrip()
+    # Some tokenizers decode a space more than was encoded.
+    return text.endswith((frame.answer_start, frame.tokens.decode(start).strip()))
+
+
+def back_over_space(
+    facts: LabelFacts, values: np.ndarray, first: Indices, last: Indices
+) -> Indices:
+    """The last position of each stretch whose token is more than whitespace."""
+    at = last.copy()
+    while True:
+        blank = _blank(facts, values[at]) & (at > first)
+        if not blank.any():
+            return at
+        at[blank] -= 1
+
+
+def _over_space(facts: LabelFacts, first: Indices, end: Indices) -> Indices:
+    """The first position from `first` on, before `end`, whose token is more than whitespace."""
+    at = first.copy()
+    while True:
+        inside = at < end
+        blank = np.zeros(len(at), bool)
+        blank[inside] = _blank(facts, facts.table.ids[at[inside]])
+        if not blank.any():
+            return at
+        at[blank] += 1
+
+
+def _blank(facts: LabelFacts, ids: np.ndarray) -> np.ndarray:
+    """Which ids decode to whitespace or nothing, special tokens not."""
+    tokens = facts.tokens
+    unique, back = np.unique(ids, return_inverse=True)
+    blank = np.array(
+        [i not in tokens.special_ids and not tokens.decode([i]).strip() for i in unique.tolist()],
+        bool,
+    )
+    return blank[back] if len(unique) else np.zeros(0, bool)
+
+
+def _special(facts: LabelFacts, ids: np.ndarray) -> np.ndarray:
+    return np.isin(ids, list(facts.tokens.special_ids | facts.frame.ends))
+
+
+def _level(rows: list[int], total: int) -> Level:
+    return "error" if len(rows) > _STRAGGLERS * max(total, 1) else "warning"
+
+
+def _why_masked(facts: LabelFacts) -> str:
+    pad = facts.tokens.tokenizer.pad_token_id
+    if pad is not None and pad in facts.frame.ends:
+        return (
+            "the pad token is an end token too, and the collator masks every pad token: the real "
+            "end goes with the padding, and the model never learns to stop"
+        )
+    return "the mask stops before the end token: the model never learns to stop"
+
+
+def _tail(facts: LabelFacts, row: int) -> str:
+    return repr("\u2026" + facts.tokens.decode(facts.table.row_ids(row)[-8:]))

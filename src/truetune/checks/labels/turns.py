@@ -1,0 +1,150 @@
+"""What stands between the markers of a conversation: answers that say something, ends that end,
+and questions that nobody is trained to ask. Told from ids; no text of the data is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, unproved
+from truetune.checks.labels.table import Indices
+from truetune.checks.registry import check
+from truetune.findings import Finding, rows_finding, share
+
+# More rows than these are no accident of the text: the template itself goes on behind the token.
+_ACCIDENTS = 0.3
+# Tokens behind an end that are decoded, to see whether a turn begins there.
+_LOOK = 12
+
+
+@check(has_header, of_turns)
+def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
+    """Behind what opens an answer stands more than its end."""
+    table, header = facts.table, facts.frame.answer_start_ids
+    starts = table.find(header) + len(header)
+    ends = list(facts.frame.ends)
+    empty = []
+    for start in starts.tolist():
+        row = int(table.rows_of(np.array([start - 1]))[0])
+        # A line break may belong to the marker.
+        tokens = table.ids[start : min(start + 3, int(table.starts[row + 1]))].tolist()
+        at = next((n for n, token in enumerate(tokens) if token in ends), None)
+        if at is not None and not facts.tokens.decode(tokens[:at]).strip():
+            empty.append(row)
+    if empty:
+        rows = set(empty)
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="empty-answer",
+            level="warning",
+            what=f"{share(len(rows), len(table))} have an answer that ends where it begins",
+            why="an empty answer in the data, or control tokens in what somebody wrote, which open "
+            "a turn of their own: the model learns to say nothing",
+            fix="leave those rows out; where it is text that was written, break the tokens up "
+            "(a space after the first character)",
+        )
+
+
+@check(of_turns)
+def ends_end_turns(facts: LabelFacts) -> Iterator[Finding]:
+    """Behind the token that ends a turn begins another one, or nothing."""
+    frame, table = facts.frame, facts.table
+    end = frame.terminator
+    if end is None or end not in frame.tokens.special_ids:
+        return
+    hits = np.flatnonzero(table.ids == end)
+    rows = table.rows_of(hits)
+    after = _next_solid(facts, hits + 1, table.starts[rows + 1])
+    inside = after < table.starts[rows + 1]
+    hits, rows, after = hits[inside], rows[inside], after[inside]
+    special = np.isin(table.ids[after], list(frame.tokens.special_ids | frame.ends))
+    openings = _openings(facts)
+    suspects: dict[int, int] = {}
+    for at, row in zip(after[~special].tolist(), rows[~special].tolist(), strict=True):
+        text = frame.tokens.decode(table.ids[at : at + _LOOK].tolist()).lstrip()
+        if row not in suspects and not text.startswith(openings):
+            suspects[row] = at
+    if not suspects or len(suspects) > _ACCIDENTS * len(table):
+        return
+    name = repr(frame.tokens.decode([end]))
+    first = min(suspects)
+    going_on = frame.tokens.decode(table.ids[suspects[first] :][:6].tolist())
+    yield rows_finding(
+        facts.names,
+        suspects,
+        code="control-token-in-content",
+        level="warning",
+        what=f"{share(len(suspects), len(table))} go on inside a turn behind {name}",
+        why=f"the text itself holds the token, and goes on with {going_on!r}: the tokenizer makes "
+        "the real end of it, and a model that was trained on it stops there",
+        fix="take it out of the data, or break it up (a space after the first character)",
+    )
+
+
+def _openings(facts: LabelFacts) -> tuple[str, ...]:
+    """Texts that begin a turn behind an end, where a template writes them in plain letters."""
+    end = facts.tokens.decode([facts.frame.terminator or 0])
+    found = []
+    for marker in (facts.frame.user_start, facts.frame.answer_start):
+        behind = marker.rpartition(end)[2].strip()
+        found += [text for text in (behind, marker.strip()) if text]
+    return tuple(found) or ("\0",)
+
+
+def _next_solid(facts: LabelFacts, first: Indices, end: Indices) -> Indices:
+    """The first position from `first` on, before `end`, that is no whitespace."""
+    at, tokens = first.copy(), facts.tokens
+    while True:
+        inside = np.flatnonzero(at < end)
+        ids = facts.table.ids[at[inside]]
+        blank = {
+            i
+            for i in np.unique(ids).tolist()
+            if i not in tokens.special_ids and not tokens.decode([i]).strip()
+        }
+        moving = inside[np.isin(ids, list(blank))]
+        if not len(moving):
+            return at
+        at[moving] += 1
+
+
+@check(unproved, has_header, of_turns)
+def questions_unlearned(facts: LabelFacts) -> Iterator[Finding]:
+    """Where the first question has no labels, later ones have none either."""
+    table, frame = facts.table, facts.frame
+    header, users = frame.answer_start_ids, frame.user_start_ids
+    if not users:
+        return
+    answers, asked = table.find(header), table.find(users) + len(users)
+    if not len(answers) or not len(asked):
+        return
+    rows = table.rows_of(asked - 1)
+    # The answer that follows a question, in the same row.
+    following = np.searchsorted(answers, asked)
+    known = following < len(answers)
+    asked, rows, stop = asked[known], rows[known], answers[following[known]]
+    first = table.rows_of(answers)
+    opened = np.full(len(table), np.iinfo(np.int64).max)
+    opened[first[::-1]] = answers[::-1]
+    same = (table.rows_of(stop) == rows) & (asked > opened[rows])
+    asked, rows, stop = asked[same], rows[same], stop[same]
+    counted = np.concatenate([[0], np.cumsum(table.supervised)])
+    learned = counted[stop] - counted[asked] > 0.5 * np.maximum(stop - asked, 1)
+    starts = table.starts[:-1]
+    prompt = np.minimum(opened, table.starts[1:])
+    masked = counted[prompt] - counted[starts] == 0
+    bad = sorted({int(r) for r in rows[learned] if masked[r]})
+    if bad:
+        yield rows_finding(
+            facts.names,
+            bad,
+            code="question-supervised",
+            level="warning",
+            what=f"{share(len(bad), len(table))} train on the user's later turns, and not on the "
+            "first one",
+            why="the mask was made once, up to the first answer: everything behind it is a target, "
+            "and the model learns to ask the next question itself",
+            fix="labels on every answer and -100 on every turn between them (truetune does that)",
+        )

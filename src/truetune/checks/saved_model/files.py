@@ -1,0 +1,161 @@
+"""Files of a finished model: are they there, and does the server stop where the template ends?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from truetune.checks.registry import check
+from truetune.checks.saved_model.checkpoint import Checkpoint
+from truetune.contract.contract import PromptContract
+from truetune.errors import UnfaithfulTemplate
+from truetune.findings import Finding
+
+_PLAIN = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+
+
+@check()
+def files_open(found: Checkpoint) -> Iterator[Finding]:
+    """Every file that a server opens is there and whole."""
+    yield from found.problems
+    if found.tokenizer is None:
+        yield Finding(
+            "tokenizer-missing",
+            "error",
+            "there is no tokenizer in the folder",
+            str(found.folder),
+            why="it was saved without one: a server finds neither vocabulary nor chat template",
+            fix="tokenizer.save_pretrained(FOLDER), with the one it was trained with",
+        )
+    elif found.is_adapter and not found.own_tokenizer:
+        yield Finding(
+            "adapter-without-tokenizer",
+            "note",
+            "the adapter has no tokenizer of its own: the base's tokenizer and template are served",
+            str(found.folder),
+            fix="nothing to do if it was trained with those; else save its tokenizer beside it",
+        )
+
+
+@check()
+def template_there(found: Checkpoint) -> Iterator[Finding]:
+    """A chat template, and one that renders a plain conversation."""
+    if found.tokenizer is None or found.frame is None:
+        return
+    if found.frame.broken is not None:
+        yield Finding(
+            "template-unfaithful",
+            "error",
+            f"the chat template cannot be used: {found.frame.broken.what}",
+            str(found.folder),
+            why="a server fails on the first message",
+            fix="copy chat_template.jinja from where it was trained",
+        )
+        return
+    if not found.frame.has_template:
+        yield Finding(
+            "template-missing",
+            "warning" if found.tuned else "note",
+            "the tokenizer has no chat template",
+            str(found.folder),
+            why="it was lost when the model was saved, or the model was trained on plain text; a "
+            "server then refuses messages or makes up a form of its own",
+            fix="copy chat_template.jinja from where it was trained, or serve plain completions",
+        )
+        return
+    try:
+        PromptContract.load(found.tokenizer).fit([_PLAIN]).encode(_PLAIN)
+    except UnfaithfulTemplate as error:
+        # Of a missing stop `terminator_served` tells with the ids; a model that always thinks has
+        # no plain turns.
+        if error.code in ("no-stop", "thinking-only"):
+            return
+        yield Finding(
+            "template-unfaithful",
+            "note" if error.code in ("prompt-differs", "target-invented") else "warning",
+            f"a plain turn does not come out of the chat template as it went in: {error.what}",
+            str(found.folder),
+            why=error.why,
+            fix=error.fix or "give another template with --chat-template",
+        )
+
+
+@check()
+def terminator_served(found: Checkpoint) -> Iterator[Finding]:
+    """The server stops on what the template writes after an answer."""
+    frame, facts = found.frame, found.facts
+    if frame is None or not frame.has_template:
+        return
+    served = frame.tokens.named(sorted(frame.served_stops)) or "nothing"
+    if frame.terminator is None:
+        yield Finding(
+            "template-without-end",
+            "error" if found.tuned else "warning",
+            "the chat template writes no end token after an answer",
+            str(found.folder),
+            why=f"a server stops on {served}; a model trained in this template never learned it",
+            fix="use a template that ends every answer with a token of the stop set",
+        )
+    elif frame.terminator not in frame.served_stops:
+        ids = [*sorted(frame.served_stops), frame.terminator]
+        judged = found.rows.values()
+        learned = found.tuned or (
+            any(frame.terminator in rows.trained for rows in judged)
+            and not any(frame.terminator in rows.untrained for rows in judged)
+        )
+        where = found.served_from
+        yield Finding(
+            "stop-not-served",
+            "error" if learned else "warning",
+            f"the chat template ends answers with {frame.tokens.named([frame.terminator])}, "
+            f"and a server stops on {served} only",
+            str(found.folder),
+            why=f"the stop set comes from {where}"
+            + (" of the base: an adapter cannot change it" if found.is_adapter else ""),
+            fix=f"serve with stop_token_ids={ids}"
+            if found.is_adapter
+            else f'"eos_token_id": {ids} in generation_config.json',
+        )
+    rows = facts.head_rows if facts else 2**31
+    beyond = sorted(i for i in frame.served_stops if i >= rows or i < 0)
+    if beyond:
+        yield Finding(
+            "stop-beyond-head",
+            "error",
+            f"the stop set holds {beyond}, and the model has {rows:,} rows",
+            str(found.folder),
+            why=f"{found.served_from} belongs to another model",
+            fix="copy the generation_config.json that belongs to the model",
+        )
+    if found.unread_stops:
+        yield Finding(
+            "adapter-stop-unread",
+            "warning",
+            f"the adapter's generation_config lists stop ids {list(found.unread_stops)} that the "
+            "base's does not",
+            str(found.folder),
+            why="peft and transformers read the generation_config of the base only",
+            fix=f"serve with stop_token_ids={[*sorted(frame.served_stops), *found.unread_stops]}",
+        )
+
+
+@check()
+def vocabulary_fits(found: Checkpoint) -> Iterator[Finding]:
+    """No token of the tokenizer lies beyond the head."""
+    facts = found.facts
+    if facts is None or facts.spare_rows >= 0:
+        return
+    known = found.tokenizer.get_vocab()
+    lost = sorted((i, t) for t, i in known.items() if i >= facts.head_rows)
+    named = ", ".join(f"{token!r} ({i})" for i, token in lost[:4])
+    needed = found.frame is not None and any(i in found.frame.chat_ids for i, _ in lost)
+    yield Finding(
+        "id-beyond-head",
+        "error" if needed or found.tuned else "warning",
+        f"{len(lost):,} tokens of the tokenizer have no row in the model ({facts.head_rows:,} "
+        f"rows): {named}",
+        str(found.folder),
+        len(lost),
+        why="tokens were added to the tokenizer and the model was not resized, or the tokenizer is "
+        "another model's",
+        fix="save the tokenizer that the model was trained with, or resize the embedding",
+    )

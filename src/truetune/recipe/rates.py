@@ -1,0 +1,85 @@
+"""Learning rates and epochs by method, start and size, with where they come from."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Start = Literal["base", "instruct"]
+
+# QLoRA practice for a base; gentler where there is something to forget, and on reasoning traces.
+LORA = {"base": 2e-4, "instruct": 1e-4, "reasoning": 3e-5, "small": 3e-3}
+FULL = {"base": 2e-5, "instruct": 1e-5, "small": 3e-4}
+EPOCHS: dict[Start, float] = {"base": 3.0, "instruct": 2.0}
+# Weights of a model that is trained from scratch in all but name: rates of large ones move it too
+# little, and so do their few passes (measured on the embedded base, docs/log.md).
+SMALL = 50_000_000
+_SMALL_STEPS, _SMALL_EPOCHS = 300, 75
+
+
+def words(rate: float) -> str:
+    """`2e-4`, as people write rates."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+_LORA, _FULL = ({name: words(rate) for name, rate in rates.items()} for rates in (LORA, FULL))
+# On the settings page, and where no plan says more.
+SHOWN = (
+    f"LoRA {_LORA['base']} base, {_LORA['instruct']} instruct, {_LORA['reasoning']} reasoning "
+    f"traces on instruct, {_LORA['small']} under 50 M; full {_FULL['base']} base, "
+    f"{_FULL['instruct']} instruct, {_FULL['small']} under 50 M"
+)
+USUAL_RATES = (
+    f"{_LORA['instruct']} for LoRA, {_FULL['instruct']} to {_FULL['base']} for all weights"
+)
+
+
+def usual_rate(
+    lora: bool, num_parameters: int, start: Start, why: str, reasoning_share: float
+) -> tuple[float, str]:
+    """Peak learning rate and its source.
+
+    Args:
+        why: what the start was told by.
+        reasoning_share: of the conversations, the share with reasoning.
+    """
+    if lora and num_parameters < SMALL:
+        return LORA["small"], f"LoRA on {num_parameters:,} parameters; ten times the full rate"
+    if lora:
+        if start == "base":
+            return LORA["base"], f"LoRA on a base model ({why}); QLoRA practice"
+        if reasoning_share > 0.5:
+            return LORA["reasoning"], f"LoRA on reasoning traces, instruct model ({why})"
+        return LORA["instruct"], f"LoRA on an instruct model ({why}); gentler than on a base"
+    if num_parameters < SMALL:
+        return FULL["small"], f"all weights of a model of {num_parameters:,} parameters"
+    if start == "base":
+        return FULL["base"], f"all weights of a base model ({why}); Alpaca"
+    return FULL["instruct"], f"all weights of an instruct model ({why})"
+
+
+def usual_epochs(num_parameters: int, start: Start, why: str, steps: int) -> tuple[float, str]:
+    """Passes over the rows, and why.
+
+    Args:
+        steps: of one pass.
+    """
+    most = min(math.ceil(_SMALL_STEPS / steps), _SMALL_EPOCHS)
+    if num_parameters < SMALL and most > EPOCHS[start]:
+        return float(most), f"a model of {num_parameters:,} parameters needs many passes"
+    return EPOCHS[start], f"{start}: {why}"
+
+
+def what_follows(kind: str) -> str:
+    """What base, instruct or unknown means for a recipe, in words."""
+    if kind == "base":
+        return (
+            f"{_LORA['base']} for LoRA, {EPOCHS['base']:g} epochs; rows of chat tokens must be "
+            "trained, or use a template without new tokens"
+        )
+    if kind == "instruct":
+        return (
+            f"{_LORA['instruct']} for LoRA ({_LORA['reasoning']} on reasoning traces), "
+            f"{EPOCHS['instruct']:g} epochs: less is needed, and more is forgotten"
+        )
+    return "say what you want with --learning-rate and --epochs"
