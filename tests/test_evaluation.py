@@ -420,6 +420,26 @@ def test_samples_are_drawn_anew_and_repeat_with_the_seed(tmp_path: Path) -> None
     assert texts() == texts(temperature=0)
 
 
+def test_a_run_its_adapter_and_the_merged_model_say_the_same(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    truetune.train(
+        place / "no", place / "rows.jsonl", lora=True, max_steps=30, learning_rate=0.02,
+        output=run, quiet=True,
+    )  # fmt: skip
+    truetune.export(run, tmp_path / "merged", quiet=True, verify=False)
+    found = truetune.evaluate(
+        [place / "no", run, run / "adapter", tmp_path / "merged"], place / "rows.jsonl",
+        quiet=True, max_new_tokens=9,
+    )  # fmt: skip
+    base, *same = found.models
+    replies = [[row.replies for row in model.rows] for model in same]
+    assert replies[0] == replies[1] == replies[2]
+    assert replies[0] != [row.replies for row in base.rows]
+    assert {m.against_first["loss"].word for m in same} == {"better"}
+    losses = [model.values["loss"].value for model in same]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+
+
 # ------------------------------------------------------------------ the command line
 
 
