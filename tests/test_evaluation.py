@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import truetune
+from tiny_families import APART, FAMILIES, MORE
 from tiny_models import TEMPLATE, write_model
 from tiny_runs import command, lines, sums, write_rows
 from tiny_speakers import write_speaker
@@ -334,6 +335,25 @@ def test_the_loss_is_that_of_the_plain_forward_pass(place: Path, tmp_path: Path)
         assert result.loss == pytest.approx(sum(losses), rel=1e-4)
         total, count = total + sum(losses), count + len(losses)
     assert found.models[0].values["loss"].value == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mamba2", "lfm2", "bloom"])
+def test_losses_in_shared_passes_are_those_of_single_rows(kind: str, tmp_path: Path) -> None:
+    from truetune.compare import measure, row_losses
+    from truetune.model.load import load_model
+
+    settings = FAMILIES.get(kind) or MORE.get(kind) or APART[kind][0]
+    loaded = load_model(write_model(tmp_path / kind, kind, **settings), purpose="inference")
+    rows = [
+        ([65 + (at * place) % 90 for place in range(4 + 3 * at)], [0, *[1] * (3 + 3 * at)])
+        for at in range(7)
+    ]
+    rows.append(([65, 66, 67], [0, 0, 0]))
+    alone = [-sum(measure(loaded, [row]).logprobs[0]) for row in rows[:-1]]
+    told: list[tuple[int, int]] = []
+    found = row_losses(loaded, rows, lambda *facts: told.append(facts))
+    assert found == pytest.approx([*alone, 0.0], rel=1e-4)
+    assert told[-1] == (8, 8)
 
 
 def test_rows_that_one_model_cannot_be_asked_are_left_out_for_all(
