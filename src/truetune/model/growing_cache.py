@@ -16,6 +16,9 @@ class GrowingLayer(DynamicLayer):
     leaves tensors that are no longer the beginning of the room, and the next token makes new room.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
