@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import truetune
+from tiny_families import APART, FAMILIES, MORE
 from tiny_models import TEMPLATE, write_model
 from tiny_runs import command, lines, sums, write_rows
 from tiny_speakers import write_speaker
@@ -336,6 +337,25 @@ def test_the_loss_is_that_of_the_plain_forward_pass(place: Path, tmp_path: Path)
     assert found.models[0].values["loss"].value == pytest.approx(total / count, rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "mamba2", "lfm2", "bloom"])
+def test_losses_in_shared_passes_are_those_of_single_rows(kind: str, tmp_path: Path) -> None:
+    from truetune.compare import measure, row_losses
+    from truetune.model.load import load_model
+
+    settings = FAMILIES.get(kind) or MORE.get(kind) or APART[kind][0]
+    loaded = load_model(write_model(tmp_path / kind, kind, **settings), purpose="inference")
+    rows = [
+        ([65 + (at * place) % 90 for place in range(4 + 3 * at)], [0, *[1] * (3 + 3 * at)])
+        for at in range(7)
+    ]
+    rows.append(([65, 66, 67], [0, 0, 0]))
+    alone = [-sum(measure(loaded, [row]).logprobs[0]) for row in rows[:-1]]
+    told: list[tuple[int, int]] = []
+    found = row_losses(loaded, rows, lambda *facts: told.append(facts))
+    assert found == pytest.approx([*alone, 0.0], rel=1e-4)
+    assert told[-1] == (8, 8)
+
+
 def test_rows_that_one_model_cannot_be_asked_are_left_out_for_all(
     place: Path, tmp_path: Path
 ) -> None:
@@ -418,6 +438,26 @@ def test_samples_are_drawn_anew_and_repeat_with_the_seed(tmp_path: Path) -> None
     assert texts(samples=3) == three
     assert texts(samples=3, seed=1) != three
     assert texts() == texts(temperature=0)
+
+
+def test_a_run_its_adapter_and_the_merged_model_say_the_same(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    truetune.train(
+        place / "no", place / "rows.jsonl", lora=True, max_steps=30, learning_rate=0.02,
+        output=run, quiet=True,
+    )  # fmt: skip
+    truetune.export(run, tmp_path / "merged", quiet=True, verify=False)
+    found = truetune.evaluate(
+        [place / "no", run, run / "adapter", tmp_path / "merged"], place / "rows.jsonl",
+        quiet=True, max_new_tokens=9,
+    )  # fmt: skip
+    base, *same = found.models
+    replies = [[row.replies for row in model.rows] for model in same]
+    assert replies[0] == replies[1] == replies[2]
+    assert replies[0] != [row.replies for row in base.rows]
+    assert {m.against_first["loss"].word for m in same} == {"better"}
+    losses = [model.values["loss"].value for model in same]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
 
 
 # ------------------------------------------------------------------ the command line

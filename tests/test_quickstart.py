@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+import truetune
+from tiny_runs import write_rows
 from truetune.cli import verbs as cli
 from truetune.contract.contract import PromptContract
+from truetune.evaluation.result import Judgement
 from truetune.generate import Reply
 from truetune.lab import base_path
-from truetune.lab.evaluate import held_out_documents, unseen_questions
+from truetune.lab.evaluate import Question, held_out_documents, unseen_questions
 from truetune.lab.quickstart import quickstart, quickstart_recipe, score
 from truetune.lab.world import World
 from truetune.model.load import load_model
@@ -30,6 +34,28 @@ def test_the_base_alone_answers_nothing() -> None:
     assert found.finished <= 1
     assert len(found.replies) == 10
     assert 0 < found.prose_loss < 3
+
+
+def evaluated(model: Path, questions: Sequence[Question], folder: Path) -> list[Judgement]:
+    """What `truetune.evaluate` makes of the questions, as the quickstart asks and counts."""
+    rows = [{"prompt": q.text, "completion": q.expected} for q in questions]
+    found = truetune.evaluate(
+        model, write_rows(folder / "questions.jsonl", rows), match="contains", max_new_tokens=40,
+        chat_template="chatml-lite", device="cpu", quiet=True,
+    )  # fmt: skip
+    assert found.num_rows == len(questions)
+    return [row.replies[0] for row in found.models[0].rows]
+
+
+def test_an_evaluation_gets_the_same_replies(tmp_path: Path) -> None:
+    base = load_model(base_path(), device="cpu", purpose="inference")
+    contract = PromptContract.load(base.tokenizer, "chatml-lite")
+    questions = unseen_questions(World.generate(), 12)
+    found = score(base, contract, questions, held_out_documents(World.generate(), 1))
+    replies = evaluated(base_path(), questions, tmp_path)
+    assert [reply.text for reply in replies] == [reply.text for reply in found.replies]
+    assert sum(reply.ended and not reply.empty for reply in replies) == found.finished
+    assert sum(reply.right for reply in replies) == found.correct
 
 
 def test_an_answer_counts_where_it_ends_and_holds_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +93,6 @@ def test_it_learns_to_answer_and_to_stop(tmp_path: Path, seed: int) -> None:
     assert found.base.finished <= 5
     assert found.tuned.finished >= 95
     assert found.tuned.correct >= 90
+    replies = evaluated(result.run.path, found.questions, tmp_path)
+    assert sum(reply.ended and not reply.empty for reply in replies) == found.tuned.finished
+    assert sum(reply.right for reply in replies) == found.tuned.correct

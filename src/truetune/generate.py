@@ -273,6 +273,8 @@ def _generate(
     import torch
     from transformers import GenerationConfig
 
+    from truetune.model.growing_cache import can_shrink, growing_cache
+
     model = loaded.transformers_model
     device = model.get_input_embeddings().weight.device
     width = max(len(ids) for ids in prompts)
@@ -295,7 +297,7 @@ def _generate(
     # Places in `prompts` of the rows that are still written.
     places = list(range(len(prompts)))
     written: dict[int, list[int]] = {}
-    cache: Any = None
+    cache = growing_cache(model)
     while places:
         config = GenerationConfig(
             max_new_tokens=limit - (ids_BT.shape[1] - width),
@@ -328,7 +330,7 @@ def _generate(
         cache = out.past_key_values
         if not live:
             break
-        if _can_shrink(cache):
+        if can_shrink(cache):
             kept = torch.tensor(live, device=device)
             cache.batch_select_indices(kept)
             draw.keep(live)
@@ -340,16 +342,6 @@ def _generate(
         attended_BT = torch.cat([attended_BT, attended_BT.new_ones(len(ids_BT), more)], dim=1)
         shrinks = shrinks and len(places) > _WORTH_SHRINKING
     return [written[place] for place in range(len(prompts))]
-
-
-def _can_shrink(cache: Any) -> bool:
-    """Whether rows can be taken out of a cache: it holds keys and values alone."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-    # Of exactly these classes: those made of them may hold states of other kinds as well.
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 class _HalfEnded:

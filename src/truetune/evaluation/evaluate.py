@@ -193,8 +193,9 @@ def evaluate(
     questions, left_out = questions_of(
         loaded, settings.match, shots=settings.shots, seed=settings.seed, limit=settings.limit
     )
-    stage("rendering the prompts")
+    stage("reading the models' templates")
     subjects = [Subject.open(m, settings.chat_template, settings.revision) for m in models]
+    stage("rendering the prompts")
     questions, prompts, more = _common(subjects, questions)
     found = []
     for subject, asked in zip(subjects, prompts, strict=True):

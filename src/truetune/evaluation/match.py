@@ -111,7 +111,9 @@ class Match:
             return ""
         if not expected.strip():
             return "the row's answer is empty"
-        if self.kind == "number" and not has_math_verify() and last_number(expected) is None:
+        # Mathematics without digits is written in LaTeX.
+        is_formula = has_math_verify() and ("\\" in expected or "$" in expected)
+        if self.kind == "number" and not is_formula and last_number(expected) is None:
             return "the row's answer has no number"
         if self.kind == "json" and json_value(expected) is None:
             return "the row's answer is no JSON"

@@ -42,7 +42,7 @@ def lines(found: Evaluation) -> Iterator[str]:
             yield _row(measure.label, [_difference(measure, d) for d in told], _DIFFERENCE)
     yield ""
     yield from _wrapped(
-        "[ ]: 95 % intervals by bootstrap, the same rows for all; exact where all rows agree"
+        "[ ]: 95 % bootstrap intervals, same rows for all; exact where all rows agree"
     )
     for name, model in zip(names, found.models, strict=True):
         for out in model.no_loss:
