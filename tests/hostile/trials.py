@@ -53,7 +53,7 @@ def _phase_of_step(trainer: Any) -> str:
 # Whose calls count to which phase.
 _WHERE: dict[str, str | Callable[[Any], str]] = {
     "_started": "start-up",
-    "_rows": "reading rows",
+    "_read": "reading rows",
     "SFTTrainer._step": _phase_of_step,
     "SFTTrainer.evaluate": "evaluation",
     "Job.on_eval": "evaluation",
@@ -61,7 +61,13 @@ _WHERE: dict[str, str | Callable[[Any], str]] = {
     "Job._save_artifact": "artifact",
     "verify": "verify",
 }
-_MODULES = {"_started": "pipeline", "_rows": "prepare", "verify": "pipeline"}
+_MODULES = {
+    "_started": "truetune.run.pipeline",
+    "_read": "truetune.run.prepare",
+    "verify": "truetune.run.pipeline",
+    "SFTTrainer": "truetune.engine.trainer",
+    "Job": "truetune.run.job",
+}
 
 
 @dataclass
@@ -392,28 +398,18 @@ def _child(
         os._exit(code)
 
 
-def _module(name: str) -> Any:
-    """A module of truetune by the last part of its name."""
-    (found,) = [
-        module
-        for path, module in list(sys.modules.items())
-        if path.startswith("truetune.") and path.rpartition(".")[2] == name
-    ]
-    return found
-
-
 def _quick(*, fresh: bool) -> None:
     """Short samples, and verify in this process: a fresh one imports torch for seconds."""
-    import truetune.facade
+    import truetune.run.answers
     import truetune.run.pipeline
-    import truetune.verification
+    from truetune.verification import artifact
 
     if not fresh:
         from fresh_process import ask_here
 
-        _module("artifact").ask = ask_here
-    truetune.run.pipeline.verify = truetune.verification.verify
-    _module("job")._SAMPLE_TOKENS = 4
+        artifact.ask = ask_here
+    truetune.run.pipeline.verify = artifact.verify
+    truetune.run.answers._SAMPLE_TOKENS = 4
 
 
 def _watch(seen: Callable[[str], None], only: str = "") -> None:
@@ -439,7 +435,7 @@ def _watch(seen: Callable[[str], None], only: str = "") -> None:
 
     for place, phase in _WHERE.items():
         *outer, name = place.split(".")
-        owner: Any = _module(_MODULES.get(place, "trainer" if "Trainer" in place else "job"))
+        owner: Any = importlib.import_module(_MODULES[place.split(".")[0]])
         for part in outer:
             owner = getattr(owner, part)
         setattr(owner, name, within(getattr(owner, name), phase))
