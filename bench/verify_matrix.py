@@ -411,7 +411,7 @@ def healthy_table(options: argparse.Namespace, results: Path, place: Path) -> No
             continue
         if cell in had or seed < options.from_seed:
             continue
-        if options.minutes and time.perf_counter() - began > 60 * options.minutes:
+        if options.minutes is not None and time.perf_counter() - began >= 60 * options.minutes:
             break
         found = healthy(place, *cell, fresh=seed == 0)
         print(

