@@ -1,6 +1,6 @@
 """Template arguments: which of them change what is served, and under which the rows fit.
 
-input   a `PromptContract` and rows
+input   a contract and rows
 does    renders prompts with each value of each argument that the template reads; encodes rows
         under those that differ
 output  `ArgumentSearch.fit`: a contract under which the rows fit; `advise`: refusals that name the
@@ -10,38 +10,35 @@ output  `ArgumentSearch.fit`: a contract under which the rows fit; `advise`: ref
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
-from truetune.contract.behaviour import answer, tail_of, user
+from truetune.contract.behaviour import answer, user
 from truetune.contract.encode import Encoded, LossOn
-from truetune.contract.encoder import Refused
-from truetune.contract.render import Job
+from truetune.contract.encoder import Encoding, Refused
 from truetune.contract.shape import split_reasoning
 from truetune.data.conversation import Conversation
 from truetune.errors import UnfaithfulTemplate
 from truetune.findings import Finding
 
-if TYPE_CHECKING:
-    from truetune.contract.contract import Messages, PromptContract
+T = TypeVar("T", bound=Encoding)
 
 # Rows looked at when template arguments are chosen: enough to see every kind of row, cheap.
 _FIT_ROWS = 200
 # Values of one argument that are tried, and values in all: each is tried on the sample of rows.
-_MOST_CHOICES, _MOST_CANDIDATES = 8, 32
+_MOST_CANDIDATES = 32
 # Refusals that a template argument may mend.
 _ARGUMENT_ERRORS = frozenset({"target-invented", "target-dropped", "thinking-only", "thinking-off"})
 
 
-class ArgumentSearch:
+class ArgumentSearch(Generic[T]):
     """The template arguments around one contract."""
 
-    def __init__(self, contract: PromptContract) -> None:
+    def __init__(self, contract: T) -> None:
         self.contract = contract
 
-    def fit(self, conversations: list[Conversation], loss_on: LossOn) -> PromptContract:
+    def fit(self, conversations: list[Conversation], loss_on: LossOn) -> T:
         """See `PromptContract.fit`."""
         contract = self.contract
         sample = [c for c in _spread(conversations, _FIT_ROWS) if c.text is None]
@@ -121,16 +118,6 @@ class ArgumentSearch:
                 return " ".join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
         return ""
 
-    def is_switched(self, template_kwargs: Mapping[str, Any]) -> bool:
-        """Whether an argument that changes served prompts was set by hand.
-
-        Args:
-            template_kwargs: those of a row.
-        """
-        contract = self.contract
-        given = {*(contract.template_kwargs if contract.explicit_kwargs else ()), *template_kwargs}
-        return any(name in given for name in self._switches)
-
     def candidates(self) -> list[dict[str, Any]]:
         """Values of arguments that change a served prompt, those set by hand left out."""
         names = [
@@ -138,35 +125,12 @@ class ArgumentSearch:
         ]
         return [kwargs for kwargs in self._changing(names) if kwargs]
 
-    @cached_property
-    def _switches(self) -> frozenset[str]:
-        """Names of arguments, set or not, that open or close the think block of a prompt."""
-        pairs = self.contract.behaviour().pairs
-        found = set()
-        for name in self.contract.renderer.variables():
-            texts = self._served([{name: value} for value in self._values(name)], [user("?")])
-            tails = {tail_of(text, pairs)[:2] for text in texts if text}
-            if len(tails) > 1:
-                found.add(name)
-        return frozenset(found)
-
-    def _values(self, name: str) -> list[Any]:
-        choices = self.contract.renderer.choices(name)[:_MOST_CHOICES]
-        return [False, True, *(c for c in choices if not isinstance(c, bool))]
-
-    def _served(self, tried: Sequence[Mapping[str, Any]], messages: Messages) -> list[str]:
-        """The served prompt under each set of arguments, "" where the template refuses."""
-        made = self.contract.renderer.render_many(
-            [Job(messages, prompt=True, arguments=k) for k in tried]
-        )
-        return [text if isinstance(text, str) else "" for text in made]
-
     def _changing(self, names: Iterable[str]) -> list[dict[str, Any]]:
         tried: list[dict[str, Any]] = [{}]
-        tried += [{name: value} for name in names for value in self._values(name)]
+        tried += [{name: value} for name in names for value in self.contract.values_of(name)]
         tried = tried[: _MOST_CANDIDATES + 1]
-        first = self._served(tried, [user("?")])
-        second = self._served(tried, [user("?"), answer("!"), user("?")])
+        first = self.contract.served_under(tried, [user("?")])
+        second = self.contract.served_under(tried, [user("?"), answer("!"), user("?")])
         seen: set[tuple[str, str]] = set()
         found = []
         for kwargs, *texts in zip(tried, first, second, strict=True):
@@ -177,7 +141,7 @@ class ArgumentSearch:
         return found
 
 
-def _num_refused(contract: PromptContract, sample: Sequence[Conversation], loss_on: LossOn) -> int:
+def _num_refused(contract: Encoding, sample: Sequence[Conversation], loss_on: LossOn) -> int:
     return sum(isinstance(result, Refused) for result in contract.encoder.few(sample, loss_on))
 
 

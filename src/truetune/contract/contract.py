@@ -10,22 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from truetune.contract import sandbox
 from truetune.contract.arguments import ArgumentSearch
-from truetune.contract.behaviour import Behaviour, observe
 from truetune.contract.encode import LOSS_ON, Encoded, LossOn
-from truetune.contract.encoder import Encoder, Refused
+from truetune.contract.encoder import Encoding, Refused
 from truetune.contract.policy import Policy
-from truetune.contract.render import Renderer
-from truetune.contract.shape import FIELDS, shown
 from truetune.contract.source import template_source, with_defaults
 from truetune.contract.stops import own_stop_ids, stop_set
-from truetune.contract.tokens import Tokens
 from truetune.data.conversation import Conversation
 from truetune.data.rows import BadRow
 from truetune.data.tools import tools_of
@@ -37,34 +33,12 @@ ToolList: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class PromptContract:
-    """How prompts are made and where answers end, for training, chat and serving alike.
+class PromptContract(Encoding):
+    """How prompts are made and where answers end, for training, chat and serving alike; its
+    attributes are those of `Served`.
 
     Make one with `load`, then choose its template arguments on the rows with `fit`.
-
-    Attributes:
-        tokenizer: a transformers tokenizer.
-        chat_template: Jinja source.
-        stop_ids: ids on which a server ends an answer, the model's own first.
-        template_kwargs: template arguments of the run.
-        origin: where the template came from, in words.
-        findings: what was decided on the way and must be told.
-        explicit_kwargs: whether somebody set template arguments; those stay.
-        tool_template: Jinja source for conversations with tools, where the model has another.
-        policy: what happens to rows that the template has no place for.
-        date: ISO date that templates take for today; None where they do not ask.
     """
-
-    tokenizer: Any
-    chat_template: str
-    stop_ids: tuple[int, ...]
-    template_kwargs: dict[str, Any]
-    origin: str
-    findings: tuple[Finding, ...] = ()
-    explicit_kwargs: bool = False
-    tool_template: str | None = None
-    policy: Policy = field(default_factory=Policy)
-    date: str | None = None
 
     @classmethod
     def load(
@@ -144,41 +118,8 @@ class PromptContract:
         )
 
     @cached_property
-    def tokens(self) -> Tokens:
-        return Tokens(self.tokenizer)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        return Renderer(
-            self.chat_template,
-            _special(self.tokenizer),
-            self.template_kwargs,
-            self.tool_template,
-            self.date,
-        )
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder(self)
-
-    @cached_property
-    def arguments(self) -> ArgumentSearch:
+    def arguments(self) -> ArgumentSearch[PromptContract]:
         return ArgumentSearch(self)
-
-    def prepared(self, messages: Messages) -> list[dict[str, Any]]:
-        """The messages in their one form, under the run's policy."""
-        return self.policy.prepared(messages, self.behaviour().pairs)
-
-    def behaviour(self, template_kwargs: Mapping[str, Any] | None = None) -> Behaviour:
-        """What the template does under the run's arguments and those of a row."""
-        key = json.dumps(template_kwargs or {}, sort_keys=True, default=repr)
-        if key not in self._behaviours:
-            self._behaviours[key] = observe(self.renderer, template_kwargs, self.tokens.added_texts)
-        return self._behaviours[key]
-
-    @cached_property
-    def _behaviours(self) -> dict[str, Behaviour]:
-        return {}
 
     def fit(
         self,
@@ -210,18 +151,6 @@ class PromptContract:
             add_generation_prompt=True,
             arguments=template_kwargs,
         )
-
-    def past(self, messages: Sequence[dict[str, Any]], seen: Behaviour) -> list[dict[str, Any]]:
-        """Prepared messages as a server gets them from a client that sends back what it received.
-
-        A server with a reasoning parser gave it the reasoning in a field, and hands the field that
-        comes back to the template by the usual names; whether the template writes it is the
-        template's affair. Reasoning that the run trains between markers of its own (`--reasoning
-        inline`) comes back inside the content.
-        """
-        route = next((r for r in seen.routes if r in FIELDS), "reasoning_content")
-        route = "inline" if self.policy.reasoning == "inline" else route
-        return shown(messages, seen.shape, route, self.policy.markers(seen))
 
     def prompt_ids(
         self,
@@ -344,10 +273,6 @@ def _dated(today: str, *, given: bool) -> Finding:
         "the day on which it is asked",
         fix="nothing to do" if given else "set it with --date YYYY-MM-DD",
     )
-
-
-def _special(tokenizer: Any) -> dict[str, Any]:
-    return {n: value for n, value in tokenizer.special_tokens_map.items() if value is not None}
 
 
 def _conversation(value: Messages | Conversation, tools: ToolList | None) -> Conversation:

@@ -1,6 +1,6 @@
 """Rows to token examples: rendered and tokenized in batches, every trained turn proved.
 
-input   conversations and a `PromptContract`
+input   conversations and what is served
 does    asks for the served prompt and the rendering of each trained turn, a batch ahead of the
         tokenizer; where one way for the reasoning fails, the row goes on by the next
 output  `Encoded`, or `Refused` with the reason, in the place of each row
@@ -14,22 +14,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from truetune.contract.behaviour import Behaviour
 from truetune.contract.encode import Completion, Encoded, Ends, LossOn, assemble, complete
 from truetune.contract.example import SFTExample
 from truetune.contract.proof import Frame, Proof
 from truetune.contract.render import Job, Rendered
+from truetune.contract.served import Served
 from truetune.contract.shape import COMPOSED, shown, split_reasoning
 from truetune.contract.stops import answer_stop, call_stop
 from truetune.contract.turns import Situation, TurnText, derive, trained_turns
 from truetune.contract.twin import Twin
 from truetune.data.conversation import Conversation
 from truetune.errors import UnfaithfulTemplate
-
-if TYPE_CHECKING:
-    from truetune.contract.contract import PromptContract
 
 CHUNK = 256
 """Rows rendered together."""
@@ -114,7 +112,7 @@ _Begun: TypeAlias = tuple[
 class Encoder:
     """Encodes rows under one contract."""
 
-    def __init__(self, contract: PromptContract) -> None:
+    def __init__(self, contract: Served) -> None:
         self.contract = contract
         self.policy, self.renderer = contract.policy, contract.renderer
         self._proof = Proof(contract.tokens)
@@ -380,7 +378,7 @@ class Encoder:
             self.policy.markers(row.behaviour),
             self.policy.reasoning == "empty",
             _merged(row),
-            lambda: self.contract.arguments.is_switched(row.conversation.template_kwargs),
+            lambda: self.contract.is_switched(row.conversation.template_kwargs),
         )
 
     def _encode_text(self, conversation: Conversation) -> Encoded:
@@ -454,3 +452,12 @@ def refused(conversation: Conversation, error: UnfaithfulTemplate) -> Refused:
             error.what, where=where, why=error.why, fix=error.fix, code=error.code
         )
     return Refused(conversation.where, error)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding(Served):
+    """What is served, with the encoder that keeps what it has seen."""
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self)
