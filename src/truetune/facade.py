@@ -18,7 +18,7 @@ from truetune.recipe.spelling import in_python
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
-    from truetune.evaluation.result import Evaluation
+    from truetune.evaluation.table import Evaluation
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener

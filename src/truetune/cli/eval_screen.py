@@ -9,8 +9,8 @@ from pathlib import Path
 
 from truetune.cli.screen import Screen
 from truetune.errors import OutputExists, UsageError
-from truetune.evaluation.result import Evaluation, Judgement
-from truetune.evaluation.table import lines, short_names
+from truetune.evaluation.result import Judgement
+from truetune.evaluation.table import Evaluation, lines, short_names
 from truetune.run_dir import write_text
 
 # Characters of a prompt, an answer or a reply that are shown; the file of -o has all of them.

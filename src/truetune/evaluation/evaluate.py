@@ -23,7 +23,6 @@ from truetune.evaluation.match import Match
 from truetune.evaluation.questions import LeftOut, Question, grouped, questions_of
 from truetune.evaluation.read_answer import normalised
 from truetune.evaluation.result import (
-    Evaluation,
     Judgement,
     ModelResult,
     RowResult,
@@ -31,6 +30,7 @@ from truetune.evaluation.result import (
     values_of,
 )
 from truetune.evaluation.subject import Prompt, Subject, require_subject
+from truetune.evaluation.table import Evaluation
 from truetune.findings import Finding
 from truetune.generate import Reply, Sampling, replies_to_ids
 from truetune.model.load import load_model

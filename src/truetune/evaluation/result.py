@@ -3,15 +3,14 @@
 input   replies, judged, and losses: one entry a row, the same rows for every model
 does    turns them into measures, each a ratio of two sums over rows or a quantile of lengths, and
         holds each model to the first by the differences on the same resampled rows
-output  Evaluation, which prints as a table
+output  ModelResult of each
 """
 
 from __future__ import annotations
 
-import html
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.evaluation.interval import FEWEST_DIFFERENT, Bootstrap, Interval, interval, unanimous
@@ -73,7 +72,7 @@ class RowResult:
     loss_tokens: int
 
     def as_dict(self, model: str) -> dict[str, Any]:
-        return {"where": self.where, "model": model, **_without(asdict(self), "where")}
+        return {"where": self.where, "model": model, **without(asdict(self), "where")}
 
     @property
     def share_right(self) -> float:
@@ -157,73 +156,7 @@ class ModelResult:
     findings: tuple[Finding, ...] = ()
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Models on the same rows.
-
-    Attributes:
-        data: where the rows came from.
-        num_rows: rows that every model was asked.
-        left_out: rows that none was asked, by reason.
-        settings: how they were asked and compared.
-        models: in the order given; the first is what the others are held to.
-    """
-
-    data: str
-    num_rows: int
-    left_out: tuple[LeftOut, ...]
-    settings: dict[str, Any]
-    models: tuple[ModelResult, ...]
-    measures: tuple[Measure, ...] = field(repr=False)
-
-    def __getitem__(self, model: str) -> ModelResult:
-        """A model's results, by its name."""
-        return next(found for found in self.models if found.name == model)
-
-    def __repr__(self) -> str:
-        from truetune.evaluation.table import lines
-
-        return "\n".join(lines(self))
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
-
-    def as_dict(self) -> dict[str, Any]:
-        """For programs: everything but the rows."""
-        return {
-            "data": self.data,
-            "rows": self.num_rows,
-            "left_out": [asdict(out) for out in self.left_out],
-            "settings": self.settings,
-            "models": [
-                {
-                    "name": model.name,
-                    "measures": {name: asdict(value) for name, value in model.values.items()},
-                    "against_first": {n: asdict(d) for n, d in model.against_first.items()},
-                    "without_loss": [asdict(out) for out in model.no_loss],
-                    "notes": list(model.notes),
-                    "findings": [finding.as_dict() for finding in model.findings],
-                }
-                for model in self.models
-            ],
-        }
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """For programs: a row and a model each, rows in their order, models side by side."""
-        for row in range(self.num_rows):
-            for model in self.models:
-                yield model.rows[row].as_dict(model.name)
-
-    def worst(self, number: int) -> list[int]:
-        """Rows on which the last model does worst: the least right, then the highest loss."""
-        rows = self.models[-1].rows
-        return sorted(
-            range(self.num_rows),
-            key=lambda i: (rows[i].share_right, -(rows[i].loss or 0.0), i),
-        )[:number]
-
-
-def _without(value: dict[str, Any], name: str) -> dict[str, Any]:
+def without(value: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in value.items() if k != name}
 
 

@@ -1,16 +1,84 @@
-"""An evaluation as lines of plain text, 80 columns wide."""
+"""An evaluation of several models, which prints as a table of 80 columns."""
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
+from typing import Any
 
 from truetune.evaluation.interval import Interval
-from truetune.evaluation.result import Difference, Evaluation, Measure, Value
+from truetune.evaluation.questions import LeftOut
+from truetune.evaluation.result import Difference, Measure, ModelResult, Value
 
 _WIDTH = 80
 _LABEL, _VALUE, _DIFFERENCE = 17, 21, 31
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models on the same rows.
+
+    Attributes:
+        data: where the rows came from.
+        num_rows: rows that every model was asked.
+        left_out: rows that none was asked, by reason.
+        settings: how they were asked and compared.
+        models: in the order given; the first is what the others are held to.
+    """
+
+    data: str
+    num_rows: int
+    left_out: tuple[LeftOut, ...]
+    settings: dict[str, Any]
+    models: tuple[ModelResult, ...]
+    measures: tuple[Measure, ...] = field(repr=False)
+
+    def __getitem__(self, model: str) -> ModelResult:
+        """A model's results, by its name."""
+        return next(found for found in self.models if found.name == model)
+
+    def __repr__(self) -> str:
+        return "\n".join(lines(self))
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: everything but the rows."""
+        return {
+            "data": self.data,
+            "rows": self.num_rows,
+            "left_out": [asdict(out) for out in self.left_out],
+            "settings": self.settings,
+            "models": [
+                {
+                    "name": model.name,
+                    "measures": {name: asdict(value) for name, value in model.values.items()},
+                    "against_first": {n: asdict(d) for n, d in model.against_first.items()},
+                    "without_loss": [asdict(out) for out in model.no_loss],
+                    "notes": list(model.notes),
+                    "findings": [finding.as_dict() for finding in model.findings],
+                }
+                for model in self.models
+            ],
+        }
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """For programs: a row and a model each, rows in their order, models side by side."""
+        for row in range(self.num_rows):
+            for model in self.models:
+                yield model.rows[row].as_dict(model.name)
+
+    def worst(self, number: int) -> list[int]:
+        """Rows on which the last model does worst: the least right, then the highest loss."""
+        rows = self.models[-1].rows
+        return sorted(
+            range(self.num_rows),
+            key=lambda i: (rows[i].share_right, -(rows[i].loss or 0.0), i),
+        )[:number]
 
 
 def lines(found: Evaluation) -> Iterator[str]:
