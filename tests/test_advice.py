@@ -10,10 +10,10 @@ import pytest
 
 from tiny_models import tiny_config, tiny_tokenizer
 from tiny_runs import command, sums, write_rows
-from truetune.recipe.advice import RULES, Situation, advise
+from truetune.recipe.advice import RULES, RunOutline, advise
 
 # An instruct model of 3 B weights, an adapter on 2,000 conversations.
-PLAIN = Situation(
+PLAIN = RunOutline(
     num_parameters=3 * 10**9,
     num_rows=2000,
     num_supervised=400_000,

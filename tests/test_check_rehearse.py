@@ -14,7 +14,7 @@ import torch
 from test_check_checkpoint import END, set_row, tensors_changed, trained
 from test_check_verb import answer, write_rows
 from tiny_models import tiny_tokenizer
-from truetune.checks.fit import Shape, estimate, gib, layer_speed, run_shape, undisturbed
+from truetune.checks.fit import RunShape, estimate, gib, layer_speed, run_shape, undisturbed
 from truetune.compute.memory import Footprint
 from truetune.contract.frame import Frame
 from truetune.listener import Listener
@@ -307,15 +307,15 @@ def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
 
 def test_operations_and_units() -> None:
     made = Footprint(((400, 0), (100, 40)), process=7)
-    shape = Shape(100, 100, 4, 4, made, 10, 8, False, False)
+    shape = RunShape(100, 100, 4, 4, made, 10, 8, False, False)
     assert shape.operations(7) == 6 * 100 * 7
     # Gradients of 400 bytes come as activations of 400 go, beside 100.
     assert shape.total == 400 + 400 + 100 + 800 + 7
-    checkpointed = Shape(100, 1, 4, 4, made, 5, 8, True, True)
+    checkpointed = RunShape(100, 1, 4, 4, made, 5, 8, True, True)
     assert checkpointed.operations(7) == 6 * 100 * 7
     assert checkpointed.parts()["activations and head"] == 396
     apart = dataclasses.replace(made, apart=400)
-    recomputed = Shape(100, 100, 4, 4, apart, 10, 8, True, False)
+    recomputed = RunShape(100, 100, 4, 4, apart, 10, 8, True, False)
     assert recomputed.total == 100 * (4 + 8) + apart.of(10)
     assert gib(3 * 2**30) == "3.0 GiB"
     assert gib(5 * 2**20) == "5 MiB"

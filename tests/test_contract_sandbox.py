@@ -17,7 +17,7 @@ from tiny_contracts import byte_level, chat
 from truetune import PromptContract, UnfaithfulTemplate
 from truetune.contract import sandbox
 from truetune.contract.contract import Refused
-from truetune.contract.render import Job, Renderer
+from truetune.contract.render import Renderer, RenderJob
 from truetune.data.conversation import Conversation
 from truetune.errors import TruetuneError
 
@@ -67,8 +67,8 @@ def test_an_attack_ends_in_a_named_error_and_the_next_template_works(attack: str
 def test_rows_before_the_one_that_hangs_are_kept_and_others_not_waited_for() -> None:
     hangs = "{% if messages | length > 1 %}" + LOOPS + "{% endif %}"
     renderer = Renderer("{{ messages[0].content }}" + hangs, {})
-    jobs = [Job([{"role": "user", "content": str(i)}]) for i in range(600)]
-    jobs[550] = Job([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}])
+    jobs = [RenderJob([{"role": "user", "content": str(i)}]) for i in range(600)]
+    jobs[550] = RenderJob([{"role": "user", "content": "x"}, {"role": "user", "content": "y"}])
     start = time.monotonic()
     made = renderer.render_many(jobs)
     assert made[:550] == [str(i) for i in range(550)]
@@ -83,7 +83,8 @@ def test_answers_are_in_order_also_where_some_are_refused() -> None:
     source = "{% if messages[0].content == 'no' %}{{ raise_exception('no!') }}{% endif %}"
     renderer = Renderer(source + "{{ messages[0].content }}", {})
     jobs = [
-        Job([{"role": "user", "content": "no" if i % 7 == 3 else f"text {i}"}]) for i in range(1200)
+        RenderJob([{"role": "user", "content": "no" if i % 7 == 3 else f"text {i}"}])
+        for i in range(1200)
     ]
     for i, made in enumerate(renderer.render_many(jobs)):
         if i % 7 == 3:
@@ -99,7 +100,7 @@ def test_threads_get_their_own_answers() -> None:
     found: dict[int, Any] = {}
 
     def ask(number: int) -> None:
-        jobs = [Job([{"role": "user", "content": f"{number}.{i}"}]) for i in range(300)]
+        jobs = [RenderJob([{"role": "user", "content": f"{number}.{i}"}]) for i in range(300)]
         found[number] = renderer.render_many(jobs)
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
@@ -144,7 +145,7 @@ def _kill_at_work(times: int) -> threading.Thread:
 
 def test_a_worker_that_the_system_kills_is_no_fault_of_the_template() -> None:
     renderer = Renderer(SLOW + "{{ messages[0].content }}", {})
-    jobs = [Job([{"role": "user", "content": str(i)}]) for i in range(4)]
+    jobs = [RenderJob([{"role": "user", "content": str(i)}]) for i in range(4)]
     killer = _kill_at_work(1)
     assert renderer.render_many(jobs) == ["0", "1", "2", "3"]
     killer.join()
@@ -291,7 +292,7 @@ def test_a_forked_process_has_a_worker_of_its_own() -> None:
 )
 def test_what_the_sandbox_forbids_it_forbids_each_time(reach: str) -> None:
     allowed = "{{ messages[0].get('role') }}{{ messages[0].items() | list | length }}"
-    jobs = [Job([{"role": "user", "content": str(n)}]) for n in range(3)]
+    jobs = [RenderJob([{"role": "user", "content": str(n)}]) for n in range(3)]
     for made in Renderer(allowed, {}).render_many(jobs):
         assert made == "user2"
     for made in Renderer(allowed + reach, {}).render_many(jobs):

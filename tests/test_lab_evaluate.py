@@ -40,10 +40,12 @@ def tokenizer():
 def untrained():
     from transformers import LlamaForCausalLM
 
-    from truetune.lab.building.pretrain import Shape, llama_config
+    from truetune.lab.building.pretrain import BaseShape, llama_config
 
     torch.manual_seed(0)
-    shape = Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1)
+    shape = BaseShape(
+        hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1
+    )
     return LlamaForCausalLM(llama_config(shape))
 
 

@@ -16,9 +16,9 @@ import torch
 from truetune.cli import verbs as cli
 from truetune.lab import base_path
 from truetune.lab.building.pretrain import (
+    BaseShape,
     Course,
     Settings,
-    Shape,
     StagedBatcher,
     corpus_ids,
     cut_blocks,
@@ -41,7 +41,9 @@ TINY = Settings(
     courses=(PLAIN, Course("rich", 2 * 512, ((128, 1.0),), 1e-3)),
     step_tokens=512,
     autocast=False,
-    shape=Shape(hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1),
+    shape=BaseShape(
+        hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1
+    ),
 )
 
 

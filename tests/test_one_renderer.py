@@ -14,7 +14,7 @@ from bench.sabotage.house import CHATML, House, messages
 import truetune
 from truetune import PromptContract
 from truetune.contract import sandbox
-from truetune.contract.render import Job, Renderer
+from truetune.contract.render import Renderer, RenderJob
 from truetune.errors import TruetuneError, UnfaithfulTemplate
 from truetune.listener import Listener
 from truetune.recipe.settings import Recipe
@@ -145,7 +145,7 @@ def test_texts_that_each_take_less_than_the_deadline_are_stopped_together(
     monkeypatch.setattr(sandbox, "_PER_TEXT", 0.0)
     slow = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}"
     renderer = Renderer(slow + "{{ messages[0].content }}", {})
-    jobs = [Job([{"role": "user", "content": str(i)}]) for i in range(400)]
+    jobs = [RenderJob([{"role": "user", "content": str(i)}]) for i in range(400)]
     sandbox.start()
     start = time.monotonic()
     made = renderer.render_many(jobs)
@@ -156,7 +156,7 @@ def test_texts_that_each_take_less_than_the_deadline_are_stopped_together(
     assert "takes too long" in stopped.what
     assert stopped.code == "template-out-of-bounds"
     # Its time is over for good, for other rows as well.
-    again = renderer.render_many([Job([{"role": "user", "content": "new"}])])[0]
+    again = renderer.render_many([RenderJob([{"role": "user", "content": "new"}])])[0]
     assert isinstance(again, UnfaithfulTemplate)
 
 
@@ -165,7 +165,7 @@ def test_many_texts_of_an_ordinary_template_have_time_enough(
 ) -> None:
     monkeypatch.setattr(sandbox, "TOTAL", 0.5)
     renderer = Renderer(CHATML + "{# many #}", {})
-    jobs = [Job([{"role": "user", "content": f"{i} " * 200}]) for i in range(3000)]
+    jobs = [RenderJob([{"role": "user", "content": f"{i} " * 200}]) for i in range(3000)]
     assert not [m for m in renderer.render_many(jobs) if isinstance(m, UnfaithfulTemplate)]
 
 

@@ -37,7 +37,7 @@ _CPU_TOKENS, _DEVICE_TOKENS = 1024, 16_384
 
 
 @dataclass(frozen=True)
-class Shape:
+class RunShape:
     """What a run is made of, as far as memory and time go.
 
     Attributes:
@@ -175,7 +175,7 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
     )
 
 
-def run_shape(plan: Plan, device: str) -> Shape:
+def run_shape(plan: Plan, device: str) -> RunShape:
     """The shape of a planned run."""
     import torch
 
@@ -197,7 +197,7 @@ def run_shape(plan: Plan, device: str) -> Shape:
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
     packed = max(plan.micro_batch_tokens or usual, most)
     forward = packed if plan.packing else (plan.micro_batch_size or 1) * most
-    return Shape(
+    return RunShape(
         parameters=parameters,
         trainable=trainable,
         # Trained weights are float32, frozen ones of the type they compute in, or fewer bits.
@@ -286,7 +286,7 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
         return get_peft_model(model, settings, low_cpu_mem_usage=True)
 
 
-def _ways(shape: Shape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
+def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
     """Ways to a smaller run, the cheapest first; each alone."""
     half = max(shape.tokens // 2, plan.max_length)
     if half < shape.tokens:

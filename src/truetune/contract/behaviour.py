@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.contract.render import Job, Rendered, Renderer
+from truetune.contract.render import Rendered, Renderer, RenderJob
 from truetune.contract.shape import (
     FIELDS,
     PART_KEYS,
@@ -142,7 +142,7 @@ class _Probe:
         """(messages, route, generation prompt, tools) each."""
         made = self.renderer.render_many(
             [
-                Job(
+                RenderJob(
                     shown(messages, self.shape, route, self.markers),
                     [TOOL] if tools else None,
                     prompt,

@@ -20,7 +20,7 @@ from truetune.contract.behaviour import Behaviour
 from truetune.contract.encode import Completion, Encoded, Ends, LossOn, assemble, complete
 from truetune.contract.example import SFTExample
 from truetune.contract.proof import Frame, Proof
-from truetune.contract.render import Job, Rendered
+from truetune.contract.render import Rendered, RenderJob
 from truetune.contract.served import Served
 from truetune.contract.shape import COMPOSED, shown, split_reasoning
 from truetune.contract.stops import answer_stop, call_stop
@@ -105,7 +105,7 @@ class _Row:
 
 
 _Begun: TypeAlias = tuple[
-    list["Encoded | Refused | _Row"], list[list[Job]], Callable[[], list[Rendered]]
+    list["Encoded | Refused | _Row"], list[list[RenderJob]], Callable[[], list[Rendered]]
 ]
 
 
@@ -188,7 +188,7 @@ class Encoder:
     def _finish(
         self,
         results: list[Encoded | Refused | _Row],
-        jobs: list[list[Job]],
+        jobs: list[list[RenderJob]],
         rendered: Callable[[], list[Rendered]],
         loss_on: LossOn,
     ) -> list[Encoded | Refused]:
@@ -219,7 +219,7 @@ class Encoder:
     def _attempt(
         self,
         rows: Sequence[_Row],
-        jobs: Sequence[Sequence[Job]],
+        jobs: Sequence[Sequence[RenderJob]],
         texts: Sequence[Rendered],
         loss_on: LossOn,
     ) -> None:
@@ -325,7 +325,7 @@ class Encoder:
         used = seen.pairs if row.route == "none" else pairs
         return Frame(marks, pairs, used, seen.recipient, self.policy.template_words == "keep")
 
-    def _jobs(self, row: _Row) -> list[Job]:
+    def _jobs(self, row: _Row) -> list[RenderJob]:
         """The served prompt of each trained turn, and the rendering through it.
 
         Where the template is known to leave history as it was, the next served prompt holds the
@@ -336,17 +336,17 @@ class Encoder:
         tools, kwargs = row.conversation.tools, row.conversation.template_kwargs
         jobs = []
         for turn in row.turns:
-            jobs.append(Job(row.past[:turn], tools, prompt=True, arguments=kwargs))
+            jobs.append(RenderJob(row.past[:turn], tools, prompt=True, arguments=kwargs))
             if plain and turn != row.turns[-1]:
                 continue
             jobs.append(self._through(row, turn, row.messages[turn]))
         return jobs
 
-    def _through(self, row: _Row, turn: int, message: dict[str, Any]) -> Job:
+    def _through(self, row: _Row, turn: int, message: dict[str, Any]) -> RenderJob:
         """The conversation through a turn, which may be another one than the row's."""
         route, markers, shape = row.route, self.policy.markers(row.behaviour), row.behaviour.shape
         how = "none" if route in COMPOSED else route
-        return Job(
+        return RenderJob(
             [*row.past[:turn], *shown([message], shape, how, markers)],
             row.conversation.tools,
             arguments=row.conversation.template_kwargs,

@@ -41,7 +41,7 @@ Rendered: TypeAlias = str | UnfaithfulTemplate
 
 
 @dataclass(frozen=True)
-class Job:
+class RenderJob:
     """One text to make.
 
     Attributes:
@@ -114,12 +114,12 @@ class Renderer:
         Raises:
             UnfaithfulTemplate: the template refuses these messages, or fails on them.
         """
-        (text,) = self.render_many([Job(messages, tools, add_generation_prompt, arguments)])
+        (text,) = self.render_many([RenderJob(messages, tools, add_generation_prompt, arguments)])
         if isinstance(text, UnfaithfulTemplate):
             raise text
         return text
 
-    def render_many(self, jobs: Sequence[Job]) -> list[Rendered]:
+    def render_many(self, jobs: Sequence[RenderJob]) -> list[Rendered]:
         """The text of each job, or why there is none; equal jobs are rendered once."""
         groups: dict[str, dict[_Asked, None]] = {}
         keys = []

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from truetune.contract.behaviour import Behaviour, observe, tail_of, user
 from truetune.contract.policy import Policy
-from truetune.contract.render import Job, Renderer
+from truetune.contract.render import Renderer, RenderJob
 from truetune.contract.shape import FIELDS, shown
 from truetune.contract.tokens import Tokens
 from truetune.findings import Finding
@@ -120,7 +120,9 @@ class Served:
 
     def served_under(self, tried: Sequence[Mapping[str, Any]], messages: Messages) -> list[str]:
         """The served prompt under each set of arguments, "" where the template refuses."""
-        made = self.renderer.render_many([Job(messages, prompt=True, arguments=k) for k in tried])
+        made = self.renderer.render_many(
+            [RenderJob(messages, prompt=True, arguments=k) for k in tried]
+        )
         return [text if isinstance(text, str) else "" for text in made]
 
 

@@ -3,7 +3,7 @@
 input   template and stop set; the rows of embedding and head, where there are weights; how well
         the model predicts a conversation in its template, where it was loaded
 does    weighs each observation; random weights say nothing
-output  Verdict: base, instruct or unknown, and the reasons; `recipe/rates.py` has what follows
+output  StartVerdict: base, instruct or unknown, and the reasons; `recipe/rates.py` has what follows
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["base", "instruct", "unknown"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StartVerdict:
     """What a model is, and why.
 
     Attributes:
@@ -37,7 +37,7 @@ class Verdict:
         return {"kind": self.kind, "reasons": list(self.reasons)}
 
 
-def by_template(tokenizer: Any) -> Verdict:
+def by_template(tokenizer: Any) -> StartVerdict:
     """What can be told without weights, whatever template and stop a run sets: a model that was
     tuned to chat stops on the token that its own template writes after an answer."""
     name = str(getattr(tokenizer, "name_or_path", "") or "") or None
@@ -49,7 +49,7 @@ def verdict(
     frame: Frame,
     rows: Mapping[str, ChatRows] | None = None,
     losses: Mapping[str, float] | None = None,
-) -> Verdict:
+) -> StartVerdict:
     """Weigh what is known.
 
     Args:
@@ -64,20 +64,20 @@ def verdict(
             "the weights look random: their rows are alike, or nothing is predicted better than "
             "by chance"
         )
-        return Verdict("unknown", (seen,))
+        return StartVerdict("unknown", (seen,))
     if frame.broken:
-        return Verdict("base", ("its own chat template cannot be used",))
+        return StartVerdict("base", ("its own chat template cannot be used",))
     if not frame.has_template:
-        return Verdict("base", ("it has no chat template",))
+        return StartVerdict("base", ("it has no chat template",))
     if _guesses(losses):
         seen = "a plain conversation is predicted no better than by chance: it is of other words"
-        return Verdict("unknown", (seen,))
+        return StartVerdict("unknown", (seen,))
     untrained = sorted({i for found in rows.values() for i in found.untrained})
     if untrained:
         named = ", ".join(repr(frame.tokens.decode([i])) for i in untrained[:4])
-        return Verdict("base", (f"the rows of its chat tokens were never trained: {named}",))
+        return StartVerdict("base", (f"the rows of its chat tokens were never trained: {named}",))
     tuned = losses["stop"] < 1.0 < losses["vocabulary"] if losses else frame.own_stop_is_terminator
-    return Verdict("instruct" if tuned else "base", tuple(_reasons(frame, rows, losses)))
+    return StartVerdict("instruct" if tuned else "base", tuple(_reasons(frame, rows, losses)))
 
 
 def _guesses(losses: Mapping[str, float] | None) -> bool:

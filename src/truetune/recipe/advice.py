@@ -19,7 +19,7 @@ _PAGE = "docs/choose.md"
 
 
 @dataclass(frozen=True)
-class Situation:
+class RunOutline:
     """What advice is given on.
 
     Attributes:
@@ -43,14 +43,14 @@ class Situation:
     is_text: bool
 
 
-def advise(situation: Situation) -> list[Finding]:
+def advise(situation: RunOutline) -> list[Finding]:
     """Notes for this situation, in the order of the rules."""
     if situation.num_parameters < SMALL:
         return []
     return [note for rule in RULES for note in rule(situation)]
 
 
-def few_rows(s: Situation) -> Iterator[Finding]:
+def few_rows(s: RunOutline) -> Iterator[Finding]:
     """Below some fifty rows a prompt with examples is the cheaper way to the same end."""
     if s.num_rows < 50 and not s.is_text:
         yield Finding(
@@ -62,7 +62,7 @@ def few_rows(s: Situation) -> Iterator[Finding]:
         )
 
 
-def reasoning_rows(s: Situation) -> Iterator[Finding]:
+def reasoning_rows(s: RunOutline) -> Iterator[Finding]:
     """Some hundred traces teach a format and a narrow skill, and a small model no more."""
     if s.reasoning_share <= 0.5 or s.num_rows >= 10_000 or s.num_parameters >= 10**10:
         return
@@ -78,7 +78,7 @@ def reasoning_rows(s: Situation) -> Iterator[Finding]:
     )
 
 
-def base_start(s: Situation) -> Iterator[Finding]:
+def base_start(s: RunOutline) -> Iterator[Finding]:
     """An instruct model has the format already, for which a base needs about a thousand rows."""
     if s.start == "base" and s.num_rows < 1000 and not s.is_text:
         yield Finding(
@@ -91,7 +91,7 @@ def base_start(s: Situation) -> Iterator[Finding]:
         )
 
 
-def text_rows(s: Situation) -> Iterator[Finding]:
+def text_rows(s: RunOutline) -> Iterator[Finding]:
     """Plain text is fed for its facts, and those are what it teaches last."""
     if s.is_text and s.num_supervised < 10**8:
         yield Finding(
@@ -107,7 +107,7 @@ def text_rows(s: Situation) -> Iterator[Finding]:
         )
 
 
-def adapter_capacity(s: Situation) -> Iterator[Finding]:
+def adapter_capacity(s: RunOutline) -> Iterator[Finding]:
     """An adapter stores about two bits a weight; beyond that it learns less than all weights."""
     # About one bit a supervised token is new to the model after pretraining.
     if s.lora and s.num_supervised > 2 * s.num_trainable:
@@ -122,7 +122,7 @@ def adapter_capacity(s: Situation) -> Iterator[Finding]:
         )
 
 
-def adapter_is_enough(s: Situation) -> Iterator[Finding]:
+def adapter_is_enough(s: RunOutline) -> Iterator[Finding]:
     """All weights on few rows: an adapter learns as well, and forgets less."""
     if not s.lora and not s.is_text and s.num_rows < 10_000 and s.num_parameters > 5 * 10**8:
         yield Finding(
@@ -136,7 +136,7 @@ def adapter_is_enough(s: Situation) -> Iterator[Finding]:
         )
 
 
-RULES: tuple[Callable[[Situation], Iterator[Finding]], ...] = (
+RULES: tuple[Callable[[RunOutline], Iterator[Finding]], ...] = (
     few_rows,
     reasoning_rows,
     base_start,

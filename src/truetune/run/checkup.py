@@ -29,7 +29,7 @@ from truetune.listener import Listener
 from truetune.model.embeddings import judge_rows, read_tables
 from truetune.model.lora import lora_target_findings
 from truetune.model.source import locate
-from truetune.model.start import Verdict, verdict
+from truetune.model.start import StartVerdict, verdict
 from truetune.model.tokenizer import locate_base, num_ids
 from truetune.recipe.plan import Plan
 from truetune.recipe.rates import EPOCHS, usual_rate, what_follows, words
@@ -123,7 +123,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
     return Checkup(_ordered(told), summary)
 
 
-def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
+def _measured_verdict(found: Survey, losses: dict[str, float]) -> StartVerdict:
     """Base or instruct, by the model's own template and by what it predicts."""
     prepared = found.prepared
     plan, tokenizer = prepared.plan, prepared.contract.tokenizer
@@ -135,11 +135,11 @@ def _measured_verdict(found: Survey, losses: dict[str, float]) -> Verdict:
     return verdict(frame, rows, losses or None)
 
 
-def _verdict_summary(judged: Verdict, num_parameters: int | None) -> dict[str, Any]:
+def _verdict_summary(judged: StartVerdict, num_parameters: int | None) -> dict[str, Any]:
     return {**judged.as_dict(), "means": what_follows(judged.kind, num_parameters)}
 
 
-def start_differs(judged: Verdict, plan: Plan, num_parameters: int) -> Iterator[Finding]:
+def start_differs(judged: StartVerdict, plan: Plan, num_parameters: int) -> Iterator[Finding]:
     """The plan goes by the template, before weights are read; these may tell another story."""
     kind = judged.kind
     if kind == "unknown" or kind == plan.start:

@@ -28,7 +28,7 @@ from truetune.model.new_tokens import make_room, start_full_rows
 from truetune.model.placement import choose_device
 from truetune.model.quantise import NAMES, LoadIn
 from truetune.model.tokenizer import num_ids
-from truetune.recipe.advice import Situation, advise
+from truetune.recipe.advice import RunOutline, advise
 from truetune.recipe.settings import Recipe
 from truetune.run.prepare import Prepared
 
@@ -85,7 +85,7 @@ def advice(prepared: Prepared, num_trainable: int) -> list[Finding]:
     """
     plan, examples = prepared.plan, prepared.examples
     return advise(
-        Situation(
+        RunOutline(
             num_parameters=prepared.model.num_parameters,
             num_rows=len(examples),
             num_supervised=sum(example.num_supervised for example in examples),

@@ -22,7 +22,7 @@ from truetune.model.dry import DryLoad, dry_load
 from truetune.model.embeddings import ChatRows, TableFacts, judge_rows, read_tables
 from truetune.model.inspect import ModelFacts, describe
 from truetune.model.source import ModelFiles, locate, read_json
-from truetune.model.start import Verdict, verdict
+from truetune.model.start import StartVerdict, verdict
 from truetune.model.tokenizer import has_tokenizer, locate_base, num_ids, open_tokenizer
 
 # Files that trainers leave beside a model; a published base has none of them.
@@ -68,7 +68,7 @@ class Checkpoint:
     own_tokenizer: bool = True
 
     @property
-    def verdict(self) -> Verdict | None:
+    def verdict(self) -> StartVerdict | None:
         """Base or instruct; None where there is no tokenizer."""
         return verdict(self.frame, self.rows) if self.frame else None
 

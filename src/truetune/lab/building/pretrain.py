@@ -38,7 +38,7 @@ TOKENIZER_DOCUMENTS = 4000
 
 
 @dataclass(frozen=True)
-class Shape:
+class BaseShape:
     """Size of the model: head size 64 and multiples of 256, so that quantisers and servers fit."""
 
     hidden_size: int = 256
@@ -93,7 +93,7 @@ class Settings:
     autocast: bool = True
     compile: bool = False
     device: str = "cpu"
-    shape: Shape = Shape()
+    shape: BaseShape = BaseShape()
 
     def num_steps(self, course: Course) -> int:
         """Optimizer steps of a course: what is left of its tokens behind the last is not seen."""
@@ -204,7 +204,7 @@ def _trainer(
     )
 
 
-def llama_config(shape: Shape) -> LlamaConfig:
+def llama_config(shape: BaseShape) -> LlamaConfig:
     """The architecture of the base."""
     from transformers import LlamaConfig
 
