@@ -34,7 +34,7 @@ class Case:
         row: tokens of a row.
         shared: tokens with which all rows begin.
         recomputed: activations are computed twice.
-        optim: the optimiser.
+        optim: the optimizer.
     """
 
     tokens: int
@@ -132,7 +132,7 @@ def one(name: str, models: Path) -> None:
     give_freed_pages_back()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
-    for _ in range(3):  # the optimiser's state is there from the second one on
+    for _ in range(3):  # the optimizer's state is there from the second one on
         trainer.train_step()
     grown = status("VmHWM") - before
     mb = 2**20

@@ -33,11 +33,11 @@ class Job:
         model: folder; made by `make_model` where it is not the embedded base.
         lora: an adapter of rank 16 on all linear layers, dropout 0.05; else all weights.
         dtype: of the frozen weights and of the computation.
-        rows_a_step: rows per optimiser step.
+        rows_a_step: rows per optimizer step.
         rows: makes the first n rows.
         steps: measured.
         warm_up: steps before them: the first fetches memory from the system, and where all weights
-            are trained the second one too, beside the optimiser's state.
+            are trained the second one too, beside the optimizer's state.
         learning_rate, schedule, warmup_steps: constant where speed alone is measured.
         whole: the run is a training that somebody would make: its seconds are reported as well.
     """

@@ -229,7 +229,7 @@ def test_what_is_exact_in_the_estimate(place: Path) -> None:
     full = run_shape(plan(place), "cpu")
     parts = full.parts()
     assert parts["weights"] == parts["gradients"] == 4 * full.parameters
-    assert parts["optimiser"] == 8 * full.parameters
+    assert parts["optimizer"] == 8 * full.parameters
     lora = run_shape(plan(place, lora=True, lora_r=4), "cpu")
     from truetune.model.load import load_model
     from truetune.model.lora import LoraSettings, add_lora, trainable_share

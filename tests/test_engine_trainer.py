@@ -269,7 +269,7 @@ class Breaks(Plain):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_loss_stops_before_the_optimiser(value: float) -> None:
+def test_a_non_finite_loss_stops_before_the_optimizer(value: float) -> None:
     model = Breaks(value, call=2)
     made = trainer(model, batch_size=4)
     made.train_step()

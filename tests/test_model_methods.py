@@ -1,4 +1,4 @@
-"""Kinds of LoRA, bases in 4 and 8 bits, optimisers in 8 bits."""
+"""Kinds of LoRA, bases in 4 and 8 bits, optimizers in 8 bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Layers of at least 4,096 weights, so that 8-bit optimisers have something to do.
+    # Layers of at least 4,096 weights, so that 8-bit optimizers have something to do.
     folder = tmp_path_factory.mktemp("methods") / "base"
     return write_model(folder, hidden_size=64, intermediate_size=80, tie_word_embeddings=True)
 
@@ -192,7 +192,7 @@ def test_the_method_in_words() -> None:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "paged_adamw_8bit"])
-def test_8_bit_optimisers_resume_exactly(base: Path, tmp_path: Path, optim: str) -> None:
+def test_8_bit_optimizers_resume_exactly(base: Path, tmp_path: Path, optim: str) -> None:
     import torch
 
     from truetune.engine.checkpoint import load_state, save_state

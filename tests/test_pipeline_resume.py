@@ -642,7 +642,7 @@ class Filler(Listener):
 @pytest.mark.parametrize(
     "target",
     [
-        "safetensors.torch.save_file",  # optimiser state
+        "safetensors.torch.save_file",  # optimizer state
         "transformers.PreTrainedModel.save_pretrained",  # weights
         "os.replace",  # the new name
         "truetune.run_dir.open",  # a line of metrics

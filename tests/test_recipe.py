@@ -357,7 +357,7 @@ def test_tokens_of_the_command_line_replace_rows_of_the_file_and_back() -> None:
     assert (recipe.batch_size, recipe.tokens_per_step) == (8, None)
 
 
-def test_what_an_optimiser_of_bfloat16_weights_does_not_go_with() -> None:
+def test_what_an_optimizer_of_bfloat16_weights_does_not_go_with() -> None:
     told = problems(("f", {"optim": "adamw_bf16", "dora": True, "dtype": "float32"}))
     assert "adamw_bf16 is for all weights" in told
     assert "adamw_bf16 computes in bfloat16" in told

@@ -138,7 +138,7 @@ def built(make: Callable[[], Any]) -> tuple[Any, Heard]:
 
 
 def stepped(subject: Any, heard: Heard) -> None:
-    """One optimiser step, if it is a trainer."""
+    """One optimizer step, if it is a trainer."""
     if not hasattr(subject, "train"):
         return
     with _ears(heard), contextlib.redirect_stdout(io.StringIO()):

@@ -27,7 +27,7 @@ class Listener:
         """The numbers of the run are known: the compute starts next."""
 
     def step(self, facts: StepFacts, plan: Plan) -> None:
-        """An optimiser step is done."""
+        """An optimizer step is done."""
 
     def evaluated(self, step: int, loss: float) -> None:
         """Loss on the held-out rows, in nats per supervised token."""

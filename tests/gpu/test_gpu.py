@@ -1,7 +1,7 @@
 """Training on a CUDA device against the same training on a CPU in float32.
 
 Tolerances, by largest difference of the losses of six steps, relative: float32 on both 5e-4 (sums
-in another order, then six optimiser steps of it); bfloat16 2e-2. Attention by itself: 2e-2 in norm.
+in another order, then six optimizer steps of it); bfloat16 2e-2. Attention by itself: 2e-2 in norm.
 Run with `python -m pytest -n 0 tests/gpu -rs`; a table says what was measured.
 """
 

@@ -62,7 +62,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 def one_step(
     model: Any, micro_batch_size: int, **changes: Any
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients as the optimiser gets them."""
+    """Loss and gradients as the optimizer gets them."""
     seen: dict[str, torch.Tensor] = {}
     trainer = SFTTrainer(
         model,

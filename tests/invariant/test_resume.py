@@ -24,7 +24,7 @@ from truetune.model.save import save_model
 RUN = {"seed": 3}
 
 
-# All weights and adapters of every family; the other optimisers, and steps that count tokens.
+# All weights and adapters of every family; the other optimizers, and steps that count tokens.
 CASES: list[tuple[str, str, str, int | None]] = [
     *((name, kind, "adamw", None) for name in SIX for kind in ("full", "lora")),
     ("llama", "lora", "sgd", 90),

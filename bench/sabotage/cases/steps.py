@@ -1,4 +1,4 @@
-"""The loss over a step, the optimiser, types and rates."""
+"""The loss over a step, the optimizer, types and rates."""
 
 from __future__ import annotations
 
@@ -154,10 +154,10 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "M03",
-        "optimiser of another model",
+        "optimizer of another model",
         stale_optimizer,
         ("optimizer-misses",),
-        "optimiser",
+        "optimizer",
         "after the model",
         None,
     ),

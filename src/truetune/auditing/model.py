@@ -474,7 +474,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
 
 
 def _weight_decay(subject: Subject) -> Iterator[Finding]:
-    """A decay that is meant; sign-based optimisers take larger ones."""
+    """A decay that is meant; sign-based optimizers take larger ones."""
     optimizer = getattr(subject.trainer, "optimizer", None)
     groups = getattr(optimizer, "param_groups", None)
     decay = (
@@ -496,7 +496,7 @@ def _weight_decay(subject: Subject) -> Iterator[Finding]:
 
 
 def _optimizer(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
-    """An optimiser that was handed over holds the parameters that are trained."""
+    """An optimizer that was handed over holds the parameters that are trained."""
     optimizer = getattr(subject.trainer, "optimizer", None)
     groups = getattr(optimizer, "param_groups", None)
     if not groups:
@@ -508,10 +508,10 @@ def _optimizer(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
         yield Finding(
             code="optimizer-misses",
             level="error" if everything else "warning",
-            what=f"the optimiser holds {'none' if everything else 'not all'} of the trained "
+            what=f"the optimizer holds {'none' if everything else 'not all'} of the trained "
             f"parameters: {left_out:,} of {len(trained):,} are left out",
             where="trainer.optimizer",
             count=left_out,
             why="it was made before the model was wrapped, resized or replaced",
-            fix="make the optimiser after the model is complete, or let the trainer make it",
+            fix="make the optimizer after the model is complete, or let the trainer make it",
         )

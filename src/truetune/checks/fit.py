@@ -1,7 +1,7 @@
 """Does the run fit, and how long will it take? With error bars, and what to change if not.
 
 input   config and plan; no weights
-does    counts what is exact (weights, gradients, optimiser); asks the loop's own measurement of a
+does    counts what is exact (weights, gradients, optimizer); asks the loop's own measurement of a
         micro-batch on tensors that have no numbers; times one layer of the model on the device
 output  Fit: bytes by part, seconds, ways to make it smaller, the cheapest first
 """
@@ -46,7 +46,7 @@ class RunShape:
         gradient_bytes: of a trained weight.
         footprint: of a micro-batch, as the loop measures it, gradients included.
         tokens: most tokens of a forward pass.
-        optimiser_bytes: a trained weight takes beside its gradient.
+        optimizer_bytes: a trained weight takes beside its gradient.
     """
 
     parameters: int
@@ -55,7 +55,7 @@ class RunShape:
     gradient_bytes: int
     footprint: Footprint
     tokens: int
-    optimiser_bytes: int
+    optimizer_bytes: int
     checkpointing: bool
     lora: bool
 
@@ -70,7 +70,7 @@ class RunShape:
         return {
             "weights": int(self.parameters * self.weight_bytes) + adapter,
             "gradients": gradients,
-            "optimiser": self.trainable * self.optimiser_bytes,
+            "optimizer": self.trainable * self.optimizer_bytes,
             "activations and head": taken if apart else max(taken - gradients, 0),
             "process": process,
         }
@@ -205,7 +205,7 @@ def run_shape(plan: Plan, device: str) -> RunShape:
         gradient_bytes=2 if split else 4,
         footprint=made,
         tokens=forward,
-        optimiser_bytes=_OPTIMISER.get(plan.optim, 2),
+        optimizer_bytes=_OPTIMIZER.get(plan.optim, 2),
         checkpointing=plan.gradient_checkpointing,
         lora=lora,
     )
@@ -252,7 +252,7 @@ def _footprint(model: Any, config: Any, halved: bool, longest: int) -> Footprint
 
 
 # Bytes of a trained weight beside its gradient; the 8-bit ones take two.
-_OPTIMISER = {"adamw": 8, "adamw_bf16": 10, "sgd": 0}
+_OPTIMIZER = {"adamw": 8, "adamw_bf16": 10, "sgd": 0}
 
 
 def _weight_bytes(recipe: Recipe, halved: bool) -> float:

@@ -37,7 +37,7 @@ class Preflight:
         base_stop_ids: on which a server of the base model ends an answer.
         lora: whether an adapter is trained.
         learning_rate, suggested_rate: what is set, and the default for this case.
-        max_steps, warmup_steps: optimiser steps.
+        max_steps, warmup_steps: optimizer steps.
         train, held_out: the conversations behind the examples.
         model, revision: what an adapter is trained on; None looks at no weights.
         trained_tokens: ids whose rows this run trains beside an adapter.

@@ -104,7 +104,7 @@ class _Bar(Progress):
 
 
 class Steps:
-    """The optimiser steps: a bar on a terminal, a table in a pipe."""
+    """The optimizer steps: a bar on a terminal, a table in a pipe."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -171,7 +171,7 @@ class Batcher(Protocol):
     """What the loop needs of a source of batches."""
 
     def micro_batches(self, step: int) -> Sequence[MicroBatch]:
-        """All batches of one optimiser step (0-based); the same list at each call."""
+        """All batches of one optimizer step (0-based); the same list at each call."""
         ...
 
     def batches(self, examples: Sequence[SFTExample]) -> Iterator[MicroBatch]:

@@ -1,1 +1,1 @@
-"""Optimiser, schedule, checkpoint and resume, the loop."""
+"""Optimizer, schedule, checkpoint and resume, the loop."""

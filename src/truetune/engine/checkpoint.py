@@ -1,6 +1,6 @@
 """Trainer state on disk: what a resumed run needs beside the weights.
 
-    CHECKPOINT/  trainer_state.safetensors   optimiser moments by parameter name, random state of
+    CHECKPOINT/  trainer_state.safetensors   optimizer moments by parameter name, random state of
                                              each process
                  trainer_state.json          step, settings, sha256 of every file and of itself
                                              (written last)

@@ -1,4 +1,4 @@
-"""Optimisers by name, and which parameters decay."""
+"""Optimizers by name, and which parameters decay."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """An optimiser over two groups: matrices, which decay, and the rest, which does not.
+    """An optimizer over two groups: matrices, which decay, and the rest, which does not.
 
     AdamW's betas are (0.9, 0.999) and its eps 1e-8 (Loshchilov and Hutter 2019, and the default
     of every peer), in 8 bits as well (Dettmers et al. 2022, through bitsandbytes: matrices of 4,096
@@ -55,11 +55,11 @@ def build_optimizer(
         return built
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr)
-    raise ValueError(f"unknown optimiser {name!r}; known: {', '.join(OPTIMIZERS)}")
+    raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
 
 
 def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
-    """What the optimiser will keep: two moments a weight for AdamW, of one byte each in 8 bits
+    """What the optimizer will keep: two moments a weight for AdamW, of one byte each in 8 bits
     (from 4,096 elements on), and the lower half of bfloat16 weights; nothing for SGD."""
     if name == "sgd":
         return 0

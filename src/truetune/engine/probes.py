@@ -20,7 +20,7 @@ class StepFacts:
         grad_norm: L2 norm over all trainable parameters, before clipping.
         num_tokens: unpadded tokens of the step's rows, each row whole.
         num_supervised: targets of the step.
-        seconds: wall time, fetch to optimiser end (0.0 when asked before the optimiser).
+        seconds: wall time, fetch to optimizer end (0.0 when asked before the optimizer).
         rows: indices of the step's examples.
     """
 
@@ -38,7 +38,7 @@ Probe = Callable[[StepFacts], Finding | None]
 
 
 def non_finite(facts: StepFacts) -> Finding | None:
-    """Loss or gradient is NaN or infinite: an optimiser step would destroy every weight."""
+    """Loss or gradient is NaN or infinite: an optimizer step would destroy every weight."""
     if math.isfinite(facts.loss) and math.isfinite(facts.grad_norm):
         return None
     what = "loss" if not math.isfinite(facts.loss) else "gradient norm"

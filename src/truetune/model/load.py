@@ -129,7 +129,7 @@ def load_model(
         base: where an adapter's base is now; None where its config says.
         load_in: bits that the (frozen) base is held in; see `LoadIn`.
         full_fingerprint: hash every byte of the base, not samples.
-        bf16_weights: purpose full with weights in bfloat16, for an optimiser that keeps the rest.
+        bf16_weights: purpose full with weights in bfloat16, for an optimizer that keeps the rest.
         tokenizer: the model's own, where it is open already.
 
     Raises:

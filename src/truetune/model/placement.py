@@ -90,7 +90,7 @@ def place(
         dtype: auto, or the type to compute in.
         purpose: what the model is loaded for.
         base_dtype: what the weights have on disk.
-        bf16_weights: of purpose full: held and computed in bfloat16; the optimiser keeps the rest.
+        bf16_weights: of purpose full: held and computed in bfloat16; the optimizer keeps the rest.
 
     Raises:
         UsageError: a device that is not there, an unknown dtype, training in float16.
@@ -99,7 +99,7 @@ def place(
     if bf16_weights and purpose == "full":
         import torch
 
-        reason = "as held: the optimiser keeps the lower half of each weight"
+        reason = "as held: the optimizer keeps the lower half of each weight"
         if base_dtype == "float32":
             reason += "; what the file has beyond bfloat16 is rounded away"
         held = Choice("parameter dtype", "bfloat16", reason)

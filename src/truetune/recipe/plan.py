@@ -124,7 +124,7 @@ def make_plan(
 
 
 def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
-    """Another optimiser than the usual one, and why; None leaves it."""
+    """Another optimizer than the usual one, and why; None leaves it."""
     asked = recipe.given("optim") or recipe.dtype not in ("auto", "bfloat16")
     if asked or recipe.lora or model.base is not None or model.dtype != "bfloat16":
         return None

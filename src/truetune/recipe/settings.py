@@ -187,12 +187,12 @@ class Recipe:
         above=0,
     )
     max_steps: int | None = _option(
-        None, TRAIN, "Optimiser steps, instead of epochs.", minimum=1, shown="from epochs"
+        None, TRAIN, "Optimizer steps, instead of epochs.", minimum=1, shown="from epochs"
     )
     batch_size: int | None = _option(
         None,
         TRAIN,
-        "Rows per optimiser step, over all devices.",
+        "Rows per optimizer step, over all devices.",
         aliases=["train_batch_size"],
         shown="16",
         minimum=1,
@@ -200,7 +200,7 @@ class Recipe:
     tokens_per_step: int | None = _option(
         None,
         TRAIN,
-        "Instead of --batch-size: at most so many tokens of whole rows per optimiser step.",
+        "Instead of --batch-size: at most so many tokens of whole rows per optimizer step.",
         shown="not used",
         minimum=1,
     )
@@ -223,7 +223,7 @@ class Recipe:
         True, TRAIN, "Rows without padding, shared beginnings once; --no-packing pads."
     )
     gradient_accumulation_steps: int | None = _option(
-        None, TRAIN, "Forward passes per optimiser step.", minimum=1, shown="from the other two"
+        None, TRAIN, "Forward passes per optimizer step.", minimum=1, shown="from the other two"
     )
     learning_rate: float | None = _option(
         None,
@@ -252,7 +252,7 @@ class Recipe:
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
         "adamw",
         TRAIN,
-        "Optimiser; adamw_bf16: all weights in bfloat16, the rest of each beside it; the 8-bit "
+        "Optimizer; adamw_bf16: all weights in bfloat16, the rest of each beside it; the 8-bit "
         "ones are bitsandbytes'.",
     )
     gradient_checkpointing: bool = _option(

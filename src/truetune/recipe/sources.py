@@ -212,7 +212,7 @@ def _unknown(spelling: str, origin: str, names: Mapping[str, str]) -> str:
     return f"unknown setting {spelling!r} in {origin}{hint}"
 
 
-# transformers' names of optimisers that ours are.
+# transformers' names of optimizers that ours are.
 _OPTIMIZERS = {"adamw_torch": "adamw", "adamw_bnb_8bit": "adamw_8bit"}
 
 

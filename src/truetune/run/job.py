@@ -233,7 +233,7 @@ class Job:
         write_sealed(self.run.file(UNVERIFIED), facts)
 
     def release(self) -> None:
-        """Give the weights and the optimiser back: whoever opens the artifact needs the room."""
+        """Give the weights and the optimizer back: whoever opens the artifact needs the room."""
         import torch
 
         del self.trainer
