@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from truetune.compute.layout import MOST_KEYS
 from truetune.contract.example import SFTExample
+from truetune.model.mode import mode_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -176,14 +177,13 @@ def measured_footprint(
     import torch
 
     model = route.model
-    was_training = model.training
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     if apart is None:
         apart = _apart(model, next(model.parameters()).device.type)
     handles = [p.register_post_accumulate_grad_hook(_drop) for p, _ in before] if apart else []
-    model.train()
     try:
-        with torch.random.fork_rng():
+        with mode_kept(model), torch.random.fork_rng():
+            model.train()
             curves = []
             measured, batches = _measuring(route, longest, standing, gradients_kept=not apart)
             for batch in batches:
@@ -191,7 +191,6 @@ def measured_footprint(
                 model.zero_grad(set_to_none=True)
                 curves.append((batch.num_computed, *measured(route, batch, autocast)))
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
         for parameter, gradient in before:
