@@ -362,7 +362,6 @@ THOUGHT = (
     "turn",
     [
         {"reasoning_content": "Hm. </think> ha", "content": "Yes"},
-        {"reasoning_content": "Hm.", "content": "Yes </think> no"},
         {"reasoning_content": "Hm.", "content": "Yes <think>so</think> no"},
         {"content": "Yes </think> no"},
         {"content": "Yes <think>so</think> no"},
@@ -387,6 +386,8 @@ def test_markers_of_no_format_and_the_rows_own_block_are_text() -> None:
     assert "<think>so</think> no" in only(
         loaded(turns(THOUGHT)), chat("Hi", "<think>so</think> no")
     )
+    behind = {"role": "assistant", "reasoning_content": "Hm.", "content": "Yes </think> no"}
+    assert "Yes </think> no" in only(loaded(turns(THOUGHT)), [*chat("Hi"), behind])
     opened = loaded(tiny.OPENS_THINKING)
     assert only(opened, chat("Hi", "so\n</think>\n\nno")) == "so\n</think>\n\nno<|end|>"
     assert "x<tool>y" in only(loaded(turns(THOUGHT)), asked(call(a="x<tool>y")))
@@ -726,3 +727,14 @@ def common(a: list[int], b: list[int]) -> int:
     return next(
         (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
+
+
+@pytest.mark.parametrize("city", ["", {}, [], "a"])
+def test_tags_around_an_empty_value_that_ends_a_turn_are_format(city: Any) -> None:
+    written = (
+        "{{- m.content -}}{%- for c in m.tool_calls or [] -%}{{- '<call>' ~ c.function.name -}}"
+        "{%- for key, value in c.function.arguments.items() -%}{{- '<key>' ~ key ~ '</key><value>' "
+        "~ (value if value is string else value | tojson) ~ '</value>' -}}{%- endfor -%}"
+        "{{- '</call>' -}}{%- endfor -%}"
+    )
+    only(loaded(turns(written)), asked(call(city=city)))

@@ -181,7 +181,7 @@ def test_the_recipe_holds_value_and_origin_and_can_be_read(
     assert list(rows) == list(setting_names())
     assert all(set(row) == {"value", "origin"} for row in rows.values())
     assert rows["batch_size"] == {"value": 8, "origin": "command line"}
-    assert rows["learning_rate"]["value"] == (1e-4 if kind == "lora" else 3e-4)
+    assert rows["learning_rate"]["value"] == (3e-3 if kind == "lora" else 3e-4)
     assert rows["learning_rate"]["origin"].startswith("default: ")
     data = json.loads(run.file("data.json").read_text())
     longest = max(data[part]["longest"] for part in ("train", "held_out"))

@@ -283,6 +283,7 @@ def test_a_run_at_work_is_left_alone(
     before = everything(path)
     # Nothing is read or loaded for it: what would be would fail.
     monkeypatch.setattr("truetune.run.pipeline.ask_early", None)
+    monkeypatch.setattr("truetune.cli.verbs.ask_first", lambda _: None)
     shown = command(*(str(path) if word == "RUN" else word for word in words))
     assert shown.code == 2
     assert "error[run-busy]: another process is writing this run (process " in shown.err

@@ -131,7 +131,9 @@ class Proof:
                 raise _cut_at(completion.text.number, "the reasoning", closing)
             opened = completion.text.prompt.rstrip().endswith(opening)
             said = content if thought else _without_block(content, opening, closing, opened)
-            for marker in (opening, closing):
+            # A parser cuts at the first closing marker: behind a block of its own another one is
+            # text.
+            for marker in (opening,) if thought else (opening, closing):
                 if marker in said:
                     raise _cut_at(completion.text.number, "the content", marker)
             for marker in (opening, closing):
@@ -204,6 +206,7 @@ class Proof:
             text,
             (*self._controls, *frame.marks),
             calls=calls,
+            empties=bool(twin.filled),
             prompt=completion.text.prompt,
             recipient=frame.recipient,
         )

@@ -29,7 +29,13 @@ _STOPPED = re.compile(r"[^\W\d_]+[.!?,;](?=\s|$|\x01)")
 
 
 def words_in(
-    frame: str, controls: Iterable[str], *, calls: bool, prompt: str = "", recipient: str = ""
+    frame: str,
+    controls: Iterable[str],
+    *,
+    calls: bool,
+    empties: bool = False,
+    prompt: str = "",
+    recipient: str = "",
 ) -> str:
     """The first words in the text around the parts of a turn, "" where it is format alone.
 
@@ -43,6 +49,7 @@ def words_in(
         frame: see `Skeleton.frame`.
         controls: texts of control tokens and think markers.
         calls: whether the turn has tool calls.
+        empties: whether they hold empty values, around which tags have nothing between them.
         prompt: what was served.
         recipient: what stands between the name of a tool and its arguments where the name is the
             first thing behind the served prompt: there plain answers name a recipient as well.
@@ -53,7 +60,7 @@ def words_in(
         text = text.replace(control, _MARK)
     if glued := _GLUED.search(text):
         return glued.group().replace(PART, "")
-    if invented := _unknown_tag(frame, known, calls):
+    if invented := _unknown_tag(frame, known, calls, empties):
         return invented
     marks = "|".join([*map(re.escape, known), _TAG.pattern])
     if twice := re.search(rf"({marks})\s*\1", frame):
@@ -80,7 +87,7 @@ def words_in(
     return ""
 
 
-def _unknown_tag(text: str, known: Collection[str], calls: bool) -> str:
+def _unknown_tag(text: str, known: Collection[str], calls: bool, empties: bool) -> str:
     """A tag that says something instead of holding something, "" where there is none.
 
     The tokenizer does not know it. Around a plain answer a tag must have its other side behind it,
@@ -99,7 +106,7 @@ def _unknown_tag(text: str, known: Collection[str], calls: bool) -> str:
         if PART in tag or (several and found.start() < end):
             continue
         before = [t for t in tags[:number] if several or PART in text[t.end() : found.start()]]
-        behind = [t for t in tags[number + 1 :] if PART in text[found.end() : t.start()]]
+        behind = [t for t in tags[number + 1 :] if empties or PART in text[found.end() : t.start()]]
         sides = (t.group() for t in (*before, *behind))
         if not any(_stem(side) == _stem(tag) and side != tag for side in sides):
             return tag
