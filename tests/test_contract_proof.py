@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tiny_contracts as tiny
-from template_corpus import own_contract
+from template_corpus import own_contract, own_tokenizer, sources
 from tiny_contracts import byte_level, chat, require_equation, supervised_texts
 from truetune import PromptContract, UnfaithfulTemplate
 from truetune.contract.behaviour import think_pairs
@@ -738,3 +738,11 @@ def test_tags_around_an_empty_value_that_ends_a_turn_are_format(city: Any) -> No
         "{{- '</call>' -}}{%- endfor -%}"
     )
     only(loaded(turns(written)), asked(call(city=city)))
+
+
+def test_a_block_without_an_opening_marker_cuts_no_plain_answer() -> None:
+    """A marker that is written as nothing stands in every text."""
+    source = sources("typed_parts")
+    assert isinstance(source, str)
+    contract = PromptContract.load(own_tokenizer("typed_parts"), source.replace("[THINK]", ""))
+    assert contract.encode(chat("Hi", "Yes"))[0].num_supervised

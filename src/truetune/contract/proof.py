@@ -127,17 +127,17 @@ class Proof:
         content = str(message.get("content") or "")
         thought = str(message.get("reasoning_content") or "")
         for opening, closing in frame.used:
-            if closing in thought:
+            if closing and closing in thought:
                 raise _cut_at(completion.text.number, "the reasoning", closing)
             opened = completion.text.prompt.rstrip().endswith(opening)
             said = content if thought else _without_block(content, opening, closing, opened)
             # A parser cuts at the first closing marker: behind a block of its own another one is
             # text.
             for marker in (opening,) if thought else (opening, closing):
-                if marker in said:
+                if marker and marker in said:
                     raise _cut_at(completion.text.number, "the content", marker)
             for marker in (opening, closing):
-                if marker in str(message.get("tool_calls") or ""):
+                if marker and marker in str(message.get("tool_calls") or ""):
                     raise _cut_at(completion.text.number, "a tool call", marker)
 
     def _matching(self, twin: Twin, completion: Completion) -> Skeleton | None:
