@@ -15,7 +15,9 @@ from tiny_models import TEMPLATE, write_model
 from tiny_runs import command, lines, sums, write_rows
 from tiny_speakers import write_speaker
 from truetune import PromptContract, TruetuneError
+from truetune.cli.eval_screen import require_writable
 from truetune.data.load import load
+from truetune.errors import OutputExists
 from truetune.evaluation.interval import Bootstrap, interval, unanimous
 from truetune.evaluation.match import Match, has_math_verify
 from truetune.evaluation.questions import questions_of
@@ -541,3 +543,12 @@ def test_what_is_wrong_is_said_before_torch_is_imported(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["2"], done.stderr
+
+
+def test_results_do_not_replace_the_data(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(OutputExists) as caught:
+        require_writable(rows, str(rows), overwrite=True)
+    assert caught.value.code == "output-is-input"
+    require_writable(tmp_path / "out.jsonl", str(rows), overwrite=False)

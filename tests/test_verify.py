@@ -115,7 +115,7 @@ def test_a_folder_that_was_never_a_run_or_a_model(place: Path, tmp_path: Path) -
         shown = command("verify", run)
         assert "no-run" not in shown.err
         if name == "manifest.json":
-            told = "there is no manifest.json: the run was not finished, or the file was not copied"
+            told = "there is no manifest.json: it is written last, when a run has been verified"
             assert told in shown.out.replace("\n", " ").replace("  ", " ")
 
 

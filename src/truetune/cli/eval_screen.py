@@ -17,12 +17,18 @@ from truetune.run_dir import write_text
 _MOST = 1200
 
 
-def require_writable(path: Path, *, overwrite: bool) -> None:
-    """Refuse a file of results that could not be written in the end.
+def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
+    """Refuse a file of results that could not be written in the end, or that is the data.
 
     Raises:
         UsageError: its folder is not there, or something is in the way.
     """
+    if data and path.exists() and Path(data).exists() and path.samefile(data):
+        raise OutputExists(
+            f"{path} is the data, which the results would replace",
+            fix="name another file with -o",
+            code="output-is-input",
+        )
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputExists(
             f"{path} is {'a folder' if path.is_dir() else 'there already'}",

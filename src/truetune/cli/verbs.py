@@ -393,7 +393,7 @@ def evaluate_models(
     regex     the row's answer, or --pattern, is found; its first group, where
               it has one, must catch what it catches in the row's answer
     json      equal values
-    none      rows need no answer, nothing is compared
+    none      nothing is compared; rows still need an answer, for the loss
 
     \b
     truetune eval runs/first --data held_out.jsonl
@@ -427,7 +427,7 @@ def evaluate_models(
         device=device,
     )
     if output is not None:
-        require_writable(Path(output), overwrite=overwrite)
+        require_writable(Path(output), data or "", overwrite=overwrite)
     screen = open_screen()
     # In a pipe the table is all there is.
     moves = screen.console.is_terminal and not as_json

@@ -100,8 +100,7 @@ def questions_of(
         raise DataError(
             "no row can be asked",
             why="; ".join(f"{out.count:,} rows: {out.reason} ({out.where})" for out in left[:4]),
-            fix="rows need a prompt and an answer that --match can compare; --match none asks "
-            "rows without answers too",
+            fix="rows need a prompt and an answer",
             code="nothing-to-ask",
         )
     if shots:

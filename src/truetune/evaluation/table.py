@@ -38,7 +38,10 @@ class Evaluation:
 
     def __getitem__(self, model: str) -> ModelResult:
         """A model's results, by its name."""
-        return next(found for found in self.models if found.name == model)
+        for found in self.models:
+            if found.name == model:
+                return found
+        raise KeyError(f"{model!r} was not asked: {', '.join(found.name for found in self.models)}")
 
     def __repr__(self) -> str:
         return "\n".join(lines(self))

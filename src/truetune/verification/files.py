@@ -44,7 +44,8 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
         return Check(
             "files",
             "not-checked",
-            f"there is no {MANIFEST}: the run was not finished, or the file was not copied",
+            f"there is no {MANIFEST}: it is written last, when a run has been verified; here it is "
+            "not there yet, or it was not copied",
         )
     listed = _listed(path)
     inside = folder and Path(folder).resolve().relative_to(run.path.resolve()).as_posix()
