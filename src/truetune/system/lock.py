@@ -210,18 +210,25 @@ def _require_dead(path: Path, descriptor: int, *, kept: bool) -> Owner | None:
 
 
 def _clear(path: Path, descriptor: int) -> None:
-    """Take a dead owner's file away; of several who want to, one does."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    dead = os.fstat(descriptor).st_ino
+    """Take a dead owner's file away; of several who want to, one does.
+
+    Raises:
+        Busy: another is about it.
+    """
+    guard = path.with_name(f"{path.name}.clearing")
     try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return
-    if os.stat(aside).st_ino != dead:
-        # Another was quicker, and this is its own file already.
-        os.rename(aside, path)
-        raise _busy(path, None)
-    os.unlink(aside)
+        os.close(_open(guard, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        with contextlib.suppress(OSError):
+            if time.time() - guard.stat().st_mtime > _DEAD_AFTER:
+                guard.unlink()  # of one who was killed in here
+        raise _busy(path, None) from None
+    try:
+        # The open descriptor keeps the number of the dead file from being given to another.
+        if _is_named(path, descriptor):
+            path.unlink()
+    finally:
+        guard.unlink(missing_ok=True)
 
 
 def _is_named(path: Path, descriptor: int) -> bool:
