@@ -14,10 +14,10 @@ import torch
 
 from tiny_models import tiny_model
 from truetune import SFTExample, SFTTrainer
+from truetune.behaviour.steps import StepFacts, non_finite
 from truetune.compute.batch import pad_and_collate
 from truetune.compute.loss import cross_entropy_sum
 from truetune.compute.route import Route
-from truetune.engine.probes import StepFacts, non_finite
 from truetune.errors import NonFiniteLoss, OutOfMemory, TruetuneError
 from truetune.findings import Finding
 from truetune.model.lora import enable_gradient_checkpointing

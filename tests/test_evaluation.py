@@ -15,6 +15,7 @@ from tiny_models import TEMPLATE, write_model
 from tiny_runs import command, lines, sums, write_rows
 from tiny_speakers import write_speaker
 from truetune import PromptContract, TruetuneError
+from truetune.behaviour.replies import Thinking
 from truetune.cli.eval_screen import require_writable
 from truetune.data.load import load
 from truetune.errors import OutputExists
@@ -23,7 +24,7 @@ from truetune.evaluation.match import Match, has_math_verify
 from truetune.evaluation.questions import questions_of
 from truetune.evaluation.read_answer import holds, json_value, last_number
 from truetune.evaluation.result import Judgement, RowResult, measures_of, values_of
-from truetune.evaluation.subject import Subject, Thinking
+from truetune.evaluation.subject import Subject
 
 
 def judged(kind: str, *pairs: tuple[str, str], pattern: str | None = None) -> list[bool]:

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from tiny_runs import command
+from truetune.behaviour.steps import StepFacts
 from truetune.cli import live_screen
 from truetune.cli.live_screen import Stages, Steps, clock
-from truetune.engine.probes import StepFacts
 
 
 class Clock:

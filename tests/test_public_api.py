@@ -57,7 +57,7 @@ def test_an_unknown_name() -> None:
     [
         "import truetune",
         "import truetune.contract",
-        "import truetune.compute, truetune.engine, truetune.engine.probes",
+        "import truetune.compute, truetune.engine, truetune.behaviour.steps",
         "from truetune import ChatTemplate, SFTExample, PromptContract, Encoded",
         "from truetune import pad_and_collate, masked_cross_entropy, SFTTrainer",
     ],

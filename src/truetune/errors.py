@@ -126,18 +126,24 @@ class UnfaithfulTemplate(TruetuneError, ValueError):
     default_code = "unfaithful-template"
 
 
-class NonFiniteLoss(TruetuneError):
-    """Loss or gradient norm is NaN or infinite.
+class Collapsed(TruetuneError):
+    """A probe found that a run has collapsed.
 
     Args:
-        rows: indices of the examples of the step.
+        rows: indices of the examples of the step that showed it; empty where no step did.
     """
 
-    default_code = "non-finite"
+    default_code = "collapsed"
 
     def __init__(self, what: str, *, rows: Sequence[int] = (), **parts: str) -> None:
         super().__init__(what, **parts)
         self.rows = tuple(rows)
+
+
+class NonFiniteLoss(Collapsed):
+    """Loss or gradient norm is NaN or infinite; `rows` are the examples of the step."""
+
+    default_code = "non-finite"
 
 
 class OutOfMemory(TruetuneError):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from truetune.engine.probes import StepFacts
+    from truetune.behaviour.steps import StepFacts
     from truetune.findings import Finding
     from truetune.recipe.plan import Plan
 

@@ -3,6 +3,7 @@
     RUN/  recipe.yaml  contract.json  data.json  env.json
           metrics.jsonl  findings.jsonl  samples.jsonl  checkpoints/  adapter/ or model/
           verify_rows.jsonl  verify.json  new_tokens.json (where tokens were added)
+          keep_text.json (ids whose loss is watched)  rewound.json (where the run went back)
           unverified.json (while a finished artifact waits for its verification)
           manifest.json   (written last: its absence means unfinished)
           run.lock        (while a process writes; no part of the run)
@@ -34,6 +35,8 @@ RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
 DATA = "data.json"
 UNVERIFIED = "unverified.json"
+KEEP_TEXT = "keep_text.json"
+REWOUND = "rewound.json"
 CHECKPOINTS = "checkpoints"
 STEP = "step-"
 LOCK = "run.lock"
@@ -41,7 +44,7 @@ LOCK = "run.lock"
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
     checkpoints adapter model trackers manifest.json non_finite_batch.json new_tokens.json
-    verify_rows.jsonl verify.json unverified.json
+    verify_rows.jsonl verify.json unverified.json keep_text.json rewound.json
     """.split()  # noqa: SIM905
 )
 # What a killed process leaves: a file or folder that never got its name.

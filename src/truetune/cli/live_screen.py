@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from truetune.engine.probes import StepFacts
+from truetune.behaviour.steps import StepFacts
 
 # A stage that took less leaves no line on a terminal; a pipe gets a line of steps as often.
 _WORTH_A_LINE, _EVERY = 2.0, 5.0

@@ -22,7 +22,7 @@ from truetune.findings import Finding, labelled, merged, visible
 from truetune.listener import Listener
 
 if TYPE_CHECKING:  # an error that comes first needs neither
-    from truetune.engine.probes import StepFacts
+    from truetune.behaviour.steps import StepFacts
     from truetune.recipe.plan import Plan
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from truetune.behaviour.steps import Probe, StepFacts, non_finite
 from truetune.compute.batch import Batcher, Limits, MicroBatch, PaddedBatcher, RowOrder, TokenOrder
 from truetune.compute.memory import Footprint, available_bytes, footprint, most_bytes, recomputes
 from truetune.compute.packing import PackedBatcher
@@ -33,9 +34,8 @@ from truetune.engine.memory import (
 )
 from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer_bytes
 from truetune.engine.parallel import Group
-from truetune.engine.probes import Probe, StepFacts, non_finite
 from truetune.engine.schedule import learning_rate
-from truetune.errors import NonFiniteLoss, OutOfMemory, is_out_of_memory
+from truetune.errors import Collapsed, NonFiniteLoss, OutOfMemory, is_out_of_memory
 from truetune.findings import Finding
 from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.mode import evaluating
@@ -86,7 +86,8 @@ class SFTTrainer:
         group: the processes that train together; each takes its share of a step's rows.
         probes: asked before each optimizer step; a finding of level error stops.
         on_step: called after each step with its facts.
-        on_eval: called after each evaluation with (step, loss).
+        on_eval: called at each evaluation with the step and the loss of the held-out examples,
+            None where there are none.
         on_finding: called with what a probe found, if it is no error.
         others: settings by name, in place of those in `settings`.
 
@@ -121,7 +122,7 @@ class SFTTrainer:
         group: Group | None = None,
         probes: Sequence[Probe] = (non_finite,),
         on_step: Callable[[StepFacts], None] | None = None,
-        on_eval: Callable[[int, float], None] | None = None,
+        on_eval: Callable[[int, float | None], None] | None = None,
         on_finding: Callable[[Finding], None] | None = None,
         **others: Any,
     ) -> None:
@@ -295,6 +296,7 @@ class SFTTrainer:
         Raises:
             NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimizer are as
                 before the step, and `.rows` names the step's examples.
+            Collapsed: the same, where another probe found an error.
         """
         facts = self._step()
         return {"loss": facts.loss, "lr": facts.learning_rate, "grad_norm": facts.grad_norm}
@@ -442,7 +444,8 @@ class SFTTrainer:
                 continue
             if finding.level == "error":
                 self.optimizer.zero_grad(set_to_none=True)
-                raise NonFiniteLoss(
+                kind = NonFiniteLoss if finding.code == NonFiniteLoss.default_code else Collapsed
+                raise kind(
                     finding.what,
                     rows=facts.rows,
                     where=finding.where,
@@ -493,17 +496,27 @@ class SFTTrainer:
                 history["train_loss"].append(facts.loss)
                 history["lr"].append(facts.learning_rate)
                 history["grad_norm"].append(facts.grad_norm)
-            if eval_examples and (last or (self.eval_every and self.step % self.eval_every == 0)):
-                self.evaluating = True
-                try:
-                    loss = self.evaluate(eval_examples)
+            if last or (self.eval_every and self.step % self.eval_every == 0):
+                loss = self.evaluate_now(eval_examples)
+                if loss is not None:
                     history["val_step"].append(self.step)
                     history["val_loss"].append(loss)
-                    if self.on_eval:
-                        self.on_eval(self.step, loss)
-                finally:
-                    self.evaluating = False
         return history
+
+    def evaluate_now(self, examples: Sequence[SFTExample] | None) -> float | None:
+        """An evaluation of `train`: the loss of held-out examples, told to `on_eval`.
+
+        Returns:
+            None where there are no examples.
+        """
+        self.evaluating = True
+        try:
+            loss = self.evaluate(examples) if examples else None
+            if self.on_eval:
+                self.on_eval(self.step, loss)
+            return loss
+        finally:
+            self.evaluating = False
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         import torch

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from truetune.behaviour.text import normalised
 from truetune.compare import row_losses
 from truetune.contract.source import require_template
 from truetune.data.load import load
@@ -21,7 +22,6 @@ from truetune.data.sources import resolve
 from truetune.errors import DataError, UsageError
 from truetune.evaluation.match import Match
 from truetune.evaluation.questions import LeftOut, Question, grouped, questions_of
-from truetune.evaluation.read_answer import normalised
 from truetune.evaluation.result import (
     Judgement,
     ModelResult,

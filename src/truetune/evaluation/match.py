@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from truetune.behaviour.text import normalised
 from truetune.errors import UsageError
-from truetune.evaluation.read_answer import holds, json_value, last_number, normalised
+from truetune.evaluation.read_answer import holds, json_value, last_number
 from truetune.system import child
 
 Kind = Literal["exact", "contains", "number", "regex", "json", "none"]

@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from truetune.behaviour.text import normalised
 from truetune.data.conversation import Conversation, Message
 from truetune.data.load import Loaded
 from truetune.errors import DataError, UsageError
 from truetune.evaluation.match import Match
-from truetune.evaluation.read_answer import normalised
 from truetune.findings import merged
 
 

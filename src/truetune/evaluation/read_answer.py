@@ -33,11 +33,6 @@ _NUMBER = re.compile(
 _MOST_DIGITS = 400
 
 
-def normalised(text: str) -> str:
-    """Unicode in its composed form, each stretch of whitespace one space, none around it."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
 def holds(text: str, part: str) -> bool:
     """Whether `part` stands in `text` as whole words, both normalised.
 

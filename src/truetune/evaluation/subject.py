@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from truetune.behaviour.replies import Thinking
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.contract.example import SFTExample
@@ -26,32 +27,6 @@ from truetune.model.tokenizer import num_ids
 from truetune.run_dir import CONTRACT, RunDir, opened
 
 _SUPPORTED = "a run, a model or adapter folder, or a Hub id"
-
-
-@dataclass(frozen=True)
-class Thinking:
-    """How a reply to one prompt may think.
-
-    Attributes:
-        opened: whether the prompt leaves a think block open.
-        pairs: opening and closing markers.
-    """
-
-    opened: bool
-    pairs: tuple[tuple[str, str], ...]
-
-    def split(self, text: str) -> tuple[bool, bool, str]:
-        """Whether a reply thinks, whether it ends that, and its answer: what stands behind; "" of
-        thinking that does not end."""
-        start = text.lstrip()
-        closings = [close for begin, close in self.pairs if self.opened or start.startswith(begin)]
-        if not closings:
-            return False, False, text
-        ends = [(text.find(close), close) for close in closings if close in text]
-        if not ends:
-            return True, False, ""
-        at, close = min(ends)
-        return True, True, text[at + len(close) :]
 
 
 @dataclass(frozen=True)
@@ -134,7 +109,7 @@ class Subject:
             return f"the prompt leaves no room in the context of {self.context:,} tokens"
         if max(ids, default=0) >= self.rows:
             return "the prompt holds a token that the model has no row for"
-        thinking = self._thinking(question)
+        thinking = Thinking.of_contract(self.contract, question.asked.template_kwargs)
         expected = replace(thinking, opened=False).split(question.expected)[2]
         if target is not None and (question.answer or {}).get("tool_calls"):
             written = self.contract.tokens.decode_after(ids, target.ids[len(ids) : -1])
@@ -144,13 +119,6 @@ class Subject:
         elif target is not None and max(target.ids) >= self.rows:
             target, no_target = None, "the answer holds a token that the model has no row for"
         return Prompt(tuple(ids), target, no_target, expected, thinking)
-
-    def _thinking(self, question: Question) -> Thinking:
-        seen = self.contract.behaviour(question.asked.template_kwargs)
-        own = self.contract.policy.markers(seen)
-        known = seen.markers is not None or self.contract.policy.think_markers is not None
-        pairs = (*seen.pairs, *(((own.open, own.close),) if known or seen.opened else ()))
-        return Thinking(bool(seen.opened), tuple(dict.fromkeys(pairs)))
 
 
 def require_subject(name: str) -> None:

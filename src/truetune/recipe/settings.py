@@ -283,6 +283,18 @@ class Recipe:
     )
     save_total_limit: int = _option(2, WATCH, "Checkpoints to keep.", minimum=1)
     logging_steps: int = _option(1, WATCH, "Steps between lines of metrics.jsonl.", minimum=1)
+    keep_text: str | None = _option(
+        None,
+        WATCH,
+        "Text or rows that must not be forgotten: their loss is watched, not trained.",
+        shown="text that the model writes before the first step",
+    )
+    on_collapse: Literal["stop", "rewind", "continue"] = _option(
+        "stop",
+        WATCH,
+        "A run that falls apart: stop it, go back once to its last healthy checkpoint with half "
+        "the learning rate, or go on and say so.",
+    )
     report_to: list[str] | None = _option(
         None, WATCH, "Trackers: tensorboard, wandb, mlflow, trackio.", shown="none"
     )
@@ -338,7 +350,7 @@ class Recipe:
 
 
 # Settings that may name something on this machine.
-_INPUTS = ("model", "data", "eval_data", "chat_template")
+_INPUTS = ("model", "data", "eval_data", "chat_template", "keep_text")
 
 
 def settings() -> tuple[dataclasses.Field[Any], ...]:

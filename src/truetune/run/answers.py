@@ -1,49 +1,20 @@
-"""Prompts that a run asks as they will be served: held-out ones at each evaluation, a few trained
-ones when it is done."""
+"""Prompts that a run asks as they will be served when it is done: a few short ones that were
+trained; held-out ones were answered with the last vital signs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 from truetune.contract.contract import PromptContract
-from truetune.data.conversation import Conversation
-from truetune.generate import Sampling, replies, replies_to_ids
+from truetune.generate import Sampling, replies_to_ids
 from truetune.model.load import LoadedModel
 from truetune.recipe.plan import Plan
 from truetune.run.outcome import ROOM, Answer, Outcome, mean, short_rows
 from truetune.run.prepare import Prepared
 
-# Held-out prompts answered at each evaluation, for samples.jsonl; trained ones at the end.
+# Trained prompts asked at the end.
 _NUM_PROMPTS = 4
-_SAMPLE_TOKENS = 128
-
-
-def held_out_samples(
-    loaded: LoadedModel,
-    contract: PromptContract,
-    conversations: Sequence[Conversation],
-    step: int,
-) -> list[dict[str, Any]]:
-    """Answers to the last turn of the first held-out conversations, as samples.jsonl has them."""
-    chats = [c for c in conversations if c.messages][:_NUM_PROMPTS]
-    last = [max(i for i, m in enumerate(c.messages) if m["role"] == "assistant") for c in chats]
-    prompts = [
-        replace(chat, messages=chat.messages[:turn]) for chat, turn in zip(chats, last, strict=True)
-    ]
-    answers = replies(loaded, contract, prompts, Sampling(max_new_tokens=_SAMPLE_TOKENS))
-    return [
-        {
-            "step": step,
-            "where": chat.where,
-            "messages": list(prompt.messages),
-            "answer": reply.text,
-            "stopped": reply.stopped,
-            "expected": chat.messages[turn]["content"],
-        }
-        for chat, turn, prompt, reply in zip(chats, last, prompts, answers, strict=True)
-    ]
 
 
 def trained_answers(
@@ -81,10 +52,10 @@ def held_out_answers(samples: Iterable[dict[str, Any]]) -> list[Answer]:
             str(sample["expected"] or ""),
             str(sample["answer"]),
             bool(sample["stopped"]),
-            had_room=sample["stopped"]
-            or len(sample["answer"]) > ROOM * len(str(sample["expected"] or "")),
+            had_room=bool(sample["had_room"]),
         )
         for sample in samples
+        if sample["held_out"]
     ]
 
 

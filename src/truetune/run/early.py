@@ -52,6 +52,8 @@ def ask_first(recipe: Recipe) -> None:
         resolve(recipe.data, recipe.split)
     if recipe.eval_data:
         resolve(recipe.eval_data, recipe.eval_split)
+    if recipe.keep_text:
+        resolve(recipe.keep_text, None)
     # Of the Hub, the model is asked for when all of this is there.
     if recipe.model:
         locate_here(recipe.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import shlex
 import shutil
@@ -16,12 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from truetune.engine.checkpoint import Checkpoint, gather_states, load_state, save_state
+from truetune.behaviour.steps import Probe, StepFacts, usual_probes
+from truetune.behaviour.watch import once
+from truetune.engine.checkpoint import (
+    Checkpoint,
+    gather_states,
+    last_good,
+    load_state,
+    save_state,
+)
 from truetune.engine.memory import give_freed_pages_back
 from truetune.engine.parallel import Group
-from truetune.engine.probes import StepFacts
 from truetune.engine.trainer import SFTTrainer
 from truetune.errors import (
+    Collapsed,
     Interrupted,
     NonFiniteLoss,
     OutOfMemory,
@@ -34,20 +43,18 @@ from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
 from truetune.model.new_tokens import RowsBefore
 from truetune.model.save import SaveReport, save_model
-from truetune.run.answers import (
-    held_out_answers,
-    held_out_samples,
-    outcome_of,
-    trained_answers,
-)
+from truetune.run.answers import held_out_answers, outcome_of, trained_answers
 from truetune.run.artifact import rows_of_new_tokens, save_artifact
 from truetune.run.environment import environment
+from truetune.run.load_model import load_start
 from truetune.run.outcome import Answer, judge
 from truetune.run.prepare import Prepared
 from truetune.run.result import RunResult
 from truetune.run.stop import BrokenOff, Stop, interruptible
 from truetune.run.trackers import Trackers
+from truetune.run.vital_signs import VitalSigns
 from truetune.run_dir import (
+    REWOUND,
     STEP,
     UNVERIFIED,
     RunDir,
@@ -80,6 +87,11 @@ class Job:
         self.findings = [*prepared.findings, *findings]
         for finding in findings:
             listener.finding(finding)
+        self.signs = VitalSigns(run, prepared, self.contract)
+        # Findings of probes that were told, by code and level: each is told once.
+        self.told: set[tuple[str, str]] = set()
+        # The last step whose vital signs showed nothing worse than a note.
+        self.healthy_step = 0
         self.rows_before: RowsBefore | None = None
         if prepared.new_tokens and group.leads:
             self.rows_before = rows_of_new_tokens(prepared, loaded, at_start=True)
@@ -102,10 +114,29 @@ class Job:
             eval_iters=0,
             autocast_dtype=self.loaded.compute_dtype,
             group=self.group,
+            probes=[self._milder(probe) for probe in usual_probes()],
             on_step=self.on_step,
             on_eval=self.on_eval,
-            on_finding=self._found,
+            on_finding=self._step_found,
         )
+
+    def _milder(self, probe: Probe) -> Probe:
+        """With --on-collapse continue a run goes on as long as its numbers are numbers."""
+
+        def ask(facts: StepFacts) -> Finding | None:
+            finding = probe(facts)
+            if finding is None or self.plan.on_collapse != "continue":
+                return finding
+            return finding if finding.code == NonFiniteLoss.default_code else _warned(finding)
+
+        return ask
+
+    def _step_found(self, finding: Finding) -> None:
+        """What the loop found; rows that it names are indices of examples."""
+        if finding.rows:
+            names = tuple(self.prepared.rows[int(row)] for row in finding.rows)
+            finding = replace(finding, where=names[0], rows=names)
+        self._found(finding)
 
     def write_start(self) -> None:
         """What is known before the first step."""
@@ -145,6 +176,7 @@ class Job:
                     self.trainer, checkpoint.folder, run=self.identity(), facts=checkpoint.facts
                 )
             self._rewind()
+            self._recall_rate()
         self._recall_loss()
         self._evaluate_again()
 
@@ -160,13 +192,12 @@ class Job:
     def _evaluate_again(self) -> None:
         """A checkpoint is saved before its step is evaluated: the run may have been killed between
         the two, or between the loss and the samples."""
-        step, examples = self.trainer.step, self.prepared.eval_examples
-        if not step or not examples:
-            return
+        step = self.trainer.step
         if step % self.plan.eval_steps and step < self.plan.max_steps:
             return
         self._keep_until(step)
-        self.on_eval(step, self.trainer.evaluate(examples))
+        if step:
+            self.trainer.evaluate_now(self.prepared.eval_examples)
 
     def _keep_until(self, step: int) -> None:
         """Take away what was written of the evaluation of a step."""
@@ -181,7 +212,7 @@ class Job:
     def train_and_save(self) -> SaveReport:
         """The loop, then the artifact."""
         try:
-            with interruptible(self.trainer, self.group) as stop:
+            with interruptible(lambda: self.trainer, self.group) as stop:
                 self.train(stop)
                 self._ask()
                 report = self._save_artifact()
@@ -191,6 +222,10 @@ class Job:
             return report
         except NonFiniteLoss as error:
             self._keep_batch(error)
+            raise
+        except Collapsed as error:
+            self.run.append("findings.jsonl", error.finding.as_dict())
+            error.where = error.where or str(self.run.path)
             raise
         except OutOfMemory as error:
             error.where = ", ".join(self.prepared.rows[row] for row in error.rows)
@@ -203,9 +238,21 @@ class Job:
 
         Raises:
             Interrupted: a signal stopped one of the processes; the last step is saved.
+            Collapsed: a probe stopped the run, and it does not go back.
         """
-        with contextlib.suppress(BrokenOff):
-            self.trainer.train(self.prepared.eval_examples or None)
+        examples = self.prepared.eval_examples or None
+        done = False
+        while not done:
+            try:
+                with contextlib.suppress(BrokenOff):
+                    if not self.trainer.step:
+                        self.trainer.evaluate_now(examples)
+                        self._keep_healthy()
+                    self.trainer.train(examples)
+                done = True
+            except Collapsed as error:
+                if not self._goes_back(error):
+                    raise
         numbers = [number for number in self.group.gather(stop.number) if number is not None]
         if numbers:
             self.save_checkpoint()
@@ -317,18 +364,117 @@ class Job:
         """Whether a step is followed by a checkpoint; the last one by the artifact."""
         return step % self.plan.save_steps == 0 and step < self.plan.max_steps
 
-    def on_eval(self, step: int, loss: float) -> None:
+    def on_eval(self, step: int, loss: float | None) -> None:
+        """Held-out loss and vital signs, written and judged.
+
+        Raises:
+            Collapsed: they say so, and the run is not to go on.
+        """
         self.last_eval = loss
-        line = {"step": step, "eval_loss": loss}
-        self.run.append("metrics.jsonl", line)
-        self.trackers.log(line, step)
-        self.listener.evaluated(step, loss)
-        self._samples_now = held_out_samples(
-            self.loaded, self.contract, self.prepared.eval_conversations, step
-        )
-        for sample in self._samples_now:
+        findings = self.group.gather(self._take_signs(step, loss))[0]
+        if not any(finding.level != "note" for finding in findings):
+            self.healthy_step = step
+            self._keep_healthy()
+        worst = next((f for f in findings if f.level == "error"), None)
+        if worst and self.plan.on_collapse != "continue":
+            raise Collapsed(worst.what, why=worst.why, fix=worst.fix, code=worst.code)
+
+    def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
+        """What the vital signs say; of the process that writes."""
+        if loss is not None:
+            self._write_metrics({"step": step, "eval_loss": loss}, step)
+            self.listener.evaluated(step, loss)
+        try:
+            measured = self.signs.measure(self.loaded, step)
+        except Exception as error:  # whatever a model's generation raises: training goes on
+            self._tell([_not_taken(step, error)])
+            return []
+        line, findings = self.signs.judged(measured, loss)
+        findings = [*self.signs.noticed(), *findings]
+        self._write_metrics(line, step)
+        self._samples_now = measured.samples
+        for sample in measured.samples:
             self.run.append("samples.jsonl", sample)
+        for sample in measured.samples[:_SHOWN_SAMPLES]:
             self.listener.sample(sample)
+        goes_on = self.plan.on_collapse == "continue"
+        # The error that ends the run shows itself.
+        self._tell(
+            [_warned(f) if goes_on else f for f in findings if goes_on or f.level != "error"]
+        )
+        return findings
+
+    def _tell(self, findings: list[Finding]) -> None:
+        for finding in once(findings, self.told):
+            self._found(finding)
+
+    def _write_metrics(self, line: dict[str, Any], step: int) -> None:
+        self.run.append("metrics.jsonl", line)
+        self.trackers.log({k: v for k, v in line.items() if k != "probe"}, step)
+
+    # ------------------------------------------------------------------------- going back
+
+    def _keep_healthy(self) -> None:
+        """A run that may go back keeps what it goes back to."""
+        step = self.trainer.step
+        if self.plan.on_collapse == "rewind" and step < self.plan.max_steps:
+            self.save_checkpoint()
+
+    def _goes_back(self, error: Collapsed) -> bool:
+        """Go back to the last healthy checkpoint with half the learning rate, once."""
+        step = self.trainer.step
+        self._name_rows(error)
+        if self.plan.on_collapse != "rewind" or self.run.file(REWOUND).is_file():
+            return False
+        # None writes that it went back before all have seen that it had not.
+        self.group.gather("went on")
+        healthy = [folder for folder in self.run.checkpoints() if folder <= self._last_healthy()]
+        checkpoint, _ = last_good(healthy)
+        if checkpoint is None:
+            return False
+        rate = self.trainer.max_lr / 2
+        back = Finding(
+            "rewound",
+            "warning",
+            f"the run collapsed at step {step:,} and went back to step "
+            f"{checkpoint.facts['step']:,}, with a learning rate of {rate:.2g} instead of "
+            f"{self.trainer.max_lr:.2g}: {error.what}",
+            where=error.where,
+            why=error.why,
+            fix="nothing to do now; start the next run with the lower --learning-rate",
+        )
+        self.listener.stage("going back to the last healthy checkpoint")
+        stopping = self.trainer.stop_requested
+        self.release()
+        self.loaded, _ = load_start(self.prepared, checkpoint.folder)
+        self.trainer = self._trainer()
+        self._went_back({"from": step, "learning_rate": rate, "finding": back.as_dict()})
+        with self.group.together():
+            load_state(self.trainer, checkpoint.folder, run=self.identity(), facts=checkpoint.facts)
+            self._rewind()
+        self.trainer.max_lr = rate
+        self.trainer.stop_requested = stopping
+        self._recall_loss()
+        self.told.clear()
+        self._found(back)
+        self._evaluate_again()
+        return True
+
+    def _went_back(self, facts: dict[str, Any]) -> None:
+        """Written first: a run that is killed here goes on with the same rate."""
+        write_json(self.run.file(REWOUND), facts)
+
+    def _recall_rate(self) -> None:
+        """The learning rate of a run that went back before it was resumed."""
+        path = self.run.file(REWOUND)
+        if path.is_file():
+            self.trainer.max_lr = json.loads(path.read_text(encoding="utf-8"))["learning_rate"]
+
+    def _name_rows(self, error: Collapsed) -> None:
+        names = [self.prepared.rows[row] for row in sorted(set(error.rows))]
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            error.where = ", ".join(names[:4]) + more
 
     def save_checkpoint(self) -> None:
         """Weights as an artifact that transformers or peft opens, beside them the trainer's state;
@@ -363,8 +509,14 @@ class Job:
                 f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
             ) from error
         for old in self.run.checkpoints()[: -self.plan.save_total_limit]:
+            if self.plan.on_collapse == "rewind" and old == self._last_healthy():
+                continue
             shutil.rmtree(old)
         self.listener.saved(str(final))
+
+    def _last_healthy(self) -> Path:
+        """What a run that collapses goes back to."""
+        return self.run.checkpoint_path(self.healthy_step)
 
     def _save_artifact(self) -> SaveReport:
         self.listener.stage("saving, and reading back")
@@ -411,6 +563,25 @@ class Job:
         more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
         error.where = f"{named}{more}; all of them in {path}"
         self.run.append("findings.jsonl", error.finding.as_dict())
+
+
+# Replies that are shown while a run works.
+_SHOWN_SAMPLES = 4
+
+
+def _warned(finding: Finding) -> Finding:
+    """An error of a run that goes on."""
+    return replace(finding, level="warning") if finding.level == "error" else finding
+
+
+def _not_taken(step: int, error: Exception) -> Finding:
+    return Finding(
+        "probe-failed",
+        "warning",
+        f"the vital signs could not be taken at step {step:,}: {error}",
+        why=f"{type(error).__name__} while the model answered fixed prompts",
+        fix="nothing to do for the training, which goes on",
+    )
 
 
 def identity(prepared: Prepared, processes: int) -> dict[str, Any]:

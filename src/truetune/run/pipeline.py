@@ -153,7 +153,7 @@ def _follow(job: Follower, checkpoint: Checkpoint | None) -> RunResult:
 def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:
     """A run that is replaced must not be what the new one is made from."""
     folder = run.path.resolve()
-    for name in ("model", "data", "eval_data"):
+    for name in ("model", "data", "eval_data", "keep_text"):
         value = getattr(recipe, name)
         if value and Path(value).expanduser().resolve().is_relative_to(folder):
             raise OutputExists(

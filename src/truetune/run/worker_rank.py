@@ -7,9 +7,11 @@ output  its own RunResult, when process 0 has finished the run
 
 from __future__ import annotations
 
+from typing import Any
+
+from truetune.behaviour.steps import StepFacts
 from truetune.engine.checkpoint import gather_states
-from truetune.engine.probes import StepFacts
-from truetune.errors import Interrupted, NonFiniteLoss, ToldElsewhere
+from truetune.errors import Collapsed, Interrupted, ToldElsewhere
 from truetune.findings import Finding
 from truetune.run.job import Job
 from truetune.run.stop import interruptible
@@ -27,8 +29,11 @@ class Follower(Job):
         if self.is_saved_after(facts.step):
             self.save_checkpoint()
 
-    def on_eval(self, step: int, loss: float) -> None:
-        self.last_eval = loss
+    def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
+        return []
+
+    def _went_back(self, facts: dict[str, Any]) -> None:
+        pass
 
     def save_checkpoint(self) -> None:
         gather_states(self.trainer)
@@ -40,9 +45,9 @@ class Follower(Job):
             ToldElsewhere: the run stopped; process 0 tells why.
         """
         try:
-            with interruptible(self.trainer, self.group) as stop:
+            with interruptible(lambda: self.trainer, self.group) as stop:
                 self.train(stop)
-        except (NonFiniteLoss, Interrupted) as error:
+        except (Collapsed, Interrupted) as error:
             raise ToldElsewhere(error.exit_code) from error
         except (KeyboardInterrupt, Stopped) as error:
             raise ToldElsewhere(128 + number_of(error)) from error

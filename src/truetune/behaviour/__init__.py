@@ -1,0 +1,1 @@
+"""How a model behaves: plain numbers of its steps, replies and losses, and what they say."""

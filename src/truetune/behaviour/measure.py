@@ -1,0 +1,185 @@
+"""Vital signs, taken: fixed prompts asked as served, and losses of fixed examples.
+
+input   a contract, examples that are trained and held out, text that must not be forgotten
+does    chooses prompts and samples once; at each step asks the model the prompts, greedily, and
+        reads the losses; nothing of it changes a weight or a random state
+output  Vitals, and the replies as samples.jsonl has them
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.behaviour.replies import Asked, Judge, Said, ask, shares
+from truetune.behaviour.vitals import Vitals
+from truetune.compare import row_losses
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.generate import replies_to_ids
+from truetune.model.draw import Sampling
+from truetune.model.load import LoadedModel
+
+# Prompts asked each time, and the most new tokens of a reply.
+PROMPTS, REPLY_TOKENS = 8, 96
+# Trained examples whose loss is read each time, of so many tokens together at most.
+_EXAMPLES, _EXAMPLE_TOKENS = 16, 4096
+# Text that must not be forgotten: so many pieces of so many tokens.
+_PIECES, _PIECE_TOKENS = 16, 64
+
+
+def spread(number: int, most: int) -> list[int]:
+    """At most so many places of a list, spread over it."""
+    return (
+        sorted({at * number // most for at in range(most)}) if number > most else [*range(number)]
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measuring gives.
+
+    Attributes:
+        vitals: the numbers.
+        samples: lines of samples.jsonl.
+        replies: judged, in the order of the prompts.
+    """
+
+    vitals: Vitals
+    samples: list[dict[str, Any]]
+    replies: list[Said]
+
+
+class Prober:
+    """Takes the vital signs of one run, always on the same prompts and examples.
+
+    Args:
+        contract: as served.
+        trained: examples that are trained.
+        prompts: questions, the held-out ones first.
+        keep: examples of text that must not be forgotten; () measures none.
+        held_out: held-out examples; () where their loss is measured elsewhere.
+    """
+
+    def __init__(
+        self,
+        contract: PromptContract,
+        trained: Sequence[SFTExample],
+        prompts: Sequence[Asked],
+        keep: Sequence[SFTExample] = (),
+        held_out: Sequence[SFTExample] = (),
+    ) -> None:
+        self.contract, self.prompts, self.keep = contract, list(prompts), list(keep)
+        self.judge = Judge(contract)
+        self.trained, self.held_out = _few(trained), _few(held_out)
+        self.stops = [only for e in self.trained if (only := _stop_alone(e, contract.stop_ids))]
+
+    def measure(self, loaded: LoadedModel, step: int) -> Measured:
+        """Ask the prompts, read the losses, and put the numbers together; the model is left in the
+        mode it was in."""
+        began = time.perf_counter()
+        limits = [min(asked.most_tokens, REPLY_TOKENS) for asked in self.prompts]
+        limit = max(limits, default=1)
+        replies = replies_to_ids(
+            loaded,
+            self.contract,
+            [asked.ids for asked in self.prompts],
+            Sampling(max_new_tokens=limit),
+        )
+        said = [
+            self.judge.judge(asked, reply, limit)
+            for asked, reply in zip(self.prompts, replies, strict=True)
+        ]
+        numbers = {**self._losses(loaded), **shares(said)}
+        seconds = round(time.perf_counter() - began, 4)
+        vitals = Vitals(step=step, prompts=len(said), seconds=seconds, **numbers)
+        samples = [
+            {
+                "step": step,
+                "where": asked.where,
+                "messages": [dict(message) for message in asked.messages],
+                "answer": one.text,
+                "stopped": one.stopped,
+                "had_room": one.had_room,
+                "expected": asked.expected_text,
+                "held_out": asked.held_out,
+                "prompt": asked.prompt_text,
+            }
+            for asked, one in zip(self.prompts, said, strict=True)
+        ]
+        return Measured(vitals, samples, said)
+
+    def _losses(self, loaded: LoadedModel) -> dict[str, float]:
+        """Losses of the fixed examples, by the name of their vital sign."""
+        sets = {
+            "trained_loss": self.trained,
+            "held_out_loss": self.held_out,
+            "stop_loss": self.stops,
+            "keep_loss": self.keep,
+        }
+        rows = [example for examples in sets.values() for example in examples]
+        summed = iter(row_losses(loaded, [(example.ids, example.mask) for example in rows]))
+        found = {}
+        for name, examples in sets.items():
+            total = sum(next(summed) for _ in examples)
+            if targets := sum(example.num_supervised for example in examples):
+                found[name] = total / targets
+        return found
+
+
+def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
+    """Some examples, spread over all; as many as their length allows, one at least."""
+    chosen: list[SFTExample] = []
+    tokens = 0
+    for at in spread(len(examples), _EXAMPLES):
+        example = examples[at]
+        tokens += len(example.ids)
+        if chosen and tokens > _EXAMPLE_TOKENS:
+            break
+        if any(example.mask):
+            chosen.append(example)
+    return chosen
+
+
+def _stop_alone(example: SFTExample, stops: Sequence[int]) -> SFTExample | None:
+    """An example whose only target is the stop token that ends its last answer."""
+    targets = [at for at, on in enumerate(example.mask) if on]
+    if len(targets) < 2 or example.ids[targets[-1]] not in stops:
+        return None
+    mask = [0] * len(example.mask)
+    mask[targets[-1]] = 1
+    return SFTExample(example.ids, mask)
+
+
+def whole(ids: Sequence[int]) -> SFTExample:
+    """Plain text as an example: every token but the first is a target."""
+    return SFTExample(list(ids), [0] + [1] * (len(ids) - 1))
+
+
+def own_samples(loaded: LoadedModel, contract: PromptContract, seed: int) -> list[list[int]]:
+    """Text of a model's own, drawn at temperature 1 from the token that begins a text: how much
+    less likely it becomes is the Kullback-Leibler divergence from the model as it was, in nats a
+    token.
+
+    Returns:
+        [] where the model writes next to nothing, or has no token to begin with.
+    """
+    tokenizer = contract.tokenizer
+    first = tokenizer.bos_token_id
+    first = tokenizer.eos_token_id if first is None else first
+    rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
+    if first is None or not 0 <= first < rows:
+        return []
+    drawn = replies_to_ids(
+        loaded,
+        contract,
+        [[first]] * _PIECES,
+        Sampling(max_new_tokens=_PIECE_TOKENS, temperature=1.0, seed=seed),
+    )
+    pieces = [[first, *reply.ids] for reply in drawn if len(reply.ids) > 1]
+    return pieces if sum(map(len, pieces)) >= _PIECES * 8 else []
+
+
+__all__ = ["PROMPTS", "Asked", "Measured", "Prober", "ask", "own_samples", "spread", "whole"]

@@ -1,0 +1,239 @@
+"""What is wrong with a reply, as yes or no: does it end, repeat itself, speak for the user, leave
+its thinking open, say nothing, say the prompt again, or switch to another script.
+
+input   Asked (a prompt as served, and what its row answers), Reply
+does    looks at text and ids alone; what the row's own answer does too is nobody's fault
+output  Said; shares of several
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.behaviour.text import goes_round, other_script, says_again
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.generate import Reply
+
+# A reply had room to end where it was given so many times the tokens of the row's own answer, and
+# a few more.
+ROOM, MORE = 2, 8
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How a reply to one prompt may think.
+
+    Attributes:
+        opened: whether the prompt leaves a think block open.
+        pairs: opening and closing markers.
+    """
+
+    opened: bool
+    pairs: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of_contract(
+        cls, contract: PromptContract, template_kwargs: Mapping[str, Any] | None = None
+    ) -> Thinking:
+        """Of a contract, under a row's own template arguments."""
+        seen = contract.behaviour(template_kwargs)
+        own = contract.policy.markers(seen)
+        known = seen.markers is not None or contract.policy.think_markers is not None
+        pairs = (*seen.pairs, *(((own.open, own.close),) if known or seen.opened else ()))
+        return cls(bool(seen.opened), tuple(dict.fromkeys(pairs)))
+
+    def split(self, text: str) -> tuple[bool, bool, str]:
+        """Whether a reply thinks, whether it ends that, and its answer: what stands behind; "" of
+        thinking that does not end."""
+        start = text.lstrip()
+        closings = [close for begin, close in self.pairs if self.opened or start.startswith(begin)]
+        if not closings:
+            return False, False, text
+        ends = [(text.find(close), close) for close in closings if close in text]
+        if not ends:
+            return True, False, ""
+        at, close = min(ends)
+        return True, True, text[at + len(close) :]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as served, and what its row answers.
+
+    Attributes:
+        where: the row.
+        ids: the served prompt.
+        expected: ids of the row's answer, without the stop token.
+        messages: of the prompt, for whoever reads the samples.
+        expected_text: the row's answer.
+        prompt_text: the prompt's end, for what repeats it.
+        held_out: whether the row is not trained.
+    """
+
+    where: str
+    ids: tuple[int, ...]
+    expected: tuple[int, ...]
+    messages: tuple[Mapping[str, Any], ...]
+    expected_text: str
+    prompt_text: str
+    held_out: bool = False
+
+    @property
+    def most_tokens(self) -> int:
+        """New tokens that a reply needs in order to have had room."""
+        return ROOM * len(self.expected) + MORE
+
+
+# Tokens of a prompt's end that a reply is compared with.
+_PROMPT_TOKENS = 512
+
+
+def ask(
+    contract: PromptContract,
+    example: SFTExample,
+    where: str,
+    messages: Sequence[Mapping[str, Any]] = (),
+) -> Asked | None:
+    """The last answer of an example as a question: what stands before it is the served prompt.
+
+    Returns:
+        None where nothing is supervised, or nothing stands before it.
+    """
+    ends = [at for at, on in enumerate(example.mask) if on]
+    if not ends:
+        return None
+    last = first = ends[-1]
+    while first > 0 and example.mask[first - 1]:
+        first -= 1
+    if first == 0:
+        return None
+    stops = set(contract.stop_ids)
+    span = example.ids[first : last + 1]
+    expected = tuple(span[:-1] if span[-1] in stops else span)
+    prompt = tuple(example.ids[:first])
+    decode = contract.tokens.decode
+    return Asked(
+        where,
+        prompt,
+        expected,
+        tuple(messages),
+        contract.tokens.decode_after(list(prompt), list(expected)),
+        decode(list(prompt[-_PROMPT_TOKENS:])),
+    )
+
+
+@dataclass(frozen=True)
+class Said:
+    """A reply, judged.
+
+    Attributes:
+        text: as written, without the stop token.
+        tokens: the stop token included.
+        stopped: it ended by itself.
+        had_room: it was given room to end.
+        repeats: it goes round in a circle.
+        speaks_for_user: it goes on with the next turn.
+        thinks_open: it ended, or used its room up, inside a think block.
+        empty: nothing but whitespace.
+        copied: it says the prompt again.
+        other_script: it is written in letters of neither prompt nor answer.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+    had_room: bool
+    repeats: bool
+    speaks_for_user: bool
+    thinks_open: bool
+    empty: bool
+    copied: bool
+    other_script: bool
+
+
+class Judge:
+    """Judges the replies that one contract's prompts get.
+
+    Args:
+        contract: says how a user's turn begins and how a reply may think.
+    """
+
+    def __init__(self, contract: PromptContract) -> None:
+        self.thinking = Thinking.of_contract(contract)
+        self.user_turn = _user_turn(contract)
+
+    def judge(self, asked: Asked, reply: Reply, limit: int) -> Said:
+        """One reply.
+
+        Args:
+            limit: new tokens that it was given.
+        """
+        text = reply.text
+        thought, closed, answer = self.thinking.split(text)
+        had_room = reply.stopped or limit >= asked.most_tokens
+        ids = reply.ids[: len(reply.ids) - reply.stopped]
+        return Said(
+            text=text,
+            tokens=len(reply.ids),
+            stopped=reply.stopped,
+            had_room=had_room,
+            repeats=goes_round(ids, text) and not goes_round(asked.expected, asked.expected_text),
+            speaks_for_user=self._speaks(text) and not self._speaks(asked.expected_text),
+            thinks_open=thought and not closed and had_room,
+            empty=not text.strip() and bool(asked.expected_text.strip()),
+            copied=says_again(answer, asked.prompt_text, asked.expected_text),
+            other_script=other_script(text, asked.prompt_text + asked.expected_text),
+        )
+
+    def _speaks(self, text: str) -> bool:
+        return bool(self.user_turn and self.user_turn in text) or bool(_NEXT_TURN.search(text))
+
+
+# A user's header of fewer characters could stand in any answer.
+_FEWEST_CHARS = 4
+# How the next turn begins in formats that are written as plain text.
+_NEXT_TURN = re.compile(
+    r"(?:\n|\A)[ \t]*(?:#{2,} ?(?:instruction|human|user|input)\b:?"
+    r"|(?:human|user)[ \t]*:|<\|(?:im_start|start_header_id)\|>(?:user|human)|<\|user\|>"
+    r"|<start_of_turn>user)",
+    re.IGNORECASE,
+)
+
+
+def _user_turn(contract: PromptContract) -> str:
+    """What the template writes between an answer's stop and the next question; "" where that is
+    too little to be told from an answer."""
+    after = contract.behaviour().answer_end[1]
+    for stop in contract.stop_ids:
+        after = after.replace(contract.tokens.decode([stop]), "")
+    after = after.strip()
+    return after if len(after) >= _FEWEST_CHARS and any(not c.isalnum() for c in after) else ""
+
+
+# The shares that are counted of replies: name -> whether a reply counts, and among which.
+_COUNTED: Mapping[str, tuple[Callable[[Said], bool], Callable[[Said], bool]]] = {
+    "stop_rate": (lambda said: said.stopped, lambda said: said.had_room),
+    "repetition": (lambda said: said.repeats, lambda said: True),
+    "role_leak": (lambda said: said.speaks_for_user, lambda said: True),
+    "open_thinking": (lambda said: said.thinks_open, lambda said: said.had_room),
+    "empty": (lambda said: said.empty, lambda said: True),
+    "copied": (lambda said: said.copied, lambda said: True),
+    "other_language": (lambda said: said.other_script, lambda said: True),
+}
+
+
+def shares(replies: Sequence[Said]) -> dict[str, float]:
+    """Each share among the replies that can show it, 0 to 1, and their mean length; a share that
+    no reply can show is left out."""
+    found: dict[str, float] = {}
+    for name, (counts, among) in _COUNTED.items():
+        able = [said for said in replies if among(said)]
+        if able:
+            found[name] = sum(map(counts, able)) / len(able)
+    if replies:
+        found["reply_tokens"] = sum(said.tokens for said in replies) / len(replies)
+    return found

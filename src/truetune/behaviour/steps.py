@@ -1,0 +1,181 @@
+"""The facts of a step and the probes that judge them.
+
+input   StepFacts: plain numbers of a step, before the optimizer moves
+does    each probe keeps what it needs of earlier steps, and looks for one thing
+output  Finding, whose rows are indices of examples; one of level error stops the run before the
+        step is taken
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from truetune.findings import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """What a step knows about itself.
+
+    Attributes:
+        step: 1 for the first.
+        loss: mean over the supervised tokens of the step, in nats.
+        learning_rate: used by this step.
+        grad_norm: L2 norm over all trainable parameters, before clipping.
+        num_tokens: unpadded tokens of the step's rows, each row whole.
+        num_supervised: targets of the step.
+        seconds: wall time, fetch to optimizer end (0.0 when asked before the optimizer).
+        rows: indices of the step's examples.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_supervised: int
+    seconds: float
+    rows: tuple[int, ...]
+
+
+Probe = Callable[[StepFacts], Finding | None]
+
+
+def non_finite(facts: StepFacts) -> Finding | None:
+    """Loss or gradient is NaN or infinite: an optimizer step would destroy every weight."""
+    if math.isfinite(facts.loss) and math.isfinite(facts.grad_norm):
+        return None
+    what = "loss" if not math.isfinite(facts.loss) else "gradient norm"
+    value = facts.loss if what == "loss" else facts.grad_norm
+    return Finding(
+        code="non-finite",
+        level="error",
+        what=f"{what} is {value} at step {facts.step}; no weight was changed by this step",
+        where="rows " + ", ".join(map(str, facts.rows)),
+        why="a learning rate that is too high, float16 overflow, or a broken weight or row",
+        fix="lower --learning-rate, or use --dtype float32; the last checkpoint is intact",
+    )
+
+
+# Steps in a row without any gradient: one may hold rows without a target.
+_DEAD_STEPS = 3
+
+
+class NoGradient:
+    """The gradient is exactly zero although there are targets: nothing learns."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, facts: StepFacts) -> Finding | None:
+        if not facts.num_supervised:
+            return None
+        self.seen = self.seen + 1 if facts.grad_norm == 0 else 0
+        if self.seen != _DEAD_STEPS:
+            return None
+        return Finding(
+            "no-gradient",
+            "error",
+            f"the gradient was exactly zero in {_DEAD_STEPS} steps, up to step {facts.step}",
+            why="what is trained does not take part in the model's output: an adapter that is "
+            "frozen or switched off, or a graph that is cut",
+            fix="check which parameters require a gradient, and that the adapter is active",
+        )
+
+
+# A window of steps holds so many rows at least, and so many steps: the median of fewer moves with
+# the rows that happen to be in them.
+_WINDOW_ROWS, _WINDOW_STEPS = 64, 5
+# A loss has diverged where its median lies above the first one by a quarter and a little more, or
+# above the best one by so many nats: rows that are shuffled do not do that by chance.
+_ABOVE_FIRST, _NATS_ABOVE_FIRST, _NATS_ABOVE_BEST = 1.25, 0.3, 1.5
+
+
+class Divergence:
+    """The loss of a whole window of steps is far above where it began, or where it was."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque()
+        self.first: float | None = None
+        self.best = math.inf
+        self.told = False
+
+    def __call__(self, facts: StepFacts) -> Finding | None:
+        if not facts.num_supervised:
+            return None
+        window = max(_WINDOW_STEPS, math.ceil(_WINDOW_ROWS / max(len(facts.rows), 1)))
+        self.losses.append(facts.loss)
+        while len(self.losses) > window:
+            self.losses.popleft()
+        if len(self.losses) < window:
+            return None
+        now = median(self.losses)
+        if self.first is None:
+            self.first = now
+        before, self.best = self.best, min(self.best, now)
+        over_first = now > _ABOVE_FIRST * self.first + _NATS_ABOVE_FIRST
+        over_best = now > before + _NATS_ABOVE_BEST
+        if self.told or not (over_first or over_best):
+            return None
+        self.told = True
+        reference = f"{self.first:.2f} at the start" if over_first else f"{before:.2f} at its best"
+        return Finding(
+            "loss-diverged",
+            "error",
+            f"the training loss is {now:.2f} nats a token at step {facts.step} (median of "
+            f"{window} steps), after {reference}",
+            why=f"a learning rate that is too high ({facts.learning_rate:.1e} at this step), or "
+            "rows that are not what the others are",
+            fix="a third of the --learning-rate, or a longer --warmup-ratio",
+        )
+
+
+# Steps that say what a usual loss is; and how far above it one step has to be, in spreads and nats.
+_USUAL, _FEWEST, _SPREADS, _NATS = 64, 16, 8.0, 0.5
+# Normal spread from the median absolute deviation.
+_MAD = 1.4826
+
+
+class Spikes:
+    """Single steps whose loss is far above the usual, and the rows that several have in common."""
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=_USUAL)
+        self.rows: Counter[int] = Counter()
+        self.told: set[int] = set()
+
+    def __call__(self, facts: StepFacts) -> Finding | None:
+        if not facts.num_supervised:
+            return None
+        usual = list(self.losses)
+        self.losses.append(facts.loss)
+        if len(usual) < _FEWEST:
+            return None
+        middle = median(usual)
+        spread = _MAD * median(abs(loss - middle) for loss in usual)
+        if facts.loss <= middle + max(_SPREADS * spread, _NATS):
+            return None
+        self.rows.update(facts.rows)
+        again = sorted({r for r in facts.rows if self.rows[r] > 1} - self.told)
+        self.told.update(again)
+        named = again or sorted(facts.rows)
+        seen = "which stood in an earlier spike too" if again else f"{len(named)} in this step"
+        return Finding(
+            "loss-spike",
+            "note",
+            f"the loss jumped to {facts.loss:.2f} at step {facts.step}, from {middle:.2f} nats a "
+            f"token in the {len(usual)} steps before",
+            count=len(named),
+            rows=tuple(map(str, named)),
+            why=f"one of its examples is unlike the others ({seen})",
+            fix="read those rows",
+        )
+
+
+def usual_probes() -> tuple[Probe, ...]:
+    """The probes of a step, new: each keeps what it has seen of one run."""
+    return (non_finite, NoGradient(), Divergence(), Spikes())

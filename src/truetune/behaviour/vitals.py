@@ -1,0 +1,339 @@
+"""The vital signs of a run at one step, and what a row of them says.
+
+input   Vitals of step 0 and of each interval: losses and shares of replies, plain numbers
+does    holds the last one to the first, and to the best so far: a base model does not stop before
+        it was trained, so nothing is wrong in itself
+output  Findings; one of level error says that the run has collapsed
+
+Every limit here was tried on healthy runs; docs/behaviour.md has the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from truetune.findings import Finding, Level
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vitals:
+    """Vital signs at one step; None where a run cannot show one.
+
+    Attributes:
+        step: after which they were taken; 0 before the first.
+        loop_loss: mean training loss of the steps since the last ones, in nats per token, as the
+            others.
+        held_out_loss: of the held-out examples, as served.
+        trained_loss: of a fixed sample of the trained rows, as served.
+        stop_loss: of the stop tokens alone that end the answers of that sample.
+        keep_loss: of the text that must not be forgotten.
+        stop_rate: share of the replies that end by themselves, among those that had room.
+        reply_tokens: mean length.
+        repetition: share that goes round in a circle.
+        role_leak: share that goes on with the user's next turn.
+        open_thinking: share that ends, or uses its room up, inside a think block.
+        empty: share of nothing but whitespace.
+        copied: share that says the prompt again.
+        other_language: share in letters of neither prompt nor answer.
+        prompts: how many were asked.
+        seconds: that it took.
+    """
+
+    step: int
+    loop_loss: float | None = None
+    held_out_loss: float | None = None
+    trained_loss: float | None = None
+    stop_loss: float | None = None
+    keep_loss: float | None = None
+    stop_rate: float | None = None
+    reply_tokens: float | None = None
+    repetition: float | None = None
+    role_leak: float | None = None
+    open_thinking: float | None = None
+    empty: float | None = None
+    copied: float | None = None
+    other_language: float | None = None
+    prompts: int = 0
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """A line of metrics.jsonl: what is known."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"step": self.step, "probe": True, **known}
+
+    @classmethod
+    def of_line(cls, line: dict[str, Any]) -> Vitals:
+        """Of a line that `as_dict` made."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in line.items() if name in names})
+
+
+def judge(history: Sequence[Vitals]) -> list[Finding]:
+    """What the last vital signs say, beside those before them, in order."""
+    if not history or not history[-1].step:
+        return []
+    return [finding for rule in _RULES for finding in rule(history)]
+
+
+def _numbers(history: Sequence[Vitals], name: str) -> list[float]:
+    """A sign over time, where it was taken; [] where the last ones do not have it."""
+    if getattr(history[-1], name) is None:
+        return []
+    return [value for value in (getattr(v, name) for v in history) if value is not None]
+
+
+def _at(history: Sequence[Vitals]) -> str:
+    return f"step {history[-1].step:,}"
+
+
+_GENTLER = "a third of the --learning-rate"
+
+
+# ------------------------------------------------------------------------------------ losses
+
+# A share and nats above the loss before the first step: no training that serves makes its own
+# rows, or rows like them, less likely than they were.
+_WORSE, _WORSE_NATS = 1.10, 0.15
+
+
+def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
+    for name, of in (("held_out_loss", "held-out rows"), ("trained_loss", "trained rows")):
+        losses = _numbers(history, name)
+        if len(losses) > 1 and losses[-1] > _WORSE * losses[0] + _WORSE_NATS:
+            yield Finding(
+                "worse-than-untrained",
+                "error",
+                f"at {_at(history)} the loss of {of}, as served, is {losses[-1]:.2f} nats a token; "
+                f"before the first step it was {losses[0]:.2f}",
+                why="a learning rate that is too high, answers that say nothing about their "
+                "questions, or labels that are not what is served",
+                fix=f"{_GENTLER}; `truetune audit` reads the labels of another trainer",
+            )
+            return
+
+
+# The loop's own loss and that of the same rows as served are one number, up to the choice of rows
+# and to dropout.
+_TIMES, _APART = 2.0, 0.5
+
+
+def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
+    served, loop = history[-1].trained_loss, history[-1].loop_loss
+    if served is not None and loop is not None and served > _TIMES * loop + _APART:
+        yield Finding(
+            "loss-not-of-answers",
+            "error",
+            f"at {_at(history)} the training loss is {loop:.2f} nats a token, and the same rows as "
+            f"they are served have {served:.2f}",
+            why="the loss counts other tokens than the answers (padding, the prompt), is shifted, "
+            "or the rows were rendered by another template than the one that serves",
+            fix="compare a batch with what is served: `truetune audit`",
+        )
+
+
+# Held-out loss above its best, twice in a row, while the trained rows go on getting likelier.
+_RISING, _RISEN, _RISEN_NATS = 1.15, 1.40, 0.05
+
+
+def _memorising(history: Sequence[Vitals]) -> Iterator[Finding]:
+    losses = _numbers(history, "held_out_loss")
+    trained = history[-1].trained_loss
+    if len(losses) < 4 or trained is None or trained > losses[-1] / 2:
+        return
+    best = min(losses)
+    risen = min(losses[-2:]) - _RISEN_NATS
+    if risen > _RISING * best:
+        level: Level = "error" if risen > _RISEN * best else "note"
+        step = next(v.step for v in history if v.held_out_loss == best)
+        yield Finding(
+            "memorising",
+            level,
+            f"the held-out loss rose from {best:.2f} at step {step:,} to {losses[-1]:.2f} at "
+            f"{_at(history)}, while trained rows fell to {trained:.2f} nats a token",
+            why="the rows are learned by heart: too many passes, rows that stand many times, or "
+            "answers that do not follow from their questions",
+            fix=f"end at step {step:,} with --max-steps, drop duplicates (`truetune check`), or "
+            "add rows",
+        )
+
+
+# Nats a token on text that is not trained: 1.1 makes it three times as unlikely a token, 2.3 ten
+# times.
+_FORGOTTEN, _LOST = math.log(3), math.log(10)
+
+
+def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
+    losses = _numbers(history, "keep_loss")
+    if len(losses) < 2:
+        return
+    more = losses[-1] - losses[0]
+    if more > _FORGOTTEN:
+        yield Finding(
+            "forgetting",
+            "error" if more > _LOST else "warning",
+            f"text that is not trained lost {more:.2f} nats a token by {_at(history)} "
+            f"({losses[0]:.2f} to {losses[-1]:.2f}): each token is {math.exp(more):.0f} times less "
+            "likely",
+            why="the model unlearns what it knew: a learning rate that is too high, or too many "
+            "passes over rows of one kind",
+            fix=f"{_GENTLER}, --lora, fewer epochs, or rows of the model's own kind among the data",
+        )
+
+
+# The rest of the answers is learned by so much while their stop is not: the stop is no target.
+_STOP_LEFT, _STOP_NATS, _LEARNED = 0.8, 1.5, 0.7
+# Above its start by so many nats, it is unlearned.
+_STOP_LOST = 2.0
+
+
+def _stop_not_learned(history: Sequence[Vitals]) -> Iterator[Finding]:
+    stops, trained = _numbers(history, "stop_loss"), _numbers(history, "trained_loss")
+    if len(stops) < 3:
+        return
+    # The stop is learned behind the words: one interval says nothing.
+    first, now = stops[0], min(stops[-2:])
+    learned = len(trained) > 1 and trained[-1] < _LEARNED * trained[0]
+    kept = now > max(_STOP_LEFT * first, _STOP_NATS) and learned
+    lost = now > first + _STOP_LOST and now > _STOP_NATS
+    if kept or lost:
+        yield Finding(
+            "stop-not-learned",
+            "error",
+            f"at {_at(history)} the token that ends an answer has {now:.2f} nats behind trained "
+            f"answers, {first:.2f} before the first step"
+            + (f", while the answers fell to {trained[-1]:.2f}" if learned else ""),
+            why="the stop token is no target: it is masked as padding, or cut off by a length limit"
+            if kept
+            else "the model unlearns to stop",
+            fix="`truetune check` shows which tokens are targets; train on rows whose end is whole",
+        )
+
+
+# A fixed sample of trained rows that has moved by less than this share after so many intervals.
+_MOVED, _INTERVALS, _STEPS = 0.002, 3, 20
+
+
+def _stands_still(history: Sequence[Vitals]) -> Iterator[Finding]:
+    losses = _numbers(history, "trained_loss")
+    if len(losses) <= _INTERVALS or history[-1].step < _STEPS or not losses[0]:
+        return
+    most = max(abs(loss - losses[0]) for loss in losses)
+    if most < _MOVED * losses[0]:
+        yield Finding(
+            "nothing-learned",
+            "error" if most == 0 else "warning",
+            f"the loss of trained rows is what it was: {losses[0]:.4f}, then {losses[-1]:.4f} nats "
+            f"a token at {_at(history)}",
+            why="no weight moves: an adapter that is frozen or not active, or a learning rate that "
+            "is far too low",
+            fix="--learning-rate: three times as high, or look at what is trained",
+        )
+
+
+# ----------------------------------------------------------------------------------- replies
+
+# Of so few prompts a share jumps: these limits are more than three of eight, and six of eight.
+_FEWEST_PROMPTS = 4
+_SOME, _SOME_MORE = 0.5, 0.375
+_MOST, _MOST_MORE = 0.75, 0.6
+
+_BAD_REPLIES = (
+    (
+        "replies-repeat",
+        "repetition",
+        "go round in a circle",
+        "the model collapses into its likeliest words: a learning rate that is too high, or "
+        "answers that repeat themselves",
+    ),
+    (
+        "role-leak",
+        "role_leak",
+        "go on with the user's next turn",
+        "the rows' answers hold the text of a next turn, or the stop token is not learned",
+    ),
+    (
+        "thinking-open",
+        "open_thinking",
+        "do not end their thinking",
+        "rows whose thinking is cut off, or a closing marker that is not trained",
+    ),
+    (
+        "replies-empty",
+        "empty",
+        "are empty",
+        "the stop token is all that is learned: padding is a target, or answers are empty",
+    ),
+    (
+        "replies-copy",
+        "copied",
+        "say the prompt again",
+        "the prompt is a target, or answers repeat their questions",
+    ),
+    (
+        "replies-switch-script",
+        "other_language",
+        "are written in letters of neither prompt nor answer",
+        "rows in other languages, or a model that falls apart",
+    ),
+)
+
+
+def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
+    if history[-1].prompts < _FEWEST_PROMPTS:
+        return
+    for code, name, what, why in _BAD_REPLIES:
+        found = _numbers(history, name)
+        if len(found) < 2:
+            continue
+        now, best = found[-1], min(found[:-1])
+        level: Level | None = None
+        if now >= _SOME and now >= best + _SOME_MORE:
+            level = "warning"
+        if now >= _MOST and now >= best + _MOST_MORE:
+            level = "error"
+        if level:
+            yield Finding(
+                code,
+                level,
+                f"{now:.0%} of the replies to {history[-1].prompts} fixed prompts {what} at "
+                f"{_at(history)}; it was {best:.0%}",
+                why=why,
+                fix="samples.jsonl has the replies; look at the rows that were trained",
+            )
+
+
+def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
+    found = _numbers(history, "stop_rate")
+    if len(found) < 2 or history[-1].prompts < _FEWEST_PROMPTS:
+        return
+    now, best = found[-1], max(found[:-1])
+    level: Level | None = None
+    if now <= 1 - _SOME and now <= best - _SOME_MORE:
+        level = "warning"
+    if now <= 1 - _MOST and now <= best - _MOST_MORE:
+        level = "error"
+    if level:
+        yield Finding(
+            "stops-lost",
+            level,
+            f"{now:.0%} of the replies to {history[-1].prompts} fixed prompts end by themselves at "
+            f"{_at(history)}; it was {best:.0%}",
+            why="the model unlearns to stop: a learning rate that is too high, or rows whose end "
+            "is cut off or masked",
+            fix=f"{_GENTLER}; `truetune check` shows whether the stop is a target",
+        )
+
+
+_RULES = (
+    _worse_than_untrained,
+    _another_loss,
+    _memorising,
+    _forgetting,
+    _stop_not_learned,
+    _stands_still,
+    _bad_replies,
+    _stops_lost,
+)
