@@ -20,6 +20,7 @@ _HOMES = {
     "masked_cross_entropy": "truetune.compute.loss",
     "SFTTrainer": "truetune.engine.trainer",
     "audit": "truetune.auditing.audit",
+    "HealthCallback": "truetune.auditing.health",
     "train": "truetune.facade",
     "check": "truetune.facade",
     "chat": "truetune.facade",
@@ -36,6 +37,7 @@ __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from truetune.auditing.audit import audit as audit
+    from truetune.auditing.health import HealthCallback as HealthCallback
     from truetune.compute.batch import pad_and_collate as pad_and_collate
     from truetune.compute.loss import masked_cross_entropy as masked_cross_entropy
     from truetune.contract.chat_template import ChatTemplate as ChatTemplate

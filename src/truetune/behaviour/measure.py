@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.behaviour.replies import Asked, Judge, Said, ask, shares
+from truetune.behaviour.replies import Asked, Judge, Said, shares
 from truetune.behaviour.vitals import Vitals
 from truetune.compare import row_losses
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
+from truetune.data.conversation import Conversation
 from truetune.generate import replies_to_ids
 from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
@@ -25,9 +26,11 @@ from truetune.model.load import LoadedModel
 # Prompts asked each time, and the most new tokens of a reply.
 PROMPTS, REPLY_TOKENS = 8, 96
 # Trained examples whose loss is read each time, of so many tokens together at most.
-_EXAMPLES, _EXAMPLE_TOKENS = 16, 4096
-# Text that must not be forgotten: so many pieces of so many tokens.
+_EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
+# Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
+# pieces of so many tokens, at most so many together.
 _PIECES, _PIECE_TOKENS = 16, 64
+_KEEP_PIECE, _KEEP_TOKENS = 256, 4096
 
 
 def spread(number: int, most: int) -> list[int]:
@@ -94,7 +97,13 @@ class Prober:
         ]
         numbers = {**self._losses(loaded), **shares(said)}
         seconds = round(time.perf_counter() - began, 4)
-        vitals = Vitals(step=step, prompts=len(said), seconds=seconds, **numbers)
+        vitals = Vitals(
+            step=step,
+            prompts=len(said),
+            examples=len(self.trained),
+            seconds=seconds,
+            **numbers,
+        )
         samples = [
             {
                 "step": step,
@@ -182,4 +191,18 @@ def own_samples(loaded: LoadedModel, contract: PromptContract, seed: int) -> lis
     return pieces if sum(map(len, pieces)) >= _PIECES * 8 else []
 
 
-__all__ = ["PROMPTS", "Asked", "Measured", "Prober", "ask", "own_samples", "spread", "whole"]
+def text_pieces(contract: PromptContract, texts: Sequence[Conversation]) -> list[list[int]]:
+    """Pieces of the texts of rows, spread over them; [] where they hold none."""
+    pieces: list[list[int]] = []
+    for ids in contract.tokens.encode([text for row in texts if (text := _text_of(row)).strip()]):
+        for at in range(0, len(ids), _KEEP_PIECE):
+            piece = ids[at : at + _KEEP_PIECE]
+            if len(piece) > 1:
+                pieces.append(piece)
+    return [pieces[at] for at in spread(len(pieces), _KEEP_TOKENS // _KEEP_PIECE)]
+
+
+def _text_of(row: Conversation) -> str:
+    if row.text is not None:
+        return row.text
+    return "\n\n".join(str(message["content"]) for message in row.messages)

@@ -96,9 +96,14 @@ _ABOVE_FIRST, _NATS_ABOVE_FIRST, _NATS_ABOVE_BEST = 1.25, 0.3, 1.5
 
 
 class Divergence:
-    """The loss of a whole window of steps is far above where it began, or where it was."""
+    """The loss of a whole window of steps is far above where it began, or where it was.
 
-    def __init__(self) -> None:
+    Args:
+        rows_per_step: where the facts of steps do not name their rows.
+    """
+
+    def __init__(self, rows_per_step: int = 1) -> None:
+        self.rows_per_step = rows_per_step
         self.losses: deque[float] = deque()
         self.first: float | None = None
         self.best = math.inf
@@ -107,7 +112,8 @@ class Divergence:
     def __call__(self, facts: StepFacts) -> Finding | None:
         if not facts.num_supervised:
             return None
-        window = max(_WINDOW_STEPS, math.ceil(_WINDOW_ROWS / max(len(facts.rows), 1)))
+        rows = len(facts.rows) or self.rows_per_step
+        window = max(_WINDOW_STEPS, math.ceil(_WINDOW_ROWS / rows))
         self.losses.append(facts.loss)
         while len(self.losses) > window:
             self.losses.popleft()
@@ -169,13 +175,19 @@ class Spikes:
             "note",
             f"the loss jumped to {facts.loss:.2f} at step {facts.step}, from {middle:.2f} nats a "
             f"token in the {len(usual)} steps before",
-            count=len(named),
+            count=max(len(named), 1),
             rows=tuple(map(str, named)),
-            why=f"one of its examples is unlike the others ({seen})",
-            fix="read those rows",
+            why=f"one of its examples is unlike the others ({seen})"
+            if named
+            else "one of its examples is unlike the others",
+            fix="read the rows of that step",
         )
 
 
-def usual_probes() -> tuple[Probe, ...]:
-    """The probes of a step, new: each keeps what it has seen of one run."""
-    return (non_finite, NoGradient(), Divergence(), Spikes())
+def usual_probes(rows_per_step: int = 1) -> tuple[Probe, ...]:
+    """The probes of a step, new: each keeps what it has seen of one run.
+
+    Args:
+        rows_per_step: where the facts of steps do not name their rows.
+    """
+    return (non_finite, NoGradient(), Divergence(rows_per_step), Spikes())

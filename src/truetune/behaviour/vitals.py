@@ -38,6 +38,7 @@ class Vitals:
         empty: share of nothing but whitespace.
         copied: share that says the prompt again.
         other_language: share in letters of neither prompt nor answer.
+        examples: how many trained rows are in the sample.
         prompts: how many were asked.
         seconds: that it took.
     """
@@ -56,6 +57,7 @@ class Vitals:
     empty: float | None = None
     copied: float | None = None
     other_language: float | None = None
+    examples: int = 0
     prompts: int = 0
     seconds: float = 0.0
 
@@ -115,14 +117,34 @@ def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
             return
 
 
+# Above the best that trained rows were, by so much: what was learned is destroyed.
+_UNLEARNED, _UNLEARNED_NATS = 1.3, 0.4
+
+
+def _unlearned(history: Sequence[Vitals]) -> Iterator[Finding]:
+    losses = _numbers(history, "trained_loss")
+    if len(losses) > 1 and losses[-1] > _UNLEARNED * min(losses) + _UNLEARNED_NATS:
+        yield Finding(
+            "unlearned",
+            "error",
+            f"at {_at(history)} the loss of trained rows, as served, is {losses[-1]:.2f} nats a "
+            f"token; it had fallen to {min(losses):.2f}",
+            why="rows that are not what the others are, weights that were changed from outside, or "
+            "a learning rate that is too high",
+            fix=f"look at the rows of the last steps; {_GENTLER}",
+        )
+
+
 # The loop's own loss and that of the same rows as served are one number, up to the choice of rows
-# and to dropout.
-_TIMES, _APART = 2.0, 0.5
+# and to dropout: times and nats of which either is too much, on so many rows at least.
+_APART, _FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
 
 
 def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
     served, loop = history[-1].trained_loss, history[-1].loop_loss
-    if served is not None and loop is not None and served > _TIMES * loop + _APART:
+    if served is None or loop is None or history[-1].examples < _FEWEST_EXAMPLES:
+        return
+    if any(served > times * loop + nats for times, nats in _APART):
         yield Finding(
             "loss-not-of-answers",
             "error",
@@ -134,8 +156,10 @@ def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
         )
 
 
-# Held-out loss above its best, twice in a row, while the trained rows go on getting likelier.
-_RISING, _RISEN, _RISEN_NATS = 1.15, 1.40, 0.05
+# Times its best, twice in a row, while the trained rows go on getting likelier. Runs that are well
+# rise a little: InstructGPT's (Ouyang et al. 2022) overfitted after one of its sixteen passes, and
+# still got better at following instructions.
+_RISING, _RISEN, _RISEN_NATS = 1.15, 1.5, 0.05
 
 
 def _memorising(history: Sequence[Vitals]) -> Iterator[Finding]:
@@ -185,6 +209,9 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
 
 # The rest of the answers is learned by so much while their stop is not: the stop is no target.
 _STOP_LEFT, _STOP_NATS, _LEARNED = 0.8, 1.5, 0.7
+# Nats a token of answers that are learned so far that their stop is to be as well: who still learns
+# words unlearns at first to stop early.
+_KNOWN = 2.0
 # Above its start by so many nats, it is unlearned.
 _STOP_LOST = 2.0
 
@@ -195,9 +222,10 @@ def _stop_not_learned(history: Sequence[Vitals]) -> Iterator[Finding]:
         return
     # The stop is learned behind the words: one interval says nothing.
     first, now = stops[0], min(stops[-2:])
-    learned = len(trained) > 1 and trained[-1] < _LEARNED * trained[0]
+    known = bool(trained) and trained[-1] < _KNOWN
+    learned = known and len(trained) > 1 and trained[-1] < _LEARNED * trained[0]
     kept = now > max(_STOP_LEFT * first, _STOP_NATS) and learned
-    lost = now > first + _STOP_LOST and now > _STOP_NATS
+    lost = now > first + _STOP_LOST and now > _STOP_NATS and (known or first < _STOP_NATS)
     if kept or lost:
         yield Finding(
             "stop-not-learned",
@@ -286,9 +314,10 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
         return
     for code, name, what, why in _BAD_REPLIES:
         found = _numbers(history, name)
-        if len(found) < 2:
+        if len(found) < 3:
             continue
-        now, best = found[-1], min(found[:-1])
+        # Twice in a row: on its way from a base a model passes through much.
+        now, best = min(found[-2:]), min(found[:-2])
         level: Level | None = None
         if now >= _SOME and now >= best + _SOME_MORE:
             level = "warning"
@@ -298,7 +327,7 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
             yield Finding(
                 code,
                 level,
-                f"{now:.0%} of the replies to {history[-1].prompts} fixed prompts {what} at "
+                f"{found[-1]:.0%} of the replies to {history[-1].prompts} fixed prompts {what} at "
                 f"{_at(history)}; it was {best:.0%}",
                 why=why,
                 fix="samples.jsonl has the replies; look at the rows that were trained",
@@ -307,9 +336,15 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
 
 def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
     found = _numbers(history, "stop_rate")
-    if len(found) < 2 or history[-1].prompts < _FEWEST_PROMPTS:
+    # A base that ends its texts now and then has not learned to stop.
+    known = [
+        v.stop_rate
+        for v in history[:-2]
+        if v.stop_rate is not None and (v.stop_loss is None or v.stop_loss < _STOP_NATS)
+    ]
+    if len(found) < 3 or not known or history[-1].prompts < _FEWEST_PROMPTS:
         return
-    now, best = found[-1], max(found[:-1])
+    now, best = max(found[-2:]), max(known)
     level: Level | None = None
     if now <= 1 - _SOME and now <= best - _SOME_MORE:
         level = "warning"
@@ -329,11 +364,13 @@ def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
 
 _RULES = (
     _worse_than_untrained,
+    _unlearned,
     _another_loss,
     _memorising,
     _forgetting,
-    _stop_not_learned,
-    _stands_still,
+    # What replies show comes first: it is the cause where a stop is not learned.
     _bad_replies,
+    _stop_not_learned,
     _stops_lost,
+    _stands_still,
 )

@@ -12,7 +12,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from truetune.behaviour.measure import PROMPTS, Measured, Prober, own_samples, spread, whole
+from truetune.behaviour.measure import (
+    PROMPTS,
+    Measured,
+    Prober,
+    own_samples,
+    spread,
+    text_pieces,
+    whole,
+)
 from truetune.behaviour.replies import Asked, ask
 from truetune.behaviour.vitals import Vitals, judge
 from truetune.contract.contract import PromptContract
@@ -27,8 +35,6 @@ from truetune.run_dir import KEEP_TEXT, RunDir, write_json
 METRICS = "metrics.jsonl"
 # Room that a prompt leaves in the context for its reply, and the longest that is asked.
 _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
-# Pieces of a text of one's own.
-_KEEP_TOKENS, _KEEP_PIECE = 4096, 256
 
 
 class VitalSigns:
@@ -151,22 +157,7 @@ class VitalSigns:
         Raises:
             ValueError: there is no text.
         """
-        found = load(source).conversations
-        tokens = self.contract.tokens
-        pieces: list[list[int]] = []
-        texts = [_text_of(conversation) for conversation in found]
-        for ids in tokens.encode([text for text in texts if text.strip()]):
-            for at in range(0, len(ids), _KEEP_PIECE):
-                piece = ids[at : at + _KEEP_PIECE]
-                if len(piece) > 1:
-                    pieces.append(piece)
+        pieces = text_pieces(self.contract, load(source).conversations)
         if not pieces:
             raise ValueError("it holds no text")
-        most = max(_KEEP_TOKENS // _KEEP_PIECE, 1)
-        return [pieces[at] for at in spread(len(pieces), most)]
-
-
-def _text_of(conversation: Any) -> str:
-    if conversation.text is not None:
-        return str(conversation.text)
-    return "\n\n".join(str(message["content"]) for message in conversation.messages)
+        return pieces
