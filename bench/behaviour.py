@@ -341,7 +341,7 @@ def collapses(tasks: dict[str, Task]) -> list[Run]:
     onset = STEPS // 2
     half = facts.train[: onset * BATCH]
     poisoned = [*half, *_changed(half, garbage)]
-    often = [*half, *(facts.train[:12] * 40)]
+    few = dataclasses.replace(facts, train=facts.train[:12])
     diverged = ("loss-diverged", "worse-than-untrained", "forgetting", "unlearned")
     again = [_messages(facts, example) for example in facts.train]
     return [
@@ -387,12 +387,11 @@ def collapses(tasks: dict[str, Task]) -> list[Run]:
             expected=("loss-diverged", "unlearned"),
         ),
         Run(
-            "one shard many times",
-            facts,
-            examples=often,
-            batcher=sharded,
+            "twelve rows many times",
+            few,
             rate=3 * FULL,
-            onset=onset,
+            # Until here the twelve rows teach what the others would.
+            onset=EVERY,
             expected=("memorising",),
         ),
         Run(
@@ -400,7 +399,7 @@ def collapses(tasks: dict[str, Task]) -> list[Run]:
             facts,
             halfway=to_two_bits,
             onset=onset,
-            expected=("unlearned", "forgetting"),
+            expected=("worse-than-untrained", "unlearned", "forgetting"),
         ),
         Run("adapter frozen", facts, lora=True, rate=LORA, touch=frozen, expected=("no-gradient",)),
         Run(

@@ -267,6 +267,7 @@ def _stands_still(history: Sequence[Vitals]) -> Iterator[Finding]:
 _FEWEST_PROMPTS = 4
 _SOME, _SOME_MORE = 0.5, 0.375
 _MOST, _MOST_MORE = 0.75, 0.6
+_ALL = 0.875
 
 _BAD_REPLIES = (
     (
@@ -316,8 +317,11 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
         found = _numbers(history, name)
         if len(found) < 3:
             continue
-        # Twice in a row: on its way from a base a model passes through much.
+        # Twice in a row: on its way from a base a model passes through much, but not through all
+        # replies going on with the user's turn.
         now, best = min(found[-2:]), min(found[:-2])
+        if name == "role_leak" and found[-1] >= _ALL:
+            now = found[-1]
         level: Level | None = None
         if now >= _SOME and now >= best + _SOME_MORE:
             level = "warning"
@@ -363,13 +367,13 @@ def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
 
 
 _RULES = (
+    # What replies show names the cause best.
+    _bad_replies,
     _worse_than_untrained,
     _unlearned,
     _another_loss,
     _memorising,
     _forgetting,
-    # What replies show comes first: it is the cause where a stop is not learned.
-    _bad_replies,
     _stop_not_learned,
     _stops_lost,
     _stands_still,

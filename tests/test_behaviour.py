@@ -1,0 +1,398 @@
+"""Vital signs: what a reply shows, what a row of numbers says, and what a run does about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import tiny_tokenizer, write_model
+from tiny_runs import command, lines, sums, write_rows
+from truetune.behaviour.replies import Judge, ask, shares
+from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
+from truetune.behaviour.text import goes_round, other_script, says_again
+from truetune.behaviour.vitals import Vitals, judge
+from truetune.contract.contract import PromptContract
+from truetune.generate import Reply
+
+# ------------------------------------------------------------------------------- single texts
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "expected"),
+    [
+        ([5] * 16, "aaaa", True),
+        ([1, 2, 3, *[7, 8, 9] * 6], "x", True),
+        ([1, 2, 3, 4] * 16, "x", True),
+        (list(range(80)), "x", False),
+        # Four times "ha", or a row of dashes: too short to be a circle.
+        ([1, 2, *[7] * 8], "x", False),
+        # A table whose lines begin alike.
+        ([t for row in range(20) for t in (1, 2, 3, 100 + row, 200 + row)], "x", False),
+        ([], "", False),
+    ],
+)
+def test_what_goes_round(ids: list[int], text: str, expected: bool) -> None:
+    assert goes_round(ids, text) is expected
+
+
+def test_text_that_compresses_to_nothing_goes_round() -> None:
+    assert goes_round([], "The same line again and again. " * 40)
+    assert not goes_round([], " ".join(f"line {i * i} of {i}" for i in range(60)))
+
+
+def test_says_the_prompt_again() -> None:
+    prompt = "User: Which river runs through the old town of Flan?"
+    assert says_again("Which river runs through the old town of Flan?", prompt, "The Gunnow.")
+    assert not says_again("The Gunnow runs through it, as everybody knows.", prompt, "The Gunnow.")
+    # The row's own answer begins with it too; and three words are too few.
+    assert not says_again(
+        "which river runs through the old town", prompt.lower(), "which river runs through the old"
+    )
+    assert not says_again("the old town", prompt, "no")
+
+
+def test_another_script() -> None:
+    assert other_script(
+        "\u042d\u0442\u043e \u043e\u0442\u0432\u0435\u0442 \u043f\u043e\u0440\u0443", "plain words"
+    )
+    assert not other_script("Caf\u00e9 cr\u00e8me br\u00fbl\u00e9e", "plain words")
+    assert not other_script(
+        "\u6771\u4eac\u306f\u65e5\u672c\u306e\u9996\u90fd\u3067\u3059\u304b\u306a\u3042",
+        "\u65e5\u672c",
+    )
+    assert not other_script("12345 + 6 = ?!", "plain words")
+
+
+# ------------------------------------------------------------------------------------ replies
+
+
+def _judged(text: str, expected: str = "four", stopped: bool = True) -> dict[str, float]:
+    contract = PromptContract.load(tiny_tokenizer())
+    (example,) = contract.encode(
+        [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": expected}]
+    )
+    asked = ask(contract, example, "rows.jsonl:1")
+    assert asked
+    assert asked.expected_text == expected
+    assert asked.ids == tuple(contract.prompt_ids([{"role": "user", "content": "2+2?"}]))
+    ids = (*contract.tokens.encode([text])[0], *([contract.stop_ids[0]] if stopped else []))
+    reply = Reply(text, tuple(ids), stopped, len(asked.ids))
+    return shares([Judge(contract).judge(asked, reply, asked.most_tokens)])
+
+
+def test_a_sound_reply_shows_nothing() -> None:
+    assert _judged("four") == {
+        "stop_rate": 1.0,
+        "reply_tokens": 5.0,
+        **dict.fromkeys(
+            ("repetition", "role_leak", "open_thinking", "empty", "copied", "other_language"), 0.0
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "near"),
+    [
+        ("repetition", "no no no no no no no no no no ", "no no, four"),
+        ("role_leak", "four\n<|user|>and 3+3?", "a user asked: four"),
+        ("role_leak", "four\n### Instruction:\nMore", "## Four instructions"),
+        ("role_leak", "four\nHuman: and then?", "A human: four limbs"),
+        ("empty", " \n", "."),
+    ],
+)
+def test_what_a_reply_shows(name: str, text: str, near: str) -> None:
+    assert _judged(text)[name] == 1.0
+    assert _judged(near)[name] == 0.0
+
+
+def test_what_the_row_does_too_is_nobodys_fault() -> None:
+    dialogue = "Human: hello\nHuman: bye"
+    assert _judged(dialogue, expected=dialogue)["role_leak"] == 0.0
+    assert _judged("no " * 20, expected="no " * 20)["repetition"] == 0.0
+
+
+def test_a_reply_without_room_says_nothing_about_stops() -> None:
+    contract = PromptContract.load(tiny_tokenizer())
+    (example,) = contract.encode(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a long answer"}]
+    )
+    asked = ask(contract, example, "row")
+    assert asked
+    cut = Judge(contract).judge(asked, Reply("abc", (1, 2, 3), False, 3), 3)
+    assert "stop_rate" not in shares([cut])
+    roomy = Judge(contract).judge(asked, Reply("abc", (1, 2, 3), False, 3), asked.most_tokens)
+    assert shares([roomy])["stop_rate"] == 0.0
+
+
+def test_open_thinking() -> None:
+    contract = PromptContract.load(tiny_tokenizer(), "user-assistant-think")
+    chat = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "four", "reasoning_content": "two and two"},
+    ]
+    contract = contract.fit([chat])
+    (example,) = contract.encode(chat)
+    asked = ask(contract, example, "row")
+    assert asked
+
+    def said(text: str, stopped: bool = True) -> bool:
+        reply = Reply(text, (1,) * 4, stopped, 4)
+        return Judge(contract).judge(asked, reply, asked.most_tokens).thinks_open
+
+    assert said("<think>two and")
+    assert said("<think>two and", stopped=False)
+    assert not said("<think>two and two</think>four")
+    assert not said("four")
+
+
+# ------------------------------------------------------------------------------------- steps
+
+
+def _facts(step: int, loss: float, norm: float = 1.0, rows: tuple[int, ...] = (1, 2)) -> StepFacts:
+    return StepFacts(step, loss, 1e-4, norm, 10, 5, 0.0, rows)
+
+
+def test_a_gradient_of_zero_stops_and_a_row_without_targets_does_not() -> None:
+    probe = NoGradient()
+    assert [probe(_facts(s, 1.0, 0.0)) for s in (1, 2)] == [None, None]
+    found = probe(_facts(3, 1.0, 0.0))
+    assert found
+    assert (found.code, found.level) == ("no-gradient", "error")
+    probe = NoGradient()
+    assert not any(probe(_facts(s, 1.0, 0.0 if s % 3 else 0.1)) for s in range(1, 20))
+    empty = replace(_facts(1, 0.0, 0.0), num_supervised=0)
+    assert not any(NoGradient()(empty) for _ in range(5))
+
+
+def test_divergence_is_a_window_above_its_start_or_its_best() -> None:
+    rows = tuple(range(16))
+    probe = Divergence()
+    told = [probe(_facts(s, 2.0 if s < 10 else 3.0, rows=rows)) for s in range(1, 20)]
+    (found,) = [f for f in told if f]
+    assert found.code == "loss-diverged"
+    assert "2.00 at the start" in found.what
+    probe = Divergence()
+    told = [probe(_facts(s, 3.0 / s if s < 20 else 2.0, rows=rows)) for s in range(1, 30)]
+    assert [f.code for f in told if f] == ["loss-diverged"]
+    # One step in four is hard; a rise of a fifth; rows one by one, as different as rows are.
+    probe = Divergence()
+    assert not any(probe(_facts(s, 6.0 if s % 4 == 0 else 2.0, rows=rows)) for s in range(1, 60))
+    probe = Divergence()
+    assert not any(probe(_facts(s, 2.0 + 0.4 * (s > 20), rows=rows)) for s in range(1, 60))
+    probe = Divergence()
+    assert not any(probe(_facts(s, (0.2, 4.0, 1.0)[s % 3], rows=(s,))) for s in range(1, 200))
+
+
+def test_a_spike_names_the_rows_that_stood_in_two() -> None:
+    probe = Spikes()
+    quiet = [probe(_facts(s, 1.0 + 0.05 * (s % 3), rows=(s, s + 100))) for s in range(1, 30)]
+    assert not any(quiet)
+    first = probe(_facts(30, 9.0, rows=(7, 55)))
+    assert first
+    assert first.level == "note"
+    assert first.rows == ("7", "55")
+    second = probe(_facts(31, 9.0, rows=(3, 55)))
+    assert second
+    assert second.rows == ("55",)
+
+
+# ------------------------------------------------------------------------------- vital signs
+
+START = Vitals(
+    step=0, held_out_loss=3.0, trained_loss=3.0, stop_loss=6.0, keep_loss=1.0, stop_rate=0.0,
+    repetition=0.25, role_leak=0.0, open_thinking=0.0, empty=0.0, copied=0.0, other_language=0.0,
+    examples=16, prompts=8,
+)  # fmt: skip
+
+
+def _after(step: int, **changes: Any) -> Vitals:
+    well: dict[str, Any] = {
+        "step": step, "loop_loss": 1.0, "held_out_loss": 1.2, "trained_loss": 1.0,
+        "stop_loss": 0.1, "keep_loss": 1.1, "stop_rate": 1.0, "repetition": 0.0,
+    }  # fmt: skip
+    return replace(START, **(well | changes))
+
+
+WELL = (START, _after(10), _after(20))
+# Code -> level, the last two measurings that bring it about, and two that nearly do.
+SIGNS: dict[str, tuple[str, tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]] = {
+    "worse-than-untrained": (
+        "error",
+        ({}, {"held_out_loss": 3.6}),
+        ({}, {"held_out_loss": 3.4}),
+    ),
+    "unlearned": (
+        "error",
+        ({"trained_loss": 0.5, "loop_loss": 0.5}, {"trained_loss": 1.2, "loop_loss": 0.9}),
+        ({"trained_loss": 0.5, "loop_loss": 0.5}, {"trained_loss": 1.0, "loop_loss": 0.9}),
+    ),
+    "loss-not-of-answers": (
+        "error",
+        ({}, {"loop_loss": 0.2, "trained_loss": 1.0}),
+        ({}, {"loop_loss": 0.4, "trained_loss": 1.0}),
+    ),
+    "memorising": (
+        "error",
+        (
+            {"held_out_loss": 2.0, "trained_loss": 0.1},
+            {"held_out_loss": 2.1, "trained_loss": 0.1},
+        ),
+        # Once is not twice; a model that is tuned further than its loss is none of that.
+        (
+            {"held_out_loss": 1.2, "trained_loss": 0.1},
+            {"held_out_loss": 2.1, "trained_loss": 0.1},
+        ),
+    ),
+    "forgetting": ("warning", ({}, {"keep_loss": 2.2}), ({}, {"keep_loss": 2.0})),
+    "stop-not-learned": (
+        "error",
+        ({"stop_loss": 5.9, "stop_rate": 0.0}, {"stop_loss": 5.9, "stop_rate": 0.0}),
+        # Words are not learned yet.
+        (
+            {"stop_loss": 5.9, "stop_rate": 0.0, "trained_loss": 2.4, "loop_loss": 2.4},
+            {"stop_loss": 5.9, "stop_rate": 0.0, "trained_loss": 2.2, "loop_loss": 2.2},
+        ),
+    ),
+    "nothing-learned": (
+        "warning",
+        (
+            {"trained_loss": 2.999, "loop_loss": 3.0},
+            {"trained_loss": 2.998, "loop_loss": 3.0},
+        ),
+        (
+            {"trained_loss": 2.98, "loop_loss": 3.0},
+            {"trained_loss": 2.9, "loop_loss": 3.0},
+        ),
+    ),
+    "stops-lost": ("error", ({"stop_rate": 0.2}, {"stop_rate": 0.1}), ({"stop_rate": 0.1}, {})),
+    "replies-repeat": (
+        "error",
+        ({"repetition": 1.0}, {"repetition": 0.9}),
+        ({"repetition": 0.9}, {"repetition": 0.4}),
+    ),
+    "role-leak": ("error", ({}, {"role_leak": 0.9}), ({}, {"role_leak": 0.8})),
+    "thinking-open": (
+        "warning",
+        ({"open_thinking": 0.5}, {"open_thinking": 0.6}),
+        ({"open_thinking": 0.4}, {"open_thinking": 0.9}),
+    ),
+    "replies-empty": ("error", ({"empty": 1.0}, {"empty": 1.0}), ({"empty": 1.0}, {})),
+    "replies-copy": ("error", ({"copied": 1.0}, {"copied": 1.0}), ({}, {"copied": 1.0})),
+    "replies-switch-script": (
+        "error",
+        ({"other_language": 1.0}, {"other_language": 1.0}),
+        ({}, {"other_language": 1.0}),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", SIGNS)
+def test_each_sign_and_its_near_miss(code: str) -> None:
+    level, bad, near = SIGNS[code]
+    if code == "nothing-learned":
+        history = [START, _after(10, trained_loss=3.001, loop_loss=3.0, stop_loss=6.0)]
+    else:
+        history = list(WELL)
+    given = {"stop_loss": 6.0} if code == "nothing-learned" else {}
+    whole = [_after(30 + at, **(given | change)) for at, change in enumerate(bad)]
+    found = judge([*history, *whole])
+    assert code in {f.code for f in found if f.level == level}, found
+    assert all(f.what and f.why and f.fix for f in found)
+    whole = [_after(30 + at, **(given | change)) for at, change in enumerate(near)]
+    assert code not in {f.code for f in judge([*history, *whole])}
+
+
+def test_nothing_is_said_of_a_run_that_is_well_nor_of_its_start() -> None:
+    assert judge([]) == judge([START]) == judge(WELL) == []
+    bare = [Vitals(step=step, trained_loss=1.0 - step / 100) for step in (0, 10, 20, 30)]
+    assert judge(bare) == []
+
+
+# ------------------------------------------------------------------------------------ a run
+
+
+def _train(tmp_path: Path, name: str, *more: Any, count: int = 120, rate: str = "3") -> Any:
+    model = tmp_path / "model"
+    if not model.is_dir():
+        write_model(model)
+    rows = write_rows(tmp_path / "rows.jsonl", sums(count))
+    return command(
+        *("train", model, rows, "-o", tmp_path / name, "--max-steps", 20, "--batch-size", 8),
+        *("--learning-rate", rate, "--any-learning-rate", "--eval-steps", 4, "--save-steps", 4),
+        *("--no-check", *more),
+    )
+
+
+def _probes(run: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(run / "metrics.jsonl") if line.get("probe")]
+
+
+def test_a_run_that_falls_apart_is_stopped_and_can_go_on(tmp_path: Path) -> None:
+    shown = _train(tmp_path, "run")
+    assert shown.code == 1, shown.err
+    run = tmp_path / "run"
+    found = [line for line in lines(run / "findings.jsonl") if line["level"] == "error"]
+    assert found
+    assert found[-1]["code"] in shown.err
+    assert not (run / "manifest.json").exists()
+    assert _probes(run)[0]["step"] == 0
+    samples = lines(run / "samples.jsonl")
+    assert {"step", "where", "messages", "answer", "stopped", "expected"} <= samples[0].keys()
+
+
+def test_with_continue_the_same_run_goes_on_and_says_so(tmp_path: Path) -> None:
+    shown = _train(tmp_path, "run", "--on-collapse", "continue")
+    assert shown.code == 0, shown.err
+    found = lines(tmp_path / "run" / "findings.jsonl")
+    assert {line["level"] for line in found} <= {"warning", "note"}
+    assert any("learning rate" in line["why"] for line in found if line["level"] == "warning")
+
+
+def test_a_run_goes_back_once_with_half_the_rate(tmp_path: Path) -> None:
+    shown = _train(tmp_path, "run", "--on-collapse", "rewind")
+    run = tmp_path / "run"
+    back = json.loads((run / "rewound.json").read_text(encoding="utf-8"))
+    assert back["learning_rate"] == 1.5
+    codes = [line["code"] for line in lines(run / "findings.jsonl")]
+    assert codes.count("rewound") == 1
+    # Half of such a rate is still too high: it does not go back twice.
+    assert shown.code == 1
+    rates = [v["learning_rate"] for v in lines(run / "metrics.jsonl") if "learning_rate" in v]
+    assert max(rates) <= 1.5
+
+
+def test_a_gentle_run_raises_nothing_and_keeps_its_numbers_when_it_is_resumed(
+    tmp_path: Path,
+) -> None:
+    whole = _train(tmp_path, "whole", "--on-collapse", "rewind", rate="1e-3")
+    assert whole.code == 0, whole.err
+    found = lines(tmp_path / "whole" / "findings.jsonl")
+    assert not [line for line in found if line["code"] in SIGNS]
+    assert not (tmp_path / "whole" / "rewound.json").exists()
+    probes = _probes(tmp_path / "whole")
+    assert [line["step"] for line in probes] == [0, 4, 8, 12, 16, 20]
+    assert all(line["prompts"] == 8 for line in probes)
+    assert "keep_loss" in probes[0]
+    assert probes[-1]["trained_loss"] < probes[0]["trained_loss"]
+
+
+def test_text_to_keep_is_watched_and_a_broken_one_is_told(tmp_path: Path) -> None:
+    text = tmp_path / "prose.txt"
+    text.write_text("The river runs through the town. " * 30, encoding="utf-8")
+    shown = _train(tmp_path, "kept", "--keep-text", text, rate="1e-3")
+    assert shown.code == 0, shown.err
+    kept = json.loads((tmp_path / "kept" / "keep_text.json").read_text(encoding="utf-8"))
+    assert kept["source"] == str(text)
+    assert sum(map(len, kept["ids"])) > 256
+    text.write_bytes(b"")
+    shown = _train(tmp_path, "broken", "--keep-text", text, rate="1e-3")
+    assert shown.code == 0, shown.err
+    assert "keep-text-unreadable" in (tmp_path / "broken" / "findings.jsonl").read_text("utf-8")
+    assert "keep_loss" not in _probes(tmp_path / "broken")[0]
+    missing = _train(tmp_path, "missing", "--keep-text", tmp_path / "no.txt", rate="1e-3")
+    assert missing.code == 2
+    assert not (tmp_path / "missing").exists()
