@@ -19,7 +19,7 @@ from truetune.behaviour.replies import Thinking
 from truetune.cli.eval_screen import require_writable
 from truetune.data.load import load
 from truetune.errors import OutputExists
-from truetune.evaluation.interval import Bootstrap, interval, unanimous
+from truetune.evaluation.interval import Bootstrap, interval, score, score_difference
 from truetune.evaluation.match import Match, has_math_verify
 from truetune.evaluation.questions import questions_of
 from truetune.evaluation.read_answer import holds, json_value, last_number
@@ -174,13 +174,46 @@ def test_intervals_follow_from_the_seed() -> None:
     assert interval(torch.tensor([float("nan")])) is None
 
 
-def test_rows_that_all_agree_have_an_exact_interval() -> None:
-    assert unanimous(1.0, 100).low == pytest.approx(0.9638, abs=1e-4)
+def test_shares_have_score_intervals() -> None:
+    # Newcombe 1998 (Statistics in Medicine 17, 857-872, table I), method 3.
+    for yes, number, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                   (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):  # fmt: skip
+        found = score(yes, number)
+        assert (found.low, found.high) == (
+            pytest.approx(low, abs=1e-4),
+            pytest.approx(high, abs=1e-4),
+        )
+    # One row in forty wrong leaves room on both sides, which resampled rows do not show.
+    one_wrong = score(39, 40)
+    assert 0.86 < one_wrong.low < 0.88
+    assert 0.99 < one_wrong.high < 1.0
     ((values, _),) = values_of([rows_of([False] * 10)], measures_of("exact", 1), 0)
     told = values["match"].interval
     assert told is not None
     assert (values["match"].value, told.low) == (0.0, 0.0)
-    assert told.high == pytest.approx(0.308, abs=1e-3)
+    assert told.high == pytest.approx(0.2775, abs=1e-4)
+
+
+def test_differences_of_shares_have_score_intervals() -> None:
+    # Newcombe 1998 (Statistics in Medicine 17, 2635-2650, table II), method 10.
+    for counts, low, high in (
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((36, 14, 0, 0), 0.1528, 0.4167),
+    ):
+        found = score_difference(*counts)
+        assert found.low == pytest.approx(low, abs=1e-4)
+        assert found.high == pytest.approx(high, abs=1e-4)
+    same = score_difference(53, 0, 0, 1)
+    assert same.low == -same.high < 0
+    # All against none: the difference is 100 %, and a hundred rows do not show more than 94.
+    whole = score_difference(0, 100, 0, 0)
+    assert 0.93 < whole.low < 0.96
+    assert whole.high == 1.0
+    told = values_of([rows_of([False] * 40), rows_of([True] * 40)], measures_of("exact", 1), 0)
+    apart = told[1][1]["match"]
+    assert apart.word == "better"
+    assert apart.interval is not None
+    assert apart.interval.low < 0.9
 
 
 def test_quantiles_of_resampled_rows_are_those_of_their_values() -> None:

@@ -1,12 +1,15 @@
-"""Bootstrap intervals over rows, paired: every model and measure sees the same resampled rows.
+"""Intervals over rows, paired: every model is asked the same rows.
 
 input   one column of numbers per measure, one number a row
-does    draws rows with replacement, a fixed number of times from a fixed seed
-output  what each measure is on each of the drawn sets, and the middle 95 % of that
+does    of shares of yes and no: score intervals, which hold near 0 and 100 % and with few rows; of
+        all else: draws rows with replacement, a fixed number of times from a fixed seed, the same
+        sets for every model and measure
+output  95 % intervals
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,8 +91,46 @@ def interval(drawn: torch.Tensor) -> Interval | None:
     return Interval(low, high)
 
 
-def unanimous(value: float, num_rows: int) -> Interval:
-    """The exact interval of a share of 0 or 1, where every resampled set is the same: rows that are
-    all alike do not show that all rows are."""
-    reach = 1 - 0.025 ** (1 / num_rows)
-    return Interval(1 - reach, 1.0) if value else Interval(0.0, reach)
+# Of the normal distribution, 95 % lie within so many standard deviations.
+_Z = 1.959964
+
+
+def score(yes: int, number: int) -> Interval:
+    """The interval of a share (Wilson 1927).
+
+    Args:
+        number: at least 1.
+    """
+    share, z2 = yes / number, _Z * _Z
+    middle = share + z2 / (2 * number)
+    reach = _Z * math.sqrt(share * (1 - share) / number + z2 / (4 * number * number))
+    scale = 1 + z2 / number
+    # Rounding leaves the ends beside 0 and 1 where they are just these.
+    low = 0.0 if not yes else (middle - reach) / scale
+    high = 1.0 if yes == number else (middle + reach) / scale
+    return Interval(low, high)
+
+
+def score_difference(both: int, one: int, other: int, neither: int) -> Interval:
+    """The interval of the difference of two shares of the same rows, one less the other (Newcombe
+    1998, Statistics in Medicine 17, 2635-2650, method 10).
+
+    Args:
+        both, one, other, neither: rows on which both say yes, only the one, only the other, none.
+    """
+    number = both + one + other + neither
+    first, second = (both + one) / number, (both + other) / number
+    a, b = score(both + one, number), score(both + other, number)
+    product = (both + one) * (other + neither) * (both + other) * (one + neither)
+    phi = 0.0
+    if product:
+        above = both * neither - one * other
+        if above > 0:
+            above = max(above - number / 2, 0)
+        phi = above / math.sqrt(product)
+    down_a, up_a = first - a.low, a.high - first
+    down_b, up_b = second - b.low, b.high - second
+    low = math.sqrt(max(down_a**2 - 2 * phi * down_a * up_b + up_b**2, 0.0))
+    high = math.sqrt(max(up_a**2 - 2 * phi * up_a * down_b + down_b**2, 0.0))
+    difference = first - second
+    return Interval(difference - low, difference + high)

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from truetune.evaluation.interval import FEWEST_DIFFERENT, Bootstrap, Interval, interval, unanimous
+from truetune.evaluation.interval import (
+    FEWEST_DIFFERENT,
+    Bootstrap,
+    Interval,
+    interval,
+    score,
+    score_difference,
+)
 from truetune.evaluation.questions import LeftOut
 from truetune.findings import Finding
 
@@ -222,10 +229,31 @@ class _Sheet:
             value, of = self._whole(measure.name)
             if value is not None:
                 around = interval(self.drawn[measure.name])
-                if measure.percent and value in (0.0, 1.0):
-                    around = unanimous(value, of)
+                if self._is_yes_or_no(measure):
+                    around = score(int(self.columns[measure.name][:, 0].sum()), of)
                 found[measure.name] = Value(value, around, of)
         return found
+
+    def _is_yes_or_no(self, measure: Measure) -> bool:
+        """Whether each row says yes, no, or nothing."""
+        if not measure.percent:
+            return False
+        above, below = self.columns[measure.name].unbind(1)
+        ones = ((below == 0) | (below == 1)) & ((above == 0) | (above == 1))
+        return bool(ones.all()) and bool(below.any())
+
+    def _apart(self, first: _Sheet, measure: Measure) -> Interval | None:
+        """The interval of the difference to the first model."""
+        name = measure.name
+        same = name not in _LENGTHS and bool(
+            (self.columns[name][:, 1] == first.columns[name][:, 1]).all()
+        )
+        if not (same and self._is_yes_or_no(measure) and first._is_yes_or_no(measure)):
+            return interval(self.drawn[name] - first.drawn[name])
+        asked = self.columns[name][:, 1] > 0
+        mine, theirs = self.columns[name][asked, 0] > 0, first.columns[name][asked, 0] > 0
+        counts = (mine & theirs, mine & ~theirs, ~mine & theirs, ~mine & ~theirs)
+        return score_difference(*(int(each.sum()) for each in counts))
 
     def _whole(self, name: str) -> tuple[float | None, int]:
         """A measure over all rows, and the rows that have it."""
@@ -248,10 +276,8 @@ class _Sheet:
                 # Nats a token of one cut into tokens say nothing of those of another.
                 found[name] = Difference("not comparable")
                 continue
-            drawn = self.drawn[name] - first.drawn[name]
-            found[name] = _told(
-                measure, mine - theirs, interval(drawn), self._num_different(first, name)
-            )
+            apart = self._apart(first, measure)
+            found[name] = _told(measure, mine - theirs, apart, self._num_different(first, name))
         return found
 
     def _same_tokens(self, first: _Sheet) -> bool:
