@@ -193,7 +193,7 @@ def test_a_spike_names_the_rows_that_stood_in_two() -> None:
     assert not any(quiet)
     first = probe(_facts(30, 9.0, rows=(7, 55)))
     assert first
-    assert first.level == "note"
+    assert (first.code, first.level) == ("loss-spike", "note")
     assert first.rows == ("7", "55")
     second = probe(_facts(31, 9.0, rows=(3, 55)))
     assert second

@@ -10,18 +10,33 @@ import pytest
 from bench.sabotage.cases import CASES as SABOTAGE
 from scripts.findings_page import finding_codes, findings_page, sites
 
+from test_behaviour import SIGNS
 from test_check import CASES as RUN_CASES
 from test_check_checkpoint import ADAPTERS, MODELS
 from test_check_data import CASES as DATA_CASES
 from test_check_labels import CASES as LABEL_CASES
 from test_check_quality import CASES as QUALITY_CASES
 
-ROOMS = ("checks/", "auditing/", "run/checkup.py", "run/smoke_test.py")
+ROOMS = ("checks/", "auditing/", "behaviour/", "run/checkup.py", "run/smoke_test.py")
 # (what brings it about, what nearly does), where a table would not do: tests by file and name.
 LABELS, AUDIT = "test_check_labels.py", "test_audit_findings.py"
 REHEARSAL, SOUND = "test_check_rehearse.py", "test_a_sound_run_rehearses_in_silence"
+STEPS, HEALTH = "test_behaviour.py", "test_health_callback.py"
 RENDERER, SOFT = "test_one_renderer.py", "test_soft_prompts.py"
 ELSEWHERE: dict[str, tuple[str, str, str]] = {
+    "non-finite": (
+        *("test_engine_trainer.py", "test_a_non_finite_loss_stops_before_the_optimizer"),
+        "test_the_non_finite_probe_takes_finite_numbers",
+    ),
+    "no-gradient": (
+        STEPS,
+        *["test_a_gradient_of_zero_stops_and_a_row_without_targets_does_not"] * 2,
+    ),
+    "loss-diverged": (STEPS, *["test_divergence_is_a_window_above_its_start_or_its_best"] * 2),
+    "loss-spike": (STEPS, *["test_a_spike_names_the_rows_that_stood_in_two"] * 2),
+    "health-sharded": (HEALTH, *["test_sharded_weights_are_told"] * 2),
+    "probe-failed": (HEALTH, *["test_a_probe_that_fails_is_told_and_training_goes_on"] * 2),
+    "no-prompts": (HEALTH, *["test_a_run_without_prompts_is_told"] * 2),
     "history-not-served": (
         *(LABELS, "test_history_that_no_server_sends"),
         "test_a_template_that_keeps_reasoning_is_none_of_that",
@@ -98,7 +113,7 @@ def test_every_code_has_its_fixture_and_its_near_miss() -> None:
     assert all(bad and good for bad, good in tables.values())
     # A case of the suite has a twin; a sound model and a sound adapter raise nothing.
     named = {code for case in SABOTAGE for code in case.codes}
-    shown = {*tables, *MODELS, *ADAPTERS, *named, *ELSEWHERE}
+    shown = {*tables, *SIGNS, *MODELS, *ADAPTERS, *named, *ELSEWHERE}
     assert found - shown == set()
     assert set(ELSEWHERE) <= found
 

@@ -31,6 +31,7 @@ from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.contract.example import SFTExample
 from truetune.contract.stops import listed_stop_ids
+from truetune.data.conversation import Conversation
 from truetune.data.load import load
 from truetune.errors import TruetuneError, UsageError
 from truetune.findings import Finding, visible
@@ -100,10 +101,12 @@ class HealthCallback(TrainerCallback):
             return
         if _is_sharded(args):
             self._found(
-                _note(
+                Finding(
                     "health-sharded",
+                    "note",
                     "the weights are sharded over processes: replies and losses are not measured, "
                     "only the numbers that the trainer logs",
+                    fix="`truetune eval` asks the saved model",
                 )
             )
             self._watch = Watch(Prober(self._contract(given), [], []))
@@ -156,10 +159,12 @@ class HealthCallback(TrainerCallback):
                 )
         except Exception as error:  # whatever a model raises that answers: training goes on
             self._found(
-                _note(
+                Finding(
                     "probe-failed",
-                    f"the vital signs could not be taken at step {step:,}: "
-                    f"{type(error).__name__}: {error}",
+                    "warning",
+                    f"the vital signs could not be taken at step {step:,}: {error}",
+                    why=f"{type(error).__name__} while the model answered fixed prompts",
+                    fix="nothing to do for the training, which goes on",
                 )
             )
             return
@@ -214,10 +219,12 @@ class HealthCallback(TrainerCallback):
             examples, questions = self._of_batches(contract, given.get("train_dataloader"))
         if not questions:
             self._found(
-                _note(
+                Finding(
                     "no-prompts",
+                    "note",
                     "no prompt could be told from an answer: replies are not measured",
-                    fix="truetune.HealthCallback(data=ROWS) asks prompts as they are served",
+                    why="every token is a target, or nothing stands before the first one",
+                    fix="truetune.HealthCallback(ROWS) asks prompts as they are served",
                 )
             )
         rows = args.train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
@@ -232,9 +239,12 @@ class HealthCallback(TrainerCallback):
     ) -> tuple[PromptContract, list[SFTExample], list[Asked]]:
         """The contract that fits the rows, and examples and prompts as they are served."""
         if isinstance(self.data, (str, Path)):
-            chats: Sequence[Any] = [c for c in load(self.data).conversations if c.messages]
+            chats = [c for c in load(self.data).conversations if c.messages]
         else:
-            chats = list(self.data or ())
+            chats = [
+                Conversation(tuple(dict(message) for message in chat), f"data[{at}]")
+                for at, chat in enumerate(self.data or ())
+            ]
         contract = contract.fit(chats)
         chosen = [chats[at] for at in spread(len(chats), _ROWS)]
         examples = [
@@ -305,7 +315,3 @@ def _documents(row: ReadRow) -> Iterator[SFTExample]:
 
 def _is_sharded(args: Any) -> bool:
     return bool(getattr(args, "fsdp", None)) or bool(getattr(args, "deepspeed", None))
-
-
-def _note(code: str, what: str, fix: str = "") -> Finding:
-    return Finding(code, "note", what, fix=fix or "nothing to do for the training, which goes on")

@@ -101,7 +101,8 @@ def ask(
     """The last answer of an example as a question: what stands before it is the served prompt.
 
     Returns:
-        None where nothing is supervised, or nothing stands before it.
+        None where nothing is supervised, or no prompt stands before it: a single token (one that
+        begins every text) is none.
     """
     ends = [at for at, on in enumerate(example.mask) if on]
     if not ends:
@@ -109,7 +110,7 @@ def ask(
     last = first = ends[-1]
     while first > 0 and example.mask[first - 1]:
         first -= 1
-    if first == 0:
+    if first <= 1:
         return None
     stops = set(contract.stop_ids)
     span = example.ids[first : last + 1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from truetune.findings import Finding, Level
@@ -269,43 +269,69 @@ _SOME, _SOME_MORE = 0.5, 0.375
 _MOST, _MOST_MORE = 0.75, 0.6
 _ALL = 0.875
 
+_LOOK = "samples.jsonl has the replies; look at the rows that were trained"
+# A sign, and what is said of the replies that show it.
 _BAD_REPLIES = (
     (
-        "replies-repeat",
         "repetition",
-        "go round in a circle",
-        "the model collapses into its likeliest words: a learning rate that is too high, or "
-        "answers that repeat themselves",
+        Finding(
+            "replies-repeat",
+            "error",
+            "go round in a circle",
+            why="the model collapses into its likeliest words: a learning rate that is too high, "
+            "or answers that repeat themselves",
+            fix=_LOOK,
+        ),
     ),
     (
-        "role-leak",
         "role_leak",
-        "go on with the user's next turn",
-        "the rows' answers hold the text of a next turn, or the stop token is not learned",
+        Finding(
+            "role-leak",
+            "error",
+            "go on with the user's next turn",
+            why="the rows' answers hold the text of a next turn, or the stop token is not learned",
+            fix=_LOOK,
+        ),
     ),
     (
-        "thinking-open",
         "open_thinking",
-        "do not end their thinking",
-        "rows whose thinking is cut off, or a closing marker that is not trained",
+        Finding(
+            "thinking-open",
+            "error",
+            "do not end their thinking",
+            why="rows whose thinking is cut off, or a closing marker that is not trained",
+            fix=_LOOK,
+        ),
     ),
     (
-        "replies-empty",
         "empty",
-        "are empty",
-        "the stop token is all that is learned: padding is a target, or answers are empty",
+        Finding(
+            "replies-empty",
+            "error",
+            "are empty",
+            why="the stop token is all that is learned: padding is a target, or answers are empty",
+            fix=_LOOK,
+        ),
     ),
     (
-        "replies-copy",
         "copied",
-        "say the prompt again",
-        "the prompt is a target, or answers repeat their questions",
+        Finding(
+            "replies-copy",
+            "error",
+            "say the prompt again",
+            why="the prompt is a target, or answers repeat their questions",
+            fix=_LOOK,
+        ),
     ),
     (
-        "replies-switch-script",
         "other_language",
-        "are written in letters of neither prompt nor answer",
-        "rows in other languages, or a model that falls apart",
+        Finding(
+            "replies-switch-script",
+            "error",
+            "are written in letters of neither prompt nor answer",
+            why="rows in other languages, or a model that falls apart",
+            fix=_LOOK,
+        ),
     ),
 )
 
@@ -313,7 +339,7 @@ _BAD_REPLIES = (
 def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
     if history[-1].prompts < _FEWEST_PROMPTS:
         return
-    for code, name, what, why in _BAD_REPLIES:
+    for name, said in _BAD_REPLIES:
         found = _numbers(history, name)
         if len(found) < 3:
             continue
@@ -328,13 +354,11 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
         if now >= _MOST and now >= best + _MOST_MORE:
             level = "error"
         if level:
-            yield Finding(
-                code,
-                level,
-                f"{found[-1]:.0%} of the replies to {history[-1].prompts} fixed prompts {what} at "
-                f"{_at(history)}; it was {best:.0%}",
-                why=why,
-                fix="samples.jsonl has the replies; look at the rows that were trained",
+            yield replace(
+                said,
+                level=level,
+                what=f"{found[-1]:.0%} of the replies to {history[-1].prompts} fixed prompts "
+                f"{said.what} at {_at(history)}; it was {best:.0%}",
             )
 
 

@@ -124,9 +124,9 @@ def score_difference(both: int, one: int, other: int, neither: int) -> Interval:
     product = (both + one) * (other + neither) * (both + other) * (one + neither)
     phi = 0.0
     if product:
-        above = both * neither - one * other
+        above = float(both * neither - one * other)
         if above > 0:
-            above = max(above - number / 2, 0)
+            above = max(above - number / 2, 0.0)
         phi = above / math.sqrt(product)
     down_a, up_a = first - a.low, a.high - first
     down_b, up_b = second - b.low, b.high - second
