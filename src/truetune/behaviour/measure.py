@@ -26,10 +26,11 @@ from truetune.model.load import LoadedModel
 # Prompts asked each time, and the most new tokens of a reply.
 PROMPTS, REPLY_TOKENS = 8, 96
 # Trained examples whose loss is read each time, of so many tokens together at most.
-_EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
+EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
 _PIECES, _PIECE_TOKENS = 16, 64
+KEEP_TOKENS = _PIECES * _PIECE_TOKENS
 _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
 
 
@@ -142,7 +143,7 @@ def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
     """Some examples, spread over all; as many as their length allows, one at least."""
     chosen: list[SFTExample] = []
     tokens = 0
-    for at in spread(len(examples), _EXAMPLES):
+    for at in spread(len(examples), EXAMPLES):
         example = examples[at]
         tokens += len(example.ids)
         if chosen and tokens > _EXAMPLE_TOKENS:

@@ -371,6 +371,9 @@ class Job:
             Collapsed: they say so, and the run is not to go on.
         """
         self.last_eval = loss
+        self._write_eval(step, loss)
+        if not self.signs.due(step):
+            return
         findings = self.group.gather(self._take_signs(step, loss))[0]
         if not any(finding.level != "note" for finding in findings):
             self.healthy_step = step
@@ -379,11 +382,13 @@ class Job:
         if worst and self.plan.on_collapse != "continue":
             raise Collapsed(worst.what, why=worst.why, fix=worst.fix, code=worst.code)
 
-    def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
-        """What the vital signs say; of the process that writes."""
+    def _write_eval(self, step: int, loss: float | None) -> None:
         if loss is not None:
             self._write_metrics({"step": step, "eval_loss": loss}, step)
             self.listener.evaluated(step, loss)
+
+    def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
+        """What the vital signs say; of the process that writes."""
         try:
             measured = self.signs.measure(self.loaded, step)
         except Exception as error:  # whatever a model's generation raises: training goes on

@@ -8,12 +8,16 @@ output  Findings of the last measuring, judged beside all before it
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from typing import Any
 
 from truetune.behaviour.measure import (
+    EXAMPLES,
+    KEEP_TOKENS,
     PROMPTS,
+    REPLY_TOKENS,
     Measured,
     Prober,
     own_samples,
@@ -21,10 +25,11 @@ from truetune.behaviour.measure import (
     text_pieces,
     whole,
 )
-from truetune.behaviour.replies import Asked, ask
+from truetune.behaviour.replies import MORE, ROOM, Asked, ask
 from truetune.behaviour.vitals import Vitals, judge
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
+from truetune.contract.example import SFTExample
 from truetune.data.load import load
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
@@ -35,6 +40,11 @@ from truetune.run_dir import KEEP_TEXT, RunDir, write_json
 METRICS = "metrics.jsonl"
 # Room that a prompt leaves in the context for its reply, and the longest that is asked.
 _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
+
+
+# What vital signs may cost of a run. In tokens that go forward: a trained one counts three, a step
+# of a reply (eight prompts at once) as many as a small model on a CPU computes in that time.
+_SHARE, _PASSES, _STEP = 0.03, 3, 120
 
 
 class VitalSigns:
@@ -63,6 +73,32 @@ class VitalSigns:
     def history(self) -> list[Vitals]:
         """All that were taken."""
         return [Vitals.of_line(v) for v in self.run.lines(METRICS) if v.get("probe")]
+
+    def due(self, step: int) -> bool:
+        """Whether they are taken at the evaluation of a step: before the first, after the last, and
+        at as many between as cost little beside the training."""
+        plan = self.prepared.plan
+        if not step or step >= plan.max_steps:
+            return True
+        return step // plan.eval_steps % self.evaluations_apart == 0
+
+    @functools.cached_property
+    def evaluations_apart(self) -> int:
+        """Every which evaluation takes them: from the tokens of the run alone, so that a resumed
+        run does as one that was never stopped."""
+        plan, examples = self.prepared.plan, self.prepared.examples
+        lengths = [len(example.ids) for example in examples]
+        mean = sum(lengths) / max(len(lengths), 1)
+        per_step = plan.tokens_per_step or (plan.batch_size or 1) * mean
+        trained = _PASSES * plan.max_steps * per_step
+        replies = max((min(_room(e), REPLY_TOKENS) for e in examples), default=0)
+        once = 2 * EXAMPLES * mean + KEEP_TOKENS + (0 if self.prepared.is_text else replies * _STEP)
+        evaluations = max(plan.max_steps // plan.eval_steps, 1)
+        for apart in range(1, evaluations):
+            if (evaluations / apart + 1) * once <= _SHARE * trained:
+                return apart
+        # Twice on the way, whatever it costs.
+        return max(evaluations // 3, 1)
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
         """Take them; the prompts are chosen when it is done first, before the first step or when
@@ -161,3 +197,8 @@ class VitalSigns:
         if not pieces:
             raise ValueError("it holds no text")
         return pieces
+
+
+def _room(example: SFTExample) -> int:
+    """New tokens that a reply to an example's prompt is given."""
+    return ROOM * example.num_supervised + MORE

@@ -29,6 +29,9 @@ class Follower(Job):
         if self.is_saved_after(facts.step):
             self.save_checkpoint()
 
+    def _write_eval(self, step: int, loss: float | None) -> None:
+        pass
+
     def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
         return []
 
