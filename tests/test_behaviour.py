@@ -340,8 +340,14 @@ def test_a_run_that_falls_apart_is_stopped_and_can_go_on(tmp_path: Path) -> None
     assert found[-1]["code"] in shown.err
     assert not (run / "manifest.json").exists()
     assert _probes(run)[0]["step"] == 0
+    assert "--on-collapse continue" in shown.err
     samples = lines(run / "samples.jsonl")
     assert {"step", "where", "messages", "answer", "stopped", "expected"} <= samples[0].keys()
+    again = command("train", "--resume", run, "--on-collapse", "continue")
+    assert again.code == 0, again.err
+    assert (run / "manifest.json").exists()
+    refused = command("train", "--resume", run, "--learning-rate", "1e-3")
+    assert "no other setting than --on-collapse" in refused.err
 
 
 def test_with_continue_the_same_run_goes_on_and_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ NAMES = [
     "ChatTemplate",
     "Encoded",
     "Finding",
+    "HealthCallback",
     "PromptContract",
     "SFTExample",
     "SFTTrainer",

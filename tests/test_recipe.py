@@ -74,6 +74,8 @@ VALUES: dict[str, tuple[Any, str]] = {
     "save_steps": (6, "6"),
     "save_total_limit": (3, "3"),
     "logging_steps": (2, "2"),
+    "keep_text": ("prose.txt", "prose.txt"),
+    "on_collapse": ("rewind", "rewind"),
     "report_to": (["tensorboard", "wandb"], "tensorboard,wandb"),
     "output": ("runs/x", "runs/x"),
     "overwrite": (True, "true"),

@@ -13,6 +13,8 @@ from truetune.recipe.settings import Recipe
 from truetune.recipe.sources import make_recipe, read_recipe, recorded_recipe
 
 Pathlike = str | os.PathLike[str]
+# What may be decided anew when a run is resumed: it changes no number of the steps to come.
+_WHEN_RESUMED = {"on_collapse"}
 
 
 def recipe_of(
@@ -43,7 +45,8 @@ def recipe_of(
     given = {n: os.fspath(v) if isinstance(v, os.PathLike) else v for n, v in given.items()}
     first, second = (None if v is None else path_of(v) for v in (source, rows))
     if resume is not None:
-        return _resumed_recipe(str(resume), bool(first or second or given))
+        has_more = bool(first or second or given.keys() - _WHEN_RESUMED)
+        return _resumed_recipe(str(resume), has_more, (origin, given))
     file = first if first and first.lower().endswith((".yaml", ".yml")) else None
     if file and second:
         raise UsageError(
@@ -78,14 +81,16 @@ def path_of(value: Any) -> str:
     return os.fspath(value)
 
 
-def _resumed_recipe(resume: str, has_settings: bool) -> Recipe:
+def _resumed_recipe(
+    resume: str, has_settings: bool, given: tuple[str, Mapping[str, Any]]
+) -> Recipe:
     from truetune.run_dir import RECIPE, RunDir
 
     if has_settings:
         raise UsageError(
-            "--resume takes no other setting",
+            "--resume takes no other setting than --on-collapse",
             why="a resumed run goes on with the settings it was started with",
             fix=f"truetune train --resume {shlex.quote(resume)}",
             code="resume-with-settings",
         )
-    return recorded_recipe(RunDir.open(resume).file(RECIPE))
+    return recorded_recipe(RunDir.open(resume).file(RECIPE), given)

@@ -30,14 +30,18 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return {name: value for name, value, _ in _set_values(path)}
 
 
-def recorded_recipe(path: Path) -> Recipe:
+def recorded_recipe(path: Path, *more: tuple[Origin, Mapping[str, Any]]) -> Recipe:
     """The recipe of a run, every value with the origin it had when the run was started.
+
+    Args:
+        more: what a resumed run is given in place of that.
 
     Raises:
         InputError, RecipeError: it was damaged or edited.
     """
     return make_recipe(
-        *((origin or str(path), {name: value}) for name, value, origin in _set_values(path))
+        *((origin or str(path), {name: value}) for name, value, origin in _set_values(path)),
+        *more,
     )
 
 

@@ -226,6 +226,10 @@ class Job:
         except Collapsed as error:
             self.run.append("findings.jsonl", error.finding.as_dict())
             error.where = error.where or str(self.run.path)
+            path = shlex.quote(str(self.run.path))
+            error.fix += (
+                f"; to go on all the same: `truetune train --resume {path} --on-collapse continue`"
+            )
             raise
         except OutOfMemory as error:
             error.where = ", ".join(self.prepared.rows[row] for row in error.rows)
