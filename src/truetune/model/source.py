@@ -8,7 +8,6 @@ output  ModelFiles: everything after this reads plain files in one folder
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from truetune.data.read import READERS, extension
 from truetune.errors import ModelError
+from truetune.findings import near
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -112,7 +112,7 @@ def _did_you_mean(path: Path) -> str:
     if not parent.is_dir():
         return ""
     folders = [item.name for item in parent.iterdir() if item.is_dir()]
-    close = difflib.get_close_matches(path.name, folders, n=1)
+    close = near(path.name, folders)
     return f"did you mean {parent / close[0]}?" if close else ""
 
 
