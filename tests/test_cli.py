@@ -343,6 +343,7 @@ def test_a_pipe_that_is_closed_early(place: Path) -> None:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12345 bytes"),
         RuntimeError("can't start new thread"),
         OSError(12, "Cannot allocate memory"),
+        SystemError("error return without exception set"),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:30],
 )

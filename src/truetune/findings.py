@@ -170,6 +170,11 @@ def percent(part: float) -> str:
     return f"{value:g} %"
 
 
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
 def visible(text: str, *, keep_newlines: bool = True) -> str:
     """Foreign text for a terminal or a page: control, format and direction characters as escapes;
     line breaks and tabs stay on demand."""

@@ -24,7 +24,8 @@ class Verb(typer.core.TyperCommand):
         except typer.TyperException as error:
             # click finds every word with a few letters in common alike.
             if getattr(error, "possibilities", None):
-                shown: list[Any] = [p for p in self.get_params(ctx) if not p.hidden]
+                everything: list[Any] = self.get_params(ctx)
+                shown = [p for p in everything if not p.hidden]
                 there = [opt for p in shown for opt in p.opts if opt.startswith("--")]
                 error.possibilities = near(error.option_name, there)  # type: ignore[attr-defined]
             raise
