@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,21 @@ def test_a_run_too_short_is_told_on_the_screen_and_in_the_run(tmp_path: Path) ->
 
 
 def shop(count: int) -> list[dict[str, str]]:
-    """Questions of a shop's own file: nothing of the world that the embedded base has read of."""
+    """Questions of a shop's own file: nothing that the embedded base has read, or could guess."""
     things = ("lamp", "kettle", "bench", "ladder", "basket", "carpet", "mirror", "drawer")
     makers = [a + b for a in ("Al", "Bir", "Ced", "Dor", "El", "Fen") for b in ("der", "ton", "by")]
     colours = ("red", "green", "blue", "black", "white", "brown", "grey", "yellow")
-    asked = [
-        (f"What does the {maker} {thing} cost?", f"It costs {7 + 5 * i + j % 9} crowns.")
-        if (i + j) % 2
-        else (f"Which colour has the {maker} {thing}?", f"It is {colours[(3 * i + j) % 8]}.")
-        for i, maker in enumerate(makers)
-        for j, thing in enumerate(things)
-    ]
-    asked += [(f"Who makes number {i}?", f"{makers[i * 5 % 18]} does.") for i in range(200)]
+    draw = random.Random(0)
+    asked = []
+    for maker in makers:
+        for thing in things:
+            what = f"the {maker} {thing}"
+            asked += [
+                (f"What does {what} cost?", f"It costs {draw.randrange(5, 100)} crowns."),
+                (f"Which colour has {what}?", f"It is {draw.choice(colours)}."),
+                (f"How heavy is {what}?", f"It weighs {draw.randrange(5, 100)} pounds."),
+            ]
+    draw.shuffle(asked)
     return [{"prompt": prompt, "completion": answer} for prompt, answer in asked[:count]]
 
 

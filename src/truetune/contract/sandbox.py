@@ -75,7 +75,8 @@ class Worker:
                 self._answers.put(json.loads(data))
         except (OSError, ValueError):
             pass
-        self._answers.put(None)
+        finally:  # whatever ends this thread, nobody waits for more
+            self._answers.put(None)
 
     def send(self, request: dict[str, Any], texts: Sequence[str]) -> None:
         """Hand over a request, and the texts that its jobs name where they are others than those of
