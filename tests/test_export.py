@@ -300,7 +300,7 @@ def test_a_merge_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.M
 def test_another_adapter_is_told_apart_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An update that lacks a tenth differs by less than what any model may differ by, and by more
+    """An update that lacks 3 % differs by less than what any model may differ by, and by more
     than rounding costs this one; the adapter's own merge does not."""
     from safetensors.torch import load_file, save_file
 
@@ -310,7 +310,7 @@ def test_another_adapter_is_told_apart_in_bfloat16(
     assert export(str(tmp_path / "adapter"), tmp_path / "merged").verdict.passed
     shutil.copytree(tmp_path / "adapter", tmp_path / "other")
     path = tmp_path / "other/adapter_model.safetensors"
-    tensors = {n: t * 0.9 if "lora_B" in n else t for n, t in load_file(path).items()}
+    tensors = {n: t * 0.97 if "lora_B" in n else t for n, t in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     merge = module.merge_adapter
     monkeypatch.setattr(
