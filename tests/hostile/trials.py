@@ -579,10 +579,14 @@ def little_memory(trials: Trials, megabytes: int) -> str:
     shown = trials.process(trials.start(run), arm)
     if problem := problem_of(shown):
         return f"{problem} ({megabytes} MB)"
-    if shown.status < 0:
+    # A C++ library that finds no memory in a thread of its own ends the process uncaught.
+    aborted = shown.status == -signal.SIGABRT
+    if shown.status < 0 and not aborted:
         return f"{LOST}ended by {-shown.status} ({megabytes} MB)"
     said = trials.go_on(run)
-    return f"{said} ({megabytes} MB)" if said.startswith(LOST) else said
+    if said.startswith(LOST):
+        return f"{said} ({megabytes} MB)"
+    return f"ended by a library, {said}" if aborted else said
 
 
 def other_clock(trials: Trials, jump: float) -> str:
