@@ -87,6 +87,7 @@ def test_worst() -> None:
         ("--lerning-rate", ["--any-learning-rate", "--learning-rate"], ["--learning-rate"]),
         ("row.jsonl", ["data", "rows.jsonl"], ["rows.jsonl"]),
         ("rows", ["rows.jsonl"], ["rows.jsonl"]),
+        ("row.jsonl", ["rows100.jsonl"], ["rows100.jsonl"]),
         (".jsonll", [".json", ".jsonl"], [".jsonl", ".json"]),
         ("Epochs", ["epoch", "epochs"], ["epochs", "epoch"]),
         ("warmup", ["warmup_ratio", "warmup_steps"], ["warmup_ratio", "warmup_steps"]),

@@ -119,7 +119,7 @@ def near(word: str, there: Iterable[str], most: int = 1) -> list[str]:
     for place, name in enumerate(itertools.islice(there, _MOST_NAMES)):
         other = _letters(name)
         allowed = max(min(len(own), len(other)) // 3, 1)
-        if min(len(own), len(other)) >= 4 and (own.startswith(other) or other.startswith(own)):
+        if min(len(own), len(other)) >= 3 and (own.startswith(other) or other.startswith(own)):
             found.append((abs(len(own) - len(other)), place, name))
         elif (apart := _apart(own, other, allowed)) <= allowed and apart < len(own):
             found.append((apart, place, name))
