@@ -92,7 +92,7 @@ def test_a_run_is_complete(trained: tuple[RunDir, Shown, str]) -> None:
     assert {path.name for path in run.path.iterdir()} == {
         *("recipe.yaml", "contract.json", "data.json", "env.json", "metrics.jsonl"),
         *("findings.jsonl", "samples.jsonl", "checkpoints", artifact, "manifest.json"),
-        *("verify_rows.jsonl", "verify.json"),
+        *("verify_rows.jsonl", "verify.json", "keep_text.json"),
     }
     assert run.finished
     assert run.artifact() == run.path / artifact
@@ -111,8 +111,9 @@ def test_the_manifest_covers_all_and_is_written_last(trained: tuple[RunDir, Show
     written = run.file("manifest.json").stat().st_mtime_ns
     assert all(path.stat().st_mtime_ns <= written for path in files.values())
     assert manifest["steps"] == STEPS
-    assert manifest["train_loss"] == lines(run.file("metrics.jsonl"))[-2]["loss"]
-    assert manifest["eval_loss"] == lines(run.file("metrics.jsonl"))[-1]["eval_loss"]
+    step, evaluation, probe = lines(run.file("metrics.jsonl"))[-3:]
+    assert manifest["train_loss"] == step["loss"]
+    assert manifest["eval_loss"] == evaluation["eval_loss"] == probe["held_out_loss"]
 
 
 def test_metrics_have_every_fact_of_every_step(trained: tuple[RunDir, Shown, str]) -> None:
@@ -126,9 +127,10 @@ def test_metrics_have_every_fact_of_every_step(trained: tuple[RunDir, Shown, str
         assert all(math.isfinite(line[name]) for name in names)
         assert line["tokens"] > line["supervised_tokens"] > 0
         assert line["seconds"] > 0
-    assert [line["step"] for line in metrics if "eval_loss" in line] == [3, 6]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [0, 3, 6]
+    assert [line["step"] for line in metrics if line.get("probe")] == [0, 3, 6]
     # The order is that of time.
-    assert [line["step"] for line in metrics] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [line["step"] for line in metrics] == [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 6, 6]
 
 
 def test_samples_are_answers_to_held_out_prompts(
@@ -136,11 +138,15 @@ def test_samples_are_answers_to_held_out_prompts(
 ) -> None:
     run, _, _ = trained
     samples = lines(run.file("samples.jsonl"))
-    assert [sample["step"] for sample in samples] == [3] * 4 + [6] * 4
+    assert [sample["step"] for sample in samples] == [0] * 8 + [3] * 8 + [6] * 8
+    # Six rows are held out; the others are trained ones.
+    assert [sample["held_out"] for sample in samples[:8]] == [True] * 6 + [False] * 2
     rows = {f"{place / 'rows.jsonl'}:{i}": row for i, row in enumerate(sums(120), 1)}
     for sample in samples:
         assert sample["expected"] == rows[sample["where"]]["completion"]
-        assert sample["messages"] == [{"role": "user", "content": rows[sample["where"]]["prompt"]}]
+        asked = [{"role": "user", "content": rows[sample["where"]]["prompt"]}]
+        assert sample["messages"] == (asked if sample["held_out"] else [])
+        assert rows[sample["where"]]["prompt"] in sample["prompt"]
         assert isinstance(sample["answer"], str)
         assert isinstance(sample["stopped"], bool)
 
