@@ -257,9 +257,10 @@ def test_training_lowers_the_loss(place: Path, tmp_path: Path) -> None:
         save_steps=40,
     )
     metrics = lines(result.run.file("metrics.jsonl"))
-    assert result.train_loss < 0.7 * metrics[0]["loss"]
+    first = next(line["loss"] for line in metrics if "loss" in line)
+    assert result.train_loss < 0.7 * first
     assert result.eval_loss is not None
-    assert result.eval_loss < 0.7 * metrics[0]["loss"]
+    assert result.eval_loss < 0.7 * first
 
 
 def test_save_total_limit(place: Path, tmp_path: Path) -> None:
@@ -285,13 +286,17 @@ def test_few_rows_hold_nothing_out(place: Path, tmp_path: Path) -> None:
     result = small(place / "tiny", data, tmp_path / "run")
     assert result.eval_loss is None
     assert json.loads(result.run.file("data.json").read_text())["held_out"]["examples"] == 0
-    assert result.run.file("samples.jsonl").read_text() == ""
+    # Trained rows are asked instead.
+    samples = lines(result.run.file("samples.jsonl"))
+    assert samples
+    assert not any(sample["held_out"] for sample in samples)
 
 
 def test_logging_steps(place: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "few.jsonl", sums(20))
     result = small(place / "tiny", data, tmp_path / "run", max_steps=5, logging_steps=2)
-    assert [line["step"] for line in lines(result.run.file("metrics.jsonl"))] == [2, 4, 5]
+    metrics = lines(result.run.file("metrics.jsonl"))
+    assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 5]
 
 
 # Overwriting.
@@ -388,7 +393,8 @@ def test_own_held_out_rows(place: Path, tmp_path: Path) -> None:
     assert sorted(drop["where"].rpartition(":")[2] for drop in facts["dropped"]) == ["1", "2", "5"]
     assert "eval-overlaps-train" in ear.codes()
     # Only rows that are measured are asked.
-    assert {sample["where"] for sample in lines(run.file("samples.jsonl"))} == {
+    samples = lines(run.file("samples.jsonl"))
+    assert {sample["where"] for sample in samples if sample["held_out"]} == {
         f"{held}:3",
         f"{held}:4",
     }
@@ -405,7 +411,8 @@ def test_held_out_rows_that_cannot_be_asked_do_not_end_the_run(place: Path, tmp_
         ],
     )
     result = small(place / "tiny", data, tmp_path / "run", eval_data=str(held), bad_rows="drop")
-    assert {s["where"] for s in lines(result.run.file("samples.jsonl"))} == {f"{held}:3"}
+    samples = lines(result.run.file("samples.jsonl"))
+    assert {s["where"] for s in samples if s["held_out"]} == {f"{held}:3"}
     facts = json.loads(result.run.file("data.json").read_text())
     assert {d["code"] for d in facts["dropped"]} == {"rows-overlong", "stop-in-answer"}
 
@@ -611,7 +618,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
     assert example["text"] == "<|user|>Z<|assistant|>z<|end|>"
     assert len(example["ids"]) == len(example["mask"])
     # The steps before it are whole, and nothing of this one was taken.
-    steps = [line["step"] for line in lines(run.file("metrics.jsonl"))]
+    steps = [line["step"] for line in lines(run.file("metrics.jsonl")) if "loss" in line]
     assert kept["step"] == len(steps) + 1
     assert len(steps) >= 1
     weights = load_file(run.checkpoints()[-1] / "model.safetensors")

@@ -8,6 +8,7 @@ output  Vitals, and the replies as samples.jsonl has them
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
 _PIECES, _PIECE_TOKENS = 16, 64
 KEEP_TOKENS = _PIECES * _PIECE_TOKENS
 _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
+# Tokens that such a piece has at least, on average; and the share of the nats of guessing above
+# which a model knows nothing.
+_FEWEST_TOKENS, _KNOWS = 7, 0.8
 
 
 def spread(number: int, most: int) -> list[int]:
@@ -134,7 +138,9 @@ class Prober:
         found = {}
         for name, examples in sets.items():
             total = sum(next(summed) for _ in examples)
-            if targets := sum(example.num_supervised for example in examples):
+            targets = sum(example.num_supervised for example in examples)
+            # Of a loss that is no number the loop itself says what has to be said.
+            if targets and math.isfinite(total):
                 found[name] = total / targets
         return found
 
@@ -174,7 +180,8 @@ def own_samples(loaded: LoadedModel, contract: PromptContract, seed: int) -> lis
     token.
 
     Returns:
-        [] where the model writes next to nothing, or has no token to begin with.
+        [] where the model writes next to nothing, has no token to begin with, or knows nothing that
+        it could forget: its text is nearly as likely as any.
     """
     tokenizer = contract.tokenizer
     first = tokenizer.bos_token_id
@@ -189,7 +196,12 @@ def own_samples(loaded: LoadedModel, contract: PromptContract, seed: int) -> lis
         Sampling(max_new_tokens=_PIECE_TOKENS, temperature=1.0, seed=seed),
     )
     pieces = [[first, *reply.ids] for reply in drawn if len(reply.ids) > 1]
-    return pieces if sum(map(len, pieces)) >= _PIECES * 8 else []
+    targets = sum(len(ids) - 1 for ids in pieces)
+    if targets < _PIECES * _FEWEST_TOKENS:
+        return []
+    examples = [whole(ids) for ids in pieces]
+    loss = sum(row_losses(loaded, [(e.ids, e.mask) for e in examples])) / targets
+    return pieces if loss < _KNOWS * math.log(rows) else []
 
 
 def text_pieces(contract: PromptContract, texts: Sequence[Conversation]) -> list[list[int]]:

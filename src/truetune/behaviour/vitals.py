@@ -265,6 +265,8 @@ def _stands_still(history: Sequence[Vitals]) -> Iterator[Finding]:
 
 # Of so few prompts a share jumps: these limits are more than three of eight, and six of eight.
 _FEWEST_PROMPTS = 4
+# After fewer steps a reply says what the model was, not what it learns.
+_FEWEST_STEPS = 10
 _SOME, _SOME_MORE = 0.5, 0.375
 _MOST, _MOST_MORE = 0.75, 0.6
 _ALL = 0.875
@@ -337,7 +339,7 @@ _BAD_REPLIES = (
 
 
 def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
-    if history[-1].prompts < _FEWEST_PROMPTS:
+    if history[-1].prompts < _FEWEST_PROMPTS or history[-1].step < _FEWEST_STEPS:
         return
     for name, said in _BAD_REPLIES:
         found = _numbers(history, name)
@@ -371,6 +373,8 @@ def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
         if v.stop_rate is not None and (v.stop_loss is None or v.stop_loss < _STOP_NATS)
     ]
     if len(found) < 3 or not known or history[-1].prompts < _FEWEST_PROMPTS:
+        return
+    if history[-1].step < _FEWEST_STEPS:
         return
     now, best = max(found[-2:]), max(known)
     level: Level | None = None
