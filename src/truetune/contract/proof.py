@@ -29,6 +29,74 @@ _ESCAPED_SPACE = re.compile(
 _MOST_SKELETONS = 16
 
 
+_WOULD_BE = "the completion would be {body}"
+_AS_THEY_ARE = "use a template that renders the arguments as they are"
+# By the defect: what, why, fix, code. A part that is missing has a refusal of its own.
+_REFUSALS: dict[str, tuple[str, str, str, str]] = {
+    "added": (
+        "the template adds the argument {text!r} to a tool call of message {turn}",
+        "nothing that is not in the data may become a target",
+        _AS_THEY_ARE,
+        "target-invented",
+    ),
+    "quoted": (
+        "the template writes {label} of message {turn} as text, between quotes",
+        f"{_WOULD_BE}: a server returns a string there",
+        "use a template that keeps numbers, true, false and null as they are, or make it a string "
+        "in the row",
+        "target-dropped",
+    ),
+    "filled": (
+        "the template writes something for an empty {text} in a tool call of message {turn}",
+        _WOULD_BE,
+        "use a template that renders empty arguments as they are, or leave them out of the row",
+        "target-invented",
+    ),
+    "called": (
+        "the template adds a tool call to message {turn}",
+        _WOULD_BE,
+        "use a template that renders the calls of the row and no others",
+        "target-invented",
+    ),
+    "unreadable": (
+        "the template writes a tool call of message {turn} as JSON that cannot be read",
+        "at {label} the completion would be {body}",
+        "use a template that renders names and arguments with tojson",
+        "target-dropped",
+    ),
+    "listed": (
+        "the template writes the arguments of a tool call of message {turn} as pairs",
+        f"{_WOULD_BE}: a server returns a list of them, and no object",
+        _AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "behind": (
+        "the template writes the content of message {turn} behind its tool calls",
+        f"{_WOULD_BE}: a server that reads the calls takes the content from in front of them",
+        "give the content a turn of its own, or use a template that writes it first",
+        "target-dropped",
+    ),
+    "glued": (
+        "the template makes another {kind} of {label} of message {turn}",
+        _WOULD_BE,
+        _AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "repeated": (
+        "the template writes {label} of message {turn} more than once",
+        _WOULD_BE,
+        "use a template that renders each part of a turn once",
+        "target-invented",
+    ),
+    "order": (
+        "the template writes {label} of message {turn} in another place than the row",
+        _WOULD_BE,
+        "use a template that keeps the order of reasoning, content and tool calls",
+        "target-dropped",
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Frame:
     """What may stand around the parts of a turn.
@@ -293,89 +361,18 @@ class Proof:
     ) -> UnfaithfulTemplate:
         turn = completion.text.number
         leaf = twin.leaves[defect.leaf] if defect.leaf is not None else None
-        if defect.what == "missing":
-            label = leaf.label if leaf else f"{defect.text} of a tool call"
-            return self._missing(leaf, label, completion, message)
-        if defect.what == "added":
-            return UnfaithfulTemplate(
-                f"the template adds the argument {defect.text!r} to a tool call of message {turn}",
-                why="nothing that is not in the data may become a target",
-                fix="use a template that renders the arguments as they are",
-                code="target-invented",
-            )
-        if defect.what == "quoted":
-            label = leaf.label if leaf else f"{defect.text} of a tool call"
-            return UnfaithfulTemplate(
-                f"the template writes {label} of message {turn} as text, between quotes",
-                why=f"the completion would be {excerpt(completion.body)}: a server returns a "
-                "string there",
-                fix="use a template that keeps numbers, true, false and null as they are, or make "
-                "it a string in the row",
-                code="target-dropped",
-            )
-        if defect.what == "filled":
-            return UnfaithfulTemplate(
-                f"the template writes something for an empty {defect.text} in a tool call of "
-                f"message {turn}",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders empty arguments as they are, or leave them out of "
-                "the row",
-                code="target-invented",
-            )
         label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
-        if defect.what == "called":
-            return UnfaithfulTemplate(
-                f"the template adds a tool call to message {turn}",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders the calls of the row and no others",
-                code="target-invented",
-            )
-        if defect.what == "unreadable":
-            return UnfaithfulTemplate(
-                f"the template writes a tool call of message {turn} as JSON that cannot be read",
-                why=f"at {label} the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders names and arguments with tojson",
-                code="target-dropped",
-            )
-        if defect.what == "listed":
-            return UnfaithfulTemplate(
-                f"the template writes the arguments of a tool call of message {turn} as pairs",
-                why=f"the completion would be {excerpt(completion.body)}: a server returns a list "
-                "of them, and no object",
-                fix="use a template that renders the arguments as they are",
-                code="target-dropped",
-            )
-        if defect.what == "behind":
-            return UnfaithfulTemplate(
-                f"the template writes the content of message {turn} behind its tool calls",
-                why=f"the completion would be {excerpt(completion.body)}: a server that reads the "
-                "calls takes the content from in front of them",
-                fix="give the content a turn of its own, or use a template that writes it first",
-                code="target-dropped",
-            )
-        if defect.what == "glued":
-            kind = "text" if leaf and isinstance(leaf.value, str) else "value"
-            number = leaf is not None and not isinstance(leaf.value, str)
-            kind = "number" if number or defect.text.isdigit() else kind
-            return UnfaithfulTemplate(
-                f"the template makes another {kind} of {label} of message {turn}",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders the arguments as they are",
-                code="target-dropped",
-            )
-        if defect.what == "repeated":
-            return UnfaithfulTemplate(
-                f"the template writes {label} of message {turn} more than once",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders each part of a turn once",
-                code="target-invented",
-            )
-        return UnfaithfulTemplate(
-            f"the template writes {label} of message {turn} in another place than the row",
-            why=f"the completion would be {excerpt(completion.body)}",
-            fix="use a template that keeps the order of reasoning, content and tool calls",
-            code="target-dropped",
-        )
+        if defect.what == "missing":
+            return self._missing(leaf, label, completion, message)
+        said = {
+            "turn": turn,
+            "text": defect.text,
+            "label": label,
+            "kind": _kind(leaf, defect.text),
+            "body": excerpt(completion.body),
+        }
+        what, why, fix, code = (part.format(**said) for part in _REFUSALS[defect.what])
+        return UnfaithfulTemplate(what, why=why, fix=fix, code=code)
 
     def _missing(
         self, leaf: Leaf | None, label: str, completion: Completion, message: Mapping[str, Any]
@@ -466,6 +463,13 @@ def _mendable(known: Skeleton) -> bool:
     return bool(known.defects) and not any(
         d.what in ("added", "listed", "behind", "called", "unreadable") for d in known.defects
     )
+
+
+def _kind(leaf: Leaf | None, text: str) -> str:
+    """What a part of a call is, in a word."""
+    if leaf is None:
+        return "number" if text.isdigit() else "value"
+    return "text" if isinstance(leaf.value, str) else "number"
 
 
 def _without_block(content: str, opening: str, closing: str, opened: bool) -> str:
