@@ -239,6 +239,64 @@ def test_a_text_that_becomes_another_one_between_tags(value: str) -> None:
     assert error.code in ("target-dropped", "target-invented")
 
 
+AS_IT_IS = "(v if v is string else v | tojson)"
+VALUES: tuple[Any, ...] = (
+    *("Rome", 3, True, None, 0, "", [], {}),
+    *(["a"], {"a": "b"}, [True, 1], [1, None], [0, 1], [[1], []], [True, None], {"a": [1, ""]}),
+)
+
+
+@pytest.mark.parametrize(
+    "value", ["'['~V", "V~']'", "'{'~V", "'['~V~']'", "'('~V~')'", "'='~V", "'/'~V", "V~'{x}'"]
+)
+def test_a_bracket_or_sign_beside_a_value_between_tags_is_refused(value: str) -> None:
+    spoilt = loaded(turns(IN_TAGS.replace("VALUE", f"{{{{ {value.replace('V', AS_IT_IS)} }}}}")))
+    whole = loaded(turns(IN_TAGS.replace("VALUE", f"{{{{ {AS_IT_IS} }}}}")))
+    for held in VALUES:
+        error = refused(spoilt, asked(call(city=held)), tools=[TOOL])
+        assert error.code in ("target-dropped", "target-invented")
+        text = held if isinstance(held, str) else json.dumps(held)
+        assert f"<val>{text}</val>" in only(whole, asked(call(city=held)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "<tool_call></tool_call>",
+        "\n<tool_call>\n</tool_call>",
+        "<tool_call>\n{}\n</tool_call>",
+        "<tool_call>",
+        "</tool_call>",
+        "<|call|><|/call|>",
+        "<|other><other|>",
+        "[CALL][/CALL]",
+        "{}",
+    ],
+)
+def test_a_marker_without_its_other_side_and_a_pair_around_nothing_are_refused(more: str) -> None:
+    added = "{%- if m.tool_calls -%}{{- '" + more.replace("\n", "\\n") + "' -}}{%- endif -%}"
+    rows = (
+        asked(call(sides=6)),
+        asked(call(), content="I roll."),
+        asked(call(a="", b=[]), call(c={"d": {}})),
+    )
+    for written in (CALLS + added, added + CALLS):
+        for row in rows:
+            contract = loaded(turns("{{- m.content -}}" + written))
+            assert refused(contract, row, tools=[TOOL]).code == "target-invented"
+    for row in rows:
+        assert only(loaded(turns("{{- m.content -}}" + CALLS)), row)
+
+
+@pytest.mark.parametrize("said", ["'('~V~')'", "'['~V~']'", "'\"'~V~'\"'", "V~'|'", "'`'~V"])
+def test_brackets_and_quotes_around_content_beside_a_call_are_refused(said: str) -> None:
+    row = asked(call(a=1), content="Twice.")
+    contract = loaded(turns("{{- " + said.replace("V", "m.content") + " -}}" + CALLS))
+    assert refused(contract, row, tools=[TOOL]).code == "target-invented"
+    marked = turns("{{- m.content -}}[calls]" + CALLS)
+    assert "Twice.[calls]<tool_call>" in only(loaded(marked), row)
+
+
 @pytest.mark.parametrize("sign", ["!", ".0", "-", "...", " ", "\\\\n", " sir"])
 def test_a_text_or_name_that_becomes_another_one_between_quotes(sign: str) -> None:
     row = asked(call(city="Rome"))
@@ -255,8 +313,7 @@ def test_a_text_or_name_that_becomes_another_one_between_quotes(sign: str) -> No
         "{{ v }}",
         "\n{{ v }}\n",
         "'{{ v }}'",
-        "({{ v }})",
-        "[{{ v | tojson }}]",
+        "{{ v | tojson }}",
         "<b>{{ v }}</b>",
         "<![CDATA[{{ v }}]]>",
     ],

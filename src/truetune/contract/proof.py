@@ -9,6 +9,7 @@ output  remarks, or `UnfaithfulTemplate` with the reason
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from typing import Any
 from truetune.contract.encode import Completion
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
-from truetune.contract.twin import PART, Defect, Leaf, Skeleton, Twin, skeleton, twin_of
-from truetune.contract.words import markers_in, sign_beside, words_in
+from truetune.contract.twin import Defect, Leaf, Skeleton, Twin, skeleton, twin_of
+from truetune.contract.words import PART, hollow, markers_in, sign_beside, unpaired, words_in
 from truetune.errors import UnfaithfulTemplate
 
 # Outer whitespace of a part, as JSON writes it: it stands beside the part, and is the row's.
@@ -282,6 +283,7 @@ class Proof:
             words = self._sign_beside(known, twin, tail)
         if words and not frame.keep_words:
             raise _worded(turn, words, tail.strip().startswith(words), calls)
+        self._require_paired(known, text, completion, frame)
         for opening, closing in frame.pairs:
             # A think block without a part of the row in it, empty or with words.
             block = f"{re.escape(opening)}[^{PART}]*?{re.escape(closing)}"
@@ -303,6 +305,36 @@ class Proof:
         if plain and around and not words and not completion.text.lead:
             remarks.append("framed")
         return remarks
+
+    def _require_paired(
+        self, known: Skeleton, text: str, completion: Completion, frame: Frame
+    ) -> None:
+        """No pair of markers may hold nothing, unless a value of the row is empty, and none may
+        lack its other side: a server reads a call there that nobody made, or none where one is.
+
+        Raises:
+            UnfaithfulTemplate: one does.
+        """
+        thoughts = tuple(mark for mark in (*frame.marks, *itertools.chain(*frame.pairs)) if mark)
+        for pair, count in hollow(text, self._control).items():
+            if known.empties is None or any(mark in pair for mark in thoughts):
+                continue
+            if count > known.empties.get(pair, 0):
+                raise UnfaithfulTemplate(
+                    f"the template writes {pair!r} into message {completion.text.number}, with "
+                    "nothing in it",
+                    why=f"the row has nothing that stands there; {_would_be(completion)}",
+                    fix="use a template that writes markers around the parts of a turn alone",
+                    code="target-invented",
+                )
+        if alone := unpaired(text, self._control, thoughts):
+            raise UnfaithfulTemplate(
+                f"the template writes {alone!r} into message {completion.text.number} without its "
+                "other side",
+                why=_would_be(completion),
+                fix="use a template that closes what it opens",
+                code="target-invented",
+            )
 
     def _sign_beside(self, known: Skeleton, twin: Twin, tail: str) -> str:
         """A sign beside the text of a turn with calls, "" where there is none."""
@@ -463,6 +495,10 @@ def _mendable(known: Skeleton) -> bool:
     return bool(known.defects) and not any(
         d.what in ("added", "listed", "behind", "called", "unreadable") for d in known.defects
     )
+
+
+def _would_be(completion: Completion) -> str:
+    return _WOULD_BE.format(body=excerpt(completion.body))
 
 
 def _kind(leaf: Leaf | None, text: str) -> str:

@@ -7,18 +7,18 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+from truetune.contract.held import between_tags, is_written, values_in
 from truetune.contract.shape import Message
+from truetune.contract.words import PART, hollow
 
 Kind = Literal["reasoning", "content", "name", "key", "value"]
 Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
 Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable"]
 Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
-# What stands for a part in the text of a skeleton.
-PART = "\x00"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ class Twin:
         """The structure that texts are kept under of which one reads `written`."""
         ids = [str(call["id"]) for call in self.message.get("tool_calls") or [] if call.get("id")]
         return self.keys[any(i in written for i in ids)]
+
+    @cached_property
+    def names(self) -> re.Pattern[str] | None:
+        """The names and keys of calls that have no sentinel; None where all have one."""
+        fixed = []
+        for _, name, held in self.calls:
+            keys = [node[1] for node in held[1]] if held[0] == "map" else []
+            fixed += [node[1] for node in (name, *keys) if node[0] == "fixed" and node[1].strip()]
+        return re.compile(rf"\b(?:{'|'.join(map(re.escape, fixed))})\b") if fixed else None
 
     @property
     def variants(self) -> list[Message]:
@@ -233,6 +242,12 @@ def _filled(value: Any) -> Iterator[tuple[str, Any]]:
                 yield what, [*value[:at], full, *value[at + 1 :]]
 
 
+def _values(message: Message) -> list[Any]:
+    """The values of the arguments of a turn's calls."""
+    given = [call["function"].get("arguments") for call in message.get("tool_calls") or []]
+    return [value for one in given if isinstance(one, Mapping) for value in one.values()]
+
+
 @dataclass(frozen=True)
 class Defect:
     """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
@@ -250,13 +265,14 @@ class Skeleton:
         pieces: texts, and between them the numbers of leaves; a text is first and last.
         defects: parts that it leaves out, repeats or puts elsewhere.
         reordered: whether arguments stand in another order than in the row.
-        told: words that are no format, by the text behind the last part; a cache.
+        empties: of brackets and pairs of markers with nothing between them, how many stand for an
+            empty value of the row; None where that cannot be asked.
     """
 
     pieces: tuple[str | int, ...]
     defects: tuple[Defect, ...]
     reordered: bool
-    told: dict[tuple[str, str], str] = field(default_factory=dict)
+    empties: Mapping[str, int] | None = None
 
     def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
         """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
@@ -340,16 +356,22 @@ def skeleton(
             for at in found
         )
     ]
+    misread = _misread(twin, _bare(written, controls))
+    defects += [Defect("glued", n) for n in misread if Defect("glued", n) not in defects]
     defects += [
         Defect("listed", n)
         for n, found in places.items()
         if twin.leaves[n].kind == "key"
         and all(_listed(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
-    for (what, _), full in zip(twin.filled, others, strict=True):
+    for (what, message), full in zip(twin.filled, others, strict=True):
         if full is None:
             continue
-        if not _is_cut_from(written, full):
+        if not _is_cut_from(written, full) or any(
+            _is_misread(twin, _bare(full, controls), "zqfilled", value, ())
+            for value in _values(message)
+            if "zqfilled" in json.dumps(value)
+        ):
             defects.append(Defect("filled", None, what))
         elif what == "{}" and _listed(*full.partition("zqfilled")[::2]):
             defects.append(Defect("listed", None, what))
@@ -359,7 +381,49 @@ def skeleton(
     reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
     if not defects:
         defects = reader.order()
-    return Skeleton(tuple(pieces), tuple(defects), reader.reordered)
+    empties = _empties(twin, written, others, controls)
+    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, empties)
+
+
+def _misread(twin: Twin, written: str) -> list[int]:
+    """Parts of an argument's value that stand between tags, where that is no value of the row."""
+    number = {leaf.sentinel: n for n, leaf in enumerate(twin.leaves)}
+    bad = []
+    for value in _values(twin.message):
+        whole = json.dumps(value)
+        foreign = [sentinel for sentinel in number if sentinel not in whole]
+        for sentinel, n in number.items():
+            if sentinel in whole and _is_misread(twin, written, sentinel, value, foreign):
+                bad.append(n)
+    return bad
+
+
+def _is_misread(
+    twin: Twin, written: str, sentinel: str, value: Any, foreign: Sequence[str]
+) -> bool:
+    """Whether what stands between tags around a sentinel is neither its value nor one inside."""
+    at = written.find(sentinel)
+    text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
+    if text is None or any(other in text for other in foreign):
+        return False
+    if twin.names and twin.names.search(text):
+        return False
+    return not any(is_written(text, inner) for inner in values_in(value))
+
+
+def _empties(
+    twin: Twin, written: str, filled: Sequence[str | None], controls: re.Pattern[str] | None
+) -> dict[str, int] | None:
+    """See `Skeleton.empties`: those that are gone where the value holds something."""
+    if None in filled:
+        return None
+    empty, *full = (
+        hollow(
+            "".join(p if isinstance(p, str) else PART for p in _pieces(twin, str(text))), controls
+        )
+        for text in (written, *filled)
+    )
+    return {pair: sum(some[pair] < count for some in full) for pair, count in empty.items()}
 
 
 # Keys that may stand beside those of the arguments where a format has all in one object.
@@ -473,7 +537,7 @@ _EXPRESSION = re.compile(r"[\[({:=/]")
 
 def glued(leaf: Leaf, before: str, behind: str) -> bool:
     """Whether something stands against a part of a call that makes another one of it: a sign or a
-    digit, or anything between it and the quotes or tags that hold it."""
+    digit, or anything between it and the quotes that hold it."""
     if leaf.kind in ("reasoning", "content"):
         return False
     if not isinstance(leaf.value, str) and (
@@ -489,10 +553,6 @@ def glued(leaf: Leaf, before: str, behind: str) -> bool:
             return not (_is_space(opened[2], leaf.around[0]) and _is_space(inside, leaf.around[1]))
     first, last = before[-1:], behind[:1]
     if leaf.kind == "value":
-        held = re.search(r">([^<>]*)$", before), re.match(r"([^<>]*)<", behind)
-        rest = _unwrapped(held[0][1].strip(), held[1][1].strip()) if held[0] and held[1] else ""
-        if rest.strip("[](){}") and not _EXPRESSION.search(rest.strip("[](){}")):
-            return True
         return first in _SIGNS or last in _SIGNS
     # Names have a namespace in front of them, keys the dashes or dots of an option.
     plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)
@@ -503,13 +563,6 @@ def glued(leaf: Leaf, before: str, behind: str) -> bool:
 def _is_space(text: str, own: str) -> bool:
     """Whether a text is nothing, or the row's own outer whitespace in one of its forms."""
     return not text or text in (own, repr(own)[1:-1], *_in_json(own))
-
-
-def _unwrapped(before: str, behind: str) -> str:
-    """What stands around a part without the quotes and brackets around both."""
-    while before and behind and before[-1] + behind[0] in ("''", '""', "``", "()", "[]", "{}"):
-        before, behind = before[:-1].rstrip(), behind[1:].lstrip()
-    return before + behind
 
 
 def _bare(piece: str | int, controls: re.Pattern[str] | None) -> str:
@@ -645,7 +698,9 @@ class _Reader:
                         before, behind = text[:at], text[at + len(form) :]
                         if small and _quoted(before, behind):
                             self.defects.append(Defect("quoted", None, repr(value)))
-                        elif glued(leaf, before, behind):
+                        elif glued(leaf, before, behind) or (
+                            small and self.misread(between_tags(text, at, at + len(form)))
+                        ):
                             what, at = "glued", text.find(form, at + 1)
                             continue
                         self.at = (piece, at + len(form))
@@ -654,6 +709,13 @@ class _Reader:
                 break
             piece, offset = piece + 1, 0
         self.defects.append(Defect(what, None, repr(value)))
+
+    def misread(self, text: str | None) -> bool:
+        """Whether a text between tags, without a sentinel in it, is no value of the row."""
+        if text is None or (self.twin.names and self.twin.names.search(text)):
+            return False
+        values = _values(self.twin.message)
+        return not any(is_written(text, v) for whole in values for v in values_in(whole))
 
     def changes(self, piece: int) -> bool:
         """Whether the text is another one where small values are turned."""
