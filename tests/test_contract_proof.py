@@ -288,6 +288,36 @@ def test_a_marker_without_its_other_side_and_a_pair_around_nothing_are_refused(m
         assert only(loaded(turns("{{- m.content -}}" + CALLS)), row)
 
 
+def test_calls_behind_the_stop_of_a_template_that_looks_names_up_are_refused() -> None:
+    looked_up = (
+        "{%- for c in m.tool_calls or [] -%}{%- if c.function.name in ['roll'] -%}"
+        + CALL
+        + "{%- endif -%}{%- endfor -%}"
+    )
+    ends = loaded(turns("{{- m.content ~ ('<|end|>' if m.tool_calls else '') -}}" + looked_up))
+    whole = loaded(turns("{{- m.content -}}" + looked_up))
+    for arguments in ({}, {"a": True}, {"a": ""}, {"a": 1}, {"a": {"b": []}}):
+        for content in ("", "I roll."):
+            row = asked(call(**arguments), content=content)
+            assert refused(ends, row, tools=[TOOL]).code == "target-behind-stop"
+            assert json.dumps(arguments) in only(whole, row)
+
+
+def test_a_marker_with_its_brackets_turned_outwards_holds_values() -> None:
+    turned = "]<]mark[>["
+    written = (
+        f"{{{{- m.content -}}}}{{%- for c in m.tool_calls or [] -%}}{turned}<call name="
+        f'"{{{{ c.function.name }}}}">{{%- for k, v in c.function.arguments.items() -%}}'
+        f"{turned}<{{{{ k }}}}>{{{{ {AS_IT_IS} }}}}{turned}</{{{{ k }}}}>{{%- endfor -%}}"
+        f"{turned}</call>{{%- endfor -%}}"
+    )
+    contract = loaded(turns(written))
+    for held in VALUES:
+        assert f"<a>{held if isinstance(held, str) else json.dumps(held)}]<]" in only(
+            contract, asked(call(a=held), content="I roll.")
+        )
+
+
 @pytest.mark.parametrize("said", ["'('~V~')'", "'['~V~']'", "'\"'~V~'\"'", "V~'|'", "'`'~V"])
 def test_brackets_and_quotes_around_content_beside_a_call_are_refused(said: str) -> None:
     row = asked(call(a=1), content="Twice.")

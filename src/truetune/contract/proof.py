@@ -19,7 +19,15 @@ from truetune.contract.encode import Completion
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
 from truetune.contract.twin import Defect, Leaf, Skeleton, Twin, skeleton, twin_of
-from truetune.contract.words import PART, hollow, markers_in, sign_beside, unpaired, words_in
+from truetune.contract.words import (
+    PART,
+    TURNED,
+    hollow,
+    markers_in,
+    sign_beside,
+    unpaired,
+    words_in,
+)
 from truetune.errors import UnfaithfulTemplate
 
 # Outer whitespace of a part, as JSON writes it: it stands beside the part, and is the row's.
@@ -127,7 +135,7 @@ class Proof:
             text for text in tokens.added_texts if not text.replace("_", "").isalnum()
         )
         signs = sorted(filter(str.strip, self._controls), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, signs))) if signs else None
+        self._control = re.compile("|".join([*map(re.escape, signs), TURNED]))
 
     def unproved(
         self, completion: Completion, message: Mapping[str, Any], frame: Frame, *, named: bool
@@ -266,6 +274,8 @@ class Proof:
         late = [number for number, _, end in spans if end > len(cut)]
         if late:
             raise self._behind_stop(twin.leaves[late[0]], completion, message)
+        if known.reached(spans) > len(cut):
+            raise self._behind_stop(None, completion, message)
         tail = cut[spans[-1][2] if spans else 0 :]
         calls = bool(message.get("tool_calls"))
         if calls:
@@ -424,15 +434,16 @@ class Proof:
         )
 
     def _behind_stop(
-        self, leaf: Leaf, completion: Completion, message: Mapping[str, Any]
+        self, leaf: Leaf | None, completion: Completion, message: Mapping[str, Any]
     ) -> UnfaithfulTemplate:
         """A part of the target stands behind the stop."""
         turn, body = completion.text.number, completion.body
         content = str(message.get("content") or "")
-        if leaf.kind == "content" and completion.stop and completion.stop in content:
+        if leaf and leaf.kind == "content" and completion.stop and completion.stop in content:
             return self._stop_in_answer(completion)
         return UnfaithfulTemplate(
-            f"the template ends the turn before {leaf.label} of message {turn}",
+            f"the template ends the turn before {leaf.label if leaf else 'a tool call'} of message "
+            f"{turn}",
             why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
             if body
             else "a stop token stands in front of it: a server would end the answer there",

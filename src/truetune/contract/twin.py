@@ -265,6 +265,7 @@ class Skeleton:
         pieces: texts, and between them the numbers of leaves; a text is first and last.
         defects: parts that it leaves out, repeats or puts elsewhere.
         reordered: whether arguments stand in another order than in the row.
+        reach: (piece, offset) where the last part ends that has no sentinel.
         empties: of brackets and pairs of markers with nothing between them, how many stand for an
             empty value of the row; None where that cannot be asked.
     """
@@ -272,11 +273,18 @@ class Skeleton:
     pieces: tuple[str | int, ...]
     defects: tuple[Defect, ...]
     reordered: bool
+    reach: tuple[int, int] = (0, 0)
     empties: Mapping[str, int] | None = None
 
     def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
         """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
         return _spans(self.pieces, written, leaves, 0, 0)
+
+    def reached(self, spans: Sequence[tuple[int, int, int]]) -> int:
+        """Where the last part ends that has no sentinel, in a text with these spans."""
+        piece, offset = self.reach
+        before = sum(isinstance(p, int) for p in self.pieces[:piece])
+        return offset + (spans[before - 1][2] if before else 0)
 
     @property
     def tail(self) -> str:
@@ -368,7 +376,7 @@ def skeleton(
         if full is None:
             continue
         if not _is_cut_from(written, full) or any(
-            _is_misread(twin, _bare(full, controls), "zqfilled", value, ())
+            _is_misread(twin, _bare(full, controls), "zqfilled", value)
             for value in _values(message)
             if "zqfilled" in json.dumps(value)
         ):
@@ -378,35 +386,33 @@ def skeleton(
     defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
     defects += [Defect("called", None, before) for before in _called(twin, pieces)]
     defects += [Defect("unreadable", n) for n in _unreadable(twin, written, pieces)]
-    reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
+    turned = None if flipped is None else _pieces(twin, flipped)
+    reader = _Reader(twin, pieces, places, turned, controls)
     if not defects:
         defects = reader.order()
     empties = _empties(twin, written, others, controls)
-    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, empties)
+    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, reader.reach, empties)
 
 
 def _misread(twin: Twin, written: str) -> list[int]:
     """Parts of an argument's value that stand between tags, where that is no value of the row."""
     number = {leaf.sentinel: n for n, leaf in enumerate(twin.leaves)}
-    bad = []
-    for value in _values(twin.message):
-        whole = json.dumps(value)
-        foreign = [sentinel for sentinel in number if sentinel not in whole]
-        for sentinel, n in number.items():
-            if sentinel in whole and _is_misread(twin, written, sentinel, value, foreign):
-                bad.append(n)
-    return bad
+    return [
+        n
+        for value in _values(twin.message)
+        for sentinel, n in number.items()
+        if sentinel in json.dumps(value) and _is_misread(twin, written, sentinel, value)
+    ]
 
 
-def _is_misread(
-    twin: Twin, written: str, sentinel: str, value: Any, foreign: Sequence[str]
-) -> bool:
+def _is_misread(twin: Twin, written: str, sentinel: str, value: Any) -> bool:
     """Whether what stands between tags around a sentinel is neither its value nor one inside."""
     at = written.find(sentinel)
     text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
-    if text is None or any(other in text for other in foreign):
+    if text is None or (twin.names and twin.names.search(text)):
         return False
-    if twin.names and twin.names.search(text):
+    whole = json.dumps(value)
+    if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
         return False
     return not any(is_written(text, inner) for inner in values_in(value))
 
@@ -566,6 +572,7 @@ def _is_space(text: str, own: str) -> bool:
 
 
 def _bare(piece: str | int, controls: re.Pattern[str] | None) -> str:
+    """A text in which a tag stands for each control token."""
     return controls.sub("<\x01>", str(piece)) if controls else str(piece)
 
 
@@ -596,6 +603,7 @@ class _Reader:
         pieces: of the twin's text.
         places: leaf -> indices of its pieces.
         turned: pieces of the flipped twin's text.
+        controls: see `skeleton`.
     """
 
     def __init__(
@@ -604,8 +612,11 @@ class _Reader:
         pieces: list[str | int],
         places: dict[int, list[int]],
         turned: list[str | int] | None,
+        controls: re.Pattern[str] | None,
     ) -> None:
         self.twin, self.pieces, self.places, self.turned = twin, pieces, places, turned
+        self.controls = controls
+        self.reach = (0, 0)
         self.reordered = False
         self.defects: list[Defect] = []
         # Where small values and fixed names may still be found: (piece, offset).
@@ -699,19 +710,22 @@ class _Reader:
                         if small and _quoted(before, behind):
                             self.defects.append(Defect("quoted", None, repr(value)))
                         elif glued(leaf, before, behind) or (
-                            small and self.misread(between_tags(text, at, at + len(form)))
+                            small and self.misread(before, form, behind)
                         ):
                             what, at = "glued", text.find(form, at + 1)
                             continue
                         self.at = (piece, at + len(form))
+                        self.reach = max(self.reach, self.at)
                         return
             if small:
                 break
             piece, offset = piece + 1, 0
         self.defects.append(Defect(what, None, repr(value)))
 
-    def misread(self, text: str | None) -> bool:
-        """Whether a text between tags, without a sentinel in it, is no value of the row."""
+    def misread(self, before: str, form: str, behind: str) -> bool:
+        """Whether what stands between tags around a small value is no value of the row."""
+        before, behind = _bare(before, self.controls), _bare(behind, self.controls)
+        text = between_tags(before + form + behind, len(before), len(before) + len(form))
         if text is None or (self.twin.names and self.twin.names.search(text)):
             return False
         values = _values(self.twin.message)

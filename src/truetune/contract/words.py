@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable, Iterator
 PART = "\x00"
 # What stands for a control token or a tag once it is known.
 _MARK = "\x01"
+# A marker with brackets turned outwards, of whose tags the neighbours are none.
+TURNED = r"\]<\][^<>\[\]\n]{1,40}\[>\["
 # Tags and bracketed markers are format where the tokenizer has no token for them either.
 _TAG = re.compile(r"</?[^<>\n]{1,120}/?>|\[/?[A-Z][A-Z0-9_ ]*\]|\[\[?[A-Z_]+\]?\]")
 _ENDING = re.compile(rf"(?:{_TAG.pattern}|\s)*$")
@@ -57,7 +59,7 @@ def words_in(
             first thing behind the served prompt: there plain answers name a recipient as well.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
-    text = frame
+    text = frame = re.sub(TURNED, _MARK, frame)
     for control in known:
         text = text.replace(control, _MARK)
     if glued := _GLUED.search(text):
