@@ -222,7 +222,16 @@ def test_what_becomes_of_empty_values_and_zero(
 @pytest.mark.parametrize("name", ["plain", "hybrid_switch", "string_arguments", "next_role_ends"])
 def test_empty_values_and_zero_as_templates_write_them(name: str) -> None:
     contract = own_contract(name).fit([asked(call(a="b"))], [TOOL])
-    for arguments in ({}, {"a": ""}, {"a": {}}, {"a": []}, {"a": 0}, {"a": 0.0}, {"a": {"b": []}}):
+    for arguments in (
+        {},
+        {"a": ""},
+        {"a": " "},
+        {"a": {}},
+        {"a": []},
+        {"a": 0},
+        {"a": 0.0},
+        {"a": {"b": []}},
+    ):
         row = asked(call(**arguments, z="z"), call(**arguments))
         encoded = contract.encode(row, [TOOL])
         require_equation(contract, row, encoded, [TOOL])
@@ -241,7 +250,7 @@ def test_a_text_that_becomes_another_one_between_tags(value: str) -> None:
 
 AS_IT_IS = "(v if v is string else v | tojson)"
 VALUES: tuple[Any, ...] = (
-    *("Rome", 3, True, None, 0, "", [], {}),
+    *("Rome", 3, True, None, 0, "", " ", [], {}),
     *(["a"], {"a": "b"}, [True, 1], [1, None], [0, 1], [[1], []], [True, None], {"a": [1, ""]}),
 )
 

@@ -76,8 +76,8 @@ class Twin:
     Attributes:
         message: the same structure, outer whitespace and empty values as in the row.
         flipped: the same with every true, false, null and zero turned; None where there is none.
-        filled: for each empty text, mapping and list of a call: what it is, and the message in
-            which it holds something.
+        filled: for each blank text, empty mapping and empty list of a call: what it is, and the
+            message in which it holds something.
         leaves: in the row's order.
         calls: a node for each call.
     """
@@ -227,11 +227,10 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
 
 def _filled(value: Any) -> Iterator[tuple[str, Any]]:
     """A value with one of the empty ones in it filled, for each of them in turn."""
-    if value in ("", {}, []) and isinstance(value, str | Mapping | list):
-        full: Any = "zqfilled"
-        if not isinstance(value, str):
-            full = {full: "zqheld"} if isinstance(value, Mapping) else [full]
-        yield repr(value), full
+    if isinstance(value, str) and not value.strip():
+        yield repr(value), f"{value}zqfilled"
+    elif value in ({}, []) and isinstance(value, Mapping | list):
+        yield repr(value), {"zqfilled": "zqheld"} if isinstance(value, Mapping) else ["zqfilled"]
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             for what, full in _filled(inner):
@@ -242,10 +241,11 @@ def _filled(value: Any) -> Iterator[tuple[str, Any]]:
                 yield what, [*value[:at], full, *value[at + 1 :]]
 
 
-def _values(message: Message) -> list[Any]:
-    """The values of the arguments of a turn's calls."""
+def _values(message: Message) -> list[tuple[Any, str]]:
+    """The values of the arguments of a turn's calls, each with its text."""
     given = [call["function"].get("arguments") for call in message.get("tool_calls") or []]
-    return [value for one in given if isinstance(one, Mapping) for value in one.values()]
+    values = [value for one in given if isinstance(one, Mapping) for value in one.values()]
+    return [(value, json.dumps(value)) for value in values]
 
 
 @dataclass(frozen=True)
@@ -375,10 +375,11 @@ def skeleton(
     for (what, message), full in zip(twin.filled, others, strict=True):
         if full is None:
             continue
+        marked = _bare(full, controls)
         if not _is_cut_from(written, full) or any(
-            _is_misread(twin, _bare(full, controls), "zqfilled", value)
-            for value in _values(message)
-            if "zqfilled" in json.dumps(value)
+            _is_misread(twin, marked, "zqfilled", value, whole)
+            for value, whole in _values(message)
+            if "zqfilled" in whole
         ):
             defects.append(Defect("filled", None, what))
         elif what == "{}" and _listed(*full.partition("zqfilled")[::2]):
@@ -396,22 +397,20 @@ def skeleton(
 
 def _misread(twin: Twin, written: str) -> list[int]:
     """Parts of an argument's value that stand between tags, where that is no value of the row."""
-    number = {leaf.sentinel: n for n, leaf in enumerate(twin.leaves)}
     return [
         n
-        for value in _values(twin.message)
-        for sentinel, n in number.items()
-        if sentinel in json.dumps(value) and _is_misread(twin, written, sentinel, value)
+        for value, whole in _values(twin.message)
+        for n, leaf in enumerate(twin.leaves)
+        if leaf.sentinel in whole and _is_misread(twin, written, leaf.sentinel, value, whole)
     ]
 
 
-def _is_misread(twin: Twin, written: str, sentinel: str, value: Any) -> bool:
+def _is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
     """Whether what stands between tags around a sentinel is neither its value nor one inside."""
     at = written.find(sentinel)
     text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
     if text is None or (twin.names and twin.names.search(text)):
         return False
-    whole = json.dumps(value)
     if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
         return False
     return not any(is_written(text, inner) for inner in values_in(value))
@@ -728,8 +727,8 @@ class _Reader:
         text = between_tags(before + form + behind, len(before), len(before) + len(form))
         if text is None or (self.twin.names and self.twin.names.search(text)):
             return False
-        values = _values(self.twin.message)
-        return not any(is_written(text, v) for whole in values for v in values_in(whole))
+        values = (v for whole, _ in _values(self.twin.message) for v in values_in(whole))
+        return not any(is_written(text, value) for value in values)
 
     def changes(self, piece: int) -> bool:
         """Whether the text is another one where small values are turned."""
