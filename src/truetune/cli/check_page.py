@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from truetune.checks.fit import duration, gib
+from truetune.checks.fit import duration
 from truetune.cli.html import document
-from truetune.findings import LEVELS, escaped, percent
+from truetune.findings import LEVELS, escaped, gib, percent
 
 _STYLE = """
 :root{--ink:#1c2430;--dim:#5b6675;--line:#dde3ea;--page:#fff;--error:#b3261e;--warning:#9a6200;
