@@ -222,7 +222,16 @@ def test_what_becomes_of_empty_values_and_zero(
 @pytest.mark.parametrize("name", ["plain", "hybrid_switch", "string_arguments", "next_role_ends"])
 def test_empty_values_and_zero_as_templates_write_them(name: str) -> None:
     contract = own_contract(name).fit([asked(call(a="b"))], [TOOL])
-    for arguments in ({}, {"a": ""}, {"a": {}}, {"a": []}, {"a": 0}, {"a": 0.0}, {"a": {"b": []}}):
+    for arguments in (
+        {},
+        {"a": ""},
+        {"a": " "},
+        {"a": {}},
+        {"a": []},
+        {"a": 0},
+        {"a": 0.0},
+        {"a": {"b": []}},
+    ):
         row = asked(call(**arguments, z="z"), call(**arguments))
         encoded = contract.encode(row, [TOOL])
         require_equation(contract, row, encoded, [TOOL])
@@ -237,6 +246,94 @@ def test_empty_values_and_zero_as_templates_write_them(name: str) -> None:
 def test_a_text_that_becomes_another_one_between_tags(value: str) -> None:
     error = refused(loaded(turns(IN_TAGS.replace("VALUE", value))), asked(call(city="Rome")))
     assert error.code in ("target-dropped", "target-invented")
+
+
+AS_IT_IS = "(v if v is string else v | tojson)"
+VALUES: tuple[Any, ...] = (
+    *("Rome", 3, True, None, 0, "", " ", [], {}),
+    *(["a"], {"a": "b"}, [True, 1], [1, None], [0, 1], [[1], []], [True, None], {"a": [1, ""]}),
+)
+
+
+@pytest.mark.parametrize(
+    "value", ["'['~V", "V~']'", "'{'~V", "'['~V~']'", "'('~V~')'", "'='~V", "'/'~V", "V~'{x}'"]
+)
+def test_a_bracket_or_sign_beside_a_value_between_tags_is_refused(value: str) -> None:
+    spoilt = loaded(turns(IN_TAGS.replace("VALUE", f"{{{{ {value.replace('V', AS_IT_IS)} }}}}")))
+    whole = loaded(turns(IN_TAGS.replace("VALUE", f"{{{{ {AS_IT_IS} }}}}")))
+    for held in VALUES:
+        error = refused(spoilt, asked(call(city=held)), tools=[TOOL])
+        assert error.code in ("target-dropped", "target-invented")
+        text = held if isinstance(held, str) else json.dumps(held)
+        assert f"<val>{text}</val>" in only(whole, asked(call(city=held)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "<tool_call></tool_call>",
+        "\n<tool_call>\n</tool_call>",
+        "<tool_call>\n{}\n</tool_call>",
+        "<tool_call>",
+        "</tool_call>",
+        "<|call|><|/call|>",
+        "<|other><other|>",
+        "[CALL][/CALL]",
+        "{}",
+    ],
+)
+def test_a_marker_without_its_other_side_and_a_pair_around_nothing_are_refused(more: str) -> None:
+    added = "{%- if m.tool_calls -%}{{- '" + more.replace("\n", "\\n") + "' -}}{%- endif -%}"
+    rows = (
+        asked(call(sides=6)),
+        asked(call(), content="I roll."),
+        asked(call(a="", b=[]), call(c={"d": {}})),
+    )
+    for written in (CALLS + added, added + CALLS):
+        for row in rows:
+            contract = loaded(turns("{{- m.content -}}" + written))
+            assert refused(contract, row, tools=[TOOL]).code == "target-invented"
+    for row in rows:
+        assert only(loaded(turns("{{- m.content -}}" + CALLS)), row)
+
+
+def test_calls_behind_the_stop_of_a_template_that_looks_names_up_are_refused() -> None:
+    looked_up = (
+        "{%- for c in m.tool_calls or [] -%}{%- if c.function.name in ['roll'] -%}"
+        + CALL
+        + "{%- endif -%}{%- endfor -%}"
+    )
+    ends = loaded(turns("{{- m.content ~ ('<|end|>' if m.tool_calls else '') -}}" + looked_up))
+    whole = loaded(turns("{{- m.content -}}" + looked_up))
+    for arguments in ({}, {"a": True}, {"a": ""}, {"a": 1}, {"a": {"b": []}}):
+        for content in ("", "I roll."):
+            row = asked(call(**arguments), content=content)
+            assert refused(ends, row, tools=[TOOL]).code == "target-behind-stop"
+            assert json.dumps(arguments) in only(whole, row)
+
+
+def test_a_marker_with_its_brackets_turned_outwards_holds_values() -> None:
+    turned = "]<]mark[>["
+    written = (
+        f"{{{{- m.content -}}}}{{%- for c in m.tool_calls or [] -%}}{turned}<call name="
+        f'"{{{{ c.function.name }}}}">{{%- for k, v in c.function.arguments.items() -%}}'
+        f"{turned}<{{{{ k }}}}>{{{{ {AS_IT_IS} }}}}{turned}</{{{{ k }}}}>{{%- endfor -%}}"
+        f"{turned}</call>{{%- endfor -%}}"
+    )
+    contract = loaded(turns(written))
+    for held in VALUES:
+        assert f"<a>{held if isinstance(held, str) else json.dumps(held)}]<]" in only(
+            contract, asked(call(a=held), content="I roll.")
+        )
+
+
+@pytest.mark.parametrize("said", ["'('~V~')'", "'['~V~']'", "'\"'~V~'\"'", "V~'|'", "'`'~V"])
+def test_brackets_and_quotes_around_content_beside_a_call_are_refused(said: str) -> None:
+    row = asked(call(a=1), content="Twice.")
+    contract = loaded(turns("{{- " + said.replace("V", "m.content") + " -}}" + CALLS))
+    assert refused(contract, row, tools=[TOOL]).code == "target-invented"
+    marked = turns("{{- m.content -}}[calls]" + CALLS)
+    assert "Twice.[calls]<tool_call>" in only(loaded(marked), row)
 
 
 @pytest.mark.parametrize("sign", ["!", ".0", "-", "...", " ", "\\\\n", " sir"])
@@ -255,8 +352,7 @@ def test_a_text_or_name_that_becomes_another_one_between_quotes(sign: str) -> No
         "{{ v }}",
         "\n{{ v }}\n",
         "'{{ v }}'",
-        "({{ v }})",
-        "[{{ v | tojson }}]",
+        "{{ v | tojson }}",
         "<b>{{ v }}</b>",
         "<![CDATA[{{ v }}]]>",
     ],

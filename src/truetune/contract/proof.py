@@ -9,6 +9,7 @@ output  remarks, or `UnfaithfulTemplate` with the reason
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,16 @@ from typing import Any
 from truetune.contract.encode import Completion
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
-from truetune.contract.twin import PART, Defect, Leaf, Skeleton, Twin, skeleton, twin_of
-from truetune.contract.words import markers_in, sign_beside, words_in
+from truetune.contract.twin import Defect, Leaf, Skeleton, Twin, skeleton, twin_of
+from truetune.contract.words import (
+    PART,
+    TURNED,
+    hollow,
+    markers_in,
+    sign_beside,
+    unpaired,
+    words_in,
+)
 from truetune.errors import UnfaithfulTemplate
 
 # Outer whitespace of a part, as JSON writes it: it stands beside the part, and is the row's.
@@ -27,6 +36,74 @@ _ESCAPED_SPACE = re.compile(
 )
 # Skeletons kept for turns of one structure: a template writes it differently by what stands before.
 _MOST_SKELETONS = 16
+
+
+_WOULD_BE = "the completion would be {body}"
+_AS_THEY_ARE = "use a template that renders the arguments as they are"
+# By the defect: what, why, fix, code. A part that is missing has a refusal of its own.
+_REFUSALS: dict[str, tuple[str, str, str, str]] = {
+    "added": (
+        "the template adds the argument {text!r} to a tool call of message {turn}",
+        "nothing that is not in the data may become a target",
+        _AS_THEY_ARE,
+        "target-invented",
+    ),
+    "quoted": (
+        "the template writes {label} of message {turn} as text, between quotes",
+        f"{_WOULD_BE}: a server returns a string there",
+        "use a template that keeps numbers, true, false and null as they are, or make it a string "
+        "in the row",
+        "target-dropped",
+    ),
+    "filled": (
+        "the template writes something for an empty {text} in a tool call of message {turn}",
+        _WOULD_BE,
+        "use a template that renders empty arguments as they are, or leave them out of the row",
+        "target-invented",
+    ),
+    "called": (
+        "the template adds a tool call to message {turn}",
+        _WOULD_BE,
+        "use a template that renders the calls of the row and no others",
+        "target-invented",
+    ),
+    "unreadable": (
+        "the template writes a tool call of message {turn} as JSON that cannot be read",
+        "at {label} the completion would be {body}",
+        "use a template that renders names and arguments with tojson",
+        "target-dropped",
+    ),
+    "listed": (
+        "the template writes the arguments of a tool call of message {turn} as pairs",
+        f"{_WOULD_BE}: a server returns a list of them, and no object",
+        _AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "behind": (
+        "the template writes the content of message {turn} behind its tool calls",
+        f"{_WOULD_BE}: a server that reads the calls takes the content from in front of them",
+        "give the content a turn of its own, or use a template that writes it first",
+        "target-dropped",
+    ),
+    "glued": (
+        "the template makes another {kind} of {label} of message {turn}",
+        _WOULD_BE,
+        _AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "repeated": (
+        "the template writes {label} of message {turn} more than once",
+        _WOULD_BE,
+        "use a template that renders each part of a turn once",
+        "target-invented",
+    ),
+    "order": (
+        "the template writes {label} of message {turn} in another place than the row",
+        _WOULD_BE,
+        "use a template that keeps the order of reasoning, content and tool calls",
+        "target-dropped",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +135,7 @@ class Proof:
             text for text in tokens.added_texts if not text.replace("_", "").isalnum()
         )
         signs = sorted(filter(str.strip, self._controls), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, signs))) if signs else None
+        self._control = re.compile("|".join([*map(re.escape, signs), TURNED]))
 
     def unproved(
         self, completion: Completion, message: Mapping[str, Any], frame: Frame, *, named: bool
@@ -197,6 +274,8 @@ class Proof:
         late = [number for number, _, end in spans if end > len(cut)]
         if late:
             raise self._behind_stop(twin.leaves[late[0]], completion, message)
+        if known.reached(spans) > len(cut):
+            raise self._behind_stop(None, completion, message)
         tail = cut[spans[-1][2] if spans else 0 :]
         calls = bool(message.get("tool_calls"))
         if calls:
@@ -214,6 +293,7 @@ class Proof:
             words = self._sign_beside(known, twin, tail)
         if words and not frame.keep_words:
             raise _worded(turn, words, tail.strip().startswith(words), calls)
+        self._require_paired(known, text, completion, frame)
         for opening, closing in frame.pairs:
             # A think block without a part of the row in it, empty or with words.
             block = f"{re.escape(opening)}[^{PART}]*?{re.escape(closing)}"
@@ -235,6 +315,36 @@ class Proof:
         if plain and around and not words and not completion.text.lead:
             remarks.append("framed")
         return remarks
+
+    def _require_paired(
+        self, known: Skeleton, text: str, completion: Completion, frame: Frame
+    ) -> None:
+        """No pair of markers may hold nothing, unless a value of the row is empty, and none may
+        lack its other side: a server reads a call there that nobody made, or none where one is.
+
+        Raises:
+            UnfaithfulTemplate: one does.
+        """
+        thoughts = tuple(mark for mark in (*frame.marks, *itertools.chain(*frame.pairs)) if mark)
+        for pair, count in hollow(text, self._control).items():
+            if known.empties is None or any(mark in pair for mark in thoughts):
+                continue
+            if count > known.empties.get(pair, 0):
+                raise UnfaithfulTemplate(
+                    f"the template writes {pair!r} into message {completion.text.number}, with "
+                    "nothing in it",
+                    why=f"the row has nothing that stands there; {_would_be(completion)}",
+                    fix="use a template that writes markers around the parts of a turn alone",
+                    code="target-invented",
+                )
+        if alone := unpaired(text, self._control, thoughts):
+            raise UnfaithfulTemplate(
+                f"the template writes {alone!r} into message {completion.text.number} without its "
+                "other side",
+                why=_would_be(completion),
+                fix="use a template that closes what it opens",
+                code="target-invented",
+            )
 
     def _sign_beside(self, known: Skeleton, twin: Twin, tail: str) -> str:
         """A sign beside the text of a turn with calls, "" where there is none."""
@@ -293,89 +403,18 @@ class Proof:
     ) -> UnfaithfulTemplate:
         turn = completion.text.number
         leaf = twin.leaves[defect.leaf] if defect.leaf is not None else None
-        if defect.what == "missing":
-            label = leaf.label if leaf else f"{defect.text} of a tool call"
-            return self._missing(leaf, label, completion, message)
-        if defect.what == "added":
-            return UnfaithfulTemplate(
-                f"the template adds the argument {defect.text!r} to a tool call of message {turn}",
-                why="nothing that is not in the data may become a target",
-                fix="use a template that renders the arguments as they are",
-                code="target-invented",
-            )
-        if defect.what == "quoted":
-            label = leaf.label if leaf else f"{defect.text} of a tool call"
-            return UnfaithfulTemplate(
-                f"the template writes {label} of message {turn} as text, between quotes",
-                why=f"the completion would be {excerpt(completion.body)}: a server returns a "
-                "string there",
-                fix="use a template that keeps numbers, true, false and null as they are, or make "
-                "it a string in the row",
-                code="target-dropped",
-            )
-        if defect.what == "filled":
-            return UnfaithfulTemplate(
-                f"the template writes something for an empty {defect.text} in a tool call of "
-                f"message {turn}",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders empty arguments as they are, or leave them out of "
-                "the row",
-                code="target-invented",
-            )
         label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
-        if defect.what == "called":
-            return UnfaithfulTemplate(
-                f"the template adds a tool call to message {turn}",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders the calls of the row and no others",
-                code="target-invented",
-            )
-        if defect.what == "unreadable":
-            return UnfaithfulTemplate(
-                f"the template writes a tool call of message {turn} as JSON that cannot be read",
-                why=f"at {label} the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders names and arguments with tojson",
-                code="target-dropped",
-            )
-        if defect.what == "listed":
-            return UnfaithfulTemplate(
-                f"the template writes the arguments of a tool call of message {turn} as pairs",
-                why=f"the completion would be {excerpt(completion.body)}: a server returns a list "
-                "of them, and no object",
-                fix="use a template that renders the arguments as they are",
-                code="target-dropped",
-            )
-        if defect.what == "behind":
-            return UnfaithfulTemplate(
-                f"the template writes the content of message {turn} behind its tool calls",
-                why=f"the completion would be {excerpt(completion.body)}: a server that reads the "
-                "calls takes the content from in front of them",
-                fix="give the content a turn of its own, or use a template that writes it first",
-                code="target-dropped",
-            )
-        if defect.what == "glued":
-            kind = "text" if leaf and isinstance(leaf.value, str) else "value"
-            number = leaf is not None and not isinstance(leaf.value, str)
-            kind = "number" if number or defect.text.isdigit() else kind
-            return UnfaithfulTemplate(
-                f"the template makes another {kind} of {label} of message {turn}",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders the arguments as they are",
-                code="target-dropped",
-            )
-        if defect.what == "repeated":
-            return UnfaithfulTemplate(
-                f"the template writes {label} of message {turn} more than once",
-                why=f"the completion would be {excerpt(completion.body)}",
-                fix="use a template that renders each part of a turn once",
-                code="target-invented",
-            )
-        return UnfaithfulTemplate(
-            f"the template writes {label} of message {turn} in another place than the row",
-            why=f"the completion would be {excerpt(completion.body)}",
-            fix="use a template that keeps the order of reasoning, content and tool calls",
-            code="target-dropped",
-        )
+        if defect.what == "missing":
+            return self._missing(leaf, label, completion, message)
+        said = {
+            "turn": turn,
+            "text": defect.text,
+            "label": label,
+            "kind": _kind(leaf, defect.text),
+            "body": excerpt(completion.body),
+        }
+        what, why, fix, code = (part.format(**said) for part in _REFUSALS[defect.what])
+        return UnfaithfulTemplate(what, why=why, fix=fix, code=code)
 
     def _missing(
         self, leaf: Leaf | None, label: str, completion: Completion, message: Mapping[str, Any]
@@ -395,15 +434,16 @@ class Proof:
         )
 
     def _behind_stop(
-        self, leaf: Leaf, completion: Completion, message: Mapping[str, Any]
+        self, leaf: Leaf | None, completion: Completion, message: Mapping[str, Any]
     ) -> UnfaithfulTemplate:
         """A part of the target stands behind the stop."""
         turn, body = completion.text.number, completion.body
         content = str(message.get("content") or "")
-        if leaf.kind == "content" and completion.stop and completion.stop in content:
+        if leaf and leaf.kind == "content" and completion.stop and completion.stop in content:
             return self._stop_in_answer(completion)
         return UnfaithfulTemplate(
-            f"the template ends the turn before {leaf.label} of message {turn}",
+            f"the template ends the turn before {leaf.label if leaf else 'a tool call'} of message "
+            f"{turn}",
             why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
             if body
             else "a stop token stands in front of it: a server would end the answer there",
@@ -466,6 +506,17 @@ def _mendable(known: Skeleton) -> bool:
     return bool(known.defects) and not any(
         d.what in ("added", "listed", "behind", "called", "unreadable") for d in known.defects
     )
+
+
+def _would_be(completion: Completion) -> str:
+    return _WOULD_BE.format(body=excerpt(completion.body))
+
+
+def _kind(leaf: Leaf | None, text: str) -> str:
+    """What a part of a call is, in a word."""
+    if leaf is None:
+        return "number" if text.isdigit() else "value"
+    return "text" if isinstance(leaf.value, str) else "number"
 
 
 def _without_block(content: str, opening: str, closing: str, opened: bool) -> str:

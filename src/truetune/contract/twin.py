@@ -7,18 +7,18 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
+from truetune.contract.held import between_tags, is_written, values_in
 from truetune.contract.shape import Message
+from truetune.contract.words import PART, hollow
 
 Kind = Literal["reasoning", "content", "name", "key", "value"]
 Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
 Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable"]
 Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
-# What stands for a part in the text of a skeleton.
-PART = "\x00"
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Twin:
     Attributes:
         message: the same structure, outer whitespace and empty values as in the row.
         flipped: the same with every true, false, null and zero turned; None where there is none.
-        filled: for each empty text, mapping and list of a call: what it is, and the message in
-            which it holds something.
+        filled: for each blank text, empty mapping and empty list of a call: what it is, and the
+            message in which it holds something.
         leaves: in the row's order.
         calls: a node for each call.
     """
@@ -101,6 +101,15 @@ class Twin:
         """The structure that texts are kept under of which one reads `written`."""
         ids = [str(call["id"]) for call in self.message.get("tool_calls") or [] if call.get("id")]
         return self.keys[any(i in written for i in ids)]
+
+    @cached_property
+    def names(self) -> re.Pattern[str] | None:
+        """The names and keys of calls that have no sentinel; None where all have one."""
+        fixed = []
+        for _, name, held in self.calls:
+            keys = [node[1] for node in held[1]] if held[0] == "map" else []
+            fixed += [node[1] for node in (name, *keys) if node[0] == "fixed" and node[1].strip()]
+        return re.compile(rf"\b(?:{'|'.join(map(re.escape, fixed))})\b") if fixed else None
 
     @property
     def variants(self) -> list[Message]:
@@ -218,11 +227,10 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
 
 def _filled(value: Any) -> Iterator[tuple[str, Any]]:
     """A value with one of the empty ones in it filled, for each of them in turn."""
-    if value in ("", {}, []) and isinstance(value, str | Mapping | list):
-        full: Any = "zqfilled"
-        if not isinstance(value, str):
-            full = {full: "zqheld"} if isinstance(value, Mapping) else [full]
-        yield repr(value), full
+    if isinstance(value, str) and not value.strip():
+        yield repr(value), f"{value}zqfilled"
+    elif value in ({}, []) and isinstance(value, Mapping | list):
+        yield repr(value), {"zqfilled": "zqheld"} if isinstance(value, Mapping) else ["zqfilled"]
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             for what, full in _filled(inner):
@@ -231,6 +239,13 @@ def _filled(value: Any) -> Iterator[tuple[str, Any]]:
         for at, inner in enumerate(value):
             for what, full in _filled(inner):
                 yield what, [*value[:at], full, *value[at + 1 :]]
+
+
+def _values(message: Message) -> list[tuple[Any, str]]:
+    """The values of the arguments of a turn's calls, each with its text."""
+    given = [call["function"].get("arguments") for call in message.get("tool_calls") or []]
+    values = [value for one in given if isinstance(one, Mapping) for value in one.values()]
+    return [(value, json.dumps(value)) for value in values]
 
 
 @dataclass(frozen=True)
@@ -250,17 +265,26 @@ class Skeleton:
         pieces: texts, and between them the numbers of leaves; a text is first and last.
         defects: parts that it leaves out, repeats or puts elsewhere.
         reordered: whether arguments stand in another order than in the row.
-        told: words that are no format, by the text behind the last part; a cache.
+        reach: (piece, offset) where the last part ends that has no sentinel.
+        empties: of brackets and pairs of markers with nothing between them, how many stand for an
+            empty value of the row; None where that cannot be asked.
     """
 
     pieces: tuple[str | int, ...]
     defects: tuple[Defect, ...]
     reordered: bool
-    told: dict[tuple[str, str], str] = field(default_factory=dict)
+    reach: tuple[int, int] = (0, 0)
+    empties: Mapping[str, int] | None = None
 
     def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
         """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
         return _spans(self.pieces, written, leaves, 0, 0)
+
+    def reached(self, spans: Sequence[tuple[int, int, int]]) -> int:
+        """Where the last part ends that has no sentinel, in a text with these spans."""
+        piece, offset = self.reach
+        before = sum(isinstance(p, int) for p in self.pieces[:piece])
+        return offset + (spans[before - 1][2] if before else 0)
 
     @property
     def tail(self) -> str:
@@ -340,26 +364,71 @@ def skeleton(
             for at in found
         )
     ]
+    misread = _misread(twin, _bare(written, controls))
+    defects += [Defect("glued", n) for n in misread if Defect("glued", n) not in defects]
     defects += [
         Defect("listed", n)
         for n, found in places.items()
         if twin.leaves[n].kind == "key"
         and all(_listed(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
-    for (what, _), full in zip(twin.filled, others, strict=True):
+    for (what, message), full in zip(twin.filled, others, strict=True):
         if full is None:
             continue
-        if not _is_cut_from(written, full):
+        marked = _bare(full, controls)
+        if not _is_cut_from(written, full) or any(
+            _is_misread(twin, marked, "zqfilled", value, whole)
+            for value, whole in _values(message)
+            if "zqfilled" in whole
+        ):
             defects.append(Defect("filled", None, what))
         elif what == "{}" and _listed(*full.partition("zqfilled")[::2]):
             defects.append(Defect("listed", None, what))
     defects += [Defect("added", None, key) for key in _added(twin, written, pieces)]
     defects += [Defect("called", None, before) for before in _called(twin, pieces)]
     defects += [Defect("unreadable", n) for n in _unreadable(twin, written, pieces)]
-    reader = _Reader(twin, pieces, places, _pieces(twin, flipped) if flipped is not None else None)
+    turned = None if flipped is None else _pieces(twin, flipped)
+    reader = _Reader(twin, pieces, places, turned, controls)
     if not defects:
         defects = reader.order()
-    return Skeleton(tuple(pieces), tuple(defects), reader.reordered)
+    empties = _empties(twin, written, others, controls)
+    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, reader.reach, empties)
+
+
+def _misread(twin: Twin, written: str) -> list[int]:
+    """Parts of an argument's value that stand between tags, where that is no value of the row."""
+    return [
+        n
+        for value, whole in _values(twin.message)
+        for n, leaf in enumerate(twin.leaves)
+        if leaf.sentinel in whole and _is_misread(twin, written, leaf.sentinel, value, whole)
+    ]
+
+
+def _is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
+    """Whether what stands between tags around a sentinel is neither its value nor one inside."""
+    at = written.find(sentinel)
+    text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
+    if text is None or (twin.names and twin.names.search(text)):
+        return False
+    if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
+        return False
+    return not any(is_written(text, inner) for inner in values_in(value))
+
+
+def _empties(
+    twin: Twin, written: str, filled: Sequence[str | None], controls: re.Pattern[str] | None
+) -> dict[str, int] | None:
+    """See `Skeleton.empties`: those that are gone where the value holds something."""
+    if None in filled:
+        return None
+    empty, *full = (
+        hollow(
+            "".join(p if isinstance(p, str) else PART for p in _pieces(twin, str(text))), controls
+        )
+        for text in (written, *filled)
+    )
+    return {pair: sum(some[pair] < count for some in full) for pair, count in empty.items()}
 
 
 # Keys that may stand beside those of the arguments where a format has all in one object.
@@ -473,7 +542,7 @@ _EXPRESSION = re.compile(r"[\[({:=/]")
 
 def glued(leaf: Leaf, before: str, behind: str) -> bool:
     """Whether something stands against a part of a call that makes another one of it: a sign or a
-    digit, or anything between it and the quotes or tags that hold it."""
+    digit, or anything between it and the quotes that hold it."""
     if leaf.kind in ("reasoning", "content"):
         return False
     if not isinstance(leaf.value, str) and (
@@ -489,10 +558,6 @@ def glued(leaf: Leaf, before: str, behind: str) -> bool:
             return not (_is_space(opened[2], leaf.around[0]) and _is_space(inside, leaf.around[1]))
     first, last = before[-1:], behind[:1]
     if leaf.kind == "value":
-        held = re.search(r">([^<>]*)$", before), re.match(r"([^<>]*)<", behind)
-        rest = _unwrapped(held[0][1].strip(), held[1][1].strip()) if held[0] and held[1] else ""
-        if rest.strip("[](){}") and not _EXPRESSION.search(rest.strip("[](){}")):
-            return True
         return first in _SIGNS or last in _SIGNS
     # Names have a namespace in front of them, keys the dashes or dots of an option.
     plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)
@@ -505,14 +570,8 @@ def _is_space(text: str, own: str) -> bool:
     return not text or text in (own, repr(own)[1:-1], *_in_json(own))
 
 
-def _unwrapped(before: str, behind: str) -> str:
-    """What stands around a part without the quotes and brackets around both."""
-    while before and behind and before[-1] + behind[0] in ("''", '""', "``", "()", "[]", "{}"):
-        before, behind = before[:-1].rstrip(), behind[1:].lstrip()
-    return before + behind
-
-
 def _bare(piece: str | int, controls: re.Pattern[str] | None) -> str:
+    """A text in which a tag stands for each control token."""
     return controls.sub("<\x01>", str(piece)) if controls else str(piece)
 
 
@@ -543,6 +602,7 @@ class _Reader:
         pieces: of the twin's text.
         places: leaf -> indices of its pieces.
         turned: pieces of the flipped twin's text.
+        controls: see `skeleton`.
     """
 
     def __init__(
@@ -551,8 +611,11 @@ class _Reader:
         pieces: list[str | int],
         places: dict[int, list[int]],
         turned: list[str | int] | None,
+        controls: re.Pattern[str] | None,
     ) -> None:
         self.twin, self.pieces, self.places, self.turned = twin, pieces, places, turned
+        self.controls = controls
+        self.reach = (0, 0)
         self.reordered = False
         self.defects: list[Defect] = []
         # Where small values and fixed names may still be found: (piece, offset).
@@ -645,15 +708,27 @@ class _Reader:
                         before, behind = text[:at], text[at + len(form) :]
                         if small and _quoted(before, behind):
                             self.defects.append(Defect("quoted", None, repr(value)))
-                        elif glued(leaf, before, behind):
+                        elif glued(leaf, before, behind) or (
+                            small and self.misread(before, form, behind)
+                        ):
                             what, at = "glued", text.find(form, at + 1)
                             continue
                         self.at = (piece, at + len(form))
+                        self.reach = max(self.reach, self.at)
                         return
             if small:
                 break
             piece, offset = piece + 1, 0
         self.defects.append(Defect(what, None, repr(value)))
+
+    def misread(self, before: str, form: str, behind: str) -> bool:
+        """Whether what stands between tags around a small value is no value of the row."""
+        before, behind = _bare(before, self.controls), _bare(behind, self.controls)
+        text = between_tags(before + form + behind, len(before), len(before) + len(form))
+        if text is None or (self.twin.names and self.twin.names.search(text)):
+            return False
+        values = (v for whole, _ in _values(self.twin.message) for v in values_in(whole))
+        return not any(is_written(text, value) for value in values)
 
     def changes(self, piece: int) -> bool:
         """Whether the text is another one where small values are turned."""

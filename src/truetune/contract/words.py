@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 
-from truetune.contract.twin import PART
-
+# What stands for a part in the text around the parts of a turn.
+PART = "\x00"
 # What stands for a control token or a tag once it is known.
 _MARK = "\x01"
+# A marker with brackets turned outwards, of whose tags the neighbours are none.
+TURNED = r"\]<\][^<>\[\]\n]{1,40}\[>\["
 # Tags and bracketed markers are format where the tokenizer has no token for them either.
 _TAG = re.compile(r"</?[^<>\n]{1,120}/?>|\[/?[A-Z][A-Z0-9_ ]*\]|\[\[?[A-Z_]+\]?\]")
 _ENDING = re.compile(rf"(?:{_TAG.pattern}|\s)*$")
@@ -55,7 +59,7 @@ def words_in(
             first thing behind the served prompt: there plain answers name a recipient as well.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
-    text = frame
+    text = frame = re.sub(TURNED, _MARK, frame)
     for control in known:
         text = text.replace(control, _MARK)
     if glued := _GLUED.search(text):
@@ -129,16 +133,78 @@ def markers_in(pieces: Iterable[str], controls: re.Pattern[str] | None) -> list[
     return [marker for marker in found if len(marker.strip()) > 2]
 
 
-# Signs that are no format where they stand beside the text of a turn.
-_SIGN = r"[-!?.+*#$%@^~\u2026]+"
+# Which side of a pair a marker is.
+_OPENING = re.compile(r"(?<![a-z])(?:begin|start|open)(?![a-z])")
+_CLOSING = re.compile(r"(?<![a-z])(?:end|stop|close)(?![a-z])")
+_HOLLOW = re.compile(r"\{\s*\}|\[\s*\]")
+
+
+def hollow(text: str, controls: re.Pattern[str] | None) -> Counter[str]:
+    """Brackets and pairs of markers with nothing between them, counted."""
+    found = Counter("".join(pair.split()) for pair in _HOLLOW.findall(text))
+    for (one, _, end), (other, start, _) in itertools.pairwise(_markers(text, controls)):
+        name, side = _side(one)
+        pair = name and PART not in one and side > 0 and _side(other) == (name, -1)
+        if pair and not _HOLLOW.sub("", text[end:start]).strip():
+            found[one + other] += 1
+    return found
+
+
+def unpaired(text: str, controls: re.Pattern[str] | None, marks: Iterable[str]) -> str:
+    """A marker without its other side, of those that stand in the text with both; "" for none.
+
+    Args:
+        marks: markers that may stand alone.
+    """
+    found = [(marker, *_side(marker)) for marker, _, _ in _markers(text, controls)]
+    alone = {"", *(_side(mark)[0] for mark in marks)}
+    sides = {(name, side) for _, name, side in found}
+    for name in dict.fromkeys(name for _, name, _ in found if name not in alone):
+        if not {(name, 1), (name, -1)} <= sides:
+            continue
+        deep = 0
+        for marker in (m for m in found if m[1] == name):
+            deep += marker[2]
+            if deep < 0:
+                return marker[0]
+        if deep:
+            return next(m for m, other, _ in reversed(found) if other == name)
+    return ""
+
+
+def _markers(text: str, controls: re.Pattern[str] | None) -> Iterator[tuple[str, int, int]]:
+    """(marker, start, end) of control tokens and tags."""
+    either = f"{controls.pattern}|{_TAG.pattern}" if controls else _TAG.pattern
+    for found in re.finditer(either, text):
+        yield found.group(), found.start(), found.end()
+
+
+def _side(marker: str) -> tuple[str, int]:
+    """(the name of a marker, the same for both sides; 1 where it opens, -1 where it closes)."""
+    bare = marker.strip("<>[]|\uff5c/ ")
+    named = re.match(r"[^\s=\"'<>]+", bare)
+    name = named.group().lower() if named else ""
+    closes = (
+        "/" in marker[:3] or bool(_CLOSING.search(name)) or bool(re.match(r"<[^|].*\|>", marker))
+    )
+    stem = _CLOSING.sub("", _OPENING.sub("", name)).strip("_.:-\u2581|\uff5c")
+    return stem, 0 if marker.endswith("/>") else -1 if closes else 1
+
+
+# Signs that are no format where they stand beside the text of a turn, and brackets and quotes that
+# hold it.
+_SIGN = r"-!?.+*#$%@^~|=&\\\u2026"
+_BEFORE = re.compile(rf"(?:[{_SIGN}(\[{{`]|(?<![:,\[] )(?<![:,\[])[\"'])+$")
+_BEHIND = re.compile(rf"[{_SIGN})\]}}`]+|[\"'](?!\s*[,}}])")
+_BRACKETED = re.compile(r"\[/?[\w:.-]+\]")
 
 
 def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> str:
     """A sign between a text and what stands around it, "" where there is none."""
-    if controls:
-        before, behind = controls.sub(_MARK, before), controls.sub(_MARK, behind)
-    before, behind = _TAG.sub(_MARK, before).rstrip(), _TAG.sub(_MARK, behind).lstrip()
-    found = re.search(_SIGN + "$", before) or re.match(_SIGN, behind)
+    for marker in (controls, _TAG, _BRACKETED):
+        if marker:
+            before, behind = marker.sub(_MARK, before), marker.sub(_MARK, behind)
+    found = _BEFORE.search(before.rstrip()) or _BEHIND.match(behind.lstrip())
     return found.group() if found else ""
 
 

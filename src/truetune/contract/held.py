@@ -1,0 +1,61 @@
+"""Whether what a template writes between two tags is a value of a call, as a server reads it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import html
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# How Python's own text of a value begins where it is not that of JSON too.
+_PYTHON = ("'", '"', "[", "{", "True", "False", "None")
+
+
+def between_tags(text: str, start: int, end: int) -> str | None:
+    """What stands between the tags around a place; None where none stands on either side."""
+    left = max(text.rfind("<", 0, start), text.rfind(">", 0, start))
+    right = min((at for sign in "<>" if (at := text.find(sign, end)) >= 0), default=-1)
+    if left < 0 or right < 0 or text[left] != ">" or text[right] != "<":
+        return None
+    return text[left + 1 : right]
+
+
+def values_in(value: Any) -> Iterator[Any]:
+    """A value and all values in it."""
+    yield value
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from values_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from values_in(inner)
+
+
+def is_written(text: str, value: Any) -> bool:
+    """Whether a text is the value: itself, as JSON or in Python's own notation, and no more."""
+    for form in dict.fromkeys((text.strip(), html.unescape(text.strip()))):
+        if isinstance(value, str) and form == value.strip():
+            return True
+        if any(_same(read, value) for read in _readings(form)):
+            return True
+    return False
+
+
+def _readings(text: str) -> Iterator[Any]:
+    try:
+        yield json.loads(text)
+    except (ValueError, RecursionError):
+        if text.startswith(_PYTHON):
+            with contextlib.suppress(
+                ValueError, SyntaxError, TypeError, MemoryError, RecursionError
+            ):
+                yield ast.literal_eval(text)
+
+
+def _same(read: Any, value: Any) -> bool:
+    """Equal with their types: true is no 1, and 1.0 no 1."""
+    return json.dumps(read, sort_keys=True, default=repr) == json.dumps(
+        value, sort_keys=True, default=repr
+    )
