@@ -125,7 +125,7 @@ def check(
         screen.close()
     if html:
         from truetune.cli.check_page import page
-        from truetune.cli.html import write_document
+        from truetune.reporting.html import write_document
 
         write_document(Path(html), page(found.as_dict()))
     if as_json:
@@ -223,8 +223,8 @@ def _inspect_rows(
     with_ids: bool,
 ) -> None:
     """Rows on the terminal or as a page."""
-    from truetune.cli.html import write_document
     from truetune.cli.rows_screen import rows_page, show_rows, view_rows
+    from truetune.reporting.html import write_document
 
     pairs = [text.partition("=") for text in settings]
     for text, (_, equals, _) in zip(settings, pairs, strict=True):
