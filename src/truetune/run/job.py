@@ -50,6 +50,7 @@ from truetune.run.trackers import Trackers
 from truetune.run_dir import (
     STEP,
     UNVERIFIED,
+    VERDICT,
     RunDir,
     flush_folder,
     write_json,
@@ -57,7 +58,6 @@ from truetune.run_dir import (
     write_text,
 )
 from truetune.system.signals import Stopped, number_of
-from truetune.verification.artifact import VERDICT
 from truetune.verification.verdict import Verdict
 
 

@@ -39,10 +39,10 @@ from truetune.run.result import RunResult
 from truetune.run.saved import Saved, saved_facts
 from truetune.run.trackers import Trackers
 from truetune.run.worker_rank import Follower
-from truetune.run_dir import RunDir, claimed, named_at_last, opened, write_json
+from truetune.run_dir import VERDICT, RunDir, claimed, named_at_last, opened, write_json
 from truetune.system.lock import Owner
 from truetune.system.signals import Stopped, number_of
-from truetune.verification.artifact import VERDICT, run_of, verify, verify_merge
+from truetune.verification.artifact import run_of, verify, verify_merge
 from truetune.verification.verdict import Verdict
 
 
