@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from truetune.cli.screen import Screen, side_by_side
 from truetune.reporting.serving import load_line, serve_line
 from truetune.run.outcome import summary
+from truetune.run_dir import REPORT
 
 if TYPE_CHECKING:
     from truetune.generate import Reply
@@ -42,6 +43,8 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
     )
     verify = ("verify", f"truetune verify {run}")
     told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
+    if result.run.file(REPORT).is_file():
+        told.append(("report", str(result.run.file(REPORT))))
     screen.pairs([*told, *(merge if result.base else []), *more])
 
 

@@ -564,6 +564,58 @@ def verify_run(
         raise CheckFailed("what was saved is not what was trained", verdict.findings())
 
 
+@app.command("report", cls=Verb, short_help="The page of a run.")
+def report_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="(default: RUN/report.html)", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write the page of a run: whether it was trained as served, saved as trained and behaves; what
+    base and tuned model reply; curves, rows, recipe and findings. One file without a script, which
+    needs no network.
+
+    `train` writes it at its end. A run that is at work, or was stopped, has one too.
+
+    \b
+    truetune report runs/first
+    truetune report runs/first -o report.html
+    """
+    from truetune.reporting.page import write_report
+    from truetune.run_dir import REPORT, RunDir
+
+    opened = RunDir.open(run)
+    written = write_report(opened, Path(output) if output else opened.file(REPORT))
+    screen = open_screen()
+    for answer in written.answers:
+        screen.line(f"{answer.question}: {answer.word}. {answer.why}")
+    screen.line(f"written: {written.path}")
+
+
+@app.command("watch", cls=Verb, short_help="The page of a run, live.")
+def watch_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8421,
+) -> None:
+    """Serve the page of a run on this machine, made anew for each request, until Ctrl-C.
+
+    Only a browser on this machine reaches it, at http://127.0.0.1:PORT. Nothing is written, and no
+    other file is served.
+
+    \b
+    truetune watch runs/first
+    """
+    from truetune.reporting.live import serving
+    from truetune.run_dir import RunDir
+
+    with serving(RunDir.open(run), port) as server:
+        open_screen().line(f"{server.address}  (Ctrl-C ends it)")
+        server.run()
+
+
 @app.command(cls=Verb)
 def quickstart(
     output: Annotated[

@@ -27,7 +27,7 @@ BEHAVIOUR = frozenset(
     """answers-do-not-end rows-not-learned held-out-falling held-out-rising worse-than-untrained
     loss-not-of-answers memorising forgetting stop-not-learned nothing-learned stops-lost
     replies-repeat role-leak thinking-open replies-empty replies-copy replies-switch-script
-    non-finite no-gradient loss-diverged loss-spike rewound
+    non-finite no-gradient loss-diverged loss-spike
     """.split()  # noqa: SIM905
 )
 
@@ -80,7 +80,7 @@ class RunFacts:
         findings += [f.as_dict() for f in also if (f.code, f.what) not in known]
         return cls(
             run.path,
-            state or _state(run),
+            state or _state(run, findings),
             files.yaml(RECIPE),
             files.json(CONTRACT),
             files.json(DATA),
@@ -93,6 +93,11 @@ class RunFacts:
             findings,
             files.problems,
         )
+
+    @staticmethod
+    def read_adapter(folder: Path) -> dict[str, Any]:
+        """adapter_config.json of a folder that is no run's."""
+        return _Files(folder).json("adapter_config.json")
 
     def setting(self, name: str) -> Any:
         """The value of a setting; None where the recipe does not have it."""
@@ -128,9 +133,16 @@ class RunFacts:
             if isinstance(line.get(name), int | float) and not isinstance(line[name], bool)
         ]
 
+    @cached_property
+    def rewound(self) -> list[int]:
+        """Places among the findings at which the run went back to an earlier checkpoint."""
+        return [at for at, f in enumerate(self.findings) if f.get("code") == "rewound"]
+
     def behaviour(self, *levels: str) -> list[Mapping[str, Any]]:
-        """Findings on behaviour of these levels."""
-        found = [f for f in self.findings if f.get("code") in BEHAVIOUR]
+        """Findings on behaviour of these levels; what led to a return to an earlier checkpoint is
+        undone by it."""
+        since = self.findings[self.rewound[-1] + 1 :] if self.rewound else self.findings
+        found = [f for f in since if f.get("code") in BEHAVIOUR]
         return [f for f in found if f.get("level") in levels]
 
     def marks(self, most: int = 6) -> list[tuple[int, str]]:
@@ -139,15 +151,18 @@ class RunFacts:
         for finding in self.findings:
             grave = finding.get("level") == "error" or finding.get("code") == "rewound"
             text = f"{finding.get('what', '')} {finding.get('where', '')}"
-            if grave and finding.get("code") in BEHAVIOUR and (match := _STEP.search(text)):
+            behaves = finding.get("code") in (*BEHAVIOUR, "rewound")
+            if grave and behaves and (match := _STEP.search(text)):
                 told.append((int(match[1].replace(",", "")), str(finding.get("what", ""))))
         return told[:most]
 
 
-def _state(run: RunDir) -> State:
+def _state(run: RunDir, findings: Sequence[Mapping[str, Any]]) -> State:
     if run.finished:
         return "finished"
-    return "running" if is_alive(run.file(LOCK)) else "unfinished"
+    if is_alive(run.file(LOCK)):
+        return "running"
+    return "failed" if any(f.get("level") == "error" for f in findings) else "unfinished"
 
 
 class _Files:

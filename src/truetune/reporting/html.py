@@ -111,8 +111,15 @@ def write_document(path: Path, text: str, option: str = "--html") -> None:
         option: that named the file.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: the file cannot be written, or is there and is no page.
     """
+    if path.is_file() and not _is_page(path):
+        raise UsageError(
+            f"{path} is there and is no page: it is left as it is",
+            where=str(path),
+            fix=f"name another file with {option} FILE",
+            code="page-not-written",
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
@@ -124,6 +131,17 @@ def write_document(path: Path, text: str, option: str = "--html") -> None:
             fix=f"name another file with {option} FILE",
             code="page-not-written",
         ) from error
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be replaced by a page."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(64).lstrip().lower().startswith((b"<!doctype html", b"<html")) or (
+                path.stat().st_size == 0
+            )
+    except OSError:
+        return False
 
 
 def clipped(value: Any, most: int) -> str:

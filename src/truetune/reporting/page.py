@@ -3,8 +3,11 @@ run was made from."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from truetune.findings import LEVELS, escaped, percent
@@ -19,13 +22,15 @@ from truetune.reporting.html import (
     lengths_section,
     token_spans,
     words,
+    write_document,
 )
 from truetune.reporting.svg import Line, chart
-from truetune.reporting.verdict import LOSSES, SHARES, verdict
+from truetune.reporting.verdict import LOSSES, SHARES, Answer, verdict
+from truetune.run_dir import RunDir
 
 # Characters of a reply and of a prompt's message; prompts side by side; steps of one prompt; places
 # of dropped rows of one kind; rows of the table of vital signs.
-_REPLY, _PROMPT, _PROMPTS, _STEPS, _PLACES, _ROWS = 1500, 600, 8, 8, 20, 60
+_REPLY, _PROMPT, _PROMPTS, _STEPS, _PLACES, _ROWS = 1000, 600, 8, 8, 20, 60
 
 _COLOURS = {"yes": "good", "no": "bad", "doubtful": "doubt"}
 _STATES = {
@@ -62,6 +67,30 @@ def page(run: RunFacts, *, refresh: int | None = None) -> str:
     return document(f"truetune report: {run.path.absolute().name}", body, refresh=refresh)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A page on disk.
+
+    Attributes:
+        path: the file.
+        answers: trained as served, saved as trained, behaves.
+    """
+
+    path: Path
+    answers: tuple[Answer, ...]
+
+
+def write_report(run: RunDir, path: Path) -> Written:
+    """Write the page of a run as its files are now.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    facts = RunFacts.read(run)
+    write_document(path, page(facts), "--output")
+    return Written(path, verdict(facts))
+
+
 def _guarded(title: str, section: Callable[[RunFacts], Iterable[str]], run: RunFacts) -> list[str]:
     """A section; of files that hold something else than a run writes, a line instead."""
     try:
@@ -78,6 +107,8 @@ def _guarded(title: str, section: Callable[[RunFacts], Iterable[str]], run: RunF
 
 def _head(run: RunFacts) -> Iterator[str]:
     name, css = _STATES[run.state]
+    if run.state == "failed" and run.behaviour("error"):
+        name = "stopped by a probe"
     yield (
         f'<h1>{escaped(run.path.absolute().name)}: <span class="verdict {css}">{name}</span></h1>'
     )
@@ -86,9 +117,10 @@ def _head(run: RunFacts) -> Iterator[str]:
     taken = f"step {run.done:,} of {run.total:,}" if run.total else f"step {run.done:,}"
     shown = " \u00b7 ".join(clipped(part, 300) for part in made if part)
     yield (f'<p class="sub">{shown}<br>{taken}{_losses_told(run)}</p>')
-    if run.state == "unfinished":
+    if run.state in ("unfinished", "failed"):
+        ended = "failed" if run.state == "failed" else "was stopped or killed"
         yield (
-            "<p>The run was stopped or killed before its end. It goes on with "
+            f"<p>The run {ended} before its end. It goes on from its last checkpoint with "
             f"<code>truetune train --resume {escaped(str(run.path))}</code>.</p>"
         )
 
@@ -379,7 +411,7 @@ def _contract(run: RunFacts) -> Iterator[str]:
     yield facts_table(
         [
             ("template", template.get("origin")),
-            ("template arguments", run.contract.get("template_kwargs")),
+            ("template arguments", _json(run.contract.get("template_kwargs"))),
             ("answers end on", stops),
             ("tokenizer", run.contract.get("tokenizer")),
             ("fingerprint", run.contract.get("fingerprint")),
@@ -389,15 +421,20 @@ def _contract(run: RunFacts) -> Iterator[str]:
         yield folded("the chat template", f"<pre>{clipped(source, 20_000)}</pre>")
 
 
+def _json(value: Any) -> str:
+    """A mapping as it is written in a recipe, false values too."""
+    return json.dumps(value, ensure_ascii=False, default=str) if value else ""
+
+
 def _checks(run: RunFacts) -> Iterator[str]:
     checks = run.verdict.get("checks") or ()
     if checks:
         yield facts_table(
             (
-                (check.get("name"), check.get("state"), check.get("what"), check.get("fix"))
-                for check in checks
-            ),
-            ("check", "state", "what", "fix"),
+                check.get("name"),
+                ". ".join(str(check[part]) for part in ("state", "what", "fix") if check.get(part)),
+            )
+            for check in checks
         )
 
 

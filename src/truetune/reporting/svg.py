@@ -177,11 +177,10 @@ class _Axis:
             every = max(math.ceil((last - first) / 5), 1)
             ticks = tuple(10.0**power for power in range(first, last + 1, every))
             return cls(10.0**first, 10.0**last, ticks, True, False)
-        if 0 <= low < 0.6 * high:
-            low = 0.0
+        low = min(low, 0.0)
+        high = max(high, 0.0)
         if low == high:
-            room = abs(low) * 0.1 or 1.0
-            low, high = low - room, high + room
+            high = 1.0
         ticks = tuple(_ticks(low, high, 4, outside=True))
         return cls(min(low, ticks[0]), max(high, ticks[-1]), ticks, False, False)
 
@@ -195,7 +194,8 @@ class _Axis:
         if self.share:
             return f"{100 * value:.0f} %"
         if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
-            return f"{value:.2g}"
+            mantissa, _, power = f"{value:.2e}".partition("e")
+            return f"{float(mantissa):g}e{int(power)}"
         return f"{value:.4g}"
 
 

@@ -91,16 +91,17 @@ def _behaves(run: RunFacts) -> Answer:
     question = "Behaves"
     grave = run.behaviour("error")
     doubts = run.behaviour("warning")
-    numbers = " ".join(vital_sentences(run))
+    back = ""
+    if run.rewound:
+        back = f" {run.findings[run.rewound[-1]].get('what', 'The run went back')}."
     for found, word in ((grave, "no"), (doubts, "doubtful")):
         if found:
             told = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            went_back = any(f.get("code") == "rewound" for f in run.findings)
-            back = " The run went back to an earlier checkpoint and went on." if went_back else ""
             return Answer(question, word, f"{told}{more}.{back}")  # type: ignore[arg-type]
     if len(run.vitals) > 1:
-        return Answer(question, "yes", f"No probe found anything wrong. {numbers}".strip())
+        numbers = " ".join(vital_sentences(run))
+        return Answer(question, "yes", f"No probe found anything wrong. {numbers}{back}".strip())
     if run.state == "running":
         return Answer(question, "not yet", "The probes have not compared two steps yet.")
     return Answer(question, "not measured", "The run has no probes of two steps to compare.")

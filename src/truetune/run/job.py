@@ -43,6 +43,7 @@ from truetune.run.answers import (
 from truetune.run.artifact import rows_of_new_tokens, save_artifact
 from truetune.run.environment import environment
 from truetune.run.outcome import Answer, judge
+from truetune.run.pages import write_pages
 from truetune.run.prepare import Prepared
 from truetune.run.result import RunResult
 from truetune.run.stop import BrokenOff, Stop, interruptible
@@ -251,6 +252,8 @@ class Job:
                 # The error that ends the run shows them.
                 self._record(finding)
         self.trackers.finish()
+        for finding in write_pages(self.run):
+            self._found(finding)
         self.run.finish(
             {
                 "finished": True,
