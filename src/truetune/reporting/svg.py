@@ -181,7 +181,7 @@ class _Axis:
         high = max(high, 0.0)
         if low == high:
             high = 1.0
-        ticks = tuple(_ticks(low, high, 4, outside=True))
+        ticks = tuple(_ticks(low, high, 5, outside=True))
         return cls(min(low, ticks[0]), max(high, ticks[-1]), ticks, False, False)
 
     def place(self, value: float) -> float:
