@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from truetune.reporting.page import Written
     from truetune.run.checkup import Checkup
     from truetune.run.pipeline import ExportResult, RunResult
+    from truetune.run.push import Pushed
     from truetune.verification.verdict import Verdict
 
 
@@ -515,6 +516,50 @@ def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
     with serving(RunDir.open(path_of(run)), port) as server:
         _shown(None, quiet).stage(server.address)
         server.run()
+
+
+@_words_of_python()
+def push(
+    source: Pathlike,
+    repo: str,
+    *,
+    public: bool = False,
+    unverified: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    listener: Listener | None = None,
+) -> Pushed:
+    """Push what a run saved, or a merged model, to the Hub in one commit, with its model card; only
+    what was verified, and is as it was then.
+
+    Args:
+        source: a run, or a model or adapter folder.
+        repo: OWNER/NAME.
+        public: everybody may read it.
+        unverified: push what no verification has passed, too.
+        overwrite: take other files of the repository away.
+        quiet, listener: as of `train`.
+
+    Returns:
+        `.url`, `.files`, `.private` and `.verified`.
+
+    Raises:
+        TruetuneError: it is not what was trained, or the Hub refuses it.
+    """
+    from truetune.run.push import push as pushed
+
+    told = _shown(listener, quiet)
+    try:
+        return pushed(
+            path_of(source),
+            repo,
+            public=public,
+            unverified=unverified,
+            overwrite=overwrite,
+            listener=told,
+        )
+    finally:
+        _closed(told)
 
 
 def _pre(text: str) -> str:

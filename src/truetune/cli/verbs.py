@@ -616,6 +616,49 @@ def watch_run(
         server.run()
 
 
+@app.command("push", cls=Verb, short_help="A verified model to the Hub.")
+def push_model(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody may read it. (default: private)")
+    ] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Also what no verification has passed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take other files of the repository away.")
+    ] = False,
+) -> None:
+    """Push what a run saved, or a merged model, to the Hub in one commit, with its model card.
+
+    Only what was verified, and is as it was then, is pushed. The token is that of `hf auth login`,
+    or HF_TOKEN.
+
+    \b
+    truetune push runs/first me/first
+    truetune push merged me/first-merged --public
+    """
+    from truetune.run.push import push
+
+    screen = open_screen()
+    try:
+        pushed = push(
+            source,
+            repo,
+            public=public,
+            unverified=unverified,
+            overwrite=overwrite,
+            listener=screen,
+        )
+    finally:
+        screen.close()
+    who = "private" if pushed.private else "public"
+    screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")
+
+
 @app.command(cls=Verb)
 def quickstart(
     output: Annotated[

@@ -173,7 +173,7 @@ def _text(value: Any) -> str:
 
 def _code(value: Any) -> str:
     """Foreign text between backticks or in a fence."""
-    return visible(str(value)).replace("`", "'")[:2000]
+    return visible(str(value)).replace("`", "'").replace("<!--", "<! --")[:2000]
 
 
 def _summary(run: RunFacts, base: str, *, is_adapter: bool) -> str:
