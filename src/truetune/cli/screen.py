@@ -139,6 +139,9 @@ class Screen(Listener):
     def evaluated(self, step: int, loss: float) -> None:
         self.steps.evaluated(step, loss)
 
+    def sample(self, sample: dict[str, Any]) -> None:
+        self.steps.sampled(sample)
+
     # errors and findings
 
     def _print_finding(self, console: Console, finding: Finding) -> None:
