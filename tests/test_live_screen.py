@@ -137,7 +137,7 @@ def test_a_terminal_shows_the_last_reply_on_one_harmless_line() -> None:
             {
                 "messages": [{"role": "user", "content": "2+2? " * 40}],
                 "answer": evil,
-                "stopped": step > 3,
+                "stopped": False,
             }
         )
         steps.step(StepFacts(step, 5.0 - step, 1e-4, 0.5, 4000, 1000, 2.0, (0,)), 4)

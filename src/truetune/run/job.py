@@ -332,6 +332,7 @@ class Job:
         for sample in self._samples_now:
             self.run.append("samples.jsonl", sample)
             self.listener.sample(sample)
+        self.trackers.samples(self._samples_now, step)
 
     def save_checkpoint(self) -> None:
         """Weights as an artifact that transformers or peft opens, beside them the trainer's state;
