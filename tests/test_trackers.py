@@ -161,8 +161,104 @@ def test_no_tracker_imports_nothing() -> None:
     trackers.finish()
 
 
-def test_tensorboard_writes_into_the_run(place: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    shared = ("train", place / "tiny", place / "rows.jsonl", "-o", tmp_path / "run")
-    assert command(*shared, "--max-steps", "1", "--report-to", "tensorboard").code == 0
-    assert list((tmp_path / "run" / "trackers" / "run").glob("events.out.tfevents.*"))
+class Vocal(Recorder):
+    """One whose library takes text."""
+
+    name = "wandb"
+
+
+def test_samples_go_where_text_is_taken_and_shares_of_the_probes_everywhere(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    register(monkeypatch, Vocal)
+    monkeypatch.setattr("truetune.run.trackers._TEXTS", {"wandb": lambda *a: told.append(a)})
+    assert run(place, tmp_path / "first").code == 0
+    samples = lines(tmp_path / "first" / "samples.jsonl")
+    assert sum(len(rows) for _, _, rows, _ in told) == len(samples) > 0
+    _, columns, rows, step = told[-1]
+    assert columns == ["step", "where", "prompt", "reply", "ended", "expected"]
+    last = [line for line in samples if line["step"] == step]
+    assert [row[1] for row in rows] == [line["where"] for line in last]
+    assert [row[2] for row in rows] == [line["messages"][-1]["content"] for line in last]
+    trackers = Trackers([], Path("run"))
+    trackers._trackers = [recorder := Vocal("run")]
+    trackers.log({"step": 3, "probe": True, "stop_rate": 0.5}, 3)
+    trackers.samples([{"where": "a", "answer": "\x1b[31m" + "x" * 9000, "stopped": False}], 3)
+    assert recorder.events == [("log", 3, {"stop_rate": 0.5})]
+    assert told[-1][2][0][:3] == ["3", "a", ""]
+    assert told[-1][2][0][3].startswith("\\x1b[31mxx")
+    assert len(told[-1][2][0][3]) == 2000
+
+
+# Each library for real, offline, where it is installed.
+
+
+def with_library(
+    name: str, place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[dict[str, Any]]]:
+    """A run that a tracker heard, and its samples."""
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    for variable, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_DIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "MLFLOW_EXPERIMENT_NAME": "tried",
+        "TRACKIO_DIR": str(folder / "trackio"),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(folder)
+    out = folder / "run"
+    shared = ("train", place / "tiny", place / "rows.jsonl", "-o", out, "--max-steps", "2")
+    told = command(*shared, "--report-to", name)
+    assert told.code == 0, told.err
+    assert (out / "manifest.json").is_file()
+    return out, lines(out / "samples.jsonl")
+
+
+def test_tensorboard_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, samples = with_library("tensorboard", place, tmp_path, monkeypatch)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(out / "trackers" / "run"))
+    read.Reload()
+    tags = read.Tags()
+    losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
+    assert [event.value for event in read.Scalars("loss")] == pytest.approx(losses)
+    assert "eval_loss" in tags["scalars"]
+    assert f"samples/{samples[0]['where']}/text_summary" in tags["tensors"]
+
+
+def test_mlflow_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, samples = with_library("mlflow", place, tmp_path, monkeypatch)
+    import mlflow
+
+    (found,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "loss")
+    losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
+    assert [point.value for point in history] == pytest.approx(losses)
+    table = mlflow.load_table("samples.json", run_ids=[found.info.run_id])
+    assert list(table["where"]) == [sample["where"] for sample in samples]
+
+
+def test_wandb_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, samples = with_library("wandb", place, tmp_path, monkeypatch)
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    held = written.read_bytes()
+    assert b"eval_loss" in held
+    (table, *_) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json")
+    assert samples[0]["where"] in table.read_text()
+
+
+def test_trackio_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, samples = with_library("trackio", place, tmp_path, monkeypatch)
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (name,) = SQLiteStorage.get_runs("run")
+    logs = SQLiteStorage.get_logs("run", name)
+    losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
+    assert [line["loss"] for line in logs if "loss" in line] == pytest.approx(losses)
+    assert any("samples" in line for line in logs)
+    assert samples

@@ -284,7 +284,7 @@ class Recipe:
     save_total_limit: int = _option(2, WATCH, "Checkpoints to keep.", minimum=1)
     logging_steps: int = _option(1, WATCH, "Steps between lines of metrics.jsonl.", minimum=1)
     report_to: list[str] | None = _option(
-        None, WATCH, "Trackers: tensorboard, wandb, mlflow, trackio.", shown="none"
+        None, WATCH, "Trackers: trackio, tensorboard, wandb, mlflow.", shown="none"
     )
 
     output: str | None = _option(None, RUN, "Folder of the run.", aliases=["output_dir"])
