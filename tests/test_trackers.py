@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,8 +97,6 @@ def test_a_tracker_receives_settings_and_metrics(
 def test_files_of_a_tracker_are_part_of_the_run(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import json
-
     register(monkeypatch, Writer)
     assert run(place, tmp_path / "first").code == 0
     manifest = json.loads((tmp_path / "first" / "manifest.json").read_text())
@@ -194,11 +193,20 @@ def test_samples_go_where_text_is_taken_and_shares_of_the_probes_everywhere(
 # Each library for real, offline, where it is installed.
 
 
-def with_library(
-    name: str, place: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, list[dict[str, Any]]]:
-    """A run that a tracker heard, and its samples."""
-    pytest.importorskip(name, reason=f"{name} is not installed")
+LOSSES = [2.0, 0.5]
+SAMPLE = {
+    "where": "rows.jsonl:3",
+    "messages": [{"role": "user", "content": "2+1?"}],
+    "answer": "3.\n<b>",
+    "stopped": True,
+    "expected": "3.",
+}
+
+
+def with_library(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, a probe and a sample, told to a library that needs no account."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
     for variable, value in {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",
@@ -210,55 +218,59 @@ def with_library(
     }.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.chdir(folder)
-    out = folder / "run"
-    shared = ("train", place / "tiny", place / "rows.jsonl", "-o", out, "--max-steps", "2")
-    told = command(*shared, "--report-to", name)
-    assert told.code == 0, told.err
-    assert (out / "manifest.json").is_file()
-    return out, lines(out / "samples.jsonl")
+    (folder / "run").mkdir()
+    trackers = Trackers([name], folder / "run")
+    trackers.start({"seed": {"value": 7, "origin": "default"}})
+    for step, loss in enumerate(LOSSES, 1):
+        trackers.log({"step": step, "loss": loss}, step)
+    trackers.log({"step": 2, "probe": True, "stop_rate": 0.75}, 2)
+    trackers.samples([{**SAMPLE, "step": 2}], 2)
+    trackers.finish()
 
 
-def test_tensorboard_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, samples = with_library("tensorboard", place, tmp_path, monkeypatch)
+def test_tensorboard_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_library("tensorboard", tmp_path, monkeypatch)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    read = EventAccumulator(str(out / "trackers" / "run"))
+    read = EventAccumulator(str(tmp_path / "run" / "trackers" / "run"))
     read.Reload()
-    tags = read.Tags()
-    losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
-    assert [event.value for event in read.Scalars("loss")] == pytest.approx(losses)
-    assert "eval_loss" in tags["scalars"]
-    assert f"samples/{samples[0]['where']}/text_summary" in tags["tensors"]
+    assert [event.value for event in read.Scalars("loss")] == LOSSES
+    assert [event.value for event in read.Scalars("stop_rate")] == [0.75]
+    (text,) = read.Tensors("samples/rows.jsonl:3/text_summary")
+    assert b"    reply: 3.\n    reply: <b>" in text.tensor_proto.string_val[0]
 
 
-def test_mlflow_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, samples = with_library("mlflow", place, tmp_path, monkeypatch)
+def test_wandb_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_library("wandb", tmp_path, monkeypatch)
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    held = written.read_bytes()
+    assert b"loss" in held
+    assert b"stop_rate" in held
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json")
+    assert ["2", "rows.jsonl:3", "2+1?", "3.\n<b>", "yes", "3."] in json.loads(table.read_text())[
+        "data"
+    ]
+
+
+def test_mlflow_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_library("mlflow", tmp_path, monkeypatch)
     import mlflow
 
     (found,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "loss")
-    losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
-    assert [point.value for point in history] == pytest.approx(losses)
+    assert [point.value for point in history] == LOSSES
+    assert found.data.metrics["stop_rate"] == 0.75
     table = mlflow.load_table("samples.json", run_ids=[found.info.run_id])
-    assert list(table["where"]) == [sample["where"] for sample in samples]
+    assert table["reply"].tolist() == ["3.\n<b>"]
 
 
-def test_wandb_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, samples = with_library("wandb", place, tmp_path, monkeypatch)
-    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    held = written.read_bytes()
-    assert b"eval_loss" in held
-    (table, *_) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json")
-    assert samples[0]["where"] in table.read_text()
-
-
-def test_trackio_for_real(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, samples = with_library("trackio", place, tmp_path, monkeypatch)
+def test_trackio_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_library("trackio", tmp_path, monkeypatch)
     from trackio.sqlite_storage import SQLiteStorage
 
     (name,) = SQLiteStorage.get_runs("run")
     logs = SQLiteStorage.get_logs("run", name)
-    losses = [line["loss"] for line in lines(out / "metrics.jsonl") if "loss" in line]
-    assert [line["loss"] for line in logs if "loss" in line] == pytest.approx(losses)
-    assert any("samples" in line for line in logs)
-    assert samples
+    assert [line["loss"] for line in logs if "loss" in line] == LOSSES
+    assert [line["stop_rate"] for line in logs if "stop_rate" in line] == [0.75]
+    (samples,) = (line["samples"] for line in logs if "samples" in line)
+    assert "rows.jsonl:3" in json.dumps(samples)

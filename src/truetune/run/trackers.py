@@ -137,8 +137,11 @@ class Trackers:
                 ) from error
 
     def _opened(self, name: str) -> Any:
+        from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        # Some of accelerate's classes ask for it, and others make it.
+        PartialState()
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
         logs = (
             {"logging_dir": self._folder / LOGS} if tracker_class.requires_logging_directory else {}
