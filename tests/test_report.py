@@ -128,7 +128,7 @@ def test_every_curve_has_axes_units_and_words(tmp_path: Path) -> None:
     assert html.count("optimizer step</text>") == 8
     # The probes in numbers stand there too.
     assert "stop rate</th>" in html
-    assert "held-out from 1.9 at step 10 to 1 at step 100" in html
+    assert "held-out from 3.4 at step 0 to 0.5545 at step 100" in html
 
 
 def test_a_collapsed_run_says_which_probe_and_shows_where(tmp_path: Path) -> None:

@@ -256,7 +256,7 @@ def _abilities(run: RunFacts) -> Iterator[str]:
         else:
             row = f"{first[1]:.3f}", f"{last[1]:.3f}"
         begin = row[0] if first[0] == 0 else "\u2013"
-        if name != "held_out_loss" or not run.series("eval_loss"):
+        if name != "eval_loss" or not run.series("held_out_loss"):
             table.append(f"| {told} | {begin} | {row[1]} |")
     if table:
         yield "| measured on fixed prompts and texts | before | after |\n|---|---|---|"

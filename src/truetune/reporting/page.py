@@ -238,7 +238,7 @@ def _spread(values: Sequence[Any], most: int) -> list[Any]:
 
 def _curves(run: RunFacts) -> Iterator[str]:
     series, marks = run.series, run.marks()
-    held = series("eval_loss") or series("held_out_loss")
+    held = series("held_out_loss") or series("eval_loss")  # the probes begin before the first step
     nats = "nats per token"
     figures = [
         chart(
