@@ -67,6 +67,8 @@ gap:1.2rem 1.6rem}
 border:1px solid var(--line)}
 .turn{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3rem 0}
 .reply{border:1px solid var(--line);border-radius:6px;padding:.5rem .8rem;min-width:0}
+@media screen{.reply .turn{max-height:14rem;overflow-y:auto}}
+.name{white-space:nowrap}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,15rem),1fr));gap:.6rem;
 margin:.4rem 0 1.2rem}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.7 ui-monospace,monospace;
@@ -77,7 +79,7 @@ pre span{border-radius:2px;padding:1px 0}pre span:hover{outline:1px solid var(--
 .break{color:var(--dim)}
 @media (max-width:34rem){dl.verdicts{grid-template-columns:1fr;gap:0}
 dl.verdicts dd{margin-bottom:.5rem}table.facts td:first-child{width:8rem}}
-@media print{body{max-width:none;margin:0;font-size:11pt}figure,article,tr,.reply{
+@media print{body{max-width:none;margin:0;font-size:10pt}.grid{grid-template-columns:1fr 1fr}figure,article,tr,.reply{
 break-inside:avoid}h2,h3{break-after:avoid}
 details::details-content{content-visibility:visible;display:block;height:auto}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}

@@ -116,8 +116,9 @@ def chart(
         _told(line.name, points, axis) for _, line, points in drawn
     )
     keys = "".join(
-        f'<span class="key" style="background:{_COLOURS[index % len(_COLOURS)]}"></span>'
-        f"{escaped(line.name)} {axis.word(points[-1][1])}"
+        f' <span class="name"><span class="key" style="background:'
+        f'{_COLOURS[index % len(_COLOURS)]}"></span>'
+        f"{escaped(line.name)} {axis.word(points[-1][1])}</span>"
         for index, line, points in drawn
     )
     log = ", powers of ten" if axis.log else ""

@@ -160,7 +160,7 @@ class Trackers:
             return
         rows = [[str(step), *(_shown(sample, part) for part in _COLUMNS)] for sample in samples]
         for tracker in self._trackers:
-            if keep := _TEXTS.get(tracker.name):
+            if keep := _TEXTS.get(getattr(tracker, "name", "")):
                 keep(tracker, ["step", *_COLUMNS], rows, step)
 
     def finish(self) -> None:
