@@ -79,7 +79,8 @@ pre span{border-radius:2px;padding:1px 0}pre span:hover{outline:1px solid var(--
 .break{color:var(--dim)}
 @media (max-width:34rem){dl.verdicts{grid-template-columns:1fr;gap:0}
 dl.verdicts dd{margin-bottom:.5rem}table.facts td:first-child{width:8rem}}
-@media print{body{max-width:none;margin:0;font-size:10pt}.grid{grid-template-columns:1fr 1fr}figure,article,tr,.reply{
+@media print{body{max-width:none;margin:0;font-size:10pt}.grid{grid-template-columns:1fr 1fr}
+figure,article,tr,.reply{
 break-inside:avoid}h2,h3{break-after:avoid}
 details::details-content{content-visibility:visible;display:block;height:auto}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
