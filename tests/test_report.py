@@ -112,6 +112,25 @@ def test_a_healthy_run(tmp_path: Path) -> None:
         assert part in text, part
 
 
+def test_a_prompt_that_is_known_by_its_tokens_alone_is_shown_as_served(tmp_path: Path) -> None:
+    contents = files()
+    contents["samples.jsonl"] = [
+        {
+            "step": s,
+            "where": "/deep/rows.jsonl:9",
+            "messages": [],
+            "prompt": "<|user|>\nHi",
+            "held_out": h,
+        }
+        for s, h in ((0, False), (9, False))
+    ]
+    text = Seen(shown(write_run(tmp_path / "run", contents))).text
+    assert "rows.jsonl:9, trained" in text
+    assert "/deep/" not in text
+    assert "<|user|>\nHi" in text
+    assert "(empty)" in text
+
+
 def test_every_curve_has_axes_units_and_words(tmp_path: Path) -> None:
     html = shown(write_run(tmp_path / "run", files()))
     told = re.findall(r'<svg [^>]*aria-label="([^"]*)"', html)
@@ -313,7 +332,7 @@ def test_peaks_survive_thinning() -> None:
     ],
 )
 def test_ticks_are_round_numbers(values: list[float], ticks: list[str]) -> None:
-    svg = chart("T", "", [Line("a", list(enumerate(values)))])
+    svg = chart("T", "", [Line("a", list(enumerate(values)))], log=True)
     assert re.findall(r'text-anchor="end">([^<o]*)</text>', svg) == ticks
 
 
@@ -400,7 +419,7 @@ def test_a_run_ends_with_its_page(place: Path, tmp_path: Path) -> None:
     assert first["supervised"] < first["tokens"]
     assert sum(b["rows"] for b in data["lengths"]["histogram"]) == data["train"]["examples"]
     for picture in data["pictures"]:
-        assert picture["where"] in text
+        assert Path(picture["where"]).name in text
     # Made again it is the same page, and a page of another day makes nobody doubt the run.
     assert command("report", out).code == 0
     assert (out / REPORT).read_text() == html

@@ -31,6 +31,7 @@ body{margin:2rem auto;max-width:60rem;padding:0 1rem;background:var(--page);colo
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.4rem;margin:0 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.05rem;margin:2.2rem 0 .6rem}h3{font-size:.95rem;margin:1.2rem 0 .4rem}
+h2,h3,summary{overflow-wrap:anywhere}
 p{margin:.5rem 0;overflow-wrap:anywhere}
 p.sub{color:var(--dim);margin:0 0 1.2rem}.dim{color:var(--dim)}
 .good{color:var(--good)}.bad{color:var(--error)}.doubt{color:var(--warning)}

@@ -31,6 +31,8 @@ from truetune.run_dir import RunDir
 # Characters of a reply and of a prompt's message; prompts side by side; steps of one prompt; places
 # of dropped rows of one kind; rows of the table of vital signs.
 _REPLY, _PROMPT, _PROMPTS, _STEPS, _PLACES, _ROWS = 1000, 600, 8, 8, 20, 60
+# Prompts that stand open.
+_OPEN = 3
 
 _COLOURS = {"yes": "good", "no": "bad", "doubtful": "doubt"}
 _STATES = {
@@ -169,23 +171,47 @@ def _replies(run: RunFacts) -> Iterator[str]:
     if not prompts:
         yield '<p class="dim">samples.jsonl has no replies: no prompt was asked.</p>'
         return
-    for where, samples in list(prompts.items())[:_PROMPTS]:
-        first, last = samples[0], samples[-1]
-        yield f"<h3>{clipped(where, 300)}</h3>{_messages(last.get('messages') or ())}"
-        boxes = []
-        if first.get("step") == 0:
-            boxes.append(_reply("before the first step", first))
-        if last is not first or not boxes:
-            boxes.append(_reply(f"tuned, step {int(last.get('step', 0)):,}", last))
-        if expected := last.get("expected"):
-            shown = clipped(expected, _REPLY)
-            boxes.append(
-                f'<div class="reply"><span class="dim">in the row</span>'
-                f'<div class="turn">{shown}</div></div>'
-            )
-        yield f'<div class="pair">{"".join(boxes)}</div>'
+    shown = [_prompt(where, samples) for where, samples in list(prompts.items())[:_PROMPTS]]
+    yield from shown[:_OPEN]
+    if rest := shown[_OPEN:]:
+        yield folded(f"{len(rest)} more prompts", "".join(rest))
     if (left := len(prompts) - _PROMPTS) > 0:
         yield f'<p class="dim">and {left:,} more prompts, in samples.jsonl</p>'
+
+
+def _prompt(where: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    """One prompt: what was said before the first step, what is said now, what the row says."""
+    first, last = samples[0], samples[-1]
+    kind = {True: ", held out", False: ", trained"}.get(last.get("held_out"), "")  # type: ignore[arg-type]
+    boxes = []
+    if first.get("step") == 0:
+        boxes.append(_reply("before the first step", first))
+    if last is not first or not boxes:
+        boxes.append(_reply(f"tuned, step {int(last.get('step', 0)):,}", last))
+    if expected := last.get("expected"):
+        text = clipped(expected, _REPLY)
+        boxes.append(
+            f'<div class="reply"><span class="dim">in the row</span>'
+            f'<div class="turn">{text}</div></div>'
+        )
+    return (
+        f'<h3>{_place(where)}<span class="dim">{kind}</span></h3>{_asked(last)}'
+        f'<div class="pair">{"".join(boxes)}</div>'
+    )
+
+
+def _place(where: str) -> str:
+    """A row without the folders of its file, which stand with the rows."""
+    return clipped(where.rpartition("/")[2], 300)
+
+
+def _asked(sample: Mapping[str, Any]) -> str:
+    """The messages of a prompt; of one that is known by its tokens alone, the text that is
+    served."""
+    if messages := sample.get("messages"):
+        return _messages(messages)
+    served = str(sample.get("prompt") or "")
+    return f'<p class="turn"><code>{clipped(served, _PROMPT)}</code></p>' if served else ""
 
 
 def _messages(messages: Sequence[Mapping[str, Any]]) -> str:
@@ -221,8 +247,8 @@ def _samples(run: RunFacts) -> Iterator[str]:
         left = len(samples) - len(kept)
         more = f'<p class="dim">{left:,} more steps, in samples.jsonl</p>' if left else ""
         yield folded(
-            f"{where}: {len(samples):,} steps",
-            f'{_messages(samples[-1].get("messages") or ())}<div class="pair">{boxes}</div>{more}',
+            f"{where.rpartition('/')[2]}: {len(samples):,} steps",
+            f'{_asked(samples[-1])}<div class="pair">{boxes}</div>{more}',
         )
 
 
@@ -249,6 +275,7 @@ def _curves(run: RunFacts) -> Iterator[str]:
                 Line("held-out", held),
                 Line("trained rows as served", series("trained_loss")),
             ],
+            log=run.state == "failed",
             marks=marks,
         ),
         chart("Text to keep", nats, [Line("loss", series("keep_loss"))], marks=marks),
@@ -272,7 +299,13 @@ def _curves(run: RunFacts) -> Iterator[str]:
         ),
         chart("Stop tokens", nats, [Line("loss", series("stop_loss"))], marks=marks),
         chart("Length of replies", "tokens", [Line("mean", series("reply_tokens"))], marks=marks),
-        chart("Gradient norm", "", [Line("before clipping", series("grad_norm"))], marks=marks),
+        chart(
+            "Gradient norm",
+            "",
+            [Line("before clipping", series("grad_norm"))],
+            log=True,
+            marks=marks,
+        ),
         chart("Learning rate", "", [Line("rate", series("learning_rate"))], marks=marks),
     ]
     drawn = [figure for figure in figures if figure]
@@ -346,7 +379,7 @@ def _tokens(run: RunFacts) -> Iterator[str]:
         several = int(picture.get("sequences") or 1)
         of = f", the longest of {several:,} sequences" if several > 1 else ""
         yield (
-            f'<p class="dim">{clipped(picture.get("where", ""), 300)}: {picture["tokens"]:,} '
+            f'<p class="dim">{_place(str(picture.get("where", "")))}: {picture["tokens"]:,} '
             f"tokens, {picture['supervised']:,} supervised{of}</p><pre>{spans}{more}</pre>"
         )
 

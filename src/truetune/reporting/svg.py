@@ -42,6 +42,7 @@ def chart(
     lines: Sequence[Line],
     *,
     share: bool = False,
+    log: bool = False,
     marks: Sequence[tuple[int, str]] = (),
 ) -> str:
     """Curves over the steps in one figure; empty where there is no point.
@@ -49,6 +50,7 @@ def chart(
     Args:
         unit: of the values; "" where they have none.
         share: values are parts of 1, shown in percent of the whole.
+        log: values that are a thousand times apart are told apart by powers of ten.
         marks: (step, text) of what happened.
     """
     drawn = [(i, line, line.finite) for i, line in enumerate(lines) if line.finite]
@@ -57,7 +59,7 @@ def chart(
     every = [point for _, _, points in drawn for point in points]
     last = max([x for x, _ in every] + [step for step, _ in marks])
     first = min(x for x, _ in every)
-    axis = _Axis.of([y for _, y in every], share=share)
+    axis = _Axis.of([y for _, y in every], share=share, log=log)
     right = last if last > first else first + 1
     steps = _ticks(first, right, 5)
 
@@ -121,10 +123,10 @@ def chart(
         f"{escaped(line.name)} {axis.word(points[-1][1])}</span>"
         for index, line, points in drawn
     )
-    log = ", powers of ten" if axis.log else ""
+    powers = ", powers of ten" if axis.log else ""
     unit_told = f", {escaped(unit)}" if unit else ""
     return (
-        f"<figure><figcaption><b>{escaped(title)}</b>{unit_told}{log}{keys}</figcaption>"
+        f"<figure><figcaption><b>{escaped(title)}</b>{unit_told}{powers}{keys}</figcaption>"
         f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escaped(told)}">'
         f"{''.join(parts)}</svg></figure>"
     )
@@ -169,11 +171,11 @@ class _Axis:
     share: bool
 
     @classmethod
-    def of(cls, values: Sequence[float], *, share: bool) -> _Axis:
+    def of(cls, values: Sequence[float], *, share: bool, log: bool) -> _Axis:
         low, high = min(values), max(values)
         if share:
             return cls(0.0, max(high, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0), False, True)
-        if low > 0 and high / low >= _LOG:
+        if log and low > 0 and high / low >= _LOG:
             first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
             every = max(math.ceil((last - first) / 5), 1)
             ticks = tuple(10.0**power for power in range(first, last + 1, every))
