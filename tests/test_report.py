@@ -160,7 +160,7 @@ def test_a_collapsed_run_says_which_probe_and_shows_where(tmp_path: Path) -> Non
     assert "run: stopped by a probe" in text
     assert "88% of the replies to 8 fixed prompts go round in a circle" in text
     assert "Red line at step 60" in text
-    assert "truetune train --resume" in text
+    assert "A probe stopped the run before its end" in text
     # The training loss keeps falling, and the page shows it beside the share that goes wrong.
     assert re.search(r"training from [23]\.\d+ at step 1 to 0\.2\d+ at step 60", html)
     assert "repetition from 0 % at step 0 to 100 % at step 60" in html

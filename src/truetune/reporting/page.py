@@ -4,6 +4,7 @@ run was made from."""
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,20 @@ def _head(run: RunFacts) -> Iterator[str]:
     shown = " \u00b7 ".join(clipped(part, 300) for part in made if part)
     yield (f'<p class="sub">{shown}<br>{taken}{_losses_told(run)}</p>')
     if run.state in ("unfinished", "failed"):
-        ended = "failed" if run.state == "failed" else "was stopped or killed"
-        yield (
-            f"<p>The run {ended} before its end. It goes on from its last checkpoint with "
-            f"<code>truetune train --resume {escaped(str(run.path))}</code>.</p>"
-        )
+        yield f"<p>{_ended(run)}</p>"
+
+
+def _ended(run: RunFacts) -> str:
+    """How a run ended that did not come to its end, and how it goes on."""
+    if run.state == "failed" and run.behaviour("error"):
+        return "A probe stopped the run before its end; what it found stands below."
+    ended = "failed" if run.state == "failed" else "was stopped or killed"
+    since = "its last checkpoint" if RunDir(run.path).checkpoints() else "its beginning"
+    command = f"truetune train --resume {shlex.quote(str(run.path))}"
+    return (
+        f"The run {ended} before its end. It goes on from {since} with "
+        f"<code>{escaped(command)}</code>."
+    )
 
 
 def _losses_told(run: RunFacts) -> str:

@@ -98,7 +98,7 @@ def _behaves(run: RunFacts) -> Answer:
         if found:
             told = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            return Answer(question, word, f"{told}{more}.{back}")  # type: ignore[arg-type]
+            return Answer(question, word, f"{told[:1].upper()}{told[1:]}{more}.{back}")  # type: ignore[arg-type]
     if len(run.vitals) > 1:
         numbers = " ".join(vital_sentences(run))
         return Answer(question, "yes", f"No probe found anything wrong. {numbers}{back}".strip())
