@@ -22,6 +22,7 @@ from rich.text import Text
 
 from truetune.engine.probes import StepFacts
 from truetune.findings import visible
+from truetune.reporting.facts import asked
 
 # A stage that took less leaves no line on a terminal; a pipe gets a line of steps as often.
 _WORTH_A_LINE, _EVERY = 2.0, 5.0
@@ -142,8 +143,7 @@ class Steps:
 
     def sampled(self, sample: Mapping[str, Any]) -> None:
         """Keep the last reply to a held-out prompt, on one line."""
-        asked = next((m.get("content") for m in reversed(sample.get("messages") or ())), "")
-        parts = [" ".join(str(text or "").split()) for text in (asked, sample.get("answer"))]
+        parts = [" ".join(str(t or "").split()) for t in (asked(sample), sample.get("answer"))]
         question, answer = (visible(text[:400], keep_newlines=False) for text in parts)
         ended = "" if sample.get("stopped") else " (not ended)"
         self._reply = f"{_cut(question, self.console.width // 3)} \u2192 "

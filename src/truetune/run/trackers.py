@@ -9,6 +9,7 @@ from typing import Any
 
 from truetune.errors import UsageError
 from truetune.findings import visible
+from truetune.reporting.facts import asked
 
 NAMES = ("trackio", "tensorboard", "wandb", "mlflow")
 # What accelerate's class of a tracker imports, where that is not the tracker's own name.
@@ -44,8 +45,7 @@ _CELL = 2000
 def _shown(sample: Mapping[str, Any], column: str) -> str:
     """A cell of the table of samples."""
     if column == "prompt":
-        asked = [m for m in sample.get("messages") or () if m.get("role") == "user"]
-        value = asked[-1].get("content") if asked else ""
+        value: Any = asked(sample)
     elif column == "ended":
         value = "yes" if sample.get("stopped") else "no"
     else:
