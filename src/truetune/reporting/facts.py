@@ -158,8 +158,8 @@ class RunFacts:
 
 
 def asked(sample: Mapping[str, Any]) -> str:
-    """What a sample of samples.jsonl was asked: the last message, or, of a prompt that is known by its
-    tokens alone, the text that is served."""
+    """What a sample of samples.jsonl was asked: the last message, or, of a prompt that is known by
+    its tokens alone, the text that is served."""
     messages = sample.get("messages") or ()
     return str((messages[-1].get("content") if messages else sample.get("prompt")) or "")
 
