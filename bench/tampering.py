@@ -66,7 +66,12 @@ def weights(change: Callable[[Tensors], Any], *, of_base: bool = False) -> Tampe
 
         (path,) = (run.parent / "base" if of_base else artifact(run)).glob("*.safetensors")
         tensors = load_file(path)
+        before = dict(tensors)
         change(tensors)
+        # What is equal already, as the norms of weights that nobody trained are, cannot be swapped.
+        assert before.keys() != tensors.keys() or any(
+            not tensors[name].equal(tensor) for name, tensor in before.items()
+        ), "no tensor was changed"
         save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
 
     return tamper

@@ -3,7 +3,8 @@
     python -m bench.verify_matrix --seeds 20    healthy runs: method x type x device x model x seed
     python -m bench.verify_matrix --quick       two seeds of the small models
     python -m bench.verify_matrix --tamper      each tampering: with manifest, without, by behaviour
-    ... --write                                 and the table of docs/verification.md
+    ... --write                                 and the table of docs/verification.md; tamperings
+                                                stand in docs/reliability.md
 
 A run is trained as by `truetune train` and verified; for every fifth seed again with other kernels
 (one thread more, oneDNN off), which stands for another machine. For the first seed of each cell a
@@ -40,6 +41,7 @@ sys.path.insert(0, str(HERE.parent))
 from bench.page import put  # noqa: E402
 
 PAGE = HERE.parent / "docs" / "verification.md"
+RELIABILITY = HERE.parent / "docs" / "reliability.md"
 
 # Method to its settings; `adamw_bf16` computes in bfloat16 whatever is asked.
 METHODS: dict[str, dict[str, Any]] = {
@@ -313,11 +315,26 @@ def prepared_runs(place: Path, dtype: str) -> dict[str, Path]:
     for kind, method in (("adapter", "LoRA"), ("model", "full")):
         home = place / kind
         write_model(home / "llama", "llama", dtype="bfloat16")
+        unequal_norms(home / "llama")
         run = train(home, method, dtype, "cpu", "llama", 0)
         run.rename(home / "run")
         (home / "llama").rename(home / "base")
         made[kind] = home
     return made
+
+
+def unequal_norms(folder: Path) -> None:
+    """A model that was trained has norms that differ from each other."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    torch.manual_seed(0)
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            tensor += 0.2 * torch.randn(tensor.shape).to(tensor.dtype)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def tampered(home: Path, place: Path, kind: str, name: str, tamper: Any) -> Tampered:
@@ -499,7 +516,7 @@ def tamper_table(options: argparse.Namespace, results: Path) -> None:
             table,
             "<!-- made by bench.verify_matrix --tamper -->",
             "<!-- end of tampering -->",
-            PAGE,
+            RELIABILITY,
         )
 
 

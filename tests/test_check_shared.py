@@ -41,7 +41,7 @@ EXPECTED: dict[tuple[str, str], dict[str, tuple[str, int]]] = {
         "stop-added": ("note", 1),
     },
     (LLAMA, "self_instruct_seed_tasks.jsonl"): {
-        "unused-columns": ("note", 3),
+        "unused-columns": ("note", 2),
         "template-date": ("note", 1),
         "advice-adapter-enough": ("note", 1),
     },

@@ -343,6 +343,7 @@ def test_a_pipe_that_is_closed_early(place: Path) -> None:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 12345 bytes"),
         RuntimeError("can't start new thread"),
         OSError(12, "Cannot allocate memory"),
+        SystemError("error return without exception set"),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:30],
 )
@@ -371,3 +372,11 @@ def test_another_error_is_not_taken_for_memory(
     monkeypatch.setattr("truetune.run.pipeline.prepare", fails)
     with pytest.raises(RuntimeError, match="size mismatch"):
         command("train", place / "tiny", place / "rows.jsonl", "-o", tmp_path / "run")
+
+
+def test_an_unknown_option_is_answered_with_names_that_are_like_it() -> None:
+    shown = command("train", "--lerning-rate", "3")
+    assert (shown.code, "Possible options: --learning-rate)" in shown.err) == (2, True)
+    shown = command("train", "--adapter", "lora")
+    assert (shown.code, "Possible" in shown.err) == (2, False)
+    assert "No such option: --adapter" in shown.err

@@ -195,7 +195,7 @@ def test_alpaca_system_and_history(data):
 
 def test_instances(data):
     instances = [{"input": "", "output": "a"}, {"input": "i", "output": ""}, 3, {"output": "b"}]
-    loaded = data({"id": 1, "instruction": "q", "instances": instances})
+    loaded = data({"who": "me", "instruction": "q", "instances": instances})
     assert loaded.schema == "instances"
     assert [c.messages[1]["content"] for c in loaded.conversations] == ["a", "b"]
     assert [f.code for f in loaded.findings] == ["empty-answer", "bad-message", "unused-columns"]
@@ -480,11 +480,22 @@ def test_mixed_schemas_are_named(data):
 
 def test_unused_columns_are_told_once(data):
     turn = {**ASK, "timestamp": 3, "refusal": None}
-    loaded = data(chat(turn, SAY, id=1, source="x"), chat(ASK, SAY, id=2))
+    loaded = data(chat(turn, SAY, topic="x", rating=3), chat(ASK, SAY, rating=2))
     (note,) = loaded.findings
     assert (note.code, note.level, note.count) == ("unused-columns", "note", 3)
-    assert note.what.endswith(": id, messages[].timestamp, source")
+    assert note.what.endswith(": messages[].timestamp, rating, topic")
     assert data(chat(ASK, SAY)).findings == []
+
+
+@pytest.mark.parametrize("name", ["id", "UUID", "question_id", "", "Unnamed: 0", "data-source"])
+def test_a_column_that_says_which_row_it_is_needs_no_note(data, name):
+    """Near miss: a text of some length, whatever its column is called, and structures."""
+    assert data(chat(ASK, SAY, **{name: "0a1b"}), chat(ASK, SAY, **{name: None})).findings == []
+    for value in ("once upon a time " * 30, ["a"], {"a": 1}):
+        (note,) = data(chat(ASK, SAY, **{name: value})).findings
+        assert (note.code, note.count) == ("unused-columns", 1)
+    for other in ("idea", "answer_key", "resource"):
+        assert [f.code for f in data(chat(ASK, SAY, **{other: "x"})).findings] == ["unused-columns"]
 
 
 def test_findings_escape_what_they_quote(data):

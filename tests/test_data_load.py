@@ -54,11 +54,11 @@ def test_import_is_light():
 
 @pytest.mark.parametrize("columns", ["prompt=q,completion=a", {"prompt": "q", "completion": "a"}])
 def test_columns(tmp_path, columns):
-    path = put(tmp_path / "a.jsonl", {"q": "x", "a": "y", "id": 1})
+    path = put(tmp_path / "a.jsonl", {"q": "x", "a": "y", "topic": 1})
     loaded = load(path, columns=columns)
     assert loaded.schema == "prompt-completion"
     assert [m["content"] for m in loaded.conversations[0].messages] == ["x", "y"]
-    assert [f.what.rsplit(" ", 1)[1] for f in loaded.findings] == ["id"]
+    assert [f.what.rsplit(" ", 1)[1] for f in loaded.findings] == ["topic"]
 
 
 def test_columns_decide_over_what_else_is_there(tmp_path):

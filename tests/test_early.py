@@ -98,6 +98,14 @@ def cases(place: Path) -> dict[str, tuple[list[str], str]]:
         "a batch": (train(place, "--batch-size", "0"), "batch_size must be at least 1"),
         "check's data": (["check", str(place / "model"), str(place / "no.jsonl")], "no-such-file"),
         "check's model": (["check", str(place / "no")], "model-not-found"),
+        "check's smoke test": (
+            ["check", str(place / "model"), "--smoke-test"],
+            "not given: data; --smoke-test would be ignored",
+        ),
+        "check's settings": (
+            ["check", str(place / "model"), "--lora", "--lr", "1e-4"],
+            "--lora, --learning-rate would be ignored",
+        ),
         "a recipe": (["train", str(place / "no.yaml")], "no-recipe"),
         "a resumed run": (["train", "--resume", str(place / "run")], "no-run"),
         "a chat": (["chat", str(place / "no")], "model-not-found"),

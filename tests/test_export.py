@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +294,32 @@ def test_a_merge_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.M
     assert (finding.code, caught.value.exit_code) == ("verify-failed", 1)
     assert "merged against the adapter on 3 neutral prompts" in finding.what
     assert left(tmp_path) == before
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_another_adapter_is_told_apart_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that lacks 3 % differs by less than what any model may differ by, and by more
+    than rounding costs this one; the adapter's own merge does not."""
+    from safetensors.torch import load_file, save_file
+
+    from truetune.exporting import merged as module
+
+    trained(tmp_path, dtype="bfloat16")
+    assert export(str(tmp_path / "adapter"), tmp_path / "merged").verdict.passed
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    path = tmp_path / "other/adapter_model.safetensors"
+    tensors = {n: t * 0.97 if "lora_B" in n else t for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    merge = module.merge_adapter
+    monkeypatch.setattr(
+        module, "merge_adapter", lambda _, **settings: merge(tmp_path / "other", **settings)
+    )
+    with pytest.raises(CheckFailed) as caught:
+        export(str(tmp_path / "adapter"), tmp_path / "again")
+    assert "logits differ by" in caught.value.findings[0].what
+    assert not (tmp_path / "again").exists()
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

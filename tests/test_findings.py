@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
-from truetune.findings import Finding, merged, worst
+import pytest
+
+from truetune.findings import Finding, merged, near, worst
 
 WHOLE = Finding("a-code", "error", "what happened", "rows.jsonl:3", 2, "the cause", "the remedy")
 
@@ -76,3 +78,26 @@ def test_worst() -> None:
     assert worst([note, warning]) == "warning"
     assert worst([note]) == "note"
     assert worst([]) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "there", "meant"),
+    [
+        ("modle", ["data", "model"], ["model"]),
+        ("--lerning-rate", ["--any-learning-rate", "--learning-rate"], ["--learning-rate"]),
+        ("row.jsonl", ["data", "rows.jsonl"], ["rows.jsonl"]),
+        ("rows", ["rows.jsonl"], ["rows.jsonl"]),
+        ("row.jsonl", ["rows100.jsonl"], ["rows100.jsonl"]),
+        (".jsonll", [".json", ".jsonl"], [".jsonl", ".json"]),
+        ("Epochs", ["epoch", "epochs"], ["epochs", "epoch"]),
+        ("warmup", ["warmup_ratio", "warmup_steps"], ["warmup_ratio", "warmup_steps"]),
+        # A few letters in common are no likeness, nor is an extension.
+        ("adapter", ["data", "date", "dtype"], []),
+        ("chess", ["epochs", "schema", "help"], []),
+        ("train.jsonl", ["test.jsonl", "eval.jsonl"], []),
+        ("q", ["a", "qlora"], []),
+        ("", ["a", "data"], []),
+    ],
+)
+def test_names_that_may_have_been_meant(word: str, there: list[str], meant: list[str]) -> None:
+    assert near(word, there, 3) == meant

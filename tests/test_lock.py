@@ -247,14 +247,44 @@ def test_a_thread_that_cannot_be_started(
 ) -> None:
     """Where memory is used up there is no sign of life, and nothing stays locked either."""
 
-    def fails(_: object) -> None:
+    def fails(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     path = tmp_path / "lock"
     with monkeypatch.context() as patch:
-        patch.setattr("threading.Thread.start", fails)
+        patch.setattr("_thread.start_new_thread", fails)
         with pytest.raises(RuntimeError, match="thread"), hold(path):
             pass
     assert not path.exists()
     with hold(path) as dead:
         assert dead is None
+
+
+THREADS_DIE = """
+import _thread, sys, threading
+_thread.start_new_thread = threading._start_new_thread = lambda *_: 1
+from pathlib import Path
+from truetune.errors import is_out_of_memory
+from truetune.system import threads
+from truetune.system.lock import hold
+threads._FIRST = 0.1
+try:
+    with hold(Path(sys.argv[1])):
+        print("held")
+except RuntimeError as error:
+    print("no memory" if is_out_of_memory(error) else error)
+"""
+
+
+def test_a_thread_that_dies_at_its_first_step_is_not_waited_for(tmp_path: Path) -> None:
+    """As one does that finds no memory: nobody waits for its first sign for ever."""
+    path = tmp_path / "lock"
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_DIE, str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "no memory\n"
+    assert not path.exists()

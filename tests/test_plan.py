@@ -97,12 +97,12 @@ def test_epochs_and_steps(tiny: ModelFacts, start: str, epochs: float) -> None:
 @pytest.mark.parametrize(
     ("examples", "size", "epochs"),
     [
-        (50, 49_999_999, 75),  # 4 steps a pass
-        (150, 10**6, 30),
+        (50, 49_999_999, 75),  # 3 1/8 steps a pass
+        (150, 10**6, 32),
         (300, 10**6, 30),
-        (1000, 10**6, 10),  # 63 steps a pass
+        (1000, 10**6, 10),  # 62 1/2 steps a pass
         (5, 10**6, 75),
-        (5000, 10**6, 3),  # 939 steps
+        (5000, 10**6, 3),  # 937 1/2 steps
         (50, 50_000_000, 3),
     ],
 )
@@ -112,6 +112,16 @@ def test_a_small_model_takes_many_passes(
     assert plan(tiny, start="base", examples=examples, size=size).epochs == epochs
     own = plan(tiny, {"epochs": 2}, start="base", examples=examples, size=size)
     assert own.epochs == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokens_per_step": 1600}])
+@pytest.mark.parametrize("examples", [65, 104, 105, 113, 150])
+def test_so_many_passes_are_at_least_three_hundred_steps(
+    tiny: ModelFacts, examples: int, settings: dict[str, Any]
+) -> None:
+    """A step goes on in the next pass, so that no pass costs a whole number of steps."""
+    made = plan(tiny, settings, start="base", examples=examples, size=10**6)
+    assert 300 <= made.max_steps <= 310
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,27 @@ def test_what_is_too_far(dtype: str, changes: dict[str, Any], state: str) -> Non
     assert judge("merge", found(**changes), dtype, "a against b").state == state
 
 
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"mean_difference": 0.014}, "passed"),
+        ({"mean_difference": 0.016}, "failed"),
+        ({"greedy": 0.955}, "passed"),
+        ({"greedy": 0.95}, "failed"),
+        ({"loss": 2.014}, "passed"),
+        ({"loss": 2.02}, "failed"),
+    ],
+)
+def test_what_is_too_far_for_this_model(changes: dict[str, Any], state: str) -> None:
+    """Three times what rounding by chance costs it, where that was measured."""
+    floor = found(mean_difference=0.005, greedy=0.99, num_positions=1000)
+    asked = found(**{"num_positions": 1000, **changes})
+    assert judge("merge", asked, "bfloat16", "a against b", floor).state == state
+    # The same is within what any model is allowed, or not far beyond it.
+    if "mean_difference" in changes:
+        assert judge("merge", asked, "bfloat16", "a against b").state == "passed"
+
+
 def test_from_the_command_line_through_a_fresh_process(
     place: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,4 +203,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+        # The interpreter's own, where not even the exception found room.
+        or (isinstance(error, SystemError) and "without exception set" in str(error))
     )

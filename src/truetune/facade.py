@@ -155,16 +155,12 @@ def check(
     Raises:
         TruetuneError: arguments, data or model that cannot be used at all.
     """
-    from truetune.run.checkup import check_model, check_run
+    from truetune.run.checkup import check as checked
 
     recipe = recipe_of(model, data, None, options, "argument")
     told = _shown(listener, quiet)
     try:
-        found = (
-            check_run(recipe, told, with_smoke_test=smoke_test)
-            if recipe.data
-            else check_model(recipe, told)
-        )
+        found = checked(recipe, told, smoke_test=smoke_test)
         return dataclasses.replace(found, findings=[_respelled(f) for f in found.findings])
     finally:
         _closed(told)

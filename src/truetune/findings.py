@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,50 @@ def rows_finding(
     return Finding(code, level, what, where, max(len(indices), 1), why, fix, places)
 
 
+def near(word: str, there: Iterable[str], most: int = 1) -> list[str]:
+    """Names that somebody who wrote `word` may have meant, the likeliest first: one begins with
+    the other, or a third of the shorter one's letters are wrong, missing, added or exchanged."""
+    own = _letters(word)
+    found = []
+    for place, name in enumerate(itertools.islice(there, _MOST_NAMES)):
+        other = _letters(name)
+        allowed = max(min(len(own), len(other)) // 3, 1)
+        if min(len(own), len(other)) >= 3 and (own.startswith(other) or other.startswith(own)):
+            found.append((abs(len(own) - len(other)), place, name))
+        elif (apart := _apart(own, other, allowed)) <= allowed and apart < len(own):
+            found.append((apart, place, name))
+    return [name for *_, name in sorted(found)[:most]]
+
+
+# Looked at for a near one: a folder may hold any number of files.
+_MOST_NAMES = 5000
+
+
+def _letters(name: str) -> str:
+    """Without what says little: case, dashes, and the extension that many names share."""
+    stem, dot, extension = name.casefold().rpartition(".")
+    known = bool(stem) and extension in ("jsonl", "json", "csv", "parquet", "txt", "yaml", "yml")
+    return (stem if dot and known else name.casefold()).lstrip("-").replace("-", "_")
+
+
+def _apart(one: str, other: str, allowed: int) -> int:
+    """Letters to change, add, drop or exchange with a neighbour; above `allowed` any number."""
+    if abs(len(one) - len(other)) > allowed:
+        return allowed + 1
+    before: list[int] = []
+    row = list(range(len(other) + 1))
+    for i, a in enumerate(one, 1):
+        earlier, before, row = before, row, [i]
+        for j, b in enumerate(other, 1):
+            least = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == other[j - 2] and b == one[i - 2]:
+                least = min(least, earlier[j - 2] + 1)
+            row.append(least)
+        if min(row) > allowed:
+            return allowed + 1
+    return row[-1]
+
+
 def share(count: int, total: int) -> str:
     """`12 of 40 rows (30 %)`."""
     part = 100 * count / max(total, 1)
@@ -123,6 +168,11 @@ def percent(part: float) -> str:
     if part > 0 and not value:
         return "under 0.1 %"
     return f"{value:g} %"
+
+
+def gib(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def visible(text: str, *, keep_newlines: bool = True) -> str:

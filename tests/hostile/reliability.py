@@ -92,7 +92,8 @@ def rows(trials: Trials, points: int) -> Iterator[Row]:
     sizes = [i * 120 // few for i in range(few)]
     yield (
         "0 to 120 MB of memory left",
-        f"an error, no traceback; with memory the run {SAME}",
+        "an error, no traceback (or the end of the process, where a C++ library ends it); with "
+        f"memory the run {SAME}",
         [lambda s=size: little_memory(trials, s) for size in sizes],
     )
     jumps = [-86400.0 * 400, -3600.0, 3600.0, 86400.0 * 4000]

@@ -19,6 +19,7 @@ from truetune.model.load import load_model
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 DEEP = '{"model_type": "llama", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+LONG = '{"model_type": "llama", "x": [' + "[]," * 6_000_000 + "1]}"
 Edit = Callable[[Path], Any]
 
 
@@ -28,6 +29,16 @@ def config(**changes: Any) -> Edit:
 
 def generation(**changes: Any) -> Edit:
     return lambda folder: edit_json(folder / "generation_config.json", **changes)
+
+
+def endless(name: str) -> Edit:
+    """A name that leads to what has no end."""
+
+    def edit(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return edit
 
 
 def text(name: str, content: str) -> Edit:
@@ -120,6 +131,9 @@ HOSTILE: dict[str, Edit] = {
     "two templates": twice("tokenizer_config.json", "chat_template", "{{ 1 }}", "{{ 2 }}"),
     **{f"deep {name}": text(name, DEEP) for name in ("config.json", "tokenizer_config.json")},
     **{f"deep {name}": text(name, DEEP) for name in ("generation_config.json", "tokenizer.json")},
+    **{f"long {name}": text(name, LONG) for name in ("config.json", "tokenizer_config.json")},
+    # What is no file is not read: a folder without the others is sound.
+    "endless config.json": endless("config.json"),
     **{
         f"empty {name}": text(name, "")
         for name in ("config.json", "tokenizer.json", "model.safetensors")
@@ -164,6 +178,7 @@ HOSTILE: dict[str, Edit] = {
 }
 # Odd, and of no harm.
 SOUND: dict[str, Edit] = {
+    **{f"endless {n}": endless(n) for n in ("generation_config.json", "tokenizer_config.json")},
     "as it is": lambda folder: None,
     "one eos, twice": twice("config.json", "eos_token_id", 257, 257),
     "no stop": config(eos_token_id=None),

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # By the number of a call made in them; "verify" and "anywhere" by the clock, as their work is done
 # by another process, or in single long calls.
 PHASES = (
@@ -341,7 +343,11 @@ def result(run: Path) -> dict[str, Any]:
         if name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-        elif name in ("recipe.yaml", "verify.json"):
+        elif name == "recipe.yaml":
+            recipe = yaml.safe_load(path.read_text().replace(str(run), "RUN"))
+            # A run that took another's place is the same run.
+            found[name] = {key: value for key, value in recipe.items() if key != "overwrite"}
+        elif name == "verify.json":
             found[name] = path.read_text().replace(str(run), "RUN")
         elif name == "findings.jsonl" or name.startswith("checkpoints/"):
             found.setdefault(name.partition("/")[0], True)  # what happened is told there
@@ -573,10 +579,14 @@ def little_memory(trials: Trials, megabytes: int) -> str:
     shown = trials.process(trials.start(run), arm)
     if problem := problem_of(shown):
         return f"{problem} ({megabytes} MB)"
-    if shown.status < 0:
+    # A C++ library that finds no memory in a thread of its own ends the process uncaught.
+    aborted = shown.status == -signal.SIGABRT
+    if shown.status < 0 and not aborted:
         return f"{LOST}ended by {-shown.status} ({megabytes} MB)"
     said = trials.go_on(run)
-    return f"{said} ({megabytes} MB)" if said.startswith(LOST) else said
+    if said.startswith(LOST):
+        return f"{said} ({megabytes} MB)"
+    return f"ended by a library, {said}" if aborted else said
 
 
 def other_clock(trials: Trials, jump: float) -> str:

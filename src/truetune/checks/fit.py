@@ -17,8 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from truetune.compute.memory import Footprint, available_bytes, foreseen_footprint
-from truetune.findings import Finding
+from truetune.compute.memory import (
+    Footprint,
+    available_bytes,
+    foreseen_footprint,
+    resident_bytes,
+)
+from truetune.findings import Finding, gib
 from truetune.model.architecture import causal_config, linear_layers, meta_model
 from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.source import locate
@@ -93,8 +98,9 @@ class Fit:
 
     Attributes:
         device: where the run would be.
-        available: bytes free there; None where it cannot be known.
-        parts: bytes by part, the estimate itself.
+        available: bytes free there for the run; None where it cannot be known.
+        parts: bytes by part, the estimate itself; on a CPU all of the process, as the run will show
+            it at its end.
         low, high: bytes, with the error bars.
         seconds: about, of the steps, on a machine that does nothing else; None where that was not
             measured.
@@ -136,11 +142,6 @@ class Fit:
         )
 
 
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
-
-
 def duration(seconds: float) -> str:
     """Seconds for people."""
     if seconds < 90:
@@ -161,16 +162,21 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
     device = plan.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Libraries and rows, which the run's process holds as this one does: they count with it, and
+    # are free again when it begins. Asked before what only an estimate loads.
+    held = resident_bytes() if device == "cpu" else 0
+    free = available_bytes(torch.device(device))
     shape = run_shape(plan, device)
     speed = layer_speed(plan, device) or product_speed(device)
+    parts = shape.parts()
     return Fit(
         device=device,
-        available=available_bytes(torch.device(device)) or None,
-        parts=shape.parts(),
-        low=int(shape.total * _MEMORY_ERROR[0]),
-        high=int(shape.total * _MEMORY_ERROR[1]),
+        available=free + held if free else None,
+        parts={**parts, "process": parts["process"] + held},
+        low=held + int(shape.total * _MEMORY_ERROR[0]),
+        high=held + int(shape.total * _MEMORY_ERROR[1]),
         seconds=shape.operations(tokens) / speed,
-        ways=tuple(_ways(shape, plan, p99)),
+        ways=tuple((way, held + left, cost) for way, left, cost in _ways(shape, plan, p99)),
         trainable=shape.trainable,
     )
 
@@ -196,6 +202,8 @@ def run_shape(plan: Plan, device: str) -> RunShape:
     # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
     packed = max(plan.micro_batch_tokens or usual, most)
+    if plan.batch_size:
+        packed = min(packed, plan.batch_size * most)
     forward = packed if plan.packing else (plan.micro_batch_size or 1) * most
     return RunShape(
         parameters=parameters,

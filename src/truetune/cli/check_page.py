@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from truetune.checks.fit import duration, gib
-from truetune.findings import escaped
+from truetune.checks.fit import duration
+from truetune.findings import escaped, gib
 from truetune.reporting.html import document, facts_table, finding_cards, lengths_section
 
 

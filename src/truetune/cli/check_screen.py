@@ -6,10 +6,10 @@ import itertools
 from functools import partial
 from typing import Any
 
-from truetune.checks.fit import duration, gib
+from truetune.checks.fit import duration
 from truetune.checks.lengths import report_lines
 from truetune.cli.screen import Screen, held_out
-from truetune.findings import Finding, percent
+from truetune.findings import Finding, gib, percent
 from truetune.run.checkup import Checkup
 
 _EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"

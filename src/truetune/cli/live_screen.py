@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from truetune.engine.probes import StepFacts
-from truetune.findings import visible
+from truetune.findings import gib, visible
 from truetune.reporting.facts import asked
 
 # A stage that took less leaves no line on a terminal; a pipe gets a line of steps as often.
@@ -239,5 +239,4 @@ def _width(total: int) -> int:
 def _memory() -> str:
     from truetune.engine.memory import peak_bytes  # which an error that comes first does not need
 
-    found = peak_bytes()
-    return f"{found / 2**30:.1f} GiB" if found >= 2**30 else f"{found / 2**20:.0f} MiB"
+    return gib(peak_bytes())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import typer
 import typer.core
+
+from truetune.findings import near
 
 if TYPE_CHECKING:
     from truetune.cli.screen import Screen
@@ -15,6 +18,18 @@ class Verb(typer.core.TyperCommand):
     """A verb whose help is plain text, options grouped, no name cut off."""
 
     # typer keeps click's types to itself, so there is nothing to annotate these with.
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            # click finds every word with a few letters in common alike.
+            if getattr(error, "possibilities", None):
+                everything: list[Any] = self.get_params(ctx)
+                shown = [p for p in everything if not p.hidden]
+                there = [opt for p in shown for opt in p.opts if opt.startswith("--")]
+                error.possibilities = near(error.option_name, there)  # type: ignore[attr-defined]
+            raise
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         parameters: list[Any] = self.get_params(ctx)

@@ -108,19 +108,14 @@ def check(
     truetune check path/to/checkpoint
     """
     recipe = recipe_of(source, rows, None, options, _ORIGIN)
-    ask_first(recipe)
     from truetune.cli.check_screen import CheckScreen, show_checkup
     from truetune.listener import Listener
-    from truetune.run.checkup import check_model, check_run
+    from truetune.run.checkup import check as checked
 
     screen = CheckScreen()
     listener = Listener() if as_json else screen
     try:
-        found = (
-            check_run(recipe, listener, with_smoke_test=smoke_test)
-            if recipe.data
-            else check_model(recipe, listener)
-        )
+        found = checked(recipe, listener, smoke_test=smoke_test)
     finally:
         screen.close()
     if html:

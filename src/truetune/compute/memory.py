@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -281,10 +282,11 @@ def foreseen_footprint(
     device: str = "cpu",
 ) -> Footprint:
     """`footprint` of a model whose weights are not there: the loop's own computation on tensors
-    that have shapes, types and a device, and no numbers.
+    that have shapes, types and a device, and no numbers; of a small model on zeros, which is sooner
+    done.
 
     Args:
-        model: on the meta device, with its adapter if it has one.
+        model: on the meta device, with its adapter if it has one; a small one leaves it.
         device: that the tensors claim to be on.
     """
     from truetune.compute.adapter import plain_adapters
@@ -292,10 +294,20 @@ def foreseen_footprint(
     from truetune.compute.route import Route
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    small = device == "cpu" and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL
+    if small:
+        import torch
+
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.zero_()
     inner.tie_weights()
     head = SupervisedHead(inner.get_output_embeddings(), Tail())
     # Whether rows may be packed is asked of numbers, at the start of the run.
     route = Route(model, "packed", head=head, adapters=plain_adapters(model))
+    if small:
+        return measured_footprint(route, autocast, longest=longest)
     return footprint_without_numbers(route, autocast, longest=longest, device=device)
 
 
@@ -353,6 +365,15 @@ def available_bytes(device: torch.device) -> int:
         return free_bytes(device)
     limits = [_meminfo_available(), *_control_group()]
     return min((limit for limit in limits if limit), default=0)
+
+
+def resident_bytes() -> int:
+    """What this process holds now; 0 where it cannot be known."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def _meminfo_available() -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import TruetuneError
-from truetune.system import child
+from truetune.system import child, threads
 
 # Processor seconds after which a template hangs. One render takes well under a millisecond; a very
 # long conversation some tens.
@@ -61,7 +61,7 @@ class Worker:
         self._ready: Answer = []
         # What it has of the texts of requests.
         self._texts: Sequence[str] = ()
-        threading.Thread(target=self._read, daemon=True).start()
+        threads.begin(self._read)
 
     def _read(self) -> None:
         stream = self.process.stdout
@@ -75,7 +75,8 @@ class Worker:
                 self._answers.put(json.loads(data))
         except (OSError, ValueError):
             pass
-        self._answers.put(None)
+        finally:  # whatever ends this thread, nobody waits for more
+            self._answers.put(None)
 
     def send(self, request: dict[str, Any], texts: Sequence[str]) -> None:
         """Hand over a request, and the texts that its jobs name where they are others than those of

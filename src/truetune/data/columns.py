@@ -8,12 +8,12 @@ Output: rows with renamed columns.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
 from truetune.data.rows import Row, names
 from truetune.data.schemas import TARGETS
 from truetune.errors import DataError, UsageError
+from truetune.findings import near
 
 
 def parse_columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
@@ -31,7 +31,7 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
     mapping: dict[str, str] = {}
     for target, source in pairs:
         if target not in TARGETS:
-            close = difflib.get_close_matches(target, TARGETS, 1)
+            close = near(target, sorted(TARGETS))
             raise _bad(
                 f"no schema knows a column {target!r}",
                 f"did you mean {close[0]}?" if close else f"use one of {names(sorted(TARGETS))}",
@@ -53,7 +53,7 @@ def rename(rows: list[Row], mapping: dict[str, str], source: str) -> list[Row]:
     there = dict.fromkeys(column for row in rows for column in row.fields)
     for target, column in mapping.items():
         if column not in there:
-            close = difflib.get_close_matches(column, there, 1)
+            close = near(column, there)
             hint = f"did you mean {target}={close[0]}?" if close else f"use one of {names(there)}"
             raise DataError(
                 f"there is no column {column!r}",

@@ -7,10 +7,12 @@ Output: `Loaded`: conversations, findings on the rows that are none, and what wa
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from truetune.data.columns import parse_columns, rename
 from truetune.data.conversation import Conversation
@@ -184,6 +186,25 @@ class _Reading:
         return notes
 
 
+_WHICH = re.compile(
+    r"(.*[_-])?(id|ids|uid|uuid|guid|idx|index|hash|sha1|sha256|md5|url|source|dataset|subset|split"
+    r"|timestamp|created_at|date|license|language|lang)|__index_level_\d+__|unnamed: \d+|",
+    re.IGNORECASE,
+)
+
+
+def _says_which(name: str, value: Any) -> bool:
+    """Whether a cell says which row this is and where it is from: nobody expects it to be trained.
+    A text of some length may be one that was forgotten, whatever its column is called."""
+    if not _WHICH.fullmatch(name):
+        return False
+    return not isinstance(value, list | dict) and len(str(value)) <= _LONGEST_NAME
+
+
+# Addresses are long.
+_LONGEST_NAME = 300
+
+
 def _require_rows(rows: list[Row], findings: list[Finding]) -> None:
     """Where every row is refused for itself, the reasons say more than a schema that is missing."""
     refused = [finding for finding in findings if finding.level == "error"]
@@ -237,7 +258,8 @@ def _convert(
             )
         ]
     picks = recognised[1]
-    reading.unused.update(row.fields.keys() - picks.values())
+    idle = row.fields.keys() - picks.values()
+    reading.unused.update(name for name in idle if not _says_which(name, row.fields[name]))
     before, findings = len(conversations), []
     for made in convert(row, decided, picks, reading.unused):
         if isinstance(made, Finding):

@@ -7,7 +7,6 @@ Output: `FileRows` and `FileInfo`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from truetune.data.read_table import read_csv, read_parquet
 from truetune.data.read_text import read_document, read_pieces
 from truetune.data.rows import FileInfo, FileRows
 from truetune.errors import DataError
+from truetune.findings import near
 
 Reader = Callable[[Path, int | None], FileRows]
 
@@ -60,7 +60,7 @@ def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]
 
 
 def _unknown_extension(path: Path) -> DataError:
-    close = difflib.get_close_matches(extension(path), READERS, 1, cutoff=0.5)
+    close = near(extension(path), READERS)
     return DataError(
         f"the extension {extension(path) or '(none)'} names no format that can be read",
         where=str(path),

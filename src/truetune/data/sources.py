@@ -7,7 +7,6 @@ Output: `Source`.
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from truetune.data.read import READERS, TEXT_EXTENSIONS, extension
 from truetune.data.rows import names
 from truetune.errors import DataError
-from truetune.findings import Finding
+from truetune.findings import Finding, near
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 # The words by which the Hub, too, tells the split of a file.
@@ -239,4 +238,4 @@ def _near(path: Path) -> list[str]:
     if not path.parent.is_dir():
         return []
     there = [p.name for p in path.parent.iterdir()]
-    return difflib.get_close_matches(path.name, sorted(there), 3)
+    return near(path.name, sorted(there), 3)

@@ -36,7 +36,7 @@ from truetune.engine.parallel import Group
 from truetune.engine.probes import Probe, StepFacts, non_finite
 from truetune.engine.schedule import learning_rate
 from truetune.errors import NonFiniteLoss, OutOfMemory, is_out_of_memory
-from truetune.findings import Finding
+from truetune.findings import Finding, gib
 from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.mode import evaluating
 from truetune.recipe.plan import Plan
@@ -264,7 +264,7 @@ class SFTTrainer:
                     "activations-recomputed",
                     "note",
                     f"activations are computed twice: a row of {longest:,} tokens would take "
-                    f"{self.footprint.of(longest) / 2**20:,.0f} MB at once, more than is free",
+                    f"{gib(self.footprint.of(longest))} at once, more than is free",
                     why="an estimate of the memory that a forward and a backward pass take",
                     fix="nothing to do: the step is the same, and takes about a third longer; a "
                     "lower --max-length, or --lora, would do without",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truetune.errors import UsageError
-from truetune.findings import Finding
+from truetune.findings import Finding, near
 from truetune.model.architecture import (
     causal_config,
     linear_layers,
@@ -157,12 +156,7 @@ def _targets(model: Any, asked: str | Sequence[str]) -> tuple[list[str], list[Fi
     if not unmatched:
         return names, []
     known = projection_names(model)
-    close = [
-        match
-        for name in unmatched
-        for match in difflib.get_close_matches(name, known, n=1)
-        if match not in names
-    ]
+    close = [match for name in unmatched for match in near(name, known) if match not in names]
     meant = f"did you mean {', '.join(dict.fromkeys(close))}? " if close else ""
     listing = ", ".join(f"{name} ({count})" for name, count in known.items())
     if len(unmatched) == len(names):

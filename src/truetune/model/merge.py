@@ -116,6 +116,37 @@ def merge_adapter(
     return Merged(plain, words, load_in, dtype, tied, tuple(findings))
 
 
+# Significant bits of a number.
+_BITS = {"bfloat16": 8, "float16": 11}
+
+
+def round_by_chance(loaded: LoadedModel, dtype: str) -> bool:
+    """Move the weights that an adapter is added to by as much as a merged model's are rounded:
+    by chance one in 24 a unit in the last place up and one down, which has the variance of
+    rounding. In place; whether there was any such weight, and any such rounding.
+
+    Args:
+        dtype: that the merged weights are saved in.
+    """
+    import torch
+
+    if dtype not in _BITS:
+        return False
+    draw = torch.Generator().manual_seed(0)
+    moved = False
+    with torch.no_grad():
+        for module in loaded.model.modules():
+            weight = _plain(module).weight if _has_lora(module) else None
+            if weight is None or not weight.is_floating_point():
+                continue
+            unit = torch.exp2(torch.frexp(weight.float()).exponent.float() - _BITS[dtype])
+            drawn = torch.rand(weight.shape, generator=draw).to(weight.device)
+            steps = (drawn < 1 / 24).float() - (drawn > 23 / 24).float()
+            weight.copy_(weight.float() + unit * steps)
+            moved = True
+    return moved
+
+
 def _choose(onto: Onto, trained_quantised: bool, stored: str | None, where: str) -> LoadIn:
     if onto == "original" and stored:
         raise UsageError(

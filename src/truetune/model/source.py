@@ -8,7 +8,6 @@ output  ModelFiles: everything after this reads plain files in one folder
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 from truetune.data.read import READERS, extension
 from truetune.errors import ModelError
+from truetune.findings import gib, near
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -112,7 +112,7 @@ def _did_you_mean(path: Path) -> str:
     if not parent.is_dir():
         return ""
     folders = [item.name for item in parent.iterdir() if item.is_dir()]
-    close = difflib.get_close_matches(path.name, folders, n=1)
+    close = near(path.name, folders)
     return f"did you mean {parent / close[0]}?" if close else ""
 
 
@@ -167,9 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
-        ModelError: not readable, not JSON, not an object, or one key has two values.
+        ModelError: not readable, too long, not JSON, not an object, or one key has two values.
     """
     refuse_pointer(path)
+    _require_bounded(path)
 
     def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -196,6 +197,33 @@ def read_json(path: Path) -> dict[str, Any]:
             code="model-config-unreadable",
         )
     return value
+
+
+# The list of a model's shards and the settings of its tokenizer are the longest: 13 MB and 2 MB of
+# published ones. A byte of JSON may become twenty in memory.
+_MOST_INDEX, _MOST_JSON = 64 * 2**20, 16 * 2**20
+
+
+def _require_bounded(path: Path) -> None:
+    """Raise where a file is too long to be what its name says.
+
+    Raises:
+        ModelError: `model-file-hostile`.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return  # told by whoever reads it
+    most = _MOST_INDEX if path.name.endswith(".index.json") else _MOST_JSON
+    if size <= most:
+        return
+    raise ModelError(
+        f"{path.name} has {gib(size)}; no model's has more than {gib(most)}",
+        where=str(path),
+        why="the folder is damaged, or was made to do harm",
+        fix="copy the file again from where the model came from",
+        code="model-file-hostile",
+    )
 
 
 def _require_one_value(pairs: list[tuple[str, Any]], path: Path) -> None:

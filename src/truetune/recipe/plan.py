@@ -98,7 +98,7 @@ def make_plan(
     )
     epochs = None
     if not recipe.given("max_steps"):
-        a_pass = _num_steps(recipe, lengths, batch, 1)
+        a_pass = _steps_of_a_pass(recipe, lengths, batch)
         epochs = take(
             "epochs", lambda: usual_epochs(model.num_parameters, start, start_reason, a_pass)
         )
@@ -144,6 +144,15 @@ def _num_steps(recipe: Recipe, lengths: Sequence[int], batch: int | None, epochs
     steps = TokenOrder(lengths, recipe.tokens_per_step, recipe.seed, epochs).num_steps
     assert steps is not None
     return steps
+
+
+def _steps_of_a_pass(recipe: Recipe, lengths: Sequence[int], batch: int | None) -> float:
+    """A fraction: of several passes none ends with a step, so that none is rounded up."""
+    if batch is not None:
+        return len(lengths) / batch
+    assert recipe.tokens_per_step
+    # A row that is longer than a step fills one.
+    return sum(min(n, recipe.tokens_per_step) for n in lengths) / recipe.tokens_per_step
 
 
 def _sizes(

@@ -58,11 +58,11 @@ def usual_rate(
     return FULL["instruct"], f"all weights of an instruct model ({why})"
 
 
-def usual_epochs(num_parameters: int, start: Start, why: str, steps: int) -> tuple[float, str]:
+def usual_epochs(num_parameters: int, start: Start, why: str, steps: float) -> tuple[float, str]:
     """Passes over the rows, and why.
 
     Args:
-        steps: of one pass.
+        steps: of one pass; not a whole number where a step goes on in the next pass.
     """
     least, most = _SMALL_STEPS
     wanted = min(max(_SMALL_PASSES * steps, least), most)

@@ -8,7 +8,6 @@ output  `Recipe`, or one error that lists all that is wrong
 from __future__ import annotations
 
 import datetime
-import difflib
 import json
 import math
 import typing
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truetune.errors import InputError, RecipeError
+from truetune.findings import near
 from truetune.recipe.foreign import translated
 from truetune.recipe.settings import Origin, Recipe, setting_types, settings
 
@@ -212,7 +212,7 @@ def _spellings() -> dict[str, str]:
 
 
 def _unknown(spelling: str, origin: str, names: Mapping[str, str]) -> str:
-    close = difflib.get_close_matches(spelling.replace("-", "_"), names, n=1)
+    close = near(spelling, names)
     hint = f", did you mean {close[0]!r}?" if close else ""
     return f"unknown setting {spelling!r} in {origin}{hint}"
 

@@ -23,7 +23,7 @@ from truetune.checks.lengths import (
 from truetune.checks.registry import ask
 from truetune.checks.saved_model.checkpoint import Checkpoint, gather
 from truetune.contract.frame import Frame
-from truetune.errors import BadRows, RecipeError
+from truetune.errors import BadRows
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model.embeddings import judge_rows, read_tables
@@ -34,7 +34,7 @@ from truetune.model.tokenizer import locate_base, num_ids
 from truetune.recipe.plan import Plan
 from truetune.recipe.rates import EPOCHS, usual_rate, what_follows, words
 from truetune.recipe.settings import Recipe
-from truetune.run.early import ask_early
+from truetune.run.early import ask_early, ask_first_of_check
 from truetune.run.load_model import advice
 from truetune.run.prepare import Survey, survey
 from truetune.run.smoke_test import smoke_test
@@ -75,6 +75,18 @@ class Checkup:
     def counts(self) -> dict[str, int]:
         """level -> findings of that level."""
         return {level: sum(f.level == level for f in self.findings) for level in LEVELS}
+
+
+def check(recipe: Recipe, listener: Listener, *, smoke_test: bool = False) -> Checkup:
+    """Look at the coming run; without data, at a finished model or adapter.
+
+    Raises:
+        UsageError, InputError: options, data or model that cannot be used at all.
+    """
+    ask_first_of_check(recipe, smoke_test)
+    if recipe.data:
+        return check_run(recipe, listener, with_smoke_test=smoke_test)
+    return check_model(recipe, listener)
 
 
 def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = False) -> Checkup:
@@ -183,10 +195,9 @@ def check_model(recipe: Recipe, listener: Listener) -> Checkup:
 
     Raises:
         ModelError: it is no model folder at all.
-        UsageError: a run that has saved nothing yet, or no model was named.
+        UsageError: a run that has saved nothing yet.
     """
-    if not recipe.model:
-        raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
+    assert recipe.model
     listener.stage("opening the model's files")
     found = gather(opened(recipe.model), recipe.revision, recipe.chat_template)
     judged = found.verdict

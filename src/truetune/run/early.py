@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from truetune.data.sources import resolve
-from truetune.errors import RecipeError
+from truetune.errors import RecipeError, UsageError
 from truetune.model.inspect import require_weights
 from truetune.model.placement import require_device
 from truetune.model.quantise import require_bitsandbytes
 from truetune.model.source import locate, locate_here
-from truetune.recipe.settings import Recipe
+from truetune.recipe.settings import Recipe, setting_names
 from truetune.run.trackers import require_trackers
 
 
@@ -55,6 +55,33 @@ def ask_first(recipe: Recipe) -> None:
     # Of the Hub, the model is asked for when all of this is there.
     if recipe.model:
         locate_here(recipe.model)
+
+
+# What is asked of a finished model, which has no rows.
+_OF_A_MODEL = ("model", "revision", "chat_template")
+
+
+def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
+    """What `check` can refuse at once: without data nothing is trained, and whatever says how
+    would be ignored.
+
+    Raises:
+        UsageError, InputError: the first thing that is not there, or has no use.
+    """
+    if not recipe.model:
+        raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
+    if not recipe.data:
+        idle = [n for n in setting_names() if recipe.given(n) and n not in _OF_A_MODEL]
+        options = [f"--{name.replace('_', '-')}" for name in idle]
+        options += ["--smoke-test"] if smoke_test else []
+        if options:
+            raise UsageError(
+                f"not given: data; {', '.join(options)} would be ignored without it",
+                why="without data `check` looks at a finished model and plans no run",
+                fix="truetune check MODEL DATA, or leave the options out",
+                code="check-without-data",
+            )
+    ask_first(recipe)
 
 
 def require_settings(recipe: Recipe, *others: str) -> None:

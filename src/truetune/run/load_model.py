@@ -16,7 +16,7 @@ from pathlib import Path
 
 from truetune.compare import Measured, agreement, measure, rounding_finding
 from truetune.errors import ModelError
-from truetune.findings import Finding
+from truetune.findings import Finding, gib
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.lora import (
     LoraSettings,
@@ -137,7 +137,7 @@ def _require_memory(prepared: Prepared) -> None:
     on_cpu = choose_device(prepared.plan.device)[0].type == "cpu"
     if on_cpu and free is not None and needed > free:
         raise ModelError(
-            f"the original takes {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free",
+            f"the original takes {gib(needed)}, {gib(free)} are free",
             code="model-too-large",
         )
 

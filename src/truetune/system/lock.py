@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from truetune.errors import UsageError
+from truetune.system import threads
 
 # An owner touches its lock this often, in seconds; after so long without, it is taken for dead.
 _SIGN_OF_LIFE = 10.0
@@ -75,15 +76,13 @@ def hold(path: Path) -> Iterator[Owner | None]:
         return
     descriptor, dead = _take(path)
     _held[key] = threading.get_ident(), dead
-    done = threading.Event()
-    alive = threading.Thread(target=_show_life, args=(descriptor, done), daemon=True)
+    done, writing = threading.Event(), threading.Lock()
     try:
-        alive.start()
+        threads.begin(_show_life, descriptor, done, writing)
         yield dead
     finally:
-        done.set()
-        if alive.ident is not None:  # where memory is used up, it could not be started
-            alive.join()
+        with writing:
+            done.set()
         del _held[key]
         # While it is locked: afterwards the name may be another's.
         with contextlib.suppress(OSError):
@@ -268,10 +267,12 @@ def _age(path: Path, descriptor: int) -> float:
     return now - shown
 
 
-def _show_life(descriptor: int, done: threading.Event) -> None:
+def _show_life(descriptor: int, done: threading.Event, writing: threading.Lock) -> None:
     while not done.wait(_SIGN_OF_LIFE):
-        with contextlib.suppress(OSError):
-            os.utime(descriptor)
+        # Afterwards the descriptor may be another file's.
+        with writing, contextlib.suppress(OSError):
+            if not done.is_set():
+                os.utime(descriptor)
 
 
 def _read(descriptor: int) -> Owner | None:

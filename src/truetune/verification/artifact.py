@@ -125,6 +125,7 @@ def verify_merge(
         "loss_on": _loss_on(run),
         "contract": _recorded(run),
         "num_replies": _NUM_REPLIES,
+        "dtype": dtype,
         "device": device,
     }
     try:
@@ -135,7 +136,8 @@ def verify_merge(
     if rows:
         checks.append(_rows(rows, found))
     words = f"merged against the adapter on {found['num_rows']} {kind} prompts"
-    check = judge("merge", Agreement(**found["agreement"]), dtype, words)
+    floor = Agreement(**found["floor"]) if found["floor"] else None
+    check = judge("merge", Agreement(**found["agreement"]), dtype, words, floor)
     same = found["same_replies"]
     numbers = {**check.numbers, "same_replies": sum(same), "num_replies": len(same)}
     return Verdict(merged, (*checks, dataclasses.replace(check, numbers=numbers)))

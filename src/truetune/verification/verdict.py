@@ -101,19 +101,39 @@ TOLERANCES = {
 }
 
 
-def judge(name: str, found: Agreement, dtype: str, what: str) -> Check:
+# Times what rounding by chance costs, that a merged model may be apart: it is rounded as often, and
+# computes in other steps (docs/log.md).
+_MERGED = 3.0
+
+
+def tolerance_of(floor: Agreement) -> Tolerance:
+    """What a cast may cost, from what one of the same size did cost this very model."""
+    others = max(1 - floor.greedy, 1 / max(floor.num_positions, 1))
+    return Tolerance(
+        relative=_MERGED * (floor.relative or 0.0),
+        greedy=max(1 - _MERGED * others, 0.0),
+        loss=_MERGED * (floor.mean_difference or 0.0),
+    )
+
+
+def judge(
+    name: str, found: Agreement, dtype: str, what: str, floor: Agreement | None = None
+) -> Check:
     """A check from two models' agreement.
 
     Args:
         dtype: that the weights were saved in.
         what: the comparison in words: "merged against the adapter".
+        floor: what rounding to that type costs this model, where it was measured.
     """
     allowed = TOLERANCES.get(dtype, TOLERANCES["bfloat16"])
+    if floor is not None:
+        allowed = tolerance_of(floor)
     over = []
     if found.relative is not None and found.relative > allowed.relative:
         over.append(
             f"logits differ by {found.relative:.2g} of their spread on average, "
-            f"{allowed.relative:g} is allowed"
+            f"{allowed.relative:.2g} is allowed"
         )
     least = allowed.least_greedy(found.num_positions)
     if found.greedy < least:

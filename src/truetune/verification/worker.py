@@ -22,6 +22,7 @@ from truetune.errors import InputError, TruetuneError, UnfaithfulTemplate
 from truetune.generate import Sampling, replies
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.lora import trainable_share
+from truetune.model.merge import round_by_chance
 from truetune.model.tokenizer import load_tokenizer
 from truetune.verification.record import (
     PADDING,
@@ -86,6 +87,9 @@ def _against_reference(request: dict[str, Any]) -> dict[str, Any]:
     rows = cut_rows(request["rows"] or _own_rows(contract), trainable_share(loaded.model)[1])
     reference = measure(loaded, rows)
     reference_replies = _replies(loaded, contract, request)
+    # What rounding costs where nothing is wrong, whatever made the merged model.
+    rounded = round_by_chance(loaded, request["dtype"])
+    floor = agreement(reference, measure(loaded, rows)) if rounded else None
     del loaded
     gc.collect()
     loaded, contract = _open(request["artifact"], request)
@@ -96,6 +100,7 @@ def _against_reference(request: dict[str, Any]) -> dict[str, Any]:
         "finite": _finite(measured),
         "num_rows": len(rows),
         "agreement": dataclasses.asdict(agreement(reference, measured)),
+        "floor": dataclasses.asdict(floor) if floor else None,
         "same_replies": [a == b for a, b in zip(reference_replies, own, strict=True)],
     }
 
