@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from truetune.cli.check_page import page
-from truetune.cli.html import write_document
 from truetune.errors import UsageError
 from truetune.findings import Finding
+from truetune.reporting.html import write_document
 from truetune.run.checkup import Checkup
 
 EVIL = "<script>alert(1)</script>\u202e\x1b[31m\"'&"

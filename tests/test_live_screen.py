@@ -14,7 +14,7 @@ from rich.console import Console
 from tiny_runs import command
 from truetune.behaviour.steps import StepFacts
 from truetune.cli import live_screen
-from truetune.cli.live_screen import Stages, Steps, clock
+from truetune.cli.live_screen import Stages, Steps, clock, sparkline
 
 
 class Clock:
@@ -118,6 +118,52 @@ def test_a_terminal_of_80_columns_holds_all_of_it() -> None:
         assert part in text, part
     assert "2,000 tokens/s, 500 of them supervised" in text
     assert "memory" in last
+
+
+def test_the_loss_as_bars() -> None:
+    assert sparkline([4.0, 3.0, 2.0, 1.0], 20) == "\u2588\u2586\u2583\u2581"
+    assert len(sparkline([float(i) for i in range(1000)], 20)) == 20
+    assert sparkline([1.0, float("nan"), 2.0], 20) == "\u2581\u2588"
+    assert sparkline([1.0, 1.0], 20) == ""
+    assert sparkline([], 20) == ""
+
+
+def test_a_terminal_shows_the_last_reply_on_one_harmless_line() -> None:
+    shown, out = console(True)
+    steps = Steps(shown)
+    evil = "\x1b[31mred\nand " + "on and " * 200
+    for step in range(1, 5):
+        steps.sampled(
+            {
+                "messages": [{"role": "user", "content": "2+2? " * 40}],
+                "answer": evil,
+                "stopped": False,
+            }
+        )
+        steps.step(StepFacts(step, 5.0 - step, 1e-4, 0.5, 4000, 1000, 2.0, (0,)), 4)
+    steps.end()
+    text = bare(out.getvalue())
+    assert max(map(len, re.split(r"[\r\n]+", text))) <= 80
+    assert "2+2? 2+2?" in text
+    assert "\u2192 \\x1b[31mred and on" in text
+    assert "\u2026 (not ended)" in text
+    assert "loss 1.000 \u2588" in text
+    steps.sampled({"messages": [], "answer": "4", "stopped": True})
+    assert steps._reply == " \u2192 4"
+
+
+def test_a_terminal_without_such_letters_gets_none_of_them() -> None:
+    shown = Console(
+        file=io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace"),
+        force_terminal=True,
+        width=80,
+    )
+    steps = Steps(shown)
+    for step in range(1, 4):
+        steps.step(StepFacts(step, 5.0 - step, 1e-4, 0.5, 4000, 1000, 2.0, (0,)), 4)
+    assert steps._bar is not None
+    assert "\u2588" not in steps._bar.below
+    steps.end()
 
 
 def test_no_color_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:

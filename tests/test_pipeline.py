@@ -92,7 +92,7 @@ def test_a_run_is_complete(trained: tuple[RunDir, Shown, str]) -> None:
     assert {path.name for path in run.path.iterdir()} == {
         *("recipe.yaml", "contract.json", "data.json", "env.json", "metrics.jsonl"),
         *("findings.jsonl", "samples.jsonl", "checkpoints", artifact, "manifest.json"),
-        *("verify_rows.jsonl", "verify.json", "keep_text.json"),
+        *("verify_rows.jsonl", "verify.json", "report.html"),
     }
     assert run.finished
     assert run.artifact() == run.path / artifact

@@ -28,8 +28,11 @@ NAMES = [
     "inspect",
     "masked_cross_entropy",
     "pad_and_collate",
+    "push",
+    "report",
     "train",
     "verify",
+    "watch",
 ]
 
 

@@ -28,6 +28,9 @@ _HOMES = {
     "export": "truetune.facade",
     "inspect": "truetune.facade",
     "evaluate": "truetune.facade",
+    "report": "truetune.facade",
+    "watch": "truetune.facade",
+    "push": "truetune.facade",
     "Finding": "truetune.findings",
     "TruetuneError": "truetune.errors",
     "UnfaithfulTemplate": "truetune.errors",
@@ -52,8 +55,11 @@ if TYPE_CHECKING:
     from truetune.facade import evaluate as evaluate
     from truetune.facade import export as export
     from truetune.facade import inspect as inspect
+    from truetune.facade import push as push
+    from truetune.facade import report as report
     from truetune.facade import train as train
     from truetune.facade import verify as verify
+    from truetune.facade import watch as watch
     from truetune.findings import Finding as Finding
 
 

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
     from truetune.model.load import LoadedModel
+    from truetune.reporting.page import Written
     from truetune.run.checkup import Checkup
     from truetune.run.pipeline import ExportResult, RunResult
+    from truetune.run.push import Pushed
     from truetune.verification.verdict import Verdict
 
 
@@ -459,6 +461,98 @@ def evaluate(
             settings,
             on_stage=told.stage,
             on_progress=told.progress,
+        )
+    finally:
+        _closed(told)
+
+
+@_words_of_python()
+def report(run: Pathlike, output: Pathlike | None = None) -> Written:
+    """Write the page of a run, finished or not, as `truetune report` does.
+
+        page = truetune.report("runs/first")
+        page.path, page.answers
+
+    Args:
+        run: a run.
+        output: the file; RUN/report.html where None.
+
+    Returns:
+        `.path` of the page, and `.answers`: trained as served, saved as trained, behaves, each with
+        `.word` and `.why`.
+
+    Raises:
+        TruetuneError: it is no run, or the file cannot be written.
+    """
+    from pathlib import Path
+
+    from truetune.reporting.page import write_report
+    from truetune.run_dir import REPORT, RunDir
+
+    opened = RunDir.open(path_of(run))
+    return write_report(opened, opened.file(REPORT) if output is None else Path(path_of(output)))
+
+
+@_words_of_python()
+def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
+    """Serve the page of a run at http://127.0.0.1:PORT, made anew for each request, until it is
+    interrupted.
+
+    Args:
+        run: a run, finished or not.
+        port: 0 takes any that is free.
+        quiet: do not show the address.
+
+    Raises:
+        TruetuneError: it is no run, or the port is taken.
+    """
+    from truetune.reporting.live import serving
+    from truetune.run_dir import RunDir
+
+    with serving(RunDir.open(path_of(run)), port) as server:
+        _shown(None, quiet).stage(server.address)
+        server.run()
+
+
+@_words_of_python()
+def push(
+    source: Pathlike,
+    repo: str,
+    *,
+    public: bool = False,
+    unverified: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    listener: Listener | None = None,
+) -> Pushed:
+    """Push what a run saved, or a merged model, to the Hub in one commit, with its model card; only
+    what was verified, and is as it was then.
+
+    Args:
+        source: a run, or a model or adapter folder.
+        repo: OWNER/NAME.
+        public: everybody may read it.
+        unverified: push what no verification has passed, too.
+        overwrite: take other files of the repository away.
+        quiet, listener: as of `train`.
+
+    Returns:
+        `.url`, `.files`, `.private` and `.verified`.
+
+    Raises:
+        TruetuneError: it is not what was trained, or the Hub refuses it.
+    """
+    from truetune.run.push import push as pushed
+
+    told = _shown(listener, quiet)
+    try:
+        return pushed(
+            path_of(source),
+            repo,
+            public=public,
+            unverified=unverified,
+            overwrite=overwrite,
+            listener=told,
         )
     finally:
         _closed(told)

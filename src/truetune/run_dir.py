@@ -5,6 +5,7 @@
           verify_rows.jsonl  verify.json  new_tokens.json (where tokens were added)
           keep_text.json (ids whose loss is watched)  rewound.json (where the run went back)
           unverified.json (while a finished artifact waits for its verification)
+          report.html     (made from the others, at the end and whenever it is asked for)
           manifest.json   (written last: its absence means unfinished)
           run.lock        (while a process writes; no part of the run)
 
@@ -34,6 +35,8 @@ MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
 CONTRACT = "contract.json"
 DATA = "data.json"
+VERDICT = "verify.json"
+REPORT = "report.html"
 UNVERIFIED = "unverified.json"
 KEEP_TEXT = "keep_text.json"
 REWOUND = "rewound.json"
@@ -44,7 +47,7 @@ LOCK = "run.lock"
 _OWN = frozenset(
     """recipe.yaml contract.json data.json env.json metrics.jsonl findings.jsonl samples.jsonl
     checkpoints adapter model trackers manifest.json non_finite_batch.json new_tokens.json
-    verify_rows.jsonl verify.json unverified.json keep_text.json rewound.json
+    verify_rows.jsonl verify.json unverified.json keep_text.json rewound.json report.html
     """.split()  # noqa: SIM905
 )
 # What a killed process leaves: a file or folder that never got its name.
@@ -381,7 +384,7 @@ class RunDir:
             for path in sorted(self.path.rglob("*"))
             if path.is_file()
         ]
-        known = {MANIFEST, LOCK, *manifest["files"]}
+        known = {MANIFEST, LOCK, REPORT, *manifest["files"]}
         return [name for name in names if name not in known]
 
     def _unlisted_folders(self) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -19,10 +21,13 @@ from rich.progress import (
 from rich.text import Text
 
 from truetune.behaviour.steps import StepFacts
-from truetune.findings import gib
+from truetune.findings import gib, visible
+from truetune.reporting.facts import asked
 
 # A stage that took less leaves no line on a terminal; a pipe gets a line of steps as often.
 _WORTH_A_LINE, _EVERY = 2.0, 5.0
+# The loss so far, in so many bars.
+_SPARKS, _BARS = 20, "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 # Weight of the newest step in the shown speed.
 _NEWEST = 0.1
 
@@ -113,6 +118,8 @@ class Steps:
         self._task = TaskID(0)
         self._tokens = self._supervised = 0.0
         self._held_out: float | None = None
+        self._losses: list[float] = []
+        self._reply = ""
         self._first: tuple[int, float, float] | None = None
         self._shown = -_EVERY
 
@@ -123,6 +130,7 @@ class Steps:
             if not self.console.is_terminal:
                 self.console.print(Text(_heads(total)))
         self._measure(facts)
+        self._losses.append(facts.loss)
         if self.console.is_terminal:
             self._draw(facts, total, now)
         elif facts.step in (1, total) or now - self._shown >= _EVERY:
@@ -132,6 +140,15 @@ class Steps:
     def evaluated(self, step: int, loss: float) -> None:
         self._held_out = loss
         self.console.print(Text(f"step {step:>5}  held-out loss {loss:.4f}"))
+
+    def sampled(self, sample: Mapping[str, Any]) -> None:
+        """Keep the last reply to a held-out prompt, on one line."""
+        parts = [" ".join(str(t or "").split()) for t in (asked(sample), sample.get("answer"))]
+        question, answer = (visible(text[:400], keep_newlines=False) for text in parts)
+        ended = "" if sample.get("stopped") else " (not ended)"
+        self._reply = f"{_cut(question, self.console.width // 3)} \u2192 "
+        room = self.console.width - len(self._reply) - len(ended) - 1
+        self._reply += _cut(answer, room) + ended
 
     def end(self) -> None:
         if self._bar:
@@ -182,13 +199,29 @@ class Steps:
             self._bar.tasks[0].start_time = self._bar.get_time() - (now - self._first[2])
             self._bar.start()
         held = "" if self._held_out is None else f"   held-out {self._held_out:.3f}"
+        drawn = sparkline(self._losses, _SPARKS) if "utf" in self.console.encoding else ""
         self._bar.below = (
-            f"loss {facts.loss:.3f}{held}   learning rate {facts.learning_rate:.2e}\n"
+            f"loss {facts.loss:.3f} {drawn}{held}   learning rate {facts.learning_rate:.2e}\n"
             f"{self._tokens:,.0f} tokens/s, {self._supervised:,.0f} of them supervised   "
-            f"memory {_memory()} at most"
+            f"memory {_memory()} at most" + (f"\n{self._reply}" if self._reply else "")
         )
         left = f"{self._times(facts, total, now)[1]} left"
         self._bar.update(self._task, completed=facts.step, description=left)
+
+
+def sparkline(values: Sequence[float], most: int) -> str:
+    """Values as bars of eight heights, each the mean of a stretch; none where all are equal."""
+    finite = [value for value in values if math.isfinite(value)]
+    size = -(-len(finite) // most) or 1
+    means = [sum(part := finite[at : at + size]) / len(part) for at in range(0, len(finite), size)]
+    low, high = min(means, default=0), max(means, default=0)
+    if low == high:
+        return ""
+    return "".join(_BARS[round(7 * (mean - low) / (high - low))] for mean in means)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: max(most - 1, 0)].rstrip() + "\u2026"
 
 
 def _heads(total: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from truetune.cli.screen import Screen, side_by_side
+from truetune.reporting.serving import load_line, serve_line
 from truetune.run.outcome import summary
+from truetune.run_dir import REPORT
 
 if TYPE_CHECKING:
     from truetune.generate import Reply
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
     """What was made, and the lines that load, chat with and serve it."""
-    run, artifact = shlex.quote(str(result.run.path)), shlex.quote(str(result.artifact))
+    run = shlex.quote(str(result.run.path))
     merge = [("merge", f"truetune export {run} --merge -o {run}-merged")]
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
@@ -29,51 +30,22 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
     if result.verdict:
         passed = sum(check.state == "passed" for check in result.verdict.checks)
         screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")
-    kind = "AutoModelForCausalLM" if result.base is None else "AutoPeftModelForCausalLM"
-    folder = json.dumps(str(result.artifact), ensure_ascii=False)
-    load = f"{kind}.from_pretrained({folder}{_bits(result)})"
-    serve = f"vllm serve {artifact}" if result.base is None else _serve_adapter(result)
+    settings = vars(result.plan)
+    load = load_line(str(result.artifact), settings, is_adapter=result.base is not None)
+    stops = set(result.contract.stop_ids) - set(result.base_stop_ids)
+    serve = serve_line(
+        str(result.artifact),
+        settings,
+        run=str(result.run.path),
+        base=result.base,
+        base_revision=result.base_revision,
+        stops=result.contract.stop_ids if stops else (),
+    )
     verify = ("verify", f"truetune verify {run}")
     told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
+    if result.run.file(REPORT).is_file():
+        told.append(("report", str(result.run.file(REPORT))))
     screen.pairs([*told, *(merge if result.base else []), *more])
-
-
-def _bits(result: RunResult) -> str:
-    """What peft must be told of a quantised base: by itself it opens the original weights, and the
-    adapter on them is another model."""
-    if result.plan.qlora:
-        how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
-    elif result.plan.load_in_8bit:
-        how = "load_in_8bit=True"
-    else:
-        return ""
-    return f", quantization_config=BitsAndBytesConfig({how})"
-
-
-# vLLM makes room for rank 16 unless told otherwise, and takes these.
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
-
-
-def _serve_adapter(result: RunResult) -> str:
-    if result.plan.add_token or result.plan.dora or result.plan.qlora or result.plan.load_in_8bit:
-        # vLLM takes no rows of new tokens and no DoRA, and would load the base unquantised.
-        merged = shlex.quote(str(result.run.path) + "-merged")
-        run = shlex.quote(str(result.run.path))
-        return f"truetune export {run} --merge -o {merged} && vllm serve {merged}"
-    artifact, stops = str(result.artifact), list(result.contract.stop_ids)
-    words = ["vllm", "serve", str(result.base)]
-    if result.base_revision:
-        words += ["--revision", result.base_revision]
-    words += ["--enable-lora"]
-    words += ["--lora-modules", f"tuned={artifact}"]
-    words += ["--chat-template", f"{artifact}/chat_template.jinja"]
-    rank = next((r for r in _VLLM_RANKS if r >= result.plan.lora_r), _VLLM_RANKS[-1])
-    if rank > _VLLM_RANKS[0]:
-        words += ["--max-lora-rank", str(rank)]
-    line = shlex.join(words)
-    if not set(stops) <= set(result.base_stop_ids):
-        line += f"\n         (requests need stop_token_ids={stops})"
-    return line
 
 
 def show_checks(screen: Screen, verdict: Verdict | None) -> None:

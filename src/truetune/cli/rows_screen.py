@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from truetune.cli.html import document
 from truetune.cli.screen import Screen
 from truetune.contract.contract import PromptContract, Refused
 from truetune.contract.encode import Encoded
 from truetune.contract.specials import find_controls
-from truetune.contract.view import KINDS, Kind, Piece, pieces, story
+from truetune.contract.view import KINDS, Kind, pieces, story
 from truetune.data.conversation import Conversation
 from truetune.data.load import Loaded, load
 from truetune.errors import UsageError
 from truetune.findings import Finding, escaped, visible
 from truetune.model.tokenizer import load_tokenizer
 from truetune.recipe.settings import Recipe
+from truetune.reporting.html import document, legend, token_spans
 from truetune.run.prepare import contract_of
 from truetune.run_dir import opened
 
@@ -30,16 +30,6 @@ _STYLES: dict[Kind, str] = {
     "supervised": "green",
     "stop": "bold white on red",
 }
-_COLOURS: dict[Kind, str] = {
-    "shared": "#d9d9d9",
-    "prompt": "#cfe2ff",
-    "context": "#e2d9f3",
-    "supervised": "#c7eed0",
-    "stop": "#ffb3ab",
-}
-_BREAK = '<i class="break">\u21b5</i>\n'
-# A token that holds a part of a character.
-_PART = "\u00b7"
 # Rows of a page when none was asked for.
 _MOST = 50
 
@@ -164,11 +154,11 @@ def show_rows(
     with_ids: bool = False,
 ) -> None:
     """Draw rows on the terminal."""
-    legend = Text()
+    kinds = Text()
     for kind, words in KINDS.items():
-        legend.append(f" {words} ", style=_STYLES[kind])
-        legend.append("  ")
-    screen.console.print(legend)
+        kinds.append(f" {words} ", style=_STYLES[kind])
+        kinds.append("  ")
+    screen.console.print(kinds)
     for note in contract.findings:
         screen.line(f"note: {note.what}", "cyan")
     for view in views:
@@ -207,27 +197,13 @@ def _show_example(
     screen.console.print(text)
 
 
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;"
-    "color:#111;background:#fff}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:13px/1.7 ui-monospace,monospace;"
-    "border:1px solid #ddd;border-radius:4px;padding:1em}"
-    "pre span{border-radius:2px;padding:1px 0}pre span:hover{outline:1px solid #333}"
-    ".legend span{padding:2px 6px;margin-right:6px;border-radius:3px}"
-    ".refused{border-left:4px solid #c60;padding-left:1em;white-space:pre-wrap}"
-    ".dim{color:#555}.break{color:#999}"
-) + "".join(f".{kind}{{background:{colour}}}" for kind, colour in _COLOURS.items())
-
-
 def rows_page(contract: PromptContract, views: Sequence[RowView], total: int, title: str) -> str:
     """The same as one HTML page."""
-    legend = "".join(f'<span class="{k}">{escaped(words)}</span> ' for k, words in KINDS.items())
     return document(
         title,
-        _STYLE,
         [
             f"<h1>{escaped(title)}</h1>",
-            f'<p class="legend">{legend}</p><p class="dim">Hover over a token for its id. '
+            f'{legend()}<p class="dim">Hover over a token for its id. '
             f"Stop set: {escaped(_stops(contract))}.</p>",
             *(f"<p>note: {escaped(note.what)}</p>" for note in contract.findings),
             *(_row_html(contract, view, total) for view in views),
@@ -253,14 +229,9 @@ def _row_html(contract: PromptContract, view: RowView, total: int) -> str:
     for index, example in enumerate(encoded):
         name = f"sequence {index + 1}: " if len(encoded) > 1 else ""
         counts = f"{len(example.ids):,} tokens, {sum(example.mask):,} supervised"
-        spans = "".join(_piece_html(piece) for piece in pieces(contract, encoded, index))
+        spans = "".join(
+            token_spans(piece.kind, piece.ids, piece.texts)
+            for piece in pieces(contract, encoded, index)
+        )
         head += f'<p class="dim">{name}{counts}</p><pre>{spans}</pre>'
     return head
-
-
-def _piece_html(piece: Piece) -> str:
-    spans = []
-    for token, text in zip(piece.ids, piece.texts, strict=True):
-        shown = escaped(text).replace("\n", _BREAK) or _PART
-        spans.append(f'<span class="{piece.kind}" title="{token}">{shown}</span>')
-    return "".join(spans)

@@ -139,6 +139,9 @@ class Screen(Listener):
     def evaluated(self, step: int, loss: float) -> None:
         self.steps.evaluated(step, loss)
 
+    def sample(self, sample: dict[str, Any]) -> None:
+        self.steps.sampled(sample)
+
     # errors and findings
 
     def _print_finding(self, console: Console, finding: Finding) -> None:
@@ -194,10 +197,12 @@ def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
 
 
 def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a length limit would cost, where there is reasoning to lose."""
+    """What a length limit would cost, where there is reasoning to lose: neither the closing marker
+    nor the answer is left."""
     from truetune.checks.lengths import report_lines
 
-    return report_lines(data["lengths"]) if "lengths" in data else []
+    report = data.get("lengths")
+    return report_lines(report) if report and report["limit"]["with_thoughts"] else []
 
 
 def _batch(plan: Plan, route: dict[str, Any]) -> str:

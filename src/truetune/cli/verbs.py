@@ -120,7 +120,7 @@ def check(
         screen.close()
     if html:
         from truetune.cli.check_page import page
-        from truetune.cli.html import write_document
+        from truetune.reporting.html import write_document
 
         write_document(Path(html), page(found.as_dict()))
     if as_json:
@@ -218,8 +218,8 @@ def _inspect_rows(
     with_ids: bool,
 ) -> None:
     """Rows on the terminal or as a page."""
-    from truetune.cli.html import write_document
     from truetune.cli.rows_screen import rows_page, show_rows, view_rows
+    from truetune.reporting.html import write_document
 
     pairs = [text.partition("=") for text in settings]
     for text, (_, equals, _) in zip(settings, pairs, strict=True):
@@ -557,6 +557,101 @@ def verify_run(
     show_checks(screen, verdict)
     if not verdict.passed:
         raise CheckFailed("what was saved is not what was trained", verdict.findings())
+
+
+@app.command("report", cls=Verb, short_help="The page of a run.")
+def report_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="(default: RUN/report.html)", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write the page of a run: whether it was trained as served, saved as trained and behaves; what
+    base and tuned model reply; curves, rows, recipe and findings. One file without a script, which
+    needs no network.
+
+    `train` writes it at its end. A run that is at work, or was stopped, has one too.
+
+    \b
+    truetune report runs/first
+    truetune report runs/first -o report.html
+    """
+    from truetune.reporting.page import write_report
+    from truetune.run_dir import REPORT, RunDir
+
+    opened = RunDir.open(run)
+    written = write_report(opened, Path(output) if output else opened.file(REPORT))
+    screen = open_screen()
+    for answer in written.answers:
+        screen.line(f"{answer.question}: {answer.word}. {answer.why}")
+    screen.line(f"written: {written.path}")
+
+
+@app.command("watch", cls=Verb, short_help="The page of a run, live.")
+def watch_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8421,
+) -> None:
+    """Serve the page of a run on this machine, made anew for each request, until Ctrl-C.
+
+    Only a browser on this machine reaches it, at http://127.0.0.1:PORT. Nothing is written, and no
+    other file is served.
+
+    \b
+    truetune watch runs/first
+    """
+    from truetune.reporting.live import serving
+    from truetune.run_dir import RunDir
+
+    with serving(RunDir.open(run), port) as server:
+        open_screen().line(f"{server.address}  (Ctrl-C ends it)")
+        server.run()
+
+
+@app.command("push", cls=Verb, short_help="A verified model to the Hub.")
+def push_model(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody may read it. (default: private)")
+    ] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Also what no verification has passed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Take other files of the repository away.")
+    ] = False,
+) -> None:
+    """Push what a run saved, or a merged model, to the Hub in one commit, with its model card.
+
+    Only what was verified, and is as it was then, is pushed. The token is that of `hf auth login`,
+    or HF_TOKEN.
+
+    \b
+    truetune push runs/first me/first
+    truetune push merged me/first-merged --public
+    """
+    from truetune.run.push import push
+
+    screen = open_screen()
+    try:
+        pushed = push(
+            source,
+            repo,
+            public=public,
+            unverified=unverified,
+            overwrite=overwrite,
+            listener=screen,
+        )
+    finally:
+        screen.close()
+    who = "private" if pushed.private else "public"
+    screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")
 
 
 @app.command(cls=Verb)

@@ -7,9 +7,9 @@ output  Piece values; the text of all pieces together is the decoded example
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.contract.encode import Encoded
 from truetune.contract.example import SFTExample
@@ -55,6 +55,41 @@ def pieces(contract: PromptContract, encoded: Encoded, index: int) -> list[Piece
     for kind, start, end in _spans(example, shared, set(contract.stop_ids)):
         found.append(Piece(kind, tuple(example.ids[start:end]), tuple(texts[start:end])))
     return found
+
+
+# Examples of a run's page, and tokens of one; what is left out is counted.
+_EXAMPLES, _TOKENS = 3, 400
+
+
+def pictures(
+    contract: PromptContract, encoded: Sequence[Encoded], limit: int
+) -> list[dict[str, Any]]:
+    """A few examples in pieces, as JSON has them: of the shortest, a middle and the longest row
+    within the limit."""
+    whole = sorted(
+        (row for row in encoded if len(row) and max(len(e.ids) for e in row) <= limit),
+        key=lambda row: max(len(e.ids) for e in row),
+    )
+    chosen = {id(row): row for row in whole[:1] + whole[len(whole) // 2 :][:1] + whole[-1:]}
+    return [_picture(contract, row) for row in list(chosen.values())[:_EXAMPLES]]
+
+
+def _picture(contract: PromptContract, encoded: Encoded) -> dict[str, Any]:
+    index = max(range(len(encoded)), key=lambda at: len(encoded[at].ids))
+    example = encoded[index]
+    left, shown = _TOKENS, []
+    for piece in pieces(contract, encoded, index):
+        kept = piece.ids[:left], piece.texts[:left]
+        if kept[0]:
+            shown.append({"kind": piece.kind, "ids": kept[0], "texts": kept[1]})
+        left -= len(kept[0])
+    return {
+        "where": encoded.row,
+        "sequences": len(encoded),
+        "tokens": len(example.ids),
+        "supervised": sum(example.mask),
+        "pieces": shown,
+    }
 
 
 def _spans(example: SFTExample, shared: int, stops: set[int]) -> Iterator[tuple[Kind, int, int]]:

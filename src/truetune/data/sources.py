@@ -57,7 +57,7 @@ def resolve(source: str | Path, split: str | None) -> Source:
             raise no_such_split(split, ["train"], str(path), why="one file is one split")
         return Source((path,))
     described = str(source).rpartition(":")[0]  # of `folder:config`
-    if (described and is_dataset_folder(Path(described))) or _is_hub_id(str(source)):
+    if (described and is_dataset_folder(Path(described))) or is_hub_id(str(source)):
         return Source(())
     raise _no_such_file(path)
 
@@ -128,7 +128,8 @@ def no_such_split(split: str, there: list[str], where: str, *, why: str = "") ->
     )
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a text may name something on the Hub, and is no mistyped path."""
     if not _HUB_ID.fullmatch(source) or extension(Path(source)) in READERS:
         return False
     # `data/train` beside an existing folder `data` is a mistyped path, not a dataset of the Hub;

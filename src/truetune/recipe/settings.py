@@ -296,7 +296,7 @@ class Recipe:
         "the learning rate, or go on and say so.",
     )
     report_to: list[str] | None = _option(
-        None, WATCH, "Trackers: tensorboard, wandb, mlflow, trackio.", shown="none"
+        None, WATCH, "Trackers: trackio, tensorboard, wandb, mlflow.", shown="none"
     )
 
     output: str | None = _option(None, RUN, "Folder of the run.", aliases=["output_dir"])

@@ -47,7 +47,7 @@ def recorded_recipe(path: Path, *more: tuple[Origin, Mapping[str, Any]]) -> Reci
 
 def _set_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
     """(name, value, origin) of what was set; the origin is "" where the file has none."""
-    for name, value in _read_yaml(path).items():
+    for name, value in read_yaml(path).items():
         if isinstance(value, dict) and set(value) == {"value", "origin"}:
             if not str(value["origin"]).startswith("default"):
                 yield str(name), value["value"], str(value["origin"])
@@ -55,7 +55,12 @@ def _set_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
             yield str(name), value, ""
 
 
-def _read_yaml(path: Path) -> dict[Any, Any]:
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping of a YAML file, as it stands there.
+
+    Raises:
+        InputError: it cannot be read or is not a mapping.
+    """
     import yaml
 
     example = "write one setting a line, e.g. `learning_rate: 1e-4`"

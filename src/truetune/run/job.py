@@ -48,6 +48,7 @@ from truetune.run.artifact import rows_of_new_tokens, save_artifact
 from truetune.run.environment import environment
 from truetune.run.load_model import load_start
 from truetune.run.outcome import Answer, judge
+from truetune.run.pages import write_pages
 from truetune.run.prepare import Prepared
 from truetune.run.result import RunResult
 from truetune.run.stop import BrokenOff, Stop, interruptible
@@ -57,6 +58,7 @@ from truetune.run_dir import (
     REWOUND,
     STEP,
     UNVERIFIED,
+    VERDICT,
     RunDir,
     flush_folder,
     write_json,
@@ -64,7 +66,6 @@ from truetune.run_dir import (
     write_text,
 )
 from truetune.system.signals import Stopped, number_of
-from truetune.verification.artifact import VERDICT
 from truetune.verification.verdict import Verdict
 
 
@@ -302,6 +303,8 @@ class Job:
                 # The error that ends the run shows them.
                 self._record(finding)
         self.trackers.finish()
+        for finding in write_pages(self.run):
+            self._found(finding)
         self.run.finish(
             {
                 "finished": True,
@@ -406,6 +409,7 @@ class Job:
             self.run.append("samples.jsonl", sample)
         for sample in measured.samples[:_SHOWN_SAMPLES]:
             self.listener.sample(sample)
+        self.trackers.samples(self._samples_now, step)
         goes_on = self.plan.on_collapse == "continue"
         # The error that ends the run shows itself.
         self._tell(

@@ -31,18 +31,20 @@ from truetune.findings import Finding
 from truetune.listener import Listener
 from truetune.model.merge import Onto
 from truetune.recipe.settings import Recipe
+from truetune.reporting.card import write_merged_card
 from truetune.run.early import ask_early, require_settings
 from truetune.run.job import Job
 from truetune.run.load_model import load_start
+from truetune.run.pages import write_ending
 from truetune.run.prepare import prepare
 from truetune.run.result import RunResult
 from truetune.run.saved import Saved, saved_facts
 from truetune.run.trackers import Trackers
 from truetune.run.worker_rank import Follower
-from truetune.run_dir import RunDir, claimed, named_at_last, opened, write_json
+from truetune.run_dir import VERDICT, RunDir, claimed, named_at_last, opened, write_json
 from truetune.system.lock import Owner
 from truetune.system.signals import Stopped, number_of
-from truetune.verification.artifact import VERDICT, run_of, verify, verify_merge
+from truetune.verification.artifact import run_of, verify, verify_merge
 from truetune.verification.verdict import Verdict
 
 
@@ -120,6 +122,17 @@ def _started(
 
 
 def _lead(job: Job, checkpoint: Checkpoint | None) -> RunResult:
+    try:
+        return _led(job, checkpoint)
+    except BaseException as error:
+        # The page says how the run ended, however it did.
+        if not job.run.finished:
+            for finding in write_ending(job.run, error):
+                job.listener.finding(finding)
+        raise
+
+
+def _led(job: Job, checkpoint: Checkpoint | None) -> RunResult:
     job.restore(checkpoint)
     report = job.train_and_save()
     verdict = None
@@ -227,7 +240,7 @@ def export(
         made = write_merged(adapter, unnamed, base=base, onto=onto, dtype=dtype, device=device)
         for finding in made.findings:
             listener.finding(finding)
-        verdict = None
+        verdict, run = None, run_of(source)
         if check:
             listener.stage("verifying in a fresh process")
             verdict = verify_merge(
@@ -236,11 +249,14 @@ def export(
                 base=base,
                 load_in=made.load_in,
                 dtype=made.report.dtype,
-                run=run_of(source),
+                run=run,
                 device=device,
             )
             _require_passed(verdict, "the merged model is not what the adapter is")
-            write_json(unnamed / VERDICT, {**verdict.as_dict(), "artifact": str(folder)})
+            told = {**verdict.as_dict(), "artifact": str(folder)}
+            told["files"] = {file.name: file.sha256 for file in made.report.files}
+            write_json(unnamed / VERDICT, told)
+        write_merged_card(run, Path(adapter), unnamed, folder, verdict.as_dict() if verdict else {})
     return ExportResult(folder, made, verdict)
 
 

@@ -22,6 +22,7 @@ from truetune.contract.encode import Encoded
 from truetune.contract.example import SFTExample
 from truetune.contract.policy import Policy
 from truetune.contract.specials import find_controls
+from truetune.contract.view import pictures
 from truetune.data.conversation import Conversation
 from truetune.data.load import Loaded, load
 from truetune.data.split import hold_out, remove_overlap
@@ -195,11 +196,8 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         *planned.findings,
         *told,
     ]
-    lengths = None
-    if plan.reasoning_share and train.rows:
-        # Where reasoning is cut, neither the closing marker nor the answer is left.
-        rows = encoded_lengths(train.rows, contract)
-        lengths = length_report(rows, plan.max_length, facts.context_length)
+    rows = encoded_lengths(train.rows, contract)
+    lengths = length_report(rows, plan.max_length, facts.context_length) if len(rows) else None
     prepared = Prepared(
         contract,
         facts,
@@ -209,7 +207,10 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         _answerable(held_out.conversations, planned.eval_fitted),
         plan,
         merged(findings),
-        data_facts(read.loaded, fitted, planned.eval_fitted, refusals, read.overlap, lengths),
+        {
+            **data_facts(read.loaded, fitted, planned.eval_fitted, refusals, read.overlap, lengths),
+            "pictures": pictures(contract, train.rows, plan.max_length),
+        },
         new_tokens,
         _verify_rows(held_out, plan, held_out=True) or _verify_rows(train, plan, held_out=False),
         planned.is_text,

@@ -11,6 +11,7 @@ from truetune.engine.parallel import Group
 from truetune.findings import Finding
 from truetune.listener import Listener
 from truetune.model.save import SaveReport
+from truetune.reporting.card import CARD
 from truetune.run.job import Job, identity
 from truetune.run.outcome import Answer
 from truetune.run.prepare import Prepared
@@ -66,6 +67,8 @@ def saved_facts(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
         facts, whole = read_sealed(run.file(UNVERIFIED))
         folder = run.file(facts["artifact"])
         there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+        # The model card is written after the verification.
+        there.discard(CARD)
         same = json.loads(json.dumps(identity(prepared, 1), default=str)) == facts["run"]
         if not whole or not same or there != facts["files"].keys():
             return None

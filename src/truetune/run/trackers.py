@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import UsageError
+from truetune.findings import visible
+from truetune.reporting.facts import asked
 
-NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
-# Those that are an extra of this package.
+NAMES = ("trackio", "tensorboard", "wandb", "mlflow")
 # What accelerate's class of a tracker imports, where that is not the tracker's own name.
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 LOGS = "trackers"
@@ -34,6 +35,68 @@ def require_trackers(names: Sequence[str]) -> None:
                 fix=f"pip install {name}",
                 code="tracker-missing",
             )
+
+
+# Columns of a table of samples, and the most characters of a cell.
+_COLUMNS = ("where", "prompt", "reply", "ended", "expected")
+_CELL = 2000
+
+
+def _shown(sample: Mapping[str, Any], column: str) -> str:
+    """A cell of the table of samples."""
+    if column == "prompt":
+        value: Any = asked(sample)
+    elif column == "ended":
+        value = "yes" if sample.get("stopped") else "no"
+    else:
+        value = sample.get({"reply": "answer"}.get(column, column))
+    return visible(str(value or ""))[:_CELL]
+
+
+def _to_tensorboard(
+    tracker: Any, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+) -> None:
+    # TensorBoard renders Markdown: four blanks make text of it, whatever it holds.
+    for row in rows:
+        told = dict(zip(columns, row, strict=True))
+        lines = [f"    {name}: {line}" for name in columns for line in told[name].splitlines()]
+        tracker.writer.add_text(f"samples/{told['where']}", "\n".join(lines), global_step=step)
+    tracker.writer.flush()
+
+
+def _to_wandb(
+    tracker: Any, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+) -> None:
+    import wandb
+
+    tracker.log({"samples": wandb.Table(columns=list(columns), data=list(rows))}, step=step)
+
+
+def _to_mlflow(
+    tracker: Any, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+) -> None:
+    import mlflow
+
+    table = {name: [row[at] for row in rows] for at, name in enumerate(columns)}
+    mlflow.log_table(table, artifact_file="samples.json")
+
+
+def _to_trackio(
+    tracker: Any, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+) -> None:
+    import pandas
+    import trackio
+
+    frame = pandas.DataFrame(list(rows), columns=list(columns))
+    tracker.log({"samples": trackio.Table(dataframe=frame)}, step=step)
+
+
+_TEXTS = {
+    "tensorboard": _to_tensorboard,
+    "wandb": _to_wandb,
+    "mlflow": _to_mlflow,
+    "trackio": _to_trackio,
+}
 
 
 class Trackers:
@@ -74,8 +137,11 @@ class Trackers:
                 ) from error
 
     def _opened(self, name: str) -> Any:
+        from accelerate.state import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        # Some of accelerate's classes ask for it, and others make it.
+        PartialState()
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
         logs = (
             {"logging_dir": self._folder / LOGS} if tracker_class.requires_logging_directory else {}
@@ -86,7 +152,16 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for tracker in self._trackers:
-            tracker.log({k: v for k, v in values.items() if k != "step"}, step=step)
+            tracker.log({k: v for k, v in values.items() if k not in ("step", "probe")}, step=step)
+
+    def samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Replies to held-out prompts, where the tracker's library takes text."""
+        if not samples:
+            return
+        rows = [[str(step), *(_shown(sample, part) for part in _COLUMNS)] for sample in samples]
+        for tracker in self._trackers:
+            if keep := _TEXTS.get(getattr(tracker, "name", "")):
+                keep(tracker, ["step", *_COLUMNS], rows, step)
 
     def finish(self) -> None:
         """Close them; closing twice does nothing."""

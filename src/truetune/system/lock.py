@@ -109,6 +109,21 @@ def require_free(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_alive(path: Path) -> bool:
+    """Whether whoever a lock file names shows life; nothing is taken, and nothing is written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return False
+    try:
+        owner, this = _read(descriptor), _this()
+        if owner and (owner.machine, owner.space) == (this.machine, this.space):
+            return bool(owner.began) and _began(owner.pid) == owner.began
+        return time.time() - os.fstat(descriptor).st_mtime < _DEAD_AFTER
+    finally:
+        os.close(descriptor)
+
+
 def _key(path: Path) -> tuple[int, Path]:
     # A forked copy of this process holds nothing.
     return os.getpid(), Path(os.path.realpath(path))

@@ -26,7 +26,6 @@ from truetune.verification.record import Record, read_record, rows_digest
 from truetune.verification.rows import VerifyRow, examples_of, read_rows
 from truetune.verification.verdict import Check, Verdict, judge, judge_reading
 
-VERDICT = "verify.json"
 _NUM_REPLIES = 8
 
 

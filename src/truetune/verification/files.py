@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import InputError
-from truetune.run_dir import CHECKPOINTS, MANIFEST, RunDir, sha256
+from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, sha256
 from truetune.verification.record import MOVABLE, Record, settings_of
 from truetune.verification.rows import VERIFY_ROWS
 from truetune.verification.verdict import Check
 
 ARTIFACTS = ("adapter", "model")
-# Removed to save room, or written by a tracker's own process after the manifest.
-_MAY_GO = (CHECKPOINTS, "trackers")
+# Removed to save room, or written after the manifest: by a tracker's own process, or made again
+# from the other files.
+_MAY_GO = (CHECKPOINTS, "trackers", REPORT)
+_MAY_CHANGE = ("trackers", REPORT)
 _CARDS = ("readme", "license", "licence", "notice")
 _MOST = 5
 
@@ -55,8 +57,10 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
             return Check("files", "not-checked", f"{MANIFEST} lists nothing of this folder")
     missing = [name for name in listed if not run.file(name).is_file()]
     changed = [name for name in listed if name not in missing and _differs(run, name, listed[name])]
-    gone = [name for name in missing if not inside and name.split("/")[0] in _MAY_GO]
-    touched = [name for name in changed if name.split("/")[0] == "trackers"]
+    gone = [
+        name for name in missing if _is_card(name) or (not inside and name.split("/")[0] in _MAY_GO)
+    ]
+    touched = [name for name in changed if name.split("/")[0] in _MAY_CHANGE or _is_card(name)]
     missing = [name for name in missing if name not in gone]
     changed = [name for name in changed if name not in touched]
     present = [] if inside else _present(run)
@@ -85,7 +89,7 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
         )
     what = f"{len(listed) - len(gone)} files are as they were saved (sha256)"
     if gone:
-        what += f"; {len(gone)} of checkpoints and trackers were removed since"
+        what += f"; {len(gone)} of checkpoints, trackers and pages were removed since"
     if notes:
         what += f"; not the run's own, and not looked at: {_names(notes)}"
     return Check("files", "passed", what, numbers)
@@ -121,8 +125,13 @@ def _present(run: RunDir) -> list[str]:
 
 
 def _may_be_loaded(name: str) -> bool:
+    return name.partition("/")[0] in ARTIFACTS and not _is_card(name)
+
+
+def _is_card(name: str) -> bool:
+    """A model card or a licence of the artifact, which its owner writes on."""
     top, _, rest = name.partition("/")
-    return top in ARTIFACTS and not rest.lower().startswith(_CARDS)
+    return top in ARTIFACTS and rest.lower().startswith(_CARDS)
 
 
 def _names(names: Iterable[str]) -> str:

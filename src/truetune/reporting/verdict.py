@@ -1,0 +1,139 @@
+"""The three questions that a run has to answer, each with one word and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from truetune.findings import percent
+from truetune.reporting.facts import RunFacts
+
+Word = Literal["yes", "no", "doubtful", "not measured", "not yet"]
+# Findings that one sentence names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what the run's files say to it.
+
+    Attributes:
+        question: in two or three words.
+        word: yes, no, doubtful (a warning), not measured, or not yet.
+        why: one or two sentences.
+    """
+
+    question: str
+    word: Word
+    why: str
+
+
+def verdict(run: RunFacts) -> tuple[Answer, Answer, Answer]:
+    """Trained as served, saved as trained, behaves."""
+    return _served(run), _saved(run), _behaves(run)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _served(run: RunFacts) -> Answer:
+    question = "Trained as served"
+    train = _mapping(run.data.get("train"))
+    if not run.contract or not train:
+        return Answer(question, "not measured", "contract.json or data.json is missing or damaged.")
+    stops = ", ".join(
+        f"{stop.get('token', '')} ({stop.get('id', '')})" for stop in run.contract.get("stop") or ()
+    )
+    examples, supervised = int(train.get("examples", 0)), int(train.get("supervised_tokens", 0))
+    proved = (
+        f"{examples:,} examples with {supervised:,} supervised tokens were compared with the "
+        "prompt that a server sends and with their rows; answers end on "
+        f"{stops or 'no stop token'}."
+    )
+    if run.data.get("schema") == "text":
+        why = f"{examples:,} pieces of plain text; no prompt is served, and none was trained."
+        return Answer(question, "not measured", why)
+    unread = [f for f in run.findings if f.get("code") == "adapter-stop-unread"]
+    if unread:
+        told = f"But {unread[0].get('what', '')}: {unread[0].get('fix', '')}."
+        return Answer(question, "doubtful", f"{proved} {told}")
+    if not stops:
+        return Answer(question, "doubtful", proved)
+    if "skipped" in str(run.env.get("check", "")):
+        return Answer(question, "yes", f"{proved} The preflight was {run.env['check']}.")
+    return Answer(question, "yes", proved)
+
+
+def _saved(run: RunFacts) -> Answer:
+    question = "Saved as trained"
+    checks = [_mapping(check) for check in run.verdict.get("checks") or ()]
+    if not checks:
+        if run.state == "finished":
+            why = "The run was not verified. `truetune verify` does it."
+            return Answer(question, "not measured", why)
+        return Answer(question, "not yet", "The run has not come to its verification.")
+    failed = [check for check in checks if check.get("state") == "failed"]
+    if failed:
+        told = "; ".join(f"{c.get('name')}: {c.get('what')}" for c in failed[:_NAMED])
+        return Answer(question, "no", f"{told}.")
+    passed = [check for check in checks if check.get("state") == "passed"]
+    if not passed:
+        return Answer(question, "not measured", f"{checks[0].get('what', 'nothing was checked')}.")
+    names = ", ".join(str(check.get("name")) for check in passed)
+    return Answer(
+        question, "yes", f"A fresh process opened it; {len(passed)} checks passed ({names})."
+    )
+
+
+def _behaves(run: RunFacts) -> Answer:
+    question = "Behaves"
+    grave = run.behaviour("error")
+    doubts = run.behaviour("warning")
+    back = ""
+    if run.rewound:
+        back = f" {run.findings[run.rewound[-1]].get('what', 'The run went back')}."
+    for found, word in ((grave, "no"), (doubts, "doubtful")):
+        if found:
+            told = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])
+            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+            return Answer(question, word, f"{told[:1].upper()}{told[1:]}{more}.{back}")  # type: ignore[arg-type]
+    if len(run.vitals) > 1:
+        numbers = " ".join(vital_sentences(run))
+        return Answer(question, "yes", f"No probe found anything wrong. {numbers}{back}".strip())
+    if run.state == "running":
+        return Answer(question, "not yet", "The probes have not compared two steps yet.")
+    return Answer(question, "not measured", "The run has no probes of two steps to compare.")
+
+
+# Vital signs: (name, words, share); what a good model does first.
+SHARES: dict[str, str] = {
+    "stop_rate": "replies that end by themselves",
+    "repetition": "replies that repeat themselves",
+    "role_leak": "replies that speak for the user",
+    "open_thinking": "replies that leave their thinking open",
+    "empty": "empty replies",
+    "copied": "replies that copy the prompt",
+    "other_language": "replies in another script",
+}
+LOSSES: dict[str, str] = {
+    "keep_loss": "loss on text to keep",
+    "held_out_loss": "held-out loss",
+    "eval_loss": "held-out loss",
+    "trained_loss": "loss on trained rows",
+    "stop_loss": "loss on stop tokens",
+}
+
+
+def vital_sentences(run: RunFacts) -> Iterator[str]:
+    """How the vital signs went from the first step to the last; those that stayed at none are left
+    out."""
+    for name, words in SHARES.items():
+        if points := run.series(name):
+            first, last = points[0][1], points[-1][1]
+            if name == "stop_rate" or first or last:
+                yield f"{words.capitalize()}: {percent(last)} (before: {percent(first)})."
+    points = run.series("keep_loss")
+    if len(points) > 1:
+        yield f"Loss on text to keep: {points[-1][1]:.3f} nats per token ({points[0][1]:.3f})."
