@@ -24,8 +24,8 @@ _STEP = re.compile(r"\bstep ([\d,]+)")
 
 # Findings that say how the model behaves; all others are about rows, settings and files.
 BEHAVIOUR = frozenset(
-    """answers-do-not-end rows-not-learned held-out-falling held-out-rising worse-than-untrained unlearned
-    loss-not-of-answers memorising forgetting stop-not-learned nothing-learned stops-lost
+    """answers-do-not-end rows-not-learned held-out-falling held-out-rising worse-than-untrained
+    unlearned loss-not-of-answers memorising forgetting stop-not-learned nothing-learned stops-lost
     replies-repeat role-leak thinking-open replies-empty replies-copy replies-switch-script
     non-finite no-gradient loss-diverged loss-spike
     """.split()  # noqa: SIM905
