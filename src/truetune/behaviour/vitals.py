@@ -184,9 +184,9 @@ def _memorising(history: Sequence[Vitals]) -> Iterator[Finding]:
         )
 
 
-# Nats a token on text that is not trained: 1.1 makes it three times as unlikely a token, 2.3 ten
-# times.
-_FORGOTTEN, _LOST = math.log(3), math.log(10)
+# How many times less likely a token of text that is not trained becomes. Rows that are strange to
+# a small base cost it three times on the way, and are learned.
+_FORGOTTEN: tuple[tuple[float, Level], ...] = ((100, "error"), (10, "warning"), (3, "note"))
 
 
 def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
@@ -194,10 +194,11 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
     if len(losses) < 2:
         return
     more = losses[-1] - losses[0]
-    if more > _FORGOTTEN:
+    level = next((level for times, level in _FORGOTTEN if more > math.log(times)), None)
+    if level:
         yield Finding(
             "forgetting",
-            "error" if more > _LOST else "warning",
+            level,
             f"text that is not trained lost {more:.2f} nats a token by {_at(history)} "
             f"({losses[0]:.2f} to {losses[-1]:.2f}): each token is {math.exp(more):.0f} times less "
             "likely",
@@ -338,6 +339,18 @@ _BAD_REPLIES = (
 )
 
 
+def _best(history: Sequence[Vitals], name: str) -> float:
+    """A bad sign as it was before the first step, or once the rows were learned: what a model does
+    by chance while it learns words is no standard."""
+    found = [
+        value
+        for at, v in enumerate(history[:-2])
+        if (value := getattr(v, name)) is not None
+        and (not at or (v.trained_loss is not None and v.trained_loss < _KNOWN))
+    ]
+    return min(found, default=1.0)
+
+
 def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
     if history[-1].prompts < _FEWEST_PROMPTS or history[-1].step < _FEWEST_STEPS:
         return
@@ -347,7 +360,7 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
             continue
         # Twice in a row: on its way from a base a model passes through much, but not through all
         # replies going on with the user's turn.
-        now, best = min(found[-2:]), min(found[:-2])
+        now, best = min(found[-2:]), _best(history, name)
         if name == "role_leak" and found[-1] >= _ALL:
             now = found[-1]
         level: Level | None = None
