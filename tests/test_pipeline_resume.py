@@ -20,6 +20,7 @@ import yaml
 
 from tiny_models import write_model
 from tiny_runs import Shown, command, lines, sums, write_rows
+from truetune.behaviour.measure import Prober
 from truetune.engine.checkpoint import read_facts
 from truetune.errors import Interrupted, SaveError
 from truetune.listener import Listener
@@ -117,7 +118,7 @@ class Place:
 @pytest.fixture(scope="module", autouse=True)
 def short_samples() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.run.answers._SAMPLE_TOKENS", 4)
+        patch.setattr("truetune.behaviour.measure.REPLY_TOKENS", 4)
         yield
 
 
@@ -311,12 +312,16 @@ def test_an_evaluation_is_broken_off(
 ) -> None:
     """A scheduler that has sent SIGTERM waits for seconds, an evaluation may take minutes."""
 
-    def endless(*_: Any) -> None:
+    measured = Prober.measure
+
+    def endless(prober: Prober, loaded: Any, step: int) -> Any:
+        if not step:
+            return measured(prober, loaded, step)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
         raise AssertionError("nobody broke it off")
 
-    monkeypatch.setattr("truetune.run.answers.replies", endless)
+    monkeypatch.setattr(Prober, "measure", endless)
     with pytest.raises(Interrupted, match="after step 4"):
         place.start("full", tmp_path / "run")
     monkeypatch.undo()

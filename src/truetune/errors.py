@@ -10,7 +10,8 @@ TruetuneError                 1   the work failed part way; what was saved stays
 ├── BadRows                   1   rows that no schema or contract can take (a list of findings)
 ├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also ValueError)
 ├── CheckFailed               1   the preflight found an error
-├── NonFiniteLoss             1   loss or gradient is NaN or infinite; nothing was stepped
+├── Collapsed                 1   a probe found that the run has fallen apart
+│   └── NonFiniteLoss         1   loss or gradient is NaN or infinite; nothing was stepped
 ├── OutOfMemory               1   a single row does not fit in memory; nothing was stepped
 ├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
 ├── SaveError                 1   what was written does not read back as what was trained

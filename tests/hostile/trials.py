@@ -349,6 +349,8 @@ def result(run: Path) -> dict[str, Any]:
             found[name] = {key: value for key, value in recipe.items() if key != "overwrite"}
         elif name == "verify.json":
             found[name] = path.read_text().replace(str(run), "RUN")
+        elif name == "report.html" or name.endswith("/README.md"):
+            found[name] = True  # they name their folder, and are made of the others
         elif name == "findings.jsonl" or name.startswith("checkpoints/"):
             found.setdefault(name.partition("/")[0], True)  # what happened is told there
         elif name == "verify_rows.jsonl":
@@ -406,7 +408,7 @@ def _child(
 
 def _quick(*, fresh: bool) -> None:
     """Short samples, and verify in this process: a fresh one imports torch for seconds."""
-    import truetune.run.answers
+    import truetune.behaviour.measure
     import truetune.run.pipeline
     from truetune.verification import artifact
 
@@ -415,7 +417,7 @@ def _quick(*, fresh: bool) -> None:
 
         artifact.ask = ask_here
     truetune.run.pipeline.verify = artifact.verify
-    truetune.run.answers._SAMPLE_TOKENS = 4
+    truetune.behaviour.measure.REPLY_TOKENS = 4
 
 
 def _watch(seen: Callable[[str], None], only: str = "") -> None:
@@ -669,6 +671,9 @@ def exports_at_once(trials: Trials, delay: float) -> str:
     if not alone.exists():
         assert trials.process([*words[:-1], str(alone)]).status == 0
     for path in sorted(alone.iterdir()):
+        if path.name == "README.md":
+            # The card names its folder.
+            continue
         one, two = (
             (folder / path.name).read_bytes().replace(str(folder).encode(), b"FOLDER")
             for folder in (alone, output)
