@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +112,6 @@ class Place:
         if kind not in self.whole:
             self.whole[kind] = self.start(kind, self.folder / f"whole-{kind}")
         return self.whole[kind]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_samples() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("truetune.behaviour.measure.REPLY_TOKENS", 4)
-        yield
 
 
 @pytest.fixture(scope="module")
