@@ -396,6 +396,7 @@ class Job:
 
     def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
         """What the vital signs say; of the process that writes."""
+        self.listener.stage("asking fixed prompts")
         try:
             measured = self.signs.measure(self.loaded, step)
         except Exception as error:  # whatever a model's generation raises: training goes on
