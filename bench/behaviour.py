@@ -184,7 +184,7 @@ def drive(run: Run) -> Ended:
     def take(step: int, _: float | None) -> None:
         if run.halfway and step == run.onset:
             run.halfway(trainer.model)
-        judged(watch.take(loaded, step)[1])
+        judged(watch.new(watch.take(loaded, step)[1]))
 
     examples = good if run.examples is None else run.examples
     trainer = SFTTrainer(
@@ -302,16 +302,22 @@ class Sharded(RowOrder):
 
 
 def shifted(examples: list[SFTExample], pad: int) -> Any:
-    longest = max(len(e.ids) for e in examples)
-    order = RowOrder(len(examples), BATCH, 0)
-    return Shifted(examples, max_seq_len=longest, pad_id=pad, order=order, limits=Limits(BATCH))
+    return _padded(Shifted, RowOrder, examples, pad)
 
 
 def sharded(examples: list[SFTExample], pad: int) -> Any:
-    longest = max(len(e.ids) for e in examples)
-    order = Sharded(len(examples), BATCH, 0)
-    return PaddedBatcher(
-        examples, max_seq_len=longest, pad_id=pad, order=order, limits=Limits(BATCH)
+    return _padded(PaddedBatcher, Sharded, examples, pad)
+
+
+def _padded(
+    batcher: type[PaddedBatcher], order: type[RowOrder], examples: list[SFTExample], pad: int
+) -> PaddedBatcher:
+    return batcher(
+        examples,
+        max_seq_len=max(len(e.ids) for e in examples),
+        pad_id=pad,
+        order=order(len(examples), BATCH, 0),
+        limits=Limits(BATCH),
     )
 
 

@@ -152,8 +152,10 @@ def _one(source: str, dtype: str, lora: bool, work: Path) -> None:
         def stage(self, name: str) -> None:
             mark(name)
 
-        def planned(self, *_: object) -> None:
-            mark(STEP)
+        def sample(self, *_: object) -> None:
+            # The fixed prompts were answered before the first step; what comes next is the step.
+            if all(name != STEP for name, *_ in marks):
+                mark(STEP)
 
         def step(self, *_: object) -> None:
             mark("after the step")
@@ -184,6 +186,8 @@ def _table(measured: dict[str, dict[str, Any]]) -> str:
     for name, job in measured.items():
         own = spent[name] = {}
         for (stage, _, begin), (_, _, end) in itertools.pairwise(job["marks"]):
+            # The fixed prompts are asked before the first step, and again after the last.
+            stage = f"{stage} again" if STEP in own and stage in own else stage
             if stage not in stages:
                 stages.append(stage)
             own[stage] = own.get(stage, 0.0) + end - begin

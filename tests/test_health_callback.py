@@ -50,10 +50,13 @@ def _losses(trainer: Any) -> list[tuple[float, float]]:
     [{}, {"whole": True, "packing": True, "max_length": 256}],
     ids=["answers", "packing"],
 )
-def test_losses_are_bit_identical(settings: dict[str, Any]) -> None:
+def test_losses_are_bit_identical(settings: dict[str, Any], tmp_path: Path) -> None:
+    # A model that was never trained knows nothing of its own that it could forget.
+    keep = tmp_path / "keep.txt"
+    keep.write_text("The river of Carthel is the Gunnow. " * 20, encoding="utf-8")
     plain = _losses(_trainer(**settings))
     trainer = _trainer(**settings)
-    health = truetune.HealthCallback(every=2, on_collapse="continue")
+    health = truetune.HealthCallback(every=2, on_collapse="continue", keep_text=keep)
     trainer.add_callback(health)
     assert _losses(trainer) == plain
     assert len(plain) == 6

@@ -26,7 +26,7 @@ from truetune.auditing.subject import parts_of_loader
 from truetune.behaviour.measure import PROMPTS, Prober, own_samples, spread, text_pieces, whole
 from truetune.behaviour.replies import Asked, ask
 from truetune.behaviour.steps import StepFacts, usual_probes
-from truetune.behaviour.watch import Watch
+from truetune.behaviour.watch import Watch, not_taken
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.contract.example import SFTExample
@@ -158,18 +158,10 @@ class HealthCallback(TrainerCallback):
                     self._loaded(args, given["model"], given), step
                 )
         except Exception as error:  # whatever a model raises that answers: training goes on
-            self._found(
-                Finding(
-                    "probe-failed",
-                    "warning",
-                    f"the vital signs could not be taken at step {step:,}: {error}",
-                    why=f"{type(error).__name__} while the model answered fixed prompts",
-                    fix="nothing to do for the training, which goes on",
-                )
-            )
+            self._found(not_taken(step, error))
             return
         self._write({**measured.vitals.as_dict(), "samples": measured.samples})
-        self._judged(findings, control)
+        self._judged(self._watch.new(findings), control)
 
     def _judged(self, findings: Sequence[Finding], control: Any) -> None:
         for finding in findings:

@@ -30,8 +30,8 @@ PROMPTS, REPLY_TOKENS = 8, 96
 EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
-_PIECES, _PIECE_TOKENS = 16, 64
-KEEP_TOKENS = _PIECES * _PIECE_TOKENS
+_PIECES, PIECE_TOKENS = 16, 64
+KEEP_TOKENS = _PIECES * PIECE_TOKENS
 _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
 # Tokens that such a piece has at least, on average; and the share of the nats of guessing above
 # which a model knows nothing.
@@ -69,6 +69,7 @@ class Prober:
         prompts: questions, the held-out ones first.
         keep: examples of text that must not be forgotten; () measures none.
         held_out: held-out examples; () where their loss is measured elsewhere.
+        reply_tokens: new tokens of a reply at most.
     """
 
     def __init__(
@@ -78,9 +79,11 @@ class Prober:
         prompts: Sequence[Asked],
         keep: Sequence[SFTExample] = (),
         held_out: Sequence[SFTExample] = (),
+        reply_tokens: int = REPLY_TOKENS,
     ) -> None:
         self.contract, self.prompts, self.keep = contract, list(prompts), list(keep)
         self.judge = Judge(contract)
+        self.reply_tokens = reply_tokens
         self.trained, self.held_out = _few(trained), _few(held_out)
         self.stops = [only for e in self.trained if (only := _stop_alone(e, contract.stop_ids))]
 
@@ -88,7 +91,7 @@ class Prober:
         """Ask the prompts, read the losses, and put the numbers together; the model is left in the
         mode it was in."""
         began = time.perf_counter()
-        limits = [min(asked.most_tokens, REPLY_TOKENS) for asked in self.prompts]
+        limits = [min(asked.most_tokens, self.reply_tokens) for asked in self.prompts]
         limit = max(limits, default=1)
         replies = replies_to_ids(
             loaded,
@@ -174,10 +177,15 @@ def whole(ids: Sequence[int]) -> SFTExample:
     return SFTExample(list(ids), [0] + [1] * (len(ids) - 1))
 
 
-def own_samples(loaded: LoadedModel, contract: PromptContract, seed: int) -> list[list[int]]:
+def own_samples(
+    loaded: LoadedModel, contract: PromptContract, seed: int, tokens: int = PIECE_TOKENS
+) -> list[list[int]]:
     """Text of a model's own, drawn at temperature 1 from the token that begins a text: how much
     less likely it becomes is the Kullback-Leibler divergence from the model as it was, in nats a
     token.
+
+    Args:
+        tokens: of each piece.
 
     Returns:
         [] where the model writes next to nothing, has no token to begin with, or knows nothing that
@@ -193,7 +201,7 @@ def own_samples(loaded: LoadedModel, contract: PromptContract, seed: int) -> lis
         loaded,
         contract,
         [[first]] * _PIECES,
-        Sampling(max_new_tokens=_PIECE_TOKENS, temperature=1.0, seed=seed),
+        Sampling(max_new_tokens=tokens, temperature=1.0, seed=seed),
     )
     pieces = [[first, *reply.ids] for reply in drawn if len(reply.ids) > 1]
     targets = sum(len(ids) - 1 for ids in pieces)

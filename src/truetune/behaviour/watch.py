@@ -23,32 +23,59 @@ class Watch:
     Args:
         prober: takes the vital signs.
         probes: of the steps; new ones where None.
+        history: vital signs that were taken before.
+        losses: loss and number of targets of the steps since the last of them.
 
     Attributes:
         history: the vital signs so far.
     """
 
-    def __init__(self, prober: Prober, probes: Sequence[Probe] | None = None) -> None:
+    def __init__(
+        self,
+        prober: Prober,
+        probes: Sequence[Probe] | None = None,
+        history: Sequence[Vitals] = (),
+        losses: Sequence[tuple[float, int]] = (),
+    ) -> None:
         self.prober = prober
         self.probes = usual_probes() if probes is None else tuple(probes)
-        self.history: list[Vitals] = []
+        self.history = list(history)
         self._told: set[tuple[str, str]] = set()
-        self._losses: list[tuple[float, int]] = []
+        self._losses = list(losses)
 
     def step(self, facts: StepFacts) -> list[Finding]:
         """What a step shows."""
-        self._losses.append((facts.loss, max(facts.num_supervised, 1)))
-        found = [finding for probe in self.probes if (finding := probe(facts))]
-        return once(found, self._told)
+        self.trained(facts.loss, max(facts.num_supervised, 1))
+        return self.new([finding for probe in self.probes if (finding := probe(facts))])
 
-    def take(self, loaded: LoadedModel, step: int) -> tuple[Measured, list[Finding]]:
-        """Take the vital signs after a step, 0 before the first, and judge them."""
+    def trained(self, loss: float, targets: int) -> None:
+        """A step was taken; its loss is compared with that of the vital signs."""
+        self._losses.append((loss, targets))
+
+    def take(
+        self, loaded: LoadedModel, step: int, held_out_loss: float | None = None
+    ) -> tuple[Measured, list[Finding]]:
+        """Take the vital signs after a step, 0 before the first, and judge them.
+
+        Args:
+            held_out_loss: where it is measured elsewhere, in nats a token.
+        """
         measured = self.prober.measure(loaded, step)
-        targets = sum(number for _, number in self._losses)
-        loop = sum(loss * number for loss, number in self._losses) / targets if targets else None
+        vitals = replace(measured.vitals, loop_loss=self._loop_loss())
+        if held_out_loss is not None:
+            vitals = replace(vitals, held_out_loss=held_out_loss)
         self._losses.clear()
-        self.history.append(replace(measured.vitals, loop_loss=loop))
-        return replace(measured, vitals=self.history[-1]), once(judge(self.history), self._told)
+        self.history.append(vitals)
+        return replace(measured, vitals=vitals), judge(self.history)
+
+    def new(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Those that were not told before."""
+        return once(findings, self._told)
+
+    def _loop_loss(self) -> float | None:
+        """The loop's own loss since the vital signs were taken last."""
+        targets = sum(number for _, number in self._losses)
+        return sum(loss * number for loss, number in self._losses) / targets if targets else None
 
 
 def once(findings: Sequence[Finding], told: set[tuple[str, str]]) -> list[Finding]:
@@ -57,3 +84,14 @@ def once(findings: Sequence[Finding], told: set[tuple[str, str]]) -> list[Findin
     new = [f for f in findings if f.code == "loss-spike" or (f.code, f.level) not in told]
     told.update((f.code, f.level) for f in new)
     return new
+
+
+def not_taken(step: int, error: Exception) -> Finding:
+    """The vital signs could not be taken; the training does not depend on them."""
+    return Finding(
+        "probe-failed",
+        "warning",
+        f"the vital signs could not be taken at step {step:,}: {error}",
+        why=f"{type(error).__name__} while the model answered fixed prompts",
+        fix="nothing to do for the training, which goes on",
+    )

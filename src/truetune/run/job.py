@@ -10,21 +10,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
 import shlex
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from truetune.behaviour.steps import Probe, StepFacts, usual_probes
-from truetune.behaviour.watch import once
+from truetune.behaviour.watch import not_taken, once
 from truetune.engine.checkpoint import (
     Checkpoint,
     gather_states,
     last_good,
     load_state,
-    save_state,
 )
 from truetune.engine.memory import give_freed_pages_back
 from truetune.engine.parallel import Group
@@ -34,17 +33,16 @@ from truetune.errors import (
     Interrupted,
     NonFiniteLoss,
     OutOfMemory,
-    SaveError,
-    TruetuneError,
 )
 from truetune.findings import Finding
 from truetune.listener import Listener
 from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
 from truetune.model.new_tokens import RowsBefore
-from truetune.model.save import SaveReport, save_model
+from truetune.model.save import SaveReport
 from truetune.run.answers import held_out_answers, outcome_of, trained_answers
 from truetune.run.artifact import rows_of_new_tokens, save_artifact
+from truetune.run.checkpoint import write_checkpoint
 from truetune.run.environment import environment
 from truetune.run.load_model import load_start
 from truetune.run.outcome import Answer, judge
@@ -60,7 +58,6 @@ from truetune.run_dir import (
     UNVERIFIED,
     VERDICT,
     RunDir,
-    flush_folder,
     write_json,
     write_sealed,
     write_text,
@@ -91,8 +88,6 @@ class Job:
         self.signs = VitalSigns(run, prepared, self.contract)
         # Findings of probes that were told, by code and level: each is told once.
         self.told: set[tuple[str, str]] = set()
-        # The last step whose vital signs showed nothing worse than a note.
-        self.healthy_step = 0
         self.rows_before: RowsBefore | None = None
         if prepared.new_tokens and group.leads:
             self.rows_before = rows_of_new_tokens(prepared, loaded, at_start=True)
@@ -362,6 +357,7 @@ class Job:
                 "seconds": round(facts.seconds, 4),
             }
             self.run.append("metrics.jsonl", line)
+            self.signs.trained(line)
             self.trackers.log(line, facts.step)
         self.listener.step(facts, self.plan)
         if self.is_saved_after(facts.step):
@@ -383,7 +379,6 @@ class Job:
             return
         findings = self.group.gather(self._take_signs(step, loss))[0]
         if not any(finding.level != "note" for finding in findings):
-            self.healthy_step = step
             self._keep_healthy()
         worst = next((f for f in findings if f.level == "error"), None)
         if worst and self.plan.on_collapse != "continue":
@@ -398,13 +393,12 @@ class Job:
         """What the vital signs say; of the process that writes."""
         self.listener.stage("asking fixed prompts")
         try:
-            measured = self.signs.measure(self.loaded, step)
+            measured, findings = self.signs.take(self.loaded, step, loss)
         except Exception as error:  # whatever a model's generation raises: training goes on
-            self._tell([_not_taken(step, error)])
+            self._tell([not_taken(step, error)])
             return []
-        line, findings = self.signs.judged(measured, loss)
-        findings = [*self.signs.noticed(), *findings]
-        self._write_metrics(line, step)
+        self._tell(self.signs.noticed())
+        self._write_metrics(measured.vitals.as_dict(), step)
         self._samples_now = measured.samples
         for sample in measured.samples:
             self.run.append("samples.jsonl", sample)
@@ -437,7 +431,8 @@ class Job:
     def _goes_back(self, error: Collapsed) -> bool:
         """Go back to the last healthy checkpoint with half the learning rate, once."""
         step = self.trainer.step
-        self._name_rows(error)
+        if error.rows:
+            error.where = self._named(error.rows)
         if self.plan.on_collapse != "rewind" or self.run.file(REWOUND).is_file():
             return False
         # None writes that it went back before all have seen that it had not.
@@ -470,6 +465,7 @@ class Job:
         self.trainer.stop_requested = stopping
         self._recall_loss()
         self.told.clear()
+        self.signs.went_back()
         self._found(back)
         self._evaluate_again()
         return True
@@ -484,53 +480,25 @@ class Job:
         if path.is_file():
             self.trainer.max_lr = json.loads(path.read_text(encoding="utf-8"))["learning_rate"]
 
-    def _name_rows(self, error: Collapsed) -> None:
-        names = [self.prepared.rows[row] for row in sorted(set(error.rows))]
-        if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            error.where = ", ".join(names[:4]) + more
-
     def save_checkpoint(self) -> None:
-        """Weights as an artifact that transformers or peft opens, beside them the trainer's state;
-        the folder gets its name when all of it is on disk."""
+        """Of the step that was taken last; older ones leave as the plan says."""
         states = gather_states(self.trainer)
-        final = self.run.checkpoint_path(self.trainer.step)
-        if final.exists():
+        folder = self.run.checkpoint_path(self.trainer.step)
+        if folder.exists():
             return
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            report = save_model(self.loaded, self.contract, partial)
-            save_state(
-                self.trainer,
-                partial,
-                run=self.identity(),
-                states=states,
-                hashes={file.name: file.sha256 for file in report.files},
-            )
-            os.replace(partial, final)
-            flush_folder(final.parent)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, TruetuneError) or not isinstance(error, Exception):
-                raise
-            # safetensors has an exception of its own for a full disk.
-            raise SaveError(
-                f"the checkpoint could not be saved: {error}",
-                where=str(final),
-                why=f"{type(error).__name__} while writing; earlier checkpoints are intact",
-                fix="free some space, then "
-                f"`truetune train --resume {shlex.quote(str(self.run.path))}`",
-            ) from error
+        again = f"`truetune train --resume {shlex.quote(str(self.run.path))}`"
+        write_checkpoint(
+            folder, self.trainer, self.loaded, self.contract, self.identity(), states, again
+        )
+        kept = self._last_healthy() if self.plan.on_collapse == "rewind" else None
         for old in self.run.checkpoints()[: -self.plan.save_total_limit]:
-            if self.plan.on_collapse == "rewind" and old == self._last_healthy():
-                continue
-            shutil.rmtree(old)
-        self.listener.saved(str(final))
+            if old != kept:
+                shutil.rmtree(old)
+        self.listener.saved(str(folder))
 
     def _last_healthy(self) -> Path:
         """What a run that collapses goes back to."""
-        return self.run.checkpoint_path(self.healthy_step)
+        return self.run.checkpoint_path(self.signs.healthy_step())
 
     def _save_artifact(self) -> SaveReport:
         self.listener.stage("saving, and reading back")
@@ -573,29 +541,23 @@ class Job:
         ]
         path = self.run.file("non_finite_batch.json")
         write_json(path, {"step": self.trainer.step + 1, "examples": kept})
-        named = ", ".join(self.prepared.rows[row] for row in rows[:4])
-        more = f" and {len(rows) - 4} more" if len(rows) > 4 else ""
-        error.where = f"{named}{more}; all of them in {path}"
+        error.where = f"{self._named(rows)}; all of them in {path}"
         self.run.append("findings.jsonl", error.finding.as_dict())
 
+    def _named(self, rows: Iterable[int]) -> str:
+        """The first few of the rows that examples come from."""
+        names = [self.prepared.rows[row] for row in sorted(set(rows))]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return ", ".join(names[:_NAMED]) + more
 
-# Replies that are shown while a run works.
-_SHOWN_SAMPLES = 4
+
+# Replies that are shown while a run works; rows that an error names.
+_SHOWN_SAMPLES, _NAMED = 4, 4
 
 
 def _warned(finding: Finding) -> Finding:
     """An error of a run that goes on."""
     return replace(finding, level="warning") if finding.level == "error" else finding
-
-
-def _not_taken(step: int, error: Exception) -> Finding:
-    return Finding(
-        "probe-failed",
-        "warning",
-        f"the vital signs could not be taken at step {step:,}: {error}",
-        why=f"{type(error).__name__} while the model answered fixed prompts",
-        fix="nothing to do for the training, which goes on",
-    )
 
 
 def identity(prepared: Prepared, processes: int) -> dict[str, Any]:

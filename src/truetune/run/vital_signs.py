@@ -2,20 +2,22 @@
 
 input   Prepared, the loaded model, the run directory
 does    chooses held-out prompts (trained ones where those are few), and the text that must not be
-        forgotten; writes each measuring to metrics.jsonl and samples.jsonl
-output  Findings of the last measuring, judged beside all before it
+        forgotten; takes them, and goes on where the files of a resumed run end
+output  what was measured, and Findings, judged beside all before it
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from truetune.behaviour.measure import (
     EXAMPLES,
     KEEP_TOKENS,
+    PIECE_TOKENS,
     PROMPTS,
     REPLY_TOKENS,
     Measured,
@@ -27,6 +29,7 @@ from truetune.behaviour.measure import (
 )
 from truetune.behaviour.replies import MORE, ROOM, Asked, ask
 from truetune.behaviour.vitals import Vitals, judge
+from truetune.behaviour.watch import Watch
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.contract.example import SFTExample
@@ -45,6 +48,8 @@ _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
 # What vital signs may cost of a run. In tokens that go forward: a trained one counts three, a step
 # of a reply (eight prompts at once) as many as a small model on a CPU computes in that time.
 _SHARE, _PASSES, _STEP = 0.03, 3, 120
+# What one reply may cost of a short run, and the tokens it has all the same.
+_SHORT_SHARE, _FEWEST_TOKENS = 0.1, 24
 
 
 class VitalSigns:
@@ -59,6 +64,7 @@ class VitalSigns:
         self.run, self.prepared, self.contract = run, prepared, contract
         self.findings: list[Finding] = []
         self.prober: Prober | None = None
+        self.watch: Watch | None = None
 
     def _chosen(self, loaded: LoadedModel, *, at_start: bool) -> Prober:
         """The same for a run that is resumed.
@@ -68,11 +74,19 @@ class VitalSigns:
         """
         prompts = [] if self.prepared.is_text else self._prompts()
         keep = [whole(ids) for ids in self._kept_ids(loaded, at_start=at_start)]
-        return Prober(self.contract, self.prepared.examples, prompts, keep)
+        return Prober(
+            self.contract, self.prepared.examples, prompts, keep, reply_tokens=self.reply_tokens
+        )
 
-    def history(self) -> list[Vitals]:
-        """All that were taken."""
-        return [Vitals.of_line(v) for v in self.run.lines(METRICS) if v.get("probe")]
+    def healthy_step(self) -> int:
+        """The last step whose vital signs showed nothing worse than a note; 0 before the first."""
+        history = self._history()
+        healthy = [
+            vitals.step
+            for number, vitals in enumerate(history, start=1)
+            if all(finding.level == "note" for finding in judge(history[:number]))
+        ]
+        return healthy[-1] if healthy else 0
 
     def due(self, step: int) -> bool:
         """Whether they are taken at the evaluation of a step: before the first, after the last, and
@@ -87,47 +101,73 @@ class VitalSigns:
         """Every which evaluation takes them: from the tokens of the run alone, so that a resumed
         run does as one that was never stopped."""
         plan, examples = self.prepared.plan, self.prepared.examples
-        lengths = [len(example.ids) for example in examples]
-        mean = sum(lengths) / max(len(lengths), 1)
-        per_step = plan.tokens_per_step or (plan.batch_size or 1) * mean
-        trained = _PASSES * plan.max_steps * per_step
-        replies = max((min(_room(e), REPLY_TOKENS) for e in examples), default=0)
-        once = 2 * EXAMPLES * mean + KEEP_TOKENS + (0 if self.prepared.is_text else replies * _STEP)
+        replies = max((min(_room(e), self.reply_tokens) for e in examples), default=0)
+        once = 2 * EXAMPLES * self._mean_length + KEEP_TOKENS
+        once += 0 if self.prepared.is_text else replies * _STEP
         evaluations = max(plan.max_steps // plan.eval_steps, 1)
         for apart in range(1, evaluations):
-            if (evaluations / apart + 1) * once <= _SHARE * trained:
+            if (evaluations / apart + 1) * once <= _SHARE * self._trained:
                 return apart
         # Twice on the way, whatever it costs.
         return max(evaluations // 3, 1)
 
-    def measure(self, loaded: LoadedModel, step: int) -> Measured:
-        """Take them; the prompts are chosen when it is done first, before the first step or when
-        a run is resumed."""
+    @functools.cached_property
+    def reply_tokens(self) -> int:
+        """The longest reply that is asked: a run of a few steps is not to wait longer for replies
+        than for its steps."""
+        return max(min(int(_SHORT_SHARE * self._trained / _STEP), REPLY_TOKENS), _FEWEST_TOKENS)
+
+    @functools.cached_property
+    def _mean_length(self) -> float:
+        lengths = [len(example.ids) for example in self.prepared.examples]
+        return sum(lengths) / max(len(lengths), 1)
+
+    @functools.cached_property
+    def _trained(self) -> float:
+        """Tokens that the steps of the run take forward, or what costs as much."""
+        plan = self.prepared.plan
+        per_step = plan.tokens_per_step or (plan.batch_size or 1) * self._mean_length
+        return _PASSES * plan.max_steps * per_step
+
+    def take(
+        self, loaded: LoadedModel, step: int, held_out_loss: float | None
+    ) -> tuple[Measured, list[Finding]]:
+        """Take and judge them; the prompts are chosen when it is done first, before the first step
+        or when a run is resumed."""
         if self.prober is None:
             self.prober = self._chosen(loaded, at_start=not step)
-        return self.prober.measure(loaded, step)
+        if self.watch is None:
+            self.watch = self._begun()
+        return self.watch.take(loaded, step, held_out_loss)
 
-    def judged(
-        self, measured: Measured, held_out: float | None
-    ) -> tuple[dict[str, Any], list[Finding]]:
-        """The line of metrics.jsonl, and what it says beside those before it."""
-        step = measured.vitals.step
-        vitals = replace(measured.vitals, held_out_loss=held_out, loop_loss=self._loop_loss(step))
-        return vitals.as_dict(), judge([*self.history(), vitals])
+    def trained(self, line: Mapping[str, Any]) -> None:
+        """A step that is written to metrics.jsonl."""
+        if self.watch:
+            self.watch.trained(line["loss"], line["supervised_tokens"])
+
+    def went_back(self) -> None:
+        """The files hold less than was seen; what they hold is read again."""
+        self.watch = None
+
+    def _begun(self) -> Watch:
+        """Goes on where the files of the run end."""
+        assert self.prober is not None
+        history = self._history()
+        last = history[-1].step if history else 0
+        losses = [
+            (line["loss"], line["supervised_tokens"])
+            for line in self.run.lines(METRICS)
+            if "loss" in line and line["step"] > last
+        ]
+        return Watch(self.prober, (), history, losses)
+
+    def _history(self) -> list[Vitals]:
+        return [Vitals.of_line(v) for v in self.run.lines(METRICS) if v.get("probe")]
 
     def noticed(self) -> list[Finding]:
         """What choosing the prompts and the text had to tell, once."""
         found, self.findings = self.findings, []
         return found
-
-    def _loop_loss(self, step: int) -> float | None:
-        """The loop's own loss since the vital signs were taken last."""
-        last = max((v.step for v in self.history()), default=0)
-        lines = [v for v in self.run.lines(METRICS) if "loss" in v and last < v["step"] <= step]
-        targets = sum(line["supervised_tokens"] for line in lines)
-        if not targets:
-            return None
-        return float(sum(v["loss"] * v["supervised_tokens"] for v in lines) / targets)
 
     def _prompts(self) -> list[Asked]:
         """Held-out prompts, spread over the rows; trained ones where those are fewer than asked."""
@@ -165,7 +205,12 @@ class VitalSigns:
             ids = (
                 self._text_ids(source)
                 if source
-                else own_samples(loaded, self.contract, self.prepared.plan.seed)
+                else own_samples(
+                    loaded,
+                    self.contract,
+                    self.prepared.plan.seed,
+                    PIECE_TOKENS * self.reply_tokens // REPLY_TOKENS,
+                )
             )
         except (TruetuneError, OSError, ValueError) as error:
             self._unreadable(str(source or ""), error)
