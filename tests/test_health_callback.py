@@ -83,7 +83,8 @@ def _taught(collator: Any = None, every: int = 5, **settings: Any) -> truetune.H
         for talk in talks
     ]
     model = AutoModelForCausalLM.from_pretrained(base_path())
-    given = {"max_steps": 20, "learning_rate": 3e-4, "logging_steps": 1, "eos_token": None}
+    given = {"max_steps": 20, "learning_rate": 3e-4, "eos_token": None}
+    given |= {"logging_strategy": "steps", "logging_steps": 1}
     trainer = trl(tokenizer, model, rows, **(given | settings))
     if collator:
         trainer.data_collator = collator(trainer.data_collator)

@@ -556,8 +556,9 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
     small(place / "tiny", data, tmp_path / "run", listener=ear)
     assert ear.stages == [
         *("reading the rows", "opening the model's files", "proving the rows", "checking the run"),
-        *("loading the weights", "probing the model and its memory", "asking fixed prompts"),
-        *("asking fixed prompts", "asking trained prompts"),
+        *("loading the weights", "probing the model and its memory"),
+        *["asking fixed prompts"] * 3,
+        "asking trained prompts",
         *("saving, and reading back", "verifying in a fresh process"),
     ]
 
