@@ -75,6 +75,7 @@ VALUES: dict[str, tuple[Any, str]] = {
     "save_total_limit": (3, "3"),
     "logging_steps": (2, "2"),
     "keep_text": ("prose.txt", "prose.txt"),
+    "patience": (3, "3"),
     "on_collapse": ("rewind", "rewind"),
     "report_to": (["tensorboard", "wandb"], "tensorboard,wandb"),
     "output": ("runs/x", "runs/x"),

@@ -283,6 +283,14 @@ class Recipe:
     )
     save_total_limit: int = _option(2, WATCH, "Checkpoints to keep.", minimum=1)
     logging_steps: int = _option(1, WATCH, "Steps between lines of metrics.jsonl.", minimum=1)
+    patience: int | None = _option(
+        None,
+        WATCH,
+        "Stop after so many evaluations without a lower held-out loss, and save the step of the "
+        "lowest one whose replies were healthy.",
+        shown="all steps are taken, the last one is saved",
+        minimum=1,
+    )
     keep_text: str | None = _option(
         None,
         WATCH,

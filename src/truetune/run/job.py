@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,23 @@ from truetune.system.signals import Stopped, number_of
 from truetune.verification.verdict import Verdict
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """What an evaluation says of a run.
+
+    Attributes:
+        findings: of the vital signs.
+        healthy: they were taken, and show nothing worse than a note.
+        is_best: no healthy evaluation had a lower held-out loss.
+        waited_enough: nor did so many after the best one.
+    """
+
+    findings: list[Finding]
+    healthy: bool
+    is_best: bool
+    waited_enough: bool
+
+
 class Job:
     """One training run: the loop's hooks and what they write."""
 
@@ -93,6 +110,7 @@ class Job:
             self.rows_before = rows_of_new_tokens(prepared, loaded, at_start=True)
         listener.stage("probing the model and its memory")
         self.trainer = self._trainer()
+        self.steps = 0
         self.last_loss = float("nan")
         self.last_eval: float | None = None
         self.answers: tuple[Answer, ...] = ()
@@ -181,7 +199,11 @@ class Job:
 
     def _recall_loss(self) -> None:
         """The loss of the step that a checkpoint was saved after: it may have been the last one."""
-        written = [line["loss"] for line in self.run.lines("metrics.jsonl") if "loss" in line]
+        written = [
+            line["loss"]
+            for line in self.run.lines("metrics.jsonl")
+            if "loss" in line and line["step"] <= self.trainer.step
+        ]
         if self.trainer.step and written:
             self.last_loss = written[-1]
 
@@ -208,7 +230,7 @@ class Job:
     def train_and_save(self) -> SaveReport:
         """The loop, then the artifact."""
         try:
-            with interruptible(lambda: self.trainer, self.group) as stop:
+            with interruptible(self.at_work, self.group) as stop:
                 self.train(stop)
                 self._ask()
                 report = self._save_artifact()
@@ -241,6 +263,7 @@ class Job:
             Collapsed: a probe stopped the run, and it does not go back.
         """
         examples = self.prepared.eval_examples or None
+        self._stop = stop
         done = False
         while not done:
             try:
@@ -259,6 +282,12 @@ class Job:
             raise self.interrupted(
                 f"stopped after step {self.trainer.step}; it is saved", numbers[0]
             )
+        self._take_best()
+        self.steps = self.trainer.step
+
+    def at_work(self) -> SFTTrainer | None:
+        """The trainer; None while another is made."""
+        return getattr(self, "trainer", None)
 
     def _keep_for_later(self, report: SaveReport) -> None:
         """All that the end of the run needs: one that is stopped while the artifact is verified
@@ -271,6 +300,7 @@ class Job:
             "files": {file.name: file.sha256 for file in report.files},
             "dtype": report.dtype,
             "cast_error": report.cast_error,
+            "steps": self.steps,
             "train_loss": self.last_loss,
             "eval_loss": self.last_eval,
             "base": self.base,
@@ -304,7 +334,7 @@ class Job:
             {
                 "finished": True,
                 "artifact": report.folder.name,
-                "steps": self.plan.max_steps,
+                "steps": self.steps,
                 "train_loss": self.last_loss,
                 "eval_loss": self.last_eval,
                 "dtype": report.dtype,
@@ -374,15 +404,29 @@ class Job:
             Collapsed: they say so, and the run is not to go on.
         """
         self.last_eval = loss
-        self._write_eval(step, loss)
-        if not self.signs.due(step):
-            return
-        findings = self.group.gather(self._take_signs(step, loss))[0]
-        if not any(finding.level != "note" for finding in findings):
+        found = self.group.gather(self._judged(step, loss))[0]
+        if found.healthy:
             self._keep_healthy()
-        worst = next((f for f in findings if f.level == "error"), None)
+        if found.is_best and step < self.plan.max_steps:
+            self.save_checkpoint()
+        worst = next((f for f in found.findings if f.level == "error"), None)
         if worst and self.plan.on_collapse != "continue":
             raise Collapsed(worst.what, why=worst.why, fix=worst.fix, code=worst.code)
+        if found.waited_enough:
+            self.trainer.stop_requested = True
+
+    def _judged(self, step: int, loss: float | None) -> _Judged:
+        """What an evaluation says of the run; of the process that writes."""
+        due = self.signs.due(step, loss)
+        self._write_eval(step, loss)
+        findings = self._take_signs(step, loss) if due else []
+        best = self.signs.best() if self.plan.patience else None
+        return _Judged(
+            findings,
+            healthy=due and self.signs.healthy_step() == step,
+            is_best=best is not None and best[0] == step,
+            waited_enough=best is not None and self.signs.waited() >= (self.plan.patience or 0),
+        )
 
     def _write_eval(self, step: int, loss: float | None) -> None:
         if loss is not None:
@@ -453,22 +497,43 @@ class Job:
             fix="nothing to do now; start the next run with the lower --learning-rate",
         )
         self.listener.stage("going back to the last healthy checkpoint")
-        stopping = self.trainer.stop_requested
-        self.release()
-        self.loaded, _ = load_start(self.prepared, checkpoint.folder)
-        self.trainer = self._trainer()
+        self._load(checkpoint)
         self._went_back({"from": step, "learning_rate": rate, "finding": back.as_dict()})
         with self.group.together():
-            load_state(self.trainer, checkpoint.folder, run=self.identity(), facts=checkpoint.facts)
             self._rewind()
         self.trainer.max_lr = rate
-        self.trainer.stop_requested = stopping
         self._recall_loss()
         self.told.clear()
         self.signs.went_back()
         self._found(back)
         self._evaluate_again()
         return True
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Weights and trainer as they were at an earlier step."""
+        self.release()
+        self.loaded, _ = load_start(self.prepared, checkpoint.folder)
+        trainer = self._trainer()
+        with self.group.together():
+            load_state(trainer, checkpoint.folder, run=self.identity(), facts=checkpoint.facts)
+        self.trainer = trainer
+        self.trainer.stop_requested = self._stop.number is not None
+
+    def _take_best(self) -> None:
+        """The step that is saved, of a run with patience: where the held-out loss was lowest."""
+        best = self.group.gather(self.signs.best())[0] if self.plan.patience else None
+        step = self.trainer.step
+        if best is None or best[0] == step:
+            return
+        checkpoint, _ = last_good([self.run.checkpoint_path(best[0])])
+        if checkpoint is None:
+            return
+        self.listener.stage("going back to the best checkpoint")
+        self._load(checkpoint)
+        self.last_eval = best[1]
+        self._samples_now = [v for v in self.run.lines("samples.jsonl") if v["step"] == best[0]]
+        self._recall_loss()
+        self._found(_best_taken(step, self.plan.max_steps, *best))
 
     def _went_back(self, facts: dict[str, Any]) -> None:
         """Written first: a run that is killed here goes on with the same rate."""
@@ -490,11 +555,18 @@ class Job:
         write_checkpoint(
             folder, self.trainer, self.loaded, self.contract, self.identity(), states, again
         )
-        kept = self._last_healthy() if self.plan.on_collapse == "rewind" else None
+        needed = self._needed()
         for old in self.run.checkpoints()[: -self.plan.save_total_limit]:
-            if old != kept:
+            if old not in needed:
                 shutil.rmtree(old)
         self.listener.saved(str(folder))
+
+    def _needed(self) -> set[Path]:
+        """Checkpoints that may yet be gone back to."""
+        needed = {self._last_healthy()} if self.plan.on_collapse == "rewind" else set()
+        if self.plan.patience and (best := self.signs.best()):
+            needed.add(self.run.checkpoint_path(best[0]))
+        return needed
 
     def _last_healthy(self) -> Path:
         """What a run that collapses goes back to."""
@@ -558,6 +630,18 @@ _SHOWN_SAMPLES, _NAMED = 4, 4
 def _warned(finding: Finding) -> Finding:
     """An error of a run that goes on."""
     return replace(finding, level="warning") if finding.level == "error" else finding
+
+
+def _best_taken(step: int, steps: int, best: int, loss: float) -> Finding:
+    early = f" of {steps:,}" if step < steps else ""
+    return Finding(
+        "best-step-saved",
+        "note",
+        f"the model of step {best:,} is saved: its held-out loss, {loss:.4f}, is the lowest of the "
+        f"{step:,} steps{early} that were taken",
+        why="--patience asks for it; replies at that step were healthy",
+        fix="nothing to do; a run of as many steps from the start decays its learning rate in time",
+    )
 
 
 def identity(prepared: Prepared, processes: int) -> dict[str, Any]:

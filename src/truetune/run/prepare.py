@@ -176,6 +176,8 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
 
     planned = _plan(recipe, facts, contract, read, train, held_out)
     plan, fitted = planned.plan, planned.fitted
+    if plan.patience and not planned.eval_fitted.examples:
+        stopping.append(_nothing_to_wait_for(plan))
     if worst(planned.findings) == "error":
         stopping.append(CheckFailed("too many rows are longer than the limit", planned.findings))
     told: list[Finding] = []
@@ -216,6 +218,15 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         planned.is_text,
     )
     return Survey(prepared, train.rows, read.train, stopping)
+
+
+def _nothing_to_wait_for(plan: Plan) -> UsageError:
+    return UsageError(
+        f"--patience {plan.patience} waits for a lower held-out loss, and no row is held out",
+        why="of fewer than a hundred rows none is held out, unless they are given",
+        fix="name held-out rows with --eval-data",
+        code="patience-without-rows",
+    )
 
 
 def _dated(recipe: Recipe, contract: PromptContract) -> Recipe:

@@ -42,6 +42,7 @@ class Saved(Job):
         self.findings = [Finding(**line) for line in run.lines("findings.jsonl")]
         for finding in findings:
             self._found(finding)
+        self.steps = facts.get("steps", self.plan.max_steps)
         self.last_loss, self.last_eval = facts["train_loss"], facts["eval_loss"]
         self.base, self.base_revision = facts["base"], facts["base_revision"]
         self.answers = tuple(Answer(**answer) for answer in facts["answers"])

@@ -23,21 +23,23 @@ class BrokenOff(BaseException):
 
 
 @contextlib.contextmanager
-def interruptible(trainer: Callable[[], SFTTrainer], group: Group) -> Iterator[Stop]:
+def interruptible(trainer: Callable[[], SFTTrainer | None], group: Group) -> Iterator[Stop]:
     """A signal ends the run after its step, or in the middle of an evaluation, which changes
     nothing and is repeated when the run goes on; a second Ctrl-C ends it at once. Of several
     processes none may leave an evaluation alone.
 
     Args:
-        trainer: the one that works now; a run that goes back gets another.
+        trainer: the one that works now; None while a run that goes back makes another.
     """
     stop = Stop()
 
     def ask(number: int) -> None:
         stop.number = number
-        trainer().stop_requested = True
-        if trainer().evaluating and group.size == 1:
-            raise BrokenOff
+        at_work = trainer()
+        if at_work:
+            at_work.stop_requested = True
+            if at_work.evaluating and group.size == 1:
+                raise BrokenOff
 
     with told(ask):
         yield stop

@@ -80,18 +80,35 @@ class VitalSigns:
 
     def healthy_step(self) -> int:
         """The last step whose vital signs showed nothing worse than a note; 0 before the first."""
-        history = self._history()
-        healthy = [
-            vitals.step
-            for number, vitals in enumerate(history, start=1)
-            if all(finding.level == "note" for finding in judge(history[:number]))
-        ]
-        return healthy[-1] if healthy else 0
+        return max(self._healthy(), default=0)
 
-    def due(self, step: int) -> bool:
-        """Whether they are taken at the evaluation of a step: before the first, after the last, and
-        at as many between as cost little beside the training."""
+    def best(self) -> tuple[int, float] | None:
+        """The evaluation with the lowest held-out loss of those that found the replies healthy:
+        its step, and the loss in nats a token."""
+        healthy = set(self._healthy())
+        losses = [
+            (line["eval_loss"], line["step"])
+            for line in self.run.lines(METRICS)
+            if line.get("eval_loss") is not None
+        ]
+        found = min((pair for pair in losses if pair[1] in healthy and pair[1]), default=None)
+        return None if found is None else (found[1], found[0])
+
+    def waited(self) -> int:
+        """Evaluations since the best one."""
+        best = self.best()
+        steps = [v["step"] for v in self.run.lines(METRICS) if v.get("eval_loss") is not None]
+        return sum(step > best[0] for step in steps) if best else 0
+
+    def due(self, step: int, loss: float | None) -> bool:
+        """Whether they are taken at the evaluation of a step: before the first, after the last,
+        where the step may be the one that is saved, and at as many between as cost little beside
+        the training."""
         plan = self.prepared.plan
+        if plan.patience and loss is not None:
+            best = self.best()
+            if best is None or loss < best[1]:
+                return True
         if not step or step >= plan.max_steps:
             return True
         return step // plan.eval_steps % self.evaluations_apart == 0
@@ -160,6 +177,14 @@ class VitalSigns:
             if "loss" in line and line["step"] > last
         ]
         return Watch(self.prober, (), history, losses)
+
+    def _healthy(self) -> list[int]:
+        history = self._history()
+        return [
+            vitals.step
+            for number, vitals in enumerate(history, start=1)
+            if all(finding.level == "note" for finding in judge(history[:number]))
+        ]
 
     def _history(self) -> list[Vitals]:
         return [Vitals.of_line(v) for v in self.run.lines(METRICS) if v.get("probe")]

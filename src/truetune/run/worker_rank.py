@@ -29,11 +29,8 @@ class Follower(Job):
         if self.is_saved_after(facts.step):
             self.save_checkpoint()
 
-    def _write_eval(self, step: int, loss: float | None) -> None:
-        pass
-
-    def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
-        return []
+    def _judged(self, step: int, loss: float | None) -> None:  # type: ignore[override]
+        """Process 0 does."""
 
     def _went_back(self, facts: dict[str, Any]) -> None:
         pass
@@ -48,7 +45,7 @@ class Follower(Job):
             ToldElsewhere: the run stopped; process 0 tells why.
         """
         try:
-            with interruptible(lambda: self.trainer, self.group) as stop:
+            with interruptible(self.at_work, self.group) as stop:
                 self.train(stop)
         except (Collapsed, Interrupted) as error:
             raise ToldElsewhere(error.exit_code) from error
