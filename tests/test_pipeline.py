@@ -613,6 +613,8 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
     assert shown.code == 1
     assert "error[non-finite]" in shown.err
     assert f"{data}:12" in shown.err
+    assert "1 of the step's 1 examples" not in shown.err
+    assert "model.embed_tokens.weight" in shown.err
     run = RunDir(tmp_path / "run")
     kept = json.loads(run.file("non_finite_batch.json").read_text())
     (example,) = kept["examples"]

@@ -45,6 +45,7 @@ from truetune.run.artifact import rows_of_new_tokens, save_artifact
 from truetune.run.checkpoint import write_checkpoint
 from truetune.run.environment import environment
 from truetune.run.load_model import load_start
+from truetune.run.non_finite import find_cause
 from truetune.run.outcome import Answer, judge
 from truetune.run.pages import write_pages
 from truetune.run.prepare import Prepared
@@ -613,7 +614,13 @@ class Job:
         ]
         path = self.run.file("non_finite_batch.json")
         write_json(path, {"step": self.trainer.step + 1, "examples": kept})
-        error.where = f"{self._named(rows)}; all of them in {path}"
+        blamed: Iterable[int] = rows
+        # Whatever a broken model raises when it is asked again: the error is told as it is.
+        with contextlib.suppress(RuntimeError, ValueError):
+            examples = {row: self.prepared.examples[row] for row in rows}
+            cause = find_cause(self.loaded, examples, self.trainer.step + 1)
+            error.why, error.fix, blamed = cause.why, cause.fix, cause.rows or rows
+        error.where = f"{self._named(blamed)}; all examples of the step are in {path}"
         self.run.append("findings.jsonl", error.finding.as_dict())
 
     def _named(self, rows: Iterable[int]) -> str:
