@@ -306,6 +306,23 @@ def test_each_sign_and_its_near_miss(code: str) -> None:
     assert (code, level) not in {(f.code, f.level) for f in judge([*history, *whole])}
 
 
+def test_a_model_that_still_learns_words_goes_round_in_circles() -> None:
+    """A small base on rows far from all it has read: no more than a note, while its loss falls."""
+    losses = (10.9, 5.9, 4.3, 3.6, 3.2, 2.8)
+    history = [
+        replace(START, step=10 * at, trained_loss=loss, repetition=float(at > 1))
+        for at, loss in enumerate(losses)
+    ]
+
+    def level(last: Vitals) -> set[str]:
+        return {f.level for f in judge([*history, last]) if f.code == "replies-repeat"}
+
+    falls = replace(START, step=60, trained_loss=2.7, repetition=1.0)
+    assert level(falls) == {"note"}
+    assert level(replace(falls, trained_loss=3.4)) == {"error"}
+    assert level(replace(falls, trained_loss=1.0)) == {"error"}
+
+
 def test_nothing_is_said_of_a_run_that_is_well_nor_of_its_start() -> None:
     assert judge([]) == judge([START]) == judge(WELL) == []
     bare = [Vitals(step=step, trained_loss=1.0 - step / 100) for step in (0, 10, 20, 30)]
