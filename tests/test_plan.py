@@ -11,6 +11,7 @@ import pytest
 
 from tiny_models import tiny_tokenizer, write_model
 from truetune.model.inspect import ModelFacts, describe
+from truetune.model.placement import bf16_speedup
 from truetune.model.start import by_template
 from truetune.model.tokenizer import load_tokenizer
 from truetune.recipe.plan import Plan, make_plan, plan_length, suggested_rate
@@ -304,3 +305,46 @@ def test_all_weights_of_a_bfloat16_model_on_a_gpu_are_kept_in_two_halves(
     made = plan(replace(tiny, dtype=dtype), settings)
     assert made.optim == optim
     assert ("14 bytes" in made.origin("optim")) == (optim == "adamw_bf16")
+
+
+@pytest.mark.parametrize(
+    ("lora", "size", "stored", "times", "dtype"),
+    [
+        (True, 500_000_000, "bfloat16", 4.4, "bfloat16"),
+        (True, 500_000_000, "bfloat16", 1.4, "float32"),
+        (True, 500_000_000, "bfloat16", 0.1, "float32"),
+        # Nothing is measured: all weights are float32 on a CPU, as they are on disk, or few.
+        (False, 500_000_000, "bfloat16", None, "auto"),
+        (True, 500_000_000, "float32", None, "auto"),
+        (True, 49_000_000, "bfloat16", None, "auto"),
+    ],
+)
+def test_the_type_to_compute_in_is_measured(
+    tiny: ModelFacts,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: bool,
+    size: int,
+    stored: str,
+    times: float | None,
+    dtype: str,
+) -> None:
+    def measured(hidden_size: int) -> float:
+        assert hidden_size == tiny.hidden_size
+        assert times is not None
+        return times
+
+    monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", measured)
+    settings = {"lora": lora, "device": "cpu"}
+    made = plan(replace(tiny, dtype=stored), settings, size=size)
+    assert made.dtype == dtype
+    if times is None:
+        return
+    assert made.origin("dtype").startswith("measured: ")
+    # A run from its recipe, as a resumed one is, keeps what was measured.
+    monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", lambda _: 5.0 - times)
+    again = plan(replace(tiny, dtype=stored), settings | {"dtype": dtype}, size=size)
+    assert again.dtype == dtype
+
+
+def test_a_processor_is_timed() -> None:
+    assert 0 < bf16_speedup(64) < 1e4

@@ -351,9 +351,9 @@ def _best(history: Sequence[Vitals], name: str) -> float:
     return min(found, default=1.0)
 
 
-# Replies of a model that is too small for its rows, or has seen too few of them, show these too: the
-# 5M base on GSM8K went round in a circle from step 20 to 100 while the loss of its rows fell from
-# 10.9 to 2.7 nats a token.
+# Replies of a model that is too small for its rows, or has seen too few of them, show these too:
+# the 5M base on GSM8K went round in a circle from step 20 to 100 while the loss of its rows fell
+# from 10.9 to 2.7 nats a token.
 _OF_WEAK_MODELS = ("repetition", "copied", "other_language")
 # The lowest loss so far, up to the choice of numbers.
 _LOWEST = 1.02

@@ -7,13 +7,14 @@ output  Plan: concrete numbers; the recipe completed with them and where they ca
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truetune.compute.batch import TokenOrder, rows_of_epochs
 from truetune.model.inspect import ModelFacts
-from truetune.model.placement import choose_device
+from truetune.model.placement import bf16_speedup, choose_device
 from truetune.recipe.rates import Start, usual_epochs, usual_rate
 from truetune.recipe.settings import Recipe, setting_names
 
@@ -115,12 +116,38 @@ def make_plan(
     take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
     if optim := _optimizer(recipe, model):
         filled["optim"], reasons["optim"] = optim
+    if dtype := _compute_type(recipe, model):
+        filled["dtype"], reasons["dtype"] = dtype
     return Plan(
         **{name: getattr(recipe, name) for name in setting_names()} | filled,
         origins={**recipe.origins, **reasons},
         start=start,
         reasoning_share=reasoning_share,
     )
+
+
+# A smaller model is trained in minutes whatever it computes in. bfloat16 has to be so much faster
+# to be worth its rounding, and to be chosen again by the next run on the same machine.
+_PROBED_PARAMETERS, _WORTH_ROUNDING = 50_000_000, 1.5
+
+
+def _compute_type(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
+    """Type to compute in that was measured, and what was; None leaves the choice to the device. The
+    origin is no default: a resumed run, and one from the same recipe, keep what was measured here.
+
+    All weights are held in float32 on a CPU: to round them anew for each product costs what the
+    faster product wins."""
+    if recipe.dtype != "auto" or not recipe.lora or model.dtype != "bfloat16":
+        return None
+    if model.num_parameters < _PROBED_PARAMETERS or choose_device(recipe.device)[0].type != "cpu":
+        return None
+    # Processes that train together must choose the same, whatever each of them measures.
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        return None
+    times = bf16_speedup(model.hidden_size)
+    chosen = "bfloat16" if times >= _WORTH_ROUNDING else "float32"
+    compared = f"{times:.1f} times as fast as float32" if times >= 1 else "slower than float32"
+    return chosen, f"measured: bfloat16, as the weights are, is {compared} on this processor"
 
 
 def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:

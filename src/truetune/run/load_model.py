@@ -25,10 +25,11 @@ from truetune.model.lora import (
     trainable_share,
 )
 from truetune.model.new_tokens import make_room, start_full_rows
-from truetune.model.placement import choose_device
+from truetune.model.placement import Choice, choose_device
 from truetune.model.quantise import NAMES, LoadIn
 from truetune.model.tokenizer import num_ids
 from truetune.recipe.advice import RunOutline, advise
+from truetune.recipe.plan import Plan
 from truetune.recipe.settings import Recipe
 from truetune.run.prepare import Prepared
 
@@ -66,6 +67,7 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
         found = agreement(original, measure(loaded, rows, keep_logits=False))
         bits = NAMES[loaded.quantised] if loaded.quantised else ""
         findings.append(rounding_finding(found, bits, len(rows)))
+    loaded = replace(loaded, choices=tuple(_explained(c, plan) for c in loaded.choices))
     # The contract's tokenizer is the one that the rows were proved with.
     loaded = replace(loaded, tokenizer=prepared.contract.tokenizer)
     if not checkpoint:
@@ -75,6 +77,13 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
     if not checkpoint:
         findings += advice(prepared, trainable_share(loaded.model)[0])
     return loaded, [*loaded.findings, *findings]
+
+
+def _explained(choice: Choice, plan: Plan) -> Choice:
+    """The type that was measured to be faster was asked for by nobody."""
+    origin = plan.origin("dtype")
+    measured = choice.name == "dtype" and origin.startswith("measured")
+    return replace(choice, reason=origin) if measured else choice
 
 
 def advice(prepared: Prepared, num_trainable: int) -> list[Finding]:
