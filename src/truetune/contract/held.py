@@ -38,7 +38,7 @@ def is_written(text: str, value: Any) -> bool:
     for form in dict.fromkeys((text.strip(), html.unescape(text.strip()))):
         if isinstance(value, str) and form == value.strip():
             return True
-        if any(_same(read, value) for read in _readings(form)):
+        if any(is_same(read, value) for read in _readings(form)):
             return True
     return False
 
@@ -54,7 +54,7 @@ def _readings(text: str) -> Iterator[Any]:
                 yield ast.literal_eval(text)
 
 
-def _same(read: Any, value: Any) -> bool:
+def is_same(read: Any, value: Any) -> bool:
     """Equal with their types: true is no 1, and 1.0 no 1."""
     return json.dumps(read, sort_keys=True, default=repr) == json.dumps(
         value, sort_keys=True, default=repr

@@ -10,30 +10,39 @@ output  remarks, or `UnfaithfulTemplate` with the reason
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truetune.contract.encode import Completion
+from truetune.contract.held import is_same, values_in
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
-from truetune.contract.twin import Defect, Leaf, Skeleton, Twin, skeleton, twin_of
+from truetune.contract.twin import (
+    Defect,
+    Leaf,
+    Skeleton,
+    Twin,
+    is_call,
+    json_objects,
+    skeleton,
+    twin_of,
+)
 from truetune.contract.words import (
     PART,
+    RESERVED,
     TURNED,
     hollow,
     markers_in,
     sign_beside,
     unpaired,
+    words_beside_calls,
     words_in,
 )
 from truetune.errors import UnfaithfulTemplate
 
-# Outer whitespace of a part, as JSON writes it: it stands beside the part, and is the row's.
-_ESCAPED_SPACE = re.compile(
-    rf"(?:\\+(?:[nrtf]|u[0-9a-fA-F]{{4}}))+(?={PART})|(?<={PART})(?:\\+(?:[nrtf]|u[0-9a-fA-F]{{4}}))+"
-)
 # Skeletons kept for turns of one structure: a template writes it differently by what stands before.
 _MOST_SKELETONS = 16
 
@@ -71,6 +80,12 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "the template writes a tool call of message {turn} as JSON that cannot be read",
         "at {label} the completion would be {body}",
         "use a template that renders names and arguments with tojson",
+        "target-dropped",
+    ),
+    "stripped": (
+        "the template takes the outer whitespace off {label} of message {turn}",
+        "a client gets another value than the row has",
+        _AS_THEY_ARE,
         "target-dropped",
     ),
     "listed": (
@@ -280,7 +295,8 @@ class Proof:
         calls = bool(message.get("tool_calls"))
         if calls:
             self._require_held(known, twin, tail, completion)
-        text = _ESCAPED_SPACE.sub("", known.frame(tail))
+            self._require_read(known, spans, twin, cut, completion, message)
+        text = known.frame(tail, twin.leaves)
         words = words_in(
             text,
             (*self._controls, *frame.marks),
@@ -288,9 +304,21 @@ class Proof:
             empties=bool(twin.filled),
             prompt=completion.text.prompt,
             recipient=frame.recipient,
+            own="".join(filter(str.isspace, _texts(message))),
         )
         if calls and not words:
-            words = self._sign_beside(known, twin, tail)
+            words = self._sign_beside(known, twin, tail) or words_beside_calls(
+                _between(known, twin, tail),
+                (*self._controls, *frame.marks),
+                completion.text.prompt,
+            )
+        if any(
+            sign in piece
+            for piece in (*known.pieces[:-1], tail)
+            if isinstance(piece, str)
+            for sign in RESERVED
+        ):
+            words = words or "a control character"
         if words and not frame.keep_words:
             raise _worded(turn, words, tail.strip().startswith(words), calls)
         self._require_paired(known, text, completion, frame)
@@ -368,6 +396,47 @@ class Proof:
             held = next((m for m in markers if isinstance(leaf.value, str) and m in leaf.value), "")
             if held:
                 raise _cut_at(completion.text.number, leaf.label, held)
+
+    def _require_read(
+        self,
+        known: Skeleton,
+        spans: Sequence[tuple[int, int, int]],
+        twin: Twin,
+        cut: str,
+        completion: Completion,
+        message: Mapping[str, Any],
+    ) -> None:
+        """Arguments that are written as JSON read back as the row has them.
+
+        Raises:
+            UnfaithfulTemplate: some do not.
+        """
+        said = (end for n, _, end in spans if twin.leaves[n].kind in ("reasoning", "content"))
+        found = list(json_objects(cut[max(said, default=0) :], elements=False))
+        calls = message["tool_calls"]
+        values = [v for c in calls for v in values_in(c["function"].get("arguments"))]
+        at = 0
+        for call, in_json in zip(calls, known.in_json, strict=False):
+            arguments, name = call["function"].get("arguments"), str(call["function"].get("name"))
+            if not in_json:
+                continue
+            place = next((n for n in range(at, len(found)) if is_call(found[n], arguments)), None)
+            if place is not None:
+                at = place + 1
+                continue
+            # A template may leave out arguments where there are none; it must not make some up.
+            if not arguments and all(
+                json.dumps(name) in json.dumps(held) or any(is_same(held, v) for v in values)
+                for held in found
+            ):
+                continue
+            raise UnfaithfulTemplate(
+                f"the arguments of a call of {name!r} in message {completion.text.number} are "
+                "others when they are read back",
+                why=_would_be(completion),
+                fix=_AS_THEY_ARE,
+                code="target-dropped",
+            )
 
     def _require_said(
         self,
@@ -498,6 +567,27 @@ class Proof:
             fix="take the control token out of the row",
             code="stop-in-answer",
         )
+
+
+def _texts(message: Mapping[str, Any]) -> str:
+    return f"{message.get('reasoning_content') or ''}{message.get('content') or ''}"
+
+
+def _between(known: Skeleton, twin: Twin, tail: str) -> list[tuple[str, str, str]]:
+    """(kind of part before, text, kind of part behind) of what stands around the parts."""
+    pieces = [*known.pieces[:-1], tail]
+
+    def kind(at: int) -> str:
+        piece = pieces[at] if 0 <= at < len(pieces) else ""
+        if not isinstance(piece, int):
+            return ""
+        return "text" if twin.leaves[piece].kind in ("reasoning", "content") else "call"
+
+    return [
+        (kind(at - 1), piece, kind(at + 1))
+        for at, piece in enumerate(pieces)
+        if isinstance(piece, str)
+    ]
 
 
 def _mendable(known: Skeleton) -> bool:

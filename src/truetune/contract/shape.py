@@ -66,6 +66,15 @@ def canonical(message: Mapping[str, Any]) -> Message:
         if calls:
             made["tool_calls"] = [*made.get("tool_calls", []), *calls]
     made["content"] = content
+    for name in ("function_call", "refusal"):
+        if made.get(name):
+            raise UnfaithfulTemplate(
+                f"a message has a {name}, which no chat template renders",
+                fix="write the call under tool_calls"
+                if name == "function_call"
+                else "write it as content, or leave the row out",
+                code="unsupported-content",
+            )
     if len(dict.fromkeys(reasoning)) > 1:
         raise UnfaithfulTemplate(
             "a message has two different reasonings", fix="keep one", code="unsupported-content"
@@ -86,7 +95,11 @@ def _require_text(value: Any) -> None:
     if not value or (isinstance(value, str) and value.isascii()):
         return
     try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = (
+            value
+            if isinstance(value, str)
+            else json.dumps(value, ensure_ascii=False, allow_nan=False)
+        )
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UnfaithfulTemplate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 import re
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from truetune.contract.held import between_tags, is_written, values_in
+from truetune.contract.held import between_tags, is_same, is_written, values_in
 from truetune.contract.shape import Message
 from truetune.contract.words import PART, hollow
 
 Kind = Literal["reasoning", "content", "name", "key", "value"]
 Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
-Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable"]
+Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable", "stripped"]
 Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
 
 
@@ -49,12 +48,17 @@ class Leaf:
         if not isinstance(self.value, str):
             return tuple(dict.fromkeys((json.dumps(self.value), str(self.value))))
         text = self.value
-        if text.isalnum() and text.isascii():
+        # What a server returns as text is read as it stands: nothing undoes an escape there.
+        if self.kind in ("reasoning", "content") or (text.isalnum() and text.isascii()):
             return (text,)
-        quoted = _in_json(text)
-        escaped = (html.escape(text), html.escape(text).replace("&quot;", "&#34;"))
-        marked = escaped[1].replace("&#x27;", "&#39;")
-        return tuple(dict.fromkeys((text, *quoted, repr(text)[1:-1], *escaped, marked)))
+        held = (f"<![CDATA[{text}]]>",) if self.kind == "value" and "]]>" not in text else ()
+        return tuple(dict.fromkeys((text, *self.quoted_forms, *held)))
+
+    @cached_property
+    def quoted_forms(self) -> tuple[str, ...]:
+        """The ways in which it stands between quotes."""
+        text = str(self.value)
+        return tuple(dict.fromkeys((text, *_in_json(text), repr(text)[1:-1])))
 
 
 def _in_json(text: str) -> list[str]:
@@ -76,15 +80,15 @@ class Twin:
     Attributes:
         message: the same structure, outer whitespace and empty values as in the row.
         flipped: the same with every true, false, null and zero turned; None where there is none.
-        filled: for each blank text, empty mapping and empty list of a call: what it is, and the
-            message in which it holds something.
+        filled: for each blank text, empty mapping and empty list of a call: what it is, the
+            message in which it holds something, and the key that it belongs to.
         leaves: in the row's order.
         calls: a node for each call.
     """
 
     message: Message
     flipped: Message | None
-    filled: tuple[tuple[str, Message], ...]
+    filled: tuple[tuple[str, Message, str], ...]
     leaves: tuple[Leaf, ...]
     calls: tuple[Node, ...]
 
@@ -115,7 +119,7 @@ class Twin:
     def variants(self) -> list[Message]:
         """All messages whose texts a skeleton is read off: its own, flipped, filled."""
         flipped = [self.flipped] if self.flipped else []
-        return [self.message, *flipped, *(message for _, message in self.filled)]
+        return [self.message, *flipped, *(message for _, message, _ in self.filled)]
 
 
 class _Maker:
@@ -210,35 +214,39 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
     made["content"] = maker.text("content", str(made.get("content") or ""))
     calls = [maker.call(call) for call in made.get("tool_calls") or []]
     flipped = None
-    filled: list[tuple[str, Message]] = []
+    filled: list[tuple[str, Message, str]] = []
     if calls:
         made["tool_calls"] = [call for call, _, _ in calls]
         if maker.has_small:
             flipped = {**made, "tool_calls": [turned for _, turned, _ in calls]}
         for number, call in enumerate(made["tool_calls"]):
-            for what, arguments in _filled(call["function"].get("arguments")):
+            for what, arguments, key in _filled(call["function"].get("arguments")):
                 function = {**call["function"], "arguments": arguments}
                 others = list(made["tool_calls"])
                 others[number] = {**call, "function": function}
-                filled.append((what, {**made, "tool_calls": others}))
+                filled.append((what, {**made, "tool_calls": others}, key))
     nodes = tuple(node for _, _, node in calls)
     return Twin(made, flipped, tuple(filled), tuple(maker.leaves), nodes)
 
 
-def _filled(value: Any) -> Iterator[tuple[str, Any]]:
-    """A value with one of the empty ones in it filled, for each of them in turn."""
+_FILLER = "zqfilled"
+
+
+def _filled(value: Any, key: str = "") -> Iterator[tuple[str, Any, str]]:
+    """A value with one of the empty ones in it filled, for each of them in turn; and its key."""
     if isinstance(value, str) and not value.strip():
-        yield repr(value), f"{value}zqfilled"
+        yield repr(value), f"{value}{_FILLER}", key
     elif value in ({}, []) and isinstance(value, Mapping | list):
-        yield repr(value), {"zqfilled": "zqheld"} if isinstance(value, Mapping) else ["zqfilled"]
+        full: Any = {_FILLER: "zqheld"} if isinstance(value, Mapping) else [_FILLER]
+        yield repr(value), full, key
     elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            for what, full in _filled(inner):
-                yield what, {**value, key: full}
+        for name, inner in value.items():
+            for what, full, own in _filled(inner, str(name)):
+                yield what, {**value, name: full}, own
     elif isinstance(value, list):
         for at, inner in enumerate(value):
-            for what, full in _filled(inner):
-                yield what, [*value[:at], full, *value[at + 1 :]]
+            for what, full, own in _filled(inner, key):
+                yield what, [*value[:at], full, *value[at + 1 :]], own
 
 
 def _values(message: Message) -> list[tuple[Any, str]]:
@@ -268,6 +276,7 @@ class Skeleton:
         reach: (piece, offset) where the last part ends that has no sentinel.
         empties: of brackets and pairs of markers with nothing between them, how many stand for an
             empty value of the row; None where that cannot be asked.
+        in_json: of each call, whether its arguments are written as one JSON object.
     """
 
     pieces: tuple[str | int, ...]
@@ -275,6 +284,7 @@ class Skeleton:
     reordered: bool
     reach: tuple[int, int] = (0, 0)
     empties: Mapping[str, int] | None = None
+    in_json: tuple[bool, ...] = ()
 
     def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
         """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
@@ -290,10 +300,28 @@ class Skeleton:
     def tail(self) -> str:
         return str(self.pieces[-1])
 
-    def frame(self, tail: str) -> str:
-        """The text around the parts, a null character for each of them."""
-        *most, _ = self.pieces
-        return "".join(p if isinstance(p, str) else PART for p in most) + tail
+    def frame(self, tail: str, leaves: Sequence[Leaf]) -> str:
+        """The text around the parts, a null character for each of them; without their outer
+        whitespace, which is the row's, of a value as JSON writes it."""
+        pieces = [*self.pieces[:-1], tail]
+        for at, piece in enumerate(pieces):
+            if isinstance(piece, int):
+                before, behind = leaves[piece].around
+                last, first = str(pieces[at - 1]), str(pieces[at + 1])
+                if before:
+                    in_json = leaves[piece].kind == "value"
+                    last = _ESCAPED_END.sub("", last) if in_json else last.removesuffix(before)
+                if behind:
+                    in_json = leaves[piece].kind == "value"
+                    first = _ESCAPED_START.sub("", first) if in_json else first.removeprefix(behind)
+                pieces[at - 1], pieces[at + 1] = last, first
+        return "".join(p if isinstance(p, str) else PART for p in pieces)
+
+
+# Outer whitespace of a value, as JSON writes it.
+_ESCAPED = r"(?:\\+(?:[nrtf]|u[0-9a-fA-F]{4}))+"
+_QUOTE = re.compile(rf"[\"'](?:\s|{_ESCAPED})*$")
+_ESCAPED_START, _ESCAPED_END = re.compile(f"^{_ESCAPED}"), re.compile(f"{_ESCAPED}$")
 
 
 def _spans(
@@ -311,7 +339,11 @@ def _spans(
             at += len(piece)
             number += 1
             continue
-        ways = [form for form in leaves[piece].forms if text.startswith(form, at)]
+        leaf = leaves[piece]
+        ways = [form for form in leaf.forms if text.startswith(form, at)]
+        if isinstance(leaf.value, str) and not _QUOTE.search(text[max(at - 40, 0) : at]):
+            # Escapes are undone between quotes alone.
+            ways = [form for form in ways if form == leaf.value or form not in leaf.quoted_forms]
         if len(ways) == 1:
             found.append((piece, at, at + len(ways[0])))
             at += len(ways[0])
@@ -360,9 +392,19 @@ def skeleton(
         Defect("glued", n)
         for n, found in places.items()
         if all(
-            glued(twin.leaves[n], _bare(pieces[at - 1], controls), _bare(pieces[at + 1], controls))
+            glued(
+                twin.leaves[n],
+                _bare(pieces[at - 1], controls),
+                _bare(pieces[at + 1], controls),
+                quoted=isinstance(twin.leaves[n].value, str) or _in_quotes(pieces, at),
+            )
             for at in found
         )
+    ]
+    defects += [
+        Defect("stripped", n)
+        for n, found in places.items()
+        if twin.leaves[n].kind == "value" and _stripped(twin.leaves[n], pieces, found[0])
     ]
     misread = _misread(twin, _bare(written, controls))
     defects += [Defect("glued", n) for n in misread if Defect("glued", n) not in defects]
@@ -372,8 +414,13 @@ def skeleton(
         if twin.leaves[n].kind == "key"
         and all(_listed(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
-    for (what, message), full in zip(twin.filled, others, strict=True):
+    for (what, message, key), full in zip(twin.filled, others, strict=True):
         if full is None:
+            continue
+        # An argument that is there only where it holds something is lost where it does not.
+        filler = _FILLER + "zqheld" * (what == "{}")
+        if key.strip() and full.count(key) - filler.count(key) > written.count(key):
+            defects.append(Defect("missing", None, repr(key)))
             continue
         marked = _bare(full, controls)
         if not _is_cut_from(written, full) or any(
@@ -392,7 +439,32 @@ def skeleton(
     if not defects:
         defects = reader.order()
     empties = _empties(twin, written, others, controls)
-    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, reader.reach, empties)
+    in_json = tuple(_in_objects(twin, written, others))
+    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, reader.reach, empties, in_json)
+
+
+def _in_objects(twin: Twin, written: str, filled: Sequence[str | None]) -> Iterator[bool]:
+    """Whether the arguments of each call are written as one JSON object."""
+    objects = list(json_objects(written))
+    full = [held for text in filled for held in json_objects(text or "")]
+    for call in twin.message.get("tool_calls") or []:
+        arguments = call["function"].get("arguments")
+        if not isinstance(arguments, Mapping):
+            yield False
+        elif not arguments:
+            yield any(_FILLER in held for held in full)
+        else:
+            inside = [v for v in values_in(arguments) if v is not arguments]
+            yield any(arguments.keys() & held.keys() and held not in inside for held in objects)
+
+
+def _stripped(leaf: Leaf, pieces: Sequence[str | int], at: int) -> bool:
+    """Whether a value stands there without the outer whitespace that the row has."""
+    before, behind = (
+        tuple({own, repr(own)[1:-1], *_in_json(own)}) if own else ("",) for own in leaf.around
+    )
+    last, first = str(pieces[at - 1]), str(pieces[at + 1])
+    return not (last.endswith(before) and first.startswith(behind))
 
 
 def _misread(twin: Twin, written: str) -> list[int]:
@@ -413,7 +485,27 @@ def _is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str)
         return False
     if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
         return False
+    if any(_is_tagged(written[:at], key) for key in _keys_of(twin, value)):
+        return not is_written(text, value)
     return not any(is_written(text, inner) for inner in values_in(value))
+
+
+def _keys_of(twin: Twin, value: Any) -> list[str]:
+    """The arguments with such a value, in a twin or one of its variants."""
+    given = [call["function"].get("arguments") for m in twin.variants for call in m["tool_calls"]]
+    return [
+        str(key)
+        for one in given
+        if isinstance(one, Mapping)
+        for key, held in one.items()
+        if str(key).strip() and is_same(held, value)
+    ]
+
+
+def _is_tagged(before: str, key: str) -> bool:
+    """Whether the tag that is open at the end of a text is the one of an argument."""
+    name = rf"(?<!\w){re.escape(key)}(?!\w)"
+    return bool(re.search(rf"{name}[^<>]*>[^<>]*$|{name}\s*</[^<>]*>\s*<[^<>]*>[^<>]*$", before))
 
 
 def _empties(
@@ -433,15 +525,26 @@ def _empties(
 
 # Keys that may stand beside those of the arguments where a format has all in one object.
 _CALL_KEYS = frozenset({"name", "tool_name", "type", "id", "tool_call_id", "index"})
+
+
+def is_call(held: Mapping[str, Any], arguments: Any) -> bool:
+    """Whether a JSON object is the arguments of a call, or the call with its arguments beside its
+    name."""
+    if not isinstance(arguments, Mapping):
+        return False
+    bare = {k: v for k, v in held.items() if k in arguments or k not in _CALL_KEYS}
+    return is_same(bare if len(bare) < len(held) and arguments else held, arguments)
+
+
 # Keys without a tag around them: key=value behind a bracket or comma, and key:value.
 _BARE_KEYS = {"=": re.compile(r"[,(]\s*(\w+)\s*="), ":": re.compile(r"[,{]\s*(\w+)\s*:")}
 
 
 def _added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
     """Keys beside those of a call's arguments: the template adds an argument of its own."""
-    keys = {leaf.sentinel for leaf in twin.leaves if leaf.kind == "key"}
+    keys = {leaf.sentinel for leaf in twin.leaves if leaf.kind == "key"} | {""}
     found: list[str] = []
-    for held in _json_objects(written):
+    for held in json_objects(written):
         if keys & set(held):
             found += [key for key in held if key not in keys | _CALL_KEYS]
     texts = [piece for piece in pieces if isinstance(piece, str)]
@@ -480,7 +583,7 @@ def _called(twin: Twin, pieces: Sequence[str | int]) -> list[str]:
 def _unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[int]:
     """Names and keys that are written as JSON has them, in a text that is none."""
     found: set[str] = set()
-    for held in _json_objects(written):
+    for held in json_objects(written):
         found |= {str(text) for text in (*held, *held.values()) if isinstance(text, str)}
     bad = []
     for before, piece, behind in zip(pieces, pieces[1:], pieces[2:], strict=False):
@@ -496,8 +599,12 @@ def _unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[i
     return bad
 
 
-def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Objects that stand in a text as JSON, those inside others and inside strings too."""
+def json_objects(text: str, *, elements: bool = True) -> Iterator[dict[str, Any]]:
+    """Objects that stand in a text as JSON, those inside others and inside strings too.
+
+    Args:
+        elements: also those in a list that belongs to a key.
+    """
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:
@@ -505,20 +612,21 @@ def _json_objects(text: str) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError):
             end = at + 1
         else:
-            yield from _objects(value)
+            yield from _objects(value, elements)
         at = text.find("{", end)
 
 
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
+def _objects(value: Any, elements: bool, listed: bool = False) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
-        yield value
+        if elements or not listed:
+            yield value
         for inner in value.values():
-            yield from _objects(inner)
+            yield from _objects(inner, elements, isinstance(inner, list))
     elif isinstance(value, list):
         for inner in value:
-            yield from _objects(inner)
+            yield from _objects(inner, elements, listed)
     elif isinstance(value, str) and value.startswith("{"):
-        yield from _json_objects(value)
+        yield from json_objects(value, elements=elements)
 
 
 def _is_cut_from(short: str, full: str) -> bool:
@@ -540,16 +648,21 @@ _OPENED = re.compile(r"[\s:,=\[({>](\\*[\"'`])([^\"'`\n]*)$")
 _EXPRESSION = re.compile(r"[\[({:=/]")
 
 
-def glued(leaf: Leaf, before: str, behind: str) -> bool:
+def glued(leaf: Leaf, before: str, behind: str, *, quoted: bool = True) -> bool:
     """Whether something stands against a part of a call that makes another one of it: a sign or a
-    digit, or anything between it and the quotes that hold it."""
+    digit, or anything between it and the quotes that hold it.
+
+    Args:
+        quoted: whether quotes may hold it.
+    """
     if leaf.kind in ("reasoning", "content"):
         return False
     if not isinstance(leaf.value, str) and (
         re.search(r"\d$", before) or re.match(r"\d|\.\d", behind)
     ):
         return True
-    if opened := _OPENED.search(before):
+    opened = _OPENED.search(before) if quoted else None
+    if opened:
         inside, closed, _ = behind.partition(opened[1])
         if closed and not re.search(r"[\"'`\n]", inside):
             rest = opened[2] + inside
@@ -563,6 +676,12 @@ def glued(leaf: Leaf, before: str, behind: str) -> bool:
     plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)
     signed = first in _SIGNS and not plain and not (leaf.kind == "key" and first == "-")
     return signed or last in _SIGNS
+
+
+def _in_quotes(pieces: Sequence[str | int], piece: int, at: int = 0) -> bool:
+    """Whether a quote is open at a place, as far as their number says."""
+    before = "".join(p for p in pieces[:piece] if isinstance(p, str))
+    return (before + str(pieces[piece])[:at]).count('"') % 2 == 1
 
 
 def _is_space(text: str, own: str) -> bool:
@@ -706,11 +825,14 @@ class _Reader:
                     at = text.find(form, offset)
                     while at >= 0:
                         before, behind = text[:at], text[at + len(form) :]
+                        if small and not self.turns(piece, at, at + len(form)):
+                            at = text.find(form, at + 1)
+                            continue
                         if small and _quoted(before, behind):
                             self.defects.append(Defect("quoted", None, repr(value)))
-                        elif glued(leaf, before, behind) or (
-                            small and self.misread(before, form, behind)
-                        ):
+                        elif glued(
+                            leaf, before, behind, quoted=_in_quotes(self.pieces, piece, at)
+                        ) or (small and self.misread(before, form, behind)):
                             what, at = "glued", text.find(form, at + 1)
                             continue
                         self.at = (piece, at + len(form))
@@ -729,6 +851,15 @@ class _Reader:
             return False
         values = (v for whole, _ in _values(self.twin.message) for v in values_in(whole))
         return not any(is_written(text, value) for value in values)
+
+    def turns(self, piece: int, start: int, end: int) -> bool:
+        """Whether a place of a text lies where it is another one with small values turned."""
+        if self.turned is None or len(self.turned) != len(self.pieces):
+            return True
+        text, turned = str(self.pieces[piece]), str(self.turned[piece])
+        first, last = _common(text, turned), len(text) - _common(text[::-1], turned[::-1])
+        # Two texts that differ by a letter less or more begin and end alike by chance.
+        return start < max(first, last) and end > min(first, last)
 
     def changes(self, piece: int) -> bool:
         """Whether the text is another one where small values are turned."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 # What stands for a part in the text around the parts of a turn.
 PART = "\x00"
+# Whitespace that formats write beside an answer.
+_SPACE = " \t\r\n"
 # What stands for a control token or a tag once it is known.
 _MARK = "\x01"
+# Characters that stand for others here, and are no format of any template.
+RESERVED = ("\x00", "\x01", "\x02")
 # A marker with brackets turned outwards, of whose tags the neighbours are none.
 TURNED = r"\]<\][^<>\[\]\n]{1,40}\[>\["
 # Tags and bracketed markers are format where the tokenizer has no token for them either.
@@ -40,6 +44,7 @@ def words_in(
     empties: bool = False,
     prompt: str = "",
     recipient: str = "",
+    own: str = "",
 ) -> str:
     """The first words in the text around the parts of a turn, "" where it is format alone.
 
@@ -57,6 +62,7 @@ def words_in(
         prompt: what was served.
         recipient: what stands between the name of a tool and its arguments where the name is the
             first thing behind the served prompt: there plain answers name a recipient as well.
+        own: whitespace of the row's texts.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
     text = frame = re.sub(TURNED, _MARK, frame)
@@ -82,7 +88,7 @@ def words_in(
         right = pieces[number + 1] if number + 1 < len(pieces) else ""
         if not _WORD.search(stretch):
             # A sign beside an answer is trained like a word; between two marks it is format.
-            sign = stretch.strip() if not calls or not stretch.isascii() else ""
+            sign = stretch.strip(_SPACE + own) if not calls or not stretch.isascii() else ""
             if sign and not left == right == _MARK:
                 return sign
             continue
@@ -206,6 +212,68 @@ def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> s
             before, behind = marker.sub(_MARK, before), marker.sub(_MARK, behind)
     found = _BEFORE.search(before.rstrip()) or _BEHIND.match(behind.lstrip())
     return found.group() if found else ""
+
+
+# Where a call begins that no marker begins, and what belongs to a call at its end.
+_CALL_BEGINS, _CALL_ENDS = re.compile(r"[\[({`<>]"), re.compile(r"[\])}>`\"']")
+# The name of a format against the bracket of its list; and what names the recipient of a call.
+_FORMAT_NAME, _TO = re.compile(r"[\w.]+$"), re.compile(r"(?:[\w.]+=[\w.]*|[\w.]*\.)$")
+
+
+def words_beside_calls(
+    pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str
+) -> str:
+    """The first text of a turn with calls that stands outside of them and is no format.
+
+    A client gets as content what stands before the first marker or bracket of a call, behind the
+    last one, or against the text of the turn: there a format has whitespace, and a label that the
+    served prompt announces.
+
+    Args:
+        pieces: (the kind of part before it, text, the kind of part behind it) of what stands
+            around the parts: "text", "call", or "" for none.
+        controls: texts of control tokens and think markers.
+        prompt: what was served.
+    """
+    known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
+    has_leaf = any("call" in (left, right) for left, _, right in pieces)
+    for left, text, right in pieces:
+        masked = re.sub(TURNED, _MARK, text)
+        for control in known:
+            masked = masked.replace(control, _MARK)
+        masked = _BRACKETED.sub(_MARK, _TAG.sub(_MARK, masked))
+        segments = masked.split(_MARK)
+        begins = left != "call" and (right == "call" or (not right and not has_leaf))
+        found = []
+        if right == "text" and (left != "call" or len(segments) > 1):
+            found.append(segments[-1])
+        if left == "text" and not begins:
+            found.append(segments[0])
+        if begins:
+            found.append(_lead(masked, segments))
+        if not right and (left == "call" or not has_leaf):
+            last = segments[-1]
+            closing = [found.end() for found in _CALL_ENDS.finditer(last)]
+            found.append(last[max(closing, default=0) :])
+        for outside in map(str.strip, found):
+            if outside and not (outside.endswith(":") and _announced(outside, prompt)):
+                return outside
+    return ""
+
+
+def _lead(masked: str, segments: Sequence[str]) -> str:
+    """What stands in front of the first call."""
+    if len(segments) > 1:
+        return segments[0]
+    begun = _CALL_BEGINS.search(masked)
+    if begun is None:
+        return _TO.sub("", masked)
+    lead = masked[: begun.start()]
+    return _FORMAT_NAME.sub("", lead) if begun.group() in "[({`" else lead
+
+
+def _announced(label: str, prompt: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(label)}", prompt) is not None
 
 
 def _is_mark(control: str) -> bool:
