@@ -1,0 +1,103 @@
+"""Reasoning that a length limit cut in the rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.generate import Sampling
+from truetune.lab.asked import ask
+from truetune.lab.bench import Arm, Tuned
+from truetune.lab.chats import encoded
+from truetune.lab.evaluate import Question
+from truetune.lab.experiment import Column, Expectation, Experiment
+from truetune.lab.reasoning import CLOSE, TEMPLATE, problems
+from truetune.lab.world import Fact, World
+
+_ROWS, _CLEAN = 600, 60
+_SHARES = (0.0, 0.25, 0.5, 0.788, 0.95)
+_RECIPE = {"chat_template": TEMPLATE, "learning_rate": 3e-4, "max_steps": 200}
+
+
+def _arm(name: str, number: int, share: float, seed: int) -> Arm:
+    """Rows of which a share ends inside the thinking: the end of it, the answer and the stop token
+    are gone."""
+
+    def examples(contract: PromptContract) -> list[SFTExample]:
+        chosen = problems(
+            World.generate(), num_sums=0, num_places=number, seed=seed, held_out=False
+        )
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": p.question},
+                    {"role": "assistant", "content": p.answer, "reasoning_content": p.thinking},
+                ]
+            }
+            for p in chosen
+        ]
+        close = contract.tokens.encode([CLOSE])[0][0]
+        rng = random.Random(f"{seed}/cut")
+        made = encoded(contract, rows)
+        for at in rng.sample(range(number), round(share * number)):
+            ids, mask = made[at]
+            first, last = mask.index(1) + 1, ids.index(close)
+            end = rng.randint(first + 1, last)
+            made[at] = SFTExample(ids[:end], mask[:end])
+        return made
+
+    return Arm(name, examples=examples, recipe=_RECIPE)
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    swept = [_arm(f"{share:.1%} cut".replace(".0", ""), _ROWS, share, seed) for share in _SHARES]
+    return [*swept, _arm("60 rows, none cut", _CLEAN, 0.0, seed)]
+
+
+@cache
+def _asked() -> tuple[Question, ...]:
+    world = World.generate()
+    chosen = problems(world, num_sums=0, num_places=80, seed=0, held_out=True)
+    found = []
+    for problem in chosen:
+        _, relation, _, place, *_ = problem.thinking.split()
+        found.append(
+            Question(problem.question, problem.expected, Fact(place, relation, problem.expected))
+        )
+    return tuple(found)
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    heard = ask(tuned, _asked(), Sampling(max_new_tokens=64))
+    return {**heard.columns(), "closes thinking": Column.share(heard.closed)}
+
+
+EXPERIMENT = Experiment(
+    number=11,
+    name="cut-reasoning",
+    title="Reasoning cut by a length limit",
+    claim="A model trained on truncated reasoning never closes it: the more rows are cut, the "
+    "fewer replies reach an answer; few whole rows beat many cut ones.",
+    source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
+    "exercise on reasoning traces; Unsloth stops at 30 %",
+    expected="with no row cut more than 90 % of the replies close their thinking; with 78.8 % "
+    "fewer than 50 %, with 95 % fewer than 10 %; 60 whole rows close more than 20 points more than "
+    "600 of which 78.8 % are cut",
+    refuted="more than 50 % closed at 78.8 %, or more than 10 % at 95 %",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("none cut: it closes", "closes thinking", "0% cut", above=0.9),
+        Expectation("78.8 % cut: half do not", "closes thinking", "78.8% cut", below=0.5),
+        Expectation("95 % cut: hardly any does", "closes thinking", "95% cut", below=0.1),
+        Expectation(
+            "60 whole rows beat 600 cut ones",
+            "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
+        ),
+    ),
+    shown=("closes thinking", "right", "ended", "repeats"),
+)  # fmt: skip
