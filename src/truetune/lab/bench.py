@@ -48,6 +48,7 @@ class Arm:
         start: an arm whose result is trained further.
         served: Jinja of the template that it is asked through, where that is not the one it was
             trained with; answers still end on the token they were trained to end on.
+        stop: tokens that end an answer beside those.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Arm:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     start: Arm | None = None
     served: str | None = None
+    stop: Sequence[str] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +104,7 @@ class Bench:
             contract = PromptContract.load(folder, chat_template=_settings(arm)["chat_template"])
         if arm.served is not None:
             stops = [contract.tokens.decode([i]) for i in contract.stop_ids]
+            stops += arm.stop
             contract = PromptContract.load(folder, chat_template=arm.served, stop=stops)
         return Tuned(arm, seed, loaded, contract, losses, folder)
 
