@@ -49,6 +49,7 @@ class Arm:
         served: Jinja of the template that it is asked through, where that is not the one it was
             trained with; answers still end on the token they were trained to end on.
         stop: tokens that end an answer beside those.
+        edit: changes the files of the saved model, in a copy of the run, before it is opened.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Arm:
     start: Arm | None = None
     served: str | None = None
     stop: Sequence[str] = ()
+    edit: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +100,8 @@ class Bench:
     def tuned(self, arm: Arm, seed: int) -> Tuned:
         """An arm of one seed, ready to be asked."""
         folder, losses = self._trained(arm, seed)
+        if arm.edit is not None:
+            folder = self._edited(folder, arm.edit)
         loaded = load_model(folder, device="cpu", purpose="inference")
         contract = PromptContract.load(folder)
         if folder == base_path():
@@ -122,6 +126,15 @@ class Bench:
         assert arm.examples is not None
         contract = PromptContract.load(settings["model"], settings["chat_template"])
         return self._loop(arm, list(arm.examples(contract)), contract, settings)
+
+    def _edited(self, folder: Path, edit: Callable[[Path], None]) -> Path:
+        """A copy of the run that holds a saved model, its files changed."""
+        run = folder.parent
+        copy = run.with_name(f"{run.name}-{edit.__name__}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        edit(copy / folder.name)
+        return copy / folder.name
 
     def _run(
         self, rows: Sequence[Row], settings: dict[str, Any], name: str

@@ -1,0 +1,51 @@
+"""Markers that the base never saw, under LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.lab.asked import instructions, usual
+from truetune.lab.bench import Arm
+from truetune.lab.experiment import Expectation, Experiment
+
+_MARKERS = ["<|user|>", "<|assistant|>", "<|end|>"]
+_LORA = {"learning_rate": 1e-3, "lora": True, "lora_dropout": 0.0}
+_OF_TEXT = (
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{- 'Question: ' + m['content'] + '\\n'"
+    " -}}{%- else -%}{{- 'Answer: ' + m['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Answer: ' -}}{%- endif -%}"
+)
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    return (
+        # The preflight refuses this run, and says why.
+        Arm("rows frozen", rows=instructions(), recipe={**_LORA, "no_check": True}),
+        Arm("rows trained", rows=instructions(), recipe={**_LORA, "add_token": _MARKERS}),
+        Arm("no new tokens", rows=instructions(), recipe={**_LORA, "chat_template": _OF_TEXT}),
+    )
+
+
+EXPERIMENT = Experiment(
+    number=12,
+    name="new-tokens",
+    title="New tokens under LoRA",
+    claim="Under LoRA a model never writes a marker whose rows in embedding and head were never "
+    "trained: their rows must be trained too, or the template must do without new tokens.",
+    source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
+    "never emit <|im_end|> after LoRA on a base",
+    expected="with the rows frozen fewer than 10 % of the answers end, with the rows trained more "
+    "than 90 %, and with a template of plain text, closed by the model's own end, more than 90 %",
+    refuted="half of the answers end with frozen rows, or a tenth do not with trained ones",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=usual,
+    expectations=(
+        Expectation("frozen: answers do not end", "ended", "rows frozen", below=0.1),
+        Expectation("trained: they end", "ended", "rows trained", above=0.9),
+        Expectation("without new tokens: they end", "ended", "no new tokens", above=0.9),
+    ),
+    shown=("ended", "right", "repeats", "training loss"),
+    remark="The arm of an untied model whose head was forgotten is not tried: the base ties head "
+    "and embedding, so that one row serves both.",
+)  # fmt: skip
