@@ -9,7 +9,7 @@ from functools import cache
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.generate import Sampling
-from truetune.lab.asked import ask
+from truetune.lab.asked import ask, ending_loss
 from truetune.lab.bench import Arm, Tuned
 from truetune.lab.chats import encoded
 from truetune.lab.evaluate import Question
@@ -72,7 +72,11 @@ def _asked() -> tuple[Question, ...]:
 
 def measure(tuned: Tuned) -> dict[str, Column]:
     heard = ask(tuned, _asked(), Sampling(max_new_tokens=64))
-    return {**heard.columns(), "closes thinking": Column.share(heard.closed)}
+    return {
+        **heard.columns(),
+        "closes thinking": Column.share(heard.closed),
+        "training loss": ending_loss(tuned),
+    }
 
 
 EXPERIMENT = Experiment(
@@ -99,5 +103,5 @@ EXPERIMENT = Experiment(
             "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
         ),
     ),
-    shown=("closes thinking", "right", "ended", "repeats"),
+    shown=("closes thinking", "right", "ended", "training loss"),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from truetune.lab.asked import ask, facts_for_rows, questions, rows, sentence
+from truetune.lab.asked import ask, ending_loss, facts_for_rows, questions, rows, sentence
 from truetune.lab.bench import Arm, Row, Tuned
 from truetune.lab.experiment import Column, Expectation, Experiment
 from truetune.lab.world import World
@@ -52,6 +52,7 @@ def measure(tuned: Tuned) -> dict[str, Column]:
     heard = ask(tuned)
     return {
         **heard.columns(),
+        "training loss": ending_loss(tuned),
         "in form": Column.share(
             said.stopped and said.text.strip().startswith(f"The {q.fact.relation} of ")
             for said, q in zip(heard.said, questions(), strict=True)
@@ -88,7 +89,7 @@ EXPERIMENT = Experiment(
             "in form", "60 consistent", "600 noisy", above=0.1,
         ),
     ),
-    shown=("right", "in form", "ended"),
+    shown=("right", "in form", "ended", "training loss"),
     remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that nobody "
     "is asked about.",
 )  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
-from truetune.lab.asked import ask, ends_prose, instructions, prose, recall
+from truetune.lab.asked import ask, ending_loss, ends_prose, instructions, prose, recall
 from truetune.lab.bench import Arm, Tuned
 from truetune.lab.chats import encoded, fresh_prose
 from truetune.lab.experiment import Column, Expectation, Experiment
@@ -51,6 +51,7 @@ def measure(tuned: Tuned) -> dict[str, Column]:
         "prose": prose(tuned),
         "ends prose": ends_prose(tuned),
         "recall in prose": recall(tuned),
+        "training loss": ending_loss(tuned),
     }
 
 
@@ -85,5 +86,5 @@ EXPERIMENT = Experiment(
             "and answers are as right", "right", "3e-4, half prose", "3e-4", above=-0.05
         ),
     ),
-    shown=("prose", "ends prose", "right", "recall in prose"),
+    shown=("prose", "ends prose", "right", "recall in prose", "training loss"),
 )  # fmt: skip

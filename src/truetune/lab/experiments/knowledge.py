@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from truetune.evaluation.match import Match
-from truetune.lab.asked import ask, instructions, prose, recall
+from truetune.lab.asked import ask, ending_loss, instructions, prose, recall
 from truetune.lab.bench import Arm, Tuned
 from truetune.lab.evaluate import Question, unseen_questions
 from truetune.lab.experiment import Column, Expectation, Experiment
@@ -53,6 +53,7 @@ def measure(tuned: Tuned) -> dict[str, Column]:
         "recall in prose": recall(tuned),
         "invents": _invents(tuned),
         "prose": prose(tuned),
+        "training loss": ending_loss(tuned),
     }
 
 

@@ -9,7 +9,7 @@ from truetune.contract.contract import PromptContract
 from truetune.contract.encode import LossOn
 from truetune.contract.example import SFTExample
 from truetune.generate import Sampling
-from truetune.lab.asked import ask, instructions
+from truetune.lab.asked import ask, ending_loss, instructions
 from truetune.lab.bench import Arm, Row, Tuned
 from truetune.lab.chats import encoded, messages_of
 from truetune.lab.experiment import Column, Expectation, Experiment
@@ -52,7 +52,8 @@ def measure(tuned: Tuned) -> dict[str, Column]:
     plain = ask(tuned, sampling=Sampling(_ROOM)).columns()
     damped = ask(tuned, sampling=Sampling(_ROOM, repetition_penalty=1.3)).columns()
     names = ("repeats", "ended", "right")
-    return {**plain, **{f"{name}, penalty": damped[name] for name in names}}
+    penalised = {f"{name}, penalty": damped[name] for name in names}
+    return {**plain, **penalised, "training loss": ending_loss(tuned)}
 
 
 EXPERIMENT = Experiment(
@@ -92,5 +93,5 @@ EXPERIMENT = Experiment(
             "and still does not end", "ended, penalty", "one turn, end masked", below=0.1
         ),
     ),
-    shown=("role leak", "repeats", "repeats, penalty", "ended", "ended, penalty", "right"),
+    shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
 )  # fmt: skip
