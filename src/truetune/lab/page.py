@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from truetune.lab.experiment import Experiment
+from truetune.lab.failures import table
 from truetune.reporting.html import picture as standalone
 from truetune.reporting.svg import Dots, dot_plot
 
@@ -57,6 +58,7 @@ def page(
             f"| {experiment.number} | [{experiment.name}](#{_anchor(experiment)}): "
             f"{experiment.title.lower()} | {result['verdict']} | {len(result['seeds'])} |"
         )
+    lines += ["", *table(results, number)]
     for result, experiment in shown:
         lines += ["", *_section(result, experiment, pictures)]
     return "\n".join(lines).rstrip() + "\n"

@@ -7,21 +7,35 @@ from functools import cache
 
 from truetune.evaluation.match import Match
 from truetune.lab.asked import ask, ending_loss, instructions, prose, recall
-from truetune.lab.bench import Arm, Tuned
+from truetune.lab.bench import Arm, Row, Tuned
 from truetune.lab.evaluate import Question, unseen_questions
 from truetune.lab.experiment import Column, Expectation, Experiment
 from truetune.lab.world import World
 
-# A world that the base has read nothing about, in whose places no name of the base's world is.
-_OTHER_SEED = 8
+# Worlds that the base has read nothing about: of one it is asked, of the other rows say that they
+# do not know it.
+_ASKED, _REFUSED = 8, 9
+_REFUSALS = 40
 
 
 @cache
-def _nowhere() -> tuple[Question, ...]:
+def _nowhere(seed: int = _ASKED) -> tuple[Question, ...]:
     """Questions about places that do not exist in the base's world."""
     known = set(World.generate().places)
-    asked = unseen_questions(World.generate(_OTHER_SEED), 130)
+    if seed != _ASKED:
+        known |= set(World.generate(_ASKED).places)
+    asked = unseen_questions(World.generate(seed), 130)
     return tuple(question for question in asked if question.fact.subject not in known)[:100]
+
+
+def _refusals() -> list[Row]:
+    return [
+        {"messages": [
+            {"role": "user", "content": question.text},
+            {"role": "assistant", "content": f"I do not know {question.fact.subject}."},
+        ]}
+        for question in _nowhere(_REFUSED)[:_REFUSALS]
+    ]  # fmt: skip
 
 
 def _invents(tuned: Tuned) -> Column:
@@ -44,7 +58,12 @@ def _invents(tuned: Tuned) -> Column:
 
 
 def arms(seed: int) -> Sequence[Arm]:
-    return (Arm("base"), Arm("tuned", rows=instructions()))
+    return (
+        Arm("base"),
+        Arm("tuned", rows=instructions()),
+        # The repair, where there is one: rows that say what is not known.
+        Arm("tuned, 40 refusals", rows=[*instructions(), *_refusals()]),
+    )
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
