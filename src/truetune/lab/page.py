@@ -135,8 +135,8 @@ def _plain(text: str) -> str:
 def number(value: float, unit: str) -> str:
     """A value of a table."""
     if unit == "share":
-        return f"{100 * value:.0f} %"
-    return f"{value:.3g}" if unit == "tokens" else f"{value:.3f}"
+        return f"{round(100 * value) or 0} %"
+    return f"{value:.3f}" if unit == "nats per token" else f"{value:.3g}"
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:
