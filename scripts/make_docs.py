@@ -1,5 +1,5 @@
 """Pages made from the code: docs/settings.md from the recipe, docs/findings.md from the sources,
-docs/lab.md and its pictures from the results beside them.
+docs/lab.md and its pictures from the results beside them, notebooks from their sources.
 
 `--check` compares instead of writing; the checks run it, so the pages cannot drift.
 """
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from findings_page import findings_page
+from notebooks import pages as notebooks
 
 from truetune.lab.catalogue import every
 from truetune.lab.page import files
@@ -48,7 +49,7 @@ def lab_pages() -> dict[str, str]:
 def pages() -> dict[str, str]:
     """Every page by its path."""
     made = {"docs/settings.md": settings_page(), "docs/findings.md": findings_page()}
-    return made | {f"docs/{name}": text for name, text in lab_pages().items()}
+    return made | notebooks() | {f"docs/{name}": text for name, text in lab_pages().items()}
 
 
 def main() -> int:

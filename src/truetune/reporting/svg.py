@@ -275,24 +275,27 @@ class Dots:
     share: bool = False
 
 
-_NAMES, _PANEL, _ROW, _GAP = 150, 190, 24, 26
+_LETTER, _PANEL, _ROW, _GAP = 6.3, 180, 24, 44
 
 
 def dot_plot(title: str, names: Sequence[str], panels: Sequence[Dots]) -> str:
     """Measures of several things side by side: a dot with its interval, and a ring for each value
     that it is the mean of."""
-    wide = _NAMES + len(panels) * (_PANEL + _GAP)
+    side = 16 + _LETTER * max(map(len, names), default=0)
+    wide = round(side + len(panels) * (_PANEL + _GAP))
     bottom = _TOP + 18 + _ROW * len(names)
     parts = []
     for row, name in enumerate(names):
         y = _TOP + 18 + _ROW * (row + 0.5)
-        parts.append(f'<text x="{_NAMES - 8}" y="{y + 4}" text-anchor="end">{escaped(name)}</text>')
+        parts.append(
+            f'<text x="{side - 8:.0f}" y="{y + 4}" text-anchor="end">{escaped(name)}</text>'
+        )
     told = []
     for number, panel in enumerate(panels):
         known = [value for value in panel.values if value is not None]
         if not known:
             continue
-        left = _NAMES + number * (_PANEL + _GAP) + _GAP / 2
+        left = side + number * (_PANEL + _GAP) + _GAP / 2
         axis = _Axis.of([v for value in known for v in value[:3]], share=panel.share, log=False)
         parts.append(
             f'<text x="{left + _PANEL / 2}" y="14" text-anchor="middle" '
