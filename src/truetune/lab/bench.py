@@ -46,6 +46,7 @@ class Arm:
         batches: changes a padded batch of examples before the loop sees it.
         recipe: settings beside `RECIPE`.
         start: an arm whose result is trained further.
+        build: writes another model to start from into a folder that it is given.
         served: Jinja of the template that it is asked through, where that is not the one it was
             trained with; answers still end on the token they were trained to end on.
         stop: tokens that end an answer beside those.
@@ -58,6 +59,7 @@ class Arm:
     batches: Callable[[Any], Any] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     start: Arm | None = None
+    build: Callable[[Path], None] | None = None
     served: str | None = None
     stop: Sequence[str] = ()
     edit: Callable[[Path], None] | None = None
@@ -121,11 +123,24 @@ class Bench:
         settings.setdefault("save_steps", settings["max_steps"])
         if arm.start is not None:
             settings["model"] = str(self._trained(arm.start, seed)[0])
+        if arm.build is not None:
+            settings["model"] = str(self._built(arm.build))
         if arm.rows is not None:
             return self._run(arm.rows, settings, arm.name)
         assert arm.examples is not None
         contract = PromptContract.load(settings["model"], settings["chat_template"])
         return self._loop(arm, list(arm.examples(contract)), contract, settings)
+
+    def _built(self, build: Callable[[Path], None]) -> Path:
+        """The folder of a model that an experiment makes."""
+        folder = self.folder / build.__name__
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            build(partial)
+            partial.rename(folder)
+        return folder
 
     def _edited(self, folder: Path, edit: Callable[[Path], None]) -> Path:
         """A copy of the run that holds a saved model, its files changed."""
