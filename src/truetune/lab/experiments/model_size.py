@@ -105,6 +105,6 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("in form", "right", "recall in prose", "prose"),
-    remark="The smaller base is the shipped one without every other layer, trained further on 1,200 "
-    "fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less.",
+    remark="The smaller base is the shipped one without every other layer, trained further on "
+    "1,200 fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less.",
 )  # fmt: skip
