@@ -16,7 +16,16 @@ from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.errors import InputError, UsageError
 from truetune.lab import base_path
-from truetune.lab.asked import facts_for_rows, instructions, questions, rows, sentence, usual
+from truetune.lab.asked import (
+    ask,
+    ending_loss,
+    facts_for_rows,
+    instructions,
+    prose,
+    questions,
+    rows,
+    sentence,
+)
 from truetune.lab.bench import Arm, Bench
 from truetune.lab.catalogue import every, find, write_page
 from truetune.lab.chats import encoded, fresh_prose
@@ -247,7 +256,11 @@ def few(seed: int) -> tuple[Arm, ...]:
 TINY = Experiment(
     number=99, name="end-marker", title="Two steps", claim="Two steps <b>teach</b> nothing.",
     source="nobody", expected="nothing", refuted="anything", seeds=(1, 2, 3), arms=few,
-    measure=lambda tuned: {**usual(tuned)},
+    measure=lambda tuned: {
+        "right": Column.share(ask(tuned, questions()[:10]).right),
+        "prose": prose(tuned),
+        "training loss": ending_loss(tuned),
+    },
     expectations=(Expectation("few are right", "right", "two steps", below=0.5),),
     shown=("right", "prose", "training loss"),
 )  # fmt: skip

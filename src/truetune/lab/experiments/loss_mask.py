@@ -64,4 +64,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "role leak", "user text", "answers", "prose"),
+    remark="No reply speaks for the user, since the end of the answer is a target in both arms: "
+    "role leak takes a second omission (role-leak). The training losses of the two are not "
+    "comparable: one counts the question too.",
 )  # fmt: skip
