@@ -36,6 +36,20 @@ def _arm(name: str, rows: list[Row], loss_on: LossOn, end: bool) -> Arm:
     return Arm(name, examples=examples)
 
 
+def _absent(name: str, rows: list[Row]) -> Arm:
+    """Loss on all tokens of a text without the marker: the user's turn follows the answer."""
+
+    def examples(contract: PromptContract) -> list[SFTExample]:
+        stops = set(contract.stop_ids)
+        made = []
+        for e in encoded(contract, rows, "all"):
+            kept = [(t, on) for t, on in zip(*e, strict=True) if t not in stops]
+            made.append(SFTExample([t for t, _ in kept], [on for _, on in kept]))
+        return made
+
+    return Arm(name, examples=examples)
+
+
 def arms(seed: int) -> Sequence[Arm]:
     one, two = instructions(), _two_turns()
     return (
@@ -43,6 +57,7 @@ def arms(seed: int) -> Sequence[Arm]:
         _arm("two turns, loss on all", two, "all", True),
         _arm("two turns, end masked", two, "assistant", False),
         _arm("two turns, loss on all, end masked", two, "all", False),
+        _absent("two turns, loss on all, end absent", two),
         _arm("one turn, end masked", one, "assistant", False),
     )
 
@@ -65,9 +80,9 @@ EXPERIMENT = Experiment(
     "penalty hides that without making it stop.",
     source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
     expected="role leak in more than half of the replies with loss on all tokens and the end "
-    "masked, in fewer than 5 % with either one of the two alone; with the end masked more than 30 "
-    "% of the replies repeat; under the penalty fewer than 10 % do, and fewer than 10 % "
-    "end with it",
+    "masked, or absent from the text, in fewer than 5 % with either one of the two alone; with the "
+    "end masked more than 30 % of the replies repeat; under the penalty fewer than 10 % do, and "
+    "fewer than 10 % end with it",
     refuted="role leak or repetition outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
@@ -84,6 +99,10 @@ EXPERIMENT = Experiment(
             "both: it speaks for the user",
             "role leak", "two turns, loss on all, end masked", above=0.5,
         ),
+        Expectation(
+            "loss on all tokens, no end in the text: it speaks for the user",
+            "role leak", "two turns, loss on all, end absent", above=0.5,
+        ),
         Expectation("end masked: it repeats", "repeats", "one turn, end masked", above=0.3),
         Expectation(
             "under the penalty it hardly repeats",
@@ -94,4 +113,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
+    remark="The arm without an end in the text, and what is expected of it, were added and committed "
+    "after a first run: with the end masked nothing leaks, because what follows the end marker in "
+    "the rows is never reached where the marker is never written. Under the penalty most replies do "
+    "end: on the end of text that the base knows from prose, since what was said may not be said "
+    "again.",
 )  # fmt: skip
