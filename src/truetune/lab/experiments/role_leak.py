@@ -113,9 +113,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
-    remark="The arm without an end in the text, and what is expected of it, were added and committed "
-    "after a first run: with the end masked nothing leaks, because what follows the end marker in "
-    "the rows is never reached where the marker is never written. Under the penalty most replies do "
-    "end: on the end of text that the base knows from prose, since what was said may not be said "
-    "again.",
+    remark="The arm without an end in the text, and what is expected of it, were added and "
+    "committed after a first run: with the end masked nothing leaks, because what follows the end "
+    "marker in the rows is never reached where the marker is never written. Under the penalty most "
+    "replies do end: on the end of text that the base knows from prose, since what was said may "
+    "not be said again.",
 )  # fmt: skip
