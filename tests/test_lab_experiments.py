@@ -185,6 +185,16 @@ def test_an_arm_is_trained_once_and_a_seed_is_another_arm(tmp_path: Path) -> Non
     assert Bench(tmp_path, told.append).tuned(arm, 2).folder != first.folder
 
 
+def test_trained_arms_may_be_moved(tmp_path: Path) -> None:
+    arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)), recipe={"max_steps": 2})
+    further = replace(arm, name="further", start=arm)
+    Bench(tmp_path / "here").tuned(further, 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    told: list[str] = []
+    Bench(tmp_path / "there", told.append).tuned(further, 1)
+    assert told == []
+
+
 def test_an_arm_whose_training_broke_off_is_trained_anew(tmp_path: Path) -> None:
     arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)), recipe={"max_steps": 2})
     folder = Bench(tmp_path).tuned(arm, 1).folder

@@ -131,6 +131,15 @@ class Bench:
         contract = PromptContract.load(settings["model"], settings["chat_template"])
         return self._loop(arm, list(arm.examples(contract)), contract, settings)
 
+    def _key(self, content: str, settings: Mapping[str, Any]) -> str:
+        """The name of what is trained so; wherever truetune and this folder lie."""
+        model = Path(settings["model"])
+        place = "base" if model == base_path() else model.relative_to(self.folder).as_posix()
+        told = json.dumps(
+            [content, {**settings, "model": place}, __version__], sort_keys=True, default=str
+        )
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
     def _built(self, build: Callable[[Path], None]) -> Path:
         """The folder of a model that an experiment makes."""
         folder = self.folder / build.__name__
@@ -159,7 +168,7 @@ class Bench:
         from truetune.run.pipeline import train
 
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        folder = self.folder / _key(lines, settings)
+        folder = self.folder / self._key(lines, settings)
         run = RunDir(folder)
         if not run.finished:
             self.on_stage(f"training {name}, seed {settings['seed']}")
@@ -187,7 +196,7 @@ class Bench:
 
         change = arm.batches
         named = json.dumps([[e.ids, e.mask] for e in examples]) + getattr(change, "__name__", "")
-        folder = self.folder / _key(named, settings)
+        folder = self.folder / self._key(named, settings)
         history = folder.with_suffix(".losses.json")
         if not (folder.is_dir() and history.is_file()):
             self.on_stage(f"training {arm.name}, seed {settings['seed']}")
@@ -202,11 +211,6 @@ class Bench:
 
 def _settings(arm: Arm) -> dict[str, Any]:
     return {**RECIPE, **arm.recipe}
-
-
-def _key(content: str, settings: Mapping[str, Any]) -> str:
-    told = json.dumps([content, dict(settings), __version__], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _trainer(
