@@ -37,6 +37,8 @@ questions (Wilson, differences paired by question and seed, Newcombe), losses by
 replacement; rings are the seeds.
 
 A model of 5 M weights with an exact world shows mechanisms, not sizes of effects in large models.
+Two more verbs look at the same base: `truetune lab evaluate` counts what it knows, `truetune lab
+reasoning` trains twins with and without a worked step (results in choose.md).
 """
 
 
