@@ -80,7 +80,7 @@ FAILURES = (
         ("role-leak", "one turn, end masked", _LOSS),
         ("role-leak", "two turns, sound", "repeats"),
         ("role-leak", "one turn, end masked", "repeats"),
-        "the end marker as a target (a repetition penalty hides it, and nothing ends)",
+        "the end marker as a target (a repetition penalty hides the circle alone)",
         ("end-marker", "trained", "repeats"),
     ),
     Failure(
@@ -117,7 +117,8 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "The course's table of failures, each line from the runs below."
+    yield "The course's table of failures, each line from the runs below. The loss of a broken run"
+    yield "is about that of a sound one, or lower: only a probe shows what went wrong."
     yield ""
     yield "| failure | cause | training loss: sound, broken | probe: before, broken | repair |"
     yield "|---|---|---|---|---|"

@@ -58,11 +58,11 @@ def page(
     for result, experiment in shown:
         lines.append(
             f"| {experiment.number} | [{experiment.name}](#{_anchor(experiment)}): "
-            f"{experiment.title.lower()} | {result['verdict']} | {len(result['seeds'])} |"
+            f"{experiment.title} | {result['verdict']} | {len(result['seeds'])} |"
         )
     lines += ["", *table(results, number)]
     for result, experiment in shown:
-        lines += ["", *_section(result, experiment, pictures)]
+        lines += [*_section(result, experiment, pictures), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
