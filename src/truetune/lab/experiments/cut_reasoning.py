@@ -120,8 +120,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
-    remark="A row that is cut has no wrong target: it lacks the end, and teaches nothing of it. The "
-    "30 whole rows of 600 that are left at 95 % show how thinking ends, and that is enough here, "
-    "where all traces are short and alike. The last two arms, and what is expected of them, were "
-    "added and committed after a first run had shown this: they ask what it takes to break it.",
+    remark="A row that is cut has no wrong target: it lacks the end, and teaches nothing of it. "
+    "The 30 whole rows of 600 that are left at 95 % show how thinking ends, and that is enough "
+    "here, where all traces are short and alike. The last two arms, and what is expected of them, "
+    "were added and committed after a first run had shown this: they ask what it takes to break "
+    "it.",
 )  # fmt: skip
