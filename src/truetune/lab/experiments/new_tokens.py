@@ -60,7 +60,8 @@ EXPERIMENT = Experiment(
     source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
     "never emit <|im_end|> after LoRA on a base",
     expected="with the rows frozen, or frozen and alike, fewer than 10 % of the answers "
-    "end, with the rows trained more than 90 %, and with a template of plain text, closed by the model's own end, more than 90 %",
+    "end, with the rows trained more than 90 %, and with a template of plain text, closed by "
+    "the model's own end, more than 90 %",
     refuted="half of the answers end with frozen rows, or a tenth do not with trained ones",
     seeds=(1, 2, 3),
     arms=arms,
@@ -76,7 +77,7 @@ EXPERIMENT = Experiment(
     shown=("ended", "right", "repeats", "training loss"),
     remark="The rows of the markers in this base were drawn at random and are apart from each "
     "other: frozen as they are, they can be told apart, and LoRA learns to. In published models "
-    "the rows of reserved tokens are nearly alike; that arm, and what is expected of it, was added and "
-    "committed after a first run without it. An untied head that was forgotten is not tried: this "
-    "base ties head and embedding.",
+    "the rows of reserved tokens are nearly alike; that arm, and what is expected of it, was added "
+    "and committed after a first run without it. An untied head that was forgotten is not tried: "
+    "this base ties head and embedding.",
 )  # fmt: skip
