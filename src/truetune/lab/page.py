@@ -27,6 +27,8 @@ committed before the first run, and a verdict comes from the bounds alone:
 * **not reproduced**: every one is refuted;
 * **not decided**: none is refuted, and some interval crosses its bound.
 
+A verdict of one seed (`--quick`) is a first look; each section says how many seeds it has.
+
 Unless a section says otherwise, an arm is the embedded base (5 M weights), all of them trained for
 150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in ChatML-lite;
 it is asked a hundred questions about places of which no row tells, greedily. *Right*: the reply
