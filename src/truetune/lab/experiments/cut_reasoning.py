@@ -22,9 +22,13 @@ _SHARES = (0.0, 0.25, 0.5, 0.788, 0.95)
 _RECIPE = {"chat_template": TEMPLATE, "learning_rate": 3e-4, "max_steps": 200}
 
 
-def _arm(name: str, number: int, share: float, seed: int) -> Arm:
+def _arm(name: str, number: int, share: float, seed: int, *, ended: bool = False) -> Arm:
     """Rows of which a share ends inside the thinking: the end of it, the answer and the stop token
-    are gone."""
+    are gone.
+
+    Args:
+        ended: a stop token is put behind the cut, as trainers do that append one to every row.
+    """
 
     def examples(contract: PromptContract) -> list[SFTExample]:
         chosen = problems(
@@ -46,7 +50,8 @@ def _arm(name: str, number: int, share: float, seed: int) -> Arm:
             ids, mask = made[at]
             first, last = mask.index(1) + 1, ids.index(close)
             end = rng.randint(first + 1, last)
-            made[at] = SFTExample(ids[:end], mask[:end])
+            stop = [ids[-1]] if ended else []
+            made[at] = SFTExample([*ids[:end], *stop], [*mask[:end], *([1] * len(stop))])
         return made
 
     return Arm(name, examples=examples, recipe=_RECIPE)
@@ -54,7 +59,12 @@ def _arm(name: str, number: int, share: float, seed: int) -> Arm:
 
 def arms(seed: int) -> Sequence[Arm]:
     swept = [_arm(f"{share:.1%} cut".replace(".0", ""), _ROWS, share, seed) for share in _SHARES]
-    return [*swept, _arm("60 rows, none cut", _CLEAN, 0.0, seed)]
+    return [
+        *swept,
+        _arm("60 rows, none cut", _CLEAN, 0.0, seed),
+        _arm("all cut", _ROWS, 1.0, seed),
+        _arm("78.8% cut, end appended", _ROWS, 0.788, seed, ended=True),
+    ]
 
 
 @cache
@@ -89,7 +99,8 @@ EXPERIMENT = Experiment(
     "exercise on reasoning traces; Unsloth stops at 30 %",
     expected="with no row cut more than 90 % of the replies close their thinking; with 78.8 % "
     "fewer than 50 %, with 95 % fewer than 10 %; 60 whole rows close more than 20 points more than "
-    "600 of which 78.8 % are cut",
+    "600 of which 78.8 % are cut; with all rows cut fewer than 10 % close, and with an end token "
+    "appended to 78.8 % cut ones fewer than 50 %",
     refuted="more than 50 % closed at 78.8 %, or more than 10 % at 95 %",
     seeds=(1, 2, 3),
     arms=arms,
@@ -102,10 +113,16 @@ EXPERIMENT = Experiment(
             "60 whole rows beat 600 cut ones",
             "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
         ),
+        Expectation("all cut: hardly any closes", "closes thinking", "all cut", below=0.1),
+        Expectation(
+            "78.8 % cut, an end appended: half do not",
+            "closes thinking", "78.8% cut, end appended", below=0.5,
+        ),
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
     remark="A row that is cut has no wrong target: it lacks the end, and teaches nothing of it. "
     "The 30 whole rows of 600 that are left at 95 % show how thinking ends, and that is enough "
-    "here, where all traces are short and alike. What would break it is not tried: a limit that "
-    "cuts every trace of a kind, or an end token that is put behind the cut.",
+    "here, where all traces are short and alike. The last two arms, and what is expected of them, "
+    "were added and committed after a first run had shown this: they ask what it takes to break "
+    "it.",
 )  # fmt: skip
