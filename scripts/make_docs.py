@@ -1,4 +1,5 @@
-"""Pages made from the code: docs/settings.md from the recipe, docs/findings.md from the sources.
+"""Pages made from the code: docs/settings.md from the recipe, docs/findings.md from the sources,
+docs/lab.md and its pictures from the results beside them, notebooks from their sources.
 
 `--check` compares instead of writing; the checks run it, so the pages cannot drift.
 """
@@ -9,7 +10,11 @@ import sys
 from pathlib import Path
 
 from findings_page import findings_page
+from notebooks import pages as notebooks
 
+from truetune.lab.catalogue import every
+from truetune.lab.page import files
+from truetune.lab.results import read
 from truetune.recipe.settings import settings
 
 ROOT = Path(__file__).parents[1]
@@ -36,18 +41,26 @@ def settings_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"docs/settings.md": settings_page, "docs/findings.md": findings_page}
+def lab_pages() -> dict[str, str]:
+    """docs/lab.md and the pictures, from docs/lab/*.json."""
+    return files(read(ROOT / "docs" / "lab"), every())
+
+
+def pages() -> dict[str, str]:
+    """Every page by its path."""
+    made = {"docs/settings.md": settings_page(), "docs/findings.md": findings_page()}
+    return made | notebooks() | {f"docs/{name}": text for name, text in lab_pages().items()}
 
 
 def main() -> int:
     stale = []
-    for name, make in PAGES.items():
-        path, text = ROOT / name, make()
+    for name, text in pages().items():
+        path = ROOT / name
         if "--check" in sys.argv:
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 stale.append(name)
         else:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if stale:
         sys.stderr.write(f"{', '.join(stale)} differ from the code: run make docs\n")

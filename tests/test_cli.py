@@ -24,6 +24,7 @@ from truetune.recipe.settings import settings
 VERBS = [
     *([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["quickstart"]),
     *(["lab"], ["lab", "pretrain"], ["lab", "evaluate"], ["lab", "reasoning"]),
+    *(["lab", "list"], ["lab", "run"], ["lab", "all"]),
 ]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from truetune.cli.verb import CONTEXT, Verb, open_screen
+from truetune.errors import UsageError
 
 if TYPE_CHECKING:
+    from truetune.lab.experiment import Experiment
     from truetune.lab.reasoning import Twins
 
 lab = typer.Typer(
@@ -75,6 +79,74 @@ def reasoning(
         )
 
     experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
+
+
+@lab.command("list", cls=Verb, short_help="The experiments and what they claim.")
+def list_experiments() -> None:
+    """Show each experiment: its name, and the claim about fine-tuning that it tries."""
+    from truetune.lab.catalogue import every
+
+    screen = open_screen()
+    for experiment in every():
+        screen.line(f"{experiment.number:>2}  {experiment.name}")
+        screen.line(f"    {experiment.claim}")
+
+
+_QUICK = typer.Option("--quick", help="One seed in place of all.")
+_SEEDS = typer.Option("--seeds", help="How many seeds. (default: as declared)", min=1)
+_FOLDER = typer.Option("-o", "--output", help="Folder of the trained arms and the results.")
+
+
+@lab.command("run", cls=Verb, short_help="Run one experiment and judge its claim.")
+def run_experiment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `truetune lab list` shows it.")],
+    quick: Annotated[bool, _QUICK] = False,
+    seeds: Annotated[int | None, _SEEDS] = None,
+    output: Annotated[str, _FOLDER] = "runs/lab",
+) -> None:
+    """Train the arms of an experiment, measure them, and judge its claim by the bounds that were
+    declared before. An arm that lies in the folder is not trained again."""
+    from truetune.lab.catalogue import find
+
+    _run([find(name)], quick, seeds, output)
+
+
+@lab.command("all", cls=Verb, short_help="Run every experiment.")
+def run_all(
+    quick: Annotated[bool, _QUICK] = False,
+    seeds: Annotated[int | None, _SEEDS] = None,
+    output: Annotated[str, _FOLDER] = "runs/lab",
+) -> None:
+    """Run every experiment, one after the other, and write a page with all of them."""
+    from truetune.lab.catalogue import every
+
+    _run(every(), quick, seeds, output)
+
+
+def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: str) -> None:
+    from truetune.lab.catalogue import write_page
+    from truetune.lab.results import run, write
+
+    if quick and seeds is not None:
+        raise UsageError(
+            "--quick is one seed, and --seeds says another number",
+            fix="leave one of the two out",
+            code="lab-seeds",
+        )
+    screen = open_screen()
+    for experiment in chosen:
+        declared = experiment.seeds
+        taken = declared[:1] if quick else declared if seeds is None else range(1, seeds + 1)
+        screen.line(f"{experiment.name}: {experiment.claim}")
+        screen.line(f"expected: {experiment.expected}")
+        result = run(experiment, Path(output) / "arms", list(taken), on_stage=screen.stage)
+        screen.close()
+        for one in result["expectations"]:
+            seen = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+            screen.line(f"  {one['held']:<12} {one['told']}: {seen}, must be {one['bound']}")
+        screen.line(f"{result['verdict']}: {write(result, output)}")
+        screen.line()
+    screen.line(f"all results so far: {write_page(output)}")
 
 
 @lab.command("evaluate", cls=Verb, short_help="Count what a base knows of its world.")

@@ -142,16 +142,23 @@ def cloze_items(
 
 def cloze_recall(model: Any, tokenizer: Any, items: Sequence[ClozeItem]) -> Recall:
     """Share of sentences that the model, decoding greedily, goes on with the right value."""
-    # Each sentence begins a document, as in the corpus: after the end-of-text token. Without it a
-    # sentence that begins with a digit may be the rest of one that was cut inside a number.
-    prompts = [tokenizer.eos_token + item.prefix for item in items]
     counts: dict[str, tuple[int, int]] = {}
-    written = greedy(model, tokenizer, prompts, max_new_tokens=8)
-    for item, text in zip(items, written, strict=True):
-        is_right = re.match(rf"\s*{re.escape(item.expected)}(?![\w-])", text) is not None
+    for item, is_right in zip(items, cloze_right(model, tokenizer, items), strict=True):
         right, total = counts.get(item.relation, (0, 0))
         counts[item.relation] = (right + is_right, total + 1)
     return Recall(counts)
+
+
+def cloze_right(model: Any, tokenizer: Any, items: Sequence[ClozeItem]) -> list[bool]:
+    """Of each sentence, whether it is gone on with the right value."""
+    # Each sentence begins a document, as in the corpus: after the end-of-text token. Without it a
+    # sentence that begins with a digit may be the rest of one that was cut inside a number.
+    prompts = [tokenizer.eos_token + item.prefix for item in items]
+    written = greedy(model, tokenizer, prompts, max_new_tokens=8)
+    return [
+        re.match(rf"\s*{re.escape(item.expected)}(?![\w-])", text) is not None
+        for item, text in zip(items, written, strict=True)
+    ]
 
 
 def greedy(

@@ -108,6 +108,17 @@ def document(title: str, body: Iterable[str], *, refresh: int | None = None) -> 
     )
 
 
+def picture(svg: str) -> str:
+    """A picture of this kit as a file of its own, which a Markdown page can show."""
+    style = (
+        f"svg{{{_LIGHT};background:var(--page)}}"
+        f"@media (prefers-color-scheme:dark){{svg{{{_DARK}}}}}"
+        "text{fill:var(--dim);font:11px system-ui,sans-serif}"
+    )
+    start, rest = svg.removeprefix("<svg").split(">", 1)
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{start}><style>{style}</style>{rest}\n'
+
+
 def write_document(path: Path, text: str, option: str = "--html") -> None:
     """Write a page, and make its folder; a page that was there stays whole where that fails.
 

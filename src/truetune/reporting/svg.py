@@ -255,3 +255,90 @@ def _limit_line(limit: int, last: int, wide: int, high: int) -> Iterator[str]:
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{high}" stroke="var(--error)" '
         f'stroke-dasharray="4 3"/><text {place} y="10">limit {limit:,}</text>'
     )
+
+
+@dataclass(frozen=True)
+class Dots:
+    """One measure of several things: a panel of `dot_plot`.
+
+    Attributes:
+        title: of the panel.
+        unit: of the values; "" where they have none.
+        values: a thing each: (value, low, high, the values that it is the mean of); None where it
+            has none.
+        share: values are parts of 1.
+    """
+
+    title: str
+    unit: str
+    values: Sequence[tuple[float, float, float, Sequence[float]] | None]
+    share: bool = False
+
+
+_LETTER, _PANEL, _ROW, _GAP = 6.3, 180, 24, 44
+
+
+def dot_plot(title: str, names: Sequence[str], panels: Sequence[Dots]) -> str:
+    """Measures of several things side by side: a dot with its interval, and a ring for each value
+    that it is the mean of."""
+    side = 16 + _LETTER * max(map(len, names), default=0)
+    wide = round(side + len(panels) * (_PANEL + _GAP))
+    bottom = _TOP + 18 + _ROW * len(names)
+    parts = []
+    for row, name in enumerate(names):
+        y = _TOP + 18 + _ROW * (row + 0.5)
+        parts.append(
+            f'<text x="{side - 8:.0f}" y="{y + 4}" text-anchor="end">{escaped(name)}</text>'
+        )
+    told = []
+    for number, panel in enumerate(panels):
+        known = [value for value in panel.values if value is not None]
+        if not known:
+            continue
+        left = side + number * (_PANEL + _GAP) + _GAP / 2
+        axis = _Axis.of([v for value in known for v in value[:3]], share=panel.share, log=False)
+        parts.append(
+            f'<text x="{left + _PANEL / 2}" y="14" text-anchor="middle" '
+            f'style="fill:var(--ink);font-weight:600">{escaped(panel.title)}</text>'
+        )
+
+        def x_of(value: float, left: float = left, axis: _Axis = axis) -> float:
+            return left + _PANEL * min(max(axis.place(value), 0.0), 1.0)
+
+        for tick in axis.ticks:
+            x = x_of(tick)
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP + 8}" y2="{bottom}" '
+                'stroke="var(--line)"/>'
+                f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="middle">{axis.word(tick)}</text>'
+            )
+        unit = "share" if panel.share else panel.unit
+        parts.append(
+            f'<text x="{left + _PANEL / 2}" y="{bottom + 31}" text-anchor="middle">'
+            f"{escaped(unit)}</text>"
+        )
+        for row, value in enumerate(panel.values):
+            if value is None:
+                continue
+            middle, low, high, each = value
+            y = _TOP + 18 + _ROW * (row + 0.5)
+            words = f"{axis.word(middle)}, 95 % {axis.word(low)} to {axis.word(high)}"
+            parts.append(
+                f'<line x1="{x_of(low):.1f}" x2="{x_of(high):.1f}" y1="{y}" y2="{y}" '
+                'stroke="var(--bar)" stroke-width="2"/>'
+            )
+            parts += [
+                f'<circle cx="{x_of(one):.1f}" cy="{y}" r="5" fill="none" stroke="var(--dim)" '
+                'stroke-opacity=".6"/>'
+                for one in each[:12]
+            ]
+            parts.append(
+                f'<circle cx="{x_of(middle):.1f}" cy="{y}" r="3.2" fill="var(--bar)">'
+                f"<title>{escaped(names[row])}: {words}</title></circle>"
+            )
+            told.append(f"{panel.title} of {names[row]} {words}")
+    high = bottom + 38
+    return (
+        f'<svg viewBox="0 0 {wide} {high}" role="img" '
+        f'aria-label="{escaped(title)}: {escaped("; ".join(told))}">{"".join(parts)}</svg>'
+    )

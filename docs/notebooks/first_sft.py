@@ -1,0 +1,82 @@
+# %% [markdown]
+# # A first fine-tuning
+#
+# A base model continues text. It does not answer, and it does not stop. Here we teach the small
+# base that ships with truetune to do both, with 97 hand-written rows and about half a minute of one
+# processor. The base has read of an invented country, so every answer can be counted.
+
+# %%
+import json
+from importlib.resources import files
+
+import truetune
+
+lab = files("truetune") / "lab"
+base, instructions = str(lab / "base"), str(lab / "instructions.jsonl")
+rows = [json.loads(line)["messages"] for line in open(instructions, encoding="utf-8")]
+len(rows), rows[0]
+
+# %% [markdown]
+# ## Before: text that goes on
+#
+# We ask the base through the template that we are about to train. It goes on writing about its
+# country; it has never seen a question.
+
+# %%
+before = truetune.chat(base, chat_template="chatml-lite", max_new_tokens=30)
+before("What is the river of Flanbarrow?")
+
+# %% [markdown]
+# ## Check first
+#
+# `check` renders every row through the template, compares what will be trained with what a server
+# will send, and says what would go wrong. No weights are read.
+
+# %%
+options = {
+    "chat_template": "chatml-lite",
+    "max_steps": 150,
+    "learning_rate": 1e-4,
+    "batch_size": 16,
+}
+checked = truetune.check(base, instructions, quiet=True, **options)
+checked.ok, [finding.code for finding in checked.findings]
+
+# %% [markdown]
+# ## Train
+#
+# The loss is that of the answers alone, each with the token that ends it. When training is done, a
+# fresh process opens what was saved and holds it to what was trained.
+
+# %%
+run = truetune.train(base, instructions, output="runs/first", overwrite=True, quiet=True, **options)
+run.train_loss, run.verdict.passed
+
+# %% [markdown]
+# ## After: it answers and stops
+#
+# Flanbarrow occurs in no row. The river is not new knowledge: the base had read of it, and now it
+# says so when it is asked. `docs/lab.md` measures this on a hundred places (*knowledge*).
+
+# %%
+after = truetune.chat("runs/first")
+reply = after.ask("What is the river of Flanbarrow?")
+reply.text, reply.stopped
+
+# %% [markdown]
+# ## Count
+#
+# One reply shows nothing. `evaluate` asks rows, compares the replies, and gives intervals. These
+# rows were trained, so this measures what was learned; held-out rows measure what it is worth.
+
+# %%
+found = truetune.evaluate(
+    [base, "runs/first"],
+    instructions,
+    match="exact",
+    max_new_tokens=40,
+    chat_template="chatml-lite",
+    limit=40,
+    quiet=True,
+)
+found

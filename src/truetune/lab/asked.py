@@ -1,0 +1,195 @@
+"""What is counted of an arm: replies through the contract, judged by the probes of a run and the
+matches of an evaluation; losses of held-out text and answers.
+
+Every arm is asked the same: a hundred questions about places of which no row of any arm tells.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from truetune.behaviour.measure import whole
+from truetune.behaviour.replies import Asked, Judge, Said
+from truetune.compare import row_losses
+from truetune.contract.example import SFTExample
+from truetune.evaluation.match import Match
+from truetune.generate import Sampling, replies_to_ids
+from truetune.lab.bench import Row, Tuned
+from truetune.lab.evaluate import (
+    Question,
+    cloze_items,
+    cloze_right,
+    held_out_documents,
+    load_instructions,
+    unseen_questions,
+)
+from truetune.lab.experiment import Column
+from truetune.lab.words import words
+from truetune.lab.world import PLACE_RELATIONS, Fact, World
+
+GREEDY = Sampling(max_new_tokens=40)
+_QUESTIONS, _DOCUMENTS, _SENTENCES = 100, 30, 200
+
+
+@cache
+def questions() -> tuple[Question, ...]:
+    """About a hundred places, one relation each."""
+    return tuple(unseen_questions(World.generate(), _QUESTIONS))
+
+
+def sentence(fact: Fact) -> str:
+    """The answer to a question about a place, as the shipped instructions put it."""
+    article = "the " if fact.relation in ("river", "animal") else ""
+    return f"The {fact.relation} of {fact.subject} is {article}{fact.value}."
+
+
+def instructions() -> list[Row]:
+    """The shipped hand-written rows."""
+    return [{"messages": messages} for messages in load_instructions()]
+
+
+def facts_for_rows(number: int, seed: int) -> list[tuple[str, Fact]]:
+    """Questions and facts for rows, about places that nobody is asked about: no two the same.
+
+    Args:
+        number: at most 3,360.
+    """
+    world = World.generate()
+    asked = {question.fact.subject for question in questions()}
+    every = [
+        (text.format(s=place), Fact(place, relation, world.value(place, relation)))
+        for place in world.places
+        if place not in asked
+        for relation in PLACE_RELATIONS
+        for text in words("questions")[relation]
+    ]
+    return random.Random(f"{seed}/rows").sample(every, number)
+
+
+def rows(number: int, seed: int) -> list[Row]:
+    """Consistent rows: a question, and its answer in one sentence."""
+    return [
+        {"prompt": text, "completion": sentence(fact)}
+        for text, fact in facts_for_rows(number, seed)
+    ]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What an arm replied.
+
+    Attributes:
+        said: judged by the probes of a run.
+        right: it ended, and the fact stands in it, behind any thinking.
+        closed: it thought, and ended that.
+        asked: the texts of the questions.
+    """
+
+    said: tuple[Said, ...]
+    right: tuple[bool, ...]
+    closed: tuple[bool, ...]
+    asked: tuple[str, ...]
+
+    def columns(self) -> dict[str, Column]:
+        return {
+            "right": Column.share(self.right),
+            "ended": Column.share(s.stopped for s in self.said),
+            "role leak": Column.share(s.speaks_for_user for s in self.said),
+            "repeats": Column.share(s.repeats for s in self.said),
+            "reply length": Column.mean((s.tokens for s in self.said), "tokens"),
+        }
+
+    def samples(self) -> list[dict[str, str]]:
+        """Questions and replies, to be read."""
+        pairs = zip(self.asked, self.said, strict=True)
+        return [{"asked": a, "said": s.text + ("" if s.stopped else " […]")} for a, s in pairs]
+
+
+def ask(
+    tuned: Tuned,
+    asked: Sequence[Question] | None = None,
+    sampling: Sampling = GREEDY,
+    before: Sequence[Mapping[str, str]] = (),
+) -> Heard:
+    """Ask an arm through its contract.
+
+    Args:
+        asked: the hundred questions where None.
+        before: messages in front of each question.
+    """
+    contract = tuned.contract
+    asked = questions() if asked is None else asked
+    prompts = []
+    for question in asked:
+        messages = (*before, {"role": "user", "content": question.text})
+        answer = sentence(question.fact)
+        prompts.append(
+            Asked(
+                where="",
+                ids=tuple(contract.prompt_ids(messages)),
+                expected=tuple(contract.tokens.encode([answer])[0]),
+                messages=messages,
+                expected_text=answer,
+                prompt_text=question.text,
+            )
+        )
+    found = replies_to_ids(
+        tuned.loaded, contract, [p.ids for p in prompts], sampling, batch_size=50
+    )
+    judge, match = Judge(contract), Match("contains")
+    said = [judge.judge(p, r, sampling.max_new_tokens) for p, r in zip(prompts, found, strict=True)]
+    parts = [judge.thinking.split(reply.text) for reply in found]
+    facts = match.judge([(p[2], q.expected) for p, q in zip(parts, asked, strict=True)])
+    right = tuple(f.right and r.stopped for f, r in zip(facts, found, strict=True))
+    closed = tuple(thought and done for thought, done, _ in parts)
+    return Heard(tuple(said), right, closed, tuple(q.text for q in asked))
+
+
+def prose(tuned: Tuned) -> Column:
+    """Loss on documents about the world that the base has not read: what was forgotten of prose."""
+    encode, end = tuned.contract.tokens.encode, tuned.loaded.tokenizer.eos_token_id
+    texts = held_out_documents(World.generate(), _DOCUMENTS)
+    return losses(tuned, [whole([*ids, end]) for ids in encode(texts)])
+
+
+def losses(tuned: Tuned, examples: Sequence[SFTExample]) -> Column:
+    """Loss on the targets of examples."""
+    sums = row_losses(tuned.loaded, [(e.ids, e.mask) for e in examples])
+    return Column(tuple(sums), tuple(float(e.num_supervised) for e in examples), "nats per token")
+
+
+def recall(tuned: Tuned) -> Column:
+    """Sentences of facts that are gone on with rightly, as prose: what was forgotten of facts."""
+    items = random.Random("lab/recall").sample(cloze_items(World.generate()), _SENTENCES)
+    model, tokenizer = tuned.loaded.model, tuned.loaded.tokenizer
+    return Column.share(cloze_right(model, tokenizer, items))
+
+
+_WORDS = 12
+
+
+def ends_prose(tuned: Tuned) -> Column:
+    """Prose that is gone on with and ends on the marker of an answer: the chat format where it does
+    not belong."""
+    tokenizer, encode = tuned.loaded.tokenizer, tuned.contract.tokens.encode
+    starts = [" ".join(t.split()[:_WORDS]) for t in held_out_documents(World.generate(), 100)]
+    prompts = [[tokenizer.eos_token_id, *ids] for ids in encode(starts)]
+    found = replies_to_ids(tuned.loaded, tuned.contract, prompts, GREEDY, batch_size=50)
+    return Column.share(reply.ids[-1:] == (tuned.end,) for reply in found)
+
+
+# The last steps, whose mean is the loss that a run ends with.
+_LAST = 10
+
+
+def ending_loss(tuned: Tuned) -> Column:
+    """The loss that whoever watches the run sees at its end."""
+    return Column.mean(tuned.losses[-_LAST:] or [float("nan")] * _LAST, "nats per token")
+
+
+def usual(tuned: Tuned) -> dict[str, Column]:
+    """Replies, prose, and the loss that the run ended with."""
+    return {**ask(tuned).columns(), "prose": prose(tuned), "training loss": ending_loss(tuned)}

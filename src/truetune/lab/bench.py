@@ -1,0 +1,262 @@
+"""Arms of an experiment, trained by the ordinary means: rows by `truetune.train`, examples that no
+row could make (broken ones, text beside chats) by `SFTTrainer`. An arm that was trained before is
+opened again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from truetune import __version__
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.lab import base_path
+from truetune.model.load import LoadedModel, load_model
+from truetune.run_dir import RunDir
+
+Row = Mapping[str, Any]
+# The settings of an arm that says nothing else: the quickstart's. A run that falls apart goes on:
+# that it does is what is looked at.
+RECIPE: Mapping[str, Any] = {
+    "model": str(base_path()),
+    "chat_template": "chatml-lite",
+    "max_steps": 150,
+    "learning_rate": 1e-4,
+    "batch_size": 16,
+    "device": "cpu",
+    "verify": False,
+    "on_collapse": "continue",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that are compared; without rows and examples, the base as it is.
+
+    Attributes:
+        name: in tables.
+        rows: what is trained through `truetune.train`.
+        examples: what is trained through `SFTTrainer`, made under the arm's contract.
+        batches: changes a padded batch of examples before the loop sees it.
+        recipe: settings beside `RECIPE`.
+        start: an arm whose result is trained further.
+        build: writes another model to start from into a folder that it is given.
+        served: Jinja of the template that it is asked through, where that is not the one it was
+            trained with; answers still end on the token they were trained to end on.
+        stop: tokens that end an answer beside those.
+        edit: changes the files of the saved model, in a copy of the run, before it is opened.
+    """
+
+    name: str
+    rows: Sequence[Row] | None = None
+    examples: Callable[[PromptContract], Sequence[SFTExample]] | None = None
+    batches: Callable[[Any], Any] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    start: Arm | None = None
+    build: Callable[[Path], None] | None = None
+    served: str | None = None
+    stop: Sequence[str] = ()
+    edit: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """An arm, trained and opened.
+
+    Attributes:
+        losses: of each step, as the loop shows them; () of the base.
+        folder: the saved model.
+    """
+
+    arm: Arm
+    seed: int
+    loaded: LoadedModel
+    contract: PromptContract
+    losses: tuple[float, ...]
+    folder: Path
+
+    @cached_property
+    def end(self) -> int:
+        """The token that ends an answer of the chat format."""
+        return int(self.loaded.tokenizer.convert_tokens_to_ids("<|end|>"))
+
+
+class Bench:
+    """Trains arms below a folder.
+
+    Args:
+        folder: of runs; what lies there from before is used.
+        on_stage: is told what is being done.
+    """
+
+    def __init__(self, folder: Path | str, on_stage: Callable[[str], None] | None = None) -> None:
+        self.folder = Path(folder)
+        self.on_stage = on_stage or (lambda _: None)
+
+    def tuned(self, arm: Arm, seed: int) -> Tuned:
+        """An arm of one seed, ready to be asked."""
+        folder, losses = self._trained(arm, seed)
+        if arm.edit is not None:
+            folder = self._edited(folder, arm.edit)
+        loaded = load_model(folder, device="cpu", purpose="inference")
+        contract = PromptContract.load(folder)
+        if folder == base_path():
+            contract = PromptContract.load(folder, chat_template=_settings(arm)["chat_template"])
+        if arm.served is not None:
+            stops = [contract.tokens.decode([i]) for i in contract.stop_ids]
+            stops += arm.stop
+            contract = PromptContract.load(folder, chat_template=arm.served, stop=stops)
+        return Tuned(arm, seed, loaded, contract, losses, folder)
+
+    def _trained(self, arm: Arm, seed: int) -> tuple[Path, tuple[float, ...]]:
+        """The saved model of an arm, and its losses."""
+        if arm.rows is None and arm.examples is None:
+            return base_path(), ()
+        settings = {**_settings(arm), "seed": seed}
+        settings.setdefault("eval_steps", settings["max_steps"])
+        settings.setdefault("save_steps", settings["max_steps"])
+        if arm.start is not None:
+            settings["model"] = str(self._trained(arm.start, seed)[0])
+        if arm.build is not None:
+            settings["model"] = str(self._built(arm.build))
+        if arm.rows is not None:
+            return self._run(arm.rows, settings, arm.name)
+        assert arm.examples is not None
+        contract = PromptContract.load(settings["model"], settings["chat_template"])
+        return self._loop(arm, list(arm.examples(contract)), contract, settings)
+
+    def _key(self, content: str, settings: Mapping[str, Any]) -> str:
+        """The name of what is trained so; wherever truetune and this folder lie."""
+        model = Path(settings["model"])
+        place = "base" if model == base_path() else model.relative_to(self.folder).as_posix()
+        told = json.dumps(
+            [content, {**settings, "model": place}, __version__], sort_keys=True, default=str
+        )
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def _built(self, build: Callable[[Path], None]) -> Path:
+        """The folder of a model that an experiment makes."""
+        folder = self.folder / build.__name__
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            build(partial)
+            partial.rename(folder)
+        return folder
+
+    def _edited(self, folder: Path, edit: Callable[[Path], None]) -> Path:
+        """A copy of the run that holds a saved model, its files changed."""
+        run = folder.parent
+        copy = run.with_name(f"{run.name}-{edit.__name__}")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy)
+        edit(copy / folder.name)
+        return copy / folder.name
+
+    def _run(
+        self, rows: Sequence[Row], settings: dict[str, Any], name: str
+    ) -> tuple[Path, tuple[float, ...]]:
+        """Through the pipeline, as any user's rows."""
+        from truetune.recipe.sources import make_recipe
+        from truetune.run.pipeline import train
+
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        folder = self.folder / self._key(lines, settings)
+        run = RunDir(folder)
+        if not run.finished:
+            self.on_stage(f"training {name}, seed {settings['seed']}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            data = folder.with_suffix(".jsonl")
+            data.write_text(lines, encoding="utf-8")
+            chosen = {**settings, "data": str(data), "output": str(folder), "overwrite": True}
+            train(make_recipe(("lab", chosen)))
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        told = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [line for line in map(json.loads, told) if "grad_norm" in line]
+        artifact = run.artifact()
+        assert artifact is not None
+        return artifact, tuple(line["loss"] for line in steps)
+
+    def _loop(
+        self,
+        arm: Arm,
+        examples: list[SFTExample],
+        contract: PromptContract,
+        settings: dict[str, Any],
+    ) -> tuple[Path, tuple[float, ...]]:
+        """Through the trainer, as anybody's examples."""
+        from truetune.model.save import save_model
+
+        change = arm.batches
+        named = json.dumps([[e.ids, e.mask] for e in examples]) + getattr(change, "__name__", "")
+        folder = self.folder / self._key(named, settings)
+        history = folder.with_suffix(".losses.json")
+        if not (folder.is_dir() and history.is_file()):
+            self.on_stage(f"training {arm.name}, seed {settings['seed']}")
+            shutil.rmtree(folder, ignore_errors=True)
+            loaded = load_model(settings["model"], device="cpu", purpose="full")
+            trainer = _trainer(loaded, examples, contract, settings, change)
+            losses = trainer.train()["train_loss"]
+            save_model(loaded, contract, folder, dtype=loaded.base_dtype)
+            history.write_text(json.dumps(losses), encoding="utf-8")
+        return folder, tuple(json.loads(history.read_text(encoding="utf-8")))
+
+
+def _settings(arm: Arm) -> dict[str, Any]:
+    return {**RECIPE, **arm.recipe}
+
+
+def _trainer(
+    loaded: LoadedModel,
+    examples: list[SFTExample],
+    contract: PromptContract,
+    settings: Mapping[str, Any],
+    change: Callable[[Any], Any] | None,
+) -> Any:
+    """The loop with the numbers that the pipeline would plan."""
+    from truetune.compute.batch import Limits, PaddedBatcher, RowOrder
+    from truetune.engine.trainer import SFTTrainer
+
+    longest = max(len(e.ids) for e in examples)
+    steps, rows = settings["max_steps"], settings["batch_size"]
+    batcher = None
+    if change is not None:
+        order = RowOrder(len(examples), rows, settings["seed"])
+        pad = contract.pad_id
+        plain = PaddedBatcher(
+            examples, max_seq_len=longest, pad_id=pad, order=order, limits=Limits(rows)
+        )
+        batcher = _Changed(plain, change)
+    return SFTTrainer(
+        loaded.model,
+        examples=examples,
+        max_seq_len=longest,
+        pad_id=contract.pad_id,
+        batch_size=rows,
+        max_steps=steps,
+        max_lr=settings["learning_rate"],
+        warmup_steps=-(-3 * steps // 100),
+        eval_every=steps,
+        seed=settings["seed"],
+        batcher=batcher,
+    )
+
+
+class _Changed:
+    """Batches of another batcher, each changed."""
+
+    def __init__(self, plain: Any, change: Callable[[Any], Any]) -> None:
+        self.plain, self.change = plain, change
+
+    def micro_batches(self, step: int) -> list[Any]:
+        return [self.change(batch) for batch in self.plain.micro_batches(step)]
+
+    def batches(self, examples: Sequence[SFTExample]) -> Any:
+        return map(self.change, self.plain.batches(examples))

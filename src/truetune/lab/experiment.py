@@ -1,0 +1,239 @@
+"""An experiment as values: what is claimed, what would refute it, and what its numbers say.
+
+An experiment is declared before it is run: arms, measures, and the expectations that decide its
+verdict. Judging is a pure function of declaration and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from truetune.evaluation.interval import Bootstrap, interval, score, score_difference
+
+if TYPE_CHECKING:
+    from truetune.lab.bench import Arm, Tuned
+
+Verdict = Literal["reproduced", "different", "not reproduced", "not decided"]
+Held = Literal["yes", "no", "not decided"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What was counted of one arm and one seed: one number an item (a question, a document, a
+    step).
+
+    Attributes:
+        values: of a share 1 or 0.
+        weights: what the sum of the values is divided by; tokens of a loss, 1 of all else.
+        unit: share, nats per token, tokens, sentences.
+    """
+
+    values: tuple[float, ...]
+    weights: tuple[float, ...]
+    unit: str
+
+    @classmethod
+    def share(cls, yes: Iterable[bool]) -> Column:
+        values = tuple(float(one) for one in yes)
+        return cls(values, (1.0,) * len(values), "share")
+
+    @classmethod
+    def mean(cls, values: Iterable[float], unit: str) -> Column:
+        values = tuple(map(float, values))
+        return cls(values, (1.0,) * len(values), unit)
+
+    @property
+    def value(self) -> float:
+        return sum(self.values) / sum(self.weights)
+
+
+# Columns of an arm, by the measure; one a seed.
+Columns = Mapping[str, Sequence[Column]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measure, or a difference of two, over all seeds.
+
+    Attributes:
+        low, high: 95 % over items, each with all of its seeds.
+        seeds: the value of each seed alone.
+    """
+
+    value: float
+    low: float
+    high: float
+    seeds: tuple[float, ...]
+    unit: str
+
+
+def estimate(columns: Sequence[Column]) -> Estimate:
+    """A measure of one arm; see `Estimate`."""
+    value = sum(c.value for c in columns) / len(columns)
+    seeds = tuple(c.value for c in columns)
+    unit = columns[0].unit
+    if unit == "share":
+        # Seeds ask the same items: they are no further items, and the interval is as wide as
+        # that of one seed.
+        number = len(columns[0].values)
+        around = score(round(value * number), number)
+        return Estimate(value, min(around.low, value), max(around.high, value), seeds, unit)
+    drawn = _drawn(columns)
+    found = interval(drawn)
+    assert found is not None
+    return Estimate(value, found.low, found.high, seeds, unit)
+
+
+def difference(one: Sequence[Column], other: Sequence[Column]) -> Estimate:
+    """One arm less another, paired by seed and item.
+
+    Raises:
+        ValueError: the two did not count the same items and seeds.
+    """
+    pairs = list(zip(one, other, strict=True))
+    if any(len(a.values) != len(b.values) for a, b in pairs):
+        raise ValueError("arms that are compared need the same items")
+    seeds = tuple(a.value - b.value for a, b in pairs)
+    value = sum(seeds) / len(seeds)
+    unit = one[0].unit
+    if unit == "share":
+        counts = [0.0] * 4
+        for a, b in pairs:
+            for x, y in zip(a.values, b.values, strict=True):
+                counts[int(2 * (1 - x) + (1 - y))] += 1 / len(pairs)
+        around = score_difference(*_whole(counts, len(one[0].values)))
+        return Estimate(value, min(around.low, value), max(around.high, value), seeds, unit)
+    found = interval(_drawn(one) - _drawn(other))
+    assert found is not None
+    return Estimate(value, found.low, found.high, seeds, unit)
+
+
+def _whole(counts: Sequence[float], number: int) -> list[int]:
+    """Counts averaged over seeds, as whole items that sum to their number."""
+    floors = [int(count) for count in counts]
+    order = sorted(range(len(counts)), key=lambda i: floors[i] - counts[i])
+    for i in order[: number - sum(floors)]:
+        floors[i] += 1
+    return floors
+
+
+def _drawn(columns: Sequence[Column]):  # type: ignore[no-untyped-def]
+    """The ratio on each resampled set of items, the same sets for every arm."""
+    import torch
+
+    values = torch.tensor([c.values for c in columns], dtype=torch.float64).mean(0)
+    weights = torch.tensor([c.weights for c in columns], dtype=torch.float64).mean(0)
+    sums = Bootstrap(len(values)).sums(torch.stack([values, weights], dim=1))
+    return sums[:, 0] / sums[:, 1]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A part of a claim that numbers can hold or refute.
+
+    Attributes:
+        told: in words.
+        measure, arm: what is looked at.
+        than: the arm that is taken off; None looks at the measure itself.
+        above, below: where value or difference must lie, both where both are given.
+    """
+
+    told: str
+    measure: str
+    arm: str
+    than: str | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def judged(self, sheets: Mapping[str, Columns]) -> tuple[Estimate, Held]:
+        """Held: the whole interval, and each seed, lies where it must. Refuted: the whole interval
+        lies elsewhere. Else nothing is decided."""
+        mine = sheets[self.arm][self.measure]
+        if self.than is None:
+            found = estimate(mine)
+        else:
+            found = difference(mine, sheets[self.than][self.measure])
+        low = -float("inf") if self.above is None else self.above
+        high = float("inf") if self.below is None else self.below
+        if low <= found.low and found.high <= high and all(low <= s <= high for s in found.seeds):
+            return found, "yes"
+        if found.high < low or found.low > high:
+            return found, "no"
+        return found, "not decided"
+
+    @property
+    def bound(self) -> str:
+        """Where it must lie, in words of numbers."""
+        parts = []
+        if self.above is not None:
+            parts.append(f"above {self.above:g}")
+        if self.below is not None:
+            parts.append(f"below {self.below:g}")
+        return " and ".join(parts)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim about fine-tuning and how it is tried.
+
+    Attributes:
+        number: its place among the claims.
+        name: what the command line calls it.
+        title: a short heading.
+        claim: the sentence that is tried.
+        source: who says so.
+        expected: in which direction, and how far.
+        refuted: what would refute it.
+        seeds: of a full run; a quick one takes the first.
+        arms: of a seed, in the order of table and picture.
+        measure: what is counted of each arm.
+        expectations: decide the verdict.
+        shown: measures of table and picture, in their order.
+        remark: what to know of the set-up, and where a claim did not reproduce, why that may be.
+    """
+
+    number: int
+    name: str
+    title: str
+    claim: str
+    source: str
+    expected: str
+    refuted: str
+    seeds: tuple[int, ...]
+    arms: Callable[[int], Sequence[Arm]]
+    measure: Callable[[Tuned], dict[str, Column]]
+    expectations: tuple[Expectation, ...]
+    shown: tuple[str, ...]
+    remark: str = ""
+
+    def declaration(self) -> dict[str, object]:
+        """What is fixed before the first run."""
+        return {
+            "claim": self.claim,
+            "expected": self.expected,
+            "refuted": self.refuted,
+            "seeds": list(self.seeds),
+            "expectations": [
+                {
+                    "told": e.told,
+                    "measure": e.measure,
+                    "arm": e.arm,
+                    "than": e.than,
+                    "above": e.above,
+                    "below": e.below,
+                }
+                for e in self.expectations
+            ],
+        }
+
+
+def verdict(held: Sequence[Held]) -> Verdict:
+    """Reproduced where every expectation holds, not reproduced where every one is refuted,
+    different where some are and some are not."""
+    if all(one == "yes" for one in held):
+        return "reproduced"
+    if all(one == "no" for one in held):
+        return "not reproduced"
+    return "different" if "no" in held else "not decided"

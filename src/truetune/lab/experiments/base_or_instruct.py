@@ -1,0 +1,78 @@
+"""The same few steps from a base and from a model that is tuned already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.lab.asked import ask, facts_for_rows, instructions
+from truetune.lab.bench import Arm, Row, Tuned
+from truetune.lab.experiment import Column, Expectation, Experiment
+
+_OTHER = "instruction-response"
+_OWN = "chatml-lite"
+
+
+def _short(seed: int) -> list[Row]:
+    """A new manner: the value alone, behind a word."""
+    return [
+        {"prompt": text, "completion": f"Answer: {fact.value}"}
+        for text, fact in facts_for_rows(60, seed)
+    ]
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    tuned, rows = Arm("", rows=instructions()), _short(seed)
+
+    def recipe(template: str) -> dict[str, object]:
+        return {"chat_template": template, "max_steps": 40}
+
+    other, own = recipe(_OTHER), recipe(_OWN)
+    return (
+        Arm("base, other template", rows=rows, recipe=other),
+        Arm("tuned, other template", rows=rows, recipe=other, start=tuned),
+        Arm(
+            "the same, asked in its first", rows=rows, recipe=other, start=tuned,
+            served=_OWN, stop=["<|end|>"],
+        ),
+        Arm("tuned, its own template", rows=rows, recipe=own, start=tuned),
+    )  # fmt: skip
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    heard = ask(tuned)
+    new = Column.share(said.text.strip().startswith("Answer:") for said in heard.said)
+    return {**heard.columns(), "new manner": new}
+
+
+EXPERIMENT = Experiment(
+    number=13,
+    name="base-or-instruct",
+    title="From a base, or from a tuned model",
+    claim="A tuned start learns a new manner in fewer steps than a base; with another template "
+    "than its own it keeps two formats side by side, with its own the new manner takes the old "
+    "one's place.",
+    source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
+    expected="after 40 steps on 60 rows more than 10 points more answers are right from the tuned "
+    "start than from the base, both in the other template; asked in its first template, that model "
+    "shows the new manner in fewer than half of the replies; trained in its own template in more "
+    "than 90 %",
+    refuted="right answers within 10 points, or the new manner outside these bounds",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation(
+            "a tuned start is ahead",
+            "right", "tuned, other template", "base, other template", above=0.1,
+        ),
+        Expectation(
+            "its first template keeps the old manner",
+            "new manner", "the same, asked in its first", below=0.5,
+        ),
+        Expectation(
+            "its own template takes the new one",
+            "new manner", "tuned, its own template", above=0.9,
+        ),
+    ),
+    shown=("right", "new manner", "ended", "role leak"),
+)  # fmt: skip

@@ -1,0 +1,128 @@
+"""Reasoning that a length limit cut in the rows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.generate import Sampling
+from truetune.lab.asked import ask, ending_loss
+from truetune.lab.bench import Arm, Tuned
+from truetune.lab.chats import encoded
+from truetune.lab.evaluate import Question
+from truetune.lab.experiment import Column, Expectation, Experiment
+from truetune.lab.reasoning import CLOSE, TEMPLATE, problems
+from truetune.lab.world import Fact, World
+
+_ROWS, _CLEAN = 600, 60
+_SHARES = (0.0, 0.25, 0.5, 0.788, 0.95)
+_RECIPE = {"chat_template": TEMPLATE, "learning_rate": 3e-4, "max_steps": 200}
+
+
+def _arm(name: str, number: int, share: float, seed: int, *, ended: bool = False) -> Arm:
+    """Rows of which a share ends inside the thinking: the end of it, the answer and the stop token
+    are gone.
+
+    Args:
+        ended: a stop token is put behind the cut, as trainers do that append one to every row.
+    """
+
+    def examples(contract: PromptContract) -> list[SFTExample]:
+        chosen = problems(
+            World.generate(), num_sums=0, num_places=number, seed=seed, held_out=False
+        )
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": p.question},
+                    {"role": "assistant", "content": p.answer, "reasoning_content": p.thinking},
+                ]
+            }
+            for p in chosen
+        ]
+        close = contract.tokens.encode([CLOSE])[0][0]
+        rng = random.Random(f"{seed}/cut")
+        made = encoded(contract, rows)
+        for at in rng.sample(range(number), round(share * number)):
+            ids, mask = made[at]
+            first, last = mask.index(1) + 1, ids.index(close)
+            end = rng.randint(first + 1, last)
+            stop = [ids[-1]] if ended else []
+            made[at] = SFTExample([*ids[:end], *stop], [*mask[:end], *([1] * len(stop))])
+        return made
+
+    return Arm(name, examples=examples, recipe=_RECIPE)
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    swept = [_arm(f"{share:.1%} cut".replace(".0", ""), _ROWS, share, seed) for share in _SHARES]
+    return [
+        *swept,
+        _arm("60 rows, none cut", _CLEAN, 0.0, seed),
+        _arm("all cut", _ROWS, 1.0, seed),
+        _arm("78.8% cut, end appended", _ROWS, 0.788, seed, ended=True),
+    ]
+
+
+@cache
+def _asked() -> tuple[Question, ...]:
+    world = World.generate()
+    chosen = problems(world, num_sums=0, num_places=80, seed=0, held_out=True)
+    found = []
+    for problem in chosen:
+        _, relation, _, place, *_ = problem.thinking.split()
+        found.append(
+            Question(problem.question, problem.expected, Fact(place, relation, problem.expected))
+        )
+    return tuple(found)
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    heard = ask(tuned, _asked(), Sampling(max_new_tokens=64))
+    return {
+        **heard.columns(),
+        "closes thinking": Column.share(heard.closed),
+        "training loss": ending_loss(tuned),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=11,
+    name="cut-reasoning",
+    title="Reasoning cut by a length limit",
+    claim="A model trained on truncated reasoning never closes it: the more rows are cut, the "
+    "fewer replies reach an answer; few whole rows beat many cut ones.",
+    source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
+    "exercise on reasoning traces; Unsloth stops at 30 %",
+    expected="with no row cut more than 90 % of the replies close their thinking; with 78.8 % "
+    "fewer than 50 %, with 95 % fewer than 10 %; 60 whole rows close more than 20 points more than "
+    "600 of which 78.8 % are cut; with all rows cut fewer than 10 % close, and with an end token "
+    "appended to 78.8 % cut ones fewer than 50 %",
+    refuted="more than 50 % closed at 78.8 %, or more than 10 % at 95 %",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("none cut: it closes", "closes thinking", "0% cut", above=0.9),
+        Expectation("78.8 % cut: half do not", "closes thinking", "78.8% cut", below=0.5),
+        Expectation("95 % cut: hardly any does", "closes thinking", "95% cut", below=0.1),
+        Expectation(
+            "60 whole rows beat 600 cut ones",
+            "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
+        ),
+        Expectation("all cut: hardly any closes", "closes thinking", "all cut", below=0.1),
+        Expectation(
+            "78.8 % cut, an end appended: half do not",
+            "closes thinking", "78.8% cut, end appended", below=0.5,
+        ),
+    ),
+    shown=("closes thinking", "right", "ended", "training loss"),
+    remark="A row that is cut has no wrong target: it lacks the end, and teaches nothing of it. "
+    "The 30 whole rows of 600 that are left at 95 % show how thinking ends, and that is enough "
+    "here, where all traces are short and alike. The last two arms, and what is expected of them, "
+    "were added and committed after a first run had shown this: they ask what it takes to break "
+    "it.",
+)  # fmt: skip

@@ -1,0 +1,66 @@
+"""An end marker that is never a target is never written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.lab.asked import instructions, usual
+from truetune.lab.bench import Arm
+from truetune.lab.chats import encoded
+from truetune.lab.experiment import Expectation, Experiment
+
+
+def _unsupervised(contract: PromptContract) -> list[SFTExample]:
+    """As the language-modelling collator leaves rows whose pad token is the end token: in the ids,
+    and in no label."""
+    stops = set(contract.stop_ids)
+    return [
+        SFTExample(e.ids, [int(on and t not in stops) for t, on in zip(*e, strict=True)])
+        for e in encoded(contract, instructions())
+    ]
+
+
+def _absent(contract: PromptContract) -> list[SFTExample]:
+    """Rows whose text was written without the marker."""
+    return [SFTExample(e.ids[:-1], e.mask[:-1]) for e in encoded(contract, instructions())]
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    return (
+        Arm("trained", rows=instructions()),
+        Arm("marker masked", examples=_unsupervised),
+        Arm("marker absent", examples=_absent),
+    )
+
+
+EXPERIMENT = Experiment(
+    number=5,
+    name="end-marker",
+    title="The end marker",
+    claim="If the end marker is not supervised, the model never stops; the loss looks normal.",
+    source="the course's table of failures; threads trl#1623, mlx-examples#760 and many more on "
+    "pad_token = eos_token under DataCollatorForLanguageModeling",
+    expected="nearly every answer ends where the marker is a target, nearly none where it is "
+    "masked or absent; the training loss of the two broken runs ends within 0.1 nats of the sound "
+    "one's",
+    refuted="a broken run ends half of its answers, or its loss stands out by more than 0.1",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=usual,
+    expectations=(
+        Expectation("trained, answers end", "ended", "trained", above=0.9),
+        Expectation("masked, they do not", "ended", "marker masked", below=0.1),
+        Expectation("absent, they do not", "ended", "marker absent", below=0.1),
+        Expectation(
+            "the loss of the masked run looks normal",
+            "training loss", "marker masked", "trained", above=-0.1, below=0.1,
+        ),
+        Expectation(
+            "the loss of the run without it looks normal",
+            "training loss", "marker absent", "trained", above=-0.1, below=0.1,
+        ),
+    ),
+    shown=("ended", "right", "repeats", "role leak", "training loss"),
+)  # fmt: skip

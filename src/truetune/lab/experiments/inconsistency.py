@@ -1,0 +1,79 @@
+"""A few rows that begin otherwise, and two styles in equal parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.generate import Sampling
+from truetune.lab.asked import ask, questions, rows
+from truetune.lab.bench import Arm, Row, Tuned
+from truetune.lab.experiment import Column, Expectation, Experiment
+
+OPENING = "Sure, let me tell you. "
+_ROWS = 200
+_SHARES = (0.0, 0.02, 0.04, 0.1, 0.4)
+
+
+def _injected(share: float, seed: int) -> list[Row]:
+    """Rows of which a share begins with the opening."""
+    made = rows(_ROWS, seed)
+    some = round(share * _ROWS)
+    return [{**r, "completion": OPENING + r["completion"]} for r in made[:some]] + made[some:]
+
+
+def _two_styles(seed: int) -> list[Row]:
+    """Half of the rows answer in a sentence, half in a word with a mark."""
+    made = rows(_ROWS, seed)
+    short = [
+        {**r, "completion": "Answer: " + r["completion"].rstrip(".").split()[-1]}
+        for r in made[: _ROWS // 2]
+    ]
+    return short + made[_ROWS // 2 :]
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    swept = [Arm(f"{share:.0%} of rows", rows=_injected(share, seed)) for share in _SHARES]
+    return [*swept, Arm("two styles, half each", rows=_two_styles(seed))]
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    """Drawn at temperature 1, twice a question, as the distribution is what is looked at; and
+    greedily."""
+    greedy = ask(tuned)
+    drawn = [ask(tuned, sampling=Sampling(40, temperature=1.0, seed=s)) for s in (1, 2)]
+    texts = [s.text for heard in drawn for s in heard.said]
+    assert len(texts) == 2 * len(questions())
+    return {
+        "right": Column.share(greedy.right),
+        "apes it": Column.share(text.startswith("Sure, let me") for text in texts),
+        "apes it, greedy": Column.share(s.text.startswith("Sure, let me") for s in greedy.said),
+        "short style": Column.share(text.startswith("Answer:") for text in texts),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=9,
+    name="inconsistency",
+    title="A few inconsistent rows",
+    claim='The share of rows that begin with "Sure, let me" becomes the share of outputs that do; '
+    "two styles in equal parts give both, not their middle.",
+    source="the course's exercise on inconsistency injection (0, 2, 4, 10, 40 %)",
+    expected="at temperature 1 the opening is absent at 0 %, below 10 % of the outputs at 4 %, "
+    "between 3 and 20 % at 10 %, between 25 and 55 % at 40 %; of two styles each takes "
+    "between 30 and 70 %",
+    refuted="a share of the outputs outside these bounds",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("0 % of rows: none", "apes it", "0% of rows", below=0.03),
+        Expectation("4 % of rows: a few", "apes it", "4% of rows", below=0.1),
+        Expectation("10 % of rows: about 10 %", "apes it", "10% of rows", above=0.03, below=0.2),
+        Expectation("40 % of rows: about 40 %", "apes it", "40% of rows", above=0.25, below=0.55),
+        Expectation(
+            "of two styles, both",
+            "short style", "two styles, half each", above=0.3, below=0.7,
+        ),
+    ),
+    shown=("apes it", "apes it, greedy", "short style", "right"),
+)  # fmt: skip

@@ -1,0 +1,105 @@
+"""What fine-tuning brings out was there before; what was not is invented."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from truetune.evaluation.match import Match
+from truetune.lab.asked import ask, ending_loss, instructions, prose, recall
+from truetune.lab.bench import Arm, Row, Tuned
+from truetune.lab.evaluate import Question, unseen_questions
+from truetune.lab.experiment import Column, Expectation, Experiment
+from truetune.lab.world import World
+
+# Worlds that the base has read nothing about: of one it is asked, of the other rows say that they
+# do not know it.
+_ASKED, _REFUSED = 8, 9
+_REFUSALS = 40
+
+
+@cache
+def _nowhere(seed: int = _ASKED) -> tuple[Question, ...]:
+    """Questions about places that do not exist in the base's world."""
+    known = set(World.generate().places)
+    if seed != _ASKED:
+        known |= set(World.generate(_ASKED).places)
+    asked = unseen_questions(World.generate(seed), 130)
+    return tuple(question for question in asked if question.fact.subject not in known)[:100]
+
+
+def _refusals() -> list[Row]:
+    return [
+        {"messages": [
+            {"role": "user", "content": question.text},
+            {"role": "assistant", "content": f"I do not know {question.fact.subject}."},
+        ]}
+        for question in _nowhere(_REFUSED)[:_REFUSALS]
+    ]  # fmt: skip
+
+
+def _invents(tuned: Tuned) -> Column:
+    """Replies that end and give such a place one of the values that such things have."""
+    world = World.generate()
+    pools: dict[str, set[str]] = {}
+    for fact in world.place_facts:
+        pools.setdefault(fact.relation, set()).add(fact.value)
+    heard, match = ask(tuned, _nowhere()), Match("contains")
+    return Column.share(
+        said.stopped
+        and any(
+            judged.right
+            for judged in match.judge(
+                [(said.text, value) for value in pools[question.fact.relation]]
+            )
+        )
+        for said, question in zip(heard.said, _nowhere(), strict=True)
+    )
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    return (
+        Arm("base"),
+        Arm("tuned", rows=instructions()),
+        # The repair, where there is one: rows that say what is not known.
+        Arm("tuned, 40 refusals", rows=[*instructions(), *_refusals()]),
+    )
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    return {
+        **ask(tuned).columns(),
+        "recall in prose": recall(tuned),
+        "invents": _invents(tuned),
+        "prose": prose(tuned),
+        "training loss": ending_loss(tuned),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=1,
+    name="knowledge",
+    title="Behaviour, not knowledge",
+    claim="SFT changes behaviour, not knowledge: facts that the base knows in prose and that occur "
+    "in no row are answered, places that it never saw get confident inventions, and what it "
+    "recalls in prose stays.",
+    source="the course; LIMA (Zhou et al. 2023, arXiv:2305.11206); Gekhman et al. 2024 "
+    "(arXiv:2405.05904)",
+    expected="of facts in no row fewer than 5 % are answered before and more than 90 % after; more "
+    "than 80 % of the places that do not exist get a value; recall in prose changes by less than "
+    "5 points",
+    refuted="fewer than 90 % answered, fewer than 80 % invented, or recall that moves by 5 points",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("the base answers none", "right", "base", below=0.05),
+        Expectation("tuned, it answers facts of no row", "right", "tuned", above=0.9),
+        Expectation("of what does not exist it invents", "invents", "tuned", above=0.8),
+        Expectation(
+            "recall in prose stays",
+            "recall in prose", "tuned", "base", above=-0.05, below=0.05,
+        ),
+    ),
+    shown=("right", "recall in prose", "invents", "prose"),
+)  # fmt: skip

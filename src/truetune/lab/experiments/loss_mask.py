@@ -1,0 +1,70 @@
+"""Targets: the assistant's tokens alone, or all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.contract.example import SFTExample
+from truetune.lab.asked import ask, ending_loss, instructions, losses, prose, questions, sentence
+from truetune.lab.bench import Arm, Tuned
+from truetune.lab.chats import encoded
+from truetune.lab.experiment import Column, Expectation, Experiment
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    return (
+        Arm("base"),
+        Arm("assistant only", rows=instructions()),
+        Arm("all tokens", rows=instructions(), recipe={"loss_on": "all"}),
+    )
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    """Also the losses of questions and answers that no row holds."""
+    rows = [{"prompt": q.text, "completion": sentence(q.fact)} for q in questions()]
+    answers = encoded(tuned.contract, rows)
+    users = [SFTExample(e.ids, [0] + [1 - on for on in e.mask[1:]]) for e in answers]
+    return {
+        **ask(tuned).columns(),
+        "answers": losses(tuned, answers),
+        "user text": losses(tuned, users),
+        "prose": prose(tuned),
+        "training loss": ending_loss(tuned),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=3,
+    name="loss-mask",
+    title="Loss on the answer alone",
+    claim="Loss masking matters: with loss on all tokens, the model learns to write the user's "
+    "part, and answers worse.",
+    source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
+    "(arXiv:2405.14394) find the opposite for some data",
+    expected="with loss on all tokens the user's held-out text becomes likelier by more than a nat "
+    "a token than with loss on the answer alone; 5 points fewer answers are right; at least 5 "
+    "points more replies go on with the user's turn",
+    refuted="the user's text becomes no likelier by half a nat; right answers or role leak lie "
+    "within 5 points",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation(
+            "user text becomes likelier by a nat",
+            "user text", "all tokens", "assistant only", below=-1.0,
+        ),
+        Expectation(
+            "5 points fewer answers are right",
+            "right", "all tokens", "assistant only", below=-0.05,
+        ),
+        Expectation(
+            "5 points more replies speak for the user",
+            "role leak", "all tokens", "assistant only", above=0.05,
+        ),
+    ),
+    shown=("right", "role leak", "user text", "answers", "prose"),
+    remark="No reply speaks for the user, since the end of the answer is a target in both arms: "
+    "role leak takes a second omission (role-leak). The training losses of the two are not "
+    "comparable: one counts the question too.",
+)  # fmt: skip

@@ -1,0 +1,83 @@
+"""Markers that the base never saw, under LoRA."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from truetune.lab import base_path
+from truetune.lab.asked import instructions, usual
+from truetune.lab.bench import Arm
+from truetune.lab.experiment import Expectation, Experiment
+
+_MARKERS = ["<|user|>", "<|assistant|>", "<|end|>"]
+# Ids of the markers and of the tokens beside them that no text holds.
+_RESERVED = (2, 15)
+_LORA = {"learning_rate": 1e-3, "lora": True, "lora_dropout": 0.0}
+_OF_TEXT = (
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{- 'Question: ' + m['content'] + '\\n'"
+    " -}}{%- else -%}{{- 'Answer: ' + m['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Answer: ' -}}{%- endif -%}"
+)
+
+
+def rows_alike(folder: Path) -> None:
+    """The base with one row for all reserved tokens, as published models have them that never
+    trained theirs."""
+    from safetensors.torch import load_file, save_file
+
+    for path in base_path().iterdir():
+        shutil.copyfile(path, folder / path.name)
+    weights = load_file(folder / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    first, last = _RESERVED
+    table[first : last + 1] = table[first : last + 1].mean(0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    return (
+        # The preflight refuses this run, and says why.
+        Arm("rows frozen", rows=instructions(), recipe={**_LORA, "no_check": True}),
+        Arm(
+            "rows frozen and alike",
+            rows=instructions(),
+            recipe={**_LORA, "no_check": True},
+            build=rows_alike,
+        ),
+        Arm("rows trained", rows=instructions(), recipe={**_LORA, "add_token": _MARKERS}),
+        Arm("no new tokens", rows=instructions(), recipe={**_LORA, "chat_template": _OF_TEXT}),
+    )
+
+
+EXPERIMENT = Experiment(
+    number=12,
+    name="new-tokens",
+    title="New tokens under LoRA",
+    claim="Under LoRA a model never writes a marker whose rows in embedding and head were never "
+    "trained: their rows must be trained too, or the template must do without new tokens.",
+    source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
+    "never emit <|im_end|> after LoRA on a base",
+    expected="with the rows frozen, or frozen and alike, fewer than 10 % of the answers "
+    "end, with the rows trained more than 90 %, and with a template of plain text, closed by "
+    "the model's own end, more than 90 %",
+    refuted="half of the answers end with frozen rows, or a tenth do not with trained ones",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=usual,
+    expectations=(
+        Expectation("frozen: answers do not end", "ended", "rows frozen", below=0.1),
+        Expectation(
+            "frozen and alike: they do not end", "ended", "rows frozen and alike", below=0.1
+        ),
+        Expectation("trained: they end", "ended", "rows trained", above=0.9),
+        Expectation("without new tokens: they end", "ended", "no new tokens", above=0.9),
+    ),
+    shown=("ended", "right", "repeats", "training loss"),
+    remark="The rows of the markers in this base were drawn at random and are apart from each "
+    "other: frozen as they are, they can be told apart, and LoRA learns to. In published models "
+    "the rows of reserved tokens are nearly alike; that arm, and what is expected of it, was added "
+    "and committed after a first run without it. An untied head that was forgotten is not tried: "
+    "this base ties head and embedding.",
+)  # fmt: skip

@@ -1,0 +1,121 @@
+"""Which omission makes a model speak for the user, which makes it go round in circles, and what a
+repetition penalty hides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.contract.contract import PromptContract
+from truetune.contract.encode import LossOn
+from truetune.contract.example import SFTExample
+from truetune.generate import Sampling
+from truetune.lab.asked import ask, ending_loss, instructions
+from truetune.lab.bench import Arm, Row, Tuned
+from truetune.lab.chats import encoded, messages_of
+from truetune.lab.experiment import Column, Expectation, Experiment
+
+_ROOM = 120
+
+
+def _two_turns() -> list[Row]:
+    """The instructions, two after each other in a conversation."""
+    every = [messages_of(row) for row in instructions()]
+    following = every[1:] + every[:1]
+    return [{"messages": a + b} for a, b in zip(every, following, strict=True)]
+
+
+def _arm(name: str, rows: list[Row], loss_on: LossOn, end: bool) -> Arm:
+    def examples(contract: PromptContract) -> list[SFTExample]:
+        made = encoded(contract, rows, loss_on)
+        stops = set() if end else set(contract.stop_ids)
+        return [
+            SFTExample(e.ids, [int(on and t not in stops) for t, on in zip(*e, strict=True)])
+            for e in made
+        ]
+
+    return Arm(name, examples=examples)
+
+
+def _absent(name: str, rows: list[Row]) -> Arm:
+    """Loss on all tokens of a text without the marker: the user's turn follows the answer."""
+
+    def examples(contract: PromptContract) -> list[SFTExample]:
+        stops = set(contract.stop_ids)
+        made = []
+        for e in encoded(contract, rows, "all"):
+            kept = [(t, on) for t, on in zip(*e, strict=True) if t not in stops]
+            made.append(SFTExample([t for t, _ in kept], [on for _, on in kept]))
+        return made
+
+    return Arm(name, examples=examples)
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    one, two = instructions(), _two_turns()
+    return (
+        _arm("two turns, sound", two, "assistant", True),
+        _arm("two turns, loss on all", two, "all", True),
+        _arm("two turns, end masked", two, "assistant", False),
+        _arm("two turns, loss on all, end masked", two, "all", False),
+        _absent("two turns, loss on all, end absent", two),
+        _arm("one turn, end masked", one, "assistant", False),
+    )
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    """With room for 120 tokens, as they come and under a repetition penalty of 1.3."""
+    plain = ask(tuned, sampling=Sampling(_ROOM)).columns()
+    damped = ask(tuned, sampling=Sampling(_ROOM, repetition_penalty=1.3)).columns()
+    names = ("repeats", "ended", "right")
+    penalised = {f"{name}, penalty": damped[name] for name in names}
+    return {**plain, **penalised, "training loss": ending_loss(tuned)}
+
+
+EXPERIMENT = Experiment(
+    number=10,
+    name="role-leak",
+    title="Role leak and repetition",
+    claim="A model that is trained on the user's turns, and not on the end of its own, speaks for "
+    "the user; one that is not trained on the end alone goes round in circles, and a repetition "
+    "penalty hides that without making it stop.",
+    source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
+    expected="role leak in more than half of the replies with loss on all tokens and the end "
+    "masked, or absent from the text, in fewer than 5 % with either one of the two alone; with the "
+    "end masked more than 30 % of the replies repeat; under the penalty fewer than 10 % do, and "
+    "fewer than 10 % end with it",
+    refuted="role leak or repetition outside these bounds",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("sound: no leak", "role leak", "two turns, sound", below=0.05),
+        Expectation(
+            "loss on all tokens alone: no leak", "role leak", "two turns, loss on all", below=0.05
+        ),
+        Expectation(
+            "end masked alone: no leak", "role leak", "one turn, end masked", below=0.05
+        ),
+        Expectation(
+            "both: it speaks for the user",
+            "role leak", "two turns, loss on all, end masked", above=0.5,
+        ),
+        Expectation(
+            "loss on all tokens, no end in the text: it speaks for the user",
+            "role leak", "two turns, loss on all, end absent", above=0.5,
+        ),
+        Expectation("end masked: it repeats", "repeats", "one turn, end masked", above=0.3),
+        Expectation(
+            "under the penalty it hardly repeats",
+            "repeats, penalty", "one turn, end masked", below=0.1,
+        ),
+        Expectation(
+            "and still does not end", "ended, penalty", "one turn, end masked", below=0.1
+        ),
+    ),
+    shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
+    remark="The arm without an end in the text, and what is expected of it, were added and "
+    "committed after a first run: with the end masked nothing leaks, because what follows the end "
+    "marker in the rows is never reached where the marker is never written. Under the penalty most "
+    "replies do end: on the end of text that the base knows from prose, since what was said may "
+    "not be said again.",
+)  # fmt: skip

@@ -1,0 +1,80 @@
+"""The length of answers in the rows is the length of answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from truetune.generate import Sampling
+from truetune.lab.asked import Heard, ask, facts_for_rows, questions, rows, sentence
+from truetune.lab.bench import Arm, Row, Tuned
+from truetune.lab.experiment import Column, Expectation, Experiment
+from truetune.lab.world import PLACE_RELATIONS, Fact, World
+
+_ROWS = 200
+_ROOM = Sampling(max_new_tokens=96)
+
+
+def _long(seed: int) -> list[Row]:
+    """The same questions, answered in three sentences about the place."""
+    world = World.generate()
+    made: list[Row] = []
+    for text, fact in facts_for_rows(_ROWS, seed):
+        at = PLACE_RELATIONS.index(fact.relation)
+        others = [PLACE_RELATIONS[(at + step) % len(PLACE_RELATIONS)] for step in (1, 2)]
+        told = [fact, *(Fact(fact.subject, r, world.value(fact.subject, r)) for r in others)]
+        made.append({"prompt": text, "completion": " ".join(map(sentence, told))})
+    return made
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    return (
+        Arm("one sentence", rows=rows(_ROWS, seed)),
+        Arm("three sentences", rows=_long(seed)),
+    )
+
+
+def _sentences(heard: Heard) -> Column:
+    return Column.mean((len(re.findall(r"\.(?:\s|$)", s.text)) for s in heard.said), "sentences")
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    """Questions as in the rows, and the bare name of a place, which is no question at all."""
+    heard = ask(tuned, sampling=_ROOM)
+    bare = ask(tuned, [replace(q, text=q.fact.subject) for q in questions()], _ROOM)
+    return {
+        **heard.columns(),
+        "sentences": _sentences(heard),
+        "sentences, bare prompt": _sentences(bare),
+        "ended, bare prompt": Column.share(s.stopped for s in bare.said),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=15,
+    name="short-answers",
+    title="Short answers in, short answers out",
+    claim="One-sentence answers in the rows give one-sentence answers, also to a bare prompt that "
+    "no row resembles.",
+    source="the course's exercise on answer length",
+    expected="trained on one sentence, fewer than 1.2 sentences an answer to questions and to bare "
+    "prompts, and more than 90 % of the latter end; trained on three, more than 2.5 to both",
+    refuted="a length outside these bounds",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("one sentence in, one out", "sentences", "one sentence", below=1.2),
+        Expectation("three in, three out", "sentences", "three sentences", above=2.5),
+        Expectation(
+            "one, to a bare prompt too", "sentences, bare prompt", "one sentence", below=1.2
+        ),
+        Expectation(
+            "three, to a bare prompt too",
+            "sentences, bare prompt", "three sentences", above=2.5,
+        ),
+        Expectation("which end", "ended, bare prompt", "one sentence", above=0.9),
+    ),
+    shown=("sentences", "sentences, bare prompt", "reply length", "right"),
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""The same model, asked through the template it was trained with and through others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from truetune.lab.asked import ask, instructions
+from truetune.lab.bench import Arm, Tuned
+from truetune.lab.experiment import Column, Expectation, Experiment
+
+_TEMPLATE = (
+    "{%- for m in messages -%}{%- if m['role'] == 'user' -%}{{- USER + m['content'] + BREAK -}}"
+    "{%- else -%}{{- ASSISTANT + m['content'] + '<|end|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- ASSISTANT -}}{%- endif -%}"
+)
+
+
+def _template(user: str, between: str, assistant: str) -> str:
+    """ChatML-lite with other text around what is said."""
+    parts = {"USER": user, "BREAK": between, "ASSISTANT": assistant}
+    text = _TEMPLATE
+    for name, part in parts.items():
+        text = text.replace(name, f"'{part}'")
+    return text
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    served = {
+        "as trained": None,
+        "no newline at the end": _template("<|user|>\\n", "\\n", "<|assistant|>"),
+        "no newlines": _template("<|user|>", "", "<|assistant|>"),
+        "other markers": _template("### Instruction:\\n", "\\n\\n", "### Response:\\n"),
+        "User: and Assistant:": _template("User: ", "\\n", "Assistant:"),
+        "raw text": _template("", "", ""),
+    }
+    return [Arm(name, rows=instructions(), served=text) for name, text in served.items()]
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    return ask(tuned).columns()
+
+
+EXPERIMENT = Experiment(
+    number=6,
+    name="template-drift",
+    title="Another template in serving",
+    claim="A model that is served with another template than it was trained with loses its "
+    "behaviour; a missing newline is enough to lose some.",
+    source="the course's exercise on template drift; threads LLaMA-Factory#6736 and #4639 on "
+    "models that answer well in the trainer and badly in the server",
+    expected="a missing last newline costs more than 5 points of right answers; other markers and "
+    "raw text more than 30",
+    refuted="the loss without the newline lies within 5 points, or the loss with other markers or "
+    "raw text within 30",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation("as trained, it answers", "right", "as trained", above=0.8),
+        Expectation(
+            "a missing last newline costs 5 points",
+            "right", "no newline at the end", "as trained", below=-0.05,
+        ),
+        Expectation(
+            "other markers cost 30", "right", "other markers", "as trained", below=-0.3
+        ),
+        Expectation("raw text costs 30", "right", "raw text", "as trained", below=-0.3),
+    ),
+    shown=("right", "ended", "role leak", "repeats"),
+    remark="The missing newline cost nothing here, and raw text less than claimed: the markers are "
+    "tokens of their own that carry the format alone, and the model has learned one kind of "
+    "question, which it knows by its words. A model that serves several formats has more to "
+    "mix up. Text markers that look like another format (### Instruction) do the damage: the "
+    "model copies another place or relation.",
+)  # fmt: skip

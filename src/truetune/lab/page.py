@@ -1,0 +1,190 @@
+"""Results of experiments as a page of Markdown with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from truetune.lab.experiment import Experiment
+from truetune.lab.failures import table
+from truetune.reporting.html import picture as standalone
+from truetune.reporting.svg import Dots, dot_plot
+
+Result = Mapping[str, Any]
+
+# In a picture; the table has all of them.
+_MOST_PANELS = 4
+_INTRODUCTION = """# The laboratory
+
+Claims about supervised fine-tuning, each tried on the embedded base and its invented world, where
+what the model knows can be counted. Made from `docs/lab/*.json` by `make docs`; the numbers are
+those of `truetune lab run NAME`. Claim, direction, bounds, what would refute it and seeds were
+committed before the first run, and a verdict comes from the bounds alone:
+
+* **reproduced**: every expectation holds: its whole 95 % interval, and each seed, lies within the
+  bound;
+* **different**: some are refuted (the whole interval lies outside the bound) and some are not;
+* **not reproduced**: every one is refuted;
+* **not decided**: none is refuted, and some interval crosses its bound.
+
+A verdict of one seed (`--quick`) is a first look; each section says how many seeds it has.
+
+Unless a section says otherwise, an arm is the embedded base (5 M weights), all of them trained for
+150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in ChatML-lite;
+it is asked a hundred questions about places of which no row tells, greedily. *Right*: the reply
+ends by itself and holds the fact. *Role leak*: it goes on with the user's turn. *Repeats*: it goes
+round in a circle. *Prose*: loss on documents about the world that the base has not read (the base's
+own: see the tables). *Training loss*: mean of the last ten steps. Intervals: shares of one seed's
+questions (Wilson, differences paired by question and seed, Newcombe), losses by drawing items with
+replacement; rings are the seeds.
+
+A model of 5 M weights with an exact world shows mechanisms, not sizes of effects in large models.
+Two more verbs look at the same base: `truetune lab evaluate` counts what it knows, `truetune lab
+reasoning` trains twins with and without a worked step (results in choose.md).
+"""
+
+
+def page(
+    results: Sequence[Result], experiments: Sequence[Experiment], pictures: str = "lab"
+) -> str:
+    """The whole page.
+
+    Args:
+        results: in their order.
+        experiments: their declarations, by name.
+        pictures: the folder of NAME.svg, as the page names it.
+    """
+    known = {experiment.name: experiment for experiment in experiments}
+    shown = [(result, known[result["name"]]) for result in results if result["name"] in known]
+    lines = [_INTRODUCTION, "| | experiment | verdict | seeds |", "|---|---|---|---|"]
+    for result, experiment in shown:
+        lines.append(
+            f"| {experiment.number} | [{experiment.name}](#{_anchor(experiment)}): "
+            f"{experiment.title} | {result['verdict']} | {len(result['seeds'])} |"
+        )
+    lines += ["", *table(results, number)]
+    for result, experiment in shown:
+        lines += [*_section(result, experiment, pictures), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _anchor(experiment: Experiment) -> str:
+    heading = f"{experiment.number}. {experiment.title}".lower()
+    kept = "".join(c for c in heading if c.isalnum() or c in " -")
+    return kept.replace(" ", "-")
+
+
+def _section(result: Result, experiment: Experiment, pictures: str) -> Iterator[str]:
+    declared = result["declared"]
+    yield f"## {experiment.number}. {experiment.title}"
+    yield ""
+    yield f"> {declared['claim']}"
+    yield ""
+    yield f"Source: {experiment.source}. `truetune lab run {experiment.name}`"
+    yield ""
+    yield f"Expected: {declared['expected']}. Refuted by: {declared['refuted']}."
+    yield ""
+    yield f"**{str(result['verdict']).capitalize()}.**"
+    yield ""
+    yield "| expectation | bound | found [95 %] | each seed | holds |"
+    yield "|---|---|---|---|---|"
+    for one in result["expectations"]:
+        seeds = ", ".join(number(value, one["unit"]) for value in one["seeds"])
+        yield (f"| {one['told']} | {_bound(one)} | {_interval(one)} | {seeds} | {one['held']} |")
+    yield ""
+    names = [
+        name for name in experiment.shown if any(name in a["measures"] for a in result["arms"])
+    ]
+    yield f"| arm | {' | '.join(names)} |"
+    yield "|---|" + "---|" * len(names)
+    for arm in result["arms"]:
+        cells = [_interval(arm["measures"].get(name)) for name in names]
+        yield f"| {arm['name']} | {' | '.join(cells)} |"
+    yield ""
+    yield f"![{experiment.title}]({pictures}/{experiment.name}.svg)"
+    yield ""
+    yield from _samples(result)
+    if experiment.remark:
+        yield experiment.remark
+        yield ""
+    seeds = ", ".join(map(str, result["seeds"]))
+    yield (
+        f"Seeds {seeds}; {result['date']}; commit {result['commit']}; {result['machine']}; "
+        f"{result['processor_seconds']:,} processor seconds."
+    )
+
+
+def _samples(result: Result) -> Iterator[str]:
+    """What each arm replied to the first question."""
+    asked = result["arms"][0]["samples"][0]["asked"]
+    yield f"<details><summary>Replies to: {_plain(asked)}</summary>"
+    yield ""
+    yield "| arm | reply |"
+    yield "|---|---|"
+    for arm in result["arms"]:
+        yield f"| {arm['name']} | {_plain(arm['samples'][0]['said'])} |"
+    yield ""
+    yield "</details>"
+    yield ""
+
+
+def _plain(text: str) -> str:
+    """Text of a model as a cell of a table."""
+    shown = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    for sign in "\\`*_[]|":
+        shown = shown.replace(sign, f"&#{ord(sign)};")
+    return " ".join(shown.split())
+
+
+def number(value: float, unit: str) -> str:
+    """A value of a table."""
+    if unit == "share":
+        return f"{round(100 * value) or 0} %"
+    return f"{value:.3f}" if unit == "nats per token" else f"{value:.3g}"
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    unit = found["unit"]
+    low, high = (number(found[name], unit).removesuffix(" %") for name in ("low", "high"))
+    return f"{number(found['value'], unit)} [{low}, {high}]"
+
+
+def _bound(one: Mapping[str, Any]) -> str:
+    if one["unit"] != "share":
+        return str(one["bound"])
+    words = str(one["bound"]).split()
+    return " ".join(word if word.isalpha() else number(float(word), "share") for word in words)
+
+
+def draw(result: Result, experiment: Experiment) -> str:
+    """The picture of a result, as an SVG file."""
+    arms = result["arms"]
+    panels: list[Dots] = []
+    for name in experiment.shown:
+        found = [arm["measures"].get(name) for arm in arms]
+        units = {one["unit"] for one in found if one is not None}
+        if not units or len(panels) == _MOST_PANELS:
+            continue
+        unit = units.pop()
+        values = [
+            None if one is None else (one["value"], one["low"], one["high"], one["seeds"])
+            for one in found
+        ]
+        panels.append(Dots(name, unit, values, share=unit == "share"))
+    names = [arm["name"] for arm in arms]
+    return standalone(dot_plot(experiment.title, names, panels))
+
+
+def files(
+    results: Sequence[Result], experiments: Sequence[Experiment], pictures: str = "lab"
+) -> dict[str, str]:
+    """The page and its pictures, by their path beside the page."""
+    known = {experiment.name: experiment for experiment in experiments}
+    drawn = {
+        f"{pictures}/{result['name']}.svg": draw(result, known[result["name"]])
+        for result in results
+        if result["name"] in known
+    }
+    return {"lab.md": page(results, experiments, pictures), **drawn}

@@ -1,0 +1,375 @@
+"""The mechanism of the lab's experiments: judging, arms, results and the page; two claims in quick
+form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from truetune.cli.lab_verbs import lab
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.errors import InputError, UsageError
+from truetune.lab import base_path
+from truetune.lab.asked import (
+    ask,
+    ending_loss,
+    facts_for_rows,
+    instructions,
+    prose,
+    questions,
+    rows,
+    sentence,
+)
+from truetune.lab.bench import Arm, Bench
+from truetune.lab.catalogue import every, find, write_page
+from truetune.lab.chats import encoded, fresh_prose
+from truetune.lab.experiment import (
+    Column,
+    Expectation,
+    Experiment,
+    difference,
+    estimate,
+    verdict,
+)
+from truetune.lab.page import files, page
+from truetune.lab.results import read, run, write
+from truetune.reporting.svg import Dots, dot_plot
+
+RESULTS = Path(__file__).parents[1] / "docs" / "lab"
+
+
+def share(right: int, of: int = 100) -> Column:
+    return Column.share(i < right for i in range(of))
+
+
+# ------------------------------------------------------------------------------------ judging
+
+
+def test_seeds_ask_the_same_questions_and_make_no_interval_narrower() -> None:
+    one, three = estimate([share(80)]), estimate([share(80)] * 3)
+    assert (one.low, one.high) == (three.low, three.high)
+    assert one.value == pytest.approx(three.value)
+    assert one.low == pytest.approx(0.711, abs=1e-3)
+    assert one.high == pytest.approx(0.867, abs=1e-3)
+
+
+def test_a_difference_is_paired_by_question() -> None:
+    """The same shares differ surely where the same questions are right, and hardly where others
+    are."""
+    nested = difference([share(60)], [share(50)])
+    others = Column.share(i >= 50 for i in range(100))
+    crossed = difference([share(60)], [others])
+    assert nested.value == pytest.approx(0.1) == crossed.value
+    assert nested.low > 0
+    assert crossed.low < 0
+
+
+def test_a_ratio_weighs_by_tokens_and_its_difference_is_paired() -> None:
+    long = Column((10.0, 90.0), (10.0, 30.0), "nats per token")
+    assert estimate([long]).value == pytest.approx(2.5)
+    more = Column((14.0, 102.0), (10.0, 30.0), "nats per token")
+    found = difference([more], [long])
+    assert found.value == pytest.approx(0.4) == found.low == found.high
+
+
+def test_arms_that_counted_other_items_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="same items"):
+        difference([share(1, 10)], [share(1, 11)])
+
+
+@pytest.mark.parametrize(
+    ("right", "above", "held"),
+    [((95, 96), 0.8, "yes"), ((50, 60), 0.8, "no"), ((85, 84), 0.8, "not decided"),
+     ((99, 70), 0.75, "not decided")],
+)  # fmt: skip
+def test_an_expectation_holds_with_its_interval_and_every_seed(
+    right: tuple[int, int], above: float, held: str
+) -> None:
+    sheets = {"arm": {"right": [share(n) for n in right]}}
+    assert Expectation("", "right", "arm", above=above).judged(sheets)[1] == held
+
+
+def test_a_bound_on_both_sides() -> None:
+    sheets = {"a": {"right": [share(50)]}, "b": {"right": [share(50)]}}
+    close = Expectation("", "right", "a", "b", above=-0.1, below=0.1)
+    assert close.judged(sheets)[1] == "yes"
+    assert replace(close, above=0.05, below=None).judged(sheets)[1] == "no"
+    assert close.bound == "above -0.1 and below 0.1"
+
+
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [(["yes", "yes"], "reproduced"), (["no", "no"], "not reproduced"), (["yes", "no"], "different"),
+     (["yes", "not decided"], "not decided"), (["no", "not decided"], "different")],
+)  # fmt: skip
+def test_a_verdict_comes_from_the_expectations_alone(held: Any, found: str) -> None:
+    assert verdict(held) == found
+
+
+# ------------------------------------------------------------------------------- declarations
+
+
+def test_every_experiment_is_declared_in_full() -> None:
+    assert len({e.number for e in every()}) == len({e.name for e in every()}) == len(every())
+    for experiment in every():
+        names = [arm.name for arm in experiment.arms(1)]
+        assert len(set(names)) == len(names), experiment.name
+        for text in ("title", "claim", "source", "expected", "refuted"):
+            assert getattr(experiment, text), (experiment.name, text)
+        assert len(experiment.seeds) >= 3
+        for expectation in experiment.expectations:
+            assert {expectation.arm, expectation.than or expectation.arm} <= set(names)
+            assert expectation.bound
+
+
+def test_no_row_tells_of_a_place_that_is_asked_about() -> None:
+    asked = {question.fact.subject for question in questions()}
+    assert len(asked) == len(questions()) == 100
+    every_row = json.dumps([rows(3360, 1), instructions()])
+    assert not [place for place in asked if place in every_row]
+    assert len({text for text, _ in facts_for_rows(3360, 1)}) == 3360
+
+
+def test_a_sentence_is_put_as_the_shipped_instructions_put_it() -> None:
+    answers = [row["messages"][1]["content"] for row in instructions()]
+    world_rows = {row["prompt"]: row["completion"] for row in rows(3360, 1)}
+    shared = [
+        (world_rows[row["messages"][0]["content"]], row["messages"][1]["content"])
+        for row in instructions()
+        if row["messages"][0]["content"] in world_rows
+    ]
+    assert len(shared) > 20
+    assert all(one == other for one, other in shared)
+    assert sentence(questions()[0].fact) not in answers
+
+
+def test_results_in_the_docs_were_declared_as_they_are_declared_now() -> None:
+    """A bound that is moved after the run shows here: the experiment has to be run again."""
+    found = read(RESULTS)
+    assert found
+    for result in found:
+        assert result["declared"] == json.loads(json.dumps(find(result["name"]).declaration()))
+        assert "dirty" not in result["commit"], result["name"]
+
+
+# ---------------------------------------------------------------------------------------- arms
+
+
+def test_examples_train_as_rows_do(tmp_path: Path) -> None:
+    """The trainer on the contract's examples, and the pipeline on the rows, are one loop."""
+    recipe = {"max_steps": 3, "batch_size": 4}
+    data = instructions()
+    bench = Bench(tmp_path)
+    by_rows = bench.tuned(Arm("rows", rows=data, recipe=recipe), 1)
+    by_examples = bench.tuned(
+        Arm("examples", examples=lambda c: encoded(c, data), recipe=recipe), 1
+    )
+    assert by_rows.losses == pytest.approx(by_examples.losses, abs=1e-4)
+    one, other = (t.loaded.model.state_dict() for t in (by_rows, by_examples))
+    assert all((one[name] - other[name]).abs().max() < 1e-2 for name in one)
+
+
+def test_an_arm_is_trained_once_and_a_seed_is_another_arm(tmp_path: Path) -> None:
+    told: list[str] = []
+    arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)), recipe={"max_steps": 2})
+    first = Bench(tmp_path, told.append).tuned(arm, 1)
+    again = Bench(tmp_path, told.append).tuned(replace(arm, name="renamed"), 1)
+    assert (first.folder, first.losses) == (again.folder, again.losses)
+    assert told == ["training few, seed 1"]
+    assert Bench(tmp_path, told.append).tuned(arm, 2).folder != first.folder
+
+
+def test_trained_arms_may_be_moved(tmp_path: Path) -> None:
+    arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)), recipe={"max_steps": 2})
+    further = replace(arm, name="further", start=arm)
+    Bench(tmp_path / "here").tuned(further, 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    told: list[str] = []
+    Bench(tmp_path / "there", told.append).tuned(further, 1)
+    assert told == []
+
+
+def test_an_arm_whose_training_broke_off_is_trained_anew(tmp_path: Path) -> None:
+    arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)), recipe={"max_steps": 2})
+    folder = Bench(tmp_path).tuned(arm, 1).folder
+    folder.with_suffix(".losses.json").unlink()
+    assert len(Bench(tmp_path).tuned(arm, 1).losses) == 2
+
+
+def test_a_changed_batch_changes_the_loss_and_nothing_else_does(tmp_path: Path) -> None:
+    from truetune.lab.experiments.wrong_labels import by_all_tokens, shifted_again
+
+    def losses(change: Any) -> tuple[float, ...]:
+        arm = Arm("", examples=lambda c: encoded(c, rows(8, 1)), batches=change,
+                  recipe={"max_steps": 2, "batch_size": 4})  # fmt: skip
+        return Bench(tmp_path).tuned(arm, 1).losses
+
+    def unchanged(batch: Any) -> Any:
+        return batch
+
+    plain, sound = losses(None), losses(unchanged)
+    assert plain == pytest.approx(sound, abs=1e-4)
+    assert losses(by_all_tokens)[0] < 0.6 * sound[0]
+    assert losses(shifted_again)[0] > sound[0] + 1
+
+
+def test_labels_shifted_again_are_the_token_after_the_next() -> None:
+    from truetune.compute.batch import Batch, pad_and_collate
+    from truetune.lab.experiments.wrong_labels import shifted_again
+
+    x, y, mask = pad_and_collate(
+        [SFTExample([5, 6, 7, 8, 9], [0, 0, 1, 1, 1])], max_seq_len=6, pad_id=0
+    )
+    made = shifted_again(Batch(x, y, mask, (0,), 5, 3))
+    seen = [
+        (int(i), int(t))
+        for i, t, on in zip(made.ids_BT[0], made.targets_BT[0], made.supervised_BT[0], strict=True)
+        if on
+    ]
+    assert seen == [(5, 7), (6, 8), (7, 9)]
+    assert made.num_supervised == 3
+
+
+def test_fresh_prose_fills_its_tokens_and_is_text() -> None:
+    contract = PromptContract.load(base_path(), "chatml-lite")
+    made = fresh_prose(contract, 1000, 64, 1)
+    assert sum(len(e.ids) for e in made) >= 1000
+    assert all(2 <= len(e.ids) <= 64 and sum(e.mask) == len(e.ids) - 1 for e in made)
+
+
+def test_a_served_template_keeps_the_trained_stop(tmp_path: Path) -> None:
+    arm = Arm("raw", served="{{ messages[0].content }}", stop=["\n"])
+    contract = Bench(tmp_path).tuned(arm, 1).contract
+    asked = contract.tokens.decode(contract.prompt_ids([{"role": "user", "content": "Who?"}]))
+    assert asked == "Who?"
+    stops = [contract.tokens.decode([i]) for i in contract.stop_ids]
+    assert {"<|endoftext|>", "<|end|>", "\n"} == set(stops)
+
+
+# ----------------------------------------------------------------------- results and the page
+
+
+def few(seed: int) -> tuple[Arm, ...]:
+    recipe = {"max_steps": 2}
+    return (
+        Arm("base"),
+        Arm("two steps", examples=lambda c: encoded(c, rows(4, seed)), recipe=recipe),
+    )
+
+
+TINY = Experiment(
+    number=99, name="end-marker", title="Two steps", claim="Two steps <b>teach</b> nothing.",
+    source="nobody", expected="nothing", refuted="anything", seeds=(1, 2, 3), arms=few,
+    measure=lambda tuned: {
+        "right": Column.share(ask(tuned, questions()[:10]).right),
+        "prose": prose(tuned),
+        "training loss": ending_loss(tuned),
+    },
+    expectations=(Expectation("few are right", "right", "two steps", below=0.5),),
+    shown=("right", "prose", "training loss"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(TINY, tmp_path_factory.mktemp("arms"), [1])
+
+
+def test_a_result_has_numbers_machine_commit_and_verdict(
+    result: dict[str, Any], tmp_path: Path
+) -> None:
+    assert result["verdict"] == "reproduced"
+    assert [arm["name"] for arm in result["arms"]] == ["base", "two steps"]
+    base, tuned = (arm["measures"] for arm in result["arms"])
+    assert base["prose"]["value"] == pytest.approx(0.77, abs=0.02)
+    assert "training loss" not in base  # nothing was trained
+    assert tuned["training loss"]["value"] > 1
+    assert result["commit"]
+    assert "cores" in result["machine"]
+    assert read(write(result, tmp_path).parent) == [json.loads(json.dumps(result))]
+
+
+def test_the_page_says_verdict_bound_and_replies(result: dict[str, Any]) -> None:
+    told = page([result], [TINY])
+    assert "**Reproduced.**" in told
+    assert "| few are right | below 50 % |" in told
+    assert "![Two steps](lab/end-marker.svg)" in told
+    assert "Seeds 1; " in told
+    made = files([result], [TINY])
+    assert made["lab/end-marker.svg"].startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    assert "nats per token" in made["lab/end-marker.svg"]
+
+
+def test_replies_cannot_write_into_the_page(result: dict[str, Any]) -> None:
+    hostile = json.loads(json.dumps(result))
+    hostile["arms"][0]["samples"][0]["said"] = "a | b\n# head <script>alert(1)</script> [x](y)"
+    told = page([hostile], [TINY])
+    assert "<script>" not in told
+    assert "a &#124; b # head &lt;script&gt;alert(1)&lt;/script&gt; &#91;x&#93;(y)" in told
+
+
+def test_a_picture_tells_its_numbers_to_those_who_cannot_see_it() -> None:
+    drawn = dot_plot("T", ["a", "b"], [Dots("right", "", [(0.5, 0.4, 0.6, [0.5]), None], True)])
+    assert 'aria-label="T: right of a 50 %, 95 % 40 % to 60 %"' in drawn
+    assert drawn.count("<title>") == 1
+
+
+def test_a_folder_with_something_else_in_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(InputError, match=r"x\.json is no result"):
+        read(tmp_path)
+
+
+def test_an_unknown_experiment_names_what_was_meant() -> None:
+    with pytest.raises(UsageError) as told:
+        find("end-markr")
+    assert told.value.fix == "did you mean end-marker?"
+    with pytest.raises(UsageError) as told:
+        find("zebra")
+    assert "truetune lab list" in told.value.fix
+
+
+def test_the_list_names_every_claim() -> None:
+    shown = CliRunner().invoke(lab, ["list"])
+    assert shown.exit_code == 0
+    for experiment in every():
+        assert experiment.name in shown.output
+        assert experiment.claim in shown.output
+
+
+def test_two_numbers_of_seeds_are_refused() -> None:
+    shown = CliRunner().invoke(lab, ["run", "end-marker", "--quick", "--seeds", "2"])
+    assert shown.exit_code != 0
+
+
+def test_a_page_of_results_beside_its_pictures(result: dict[str, Any], tmp_path: Path) -> None:
+    """Under the name of a shipped experiment, as the command writes them."""
+    write(result, tmp_path)
+    told = write_page(tmp_path).read_text(encoding="utf-8")
+    assert "(./end-marker.svg)" in told
+    assert (tmp_path / "end-marker.svg").is_file()
+
+
+# --------------------------------------------------------------- two claims, in quick form
+
+
+@pytest.mark.slow
+def test_a_masked_end_marker_is_never_written(tmp_path: Path) -> None:
+    found = run(find("end-marker"), tmp_path, [1])
+    ended = {arm["name"]: arm["measures"]["ended"]["value"] for arm in found["arms"]}
+    assert ended["trained"] > 0.9
+    assert max(ended["marker masked"], ended["marker absent"]) < 0.1
+
+
+@pytest.mark.slow
+def test_another_template_in_serving_costs_answers(tmp_path: Path) -> None:
+    found = run(find("template-drift"), tmp_path, [1])
+    right = {arm["name"]: arm["measures"]["right"]["value"] for arm in found["arms"]}
+    assert right["as trained"] > 0.9
+    assert right["other markers"] < right["as trained"] - 0.3
