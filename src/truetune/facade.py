@@ -19,6 +19,7 @@ from truetune.recipe.spelling import in_python
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
     from truetune.evaluation.table import Evaluation
+    from truetune.exporting.gguf import WrittenGGUF
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
@@ -292,6 +293,8 @@ def export(
     run: Pathlike,
     output: Pathlike,
     *,
+    to: str = "merged",
+    quant: str = "f16",
     base: str | None = None,
     onto: str = "auto",
     dtype: str = "auto",
@@ -299,13 +302,16 @@ def export(
     verify: bool = True,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult:
+) -> ExportResult | WrittenGGUF:
     """Merge a run's adapter into its base: one folder that needs no peft, compared with the
-    adapter by a fresh process before it gets its name.
+    adapter by a fresh process before it gets its name. Or write a GGUF file, which llama.cpp then
+    serves and is compared with the model.
 
     Args:
-        run: a run, or an adapter folder.
-        output: the folder of the model; must not exist.
+        run: a run, or an adapter folder; for a GGUF file a model folder, too.
+        output: the folder of the export; must not exist.
+        to: merged or gguf.
+        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on.
         base: where the base is now, if it has moved.
         onto: original weights, or dequantised ones; auto takes what the adapter was trained on.
         dtype: of the written weights; auto takes the base's.
@@ -314,14 +320,17 @@ def export(
         quiet, listener: as of `train`.
 
     Returns:
-        `.folder`, `.exported` and `.verdict`.
+        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`.
 
     Raises:
-        TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
-            left behind.
+        TruetuneError: it cannot be written, or what was written is not the model; nothing is left
+            behind.
     """
+    from truetune.run.export_gguf import export_gguf
     from truetune.run.pipeline import export as merged
 
+    if to not in ("merged", "gguf"):
+        raise UsageError(f"unknown export {to!r}", fix="merged or gguf", code="export-what")
     if onto not in ("auto", "original", "dequantised"):
         raise UsageError(
             f"unknown weights {onto!r}",
@@ -330,6 +339,16 @@ def export(
         )
     told = _shown(listener, quiet)
     try:
+        if to == "gguf":
+            return export_gguf(
+                path_of(run),
+                path_of(output),
+                quant=quant,
+                base=base,
+                onto=onto,  # type: ignore[arg-type]
+                device=device,
+                listener=told,
+            )
         return merged(
             path_of(run),
             path_of(output),

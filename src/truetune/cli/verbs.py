@@ -444,11 +444,18 @@ def evaluate_models(
         show_evaluation(screen, found, show)
 
 
-@app.command("export", cls=Verb, short_help="Merge an adapter into its base.")
+_GGUF = "GGUF"
+
+
+@app.command("export", cls=Verb, short_help="Merge an adapter, or write a GGUF file.")
 def export_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter folder.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
-    merge: Annotated[bool, typer.Option("--merge", help="As one plain model.")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the export.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="NAME", help="merged: one plain model. gguf: for llama.cpp."),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
     base: Annotated[
         str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
     ] = None,
@@ -466,62 +473,54 @@ def export_run(
             help="bfloat16, float16 or float32. (default: auto, the base's)", show_default=False
         ),
     ] = "auto",
+    quant: Annotated[
+        str,
+        typer.Option(
+            help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = "f16",
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
 ) -> None:
-    """Merge a run's adapter into its base: one folder that needs no peft.
+    """Merge a run's adapter into its base, or write a GGUF file.
 
-    The sum is made in float32, on weights that are not quantised, and cast to the base's own type.
-    A fresh process then compares it with the adapter on the run's held-out prompts; a model that
-    differs gets no name.
+    merged: one folder that needs no peft. The sum is made in float32, on weights that are not
+    quantised, and cast to the base's own type. A fresh process then compares it with the adapter on
+    the run's held-out prompts.
+
+    gguf: one file for llama.cpp and what is built on it, of an adapter or a whole model. llama.cpp
+    then serves it, and its prompts, ids, stop tokens and predictions are compared with the model's.
+    Needs the extra `gguf`.
+
+    What differs gets no name.
 
     \b
-    truetune export runs/first --merge -o merged
+    truetune export runs/first --to merged -o merged
+    truetune export runs/first --to gguf --quant q8_0 -o first-gguf
     """
-    from truetune.run.pipeline import export
+    from truetune.cli.export_screen import export_gguf, export_merged, require_export
 
-    if not merge:
-        raise UsageError(
-            "nothing was asked for", fix="truetune export RUN --merge -o DIR", code="export-what"
-        )
-    if onto not in ("auto", "original", "dequantised"):
-        raise UsageError(
-            f"unknown weights {onto!r}",
-            fix="--onto auto, original or dequantised",
-            code="export-onto",
-        )
+    what = require_export(to, merge=merge, onto=onto, no_verify=no_verify, dtype=dtype)
     screen = open_screen()
-    try:
-        result = export(
-            run,
-            output,
-            base=base,
-            onto=onto,  # type: ignore[arg-type]
-            dtype=None if dtype == "auto" else dtype,
-            device=device,
-            check=not no_verify,
-            listener=None if as_json else screen,
-        )
-    finally:
-        screen.close()
-    if as_json:
-        facts = result.verdict.as_dict() if result.verdict else {"passed": None, "checks": []}
-        typer.echo(
-            json.dumps({**facts, "artifact": output, "onto": result.exported.onto}, indent=2)
+    if what == "gguf":
+        export_gguf(
+            screen, run, output, quant=quant, base=base, onto=onto, device=device, as_json=as_json
         )
         return
-    report = result.exported.report
-    screen.line(f"merged onto {result.exported.onto}, in float32; saved in {report.dtype}")
-    from truetune.cli.result_screen import show_checks
-
-    show_checks(screen, result.verdict)
-    folder = shlex.quote(str(result.folder))
-    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
-    screen.pairs(
-        [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
+    export_merged(
+        screen,
+        run,
+        output,
+        base=base,
+        onto=onto,
+        dtype=None if dtype == "auto" else dtype,
+        device=device,
+        check=not no_verify,
+        as_json=as_json,
     )
 
 
