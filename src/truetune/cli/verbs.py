@@ -524,6 +524,80 @@ def export_run(
     )
 
 
+@app.command("diagnose", cls=Verb, short_help="The first stage at which a model breaks.")
+def diagnose_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
+        ),
+    ],
+    merged: Annotated[str | None, typer.Option(help="A folder that it was merged into.")] = None,
+    quantised: Annotated[
+        str | None, typer.Option("--quantised", "--quantized", help="A folder of fewer bits.")
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it. (needs llama.cpp)")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="A server that is to serve it.")
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Some of base,adapter,model,merged,quantised,gguf,url. (default: all)",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: those of the run)")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Put the same rows through every stage of a model's way to a server, and name the first one
+    that changes it, with its likely cause.
+
+    What was trained is held to what its run wrote down; merged folders, GGUF files (by llama.cpp)
+    and running servers are held to what was trained: prompts as text and as ids, predictions,
+    greedy replies, and whether they end. Exits with 1 where a stage parts.
+
+    \b
+    truetune diagnose runs/first
+    truetune diagnose runs/first --merged merged --gguf first-gguf/model-q8_0.gguf
+    truetune diagnose runs/first --url http://127.0.0.1:8080
+    truetune diagnose model-q4_0.gguf
+    """
+    from truetune.cli.diagnose_screen import show_diagnosis
+    from truetune.diagnosis.diagnose import diagnose
+    from truetune.run.export_gguf import data_rows
+
+    screen = open_screen()
+    rows = data_rows(data) if data else []
+    try:
+        found = diagnose(
+            source,
+            stages=[name.strip() for name in stages.split(",")] if stages else (),
+            base=base,
+            merged=merged,
+            quantised=quantised,
+            gguf=gguf,
+            url=url,
+            rows=rows,
+            on_stage=None if as_json else screen.stage,
+        )
+    finally:
+        screen.close()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_diagnosis(screen, found)
+    if found.first is not None:
+        raise typer.Exit(1)
+
+
 @app.command("verify", cls=Verb, short_help="Is what was saved what was trained?")
 def verify_run(
     model: Annotated[

@@ -101,18 +101,29 @@ def write_file(
     sizes = _sizes(model, shape)
     kinds = _kinds(model, sizes, shape, require_quant(quant))
     writer = _writer(path, shape.arch)
-    # llama.cpp takes a habit of its tokenizer from this name: it must not be there by chance.
-    harmless = re.sub(r"(?i)(phi|bert)[-_]?", r"\1 ", name)
-    writer.add_name(f"{vocabulary.name}{harmless}")
-    for method, value in shape.values:
-        getattr(writer, f"add_{method}")(value)
-    _add_vocabulary(writer, vocabulary)
+    _describe(writer, shape, vocabulary, name)
     import gguf
 
     writer.add_file_type(int(gguf.LlamaFileType[QUANTS[quant].file_type]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _write(writer, path, sizes, tensors_of(model, shape), kinds)
     return kinds
+
+
+def keys_of(shape: Shape, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a file says beside its tensors, by gguf's keys."""
+    writer = _writer(None, shape.arch)
+    _describe(writer, shape, vocabulary, "")
+    return {key: entry.value for key, entry in writer.kv_data[0].items()}
+
+
+def _describe(writer: Any, shape: Shape, vocabulary: Vocabulary, name: str) -> None:
+    # llama.cpp takes a habit of its tokenizer from this name: it must not be there by chance.
+    harmless = re.sub(r"(?i)(phi|bert)[-_]?", r"\1 ", name)
+    writer.add_name(f"{vocabulary.name}{harmless}")
+    for method, value in shape.values:
+        getattr(writer, f"add_{method}")(value)
+    _add_vocabulary(writer, vocabulary)
 
 
 def write_trial(path: Path, vocabulary: Vocabulary) -> None:
@@ -143,7 +154,7 @@ def write_trial(path: Path, vocabulary: Vocabulary) -> None:
     _write(writer, path, sizes, tensors.items(), kinds)
 
 
-def _writer(path: Path, arch: Any) -> Any:
+def _writer(path: Path | None, arch: Any) -> Any:
     import gguf
 
     return gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])

@@ -206,12 +206,12 @@ def prove(path: Path, contract: PromptContract, reference: Reference, budget: Bu
     findings: list[Finding] = []
     with serving(path) as server:
         texts = compare_ids(server, contract, TEXTS)
-        findings += _on_texts(texts)
-        arguments, found = _on_prompts(server, contract, reference.cases)
+        findings += on_texts(texts)
+        arguments, found = on_prompts(server, contract, reference.cases)
         findings += found
         asked = reference.cases[0].ids if reference.cases else reference.probes[0].ids
         stops = tuple(i for i in contract.stop_ids if server.ends_on(asked, i))
-        findings += _on_stops(contract, stops)
+        findings += on_stops(contract, stops)
         wanted = reference.reading
         apart = apart_of(wanted, read_server(server, reference.probes, wanted.top))
         findings += judge(apart, budget)
@@ -223,7 +223,7 @@ def prove(path: Path, contract: PromptContract, reference: Reference, budget: Bu
 _LONG = 384
 
 
-def _on_texts(texts: Compared) -> list[Finding]:
+def on_texts(texts: Compared) -> list[Finding]:
     found = []
     if texts.wrong:
         found.append(
@@ -253,7 +253,7 @@ def _on_texts(texts: Compared) -> list[Finding]:
     return found
 
 
-def _on_prompts(
+def on_prompts(
     server: LlamaCpp, contract: PromptContract, cases: Sequence[Case]
 ) -> tuple[dict[str, Any], list[Finding]]:
     """The template arguments under which the prompts are the contract's, and what differs."""
@@ -315,7 +315,7 @@ def _end(text: str) -> str:
     return repr(text[-160:])
 
 
-def _on_stops(contract: PromptContract, stops: Sequence[int]) -> list[Finding]:
+def on_stops(contract: PromptContract, stops: Sequence[int]) -> list[Finding]:
     missing = [i for i in contract.stop_ids if i not in stops]
     if not missing:
         return []
