@@ -572,10 +572,8 @@ def diagnose_model(
     """
     from truetune.cli.diagnose_screen import show_diagnosis
     from truetune.diagnosis.diagnose import diagnose
-    from truetune.run.export_gguf import data_rows
 
     screen = open_screen()
-    rows = data_rows(data) if data else []
     try:
         found = diagnose(
             source,
@@ -585,7 +583,7 @@ def diagnose_model(
             quantised=quantised,
             gguf=gguf,
             url=url,
-            rows=rows,
+            data=data,
             on_stage=None if as_json else screen.stage,
         )
     finally:
@@ -682,6 +680,36 @@ def watch_run(
     with serving(RunDir.open(run), port) as server:
         open_screen().line(f"{server.address}  (Ctrl-C ends it)")
         server.run()
+
+
+@app.command("serve", cls=Verb, short_help="A chat server on this machine.")
+def serve_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
+        ),
+    ],
+    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8420,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="GGUF: llama.cpp's own, less exact settings.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+) -> None:
+    """Serve a model to programs of this machine, in the protocol that OpenAI's clients speak, until
+    Ctrl-C.
+
+    A run, a model or an adapter is served by transformers, a GGUF file by llama.cpp. Prompts are
+    those of training. Only this machine reaches it, at http://127.0.0.1:PORT/v1; there is no key
+    and one request at a time is answered.
+
+    \b
+    truetune serve runs/first
+    truetune serve first-gguf/model-q8_0.gguf --port 8080
+    """
+    from truetune.cli.serve_screen import serve
+
+    serve(open_screen(), source, port, fast=fast, device=device)
 
 
 @app.command("push", cls=Verb, short_help="A verified model to the Hub.")

@@ -19,6 +19,7 @@ from typing import Any
 from truetune.contract.contract import PromptContract
 from truetune.contract.stops import own_stop_ids
 from truetune.data.conversation import Conversation
+from truetune.data.load import load
 from truetune.diagnosis.alone import gguf_alone
 from truetune.diagnosis.gguf_cause import quant_of, why_differs
 from truetune.diagnosis.live import live
@@ -38,7 +39,7 @@ from truetune.diagnosis.tensors import Lookup, explain
 from truetune.diagnosis.trained import recorded
 from truetune.errors import TruetuneError, UsageError
 from truetune.evaluation.interval import FEWEST_DIFFERENT, score_difference
-from truetune.exporting.gguf_ids import compare_ids
+from truetune.exporting.gguf_ids import compare_ids, texts_of
 from truetune.exporting.gguf_proof import (
     Apart,
     Budget,
@@ -53,12 +54,12 @@ from truetune.exporting.gguf_proof import (
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.merge import merge_adapter
-from truetune.model.source import locate
+from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
 from truetune.servers.cases import read_server
+from truetune.servers.client import Client
 from truetune.servers.llama_cpp import LlamaCpp, serving
-from truetune.servers.scripts import TEXTS
 from truetune.verification.artifact import run_of
 from truetune.verification.rows import read_rows
 
@@ -186,7 +187,7 @@ def diagnose(
     quantised: str | None = None,
     gguf: str | None = None,
     url: str | None = None,
-    rows: Sequence[Conversation] = (),
+    data: str | None = None,
     on_stage: Tell | None = None,
 ) -> Diagnosis:
     """Put the same rows through every stage that exists.
@@ -198,7 +199,7 @@ def diagnose(
         merged, quantised: folders made from it.
         gguf: a file made from it.
         url: a server that is to serve it.
-        rows: instead of those that the run kept.
+        data: rows instead of those that the run kept: a file, a folder, or a Hub dataset.
         on_stage: is told what is done.
 
     Raises:
@@ -207,10 +208,15 @@ def diagnose(
     """
     tell = on_stage or (lambda _: None)
     _require(source, stages, merged=merged, quantised=quantised, gguf=gguf)
+    if url is not None:
+        Client(url)  # says now that it is no address
     if source.lower().endswith(".gguf"):
         return Diagnosis(source, (gguf_alone(Path(source), tell),), 0)
     run = run_of(source)
-    known = list(rows) or [row.conversation for row in (read_rows(run) if run else [])]
+    if data is not None:
+        known = list(load(data).conversations)
+    else:
+        known = [row.conversation for row in read_rows(run)] if run else []
     work = _Work(source, base, known, tell)
     found: list[Stage] = []
 
@@ -362,6 +368,8 @@ def _folder_cause(work: _Work, model: Any, dtype: str, name: str) -> str:
     before = lookup(base.state_dict()) if base is not None else None
     told = explain(expected, lookup(state), before)
     settings = _settings(whole.config, model.config)
+    if told and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
+        told += "; the adapter is DoRA: a merge that leaves out its magnitudes looks like this"
     return "; ".join([*([told] if told else []), *settings]) or "no tensor and no setting says why"
 
 
@@ -402,11 +410,12 @@ def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) 
             )
         )
     else:
-        own, its = work.contract.tokens.encode(TEXTS), contract.tokens.encode(TEXTS)
+        texts = texts_of(work.contract)
+        own, its = work.contract.tokens.encode(texts), contract.tokens.encode(texts)
         if own != its:
             number = sum(a != b for a, b in zip(own, its, strict=True))
             findings.append(
-                _parted(name, folder, f"{number} of {len(TEXTS)} texts get other ids",
+                _parted(name, folder, f"{number} of {len(texts)} texts get other ids",
                         "the tokenizer is another, or lacks tokens",
                         "put back the tokenizer files that were saved with the model")
             )  # fmt: skip
@@ -458,7 +467,7 @@ def _gguf(work: _Work, path: Path) -> Stage:
     apart = replies = None
     try:
         with serving(path) as server:
-            findings += on_texts(compare_ids(server, work.contract, TEXTS))
+            findings += on_texts(compare_ids(server, work.contract, texts_of(work.contract)))
             _, found = on_prompts(server, work.contract, work.reference.cases)
             findings += found
             asked = work.reference.cases[0].ids

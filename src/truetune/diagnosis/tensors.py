@@ -169,6 +169,8 @@ def _told(seen: Differing) -> str:
         middle = shares[len(shares) // 2]
         if abs(middle) < 0.1:
             how = "does not hold the adapter's update: it was not merged"
+        elif abs(middle - 1) < 0.05:
+            how = "holds the adapter's update on other weights: it was merged into rounded ones"
         elif abs(middle - 2) < 0.2:
             how = "holds the adapter's update twice"
         else:

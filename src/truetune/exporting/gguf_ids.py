@@ -53,6 +53,17 @@ class Compared:
     normalised: tuple[str, ...]
 
 
+# Added tokens of a tokenizer that are tried beside the texts; some have a thousand reserved ones.
+_MOST_ADDED = 96
+
+
+def texts_of(contract: PromptContract) -> tuple[str, ...]:
+    """The texts on which a tokenizer is compared: those of twenty scripts, and its added tokens,
+    the last ones first, because a run's own are among them."""
+    added = [t for t in dict.fromkeys(contract.tokens.added_texts[::-1]) if t.strip()]
+    return (*TEXTS, *[f"a{text}b" for text in added[:_MOST_ADDED]])
+
+
 def compare_ids(
     server: LlamaCpp, contract: PromptContract, texts: Sequence[str], *, most_wrong: int = 0
 ) -> Compared:
@@ -103,7 +114,7 @@ def choose_pre_tokenizer(
         try:
             write_trial(path, tried)
             with serving(path, context=64) as server:
-                found = compare_ids(server, contract, TEXTS, most_wrong=3)
+                found = compare_ids(server, contract, texts_of(contract), most_wrong=3)
         except TruetuneError as error:
             if error.code != "llama-cpp-failed":
                 raise

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from truetune.compare import Probe, Reading, read
 from truetune.contract.contract import PromptContract
 from truetune.data.conversation import Conversation
-from truetune.exporting.gguf_ids import Compared, compare_ids
+from truetune.exporting.gguf_ids import Compared, compare_ids, texts_of
 from truetune.findings import Finding, visible
 from truetune.model.load import LoadedModel
 from truetune.servers.cases import Case, cases_of, compare_prompts, long_probe, read_server
 from truetune.servers.llama_cpp import LlamaCpp, serving
-from truetune.servers.scripts import TEXTS
 
 if TYPE_CHECKING:
     pass
@@ -205,7 +204,7 @@ def prove(path: Path, contract: PromptContract, reference: Reference, budget: Bu
     """
     findings: list[Finding] = []
     with serving(path) as server:
-        texts = compare_ids(server, contract, TEXTS)
+        texts = compare_ids(server, contract, texts_of(contract))
         findings += on_texts(texts)
         arguments, found = on_prompts(server, contract, reference.cases)
         findings += found

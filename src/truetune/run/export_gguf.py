@@ -99,17 +99,6 @@ def rows_of(source: str) -> list[Conversation]:
     return [row.conversation for row in read_rows(run)] if run else []
 
 
-def data_rows(source: str) -> list[Conversation]:
-    """The conversations of a data source.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    from truetune.data.load import load
-
-    return list(load(source).conversations)
-
-
 def _require_folder(output: Path) -> None:
     if output.suffix.lower() == ".gguf":
         raise UsageError(
