@@ -13,7 +13,7 @@ import pytest
 
 from test_export import trained
 from tiny_models import write_model
-from tiny_runs import command
+from tiny_runs import command, sums, write_rows
 from truetune.diagnosis import tensors
 from truetune.diagnosis.diagnose import Diagnosis, diagnose
 from truetune.errors import UsageError
@@ -167,6 +167,49 @@ def test_a_file_alone_and_the_exit_code(place: Path, gguf: Path, tmp_path: Path)
     told = command("diagnose", place / "adapter", "--merged", place / "base", "--json")
     assert told.code == 1
     assert json.loads(told.out)["parts_at"] == "merged"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run in float32 on rows with answers."""
+    folder = tmp_path_factory.mktemp("run")
+    write_model(folder / "base")
+    data = write_rows(folder / "rows.jsonl", sums(110))
+    told = command(
+        *("train", folder / "base", data, "--lora", "-o", folder / "run", "--max-steps", 4),
+        *("--batch-size", 4, "--dtype", "float32", "--learning-rate", "0.03"),
+    )
+    assert told.code == 0, told.err
+    return folder / "run"
+
+
+def test_a_run_is_held_to_what_it_wrote_down(run: Path, tmp_path: Path) -> None:
+    found = diagnose(str(run))
+    assert found.first is None, errors(found)
+    assert found.rows > 10
+    assert found.stages[-1].numbers["match"]["of"] > 3
+    for name, file, change in (
+        ("alpha", "adapter_config.json", {"lora_alpha": 4}),
+        ("template", "chat_template.jinja", None),
+    ):
+        other = tmp_path / name
+        shutil.copytree(run, other)
+        path = other / "adapter" / file
+        if change is None:
+            path.write_text(path.read_text().replace("<|assistant|>", "<|assistant|> "))
+        else:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        found = diagnose(str(other))
+        assert found.first is not None, name
+        assert found.first.name == "adapter"
+
+
+def test_rows_of_a_file_are_asked(run: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "more.jsonl", sums(7))
+    found = diagnose(str(run), data=str(data))
+    wheres = [f.where for f in found.findings()]
+    assert wheres == []
+    assert found.rows >= 7
 
 
 def test_an_adapter_without_effect_is_a_warning(tmp_path: Path) -> None:

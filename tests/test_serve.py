@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tiny_models import write_model
+from tiny_runs import command
 from truetune.diagnosis.diagnose import diagnose
 from truetune.errors import UsageError
 from truetune.exporting.serve import Served, require_port, serving_chat, serving_gguf
@@ -102,6 +103,19 @@ def test_only_this_machine_reaches_it(address: str) -> None:
         assert connection.getresponse().status == 403
     with pytest.raises(UsageError, match="cannot be used"):
         require_port(int(host.rpartition(":")[2]))
+
+
+def test_the_verb_says_what_is_wrong_before_it_loads(address: str, tmp_path: Path) -> None:
+    port = address.rpartition(":")[2]
+    for words, code in (
+        ((tmp_path / "no.gguf",), "no-such-file"),
+        ((tmp_path / "no", "--fast"), "usage"),
+        ((tmp_path / "no",), "model-not-found"),
+        ((base_path(), "--port", port), "port-taken"),
+    ):
+        told = command("serve", "--port", "0", *words)
+        assert told.code == 2
+        assert f"[{code}]" in told.err
 
 
 def test_a_live_server_is_held_to_the_contract(tmp_path: Path) -> None:

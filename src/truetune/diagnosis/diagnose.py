@@ -462,15 +462,16 @@ def _on_replies(
 
 def _gguf(work: _Work, path: Path) -> Stage:
     """A GGUF file, as llama.cpp serves it."""
-    quant = quant_of(path)
     findings: list[Finding] = []
+    quant = "q4_0"
     apart = replies = None
     try:
         with serving(path) as server:
+            quant = quant_of(str(server.props().get("model_ftype", "")))
             findings += on_texts(compare_ids(server, work.contract, texts_of(work.contract)))
             _, found = on_prompts(server, work.contract, work.reference.cases)
             findings += found
-            asked = work.reference.cases[0].ids
+            asked = work.reference.probes[0].ids
             ends = [i for i in work.contract.stop_ids if server.ends_on(asked, i)]
             findings += on_stops(work.contract, ends)
             with contextlib.suppress(TruetuneError):
@@ -498,4 +499,5 @@ def _predictions(work: _Work, server: LlamaCpp) -> tuple[Apart, Replies]:
 
 
 def _because(finding: Finding, cause: str) -> Finding:
-    return replace(finding, why="\n".join(t for t in (cause, finding.why) if t))
+    why = "\n".join(text for text in (cause, finding.why) if text)
+    return replace(finding, why=why, fix=_AGAIN["gguf"])

@@ -3,12 +3,11 @@
 input   a file, the merged model and its contract
 does    reads the file's keys and tensors; compares the keys with those that an export would write,
         the tensors within the rounding of their types
-output  the type of the file, and sentences
+output  sentences
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,11 +23,11 @@ from truetune.findings import visible
 if TYPE_CHECKING:
     import torch
 
-# By gguf's type of most numbers, the export of about that many bits.
+# By llama.cpp's word for the type of a file, the export of about that many bits.
 _QUANTS = {
     "F32": "f32",
-    "F16": "f16",
     "BF16": "bf16",
+    "F16": "f16",
     "Q8_0": "q8_0",
     "Q6_K": "q6_k",
     "Q5_K": "q5_k_m",
@@ -41,16 +40,9 @@ _QUANTS = {
 _FREE = ("general.", "tokenizer.ggml.pre", "tokenizer.ggml.scores", "tokenizer.ggml.padding")
 
 
-def quant_of(path: Path) -> str:
-    """The type of a file by most of its numbers; the coarsest one where it cannot be read."""
-    reader = _reader(path)
-    if reader is None:
-        return "q4_0"
-    counts = Counter[str]()
-    for tensor in reader.tensors:
-        if len(tensor.shape) > 1:
-            counts[tensor.tensor_type.name] += int(tensor.n_elements)
-    return _QUANTS.get(counts.most_common(1)[0][0], "q4_0") if counts else "q4_0"
+def quant_of(named: str) -> str:
+    """The type of a file by llama.cpp's word for it; the coarsest one where that is unknown."""
+    return next((quant for word, quant in _QUANTS.items() if word in named), "q4_0")
 
 
 def why_differs(path: Path, model: Any, contract: PromptContract, base: Any = None) -> list[str]:
@@ -109,8 +101,9 @@ def _value(tensor: Any) -> tuple[torch.Tensor, str]:
 
 
 def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
-    """Keys with other values."""
-    words = []
+    """Keys with other values, settings before lists."""
+    words: list[str] = []
+    lists: list[str] = []
     for key, own in wanted.items():
         if key.startswith(_FREE):
             continue
@@ -122,7 +115,7 @@ def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
         value = entry.contents()
         if isinstance(own, list | tuple):
             if told := _lists(key, list(own), value):
-                words.append(told)
+                lists.append(told)
         elif not _equal(own, value):
             shown = visible(f"{value!r:.80}", keep_newlines=False)
             words.append(
@@ -130,7 +123,7 @@ def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
                 if key == "tokenizer.chat_template"
                 else f"{key} is {shown} instead of {own!r:.80}"
             )
-    return words
+    return [*words, *lists]
 
 
 def _lists(key: str, own: list[Any], value: Any) -> str:
