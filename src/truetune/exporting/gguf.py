@@ -83,7 +83,6 @@ def write_gguf(
     tell("choosing llama.cpp's pre-tokenizer by ids")
     vocabulary, found = vocabulary_of(contract, rows)
     vocabulary, _ = choose_pre_tokenizer(vocabulary, contract, folder)
-    tell(f"writing {quant}")
     unproved, path = folder / "unproved.gguf", folder / f"model-{quant}.gguf"
     config = model.config.get_text_config(decoder=True)
     reference = reference_of(loaded, contract, conversations, shape.context)
