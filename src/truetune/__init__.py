@@ -25,6 +25,8 @@ _HOMES = {
     "check": "truetune.facade",
     "chat": "truetune.facade",
     "verify": "truetune.facade",
+    "diagnose": "truetune.facade",
+    "serve": "truetune.facade",
     "export": "truetune.facade",
     "inspect": "truetune.facade",
     "evaluate": "truetune.facade",
@@ -52,11 +54,13 @@ if TYPE_CHECKING:
     from truetune.errors import UnfaithfulTemplate as UnfaithfulTemplate
     from truetune.facade import chat as chat
     from truetune.facade import check as check
+    from truetune.facade import diagnose as diagnose
     from truetune.facade import evaluate as evaluate
     from truetune.facade import export as export
     from truetune.facade import inspect as inspect
     from truetune.facade import push as push
     from truetune.facade import report as report
+    from truetune.facade import serve as serve
     from truetune.facade import train as train
     from truetune.facade import verify as verify
     from truetune.facade import watch as watch

@@ -18,7 +18,9 @@ from truetune.recipe.spelling import in_python
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
+    from truetune.diagnosis.diagnose import Diagnosis
     from truetune.evaluation.table import Evaluation
+    from truetune.exporting.gguf import WrittenGGUF
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
@@ -292,6 +294,8 @@ def export(
     run: Pathlike,
     output: Pathlike,
     *,
+    to: str = "merged",
+    quant: str = "f16",
     base: str | None = None,
     onto: str = "auto",
     dtype: str = "auto",
@@ -299,13 +303,16 @@ def export(
     verify: bool = True,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult:
+) -> ExportResult | WrittenGGUF:
     """Merge a run's adapter into its base: one folder that needs no peft, compared with the
-    adapter by a fresh process before it gets its name.
+    adapter by a fresh process before it gets its name. Or write a GGUF file, which llama.cpp then
+    serves and is compared with the model.
 
     Args:
-        run: a run, or an adapter folder.
-        output: the folder of the model; must not exist.
+        run: a run, or an adapter folder; for a GGUF file a model folder, too.
+        output: the folder of the export; must not exist.
+        to: merged or gguf.
+        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on.
         base: where the base is now, if it has moved.
         onto: original weights, or dequantised ones; auto takes what the adapter was trained on.
         dtype: of the written weights; auto takes the base's.
@@ -314,14 +321,17 @@ def export(
         quiet, listener: as of `train`.
 
     Returns:
-        `.folder`, `.exported` and `.verdict`.
+        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`.
 
     Raises:
-        TruetuneError: it cannot be merged, or the merged model is not the adapter's; nothing is
-            left behind.
+        TruetuneError: it cannot be written, or what was written is not the model; nothing is left
+            behind.
     """
+    from truetune.run.export_gguf import export_gguf
     from truetune.run.pipeline import export as merged
 
+    if to not in ("merged", "gguf"):
+        raise UsageError(f"unknown export {to!r}", fix="merged or gguf", code="export-what")
     if onto not in ("auto", "original", "dequantised"):
         raise UsageError(
             f"unknown weights {onto!r}",
@@ -330,6 +340,16 @@ def export(
         )
     told = _shown(listener, quiet)
     try:
+        if to == "gguf":
+            return export_gguf(
+                path_of(run),
+                path_of(output),
+                quant=quant,
+                base=base,
+                onto=onto,  # type: ignore[arg-type]
+                device=device,
+                listener=told,
+            )
         return merged(
             path_of(run),
             path_of(output),
@@ -342,6 +362,81 @@ def export(
         )
     finally:
         _closed(told)
+
+
+@_words_of_python()
+def diagnose(
+    source: Pathlike,
+    *,
+    merged: Pathlike | None = None,
+    quantised: Pathlike | None = None,
+    gguf: Pathlike | None = None,
+    url: str | None = None,
+    stages: Sequence[str] = (),
+    data: Pathlike | None = None,
+    base: str | None = None,
+    quiet: bool = False,
+    listener: Listener | None = None,
+) -> Diagnosis:
+    """Put the same rows through every stage of a model's way to a server, and name the first one
+    that changes it.
+
+        found = truetune.diagnose("runs/first", gguf="first-gguf/model-q8_0.gguf")
+        found.first, found.findings()
+
+    Args:
+        source: a run, a model or adapter folder, or a GGUF file.
+        merged, quantised: folders made from it.
+        gguf: a file made from it.
+        url: a server that is to serve it.
+        stages: those that are looked at; all where empty.
+        data: rows to ask; those of the run where None.
+        base: where an adapter's base is now, if it has moved.
+        quiet, listener: as of `train`.
+
+    Returns:
+        `.first`, the stage that parts, or None; `.stages` and `.findings()`.
+
+    Raises:
+        TruetuneError: what was trained cannot be opened.
+    """
+    from truetune.diagnosis.diagnose import diagnose as diagnosed
+
+    told = _shown(listener, quiet)
+    try:
+        return diagnosed(
+            path_of(source),
+            stages=stages,
+            base=base,
+            merged=None if merged is None else path_of(merged),
+            quantised=None if quantised is None else path_of(quantised),
+            gguf=None if gguf is None else path_of(gguf),
+            url=url,
+            data=None if data is None else path_of(data),
+            on_stage=told.stage,
+        )
+    finally:
+        _closed(told)
+
+
+@_words_of_python()
+def serve(source: Pathlike, *, port: int = 8420, fast: bool = False, device: str = "auto") -> None:
+    """Serve a model to programs of this machine, at http://127.0.0.1:PORT/v1, until it is
+    interrupted.
+
+    Args:
+        source: a run, a model or adapter folder, or a GGUF file.
+        port: 0 takes any that is free.
+        fast: of a GGUF file: llama.cpp's own, less exact settings.
+        device: auto, cuda, mps or cpu.
+
+    Raises:
+        TruetuneError: it cannot be opened, or the port is taken.
+    """
+    from truetune.cli.serve_screen import serve as served
+    from truetune.cli.verb import open_screen
+
+    served(open_screen(), path_of(source), port, fast=fast, device=device)
 
 
 class Facts(dict[str, Any]):

@@ -444,11 +444,18 @@ def evaluate_models(
         show_evaluation(screen, found, show)
 
 
-@app.command("export", cls=Verb, short_help="Merge an adapter into its base.")
+_GGUF = "GGUF"
+
+
+@app.command("export", cls=Verb, short_help="Merge an adapter, or write a GGUF file.")
 def export_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or an adapter folder.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
-    merge: Annotated[bool, typer.Option("--merge", help="As one plain model.")] = False,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the export.")],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="NAME", help="merged: one plain model. gguf: for llama.cpp."),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
     base: Annotated[
         str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
     ] = None,
@@ -466,63 +473,127 @@ def export_run(
             help="bfloat16, float16 or float32. (default: auto, the base's)", show_default=False
         ),
     ] = "auto",
+    quant: Annotated[
+        str,
+        typer.Option(
+            help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = "f16",
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
 ) -> None:
-    """Merge a run's adapter into its base: one folder that needs no peft.
+    """Merge a run's adapter into its base, or write a GGUF file.
 
-    The sum is made in float32, on weights that are not quantised, and cast to the base's own type.
-    A fresh process then compares it with the adapter on the run's held-out prompts; a model that
-    differs gets no name.
+    merged: one folder that needs no peft. The sum is made in float32, on weights that are not
+    quantised, and cast to the base's own type. A fresh process then compares it with the adapter on
+    the run's held-out prompts.
+
+    gguf: one file for llama.cpp and what is built on it, of an adapter or a whole model. llama.cpp
+    then serves it, and its prompts, ids, stop tokens and predictions are compared with the model's.
+    Needs the extra `gguf`.
+
+    What differs gets no name.
 
     \b
-    truetune export runs/first --merge -o merged
+    truetune export runs/first --to merged -o merged
+    truetune export runs/first --to gguf --quant q8_0 -o first-gguf
     """
-    from truetune.run.pipeline import export
+    from truetune.cli.export_screen import export_gguf, export_merged, require_export
 
-    if not merge:
-        raise UsageError(
-            "nothing was asked for", fix="truetune export RUN --merge -o DIR", code="export-what"
+    what = require_export(to, merge=merge, onto=onto, no_verify=no_verify, dtype=dtype)
+    screen = open_screen()
+    if what == "gguf":
+        export_gguf(
+            screen, run, output, quant=quant, base=base, onto=onto, device=device, as_json=as_json
         )
-    if onto not in ("auto", "original", "dequantised"):
-        raise UsageError(
-            f"unknown weights {onto!r}",
-            fix="--onto auto, original or dequantised",
-            code="export-onto",
-        )
+        return
+    export_merged(
+        screen,
+        run,
+        output,
+        base=base,
+        onto=onto,
+        dtype=None if dtype == "auto" else dtype,
+        device=device,
+        check=not no_verify,
+        as_json=as_json,
+    )
+
+
+@app.command("diagnose", cls=Verb, short_help="The first stage at which a model breaks.")
+def diagnose_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
+        ),
+    ],
+    merged: Annotated[str | None, typer.Option(help="A folder that it was merged into.")] = None,
+    quantised: Annotated[
+        str | None, typer.Option("--quantised", "--quantized", help="A folder of fewer bits.")
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it. (needs llama.cpp)")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="A server that is to serve it.")
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Some of base,adapter,model,merged,quantised,gguf,url. (default: all)",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: those of the run)")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+) -> None:
+    """Put the same rows through every stage of a model's way to a server, and name the first one
+    that changes it, with its likely cause.
+
+    What was trained is held to what its run wrote down; merged folders, GGUF files (by llama.cpp)
+    and running servers are held to what was trained: prompts as text and as ids, predictions,
+    greedy replies, and whether they end. Exits with 1 where a stage parts.
+
+    \b
+    truetune diagnose runs/first
+    truetune diagnose runs/first --merged merged --gguf first-gguf/model-q8_0.gguf
+    truetune diagnose runs/first --url http://127.0.0.1:8080
+    truetune diagnose model-q4_0.gguf
+    """
+    from truetune.cli.diagnose_screen import show_diagnosis
+    from truetune.diagnosis.diagnose import diagnose
+
     screen = open_screen()
     try:
-        result = export(
-            run,
-            output,
+        found = diagnose(
+            source,
+            stages=[name.strip() for name in stages.split(",")] if stages else (),
             base=base,
-            onto=onto,  # type: ignore[arg-type]
-            dtype=None if dtype == "auto" else dtype,
-            device=device,
-            check=not no_verify,
-            listener=None if as_json else screen,
+            merged=merged,
+            quantised=quantised,
+            gguf=gguf,
+            url=url,
+            data=data,
+            on_stage=None if as_json else screen.stage,
         )
     finally:
         screen.close()
     if as_json:
-        facts = result.verdict.as_dict() if result.verdict else {"passed": None, "checks": []}
-        typer.echo(
-            json.dumps({**facts, "artifact": output, "onto": result.exported.onto}, indent=2)
-        )
-        return
-    report = result.exported.report
-    screen.line(f"merged onto {result.exported.onto}, in float32; saved in {report.dtype}")
-    from truetune.cli.result_screen import show_checks
-
-    show_checks(screen, result.verdict)
-    folder = shlex.quote(str(result.folder))
-    load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
-    screen.pairs(
-        [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
-    )
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_diagnosis(screen, found)
+    if found.first is not None:
+        raise typer.Exit(1)
 
 
 @app.command("verify", cls=Verb, short_help="Is what was saved what was trained?")
@@ -609,6 +680,36 @@ def watch_run(
     with serving(RunDir.open(run), port) as server:
         open_screen().line(f"{server.address}  (Ctrl-C ends it)")
         server.run()
+
+
+@app.command("serve", cls=Verb, short_help="A chat server on this machine.")
+def serve_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
+        ),
+    ],
+    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8420,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="GGUF: llama.cpp's own, less exact settings.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+) -> None:
+    """Serve a model to programs of this machine, in the protocol that OpenAI's clients speak, until
+    Ctrl-C.
+
+    A run, a model or an adapter is served by transformers, a GGUF file by llama.cpp. Prompts are
+    those of training. Only this machine reaches it, at http://127.0.0.1:PORT/v1; there is no key
+    and one request at a time is answered.
+
+    \b
+    truetune serve runs/first
+    truetune serve first-gguf/model-q8_0.gguf --port 8080
+    """
+    from truetune.cli.serve_screen import serve
+
+    serve(open_screen(), source, port, fast=fast, device=device)
 
 
 @app.command("push", cls=Verb, short_help="A verified model to the Hub.")

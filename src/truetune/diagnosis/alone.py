@@ -1,0 +1,87 @@
+"""A GGUF file alone: what can be asked of it without the model that it was made from.
+
+input   a file
+does    has llama.cpp serve it; looks at its own template, at the tokens that begin a prompt and end
+        a reply, and at what it replies
+output  Stage
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from truetune.behaviour.text import goes_round
+from truetune.diagnosis.measured import Stage, unopened
+from truetune.errors import TruetuneError
+from truetune.findings import Finding, visible
+from truetune.servers.llama_cpp import LlamaCpp, serving
+
+_PROMPTS = ("What is 17 + 25?", "Write one sentence about a river.", "Say hello.")
+_ANSWER = "ANSWERED"
+
+
+def gguf_alone(path: Path, tell: Callable[[str], None]) -> Stage:
+    """What a GGUF file would do when it is served."""
+    tell("asking llama.cpp")
+    try:
+        with serving(path) as server:
+            return _asked(path, server)
+    except TruetuneError as error:
+        return unopened("gguf", str(path), error)
+
+
+def _asked(path: Path, server: LlamaCpp) -> Stage:
+    findings: list[Finding] = []
+    props = server.props()
+    bos = str(props.get("bos_token") or "")
+    user = {"role": "user", "content": _PROMPTS[0]}
+    if not props.get("chat_template"):
+        findings.append(
+            _found(path, "the file holds no chat template", "it was converted without one, and "
+                   "llama.cpp uses a template of its own", "convert it with the tokenizer files "
+                   "beside the weights")
+        )  # fmt: skip
+    prompt = server.tokenize(server.prompt([user]), add_special=True)
+    first = server.tokenize(bos)[:1] if bos else []
+    if first and prompt[:2] == [*first, *first]:
+        findings.append(
+            _found(path, f"prompts begin with {bos!r} twice", "the template writes it, and the "
+                   "tokenizer adds it", "convert it with add_bos_token false")
+        )  # fmt: skip
+    chat = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": "And?"}]
+    tail = server.prompt(chat).partition(_ANSWER)[2]
+    ids = server.tokenize(tail)[:1]
+    special = bool(ids) and not visible(tail[:1]).isalnum() and tail[:1] in "<["
+    if special and not server.ends_on(prompt, ids[0]):
+        findings.append(
+            _found(path, "a reply does not end on the token that the template writes after an "
+                   f"answer ({tail.splitlines()[0][:40]!r})", "the file names another end token",
+                   "set tokenizer.ggml.eot_token_id to it")
+        )  # fmt: skip
+    made = []
+    for text in _PROMPTS:
+        asked = server.tokenize(
+            server.prompt([{"role": "user", "content": text}]), add_special=True
+        )
+        made.append(server.reply(asked, 96))
+    stopped = sum(ended for _, ended in made)
+    round_and_round = sum(goes_round(reply, "") for reply, _ in made)
+    numbers = {"replies": len(made), "ended": stopped, "going_round": round_and_round}
+    if round_and_round == len(made) and not stopped:
+        findings.append(
+            _found(path, "every reply goes round in a circle and does not end", "the weights, or "
+                   "the template, are not those of a chat model", "hold it to the model it was "
+                   "made from: truetune diagnose MODEL --gguf FILE")
+        )  # fmt: skip
+    return Stage(
+        "gguf",
+        str(path),
+        findings=tuple(findings),
+        note="alone: its weights are held to nothing; truetune diagnose MODEL --gguf FILE does",
+        numbers=numbers,
+    )
+
+
+def _found(path: Path, what: str, why: str, fix: str) -> Finding:
+    return Finding("stage-parts", "error", f"gguf: {what}", where=str(path), why=why, fix=fix)

@@ -1,0 +1,113 @@
+"""What was trained, held to what its run wrote down.
+
+input   a run, its model opened from disk
+does    compares stop tokens, ids of the rows and predictions with those of training
+output  findings
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from truetune.compare import read
+from truetune.contract.contract import PromptContract
+from truetune.contract.encode import Encoded
+from truetune.errors import TruetuneError
+from truetune.findings import Finding
+from truetune.model.load import LoadedModel
+from truetune.run_dir import CONTRACT, RunDir
+from truetune.verification.record import machine_of, read_record
+from truetune.verification.rows import read_rows
+from truetune.verification.verdict import judge_reading
+
+
+def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding]:
+    """Where a saved model is not what its run trained.
+
+    Args:
+        run: None of a model that no run here made: nothing is known of its training.
+        name: of the stage.
+        loaded: in float32.
+    """
+    if run is None:
+        return []
+    try:
+        record = json.loads(run.file(CONTRACT).read_text(encoding="utf-8"))
+        contract = PromptContract.of_record(loaded.tokenizer, record)
+        findings = _stops(name, record, contract) + _rows(name, run, contract)
+        return findings + _numbers(name, run, loaded)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return [_parted(name, f"what the run wrote down cannot be read: {error}", "a file of it "
+                        "was edited or cut off", "copy the run again")]  # fmt: skip
+    except TruetuneError as error:
+        return [_parted(name, error.what, error.why, error.fix)]
+
+
+def _stops(name: str, record: dict[str, Any], contract: PromptContract) -> list[Finding]:
+    then = {int(stop["id"]) for stop in record["stop"]}
+    missing = sorted(then - set(contract.stop_ids))
+    if not missing:
+        return []
+    return [
+        _parted(
+            name,
+            f"replies do not end on {contract.tokens.named(missing)} any more",
+            "generation_config.json or the template was changed after training",
+            "put back the files that were saved",
+        )
+    ]
+
+
+def _rows(name: str, run: RunDir, contract: PromptContract) -> list[Finding]:
+    rows = read_rows(run)
+    encoded = contract.encode_all([row.conversation for row in rows])
+    wrong = [
+        row.conversation.where
+        for row, found in zip(rows, encoded, strict=True)
+        if not isinstance(found, Encoded)
+        or [(list(e.ids), list(e.mask)) for e in found.examples]
+        != [(list(ids), list(mask)) for ids, mask in row.examples]
+    ]
+    if not wrong:
+        return []
+    return [
+        _parted(
+            name,
+            f"{len(wrong)} of {len(rows)} rows give other ids than were trained, first {wrong[0]}",
+            "the saved tokenizer or chat template was changed",
+            "put back the files that were saved",
+        )
+    ]
+
+
+def _numbers(name: str, run: RunDir, loaded: LoadedModel) -> list[Finding]:
+    record = read_record(run)
+    # Of a model that was trained in another type, `truetune verify` opens it as it was.
+    if record is None or record.way.get("dtype") != "float32":
+        return []
+    rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
+    if any(max(probe.ids) >= rows for probe in record.probes):
+        return [_parted(name, f"the model has {rows:,} rows of embedding, fewer than were trained",
+                        "another base, or a cut embedding", "put back what was saved")]  # fmt: skip
+    found = {
+        "reading": read(loaded, record.probes, record.reading.top).as_dict(),
+        "machine": machine_of(loaded.device),
+        "floor": None,
+    }
+    check = judge_reading(record, found)
+    if check.state != "failed":
+        return []
+    return [
+        _parted(
+            name,
+            f"it predicts something else than the model that was trained: {check.what}",
+            "the adapter's weights or its config (alpha, rank, DoRA), or the base, are others than "
+            "when it was saved",
+            "truetune verify RUN tells which file; put back what was saved",
+        )
+    ]
+
+
+def _parted(name: str, what: str, why: str, fix: str) -> Finding:
+    return Finding("stage-parts", "error", f"{name}: {what}", why=why, fix=fix)

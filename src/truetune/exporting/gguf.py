@@ -1,0 +1,129 @@
+"""A model as one GGUF file, proved before it has its name.
+
+input   a merged model in float32, its contract, rows of the run
+does    chooses llama.cpp's pre-tokenizer by ids, writes the file, proves it
+output  WrittenGGUF
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.contract.contract import PromptContract
+from truetune.data.conversation import Conversation
+from truetune.errors import CheckFailed
+from truetune.exporting.gguf_file import require_quant, write_file
+from truetune.exporting.gguf_ids import choose_pre_tokenizer
+from truetune.exporting.gguf_proof import Proof, budget_of, prove, reference_of
+from truetune.exporting.gguf_shape import require_family, shape_of
+from truetune.exporting.gguf_vocabulary import vocabulary_of
+from truetune.findings import Finding
+from truetune.model.load import LoadedModel
+from truetune.run_dir import settle, write_json
+from truetune.servers.llama_cpp import require_llama_cpp
+
+PROOF = "proof.json"
+
+
+@dataclass(frozen=True)
+class WrittenGGUF:
+    """A GGUF file.
+
+    Attributes:
+        path: of the file.
+        quant: its type.
+        num_bytes: its size.
+        pre_tokenizer: llama.cpp's name of it.
+        proof: how it was compared.
+        findings: notes and warnings.
+    """
+
+    path: Path
+    quant: str
+    num_bytes: int
+    pre_tokenizer: str
+    proof: Proof
+    findings: tuple[Finding, ...]
+
+
+def write_gguf(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    folder: Path,
+    *,
+    quant: str,
+    name: str,
+    conversations: Sequence[Conversation] = (),
+    on_stage: Callable[[str], None] | None = None,
+) -> WrittenGGUF:
+    """Write a model and prove it.
+
+    Args:
+        loaded: in float32, without adapter.
+        folder: exists; gets the file and proof.json.
+        name: that the file gives itself.
+        conversations: rows that it is proved on, beside fixed prompts.
+        on_stage: is told what is done.
+
+    Raises:
+        UsageError: an architecture, tokenizer or type that llama.cpp does not compute.
+        CheckFailed: llama.cpp makes something else of the file; the file is gone.
+    """
+    tell = on_stage or (lambda _: None)
+    require_llama_cpp("a GGUF file")
+    require_quant(quant)
+    model = loaded.transformers_model
+    require_family(model.config.get_text_config(decoder=True))
+    shape = shape_of(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    tell("choosing llama.cpp's pre-tokenizer by ids")
+    vocabulary, found = vocabulary_of(contract, rows)
+    vocabulary, _ = choose_pre_tokenizer(vocabulary, contract, folder)
+    unproved, path = folder / "unproved.gguf", folder / f"model-{quant}.gguf"
+    config = model.config.get_text_config(decoder=True)
+    reference = reference_of(loaded, contract, conversations, shape.context)
+    # Whether a file of few bits is written rightly does not show in what the bits cost: the same
+    # file in float32 says it to seven digits.
+    kinds = ["f32", quant] if quant != "f32" and _has_room(model, folder) else [quant]
+    try:
+        for kind in kinds:
+            tell(f"writing {kind}, and proving it against llama.cpp")
+            write_file(unproved, model, shape, vocabulary, kind, name)
+            proof = prove(unproved, contract, reference, budget_of(kind, config))
+            if not proof.holds:
+                raise CheckFailed(
+                    "the GGUF file is not the model, and was removed",
+                    [f for f in proof.findings if f.level == "error"],
+                    fix="see each finding; truetune export RUN --to merged serves elsewhere",
+                )
+            if kind != quant:
+                unproved.unlink()
+        unproved.rename(path)
+    finally:
+        unproved.unlink(missing_ok=True)
+    findings = (*shape.findings, *found, *proof.findings)
+    facts = {
+        "file": path.name,
+        "sha256": settle(path),
+        "quant": quant,
+        "pre_tokenizer": vocabulary.pre,
+        "context": shape.context,
+        "proved_in_float32": kinds[0] == "f32",
+        **proof.as_dict(),
+        "findings": [finding.as_dict() for finding in findings],
+    }
+    write_json(folder / PROOF, facts)
+    return WrittenGGUF(path, quant, path.stat().st_size, vocabulary.pre, proof, findings)
+
+
+# Bytes of a file in float32 that is written for the proof alone.
+_MOST_TWIN = 16 * 2**30
+
+
+def _has_room(model: Any, folder: Path) -> bool:
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return size <= min(_MOST_TWIN, shutil.disk_usage(folder).free // 2)

@@ -1,0 +1,368 @@
+"""A model on this machine behind the chat protocol that clients know, prompts by its contract.
+
+input   a loaded model and its contract, or a GGUF file
+does    transformers: /v1/chat/completions and /v1/models over `generate`, one request at a time,
+        and /apply-template and /tokenize, so that it can be diagnosed as llama.cpp can; GGUF:
+        llama.cpp's own server, with the settings under which the file was proved
+output  a server on 127.0.0.1; nothing else is served
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.contract.contract import PromptContract
+from truetune.errors import TruetuneError, UsageError
+from truetune.exporting.gguf import PROOF
+from truetune.generate import Reply, replies, stream
+from truetune.model.draw import Sampling
+from truetune.model.load import LoadedModel
+from truetune.servers.llama_cpp import serving
+
+HOST = "127.0.0.1"
+# A request longer than this is none of a chat.
+_MOST_BYTES = 16 * 2**20
+# A client that says nothing for so many seconds is let go.
+_PATIENCE = 60
+# New tokens where a request names no number.
+_TOKENS = 1024
+# What a request may ask for, and what of it has no effect here: it is refused, not ignored.
+_REFUSED = ("n", "logprobs", "top_logprobs", "logit_bias", "response_format", "stop")
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "n": (1, None),
+    "logprobs": (False, None),
+    "top_logprobs": (None, 0),
+    "logit_bias": ({}, None),
+    "response_format": ({"type": "text"}, None),
+    "stop": ([], "", None),
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served.
+
+    Attributes:
+        name: that clients use.
+        model, contract: see `generate.replies`.
+    """
+
+    name: str
+    model: LoadedModel
+    contract: PromptContract
+
+
+class ChatServer:
+    """Serves one model."""
+
+    def __init__(self, served: Served, port: int) -> None:
+        self._server = _Server((HOST, port), _Handler)
+        self._server.served = served
+        self._server.turn = threading.Lock()
+
+    @property
+    def address(self) -> str:
+        return f"http://{HOST}:{self._server.server_port}"
+
+    def run(self) -> None:
+        """Answer until Ctrl-C."""
+        with contextlib.suppress(KeyboardInterrupt):
+            self._server.serve_forever(poll_interval=0.2)
+
+    def stop(self) -> None:
+        """End `run`, from another thread."""
+        self._server.shutdown()
+
+    def close(self) -> None:
+        self._server.server_close()
+
+
+@contextlib.contextmanager
+def serving_chat(served: Served, port: int) -> Iterator[ChatServer]:
+    """A server that holds its port.
+
+    Raises:
+        UsageError: the port cannot be had.
+    """
+    require_port(port)
+    server = ChatServer(served, port)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def require_port(port: int) -> None:
+    """Say that a port is taken before anything is loaded.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    try:
+        with socket.socket() as probe:
+            if os.name == "posix":
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((HOST, port))
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"port {port} cannot be used: {getattr(error, 'strerror', None) or error}",
+            why="another program serves there",
+            fix="name another one with --port, or --port 0 for any that is free",
+            code="port-taken",
+        ) from error
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    served: Served
+    turn: threading.Lock
+    daemon_threads = True
+    allow_reuse_address = os.name == "posix"
+
+
+class _Refused(Exception):
+    """A request that cannot be answered, as the protocol tells it."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: _Server
+    timeout = _PATIENCE
+    server_version, sys_version = "truetune", ""
+
+    def do_GET(self) -> None:
+        self._told(self._get)
+
+    def do_POST(self) -> None:
+        self._told(self._post)
+
+    def _told(self, work: Any) -> None:
+        """Errors as the protocol has them."""
+        try:
+            self._require_local()
+            work()
+        except _Refused as error:
+            self._send(error.status, _error(str(error)))
+        except TruetuneError as error:
+            self._send(400, _error(f"{error.what} {error.why}".strip()))
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            self.close_connection = True
+
+    def _require_local(self) -> None:
+        """Refuse a page of somebody else whose name was led here, and pages of other origins."""
+        port = self.server.server_port
+        hosts = {f"{name}{end}" for name in ("localhost", HOST) for end in ("", f":{port}")}
+        named = self.headers.get_all("Host") or []
+        if len(named) != 1 or named[0].strip().lower() not in hosts:
+            raise _Refused(403, "this server is for programs of this machine")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.split("://")[-1].lower() not in hosts:
+            raise _Refused(403, "this server is not for pages of other origins")
+
+    def _get(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/health":
+            return self._send(200, {"status": "ok"})
+        if path == "/v1/models":
+            entry = {"id": self.server.served.name, "object": "model", "owned_by": "truetune"}
+            return self._send(200, {"object": "list", "data": [entry]})
+        raise _Refused(404, "there are /v1/chat/completions, /v1/models and /health")
+
+    def _post(self) -> None:
+        path = self.path.partition("?")[0]
+        asked = self._body()
+        contract = self.server.served.contract
+        if path == "/tokenize":
+            text = str(asked.get("content", ""))
+            return self._send(200, {"tokens": contract.tokens.encode([text])[0]})
+        messages, tools, sampling = _request(asked)
+        arguments = asked.get("chat_template_kwargs") or {}
+        if path == "/apply-template":
+            return self._send(200, {"prompt": contract.prompt_text(messages, tools, arguments)})
+        if path != "/v1/chat/completions":
+            raise _Refused(404, "there are /v1/chat/completions, /v1/models and /health")
+        if arguments:
+            raise _Refused(400, "chat_template_kwargs: prompts are made as in training")
+        answer = self._stream if asked.get("stream") else self._whole
+        with self.server.turn:
+            return answer(messages, tools, sampling)
+
+    def _body(self) -> dict[str, Any]:
+        try:
+            length = int(self.headers.get("Content-Length") or 0)
+        except ValueError:
+            raise _Refused(400, "Content-Length is no number") from None
+        if not 0 < length <= _MOST_BYTES:
+            raise _Refused(413 if length > 0 else 400, "the request has no body, or one too long")
+        try:
+            value = json.loads(self.rfile.read(length))
+        except (ValueError, RecursionError):
+            raise _Refused(400, "the request is no JSON") from None
+        if not isinstance(value, dict):
+            raise _Refused(400, "the request is no JSON object")
+        return value
+
+    def _whole(self, messages: Any, tools: Any, sampling: Sampling) -> None:
+        served = self.server.served
+        (reply,) = replies(served.model, served.contract, [messages], sampling, tools=tools)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": reply.text},
+            "finish_reason": _reason(reply),
+        }
+        self._send(
+            200, {**self._head("chat.completion"), "choices": [choice], "usage": _use(reply)}
+        )
+
+    def _stream(self, messages: Any, tools: Any, sampling: Sampling) -> None:
+        served = self.server.served
+        head = self._head("chat.completion.chunk")
+        pieces = stream(served.model, served.contract, messages, sampling, tools=tools)
+        # What is wrong with a request shows before the first piece.
+        reply, first = None, ""
+        try:
+            first = next(pieces)
+        except StopIteration as end:
+            reply = end.value
+        self.send_response(200)
+        for name, value in _HEADERS:
+            self.send_header(name, value)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+
+        def say(delta: Mapping[str, Any], reason: str | None, **more: Any) -> None:
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            self._event(json.dumps({**head, "choices": [choice], **more}))
+
+        say({"role": "assistant", "content": first}, None)
+        with contextlib.closing(pieces):
+            while reply is None:
+                try:
+                    say({"content": next(pieces)}, None)
+                except StopIteration as end:
+                    reply = end.value
+        say({}, _reason(reply), usage=_use(reply))
+        self._event("[DONE]")
+
+    def _event(self, text: str) -> None:
+        self.wfile.write(f"data: {text}\n\n".encode())
+        self.wfile.flush()
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.server.served.name,
+        }
+
+    def _send(self, status: int, value: Any) -> None:
+        body = json.dumps(value).encode("utf-8")
+        self.send_response(status)
+        for name, text in _HEADERS:
+            self.send_header(name, text)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not told on the terminal."""
+
+
+_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+
+
+def _request(asked: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any, Sampling]:
+    """Messages, tools and sampling of a request.
+
+    Raises:
+        _Refused: something of it cannot be done here.
+    """
+    messages = asked.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise _Refused(400, "messages is no list of messages")
+    if not all(isinstance(message, dict) for message in messages):
+        raise _Refused(400, "a message is no object")
+    for name in _REFUSED:
+        if name in asked and asked[name] not in _HARMLESS[name]:
+            raise _Refused(400, f"{name} is not supported by this server")
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens") or _TOKENS
+    try:
+        sampling = Sampling(
+            max_new_tokens=int(limit),
+            temperature=float(_or(asked.get("temperature"), 0.0)),
+            top_p=float(_or(asked.get("top_p"), 1.0)),
+            top_k=int(_or(asked.get("top_k"), 0)),
+            repetition_penalty=float(_or(asked.get("repetition_penalty"), 1.0)),
+            seed=int(_or(asked.get("seed"), 0)),
+        )
+    except (TypeError, ValueError):
+        raise _Refused(400, "a number of the sampling is none") from None
+    return [_message(message) for message in messages], asked.get("tools") or None, sampling
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with its content as one text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+            raise _Refused(400, "only text can be sent")
+        content = "".join(str(part.get("text", "")) for part in content)
+    return {**message, "content": "" if content is None else content}
+
+
+def _reason(reply: Reply) -> str:
+    return "stop" if reply.stopped else "length"
+
+
+def _use(reply: Reply) -> dict[str, int]:
+    return {
+        "prompt_tokens": reply.prompt_tokens,
+        "completion_tokens": len(reply.ids),
+        "total_tokens": reply.prompt_tokens + len(reply.ids),
+    }
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error"}}
+
+
+@contextlib.contextmanager
+def serving_gguf(path: Path, port: int, *, fast: bool, name: str) -> Iterator[str]:
+    """llama.cpp's own server for a file; its address.
+
+    Args:
+        fast: llama.cpp's own settings: keys and values in half precision, fused attention.
+    """
+    arguments: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        # An export tells with which template arguments its prompts are those of training.
+        proof = json.loads((path.parent / PROOF).read_text(encoding="utf-8"))
+        if isinstance(proof, dict) and proof.get("file") == path.name:
+            arguments = dict(proof.get("template_kwargs") or {})
+    require_port(port)
+    with serving(
+        path, exact=not fast, port=port, key="", template_kwargs=arguments, name=name
+    ) as server:
+        yield server.url

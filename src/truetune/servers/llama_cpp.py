@@ -1,0 +1,283 @@
+"""llama.cpp, asked as its own server answers: a GGUF file served in a child process.
+
+input   a GGUF file
+does    starts llama.cpp's server on a free port of this machine, in a process of its own: a file of
+        a stranger may end it
+output  LlamaCpp: prompts, ids, log-probabilities and replies as that server makes them
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import re
+import secrets
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truetune.errors import TruetuneError, UsageError
+from truetune.findings import visible
+from truetune.servers.client import Client, ServerError
+from truetune.system import child, threads
+
+_WORKER = "truetune.servers.llama_worker"
+# Lines of llama.cpp's own words that are kept for an error.
+_LINES = 40
+
+
+class LlamaError(TruetuneError):
+    """llama.cpp cannot load a file, or died of it."""
+
+    default_code = "llama-cpp-failed"
+
+
+def require_llama_cpp(what: str) -> None:
+    """Say that llama.cpp is missing before anything is done.
+
+    Args:
+        what: needs it.
+
+    Raises:
+        UsageError: the extra is not installed.
+    """
+    missing = [name for name in ("gguf", "xllamacpp") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            "not installed",
+            why="gguf writes the file, xllamacpp holds llama.cpp, which proves and serves it",
+            fix="pip install 'truetune[gguf]'",
+            code="extra-missing",
+        )
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a server predicts after some ids.
+
+    Attributes:
+        logprobs: natural logarithms by token id, of the likeliest tokens.
+        token: the likeliest.
+    """
+
+    logprobs: dict[int, float]
+    token: int
+
+
+class LlamaCpp:
+    """One running server."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Ids of a text in which special tokens are such."""
+        asked = {"content": text, "add_special": add_special, "parse_special": True}
+        return [int(i) for i in self.client.post("/tokenize", asked)["tokens"]]
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The text that the server makes of messages, which it tokenizes with `add_special`."""
+        asked: dict[str, Any] = {"messages": [dict(message) for message in messages]}
+        if tools:
+            asked["tools"] = [dict(tool) for tool in tools]
+        if template_kwargs:
+            asked["chat_template_kwargs"] = dict(template_kwargs)
+        return str(self.client.post("/apply-template", asked)["prompt"])
+
+    def predict(self, ids: Sequence[int], top: int) -> Predicted:
+        """What comes after these ids.
+
+        Raises:
+            ServerError: it tells no probabilities.
+        """
+        answer = self.client.post(
+            "/completion",
+            # Where the likeliest token ends the reply, or is a part of a character, llama.cpp would
+            # tell nothing: it is made to take another, which changes nothing of what it tells.
+            {**_GREEDY, "prompt": list(ids), "n_predict": 1, "n_probs": top}
+            | {"logit_bias": [[self._printable, 1e4]]},
+        )
+        if not answer.get("completion_probabilities"):
+            raise ServerError("the server tells no probabilities", where=self.url)
+        first = answer["completion_probabilities"][0]
+        logprobs = {int(t["id"]): float(t["logprob"]) for t in first["top_logprobs"]}
+        return Predicted(logprobs, max(logprobs, key=lambda i: logprobs[i]))
+
+    def reply(self, ids: Sequence[int], most: int) -> tuple[list[int], bool]:
+        """The greedy continuation, and whether the server ended it by itself; the token that ended
+        it is left out."""
+        answer = self.client.post(
+            "/completion",
+            {**_GREEDY, "prompt": list(ids), "n_predict": most, "return_tokens": True},
+        )
+        return [int(i) for i in answer["tokens"]], answer.get("stop_type") == "eos"
+
+    def ends_on(self, ids: Sequence[int], token: int) -> bool:
+        """Whether the server ends a reply on a token, found by making it write that token."""
+        asked = {**_GREEDY, "prompt": list(ids), "n_predict": 2, "logit_bias": [[token, 1e4]]}
+        return bool(self.client.post("/completion", asked).get("stop_type") == "eos")
+
+    @functools.cached_property
+    def _printable(self) -> int:
+        """A token that is a character of its own."""
+        return next((i for text in "a.e1" for i in self.tokenize(text)[-1:]), 0)
+
+    def props(self) -> dict[str, Any]:
+        """What the server says of itself: chat template, tokens, build."""
+        found: dict[str, Any] = self.client.get("/props")
+        return found
+
+
+# Every sampler that could move a probability is off.
+_GREEDY: dict[str, Any] = {
+    "temperature": 0.0,
+    "samplers": ["temperature"],
+    "seed": 0,
+    "cache_prompt": True,
+    "repeat_penalty": 1.0,
+    "stream": False,
+}
+
+
+@contextlib.contextmanager
+def serving(
+    path: str | Path,
+    *,
+    exact: bool = True,
+    context: int = 0,
+    port: int = 0,
+    key: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    template: str = "",
+    name: str = "",
+) -> Iterator[LlamaCpp]:
+    """A server for one file, until the block ends.
+
+    Args:
+        exact: keys and values in float32 and plain attention; else llama.cpp's own defaults.
+        context: tokens; 0 takes what the model was made for.
+        port: 0 takes any that is free.
+        key: that requests must carry; None makes one, so that no other program of this machine
+            takes part.
+        template_kwargs: template arguments that requests do not name.
+        template: instead of the file's own.
+        name: that `/v1/models` lists.
+
+    Raises:
+        UsageError: the extra is not installed.
+        LlamaError: it cannot be loaded.
+    """
+    require_llama_cpp("llama.cpp")
+    secret = secrets.token_hex(16) if key is None else key
+    settings = {
+        "path": str(Path(path).resolve()),
+        "exact": exact,
+        "context": context,
+        "port": port,
+        "key": secret,
+        "threads": _threads(),
+        "gpu_layers": 0,
+        "template_kwargs": dict(template_kwargs or {}),
+        "template": template,
+        "name": name,
+        "verbose": False,
+    }
+    pipe = subprocess.PIPE
+    process = child.start(_WORKER, stdin=pipe, stdout=pipe, stderr=pipe)
+    said: collections.deque[str] = collections.deque(maxlen=_LINES)
+    assert process.stdin
+    assert process.stdout
+    assert process.stderr
+    errors = process.stderr
+
+    silent = threading.Event()
+
+    def listen() -> None:
+        with contextlib.suppress(ValueError, OSError):
+            for line in errors:
+                said.append(line.decode("utf-8", "replace").rstrip())
+        silent.set()
+
+    threads.begin(listen)
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(settings).encode("utf-8") + b"\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        try:
+            told = json.loads(line)
+        except ValueError:
+            process.wait(10)
+            silent.wait(2)
+            raise _died(Path(path), process.returncode, said) from None
+        if "error" in told:
+            silent.wait(0.5)
+            raise _refused(Path(path), told["error"], said)
+        server = LlamaCpp(Client(told["address"], secret))
+        try:
+            yield server
+        except ServerError as error:
+            if process.poll() is not None or error.code == "server-unreachable":
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                if process.returncode is not None:
+                    silent.wait(2)
+                    raise _died(Path(path), process.returncode, said) from error
+            raise
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.close()
+
+
+def _threads() -> int:
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdecimal() and int(named) else max((os.cpu_count() or 2) // 2, 1)
+
+
+def _refused(path: Path, error: str, said: Sequence[str]) -> LlamaError:
+    return LlamaError(
+        f"llama.cpp cannot load {path.name}: {visible(_cause(said) or error, keep_newlines=False)}",
+        where=str(path),
+        why="the file is no GGUF that this version of llama.cpp knows, or memory is short",
+        fix="export it again, or install a newer xllamacpp",
+    )
+
+
+def _died(path: Path, status: int | None, said: Sequence[str]) -> LlamaError:
+    return LlamaError(
+        f"llama.cpp ended while it had {path.name}: "
+        f"{visible(_cause(said) or f'exit code {status}', keep_newlines=False)}",
+        where=str(path),
+        why=f"exit code {status}",
+        fix="export it again, or install a newer xllamacpp",
+    )
+
+
+def _cause(said: Sequence[str]) -> str:
+    """The line of llama.cpp's own words that says why."""
+    telling = [line for line in said if any(w in line.lower() for w in _TELLING)]
+    # Behind the time, the level and who says it.
+    return re.sub(r"^[\d.]+ [EWI] (\w+: )*", "", telling[0].strip())[:300] if telling else ""
+
+
+_TELLING = ("error loading", "failed to", "ggml_assert", "unknown", "missing", "terminate called")

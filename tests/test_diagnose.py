@@ -1,0 +1,255 @@
+"""The first stage that parts is named, with its cause; healthy stages raise nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from test_export import trained
+from tiny_models import write_model
+from tiny_runs import command, sums, write_rows
+from truetune.diagnosis import tensors
+from truetune.diagnosis.diagnose import Diagnosis, diagnose
+from truetune.errors import UsageError
+from truetune.exporting.merged import write_merged
+from truetune.run.export_gguf import export_gguf
+
+needs_llama = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")),
+    reason="the gguf extra is missing",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that moved everything, and its merged folder."""
+    folder = tmp_path_factory.mktemp("diagnose")
+    trained(folder, "llama")
+    write_merged(folder / "adapter", folder / "merged")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf(place: Path) -> Path:
+    return export_gguf(str(place / "adapter"), place / "gguf", quant="f32").path
+
+
+def copy(place: Path, tmp_path: Path, change: Callable[[Path], None]) -> str:
+    folder = tmp_path / "changed"
+    shutil.copytree(place / "merged", folder)
+    change(folder)
+    return str(folder)
+
+
+def edited(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        path = folder / "model.safetensors"
+        found = load_file(path)
+        change(found)
+        save_file({n: t.contiguous() for n, t in found.items()}, path, metadata={"format": "pt"})
+
+    return edit
+
+
+def errors(found: Diagnosis) -> list[str]:
+    return [f"{f.what} {f.why}" for f in found.findings() if f.level == "error"]
+
+
+def test_healthy_stages_raise_nothing(place: Path, tmp_path: Path) -> None:
+    write_merged(place / "adapter", tmp_path / "bf16", dtype="bfloat16")
+    for folder in (place / "merged", tmp_path / "bf16"):
+        found = diagnose(str(place / "adapter"), merged=str(folder))
+        assert [stage.name for stage in found.stages] == ["base", "adapter", "merged"]
+        assert found.first is None
+        assert found.findings() == []
+    assert found.effect is not None
+    assert found.effect.relative > 0.1
+
+
+def test_a_merge_that_is_none(place: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def unmerge(found: dict[str, Any]) -> None:
+        base = load_file(place / "base" / "model.safetensors")
+        found.update({n: t for n, t in base.items() if found[n].shape == t.shape})
+
+    found = diagnose(str(place / "adapter"), merged=copy(place, tmp_path, edited(unmerge)))
+    assert found.first is not None
+    assert found.first.name == "merged"
+    assert "it was not merged" in errors(found)[0]
+
+
+def _scaled(found: dict[str, Any]) -> None:
+    found["model.layers.0.mlp.down_proj.weight"] *= 0.25
+
+
+def _swapped(found: dict[str, Any]) -> None:
+    one, other = (f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1))
+    found[one], found[other] = found[other].clone(), found[one].clone()
+
+
+def _stale(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+
+
+def _template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|assistant|>", "<|assistant|> "))
+
+
+def _rope(folder: Path) -> None:
+    path = folder / "config.json"
+    value = json.loads(path.read_text())
+    value["rope_parameters"]["rope_theta"] = 100.0
+    path.write_text(json.dumps(value))
+
+
+def _tokens(folder: Path) -> None:
+    """The tokenizer of the base, which lacks what was added."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder.parent / "base" / name, folder / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (edited(_scaled), "0.25 times what it should be"),
+        (edited(_swapped), "holds what belongs into"),
+        (_stale, "replies do not end on"),
+        (_template, "the chat template is another"),
+        (_rope, "config.json: rope_parameters"),
+        (_tokens, "texts get other ids"),
+    ],
+)
+def test_the_cause_is_named(
+    place: Path, tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    shutil.copytree(place / "base", tmp_path / "base")
+    found = diagnose(str(place / "adapter"), merged=copy(place, tmp_path, change))
+    assert found.first is not None
+    assert found.first.name == "merged"
+    assert any(said in text for text in errors(found)), errors(found)
+
+
+@needs_llama
+def test_a_gguf_file_is_a_stage(place: Path, gguf: Path, tmp_path: Path) -> None:
+    found = diagnose(str(place / "adapter"), merged=str(place / "merged"), gguf=str(gguf))
+    assert [stage.name for stage in found.stages] == ["base", "adapter", "merged", "gguf"]
+    assert found.first is None
+    assert found.stages[-1].numbers["same_replies"] == 1
+    # The file of another model: of the base, under a tokenizer that lacks what was added.
+    other = export_gguf(str(place / "base"), tmp_path / "other", quant="f32").path
+    found = diagnose(str(place / "adapter"), merged=str(place / "merged"), gguf=str(other))
+    assert found.first is not None
+    assert found.first.name == "gguf"
+    assert any("tokenizer.ggml.tokens" in text for text in errors(found))
+
+
+@needs_llama
+def test_a_file_alone_and_the_exit_code(place: Path, gguf: Path, tmp_path: Path) -> None:
+    told = command("diagnose", gguf)
+    assert told.code == 0, told.out + told.err
+    assert "alone" in told.out
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(gguf.read_bytes()[:5000])
+    told = command("diagnose", place / "adapter", "--gguf", damaged)
+    assert told.code == 1
+    assert "the first stage that parts: gguf" in told.out
+    assert "Traceback" not in told.out + told.err
+    told = command("diagnose", place / "adapter", "--merged", place / "base", "--json")
+    assert told.code == 1
+    assert json.loads(told.out)["parts_at"] == "merged"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run in float32 on rows with answers."""
+    folder = tmp_path_factory.mktemp("run")
+    write_model(folder / "base")
+    data = write_rows(folder / "rows.jsonl", sums(110))
+    told = command(
+        *("train", folder / "base", data, "--lora", "-o", folder / "run", "--max-steps", 4),
+        *("--batch-size", 4, "--dtype", "float32", "--learning-rate", "0.03"),
+    )
+    assert told.code == 0, told.err
+    return folder / "run"
+
+
+def test_a_run_is_held_to_what_it_wrote_down(run: Path, tmp_path: Path) -> None:
+    found = diagnose(str(run))
+    assert found.first is None, errors(found)
+    assert found.rows > 10
+    assert found.stages[-1].numbers["match"]["of"] > 3
+    for name, file, change in (
+        ("alpha", "adapter_config.json", {"lora_alpha": 4}),
+        ("template", "chat_template.jinja", None),
+    ):
+        other = tmp_path / name
+        shutil.copytree(run, other)
+        path = other / "adapter" / file
+        if change is None:
+            path.write_text(path.read_text().replace("<|assistant|>", "<|assistant|> "))
+        else:
+            path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        found = diagnose(str(other))
+        assert found.first is not None, name
+        assert found.first.name == "adapter"
+
+
+def test_rows_of_a_file_are_asked(run: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "more.jsonl", sums(7))
+    found = diagnose(str(run), data=str(data))
+    wheres = [f.where for f in found.findings()]
+    assert wheres == []
+    assert found.rows >= 7
+
+
+def test_an_adapter_without_effect_is_a_warning(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    trained(tmp_path, "llama", texts=[])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    zeros = {name: tensor * 0 for name, tensor in load_file(path).items()}
+    save_file(zeros, path, metadata={"format": "pt"})
+    found = diagnose(str(tmp_path / "adapter"))
+    assert [f.code for f in found.findings()] == ["adapter-without-effect"]
+    assert found.first is None
+
+
+def test_what_cannot_be_asked(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    with pytest.raises(UsageError, match="unknown stage"):
+        diagnose(str(tmp_path / "model"), stages=["merge"])
+    with pytest.raises(UsageError, match="there is no"):
+        diagnose(str(tmp_path / "model"), merged=str(tmp_path / "no"))
+    with pytest.raises(UsageError, match="there is no file"):
+        diagnose(str(tmp_path / "no.gguf"))
+    told = command("diagnose", tmp_path / "model", "--url", "x:1")
+    assert (told.code, "[server-address]" in told.err) == (2, True)
+    # Nothing listens there.
+    told = command("diagnose", tmp_path / "model", "--url", "http://127.0.0.1:9")
+    assert told.code == 1
+    assert "does not answer" in told.out
+
+
+def test_tensors_within_their_rounding_are_equal() -> None:
+    import torch
+
+    wanted = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    half = wanted.to(torch.bfloat16).float()
+    assert tensors.explain([("a", wanted)], lambda _: (half, "BF16")) == ""
+    assert "1 of 1" in tensors.explain([("a", wanted)], lambda _: (half, "F32"))
+    assert "is 3 times" in tensors.explain([("a", wanted)], lambda _: (3 * wanted, "F32"))
+    assert "missing" in tensors.explain([("a", wanted)], lambda _: None)
+    assert "shape" in tensors.explain([("a", wanted)], lambda _: (wanted[:4], "F32"))
+    base = torch.zeros_like(wanted)
+    twice = tensors.explain([("a", wanted)], lambda _: (2 * wanted, "F32"), lambda _: (base, "F32"))
+    assert "twice" in twice
