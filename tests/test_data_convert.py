@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,23 @@ BAD = [
         "bad-tool-call",
         chat(ASK, {**CALLING, "tool_calls": [{"name": "f", "arguments": 3}]}),
         chat(ASK, CALLING),
+    ),
+    (
+        # As a Parquet file brings it.
+        "bad-tool-call",
+        chat(
+            ASK,
+            {
+                **CALLING,
+                "tool_calls": [{"name": "f", "arguments": {"day": datetime.date(2026, 1, 2)}}],
+            },
+        ),
+        chat(ASK, {**CALLING, "tool_calls": [{"name": "f", "arguments": {"day": "2026-01-02"}}]}),
+    ),
+    (
+        "unsupported-content",
+        chat({**ASK, "content": [{"role": "user", "content": "hi"}]}, SAY),
+        chat({**ASK, "content": [{"type": "text", "text": "hi"}]}, SAY),
     ),
     (
         "bad-tool-call",
