@@ -52,6 +52,54 @@ def test_attention_hole(hidden: bool) -> None:
         assert found["attention-hole"].where == "dataset[0]"
 
 
+def _of_labels(ids: Any, labels: Any, number: int) -> list[int]:
+    return [int(label != -100) for label in labels]
+
+
+def _of_lines(ids: Any, labels: Any, number: int) -> list[int]:
+    line = HOUSE.tokenizer()("\n", add_special_tokens=False)["input_ids"][-1]
+    return [int(token != line) for token in ids]
+
+
+def _of_nothing(ids: Any, labels: Any, number: int) -> list[int]:
+    return [0] * len(ids)
+
+
+def _of_some(ids: Any, labels: Any, number: int) -> list[int]:
+    return _of_labels(ids, labels, number) if number % 3 == 0 else [1] * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("seen", "rows"), [(_of_labels, 12), (_of_lines, 12), (_of_nothing, 12), (_of_some, 4)]
+)
+@pytest.mark.parametrize("kind", ["instruct", "bos"])
+def test_what_a_mask_hides_is_told_once(seen: Any, rows: int, kind: Any) -> None:
+    """The row is judged as its ids are: no prompt is called missing that is only out of sight."""
+    tokenizer = HOUSE.tokenizer(kind)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if kind == "bos":
+        tokenizer.add_special_tokens({"pad_token": "<|reserved|>"})
+    features = []
+    for i in range(12):
+        row = _feature(tokenizer, messages(i))
+        row["attention_mask"] = seen(row["input_ids"], row["labels"], i)
+        features.append(row)
+    report = truetune.audit(loader(features, _collator(tokenizer)), tokenizer)
+    assert {f.code: f.count for f in report.findings} == {"attention-hole": rows}
+
+
+def test_rows_cut_in_front_are_told_once() -> None:
+    tokenizer = HOUSE.tokenizer()
+    rows = [chat_ids(tokenizer, messages(i, turns=1 + i % 2)) for i in range(24)]
+    limit = 1 + max(len(row) for row in rows[::2])
+    short = [row[-limit:] for row in rows]
+    for ids, cut in ((short, 12), (rows, 0)):
+        features = [{"input_ids": row, "labels": row} for row in ids]
+        report = truetune.audit(loader(features, _collator(tokenizer)), tokenizer)
+        told = {f.code: f.count for f in report.findings if f.level != "note"}
+        assert told == ({"prompt-cut": cut} if cut else {})
+
+
 @pytest.mark.parametrize(("asked", "level"), [(6, "warning"), (1, "note"), (0, None)])
 def test_eval_prompt_in_train(asked: int, level: str | None) -> None:
     """Another answer to a question that is trained too."""

@@ -389,3 +389,10 @@ def test_control_tokens_are_those_that_writing_them_makes() -> None:
     assert set(control_tokens(contract)) == {
         *("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
     }
+
+
+def test_arguments_that_are_broken_json_are_called_so() -> None:
+    tool = {"name": "weather", "parameters": {"type": "object"}}
+    for text, said in (('{"city": "Oslo"', "no whole JSON object"), ("print(1)", "not an object")):
+        assert said in call_problem({"name": "weather", "arguments": text}, tool)
+    assert call_problem({"name": "weather", "arguments": {"city": "Oslo"}}, tool) == ""

@@ -150,6 +150,25 @@ def test_answers_of_one_length_that_stop_in_the_middle() -> None:
     assert "421 characters" in told["answer-broken-off"].why
 
 
+def left_open(i: int) -> Conversation:
+    """The cut left whole words, which end a sentence as well as any."""
+    return plain(i, f"{long(i)} It went on through the whole of that long grey morning")
+
+
+def test_sentences_left_open_count_where_words_are_cut() -> None:
+    opened = [left_open(1000 + i) for i in range(10)]
+    rows = [*sound(100), *opened]
+    assert found(rows) == {}
+    rows += [cut_in_word(2000 + i) for i in range(6)]
+    assert found(rows)["answer-broken-off"].count == 16
+    # Who leaves out the last full stop everywhere has not cut everything.
+    rows += [left_open(3000 + i) for i in range(20)]
+    assert found(rows)["answer-broken-off"].count == 6
+    captions = [titled(4000 + i) for i in range(12)]
+    told = found([*sound(100), *captions, *(cut_in_word(2000 + i) for i in range(6))])
+    assert told["answer-broken-off"].count == 6
+
+
 def test_refusals_are_called_by_their_name() -> None:
     told = found([*sound(400), *(refusal(1000 + i) for i in range(48))])
     assert "48 times" in told["answers-identical"].what

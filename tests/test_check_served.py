@@ -301,3 +301,194 @@ def test_a_second_end_behind_the_last_answer_is_a_note() -> None:
     told = found(rows, tokenizer)
     assert told["stop-doubled"].level == "note"
     assert "prompt-differs" not in told
+
+
+# ------------------------------------------------------------------ white space before the answer
+
+
+def _spaced(tokenizer: Any, extra: str, begins: str = "", *, every: int = 1) -> list[Any]:
+    """(prompt, answer) texts; `extra` ends the prompts and `begins` opens the answers of some."""
+    texts = []
+    for i in range(2 * N):
+        prompt = tokenizer.apply_chat_template(
+            messages(i)[:1], tokenize=False, add_generation_prompt=True
+        )
+        some = i % every == 0
+        said = f"{begins if some else ''}{answer(i)}<|im_end|>"
+        texts.append((prompt + (extra if some else ""), said))
+    return texts
+
+
+def _joined(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Features:
+    """Prompt and answer tokenized in one, and every token a target."""
+    ids = [tokenizer(a + b, add_special_tokens=False)["input_ids"] for a, b in texts]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def _merging() -> Any:
+    """Two line breaks are one token, as in most vocabularies."""
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("merges", [True, False])
+def test_a_line_break_more_in_the_prompt_is_not_served(merges: bool, every: int) -> None:
+    tokenizer = _merging() if merges else HOUSE.tokenizer()
+    rows = [in_parts(tokenizer, *pair) for pair in _spaced(tokenizer, "\n", every=every)]
+    told = found(rows, tokenizer)["prompt-differs"]
+    assert (told.level, told.count) == ("error", 2 * N // every)
+    assert "white space" in told.what
+    assert "assistant\\n\\n' where a server sends " in told.why
+
+
+def test_a_line_break_more_is_seen_without_a_mask() -> None:
+    tokenizer = _merging()
+    rows = _joined(tokenizer, _spaced(tokenizer, "\n"))
+    assert "white space" in found(rows, tokenizer)["prompt-differs"].what
+
+
+@pytest.mark.parametrize("merges", [True, False])
+def test_answers_that_begin_with_a_line_break_are_their_own(merges: bool) -> None:
+    tokenizer = _merging() if merges else HOUSE.tokenizer()
+    rows = [in_parts(tokenizer, *pair) for pair in _spaced(tokenizer, "", "\n")]
+    assert "prompt-differs" not in found(rows, tokenizer)
+    # A few that were joined to their prompts first have another token there, and are no pattern.
+    rows = list(_joined(tokenizer, _spaced(tokenizer, "", "\n", every=N)))
+    assert "prompt-differs" not in found(rows, tokenizer)
+
+
+# ------------------------------------------------------------------ questions that are gone
+
+
+def _asked(tokenizer: Any, prompt: Callable[[int, str], str], every: int = 3) -> Features:
+    rows = []
+    for i in range(3 * N):
+        served = tokenizer.apply_chat_template(
+            messages(i)[:1], tokenize=False, add_generation_prompt=True
+        )
+        text = prompt(i, served) if i % every == 0 else served
+        rows.append(in_parts(tokenizer, text, f"{answer(i)}<|im_end|>"))
+    return rows
+
+
+def _without_turn(i: int, served: str) -> str:
+    return served.partition("<|im_start|>user")[0] + "<|im_start|>assistant\n"
+
+
+def _with_empty_turn(i: int, served: str) -> str:
+    return served.replace(question(i), "")
+
+
+@pytest.mark.parametrize("prompt", [_without_turn, _with_empty_turn])
+@pytest.mark.parametrize("every", [1, 3])
+def test_answers_to_no_question(prompt: Callable[[int, str], str], every: int) -> None:
+    tokenizer = HOUSE.tokenizer()
+    told = found(_asked(tokenizer, prompt, every), tokenizer)
+    assert (told["question-missing"].level, told["question-missing"].count) == (
+        "error",
+        3 * N // every,
+    )
+
+
+def test_many_answers_to_one_question_and_greetings_are_none_of_that() -> None:
+    tokenizer = HOUSE.tokenizer()
+
+    def same(i: int, served: str) -> str:
+        return served.replace(question(i), "Write a sentence.")
+
+    assert "question-missing" not in found(_asked(tokenizer, same), tokenizer)
+    hello = {"role": "assistant", "content": "Hello."}
+    rows = []
+    for i in range(N):
+        # The assistant greets first, in words of its own.
+        ids = chat_ids(tokenizer, [{**hello, "content": f"Hello {i}."}, *messages(i)])
+        rows.append({"input_ids": ids, "labels": ids})
+    assert "question-missing" not in found(rows, tokenizer)
+    # The instruction is the system message, another one in each row.
+    alone = [
+        on_answer(tokenizer, [{"role": "system", "content": question(i)}, messages(i)[1]])
+        for i in range(N)
+    ]
+    assert "question-missing" not in found(alone, tokenizer)
+
+
+def test_turns_of_unknown_roles_that_a_template_left_out() -> None:
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{%- for m in messages -%}",
+        "{%- for m in messages if m.role in ('system', 'user', 'assistant') -%}",
+    )
+    roles = {"user": "human", "assistant": "gpt"}
+    ids = [
+        chat_ids(tokenizer, [{**m, "role": roles[m["role"]]} for m in messages(i)])
+        for i in range(N)
+    ]
+    told = found([{"input_ids": row, "labels": row} for row in ids], tokenizer)
+    assert "roles that it does not know" in told["prompt-not-served"].why
+
+
+# ------------------------------------------------------------------ markers that are gone
+
+
+@pytest.mark.parametrize("kind", ["instruct", "bos"])
+def test_rows_that_lost_their_control_tokens(kind: Any) -> None:
+    tokenizer = HOUSE.tokenizer(kind)
+    rows = []
+    for i in range(N):
+        talk = [{"role": "system", "content": "Be brief."}, *messages(i, turns=2)]
+        text = tokenizer.decode(chat_ids(tokenizer, talk), skip_special_tokens=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows.append({"input_ids": ids, "labels": ids})
+    told = found(rows, tokenizer)
+    assert {c: f.level for c, f in told.items()} == {"markers-lost": "error"}
+    assert told["markers-lost"].count == N
+
+
+def test_texts_that_speak_of_users_and_assistants_lost_no_markers() -> None:
+    tokenizer = HOUSE.tokenizer()
+    texts = [
+        f"The roles of a chat are these:\nuser\n{question(i)}\nassistant\n{answer(i)}"
+        for i in range(N)
+    ]
+    ids = [[*tokenizer(t)["input_ids"], tokenizer.eos_token_id] for t in texts]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    assert "markers-lost" not in found(rows, tokenizer)
+
+
+# ------------------------------------------------------------------ documents among conversations
+
+
+def _documents(tokenizer: Any, end: bool = True) -> Features:
+    rows = []
+    for i in range(N):
+        ids = tokenizer(answer(i, words=40) + f" {question(i)}", add_special_tokens=False)
+        row = ids["input_ids"] + ([tokenizer.pad_token_id] if end else [])
+        rows.append({"input_ids": row, "labels": row})
+    return rows
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("everything", [True, False])
+def test_plain_text_among_conversations_is_a_note(end: bool, everything: bool) -> None:
+    tokenizer = HOUSE.tokenizer()
+    chats = [on_answer(tokenizer, messages(i)) for i in range(N)]
+    if everything:
+        chats = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in chats]
+    told = found([*_documents(tokenizer, end), *chats], tokenizer)
+    assert told.pop("plain-text-rows").count == N
+    assert {c: f.level for c, f in told.items() if f.level != "note"} == {}
+
+
+def test_another_form_among_conversations_is_no_plain_text() -> None:
+    """Neither with labels on all, nor where the prompt has none; nor plain text alone."""
+    tokenizer = HOUSE.tokenizer()
+    chats = [on_answer(tokenizer, messages(i)) for i in range(N)]
+    head, end = "### Question:\n{}\n\n### Answer:\n", tokenizer.eos_token
+    pairs = [(head.format(question(i)), answer(i) + end) for i in range(N)]
+    for rows in (_joined(tokenizer, pairs), [in_parts(tokenizer, *pair) for pair in pairs]):
+        told = found([*rows, *chats], tokenizer)
+        assert "plain-text-rows" not in told
+        assert told["prompt-not-served"].level == "error"
+    assert "plain-text-rows" not in found(_documents(tokenizer), tokenizer)

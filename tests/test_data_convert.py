@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,11 @@ BAD = [
         chat(ASK, CALLING),
     ),
     (
+        "unsupported-content",
+        chat({**ASK, "content": [{"role": "user", "content": "hi"}]}, SAY),
+        chat({**ASK, "content": [{"type": "text", "text": "hi"}]}, SAY),
+    ),
+    (
         "bad-tool-call",
         chat({**ASK, "tool_calls": [call()]}, SAY),
         chat({**ASK, "tool_calls": []}, SAY),
@@ -569,3 +575,21 @@ def test_unknown_schema(data):
     assert caught.value.code == "unknown-schema"
     assert "alpaca" in caught.value.fix
     assert data(chat(ASK, SAY), schema="OpenAI").schema == "messages"
+
+
+def test_a_date_of_a_parquet_file_is_refused_with_its_row(tmp_path: Path) -> None:
+    """JSON has no dates, and a tool call is written as JSON."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    days = [None, datetime.date(2026, 1, 2), None]
+    rows = [
+        {"messages": [ASK, {**CALLING, "tool_calls": [{"name": "f", "arguments": {"day": day}}]}]}
+        for day in days
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    loaded = load(tmp_path / "rows.parquet")
+    (told,) = [f for f in loaded.findings if f.level == "error"]
+    assert told.code == "bad-tool-call"
+    assert told.where == f"{tmp_path}/rows.parquet row 2"
+    assert len(loaded.conversations) == 2

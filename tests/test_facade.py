@@ -76,9 +76,33 @@ def test_check_and_inspect_print_well(place: Path) -> None:
     assert facts._repr_html_().startswith("<pre>")
 
 
+def test_inspect_shows_rows_as_they_are_trained(place: Path, tmp_path: Path) -> None:
+    """Every option of the command line is a keyword argument."""
+    rows = truetune.inspect(place / "tiny", data=place / "rows.jsonl", row=2, ids=True)
+    assert [view.number for view in rows.views] == [2]
+    assert "row 2 of" in repr(rows)
+    assert rows._repr_html_().startswith("<!")
+    page = tmp_path / "rows.html"
+    many = truetune.inspect(place / "tiny", place / "rows.jsonl", html=page, loss_on="last")
+    assert len(many.views) > 1
+    assert page.read_text(encoding="utf-8").startswith("<!")
+
+
+def test_the_embedded_base_has_a_name(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert truetune.inspect("embedded")["num_layers"] == 6
+    # A folder of one's own with that name wins.
+    (tmp_path / "embedded").symlink_to(place / "tiny")
+    assert truetune.inspect("embedded")["num_layers"] != 6
+
+
 @pytest.mark.parametrize(
     ("call", "code"),
     [
+        (lambda p: truetune.inspect(p / "tiny", row=1), "rows-without-data"),
+        (lambda p: truetune.inspect(p / "tiny", p / "rows.jsonl", row=10**6), "no-such-row"),
         (lambda p: truetune.train(p / "no", p / "rows.jsonl", output="x"), "model-not-found"),
         (lambda p: truetune.train(p / "tiny", p / "rows.jsonl", lorra=True), "recipe"),
         (lambda p: truetune.train(p / "tiny", [{"prompt": "a"}], output="x"), "not-a-path"),

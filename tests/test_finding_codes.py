@@ -20,6 +20,7 @@ from test_check_quality import CASES as QUALITY_CASES
 ROOMS = ("checks/", "auditing/", "behaviour/", "run/checkup.py", "run/smoke_test.py")
 # (what brings it about, what nearly does), where a table would not do: tests by file and name.
 LABELS, AUDIT = "test_check_labels.py", "test_audit_findings.py"
+SERVED = "test_check_served.py"
 REHEARSAL, SOUND = "test_check_rehearse.py", "test_a_sound_run_rehearses_in_silence"
 STEPS, HEALTH = "test_behaviour.py", "test_health_callback.py"
 RENDERER, SOFT = "test_one_renderer.py", "test_soft_prompts.py"
@@ -52,6 +53,18 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
     "bos-missing": (
         *(LABELS, "test_a_begin_token_that_served_prompts_have"),
         "test_a_begin_token_that_served_prompts_have",
+    ),
+    "markers-lost": (
+        *(SERVED, "test_rows_that_lost_their_control_tokens"),
+        "test_texts_that_speak_of_users_and_assistants_lost_no_markers",
+    ),
+    "plain-text-rows": (
+        *(SERVED, "test_plain_text_among_conversations_is_a_note"),
+        "test_another_form_among_conversations_is_no_plain_text",
+    ),
+    "question-missing": (
+        *(SERVED, "test_answers_to_no_question"),
+        "test_many_answers_to_one_question_and_greetings_are_none_of_that",
     ),
     "memory-short": (
         *(REHEARSAL, "test_only_what_surely_does_not_fit_is_told"),

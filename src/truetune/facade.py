@@ -17,6 +17,7 @@ from truetune.recipe.settings import setting_types, settings
 from truetune.recipe.spelling import in_python
 
 if TYPE_CHECKING:
+    from truetune.cli.rows_screen import RowView
     from truetune.contract.contract import PromptContract
     from truetune.diagnosis.diagnose import Diagnosis
     from truetune.evaluation.table import Evaluation
@@ -450,24 +451,90 @@ class Facts(dict[str, Any]):
         return _pre(repr(self))
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows as they are trained: served prompt, supervised, stop.
+
+    Attributes:
+        views: a row each, with its `number`, `conversation`, `result` and `findings`.
+        total: rows that were read.
+    """
+
+    contract: PromptContract
+    views: Sequence[RowView]
+    total: int
+    title: str
+    ids: bool = False
+
+    def __repr__(self) -> str:
+        from truetune.cli.rows_screen import show_rows
+        from truetune.cli.screen import Screen
+
+        screen = Screen()
+        with screen.console.capture() as shown:
+            show_rows(screen, self.contract, self.views, self.total, with_ids=self.ids)
+        return shown.get().rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        from truetune.cli.rows_screen import rows_page
+
+        return rows_page(self.contract, self.views, self.total, self.title)
+
+
 @_words_of_python()
 def inspect(
-    model: Pathlike, *, revision: str | None = None, chat_template: str | None = None
-) -> Facts:
+    model: Pathlike,
+    data: Pathlike | None = None,
+    *,
+    row: int | str | None = None,
+    ids: bool = False,
+    html: Pathlike | None = None,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    **options: Any,
+) -> Facts | Rows:
     """What a model brings: template, stop tokens, vocabulary, head, LoRA targets, one turn as it
-    is served and supervised. No weight is read.
+    is served and supervised; or, with data, rows as they are trained. No weight is read.
+
+        truetune.inspect("Qwen/Qwen2.5-0.5B-Instruct", "rows.jsonl", row=17)
 
     Args:
-        model: a run, a model or adapter folder, or a Hub id.
+        model: a run, a model or adapter folder, a Hub id, or `embedded`.
+        data: rows to show as they are trained.
+        row: its number, from 1, or its place as findings name it; the first where None.
+        ids: show token ids beside the text.
+        html: write a page there, of 50 rows or of `row`.
         revision: of a Hub model.
         chat_template: a .jinja file or built-in name; the model's own where None.
+        options: any setting of docs/settings.md, by its name, as rows are read and trained.
 
     Raises:
-        TruetuneError: it cannot be opened.
+        TruetuneError: model or data cannot be opened, or there is no such row.
     """
-    from truetune.cli.model_screen import model_facts
+    if data is None:
+        if row is not None or ids or html is not None or options:
+            raise UsageError(
+                "row, ids, html and settings show rows, and there are none",
+                fix="truetune.inspect(model, data, row=1)",
+                code="rows-without-data",
+            )
+        from truetune.cli.model_screen import model_facts
 
-    return Facts(model_facts(path_of(model), revision=revision, chat_template=chat_template))
+        return Facts(model_facts(path_of(model), revision=revision, chat_template=chat_template))
+    from pathlib import Path
+
+    from truetune.cli.rows_screen import rows_page, view_rows
+    from truetune.reporting.html import write_document
+
+    given = {"revision": revision, "chat_template": chat_template, **options}
+    recipe = recipe_of(model, data, None, given, "python")
+    named = None if row is None else str(row)
+    most = 50 if html is not None else 1
+    found = view_rows(recipe, named, most)
+    rows = Rows(*found, f"{path_of(data)} for {path_of(model)}", ids)
+    if html is not None:
+        write_document(Path(path_of(html)), rows_page(*found, rows.title))
+    return rows
 
 
 @_words_of_python()

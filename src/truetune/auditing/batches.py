@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from truetune.auditing.read import IGNORED, Reading, ReadRow, stand_still
+from truetune.auditing.read import IGNORED, Reading, ReadRow, hidden_text, stand_still
 from truetune.auditing.subject import Subject
 from truetune.checks.labels.facts import LabelFacts
 from truetune.findings import Finding, rows_finding, share
@@ -21,7 +21,6 @@ def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Ite
     yield from _attention_holes(reading.rows, subject.tokenizer.pad_token_id)
     yield from _positions_count(reading.rows)
     yield from _rows_again(subject, reading.rows)
-    yield from _beginnings_cut(facts)
     yield from _dropped_rows(subject)
 
 
@@ -87,12 +86,12 @@ def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Findi
         if mask is None or mask.shape != row.ids.shape:
             continue
         seen = np.flatnonzero(mask)
-        if len(seen) and not mask[seen[0] : seen[-1] + 1].all():
-            inside.append(number)
-        # Padding in front is one token again and again.
-        hidden = row.ids[: seen[0]] if len(seen) else row.ids[:0]
-        if len(np.unique(hidden[hidden != pad] if pad is not None else hidden)) > 1:
+        hidden = hidden_text(row.ids, row.labels, mask, pad)
+        first = int(seen[0]) if len(seen) else len(mask)
+        if hidden[:first].any():
             in_front.append(number)
+        elif hidden.any() or (len(seen) and not mask[first : seen[-1] + 1].all()):
+            inside.append(number)
     if inside:
         yield _finding(
             rows,
@@ -176,38 +175,6 @@ def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
         "count less",
         fix="leave the copies out",
     )
-
-
-def _beginnings_cut(facts: LabelFacts) -> Iterator[Finding]:
-    """Rows as long as the limit that do not begin as the others do lost their beginning."""
-    table = facts.table
-    if facts.plain or facts.is_stream or not len(table):
-        return
-    # Rows that were cut in front end well: the longest length is the limit where rows share it.
-    limit = facts.cut_at or int(table.lengths.max())
-    at_limit = np.flatnonzero(table.lengths == limit)
-    others = np.flatnonzero((table.lengths != limit) & (table.lengths > 0))
-    if len(at_limit) < 2 or len(others) < 3:
-        return
-    first = table.ids[table.starts[:-1][others]]
-    values, counts = np.unique(first, return_counts=True)
-    if counts.max() < 0.9 * len(others):
-        return
-    usual = int(values[counts.argmax()])
-    cut = [int(row) for row in at_limit if table.ids[table.starts[row]] != usual]
-    if cut:
-        name = facts.tokens.decode([usual])
-        yield rows_finding(
-            facts.names,
-            cut,
-            code="prompt-cut",
-            level="error" if len(cut) > 0.05 * len(table) else "warning",
-            what=f"{share(len(cut), len(table))} lost their beginning to the length limit of "
-            f"{limit:,} tokens",
-            why=f"they are as long as the limit and do not begin with {name!r} as the others do: "
-            "their answers are trained behind half a prompt",
-            fix="raise the limit above the longest row, or leave those rows out",
-        )
 
 
 # ------------------------------------------------------------------ rows that are gone

@@ -374,15 +374,17 @@ def _real(
     size = len(ids)
     mask, labels = pick.get("attention_mask"), pick.get("labels")
     own = _own_mask(feature, known)
+    # What a mask hides of a row is told as that; the row is judged as its ids are.
+    hidden = hidden_text(ids, labels, mask, pad_id)
     if known is not None and own is not None and known <= size:
         source = np.asarray(feature["input_ids"], dtype=np.int64).reshape(-1)
         for start in (0, size - known):
             if np.array_equal(ids[start : start + known], source):
-                real = np.zeros(size, np.int64)
-                real[start : start + known] = own
+                real = hidden.astype(np.int64)
+                real[start : start + known] |= own
                 return _without_pad_runs(real, ids, pad_id, pad_ends)
     if mask is not None and mask.shape == ids.shape:
-        return _without_pad_runs((mask != 0).astype(np.int64), ids, pad_id, pad_ends)
+        return _without_pad_runs(((mask != 0) | hidden).astype(np.int64), ids, pad_id, pad_ends)
     solid = ids != pad_id if pad_id is not None else np.ones(size, bool)
     labelled = np.zeros(size, bool)
     if labels is not None and labels.shape == ids.shape:
@@ -395,6 +397,31 @@ def _real(
         ended = bool((labelled & ~solid)[max(0, last - 3) : last].any())
         real[int(places[0]) : last if ended else min(last + pad_ends, size)] = 1
     return _without_pad_runs(real, ids, pad_id, pad_ends)
+
+
+def hidden_text(
+    ids: Array, labels: Array | None, mask: Array | None, pad_id: int | None
+) -> npt.NDArray[np.bool_]:
+    """(T,) tokens of the row that its attention mask hides.
+
+    Padding is one token again and again; behind the row it may be anything that has no label.
+    Inside the row it is pad tokens, and more than one.
+    """
+    hidden = np.zeros(len(ids), bool)
+    if mask is None or mask.shape != ids.shape or mask.all():
+        return hidden
+    labelled = labels is not None and labels.shape == ids.shape
+    edges = np.flatnonzero(np.diff((mask == 0).astype(np.int8), prepend=0, append=0))
+    for start, end in edges.reshape(-1, 2).tolist():
+        stretch = ids[start:end]
+        solid = stretch[stretch != pad_id] if pad_id is not None else stretch
+        behind = start > 0 and end == len(ids)
+        if behind and not (labelled and (labels[start:end] != IGNORED).any()):  # type: ignore[index]
+            continue
+        inside = start > 0 and end < len(ids)
+        alone = (inside and (len(solid) > 0 or end - start == 1)) or (behind and len(solid) == 1)
+        hidden[start:end] = alone or len(np.unique(solid)) > 1
+    return hidden
 
 
 def _without_pad_runs(real: Array, ids: Array, pad_id: int | None, pad_ends: bool) -> Array:

@@ -167,10 +167,12 @@ def _foreign_roles(
     """Roles that no server sends and that the template does not name either."""
     known = {*ROLES, None}
     found: dict[int, str] = {}
-    for number, (_, talk) in enumerate(talks):
+    shown = True
+    for number, (row, talk) in enumerate(talks):
         for role in dict.fromkeys(message.get("role") for message in talk.messages):
             if role not in known and str(role) not in contract.renderer.literals:
-                found.setdefault(number, str(role))
+                written = str(role) in contract.tokens.decode(row.ids.tolist())
+                shown, _ = shown and written, found.setdefault(number, str(role))
     if found:
         role = next(iter(found.values()))
         yield rows_finding(
@@ -181,7 +183,10 @@ def _foreign_roles(
             what=f"{share(len(found), len(names))} have turns of the role {role!r}, which no "
             "server sends",
             why=f"the template writes {role!r} where a served prompt has 'user' or 'assistant': "
-            "what is learned behind it does not show when the model is served",
+            "what is learned behind it does not show when the model is served"
+            if shown
+            else f"the template does not know {role!r} and leaves those turns out: what they say "
+            "is not in the ids",
             fix="rename the roles to user and assistant before the rows are rendered with the "
             "tokenizer's own chat template",
         )
@@ -212,6 +217,11 @@ def _judge_row(
         return "", missing
     same = common_prefix(ids, served)
     if (at_limit and not same) or same >= len(served) or not (labels[same:] != IGNORED).any():
+        return "", missing
+    said = talk.messages[turns[-1]].get("content")
+    spaced = isinstance(said, str) and said[:1].isspace() and same >= len(served) - 1
+    if spaced and text.startswith(contract.tokens.decode(served)):
+        # The answer's own white space became one token with that of the prompt.
         return "", missing
     ours = contract.tokens.decode(ids[same : same + 6])
     theirs = contract.tokens.decode(served[same : same + 6])

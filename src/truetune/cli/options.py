@@ -34,7 +34,7 @@ def with_settings(verb: Callable[..., None], *extra: inspect.Parameter) -> Calla
         extra: options of the verb's own.
     """
     arguments = (
-        ("source", "MODEL", "A local folder, a Hub id, or a recipe.yaml."),
+        ("source", "MODEL", "A local folder, a Hub id, `embedded`, or a recipe.yaml."),
         ("rows", "DATA", "A file, a folder, or a Hub dataset."),
     )
     own = [

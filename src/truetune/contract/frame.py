@@ -241,8 +241,16 @@ def as_served(
     bos: str,
 ) -> str | None:
     """The served prompt as its ids read, begin token off; None where the template refuses."""
+    ids = served_ids(contract, arguments, messages)
+    return None if ids is None else contract.tokens.decode(ids).removeprefix(bos)
+
+
+def served_ids(
+    contract: PromptContract, arguments: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
+) -> list[int] | None:
+    """The ids of a served prompt; None where the template refuses."""
     try:
         text = contract.prompt_text(messages, None, arguments or None)
     except TruetuneError:
         return None
-    return contract.tokens.decode(contract.tokens.encode([text])[0]).removeprefix(bos)
+    return list(contract.tokens.encode([text])[0])

@@ -133,8 +133,14 @@ def content_of(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
         elif what in _CALL_PARTS:
             calls += calls_of(_part_call(part))
         else:
-            named = excerpt(what) if isinstance(what, str) else kind(what)
-            raise _unsupported(f"a content part has the type {named}")
+            if "role" in part:
+                raise _unsupported(
+                    "the content of a turn is a list of messages",
+                    why="a message with a role stands where text, or a part with a type, belongs",
+                    fix="give the text of one turn as its content",
+                )
+            named = f"the type {excerpt(what)}" if isinstance(what, str) else "no type"
+            raise _unsupported(f"a content part has {named}")
     return "".join(texts), "\n\n".join(filter(None, thoughts)), calls
 
 

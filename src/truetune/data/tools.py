@@ -100,6 +100,15 @@ def _arguments(value: Any) -> Any:
             return value
         return parsed if isinstance(parsed, dict) else value
     if isinstance(value, dict):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadRow(
+                "bad-tool-call",
+                "a tool call has an argument that is no JSON",
+                why=str(error),
+                fix="write dates and other objects as text",
+            ) from error
         return value
     raise BadRow("bad-tool-call", f"the arguments of a call are {kind(value)}", fix=_CALL_FIX)
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from truetune.model.source import EMBEDDED_FOLDER
+
 # Seed of the world that the shipped base has read about.
 BASE_SEED = 7
 
 
 def base_path() -> Path:
     """Folder of the shipped base model, as `from_pretrained` takes it."""
-    return Path(__file__).parent / "base"
+    return EMBEDDED_FOLDER

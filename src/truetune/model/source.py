@@ -53,11 +53,17 @@ class ModelFiles:
         return self.source if self.is_hub else str(self.folder.resolve())
 
 
+# The name of the base model that comes with truetune, and where it lies.
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "lab" / "base"
+
+
 def locate(source: str | Path, revision: str | None = None, *, weights: bool) -> ModelFiles:
     """Find a model's files.
 
     Args:
-        source: a folder, or a Hub id such as `Qwen/Qwen2.5-0.5B`; an existing folder wins.
+        source: a folder, a Hub id such as `Qwen/Qwen2.5-0.5B`, or `embedded` for the base model
+            that comes with truetune; an existing folder wins.
         revision: branch, tag or commit of a Hub model.
         weights: also fetch the weights of a Hub model that are not in the cache.
 
@@ -77,6 +83,8 @@ def locate_here(source: str | Path) -> ModelFiles | None:
     path = Path(text).expanduser()
     if path.is_dir():
         return ModelFiles(text, path, None)
+    if text == EMBEDDED:
+        return ModelFiles(text, EMBEDDED_FOLDER, None)
     if path.is_file():
         raise ModelError(
             f"{text} is a file, not a model folder",
@@ -141,8 +149,8 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
     except GatedRepoError as error:
         raise failed(
             "the Hub shares it only with people who accepted its terms",
-            "accept them on its page and log in with `hf auth login`",
-            "model-gated",
+            fix="accept them on its page and log in with `hf auth login`",
+            code="model-gated",
         ) from error
     except RevisionNotFoundError as error:
         raise failed("the model has no such revision", "check the revision") from error
@@ -155,8 +163,8 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
         raise failed(
             "no folder has this name, it is not in the local Hub cache, and the Hub cannot be "
             "reached (offline)",
-            "give the path of a local folder, or go online",
-            "model-offline",
+            fix="give the path of a local folder, or go online",
+            code="model-offline",
         ) from error
     except (OSError, ValueError) as error:
         raise failed(first_line(error), "give the path of a local folder, or try again") from error

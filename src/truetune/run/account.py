@@ -25,58 +25,89 @@ from truetune.model.inspect import ModelFacts
 from truetune.model.new_tokens import NewToken
 from truetune.recipe.settings import Recipe
 
-# What an encoded row may remark, as a note: (what, why).
+# What an encoded row may remark.
 _REMARKS = {
-    "stripped": (
-        "the template strips outer whitespace of answers",
-        "the model is trained on the answer as the template writes it",
+    "stripped": Finding(
+        code="answer-stripped",
+        level="note",
+        what="the template strips outer whitespace of answers",
+        why="the model is trained on the answer as the template writes it",
     ),
-    "respaced": (
-        "the template sets other whitespace between a think block and the answer than the rows",
-        "the model is trained on the answer as the template writes it",
+    "respaced": Finding(
+        code="answer-respaced",
+        level="note",
+        what="the template sets other whitespace between a think block and the answer than the "
+        "rows",
+        why="the model is trained on the answer as the template writes it",
     ),
-    "normalised": (
-        "the tokenizer's own normaliser changes characters of answers",
-        "the model cannot write what its tokenizer has no form for",
+    "normalised": Finding(
+        code="answer-normalised",
+        level="note",
+        what="the tokenizer's own normaliser changes characters of answers",
+        why="the model cannot write what its tokenizer has no form for",
     ),
-    "framed": (
-        "the template writes markers of its own around answers; the model learns to write them",
-        "a format may name a channel or a recipient before it answers",
+    "framed": Finding(
+        code="answer-framed",
+        level="note",
+        what="the template writes markers of its own around answers; the model learns to write "
+        "them",
+        why="a format may name a channel or a recipient before it answers",
     ),
-    "stop-appended": (
-        "the template closes answers with nothing; the model's own end token closes them",
-        "without an end a served answer would go on",
+    "stop-appended": Finding(
+        code="answer-stop-appended",
+        level="note",
+        what="the template closes answers with nothing; the model's own end token closes them",
+        why="without an end a served answer would go on",
     ),
-    "reasoning-empty": (
-        "the think block that the prompt opens is closed at once, as --reasoning empty asks",
-        "the model learns not to think",
+    "reasoning-empty": Finding(
+        code="answer-reasoning-empty",
+        level="note",
+        what="the think block that the prompt opens is closed at once, as --reasoning empty asks",
+        why="the model learns not to think",
     ),
-    "thinking-unlearned": (
-        "answers without reasoning are trained where the template would have the model think",
-        "thinking will be unlearned there",
+    "thinking-unlearned": Finding(
+        code="answer-thinking-unlearned",
+        level="note",
+        what="answers without reasoning are trained where the template would have the model think",
+        why="thinking will be unlearned there",
     ),
-    "prompt-realigned": (
-        "the template renders earlier turns of a finished conversation unlike it serves them; the "
-        "served prompt is trained",
-        "a server sends the prompt",
+    "prompt-realigned": Finding(
+        code="answer-prompt-realigned",
+        level="note",
+        what=(
+            "the template renders earlier turns of a finished conversation unlike it serves them; "
+            "the served prompt is trained"
+        ),
+        why="a server sends the prompt",
     ),
-    "reordered": (
-        "the template writes the arguments of tool calls in an order of its own",
-        "the call is the same; the model learns the template's order",
+    "reordered": Finding(
+        code="answer-reordered",
+        level="note",
+        what="the template writes the arguments of tool calls in an order of its own",
+        why="the call is the same; the model learns the template's order",
     ),
-    "template-words": (
-        "the template adds words to answers, and they are trained, as --template-words keep asks",
-        "they are in no row: the model learns to write them",
+    "template-words": Finding(
+        code="answer-template-words",
+        level="note",
+        what="the template adds words to answers, and they are trained, as --template-words keep "
+        "asks",
+        why="they are in no row: the model learns to write them",
     ),
-    "history-parsed": (
-        "earlier turns are served as a client sends them back that received reasoning_content; "
-        "without a reasoning parser on the server, later prompts hold the reasoning in another "
-        "form",
-        "the template treats a field and text in the content differently",
+    "history-parsed": Finding(
+        code="answer-history-parsed",
+        level="note",
+        what=(
+            "earlier turns are served as a client sends them back that received reasoning_content; "
+            "without a reasoning parser on the server, later prompts hold the reasoning in another "
+            "form"
+        ),
+        why="the template treats a field and text in the content differently",
     ),
-    "seam": (
-        "prompt and answer would have merged into one token; they are kept apart",
-        "a server sends the prompt alone, so the answer starts a token of its own",
+    "seam": Finding(
+        code="answer-seam",
+        level="note",
+        what="prompt and answer would have merged into one token; they are kept apart",
+        why="a server sends the prompt alone, so the answer starts a token of its own",
     ),
 }
 
@@ -166,7 +197,7 @@ def remarks(encoded: Sequence[Encoded]) -> list[Finding]:
         for remark in row.remarks:
             first.setdefault(remark, row.row)
     return [
-        Finding(f"answer-{name}", "note", _REMARKS[name][0], first[name], count, _REMARKS[name][1])
+        dataclasses.replace(_REMARKS[name], where=first[name], count=count)
         for name, count in counts.items()
     ]
 

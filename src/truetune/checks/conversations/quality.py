@@ -72,7 +72,8 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         # A set whose answers end without a mark has a form of its own; a common length is told.
         rows = _at_one_length(facts, texts)
     else:
-        rows = sorted({*_broken_off(facts, prose), *_at_one_length(facts, texts)})
+        sure = {*_broken_off(facts, prose), *_at_one_length(facts, texts)}
+        rows = sorted({*sure, *_left_open(prose, sure)})
     if not rows:
         return
     lengths = Counter(len(facts.answers[i]) for i in rows)
@@ -113,6 +114,31 @@ def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
         # Nowhere else a word of its own, and the beginning of one that is used.
         found += [i for i, w in parts.items() if known[w] <= ends[w] and w in longer]
     return found
+
+
+# Where cuts are shown, so many sentences without an end to one of them are cuts as well.
+_OPEN_TO_SURE = 4
+
+
+def _left_open(prose: dict[int, str], sure: Collection[int]) -> list[int]:
+    """Sentences that stop without a mark, in a set that was shown to be cut.
+
+    Alone they say nothing: people leave out the last full stop. A line counts where the one before
+    it, or a sentence before it, has its mark.
+    """
+    if len(sure) < _LEAST_ROWS:
+        return []
+    found = []
+    for index, text in prose.items():
+        *before, line = [part.strip() for part in text.split("\n") if part.strip()]
+        marked = bool(before and _ENDED.search(before[-1])) or bool(re.search(r"[.!?]\s", line))
+        last = text.split()[-1]
+        # Names and signs end captions and signatures.
+        if index in sure or not (last.isalpha() and last.islower()):
+            continue
+        if len(line.split()) >= 6 and marked:
+            found.append(index)
+    return found if len(found) <= _OPEN_TO_SURE * len(sure) else []
 
 
 def _beginnings(known: Iterable[str], parts: set[str]) -> set[str]:

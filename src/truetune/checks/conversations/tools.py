@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,9 +78,22 @@ def call_problem(call: Mapping[str, Any], tool: Mapping[str, Any]) -> str:
     """What is wrong with a call's arguments; "" for nothing that its schema could say."""
     arguments = call["arguments"]
     schema = tool.get("parameters")
+    if isinstance(arguments, str) and arguments.lstrip()[:1] in ("{", "["):
+        return f"the arguments are text that is no whole JSON object: {_broken(arguments)}"
     if not isinstance(arguments, Mapping):
         return f"the arguments are {_kind(arguments)}, not an object"
     return value_problem(arguments, schema, "") if isinstance(schema, Mapping) else ""
+
+
+def _broken(text: str) -> str:
+    """Where JSON breaks off, and the text."""
+    try:
+        json.loads(text)
+    except ValueError as error:
+        return f"{text[:60]!r}, {error}; a server's parser refuses such a call"
+    except RecursionError:
+        return "it is nested too deeply"
+    return f"{text[:60]!r}"
 
 
 # The types of JSON Schema; a whole float is an integer there.

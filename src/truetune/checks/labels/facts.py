@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from truetune.checks.labels.table import Indices, TokenTable
-from truetune.contract.frame import Frame
+from truetune.contract.frame import Frame, Separators, separators
 from truetune.contract.tokens import Tokens
 
 # Rows that are decoded where a property holds for most rows or for none. If at least half of the
@@ -154,6 +154,14 @@ class LabelFacts:
         return sorted((tokens.special_ids & set(written)) - self.frame.ends - {bos})
 
     @cached_property
+    def separators(self) -> Separators | None:
+        """What the template writes between turns under the arguments that are served."""
+        contract, bos = self.frame.contract, self.tokens.tokenizer.bos_token_id
+        if contract is None:
+            return None
+        return separators(contract, {}, "" if bos is None else self.tokens.decode([bos]))
+
+    @cached_property
     def scaffold(self) -> tuple[str, ...]:
         """Labels that stand in most rows, `### Response:` or `Answer:`; () where fewer than two
         do: prompt and answer have one each."""
@@ -163,7 +171,7 @@ class LabelFacts:
             ids = [i for i in self.table.row_ids(row) if i not in special]
             text = self.frame.tokens.decode(ids)
             counts.update({label.strip() for label in _LABEL.findall(text)})
-        least = max(3, (len(self.sample) + 1) // 2)
+        least = max(2, (len(self.sample) + 1) // 2)
         common = tuple(label for label, n in counts.most_common() if n >= least)
         return common if len(common) > 1 else ()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from truetune.checks import labels
 from truetune.checks.labels import blocks, foreign, vocabulary
+from truetune.checks.labels.causes import told_apart
 from truetune.checks.labels.facts import LabelFacts
 from truetune.checks.registry import ask
 from truetune.findings import Finding, merged
@@ -19,9 +20,10 @@ def label_findings(facts: LabelFacts) -> list[Finding]:
     if strange := list(foreign.other_tokenizer(facts)):
         # Nothing else can be said of rows that are not in this vocabulary.
         return merged([*ask(vocabulary, facts), *strange])
-    found = blocks.pieces(facts)
-    if found is None:
-        return merged(ask(labels, facts))
-    # A piece of a conversation lacks its prompt or its end: that is one cause, told once.
-    whole = blocks.without_pieces(facts, found)
-    return merged([*blocks.borders(facts, found), *ask(labels, whole)])
+    told: list[Finding] = []
+    if (found := blocks.pieces(facts)) is not None:
+        # A piece of a conversation lacks its prompt or its end: that is one cause, told once.
+        told += blocks.borders(facts, found)
+        facts = blocks.without_pieces(facts, found)
+    causes, facts = told_apart(facts)
+    return merged([*told, *causes, *ask(labels, facts)])

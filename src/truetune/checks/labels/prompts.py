@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from truetune.checks.labels.facts import LabelFacts, of_turns, unproved
+from truetune.checks.labels.questions import asks_nothing
 from truetune.checks.registry import check
+from truetune.contract.frame import Separators
 from truetune.errors import UnfaithfulTemplate
 from truetune.findings import Finding, rows_finding, share
 
@@ -105,7 +107,18 @@ def served_form(facts: LabelFacts) -> Iterator[Finding]:
     if everywhere and facts.is_stream:
         return
     tuned = frame.own_stop_is_terminator
-    form = _form(facts, without[0])
+    first = table.row_ids(without[0])
+    shown = facts.tokens.decode(first).strip()
+    if facts.separators and _opened(facts.separators, shown) and asks_nothing(facts, first):
+        why = (
+            f"they hold nothing but what the template writes before the first turn ({shown!r}): it "
+            "leaves out turns of roles that it does not know, such as human and gpt"
+        )
+    else:
+        why = (
+            f"their text has a form of its own ({_form(facts, without[0])}): what is learned there "
+            "does not show when the model is served with its chat template"
+        )
     yield rows_finding(
         facts.names,
         without,
@@ -114,10 +127,16 @@ def served_form(facts: LabelFacts) -> Iterator[Finding]:
         level="error" if tuned or not everywhere else "note",
         what=f"{share(len(without), len(table))} do not have what the served chat template writes "
         f"before an answer, {frame.answer_start!r}",
-        why=f"their text has a form of its own ({form}): what is learned there does not show "
-        "when the model is served with its chat template",
-        fix="give the rows as messages, so that the tokenizer's own template renders them; or "
-        "save the form of the rows as the chat template",
+        why=why,
+        fix="give the rows as messages with the roles user and assistant, so that the tokenizer's "
+        "own template renders them; or save the form of the rows as the chat template",
+    )
+
+
+def _opened(cuts: Separators, text: str) -> bool:
+    """Whether a text begins as conversations of the template do."""
+    return bool(text) and (
+        cuts.head.startswith(text) or (cuts.system is not None and text.startswith(cuts.system[0]))
     )
 
 

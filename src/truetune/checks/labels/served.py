@@ -20,7 +20,7 @@ from typing import Any
 from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, unproved
 from truetune.checks.registry import check
 from truetune.contract.contract import PromptContract
-from truetune.contract.frame import Separators, as_served, separators
+from truetune.contract.frame import Separators, separators, served_ids
 from truetune.errors import TruetuneError
 from truetune.findings import Finding, Level, rows_finding, share
 
@@ -35,6 +35,9 @@ _DATE_FORMATS = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y")
 _MOST_ARGUMENTS, _MOST_DATES = 8, 4
 # Up to this share of the rows they are stragglers.
 _STRAGGLERS = 0.01
+_SPACE = "other white space before the answer"
+# Up to this share of the rows it is the answers' own, which began with a line break.
+_OWN_SPACE = 0.1
 
 Messages = list[dict[str, str]]
 
@@ -51,8 +54,13 @@ class _Difference:
 class Rebuilder:
     """One contract and the arguments under which it is tried."""
 
-    def __init__(self, contract: PromptContract, ends: Sequence[str], bos: str) -> None:
+    def __init__(
+        self, contract: PromptContract, ends: Sequence[str], bos: str, header: tuple[int, ...]
+    ) -> None:
         self.contract = contract
+        self.header = header
+        # Whether the ids of a served prompt stay as they are with an answer behind them.
+        self.exact = True
         self.ends = tuple(sorted(filter(None, ends), key=len, reverse=True))
         self.bos = bos
         self.arguments: list[dict[str, Any]] = [{}]
@@ -60,22 +68,26 @@ class Rebuilder:
         self._dated: dict[str, PromptContract] = {}
         self._known: dict[tuple[str | None, str], Separators | None] = {}
 
-    def difference(self, before: str, row: str) -> _Difference | None:
+    def difference(
+        self, before: str, row: str, opened: Sequence[int] = (), masked: int = 0
+    ) -> _Difference | None:
         """How a row differs from each served prompt of its turns; None where one of them begins
         it, or where its turns cannot be told.
 
         Args:
             before: the row's text up to what opens the answer.
             row: the whole row.
+            opened: the ids behind the header of the answer; without them only texts are compared.
+            masked: how many of those have no label.
         """
         first: _Difference | None = None
         for contract in self._contracts(before):
             for arguments in self.arguments:
-                found = self._under(contract, arguments, before, row)
+                found = self._under(contract, arguments, before, row, opened, masked)
                 if found == "same":
                     return None
-                if isinstance(found, _Difference):
-                    first = first or found
+                if isinstance(found, _Difference) and (first is None or found.kind == _SPACE):
+                    first = found
         return first
 
     def _contracts(self, before: str) -> Iterator[PromptContract]:
@@ -90,7 +102,13 @@ class Rebuilder:
                 yield self._dated[day]
 
     def _under(
-        self, contract: PromptContract, arguments: Mapping[str, Any], before: str, row: str
+        self,
+        contract: PromptContract,
+        arguments: Mapping[str, Any],
+        before: str,
+        row: str,
+        opened: Sequence[int],
+        masked: int,
     ) -> _Difference | str:
         """ "same", "unknown", or how the row differs."""
         cuts = self._separators(contract, arguments)
@@ -103,14 +121,35 @@ class Rebuilder:
             if parsed is None:
                 continue
             messages, role = parsed
-            served = as_served(contract, arguments, messages, self.bos)
-            if served is None:
+            ids = served_ids(contract, arguments, messages)
+            if ids is None:
                 continue
+            served = contract.tokens.decode(ids).removeprefix(self.bos)
             if row.startswith(served):
-                return "same"
+                return self._spaced(ids, opened, masked) or "same"
             found = _differing(row, served, cuts, before, role)
             break
         return found
+
+    def _spaced(
+        self, served: Sequence[int], opened: Sequence[int], masked: int
+    ) -> _Difference | None:
+        """The white space between header and answer, by its ids: a line break more is another
+        token, and the text still begins as the served one does."""
+        at = _last(served, self.header)
+        if at is None or not opened or not self.exact:
+            return None
+        tail, decode = list(served[at + len(self.header) :]), self.contract.tokens.decode
+        size = len(tail)
+        if list(opened[:size]) == tail:
+            if masked <= size or decode(list(opened[size:masked])).strip():
+                return None
+            # White space without a label belongs to the prompt that was rendered.
+            size = masked
+        ours, theirs = (
+            decode([*self.header, *ids])[-_SEES // 2 :] for ids in (opened[:size], tail)
+        )
+        return _Difference(_SPACE, ours, theirs)
 
     def _separators(
         self, contract: PromptContract, arguments: Mapping[str, Any]
@@ -184,7 +223,7 @@ class Rebuilder:
                 return hit
             if not separator.strip():
                 return None
-            pattern = _loosened(separator, contract.tokens.added_texts)
+            pattern = loosened(separator, contract.tokens.added_texts)
             hit2 = re.compile(pattern).search(text, at)
             if hit2 is None:
                 return None
@@ -201,7 +240,7 @@ class Rebuilder:
         return text
 
 
-def _loosened(separator: str, added: Sequence[str]) -> str:
+def loosened(separator: str, added: Sequence[str]) -> str:
     """A pattern for a separator with other white space, and another role in plain letters."""
     tokens = [t for t in sorted(added, key=len, reverse=True) if t.strip() and t in separator]
     pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", separator) if tokens else [separator]
@@ -274,6 +313,8 @@ def prompts_rebuilt(facts: LabelFacts) -> Iterator[Finding]:
         if isinstance(found, _Difference):
             bad.setdefault(found.kind, {})[row] = found
     for kind, rows in bad.items():
+        if kind == _SPACE and len(rows) <= _OWN_SPACE * judged:
+            continue
         yield _told(facts, kind, rows, judged)
 
 
@@ -284,7 +325,7 @@ def _sound(
     tokens = contract.tokens
     bos = tokens.tokenizer.bos_token_id
     ends = [tokens.decode([i]) for i in facts.frame.ends if i >= 0]
-    made = Rebuilder(contract, ends, "" if bos is None else tokens.decode([bos]))
+    made = Rebuilder(contract, ends, "" if bos is None else tokens.decode([bos]), header)
     asked = [{"role": "user", "content": "What is 2 + 2?\nSay it."}]
     later = [
         *asked,
@@ -304,6 +345,10 @@ def _sound(
         looked += 1
         if made.difference(tokens.decode(ids[:at]), tokens.decode(ids) + "Yes.") is not None:
             return None
+        for word in ("Yes.", "1", "a"):
+            # Where usual answers merge with the prompt, its last ids say nothing.
+            joined = tokens.encode([contract.prompt_text(talk) + word])[0]
+            made.exact = made.exact and list(joined[: len(ids)]) == list(ids)
     return made if looked else None
 
 
@@ -337,7 +382,9 @@ def _judged(
     looked = answers[:1] if thinks else dict.fromkeys([answers[0], answers[-1]])
     whole = decode(ids)
     for at in looked:
-        found = rebuilder.difference(decode(ids[:at]), whole)
+        on = trained[at + size :]
+        masked = int(on.argmax()) if on.any() else 0
+        found = rebuilder.difference(decode(ids[:at]), whole, ids[at + size :], masked)
         if found is not None:
             return found
     return False
@@ -357,7 +404,13 @@ def _told(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judged:
         level=level,
         what=f"{share(len(rows), judged)} looked at are trained behind a prompt that no "
         f"conversation leads to with the served template: {kind}",
-        why=f"the row has {shown[0]!r} where a server sends {shown[1]!r}",
+        why=f"the row has {shown[0]!r} where a server sends {shown[1]!r}"
+        + (
+            ": the prompts were written with it, or the answers begin with it and were joined to "
+            "their prompts before they were tokenized, which makes another token of both"
+            if kind == _SPACE
+            else ""
+        ),
         fix="render the rows with the tokenizer's own chat template: the prompt with "
         "add_generation_prompt=True, the answer behind it; or save the template of the rows with "
         "the model",
