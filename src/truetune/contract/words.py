@@ -253,7 +253,9 @@ def words_beside_calls(
             found.append(_lead(masked, segments))
         if not right and (left == "call" or not has_leaf):
             last = segments[-1]
-            closing = [found.end() for found in _CALL_ENDS.finditer(last)]
+            # Behind a marker nothing is left to close, unless arguments begin behind it.
+            open_still = len(segments) == 1 or last.lstrip()[:1] in ("{", "[")
+            closing = [c.end() for c in _CALL_ENDS.finditer(last)] if open_still else []
             found.append(last[max(closing, default=0) :])
         for outside in map(str.strip, found):
             if outside and not (outside.endswith(":") and _announced(outside, prompt)):
