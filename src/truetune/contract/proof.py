@@ -311,6 +311,7 @@ class Proof:
                 _between(known, twin, tail),
                 (*self._controls, *frame.marks),
                 completion.text.prompt,
+                frame.recipient,
             )
         if any(
             sign in piece

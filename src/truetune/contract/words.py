@@ -221,7 +221,7 @@ _FORMAT_NAME, _TO = re.compile(r"[\w.]+$"), re.compile(r"(?:[\w.]+=[\w.]*|[\w.]*
 
 
 def words_beside_calls(
-    pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str
+    pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str, recipient: str
 ) -> str:
     """The first text of a turn with calls that stands outside of them and is no format.
 
@@ -234,6 +234,7 @@ def words_beside_calls(
             around the parts: "text", "call", or "" for none.
         controls: texts of control tokens and think markers.
         prompt: what was served.
+        recipient: see `words_in`.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
     has_leaf = any("call" in (left, right) for left, _, right in pieces)
@@ -246,7 +247,9 @@ def words_beside_calls(
         begins = left != "call" and (right == "call" or (not right and not has_leaf))
         found = []
         if right == "text" and (left != "call" or len(segments) > 1):
-            found.append(segments[-1])
+            to = rf"[a-z_]+{re.escape(recipient)}\s*"
+            named = not left and recipient and re.fullmatch(to, segments[-1])
+            found.append("" if named else segments[-1])
         if left == "text" and not begins:
             found.append(segments[0])
         if begins:
