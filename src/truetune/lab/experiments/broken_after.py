@@ -129,6 +129,6 @@ EXPERIMENT = Experiment(
     shown=("right", "ended", "prose", "found by verify"),
     remark="Rounded once to 4 bits, what was learned survives here. Added to a base that lies on a "
     "4-bit grid and rounded to that grid again, it is gone, and with it nearly every trace of the "
-    "run: the update is smaller than half a step. Verification finds each of them by the files "
-    "alone, which are not those that were saved.",
+    "run: the update is smaller than half a step. Verification refuses each of them; which of "
+    "its checks did was not recorded.",
 )  # fmt: skip
