@@ -141,6 +141,9 @@ def test_arguments_in_json_read_back_as_the_row_has_them(
         {"a": " ", "b": [" ", 0], "c": [[1], [2, {"d": []}]]},
         {"q": '  C:\\new "hi"\n'},
         {"m": [True, False, None], "n": 1.5, "o": {"p": {}}},
+        {"city": [0]},
+        {"city": [True]},
+        {"city": [None]},
     ],
 )
 def test_arguments_of_every_kind_are_taken(row: dict[str, Any]) -> None:

@@ -214,6 +214,8 @@ def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> s
     return found.group() if found else ""
 
 
+# A bracketed marker, and no list of one number, true, false or null.
+_NAMED_BRACKET = re.compile(r"\[/?(?!(?:true|false|null|True|False|None)\])[A-Za-z_][\w:.-]*\]")
 # Where a call begins that no marker begins, and what belongs to a call at its end.
 _CALL_BEGINS, _CALL_ENDS = re.compile(r"[\[({`<>]"), re.compile(r"[\])}>`\"']")
 # The name of a format against the bracket of its list; and what names the recipient of a call.
@@ -242,7 +244,7 @@ def words_beside_calls(
         masked = re.sub(TURNED, _MARK, text)
         for control in known:
             masked = masked.replace(control, _MARK)
-        masked = _BRACKETED.sub(_MARK, _TAG.sub(_MARK, masked))
+        masked = _NAMED_BRACKET.sub(_MARK, _TAG.sub(_MARK, masked))
         segments = masked.split(_MARK)
         begins = left != "call" and (right == "call" or (not right and not has_leaf))
         found = []
