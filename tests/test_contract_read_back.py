@@ -62,6 +62,12 @@ def test_outer_whitespace_of_a_row_is_its_own() -> None:
         assert only(contract, chat("Hi", content)) == content + "<|end|>"
 
 
+def test_outer_whitespace_of_a_value_is_its_own_too() -> None:
+    contract = loaded(turns("{{- m.content -}}" + PLAIN_TAGS))
+    for value in ("0\u00a0", "\u2003x", "\x0b\x0b1", "a\\n"):
+        assert f"\n{value}\n</parameter>" in only(contract, asked(call(city=value), call()))
+
+
 @pytest.mark.parametrize(
     "beside",
     [

@@ -59,3 +59,46 @@ def is_same(read: Any, value: Any) -> bool:
     return json.dumps(read, sort_keys=True, default=repr) == json.dumps(
         value, sort_keys=True, default=repr
     )
+
+
+# Keys that may stand beside those of the arguments where a format has all in one object.
+CALL_KEYS = frozenset({"name", "tool_name", "type", "id", "tool_call_id", "index"})
+
+
+def is_call(held: Mapping[str, Any], arguments: Any) -> bool:
+    """Whether a JSON object is the arguments of a call, or the call with its arguments beside its
+    name."""
+    if not isinstance(arguments, Mapping):
+        return False
+    bare = {k: v for k, v in held.items() if k in arguments or k not in CALL_KEYS}
+    return is_same(bare if len(bare) < len(held) and arguments else held, arguments)
+
+
+def json_objects(text: str, *, elements: bool = True) -> Iterator[dict[str, Any]]:
+    """Objects that stand in a text as JSON, those inside others and inside strings too.
+
+    Args:
+        elements: also those in a list that belongs to a key.
+    """
+    decoder, at = json.JSONDecoder(), text.find("{")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            end = at + 1
+        else:
+            yield from _objects(value, elements)
+        at = text.find("{", end)
+
+
+def _objects(value: Any, elements: bool, listed: bool = False) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        if elements or not listed:
+            yield value
+        for inner in value.values():
+            yield from _objects(inner, elements, isinstance(inner, list))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _objects(inner, elements, listed)
+    elif isinstance(value, str) and value.startswith("{"):
+        yield from json_objects(value, elements=elements)

@@ -17,19 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from truetune.contract.encode import Completion
-from truetune.contract.held import is_same, values_in
+from truetune.contract.held import is_call, is_same, json_objects, values_in
+from truetune.contract.refusals import (
+    AS_THEY_ARE,
+    behind_stop,
+    cut_at,
+    defective,
+    unlike,
+    worded,
+    would_be,
+)
+from truetune.contract.skeleton import Skeleton, skeleton
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
-from truetune.contract.twin import (
-    Defect,
-    Leaf,
-    Skeleton,
-    Twin,
-    is_call,
-    json_objects,
-    skeleton,
-    twin_of,
-)
+from truetune.contract.twin import Twin, twin_of
 from truetune.contract.words import (
     PART,
     RESERVED,
@@ -45,80 +46,6 @@ from truetune.errors import UnfaithfulTemplate
 
 # Skeletons kept for turns of one structure: a template writes it differently by what stands before.
 _MOST_SKELETONS = 16
-
-
-_WOULD_BE = "the completion would be {body}"
-_AS_THEY_ARE = "use a template that renders the arguments as they are"
-# By the defect: what, why, fix, code. A part that is missing has a refusal of its own.
-_REFUSALS: dict[str, tuple[str, str, str, str]] = {
-    "added": (
-        "the template adds the argument {text!r} to a tool call of message {turn}",
-        "nothing that is not in the data may become a target",
-        _AS_THEY_ARE,
-        "target-invented",
-    ),
-    "quoted": (
-        "the template writes {label} of message {turn} as text, between quotes",
-        f"{_WOULD_BE}: a server returns a string there",
-        "use a template that keeps numbers, true, false and null as they are, or make it a string "
-        "in the row",
-        "target-dropped",
-    ),
-    "filled": (
-        "the template writes something for an empty {text} in a tool call of message {turn}",
-        _WOULD_BE,
-        "use a template that renders empty arguments as they are, or leave them out of the row",
-        "target-invented",
-    ),
-    "called": (
-        "the template adds a tool call to message {turn}",
-        _WOULD_BE,
-        "use a template that renders the calls of the row and no others",
-        "target-invented",
-    ),
-    "unreadable": (
-        "the template writes a tool call of message {turn} as JSON that cannot be read",
-        "at {label} the completion would be {body}",
-        "use a template that renders names and arguments with tojson",
-        "target-dropped",
-    ),
-    "stripped": (
-        "the template takes the outer whitespace off {label} of message {turn}",
-        "a client gets another value than the row has",
-        _AS_THEY_ARE,
-        "target-dropped",
-    ),
-    "listed": (
-        "the template writes the arguments of a tool call of message {turn} as pairs",
-        f"{_WOULD_BE}: a server returns a list of them, and no object",
-        _AS_THEY_ARE,
-        "target-dropped",
-    ),
-    "behind": (
-        "the template writes the content of message {turn} behind its tool calls",
-        f"{_WOULD_BE}: a server that reads the calls takes the content from in front of them",
-        "give the content a turn of its own, or use a template that writes it first",
-        "target-dropped",
-    ),
-    "glued": (
-        "the template makes another {kind} of {label} of message {turn}",
-        _WOULD_BE,
-        _AS_THEY_ARE,
-        "target-dropped",
-    ),
-    "repeated": (
-        "the template writes {label} of message {turn} more than once",
-        _WOULD_BE,
-        "use a template that renders each part of a turn once",
-        "target-invented",
-    ),
-    "order": (
-        "the template writes {label} of message {turn} in another place than the row",
-        _WOULD_BE,
-        "use a template that keeps the order of reasoning, content and tool calls",
-        "target-dropped",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -200,7 +127,7 @@ class Proof:
             if known and (found is None or (_mendable(found[1]) and not known.defects)):
                 found = twin, known
         if found is None:
-            raise self._unlike(completion, message, frame)
+            raise unlike(completion, message, frame.marks)
         return self._judged(*found, completion, message, frame)
 
     def _is_exact(self, completion: Completion, message: Mapping[str, Any]) -> bool:
@@ -220,17 +147,17 @@ class Proof:
         thought = str(message.get("reasoning_content") or "")
         for opening, closing in frame.used:
             if closing and closing in thought:
-                raise _cut_at(completion.text.number, "the reasoning", closing)
+                raise cut_at(completion.text.number, "the reasoning", closing)
             opened = completion.text.prompt.rstrip().endswith(opening)
             said = content if thought else _without_block(content, opening, closing, opened)
             # A parser cuts at the first closing marker: behind a block of its own another one is
             # text.
             for marker in (opening,) if thought else (opening, closing):
                 if marker and marker in said:
-                    raise _cut_at(completion.text.number, "the content", marker)
+                    raise cut_at(completion.text.number, "the content", marker)
             for marker in (opening, closing):
                 if marker and marker in str(message.get("tool_calls") or ""):
-                    raise _cut_at(completion.text.number, "a tool call", marker)
+                    raise cut_at(completion.text.number, "a tool call", marker)
 
     def _matching(self, twin: Twin, completion: Completion) -> Skeleton | None:
         for known in (s for key in twin.keys for s in reversed(self._skeletons.get(key, ()))):
@@ -279,18 +206,18 @@ class Proof:
         spans = known.spans(completion.written, twin.leaves)
         assert spans is not None
         if known.defects:
-            raise self._defective(known.defects[0], twin, completion, message)
+            raise defective(known.defects[0], twin, completion, message)
         if completion.error is None:
             self._require_said(known, twin, completion, message, frame)
         if completion.error is not None:
             raise completion.error
         if cut is None:
-            raise self._unlike(completion, message, frame)
+            raise unlike(completion, message, frame.marks)
         late = [number for number, _, end in spans if end > len(cut)]
         if late:
-            raise self._behind_stop(twin.leaves[late[0]], completion, message)
+            raise behind_stop(twin.leaves[late[0]], completion, message)
         if known.reached(spans) > len(cut):
-            raise self._behind_stop(None, completion, message)
+            raise behind_stop(None, completion, message)
         tail = cut[spans[-1][2] if spans else 0 :]
         calls = bool(message.get("tool_calls"))
         if calls:
@@ -321,13 +248,13 @@ class Proof:
         ):
             words = words or "a control character"
         if words and not frame.keep_words:
-            raise _worded(turn, words, tail.strip().startswith(words), calls)
+            raise worded(turn, words, tail.strip().startswith(words), calls)
         self._require_paired(known, text, completion, frame)
         for opening, closing in frame.pairs:
             # A think block without a part of the row in it, empty or with words.
             block = f"{re.escape(opening)}[^{PART}]*?{re.escape(closing)}"
             if invented := re.search(block, text):
-                raise _worded(turn, invented.group(), False, calls)
+                raise worded(turn, invented.group(), False, calls)
         remarks = ["template-words"] if words else []
         content = str(message.get("content") or "")
         if content.strip() and content not in cut:
@@ -362,7 +289,7 @@ class Proof:
                 raise UnfaithfulTemplate(
                     f"the template writes {pair!r} into message {completion.text.number}, with "
                     "nothing in it",
-                    why=f"the row has nothing that stands there; {_would_be(completion)}",
+                    why=f"the row has nothing that stands there; {would_be(completion)}",
                     fix="use a template that writes markers around the parts of a turn alone",
                     code="target-invented",
                 )
@@ -370,7 +297,7 @@ class Proof:
             raise UnfaithfulTemplate(
                 f"the template writes {alone!r} into message {completion.text.number} without its "
                 "other side",
-                why=_would_be(completion),
+                why=would_be(completion),
                 fix="use a template that closes what it opens",
                 code="target-invented",
             )
@@ -396,7 +323,7 @@ class Proof:
         for leaf in twin.leaves:
             held = next((m for m in markers if isinstance(leaf.value, str) and m in leaf.value), "")
             if held:
-                raise _cut_at(completion.text.number, leaf.label, held)
+                raise cut_at(completion.text.number, leaf.label, held)
 
     def _require_read(
         self,
@@ -434,8 +361,8 @@ class Proof:
             raise UnfaithfulTemplate(
                 f"the arguments of a call of {name!r} in message {completion.text.number} are "
                 "others when they are read back",
-                why=_would_be(completion),
-                fix=_AS_THEY_ARE,
+                why=would_be(completion),
+                fix=AS_THEY_ARE,
                 code="target-dropped",
             )
 
@@ -468,107 +395,6 @@ class Proof:
                     code="target-dropped",
                 )
 
-    def _defective(
-        self, defect: Defect, twin: Twin, completion: Completion, message: Mapping[str, Any]
-    ) -> UnfaithfulTemplate:
-        turn = completion.text.number
-        leaf = twin.leaves[defect.leaf] if defect.leaf is not None else None
-        label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
-        if defect.what == "missing":
-            return self._missing(leaf, label, completion, message)
-        said = {
-            "turn": turn,
-            "text": defect.text,
-            "label": label,
-            "kind": _kind(leaf, defect.text),
-            "body": excerpt(completion.body),
-        }
-        what, why, fix, code = (part.format(**said) for part in _REFUSALS[defect.what])
-        return UnfaithfulTemplate(what, why=why, fix=fix, code=code)
-
-    def _missing(
-        self, leaf: Leaf | None, label: str, completion: Completion, message: Mapping[str, Any]
-    ) -> UnfaithfulTemplate:
-        if not (message.get("reasoning_content") or message.get("tool_calls")):
-            return self._rewritten(completion, message)
-        turn, body = completion.text.number, completion.body
-        reasoning = leaf is not None and leaf.kind == "reasoning"
-        return UnfaithfulTemplate(
-            f"the template drops {label} of message {turn}",
-            why=f"the completion would be {excerpt(body)}",
-            fix="write it between think markers with --reasoning inline, or leave it out of the "
-            "data with --reasoning drop"
-            if reasoning
-            else "use a template that renders it, or put it into the content",
-            code="target-dropped",
-        )
-
-    def _behind_stop(
-        self, leaf: Leaf | None, completion: Completion, message: Mapping[str, Any]
-    ) -> UnfaithfulTemplate:
-        """A part of the target stands behind the stop."""
-        turn, body = completion.text.number, completion.body
-        content = str(message.get("content") or "")
-        if leaf and leaf.kind == "content" and completion.stop and completion.stop in content:
-            return self._stop_in_answer(completion)
-        return UnfaithfulTemplate(
-            f"the template ends the turn before {leaf.label if leaf else 'a tool call'} of message "
-            f"{turn}",
-            why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
-            if body
-            else "a stop token stands in front of it: a server would end the answer there",
-            fix="put it into a turn of its own, or use a template that keeps a turn in one piece",
-            code="target-behind-stop",
-        )
-
-    def _unlike(
-        self, completion: Completion, message: Mapping[str, Any], frame: Frame
-    ) -> UnfaithfulTemplate:
-        """The completion is not what the template writes around such parts, filled with them."""
-        if completion.error is not None:
-            return completion.error
-        if not (message.get("reasoning_content") or message.get("tool_calls")):
-            return self._rewritten(completion, message)
-        turn, body = completion.text.number, completion.body
-        start = 0
-        for leaf in twin_of(message, frame.marks).leaves:
-            ends = [at + len(f) for f in leaf.forms if (at := body.find(f, start)) >= 0]
-            if not ends and leaf.kind != "key":
-                return self._missing(leaf, leaf.label, completion, message)
-            start = min(ends, default=start)
-        return UnfaithfulTemplate(
-            f"the template rewrites a part of message {turn}",
-            why=f"the completion would be {excerpt(body)}",
-            fix="use a template that renders reasoning, content and tool calls as they are",
-            code="target-dropped",
-        )
-
-    def _rewritten(self, completion: Completion, message: Mapping[str, Any]) -> UnfaithfulTemplate:
-        """An answer of plain text that is another one in the completion."""
-        if completion.error is not None:
-            return completion.error
-        turn, body = completion.text.number, completion.body
-        content = str(message.get("content") or "")
-        if content.strip() and content.strip() in body:
-            return _worded(turn, body.replace(content.strip(), "\u2026", 1), False, False)
-        if completion.stop and completion.stop in content:
-            return self._stop_in_answer(completion)
-        return UnfaithfulTemplate(
-            f"the template rewrites the answer of message {turn}",
-            why=f"the data says {excerpt(content)}, the completion {excerpt(body)}",
-            fix="use a template that renders the answer as it is",
-            code="target-dropped",
-        )
-
-    def _stop_in_answer(self, completion: Completion) -> UnfaithfulTemplate:
-        return UnfaithfulTemplate(
-            f"the answer of message {completion.text.number} contains the stop token "
-            f"{completion.stop!r}",
-            why="a server would end the answer there",
-            fix="take the control token out of the row",
-            code="stop-in-answer",
-        )
-
 
 def _texts(message: Mapping[str, Any]) -> str:
     return f"{message.get('reasoning_content') or ''}{message.get('content') or ''}"
@@ -599,40 +425,9 @@ def _mendable(known: Skeleton) -> bool:
     )
 
 
-def _would_be(completion: Completion) -> str:
-    return _WOULD_BE.format(body=excerpt(completion.body))
-
-
-def _kind(leaf: Leaf | None, text: str) -> str:
-    """What a part of a call is, in a word."""
-    if leaf is None:
-        return "number" if text.isdigit() else "value"
-    return "text" if isinstance(leaf.value, str) else "number"
-
-
 def _without_block(content: str, opening: str, closing: str, opened: bool) -> str:
     """The content without the markers of its own think block, which the prompt may open."""
     inside, closed, rest = content.partition(closing)
     if closed and inside.lstrip().startswith(opening):
         return inside.lstrip()[len(opening) :] + rest
     return inside + rest if closed and opened else content
-
-
-def _cut_at(turn: int, label: str, marker: str) -> UnfaithfulTemplate:
-    return UnfaithfulTemplate(
-        f"{label} of message {turn} holds {marker!r}, which is a marker of the template's format",
-        why="a server that reads the answer back would cut it there",
-        fix="take the marker out of the row",
-        code="target-dropped",
-    )
-
-
-def _worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTemplate:
-    where = "behind" if behind else "beside" if calls else "around"
-    return UnfaithfulTemplate(
-        f"the template adds {excerpt(words)} {where} the answer of message {turn}",
-        why="nothing that is not in the data may become a target",
-        fix="set the template argument that leaves it out, use another template, or train the "
-        "words too with --template-words keep",
-        code="target-invented",
-    )

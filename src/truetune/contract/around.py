@@ -1,0 +1,84 @@
+"""What stands against a part of a turn, and what it makes of that part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from truetune.contract.twin import Leaf, in_json_forms
+
+# A sign that belongs to no format where it stands against a part of a call.
+_SIGNS = frozenset("!?.+*#$%@^~-\u2026")
+# The quote that holds a part, and what stands between the two.
+_OPENED = re.compile(r"[\s:,=\[({>](\\*[\"'`])([^\"'`\n]*)$")
+_EXPRESSION = re.compile(r"[\[({:=/]")
+
+
+def glued(leaf: Leaf, before: str, behind: str, *, quoted: bool = True) -> bool:
+    """Whether something stands against a part of a call that makes another one of it: a sign or a
+    digit, or anything between it and the quotes that hold it.
+
+    Args:
+        quoted: whether quotes may hold it.
+    """
+    if leaf.kind in ("reasoning", "content"):
+        return False
+    if not isinstance(leaf.value, str) and (
+        re.search(r"\d$", before) or re.match(r"\d|\.\d", behind)
+    ):
+        return True
+    opened = _OPENED.search(before) if quoted else None
+    if opened:
+        inside, closed, _ = behind.partition(opened[1])
+        if closed and not re.search(r"[\"'`\n]", inside):
+            rest = opened[2] + inside
+            if leaf.kind != "value" and _EXPRESSION.search(rest):
+                return False
+            return not (_is_space(opened[2], leaf.around[0]) and _is_space(inside, leaf.around[1]))
+    first, last = before[-1:], behind[:1]
+    if leaf.kind == "value":
+        return first in _SIGNS or last in _SIGNS
+    # Names have a namespace in front of them, keys the dashes or dots of an option.
+    plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)
+    signed = first in _SIGNS and not plain and not (leaf.kind == "key" and first == "-")
+    return signed or last in _SIGNS
+
+
+def in_quotes(pieces: Sequence[str | int], piece: int, at: int = 0) -> bool:
+    """Whether a quote is open at a place, as far as their number says."""
+    before = "".join(p for p in pieces[:piece] if isinstance(p, str))
+    return (before + str(pieces[piece])[:at]).count('"') % 2 == 1
+
+
+def _is_space(text: str, own: str) -> bool:
+    """Whether a text is nothing, or the row's own outer whitespace in one of its forms."""
+    return not text or text in (own, repr(own)[1:-1], *in_json_forms(own))
+
+
+def bare(piece: str | int, controls: re.Pattern[str] | None) -> str:
+    """A text in which a tag stands for each control token."""
+    return controls.sub("<\x01>", str(piece)) if controls else str(piece)
+
+
+def listed(before: str, behind: str) -> bool:
+    """Whether a key is the first of a pair in a list, and not the key of its value."""
+    opened = re.search(r"[\[(]\s*(\\*[\"'])$", before)
+    return opened is not None and re.match(re.escape(opened[1]) + r"\s*,", behind) is not None
+
+
+def quoted(before: str, behind: str) -> bool:
+    """Whether a number, true, false or null stands between quotes, as a JSON string does."""
+    quote = re.search(r"[:,\[]\s*(\\*[\"'])$", before)
+    return quote is not None and behind.startswith(quote[1])
+
+
+def is_cut_from(short: str, full: str) -> bool:
+    """Whether a text is another one without one stretch of it."""
+    return common(short, full) + common(short[::-1], full[::-1]) >= len(short)
+
+
+def common(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next(
+        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

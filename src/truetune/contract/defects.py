@@ -1,0 +1,184 @@
+"""What a template does wrong to the calls of a turn, as its twin shows."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from truetune.contract.held import (
+    CALL_KEYS,
+    between_tags,
+    is_same,
+    is_written,
+    json_objects,
+    values_in,
+)
+from truetune.contract.twin import FILLER, Leaf, Twin, argument_values, in_json_forms
+from truetune.contract.words import PART, hollow
+
+Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
+Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable", "stripped"]
+Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
+
+    what: Wrong
+    leaf: int | None = None
+    text: str = ""
+
+
+def in_objects(twin: Twin, written: str, filled: Sequence[str | None]) -> Iterator[bool]:
+    """Whether the arguments of each call are written as one JSON object."""
+    objects = list(json_objects(written))
+    full = [held for text in filled for held in json_objects(text or "")]
+    for call in twin.message.get("tool_calls") or []:
+        arguments = call["function"].get("arguments")
+        if not isinstance(arguments, Mapping):
+            yield False
+        elif not arguments:
+            yield any(FILLER in held for held in full)
+        else:
+            inside = [v for v in values_in(arguments) if v is not arguments]
+            yield any(arguments.keys() & held.keys() and held not in inside for held in objects)
+
+
+def stripped(leaf: Leaf, pieces: Sequence[str | int], at: int) -> bool:
+    """Whether a value stands there without the outer whitespace that the row has."""
+    before, behind = (
+        tuple({own, repr(own)[1:-1], *in_json_forms(own)}) if own else ("",) for own in leaf.around
+    )
+    last, first = str(pieces[at - 1]), str(pieces[at + 1])
+    return not (last.endswith(before) and first.startswith(behind))
+
+
+def misread(twin: Twin, written: str) -> list[int]:
+    """Parts of an argument's value that stand between tags, where that is no value of the row."""
+    return [
+        n
+        for value, whole in argument_values(twin.message)
+        for n, leaf in enumerate(twin.leaves)
+        if leaf.sentinel in whole and is_misread(twin, written, leaf.sentinel, value, whole)
+    ]
+
+
+def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
+    """Whether what stands between tags around a sentinel is neither its value nor one inside."""
+    at = written.find(sentinel)
+    text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
+    if text is None or (twin.names and twin.names.search(text)):
+        return False
+    if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
+        return False
+    if any(_is_tagged(written[:at], key) for key in _keys_of(twin, value)):
+        return not is_written(text, value)
+    return not any(is_written(text, inner) for inner in values_in(value))
+
+
+def _keys_of(twin: Twin, value: Any) -> list[str]:
+    """The arguments with such a value, in a twin or one of its variants."""
+    given = [call["function"].get("arguments") for m in twin.variants for call in m["tool_calls"]]
+    return [
+        str(key)
+        for one in given
+        if isinstance(one, Mapping)
+        for key, held in one.items()
+        if str(key).strip() and is_same(held, value)
+    ]
+
+
+def _is_tagged(before: str, key: str) -> bool:
+    """Whether the tag that is open at the end of a text is the one of an argument."""
+    name = rf"(?<!\w){re.escape(key)}(?!\w)"
+    return bool(re.search(rf"{name}[^<>]*>[^<>]*$|{name}\s*</[^<>]*>\s*<[^<>]*>[^<>]*$", before))
+
+
+def empties_of(
+    twin: Twin, written: str, filled: Sequence[str | None], controls: re.Pattern[str] | None
+) -> dict[str, int] | None:
+    """See `Skeleton.empties`: those that are gone where the value holds something."""
+    if None in filled:
+        return None
+    empty, *full = (
+        hollow(
+            "".join(p if isinstance(p, str) else PART for p in pieces_of(twin, str(text))), controls
+        )
+        for text in (written, *filled)
+    )
+    return {pair: sum(some[pair] < count for some in full) for pair, count in empty.items()}
+
+
+# Keys without a tag around them: key=value behind a bracket or comma, and key:value.
+_BARE_KEYS = {"=": re.compile(r"[,(]\s*(\w+)\s*="), ":": re.compile(r"[,{]\s*(\w+)\s*:")}
+
+
+def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
+    """Keys beside those of a call's arguments: the template adds an argument of its own."""
+    keys = {leaf.sentinel for leaf in twin.leaves if leaf.kind == "key"} | {""}
+    found: list[str] = []
+    for held in json_objects(written):
+        if keys & set(held):
+            found += [key for key in held if key not in keys | CALL_KEYS]
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    for before, piece, behind in zip(pieces, pieces[1:], pieces[2:], strict=False):
+        if not isinstance(piece, int) or twin.leaves[piece].kind != "key":
+            continue
+        before, behind = str(before), str(behind)
+        tag = re.search(r"<[^<>]*[^\W\d_][^<>]*>?$", before)
+        close = re.match(r"[^<>\w]*>|</[^<>]+>", behind)
+        if tag and close:
+            same = re.escape(tag.group()) + r"([^<>\"\n]+)" + re.escape(close.group())
+            found += [key for text in texts for key in re.findall(same, text)]
+        elif before[-1:] in ("(", "{", ",", " ") and behind[:1] in _BARE_KEYS:
+            bare = _BARE_KEYS[behind[:1]]
+            found += [key for text in texts for key in bare.findall(text)]
+    return list(dict.fromkeys(found))
+
+
+# What a format writes in front of the name of a call: a key, a tag, a marker, a namespace.
+_NAMED = re.compile(r"(?:\\*[\"']\w+\\*[\"']\s*:\s*\\*[\"']|<[^<>]*>?|\[/?[A-Z_]+\]|\w+=\w+\.)$")
+
+
+def called(twin: Twin, pieces: Sequence[str | int]) -> list[str]:
+    """What stands before the name of a call where the turn has none: a call that nobody made."""
+    names = [
+        before[0]
+        for piece, held in itertools.pairwise(pieces)
+        if isinstance(held, int)
+        and twin.leaves[held].kind == "name"
+        and (before := _NAMED.search(str(piece)))
+    ]
+    whole = PART.join(piece for piece in pieces if isinstance(piece, str))
+    return [text for text in dict.fromkeys(names) if whole.count(text) > names.count(text)]
+
+
+def unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[int]:
+    """Names and keys that are written as JSON has them, in a text that is none."""
+    found: set[str] = set()
+    for held in json_objects(written):
+        found |= {str(text) for text in (*held, *held.values()) if isinstance(text, str)}
+    bad = []
+    for before, piece, behind in zip(pieces, pieces[1:], pieces[2:], strict=False):
+        if not isinstance(piece, int) or twin.leaves[piece].sentinel in found:
+            continue
+        kind, behind = twin.leaves[piece].kind, str(behind)
+        if (kind == "key" and re.match(r"\\*\"\s*:", behind)) or (
+            kind == "name"
+            and re.search(r"\\*\"\w+\\*\"\s*:\s*\\*\"$", str(before))
+            and re.match(r"\\*\"", behind)
+        ):
+            bad.append(piece)
+    return bad
+
+
+def pieces_of(twin: Twin, written: str) -> list[str | int]:
+    number = {leaf.sentinel: n for n, leaf in enumerate(twin.leaves)}
+    if not number:
+        return [written]
+    pattern = re.compile("(" + "|".join(map(re.escape, number)) + ")")
+    return [number[p] if i % 2 else p for i, p in enumerate(pattern.split(written))]

@@ -1,0 +1,223 @@
+"""The refusals of the proof: what a template does to a turn, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from truetune.contract.defects import Defect
+from truetune.contract.encode import Completion
+from truetune.contract.turns import excerpt
+from truetune.contract.twin import Leaf, Twin, twin_of
+from truetune.errors import UnfaithfulTemplate
+
+_WOULD_BE = "the completion would be {body}"
+AS_THEY_ARE = "use a template that renders the arguments as they are"
+# By the defect: what, why, fix, code. A part that is missing has a refusal of its own.
+_REFUSALS: dict[str, tuple[str, str, str, str]] = {
+    "added": (
+        "the template adds the argument {text!r} to a tool call of message {turn}",
+        "nothing that is not in the data may become a target",
+        AS_THEY_ARE,
+        "target-invented",
+    ),
+    "quoted": (
+        "the template writes {label} of message {turn} as text, between quotes",
+        f"{_WOULD_BE}: a server returns a string there",
+        "use a template that keeps numbers, true, false and null as they are, or make it a string "
+        "in the row",
+        "target-dropped",
+    ),
+    "filled": (
+        "the template writes something for an empty {text} in a tool call of message {turn}",
+        _WOULD_BE,
+        "use a template that renders empty arguments as they are, or leave them out of the row",
+        "target-invented",
+    ),
+    "called": (
+        "the template adds a tool call to message {turn}",
+        _WOULD_BE,
+        "use a template that renders the calls of the row and no others",
+        "target-invented",
+    ),
+    "unreadable": (
+        "the template writes a tool call of message {turn} as JSON that cannot be read",
+        "at {label} the completion would be {body}",
+        "use a template that renders names and arguments with tojson",
+        "target-dropped",
+    ),
+    "stripped": (
+        "the template takes the outer whitespace off {label} of message {turn}",
+        "a client gets another value than the row has",
+        AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "listed": (
+        "the template writes the arguments of a tool call of message {turn} as pairs",
+        f"{_WOULD_BE}: a server returns a list of them, and no object",
+        AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "behind": (
+        "the template writes the content of message {turn} behind its tool calls",
+        f"{_WOULD_BE}: a server that reads the calls takes the content from in front of them",
+        "give the content a turn of its own, or use a template that writes it first",
+        "target-dropped",
+    ),
+    "glued": (
+        "the template makes another {kind} of {label} of message {turn}",
+        _WOULD_BE,
+        AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "repeated": (
+        "the template writes {label} of message {turn} more than once",
+        _WOULD_BE,
+        "use a template that renders each part of a turn once",
+        "target-invented",
+    ),
+    "order": (
+        "the template writes {label} of message {turn} in another place than the row",
+        _WOULD_BE,
+        "use a template that keeps the order of reasoning, content and tool calls",
+        "target-dropped",
+    ),
+}
+
+
+def defective(
+    defect: Defect, twin: Twin, completion: Completion, message: Mapping[str, Any]
+) -> UnfaithfulTemplate:
+    turn = completion.text.number
+    leaf = twin.leaves[defect.leaf] if defect.leaf is not None else None
+    label = leaf.label if leaf else f"{defect.text} of a tool call" if defect.text else "a part"
+    if defect.what == "missing":
+        return missing(leaf, label, completion, message)
+    said = {
+        "turn": turn,
+        "text": defect.text,
+        "label": label,
+        "kind": _kind(leaf, defect.text),
+        "body": excerpt(completion.body),
+    }
+    what, why, fix, code = (part.format(**said) for part in _REFUSALS[defect.what])
+    return UnfaithfulTemplate(what, why=why, fix=fix, code=code)
+
+
+def missing(
+    leaf: Leaf | None, label: str, completion: Completion, message: Mapping[str, Any]
+) -> UnfaithfulTemplate:
+    if not (message.get("reasoning_content") or message.get("tool_calls")):
+        return rewritten(completion, message)
+    turn, body = completion.text.number, completion.body
+    reasoning = leaf is not None and leaf.kind == "reasoning"
+    return UnfaithfulTemplate(
+        f"the template drops {label} of message {turn}",
+        why=f"the completion would be {excerpt(body)}",
+        fix="write it between think markers with --reasoning inline, or leave it out of the "
+        "data with --reasoning drop"
+        if reasoning
+        else "use a template that renders it, or put it into the content",
+        code="target-dropped",
+    )
+
+
+def behind_stop(
+    leaf: Leaf | None, completion: Completion, message: Mapping[str, Any]
+) -> UnfaithfulTemplate:
+    """A part of the target stands behind the stop."""
+    turn, body = completion.text.number, completion.body
+    content = str(message.get("content") or "")
+    if leaf and leaf.kind == "content" and completion.stop and completion.stop in content:
+        return stop_in_answer(completion)
+    return UnfaithfulTemplate(
+        f"the template ends the turn before {leaf.label if leaf else 'a tool call'} of message "
+        f"{turn}",
+        why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
+        if body
+        else "a stop token stands in front of it: a server would end the answer there",
+        fix="put it into a turn of its own, or use a template that keeps a turn in one piece",
+        code="target-behind-stop",
+    )
+
+
+def unlike(
+    completion: Completion, message: Mapping[str, Any], marks: Sequence[str]
+) -> UnfaithfulTemplate:
+    """The completion is not what the template writes around such parts, filled with them."""
+    if completion.error is not None:
+        return completion.error
+    if not (message.get("reasoning_content") or message.get("tool_calls")):
+        return rewritten(completion, message)
+    turn, body = completion.text.number, completion.body
+    start = 0
+    for leaf in twin_of(message, marks).leaves:
+        ends = [at + len(f) for f in leaf.forms if (at := body.find(f, start)) >= 0]
+        if not ends and leaf.kind != "key":
+            return missing(leaf, leaf.label, completion, message)
+        start = min(ends, default=start)
+    return UnfaithfulTemplate(
+        f"the template rewrites a part of message {turn}",
+        why=f"the completion would be {excerpt(body)}",
+        fix="use a template that renders reasoning, content and tool calls as they are",
+        code="target-dropped",
+    )
+
+
+def rewritten(completion: Completion, message: Mapping[str, Any]) -> UnfaithfulTemplate:
+    """An answer of plain text that is another one in the completion."""
+    if completion.error is not None:
+        return completion.error
+    turn, body = completion.text.number, completion.body
+    content = str(message.get("content") or "")
+    if content.strip() and content.strip() in body:
+        return worded(turn, body.replace(content.strip(), "\u2026", 1), False, False)
+    if completion.stop and completion.stop in content:
+        return stop_in_answer(completion)
+    return UnfaithfulTemplate(
+        f"the template rewrites the answer of message {turn}",
+        why=f"the data says {excerpt(content)}, the completion {excerpt(body)}",
+        fix="use a template that renders the answer as it is",
+        code="target-dropped",
+    )
+
+
+def stop_in_answer(completion: Completion) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"the answer of message {completion.text.number} contains the stop token "
+        f"{completion.stop!r}",
+        why="a server would end the answer there",
+        fix="take the control token out of the row",
+        code="stop-in-answer",
+    )
+
+
+def would_be(completion: Completion) -> str:
+    return _WOULD_BE.format(body=excerpt(completion.body))
+
+
+def _kind(leaf: Leaf | None, text: str) -> str:
+    """What a part of a call is, in a word."""
+    if leaf is None:
+        return "number" if text.isdigit() else "value"
+    return "text" if isinstance(leaf.value, str) else "number"
+
+
+def cut_at(turn: int, label: str, marker: str) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(
+        f"{label} of message {turn} holds {marker!r}, which is a marker of the template's format",
+        why="a server that reads the answer back would cut it there",
+        fix="take the marker out of the row",
+        code="target-dropped",
+    )
+
+
+def worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTemplate:
+    where = "behind" if behind else "beside" if calls else "around"
+    return UnfaithfulTemplate(
+        f"the template adds {excerpt(words)} {where} the answer of message {turn}",
+        why="nothing that is not in the data may become a target",
+        fix="set the template argument that leaves it out, use another template, or train the "
+        "words too with --template-words keep",
+        code="target-invented",
+    )
