@@ -290,6 +290,17 @@ SIGNS: dict[str, tuple[str, tuple[dict[str, Any], ...], tuple[dict[str, Any], ..
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("start", "kept", "level"), [(6.1, 3.4, "note"), (5.9, 3.4, "warning"), (6.1, 5.7, "error")]
+)
+def test_rows_in_a_language_foreign_to_the_model_cost_it_some_of_its_own(
+    start: float, kept: float, level: str
+) -> None:
+    history = [replace(START, trained_loss=start), _after(10), _after(20, keep_loss=kept)]
+    (found,) = (f for f in judge(history) if f.code == "forgetting")
+    assert (found.level, "foreign" in found.why) == (level, start > 6)
+
+
 @pytest.mark.parametrize("code", SIGNS)
 def test_each_sign_and_its_near_miss(code: str) -> None:
     level, bad, near = SIGNS[code]

@@ -10,6 +10,8 @@ import pytest
 from test_contract_proof import CALL, CALLS, TOOL, asked, call, loaded, only, refused, turns
 from tiny_contracts import chat
 from truetune import UnfaithfulTemplate
+from truetune.contract.encoder import Refused
+from truetune.data.conversation import Conversation
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -206,3 +208,112 @@ def test_what_no_template_renders_is_refused(more: dict[str, Any]) -> None:
     contract = loaded(turns("{{- m.content -}}"))
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a", **more}]
     assert refused(contract, messages).code == "unsupported-content"
+
+
+# What a text, an empty object and arguments that are no object become
+
+
+@pytest.mark.parametrize(
+    "row", [{"q": {}}, {"q": []}, {"q": {}, "r": "x"}, {"r": "x", "q": []}], ids=str
+)
+def test_an_empty_object_between_tags_is_no_empty_text(row: dict[str, Any]) -> None:
+    lost = loaded(turns(tags("(v if v is string else v | tojson) if v else ''")))
+    assert refused(lost, asked(call(**row)), tools=[TOOL]).code == "target-dropped"
+    assert only(lost, asked(call(q=""))).count("\n\n</parameter>") == 1
+    assert only(loaded(turns(PLAIN_TAGS)), asked(call(**row))).count("</parameter>") == len(row)
+
+
+TYPED = (
+    "{%- for c in m.tool_calls or [] -%}{{- '<invoke name=\"' ~ c.function.name ~ '\">\\n' -}}"
+    "{%- for k, v in c.function.arguments.items() -%}{{- '<parameter name=\"' ~ k ~ '\" "
+    "string=\"' ~ ('true' if v is string else 'false') ~ '\">' ~ (VALUE) ~ '</parameter>\\n' -}}"
+    "{%- endfor -%}{{- '</invoke>' -}}{%- endfor -%}"
+)
+
+
+def test_a_tag_that_says_text_holds_it_without_quotes() -> None:
+    in_quotes = loaded(turns(TYPED.replace("VALUE", "v | tojson")))
+    assert refused(in_quotes, asked(call(q="cats")), tools=[TOOL]).code == "target-dropped"
+    raw = loaded(turns(TYPED.replace("VALUE", "v if v is string else v | tojson")))
+    for row in ({"q": "cats"}, {"q": '"cats"'}, {"q": 5, "r": "x y"}, {"q": [1], "r": True}):
+        assert only(raw, asked(call(**row)))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"m": [True, False, None]},
+        {"m": [True, False, None], "s": {"a": True}},
+        {"s": "\n", "r": " x "},
+        {"a": "b", "n": 3, "m": [1, 2.5, {"z": "w w"}], "b": False, "e": {}},
+    ],
+    ids=str,
+)
+def test_arguments_as_json_text_inside_json_are_taken(row: dict[str, Any]) -> None:
+    contract = loaded(turns(json_call("(c.function.arguments | tojson | tojson)")))
+    assert only(contract, asked(call(**row)))
+    words = "({'note': 'I like such words'} | tojson | tojson)"
+    assert refused(loaded(turns(json_call(words))), asked(call(**row)), tools=[TOOL])
+
+
+def test_arguments_that_are_text_stand_as_they_are_or_nowhere() -> None:
+    def text_call(text: str) -> list[dict[str, Any]]:
+        return asked({"type": "function", "function": {"name": "python", "arguments": text}})
+
+    in_json = loaded(turns(json_call("(c.function.arguments | tojson)")))
+    for text in ("not json", "[1]", "print(1)"):
+        assert "between quotes" in str(refused(in_json, text_call(text), tools=[TOOL]))
+    assert '"sides": 6' in only(in_json, text_call('{"sides": 6}'))
+    raw = (
+        "{%- for c in m.tool_calls or [] -%}{{- '<tool_call>' ~ c.function.name ~ '\\n' ~ "
+        "(c.function.arguments if c.function.arguments is string else c.function.arguments | "
+        "tojson) ~ '\\n</tool_call>' -}}{%- endfor -%}"
+    )
+    for text in ("print(1)", "import os\nprint('a')\n"):
+        assert f"python\n{text}\n</tool_call>" in only(loaded(turns(raw)), text_call(text))
+
+
+def test_a_message_says_something_and_a_call_has_a_name() -> None:
+    contract = loaded(turns("{{- m.content -}}" + CALLS))
+    silent = refused(contract, [{"role": "user", "content": "Hi"}, {"role": "assistant"}])
+    assert "no content" in str(silent)
+    assert "no function name" in str(refused(contract, asked(call(""))))
+    bare = asked({"type": "function", "function": {"name": "roll"}})
+    del bare[-1]["content"]
+    assert '"arguments": {}' in only(contract, bare)
+
+
+# As Command R7B has it: reasoning stands in front of calls alone, and the prompt closes the think
+# block where it is not switched on.
+PLANS = (
+    "{%- for m in messages -%}{%- if m.role == 'assistant' -%}{{- '<|assistant|>' -}}"
+    "{%- if m.tool_calls -%}{{- '<think>' ~ m.reasoning_content ~ '</think>' -}}"
+    + CALLS
+    + "{%- else -%}{{- '<answer>' ~ m.content ~ '</answer>' -}}{%- endif -%}{{- '<|end|>' -}}"
+    "{%- else -%}{{- '<|' ~ m.role ~ '|>' ~ m.content ~ '<|end|>' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}"
+    "{%- if not enable_thinking -%}{{- '<think></think>' -}}{%- endif -%}{%- endif -%}"
+)
+
+
+def test_reasoning_that_stands_in_front_of_calls_alone() -> None:
+    switched = loaded(PLANS, template_kwargs={"enable_thinking": True})
+    planned = asked(call(sides=6), reasoning_content="A plan.")
+    assert only(switched, planned).startswith("<think>A plan.</think><tool_call>")
+    said = chat("Hi", "Hello.")
+    said[-1]["reasoning_content"] = "A plan."
+    # Inside of what holds the answer no server looks for reasoning.
+    assert "drops the reasoning" in str(refused(switched, said))
+    # What stands against a row once the prompt leaves its block open is what has to be mended.
+    both = asked(call(sides=6), reasoning_content="A plan.", content="I look.")
+    rows = [planned, both, [{"role": "user", "content": "Hi"}, *said]]
+    one, two, three = loaded(PLANS).encode_all(
+        [Conversation(tuple(row), "rows:1", (TOOL,)) for row in rows]
+    )
+    assert isinstance(one, Refused)
+    assert "--template-arg enable_thinking=true" in str(one.error)
+    assert isinstance(two, Refused)
+    assert isinstance(three, Refused)
+    assert "drops the content of message 1" in str(two.error)
+    assert "drops the reasoning of message 2" in str(three.error)
+    assert "under --template-arg enable_thinking=true" in str(two.error) + str(three.error)

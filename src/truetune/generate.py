@@ -30,6 +30,7 @@ from truetune.model.load import LoadedModel, load_model
 from truetune.model.mode import evaluating
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
+from truetune.system.threads import begin
 
 if TYPE_CHECKING:
     import torch
@@ -425,18 +426,17 @@ class _Worker:
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[list[int] | BaseException | None] = queue.SimpleQueue()
-        self.cancelled = threading.Event()
+        self.cancelled, self.done = threading.Event(), threading.Event()
         self.prompt_seen = False
 
     @contextlib.contextmanager
     def running(self, work: Any) -> Iterator[None]:
-        thread = threading.Thread(target=self._run, args=(work,), daemon=True)
-        thread.start()
+        begin(self._run, work)
         try:
             yield
         finally:
             self.cancelled.set()
-            thread.join()
+            self.done.wait()
 
     def _run(self, work: Any) -> None:
         try:
@@ -444,6 +444,8 @@ class _Worker:
             self.queue.put(None)
         except BaseException as error:  # raised again where the pieces are read
             self.queue.put(error)
+        finally:
+            self.done.set()
 
     def tokens(self) -> Iterator[int]:
         while (item := self.queue.get()) is not None:

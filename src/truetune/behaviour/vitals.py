@@ -187,6 +187,9 @@ def _memorising(history: Sequence[Vitals]) -> Iterator[Finding]:
 # How many times less likely a token of text that is not trained becomes. Rows that are strange to
 # a small base cost it three times on the way, and are learned.
 _FORGOTTEN: tuple[tuple[float, Level], ...] = ((100, "error"), (10, "warning"), (3, "note"))
+# Nats a token of the rows before the first step, above which they are another language to the
+# model: a choice among 400 tokens. Who learns one from nothing gives up much of the own.
+_FOREIGN = 6.0
 
 
 def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
@@ -195,14 +198,19 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
         return
     more = losses[-1] - losses[0]
     level = next((level for times, level in _FORGOTTEN if more > math.log(times)), None)
+    rows = _numbers(history, "trained_loss")
+    foreign = bool(rows) and rows[0] > _FOREIGN
     if level:
         yield Finding(
             "forgetting",
-            level,
+            "note" if foreign and level == "warning" else level,
             f"text that is not trained lost {more:.2f} nats a token by {_at(history)} "
             f"({losses[0]:.2f} to {losses[-1]:.2f}): each token is {math.exp(more):.0f} times less "
             "likely",
-            why="the model unlearns what it knew: a learning rate that is too high, or too many "
+            why=f"the rows were foreign to it ({rows[0]:.1f} nats a token before the first step): "
+            "what it learns of them takes the place of what it knew"
+            if foreign
+            else "the model unlearns what it knew: a learning rate that is too high, or too many "
             "passes over rows of one kind",
             fix=f"{_GENTLER}, --lora, fewer epochs, or rows of the model's own kind among the data",
         )

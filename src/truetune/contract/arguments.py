@@ -26,10 +26,15 @@ T = TypeVar("T", bound=Encoding)
 
 # Rows looked at when template arguments are chosen: enough to see every kind of row, cheap.
 _FIT_ROWS = 200
+# Refused rows of one kind that are tried under the argument that would take the first.
+_ADVISED_ROWS = 256
 # Values of one argument that are tried, and values in all: each is tried on the sample of rows.
 _MOST_CANDIDATES = 32
 # Refusals that a template argument may mend.
-_ARGUMENT_ERRORS = frozenset({"target-invented", "target-dropped", "thinking-only", "thinking-off"})
+_THINKING = ("thinking-only", "thinking-off")
+# Refusals under an argument that say no more than the refusal without it.
+_NO_ADVICE = (*_THINKING, "template-refuses")
+_ARGUMENT_ERRORS = frozenset({"target-invented", "target-dropped", *_THINKING})
 
 
 class ArgumentSearch(Generic[T]):
@@ -97,26 +102,44 @@ class ArgumentSearch(Generic[T]):
     ) -> list[Encoded | Refused]:
         """Name the template argument that would take a refused row, found on the first of each
         kind."""
-        advice: dict[str, str] = {}
+        kinds: dict[str, list[int]] = {}
         for index, result in enumerate(results):
-            if not isinstance(result, Refused) or result.error.code not in _ARGUMENT_ERRORS:
+            if isinstance(result, Refused) and result.error.code in _ARGUMENT_ERRORS:
+                kinds.setdefault(result.error.code, []).append(index)
+        for code, indices in kinds.items():
+            argument, candidate = self._candidate_for(conversations[indices[0]], code, loss_on)
+            if candidate is None:
                 continue
-            code = result.error.code
-            if code not in advice:
-                advice[code] = self._argument_for(conversations[index], loss_on)
-            if advice[code]:
-                results[index] = replace(result, error=_advised(result.error, advice[code]))
+            rows = [conversations[index] for index in indices[:_ADVISED_ROWS]]
+            for index, found in zip(indices, candidate.encoder.few(rows, loss_on), strict=False):
+                result = results[index]
+                assert isinstance(result, Refused)
+                if isinstance(found, Encoded):
+                    results[index] = replace(result, error=_advised(result.error, argument))
+                elif code in _THINKING and found.error.code not in _NO_ADVICE:
+                    results[index] = replace(result, error=_under(found.error, argument))
         return results
 
-    def _argument_for(self, conversation: Conversation, loss_on: LossOn) -> str:
+    def _candidate_for(
+        self, conversation: Conversation, code: str, loss_on: LossOn
+    ) -> tuple[str, T | None]:
+        """An argument that would take a refused row, and the contract with it; else, of a row that
+        the served prompt's think block stands against, one under which it does not; ("", None)
+        where there is neither."""
+        other: tuple[str, T | None] = "", None
         for kwargs in self._changing(self.contract.renderer.variables()):
+            if not kwargs:
+                continue
             candidate = replace(
                 self.contract, template_kwargs={**self.contract.template_kwargs, **kwargs}
             )
             (result,) = candidate.encoder.few([conversation], loss_on)
-            if kwargs and isinstance(result, Encoded):
-                return " ".join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
-        return ""
+            argument = " ".join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
+            if isinstance(result, Encoded):
+                return argument, candidate
+            if code in _THINKING and result.error.code not in _NO_ADVICE and other[1] is None:
+                other = argument, candidate
+        return other
 
     def candidates(self) -> list[dict[str, Any]]:
         """Values of arguments that change a served prompt, those set by hand left out."""
@@ -143,6 +166,17 @@ class ArgumentSearch(Generic[T]):
 
 def _num_refused(contract: Encoding, sample: Sequence[Conversation], loss_on: LossOn) -> int:
     return sum(isinstance(result, Refused) for result in contract.encoder.few(sample, loss_on))
+
+
+def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
+    """A refusal that says under which argument it came about."""
+    return UnfaithfulTemplate(
+        error.what,
+        where=error.where,
+        why=f"under --template-arg {argument}: {error.why}",
+        fix=error.fix,
+        code=error.code,
+    )
 
 
 def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:

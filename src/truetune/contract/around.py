@@ -32,11 +32,11 @@ def glued(leaf: Leaf, before: str, behind: str, *, quoted: bool = True) -> bool:
         inside, closed, _ = behind.partition(opened[1])
         if closed and not re.search(r"[\"'`\n]", inside):
             rest = opened[2] + inside
-            if leaf.kind != "value" and _EXPRESSION.search(rest):
+            if leaf.kind in ("name", "key") and _EXPRESSION.search(rest):
                 return False
             return not (_is_space(opened[2], leaf.around[0]) and _is_space(inside, leaf.around[1]))
     first, last = before[-1:], behind[:1]
-    if leaf.kind == "value":
+    if leaf.kind in ("value", "arguments"):
         return first in _SIGNS or last in _SIGNS
     # Names have a namespace in front of them, keys the dashes or dots of an option.
     plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)

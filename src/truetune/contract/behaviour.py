@@ -309,15 +309,24 @@ def _routes(
         at, end = written.find(R), written.rfind(A)
         between = written[at + len(R) : end]
         empty = _empty_block(base, text.replace(R, A, 1), pairs)
+        if route == "markers in content" and not _leads(written[: max(at, 0)], pairs):
+            continue
         printed = any(key in written[:end] for key in PART_KEYS)
         if 0 <= at < end and between.strip() and not empty and not printed:
             good.append(route)
     return tuple(good)
 
 
+def _leads(before: str, pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether reasoning that is a part of the content is the first thing in an answer: a server
+    reads it nowhere else."""
+    lead = before.strip()
+    return not lead or any(lead == opening.strip() for opening, _ in pairs)
+
+
 def _call_routes(probe: _Probe) -> tuple[str, ...]:
-    """Fields of the template's own that carry reasoning in front of a tool call."""
-    tried = [field_route(name) for name in probe.renderer.fields]
+    """Fields that carry reasoning in front of a tool call, though in no plain answer."""
+    tried = [*FIELDS, *(field_route(name) for name in probe.renderer.fields)]
     turn = [user(), _calls(V, reasoning_content=R)]
     texts = probe.texts(*((turn, route, False, True) for route in tried))
     return tuple(

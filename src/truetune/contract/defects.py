@@ -20,7 +20,9 @@ from truetune.contract.twin import FILLER, Leaf, Twin, argument_values, in_json_
 from truetune.contract.words import PART, hollow
 
 Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
-Changed: TypeAlias = Literal["quoted", "glued", "filled", "listed", "unreadable", "stripped"]
+Changed: TypeAlias = Literal[
+    "quoted", "text", "glued", "filled", "listed", "unreadable", "stripped"
+]
 Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
 
 
@@ -67,6 +69,10 @@ def misread(twin: Twin, written: str) -> list[int]:
     ]
 
 
+# The tag of a value that is a text as it stands: in quotes it is another one.
+_RAW = re.compile(r"<[^<>]*\b(?:string\s*=\s*\"true\"|type\s*=\s*\"str(?:ing)?\")[^<>]*>[^<>]*$")
+
+
 def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
     """Whether what stands between tags around a sentinel is neither its value nor one inside."""
     at = written.find(sentinel)
@@ -76,8 +82,26 @@ def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) 
     if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
         return False
     if any(_is_tagged(written[:at], key) for key in _keys_of(twin, value)):
+        if isinstance(value, str) and _RAW.search(written[:at]):
+            return text.strip() != value.strip()
         return not is_written(text, value)
     return not any(is_written(text, inner) for inner in values_in(value))
+
+
+def is_lost(written: str, full: str, key: str, value: Any) -> bool:
+    """Whether the tag of an argument with an empty object or list holds something else.
+
+    Args:
+        full: the same turn where the value holds something.
+        key: of the argument.
+    """
+    at = full.find(FILLER)
+    held = between_tags(full, at, at + len(FILLER)) if at >= 0 else None
+    if held is None or not key.strip() or not _is_tagged(full[:at], key):
+        return False
+    start = full.rfind(">", 0, at) + 1
+    inside = between_tags(written, start, start)
+    return inside is None or not is_written(inside, value)
 
 
 def _keys_of(twin: Twin, value: Any) -> list[str]:

@@ -28,6 +28,13 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "in the row",
         "target-dropped",
     ),
+    "text": (
+        "the arguments of a tool call of message {turn} are text and no JSON object, and the "
+        "template writes them between quotes",
+        f"{_WOULD_BE}: a client gets the quotes too",
+        'give the arguments as an object: {{"code": "..."}}',
+        "target-dropped",
+    ),
     "filled": (
         "the template writes something for an empty {text} in a tool call of message {turn}",
         _WOULD_BE,

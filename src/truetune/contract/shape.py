@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from truetune.data.messages import content_of
 from truetune.data.rows import BadRow
+from truetune.data.tools import calls_of
 from truetune.errors import UnfaithfulTemplate
 
 Message = dict[str, Any]
@@ -43,8 +44,8 @@ def canonical(message: Mapping[str, Any]) -> Message:
     OpenAI's clients send.
 
     Raises:
-        UnfaithfulTemplate: no role, two different reasonings, or content that is no text, reasoning
-            or tool call.
+        UnfaithfulTemplate: no role, no content, two different reasonings, a call without a name or
+            with arguments that are no JSON, or content that is no text, reasoning or tool call.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UnfaithfulTemplate(
@@ -53,6 +54,13 @@ def canonical(message: Mapping[str, Any]) -> Message:
             fix="give each message a role: system, developer, user, assistant or tool",
             code="unknown-role",
         )
+    if not message.keys() & {"content", "tool_calls", *FIELDS}:
+        raise UnfaithfulTemplate(
+            f"a message of the role {message['role']} has no content",
+            why=f"its keys are {', '.join(map(str, message))}",
+            fix='give it content, "" where it says nothing',
+            code="unsupported-content",
+        )
     made = {key: value for key, value in message.items() if value is not None}
     reasoning = [made.pop(name) for name in FIELDS if made.get(name)]
     content = made.get("content", "")
@@ -60,7 +68,7 @@ def canonical(message: Mapping[str, Any]) -> Message:
         try:
             text, thought, calls = content_of(content)
         except BadRow as error:
-            raise UnfaithfulTemplate(error.what, why=error.why, code=error.code) from error
+            raise _refused(error) from error
         content = text
         reasoning += [thought] if thought else []
         if calls:
@@ -81,13 +89,21 @@ def canonical(message: Mapping[str, Any]) -> Message:
         )
     if reasoning:
         made["reasoning_content"] = reasoning[0]
-    if made.get("tool_calls"):
-        made["tool_calls"] = [_call(call) for call in made["tool_calls"]]
-    elif "tool_calls" in made:
-        del made["tool_calls"]
+    try:
+        calls = calls_of(made.pop("tool_calls", None))
+    except BadRow as error:
+        raise UnfaithfulTemplate(
+            error.what, why=error.why, fix=error.fix, code=error.code
+        ) from error
+    if calls:
+        made["tool_calls"] = calls
     for value in (made["content"], made.get("reasoning_content"), made.get("tool_calls")):
         _require_text(value)
     return made
+
+
+def _refused(error: BadRow) -> UnfaithfulTemplate:
+    return UnfaithfulTemplate(error.what, why=error.why, fix=error.fix, code=error.code)
 
 
 def _require_text(value: Any) -> None:
@@ -133,26 +149,6 @@ def split_reasoning(message: Message, pairs: Iterable[tuple[str, str]]) -> Messa
 
 def _reasoned(reasoning: str) -> Message:
     return {"reasoning_content": reasoning} if reasoning.strip() else {}
-
-
-def _call(call: Mapping[str, Any]) -> Message:
-    function = dict(call.get("function", call))
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            parsed = json.loads(arguments)
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
-            function["arguments"] = parsed
-    if "function" not in call:
-        rest = {k: v for k, v in call.items() if k in ("id", "index")}
-        function = {k: v for k, v in function.items() if k not in ("id", "index", "type")}
-        return {"type": "function", **rest, "function": function}
-    # In the row's order: some templates print the whole call.
-    made = {k: v for k, v in call.items() if k in ("id", "index", "type", "function")}
-    made["function"] = function
-    return made if "type" in made else {"type": "function", **made}
 
 
 def shown(messages: Sequence[Message], shape: Shape, route: str, markers: Markers) -> list[Message]:

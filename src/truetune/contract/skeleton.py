@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from truetune.contract.around import bare, common, glued, in_quotes, is_cut_from, listed, quoted
 from truetune.contract.defects import (
@@ -15,6 +15,7 @@ from truetune.contract.defects import (
     called,
     empties_of,
     in_objects,
+    is_lost,
     is_misread,
     misread,
     pieces_of,
@@ -144,9 +145,9 @@ def skeleton(
         if len(found) > 1 and twin.leaves[n].kind not in ("name", "key")
     ]
     defects += [
-        Defect("quoted", n)
+        Defect("text" if twin.leaves[n].kind == "arguments" else "quoted", n)
         for n, found in places.items()
-        if isinstance(twin.leaves[n].value, int | float)
+        if (twin.leaves[n].kind == "arguments" or isinstance(twin.leaves[n].value, int | float))
         and any(quoted(str(pieces[at - 1]), str(pieces[at + 1])) for at in found)
     ]
     defects += [
@@ -184,7 +185,10 @@ def skeleton(
             defects.append(Defect("missing", None, repr(key)))
             continue
         marked = bare(full, controls)
-        if not is_cut_from(written, full) or any(
+        empty: Any = {"{}": {}, "[]": []}.get(what)
+        if empty is not None and is_lost(bare(written, controls), marked, key, empty):
+            defects.append(Defect("missing", None, what))
+        elif not is_cut_from(written, full) or any(
             is_misread(twin, marked, "zqfilled", value, whole)
             for value, whole in argument_values(message)
             if "zqfilled" in whole

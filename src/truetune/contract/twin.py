@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from truetune.contract.shape import Message
 
-Kind = Literal["reasoning", "content", "name", "key", "value"]
+Kind = Literal["reasoning", "content", "name", "key", "value", "arguments"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Leaf:
     """A part of a turn that must reach the completion: a text, or a name or value of a call.
 
     Attributes:
-        kind: what it is.
+        kind: what it is; "arguments" are all those of a call where they are a text and no JSON.
         value: as the row has it, without outer whitespace.
         sentinel: what stands for it in the twin.
         around: the outer whitespace that the row has before and behind it.
@@ -43,7 +43,9 @@ class Leaf:
             return tuple(dict.fromkeys((json.dumps(self.value), str(self.value))))
         text = self.value
         # What a server returns as text is read as it stands: nothing undoes an escape there.
-        if self.kind in ("reasoning", "content") or (text.isalnum() and text.isascii()):
+        if self.kind in ("reasoning", "content", "arguments") or (
+            text.isalnum() and text.isascii()
+        ):
             return (text,)
         held = (f"<![CDATA[{text}]]>",) if self.kind == "value" and "]]>" not in text else ()
         return tuple(dict.fromkeys((text, *self.quoted_forms, *held)))
@@ -189,7 +191,12 @@ class _Maker:
     def call(self, call: Mapping[str, Any]) -> tuple[Message, Message, Node]:
         function = call["function"]
         name, node = self.fixed("name", str(function.get("name", "")))
-        made, turned, inner = self.value(function.get("arguments", {}), False)
+        given = function.get("arguments", {})
+        if isinstance(given, str) and given.strip():
+            text = self.leaf("arguments", given)
+            made, turned, inner = text, text, ("leaf", len(self.leaves) - 1)
+        else:
+            made, turned, inner = self.value(given, False)
         both = []
         for arguments in (made, turned):
             changed = {**function, "name": name}

@@ -21,6 +21,9 @@ TURNED = r"\]<\][^<>\[\]\n]{1,40}\[>\["
 _TAG = re.compile(r"</?[^<>\n]{1,120}/?>|\[/?[A-Z][A-Z0-9_ ]*\]|\[\[?[A-Z_]+\]?\]")
 _ENDING = re.compile(rf"(?:{_TAG.pattern}|\s)*$")
 _QUOTED = re.compile(r"\"([^\"\n]{0,60})\"|'([^'\n]{0,60})'")
+# The same in JSON that is text inside JSON.
+_QUOTED_INSIDE = re.compile(r"\\+\"([^\"\n]{0,60}?)\\+\"")
+_JSON = re.compile(r"^[\"'][{\[].*[}\]][\"']$")
 _SENTENCE = re.compile(r"[^\W\d_]+,? +[^\W\d_]+,? +[^\W\d_]+")
 _CONSTANT = re.compile(r"\b(?:true|false|null|True|False|None)\b")
 _WORD = re.compile(r"[^\W\d_]+")
@@ -77,10 +80,15 @@ def words_in(
         return twice.group()
     text = _TAG.sub(_MARK, text)
     if calls:
-        for quoted in _QUOTED.finditer(text):
-            if _SENTENCE.search(quoted.group()):
-                return quoted.group()
-        text = _CONSTANT.sub("\x02", _QUOTED.sub("\x02", text))
+        for form in (_QUOTED_INSIDE, _QUOTED):
+            for quoted in form.finditer(text):
+                inside = quoted.group()
+                if _JSON.search(inside):
+                    inside = _CONSTANT.sub("\x02", inside)
+                if _SENTENCE.search(inside):
+                    return inside.replace("\x02", "\u2026")
+            text = form.sub("\x02", text)
+        text = _CONSTANT.sub("\x02", text)
     pieces = re.split(f"([{PART}{_MARK}])", text)
     for number in range(0, len(pieces), 2):
         stretch = pieces[number]
