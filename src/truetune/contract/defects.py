@@ -97,7 +97,10 @@ def is_lost(written: str, full: str, key: str, value: Any) -> bool:
     """
     at = full.find(FILLER)
     held = between_tags(full, at, at + len(FILLER)) if at >= 0 else None
-    if held is None or not key.strip() or not _is_tagged(full[:at], key):
+    whole = {FILLER: "zqheld"} if value == {} else [FILLER]
+    if not key.strip() or held is None or not is_written(held, whole):
+        return False
+    if not _is_tagged(full[:at], key):
         return False
     start = full.rfind(">", 0, at) + 1
     inside = between_tags(written, start, start)

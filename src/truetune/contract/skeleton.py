@@ -186,14 +186,14 @@ def skeleton(
             continue
         marked = bare(full, controls)
         empty: Any = {"{}": {}, "[]": []}.get(what)
-        if empty is not None and is_lost(bare(written, controls), marked, key, empty):
-            defects.append(Defect("missing", None, what))
-        elif not is_cut_from(written, full) or any(
+        if not is_cut_from(written, full) or any(
             is_misread(twin, marked, "zqfilled", value, whole)
             for value, whole in argument_values(message)
             if "zqfilled" in whole
         ):
             defects.append(Defect("filled", None, what))
+        elif empty is not None and is_lost(bare(written, controls), marked, key, empty):
+            defects.append(Defect("missing", None, what))
         elif what == "{}" and listed(*full.partition("zqfilled")[::2]):
             defects.append(Defect("listed", None, what))
     defects += [Defect("added", None, key) for key in added(twin, written, pieces)]
