@@ -70,7 +70,7 @@ class Recipe:
     data: str | None = _option(None, INPUT, "A file, folder or Hub dataset.", aliases=["dataset"])
     revision: str | None = _option(None, INPUT, "Revision of a model on the Hub.")
     split: str | None = _option(None, INPUT, "Split of a Hub dataset.", shown="train")
-    schema: str = _option("auto", INPUT, "Shape of the rows, where it is not to be recognised.")
+    schema: str = _option("auto", INPUT, "Schema of the rows; by default it is recognised.")
     columns: dict[str, str] | None = _option(
         None, INPUT, "Column names, e.g. prompt=question,completion=answer."
     )
@@ -92,10 +92,10 @@ class Recipe:
         shown="the model's own",
     )
     stop: list[str] | None = _option(
-        None, PROMPT, "Tokens that end an answer, beside the model's own.", shown="auto"
+        None, PROMPT, "Tokens that end an answer, in addition to the model's own.", shown="auto"
     )
     loss_on: Literal["assistant", "last", "all"] = _option(
-        "assistant", PROMPT, "Which tokens are targets."
+        "assistant", PROMPT, "Which tokens count in the loss."
     )
     template_arg: dict[str, Any] | None = _option(
         None,
@@ -107,8 +107,8 @@ class Recipe:
     reasoning: Literal["auto", "inline", "empty", "drop"] = _option(
         "auto",
         PROMPT,
-        "Reasoning of the rows: where the template takes it, between think markers, an opened "
-        "block closed at once, or left out.",
+        "The rows' reasoning: pass it to the template, write it between think markers, close an "
+        "opened think block at once, or leave it out.",
     )
     think_markers: list[str] | None = _option(
         None,
@@ -117,25 +117,34 @@ class Recipe:
         shown="the template's own, or <think>,</think>",
     )
     history: Literal["as-data", "no-reasoning"] = _option(
-        "as-data", PROMPT, "Whether earlier turns show the template their reasoning."
+        "as-data", PROMPT, "Whether the template is given the reasoning of earlier turns."
     )
     merge_system: bool = _option(
-        False, PROMPT, "Put the system text in front of the first question."
+        False, PROMPT, "Put the system message in front of the first user message."
     )
     template_words: Literal["refuse", "keep"] = _option(
-        "refuse", PROMPT, "Answers to which the template adds words: refused, or trained and told."
+        "refuse",
+        PROMPT,
+        "Answers to which the template adds words: refuse them, or train and report the words.",
     )
     content_specials: Literal["keep", "error"] = _option(
-        "keep", PROMPT, "Rows whose text holds control tokens: told, or refused."
+        "keep", PROMPT, "Rows whose text contains control tokens: report them, or refuse them."
     )
     date: str | None = _option(
-        None, PROMPT, "Today, for templates that write it (YYYY-MM-DD).", shown="the day of the run"
+        None,
+        PROMPT,
+        "The date for templates that write today's date (YYYY-MM-DD).",
+        shown="the day of the run",
     )
 
     lora: bool = _option(False, METHOD, "Train a LoRA adapter instead of all weights.")
     lora_r: int = _option(16, METHOD, "Rank.", aliases=["lora_rank"], minimum=1)
-    lora_alpha: float = _option(32, METHOD, "Scale; alpha / r multiplies the update.", above=0)
-    lora_dropout: float = _option(0.05, METHOD, "Dropout before the adapter.", minimum=0, below=1)
+    lora_alpha: float = _option(
+        32, METHOD, "Scale: the update is multiplied by alpha / r.", above=0
+    )
+    lora_dropout: float = _option(
+        0.05, METHOD, "Dropout in front of the adapter.", minimum=0, below=1
+    )
     target_modules: list[str] | None = _option(
         None, METHOD, "Layers that get an adapter.", shown="all linear layers"
     )
@@ -143,20 +152,23 @@ class Recipe:
         False, METHOD, "LoRA with the scale alpha / sqrt(r).", aliases=["use_rslora"]
     )
     dora: bool = _option(
-        False, METHOD, "LoRA on direction, and each weight's magnitude.", aliases=["use_dora"]
+        False,
+        METHOD,
+        "LoRA that also trains the magnitude of each weight (DoRA).",
+        aliases=["use_dora"],
     )
     qlora: bool = _option(
-        False, METHOD, "LoRA on a base held in 4 bits (NF4).", aliases=["load_in_4bit"]
+        False, METHOD, "LoRA on a base model in 4 bits (NF4).", aliases=["load_in_4bit"]
     )
-    load_in_8bit: bool = _option(False, METHOD, "LoRA on a base held in 8 bits.")
+    load_in_8bit: bool = _option(False, METHOD, "LoRA on a base model in 8 bits.")
     add_token: list[str] | None = _option(
         None,
         METHOD,
-        "A token to add, whose row is trained in embedding and head; repeatable.",
+        "A token to add; its embedding and its row in the head are trained. Repeatable.",
         aliases=["add_tokens"],
     )
     full_fingerprint: bool = _option(
-        False, METHOD, "Bind the adapter to every byte of its base, not to samples."
+        False, METHOD, "Tie the adapter to every byte of its base model, not to samples of it."
     )
 
     max_length: int | None = _option(
@@ -168,12 +180,12 @@ class Recipe:
         minimum=2,
     )
     overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
-        "drop", LENGTH, "What happens to longer rows; plain text is always split."
+        "drop", LENGTH, "What to do with longer rows; plain text is always split."
     )
     max_dropped: float = _option(
         0.05,
         LENGTH,
-        "Largest share of rows or supervised tokens to lose to length.",
+        "Largest share of rows or supervised tokens that may be lost to the length limit.",
         minimum=0,
         maximum=1,
     )
@@ -187,12 +199,12 @@ class Recipe:
         above=0,
     )
     max_steps: int | None = _option(
-        None, TRAIN, "Optimizer steps, instead of epochs.", minimum=1, shown="from epochs"
+        None, TRAIN, "Number of optimizer steps, instead of epochs.", minimum=1, shown="from epochs"
     )
     batch_size: int | None = _option(
         None,
         TRAIN,
-        "Rows per optimizer step, over all devices.",
+        "Rows per optimizer step, across all devices.",
         aliases=["train_batch_size"],
         shown="16",
         minimum=1,
@@ -200,7 +212,7 @@ class Recipe:
     tokens_per_step: int | None = _option(
         None,
         TRAIN,
-        "Instead of --batch-size: at most so many tokens of whole rows per optimizer step.",
+        "Instead of --batch-size: the most tokens, in whole rows, per optimizer step.",
         shown="not used",
         minimum=1,
     )
@@ -215,12 +227,14 @@ class Recipe:
     micro_batch_tokens: int | None = _option(
         None,
         TRAIN,
-        "Tokens per forward pass of packed rows; a longer row goes alone.",
+        "Tokens per forward pass of packed rows; a longer row gets a pass of its own.",
         shown="1024 on CPU, else 16384, or what fits",
         minimum=1,
     )
     packing: bool = _option(
-        True, TRAIN, "Rows without padding, shared beginnings once; --no-packing pads."
+        True,
+        TRAIN,
+        "Pack rows without padding and compute shared prefixes once; --no-packing pads.",
     )
     gradient_accumulation_steps: int | None = _option(
         None, TRAIN, "Forward passes per optimizer step.", minimum=1, shown="from the other two"
@@ -234,45 +248,50 @@ class Recipe:
         above=0,
     )
     any_learning_rate: bool = _option(
-        False, TRAIN, "Take a learning rate above 0.1 (above 10 with sgd) as it is given."
+        False, TRAIN, "Accept a learning rate above 0.1 (above 10 with sgd)."
     )
     warmup_ratio: float | None = _option(
-        None, TRAIN, "Share of the steps to warm up.", shown="0.03", minimum=0, maximum=1
+        None, TRAIN, "Share of the steps used for warm-up.", shown="0.03", minimum=0, maximum=1
     )
     warmup_steps: int | None = _option(
-        None, TRAIN, "Steps to warm up.", shown="from the ratio", minimum=0
+        None, TRAIN, "Number of warm-up steps.", shown="from the ratio", minimum=0
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _option(
-        "cosine", TRAIN, "How the rate falls after warm-up."
+        "cosine", TRAIN, "How the learning rate falls after warm-up."
     )
-    weight_decay: float = _option(0.0, TRAIN, "AdamW's decay, on matrices only.", minimum=0)
+    weight_decay: float = _option(0.0, TRAIN, "Weight decay of AdamW, on matrices only.", minimum=0)
     max_grad_norm: float = _option(
-        1.0, TRAIN, "Clip the gradient to this norm; 0 never.", aliases=["grad_clip"], minimum=0
+        1.0,
+        TRAIN,
+        "Clip the gradient to this norm; 0 turns clipping off.",
+        aliases=["grad_clip"],
+        minimum=0,
     )
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
         "adamw",
         TRAIN,
-        "Optimizer; adamw_bf16: all weights in bfloat16, the rest of each beside it; the 8-bit "
-        "ones are bitsandbytes'.",
+        "Optimizer. adamw_bf16 keeps weights in bfloat16 and their rounding errors beside them; "
+        "the 8-bit ones come from bitsandbytes.",
     )
     gradient_checkpointing: bool = _option(
         False,
         TRAIN,
-        "Compute activations twice to keep fewer of them; done anyway where the longest row would "
-        "not fit.",
+        "Recompute activations to save memory; done anyway if the longest row would not fit.",
     )
     seed: int = _option(
         42,
         TRAIN,
-        "Of row order, held-out split, adapter and dropout.",
+        "Seed of the row order, held-out split, adapter and dropout.",
         minimum=0,
         maximum=2**32 - 1,
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = _option(
-        "auto", TRAIN, "Where to compute.", resumed=False
+        "auto", TRAIN, "Device to train on.", resumed=False
     )
     dtype: Literal["auto", "bfloat16", "float32"] = _option(
-        "auto", TRAIN, "Type to compute in; trained weights are float32, but for adamw_bf16."
+        "auto",
+        TRAIN,
+        "Type to compute in. Trained weights are kept in float32, except with adamw_bf16.",
     )
 
     eval_steps: int | None = _option(
@@ -286,35 +305,35 @@ class Recipe:
     patience: int | None = _option(
         None,
         WATCH,
-        "Stop after so many evaluations without a lower held-out loss, and save the step of the "
-        "lowest one whose replies were healthy.",
-        shown="all steps are taken, the last one is saved",
+        "Stop after this many evaluations without a lower held-out loss, and save the step with "
+        "the lowest one whose replies were healthy.",
+        shown="run all steps and save the last one",
         minimum=1,
     )
     keep_text: str | None = _option(
         None,
         WATCH,
-        "Text or rows that must not be forgotten: their loss is watched, not trained.",
-        shown="text that the model writes before the first step",
+        "Text or rows that the model must not forget: their loss is measured, not trained.",
+        shown="text the model writes before the first step",
     )
     on_collapse: Literal["stop", "rewind", "continue"] = _option(
         "stop",
         WATCH,
-        "A run that falls apart: stop it, go back once to its last healthy checkpoint with half "
-        "the learning rate, or go on and say so.",
+        "What to do when a run falls apart: stop, go back once to the last healthy checkpoint and "
+        "halve the learning rate, or continue and report it.",
     )
     report_to: list[str] | None = _option(
         None, WATCH, "Trackers: trackio, tensorboard, wandb, mlflow.", shown="none"
     )
 
-    output: str | None = _option(None, RUN, "Folder of the run.", aliases=["output_dir"])
+    output: str | None = _option(None, RUN, "Folder for the run.", aliases=["output_dir"])
     overwrite: bool = _option(
-        False, RUN, "Replace a run in that folder.", aliases=["overwrite_output_dir"]
+        False, RUN, "Replace an existing run in that folder.", aliases=["overwrite_output_dir"]
     )
     verify: bool = _option(
-        True, RUN, "Have a fresh process open the result and compare it with what was trained."
+        True, RUN, "Open the result in a fresh process and compare it with what was trained."
     )
-    no_check: bool = _option(False, RUN, "Train without the preflight; recorded in the run.")
+    no_check: bool = _option(False, RUN, "Skip the checks before training; the run records it.")
 
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False)
 
