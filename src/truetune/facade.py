@@ -568,8 +568,8 @@ def evaluate(
         found["runs/first"].values["match"].value
 
     Args:
-        models: one or several: runs, model or adapter folders, or Hub ids. The others are held to
-            the first.
+        models: one or several: runs, model or adapter folders, Hub ids, GGUF files, or addresses of
+            servers. The others are held to the first.
         data: a file, a folder, or a Hub dataset; rows of question and answer.
         match: exact, contains, number, regex, json or none.
         pattern: of regex, in place of each row's own answer.

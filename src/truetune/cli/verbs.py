@@ -310,7 +310,10 @@ _READING, _SAMPLING = "Rows", "Replies"
 def evaluate_models(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="Runs, model or adapter folders, or Hub ids."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Runs, model or adapter folders, Hub ids, GGUF files, or addresses of servers.",
+        ),
     ],
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="A file, a folder, or a Hub dataset.")

@@ -9,7 +9,6 @@ output  Stage
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.diagnosis.measured import TOKENS, Replies, Stage, rates, unopened
@@ -17,6 +16,7 @@ from truetune.errors import TruetuneError
 from truetune.exporting.gguf_proof import Reference, on_prompts
 from truetune.findings import Finding, visible
 from truetune.servers.cases import Case
+from truetune.servers.chat import complete, first_model, request
 from truetune.servers.client import Client, ServerError
 from truetune.servers.llama_cpp import LlamaCpp
 
@@ -31,7 +31,7 @@ def live(
     """
     try:
         client = Client(url, seconds=120)
-        model = _model(client)
+        model = first_model(client)
         note, findings = _prompts(client, model, contract, reference.cases)
         made = [_reply(client, model, case) for case in cases]
     except TruetuneError as error:
@@ -70,34 +70,10 @@ def live(
     return Stage("url", url, None, replies, tuple(findings), note=note, numbers=numbers)
 
 
-def _model(client: Client) -> str:
-    """The first name that the server lists."""
-    try:
-        listed: Any = client.get("/v1/models")
-        return str(listed["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
-        return "default"
-
-
 def _reply(client: Client, model: str, case: Case) -> tuple[str, bool]:
-    asked: dict[str, Any] = {
-        "model": model,
-        "messages": [dict(message) for message in case.messages],
-        "temperature": 0,
-        "max_tokens": TOKENS,
-    }
-    if case.tools:
-        asked["tools"] = [dict(tool) for tool in case.tools]
-    answer = client.post("/v1/chat/completions", asked)
-    try:
-        choice = answer["choices"][0]
-        return str(choice["message"].get("content") or ""), choice["finish_reason"] == "stop"
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ServerError(
-            "the server's answer is no chat completion", where=client.url,
-            why="another kind of server listens there", fix="name one that speaks the OpenAI "
-            "protocol",
-        ) from error  # fmt: skip
+    asked = request(case.messages, case.tools)
+    answer = complete(client, {**asked, "model": model, "temperature": 0, "max_tokens": TOKENS})
+    return answer.text, answer.ended
 
 
 def _prompts(

@@ -9,13 +9,11 @@ output  Evaluation
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from truetune.behaviour.text import normalised
-from truetune.compare import row_losses
 from truetune.contract.source import require_template
 from truetune.data.load import load
 from truetune.data.sources import resolve
@@ -29,11 +27,10 @@ from truetune.evaluation.result import (
     measures_of,
     values_of,
 )
-from truetune.evaluation.subject import Prompt, Subject, require_subject
+from truetune.evaluation.served import Served, is_served, require_served
+from truetune.evaluation.subject import Asking, Prompt, Said, Subject, require_subject
 from truetune.evaluation.table import Evaluation
-from truetune.findings import Finding
-from truetune.generate import Reply, Sampling, replies_to_ids
-from truetune.model.load import load_model
+from truetune.generate import Sampling
 from truetune.model.placement import require_device
 
 Progress = Callable[[int, int | None], None]
@@ -155,7 +152,10 @@ def require_early(models: Sequence[str], data: str | None, settings: Settings) -
         require_template(settings.chat_template)
     resolve(data, settings.split)
     for name in models:
-        require_subject(name)
+        if is_served(name):
+            require_served(name, settings.chat_template)
+        else:
+            require_subject(name)
 
 
 def evaluate(
@@ -169,7 +169,8 @@ def evaluate(
     """Ask models the rows of a data source, as each of them is served, and compare.
 
     Args:
-        models: runs, model or adapter folders, or Hub ids; the others are held to the first.
+        models: runs, model or adapter folders, Hub ids, GGUF files (served by llama.cpp), or
+            addresses of servers that speak OpenAI's protocol; the others are held to the first.
         data: a file, a folder, or a Hub dataset.
         on_stage, on_progress: are called with what is being done, and how far it is.
 
@@ -194,7 +195,10 @@ def evaluate(
         loaded, settings.match, shots=settings.shots, seed=settings.seed, limit=settings.limit
     )
     stage("reading the models' templates")
-    subjects = [Subject.open(m, settings.chat_template, settings.revision) for m in models]
+    subjects = [
+        Served(m) if is_served(m) else Subject.open(m, settings.chat_template, settings.revision)
+        for m in models
+    ]
     stage("rendering the prompts")
     questions, prompts, more = _common(subjects, questions)
     found = []
@@ -218,7 +222,7 @@ def evaluate(
 
 
 def _common(
-    subjects: Sequence[Subject], questions: Sequence[Question]
+    subjects: Sequence[Subject | Served], questions: Sequence[Question]
 ) -> tuple[list[Question], list[list[Prompt]], list[LeftOut]]:
     """The questions that every model can be asked, how each is asked them, and the others.
 
@@ -252,58 +256,38 @@ def _common(
 
 
 def _asked(
-    subject: Subject,
+    subject: Subject | Served,
     questions: Sequence[Question],
     prompts: Sequence[Prompt],
     settings: Settings,
     stage: Callable[[str], None],
     on_progress: Progress | None,
 ) -> ModelResult:
-    """One model's replies and losses; its weights are gone afterwards."""
-    stage(f"loading {subject.name}")
-    loaded = load_model(
-        subject.folder,
-        revision=subject.revision,
-        device=settings.device,
-        purpose="inference",
-        tokenizer=subject.tokenizer,
-    )
+    """One model's replies, judged, and losses."""
     number = settings.samples
-    stage(f"asking {subject.name}")
-    written = replies_to_ids(
-        loaded,
-        subject.contract,
-        [prompt.ids for prompt in prompts for _ in range(number)],
-        settings.drawn,
-        batch_size=None,
-        on_progress=on_progress,
-    )
-    stage(f"reading the rows' answers with {subject.name}")
-    targets = [prompt.target for prompt in prompts if prompt.target is not None]
-    losses = iter(row_losses(loaded, [(t.ids, t.mask) for t in targets], on_progress))
-    findings: tuple[Finding, ...] = (*subject.contract.findings, *loaded.findings)
-    del loaded
-    gc.collect()
-    judged = iter(_judged(settings.match, questions, prompts, written, number))
-    rows = []
-    for question, prompt in zip(questions, prompts, strict=True):
-        rows.append(
-            RowResult(
-                question.where,
-                subject.contract.tokens.decode(list(prompt.ids)),
-                prompt.expected,
-                tuple(next(judged) for _ in range(number)),
-                None if prompt.target is None else next(losses),
-                0 if prompt.target is None else prompt.target.num_supervised,
-            )
+    asking = Asking(settings.drawn, number, settings.device, stage, on_progress)
+    written = subject.write(prompts, asking)
+    judged = iter(_judged(settings.match, questions, prompts, written.replies, number))
+    rows = [
+        RowResult(
+            question.where,
+            shown,
+            prompt.expected,
+            tuple(next(judged) for _ in range(number)),
+            loss,
+            0 if prompt.target is None else prompt.target.num_supervised,
         )
+        for question, prompt, shown, loss in zip(
+            questions, prompts, written.shown, written.losses, strict=True
+        )
+    ]
     without = grouped(
         (prompt.no_target, question.where)
         for question, prompt in zip(questions, prompts, strict=True)
         if prompt.target is None and question.answer is not None
     )
     notes = _notes(rows, subject, prompts, settings)
-    told = tuple(finding for finding in findings if finding.level != "note")
+    told = tuple(finding for finding in written.findings if finding.level != "note")
     return ModelResult(subject.name, {}, {}, tuple(rows), tuple(without), notes, told)
 
 
@@ -311,34 +295,29 @@ def _judged(
     match: Match,
     questions: Sequence[Question],
     prompts: Sequence[Prompt],
-    written: Sequence[Reply],
+    written: Sequence[Said],
     number: int,
 ) -> list[Judgement]:
     """All replies, in their order."""
     which = [at for at in range(len(prompts)) for _ in range(number)]
-    parts = [
-        prompts[at].thinking.split(reply.text) for at, reply in zip(which, written, strict=True)
-    ]
     found = match.judge(
-        [(answer, prompts[at].expected) for at, (_, _, answer) in zip(which, parts, strict=True)]
+        [(said.split[2], prompts[at].expected) for at, said in zip(which, written, strict=True)]
     )
     return [
         Judgement(
-            text=reply.text,
-            tokens=len(reply.ids),
-            ended=reply.stopped,
-            right=reply.stopped and one.right,
-            would_be_right=one.right and not reply.stopped,
+            text=said.text,
+            tokens=said.tokens,
+            ended=said.ended,
+            right=said.ended and one.right,
+            would_be_right=one.right and not said.ended,
             said=one.said,
-            thought=thought,
-            closed=closed,
-            empty=not reply.text.strip(),
-            copied=_copied(answer, questions[at].last_words, prompts[at].expected),
+            thought=said.split[0],
+            closed=said.split[1],
+            empty=not said.text.strip(),
+            copied=_copied(said.split[2], questions[at].last_words, prompts[at].expected),
             slow=one.slow,
         )
-        for at, reply, (thought, closed, answer), one in zip(
-            which, written, parts, found, strict=True
-        )
+        for at, said, one in zip(which, written, found, strict=True)
     ]
 
 
@@ -355,7 +334,10 @@ def _copied(answer: str, question: str, expected: str) -> bool:
 
 
 def _notes(
-    rows: Sequence[RowResult], subject: Subject, prompts: Sequence[Prompt], settings: Settings
+    rows: Sequence[RowResult],
+    subject: Subject | Served,
+    prompts: Sequence[Prompt],
+    settings: Settings,
 ) -> tuple[str, ...]:
     """What the measures do not say of these replies."""
     replies = [reply for row in rows for reply in row.replies]

@@ -3,30 +3,31 @@
 input   a run, a model or adapter folder, or a Hub id
 does    says what is wrong with a name before torch is imported; opens tokenizer and contract, no
         weights; renders each question as served, with the row's answer as it would be trained
-output  Subject, Prompt
+output  Subject, Prompt, and what the model writes
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from truetune.behaviour.replies import Thinking
+from truetune.compare import row_losses
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.contract.example import SFTExample
-from truetune.errors import ModelError, UnfaithfulTemplate, UsageError
+from truetune.errors import ModelError, UnfaithfulTemplate
 from truetune.evaluation.questions import Question
+from truetune.findings import Finding
+from truetune.generate import Sampling, replies_to_ids
 from truetune.model.inspect import describe, require_weights
-from truetune.model.load import load_tokenizer
+from truetune.model.load import load_model, load_tokenizer
 from truetune.model.source import locate
 from truetune.model.tokenizer import num_ids
 from truetune.run_dir import CONTRACT, RunDir, opened
-
-_SUPPORTED = "a run, a model or adapter folder, or a Hub id"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Prompt:
         no_target: why.
         expected: the row's answer as text; a call as the template writes it.
         thinking: how replies may think.
+        question: of a model that is asked by messages; None of one that is asked by ids.
     """
 
     ids: tuple[int, ...]
@@ -46,6 +48,54 @@ class Prompt:
     no_target: str
     expected: str
     thinking: Thinking
+    question: Question | None = None
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a model is asked.
+
+    Attributes:
+        stage, progress: are called with what is being done, and how far it is.
+    """
+
+    sampling: Sampling
+    samples: int
+    device: str
+    stage: Callable[[str], None]
+    progress: Callable[[int, int | None], None] | None
+
+
+@dataclass(frozen=True)
+class Said:
+    """One reply.
+
+    Attributes:
+        tokens: the stop token included, as far as a server counts it.
+        split: whether it thinks, whether it ends that, and its answer.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    split: tuple[bool, bool, str]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model made of its prompts.
+
+    Attributes:
+        replies: as many as samples for each prompt, in their order.
+        losses: of each prompt's target, summed over its tokens; None where there is none.
+        shown: each prompt as served.
+        findings: what opening the model found.
+    """
+
+    replies: tuple[Said, ...]
+    losses: tuple[float | None, ...]
+    shown: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +143,43 @@ class Subject:
         results = {q.where: result for q, result in zip(answered, encoded, strict=True)}
         return [self._prompt(question, results.get(question.where)) for question in questions]
 
+    def write(self, prompts: Sequence[Prompt], asking: Asking) -> Written:
+        """Its replies and losses; its weights are gone afterwards."""
+        asking.stage(f"loading {self.name}")
+        loaded = load_model(
+            self.folder,
+            revision=self.revision,
+            device=asking.device,
+            purpose="inference",
+            tokenizer=self.tokenizer,
+        )
+        asking.stage(f"asking {self.name}")
+        which = [prompt for prompt in prompts for _ in range(asking.samples)]
+        made = replies_to_ids(
+            loaded,
+            self.contract,
+            [prompt.ids for prompt in which],
+            asking.sampling,
+            batch_size=None,
+            on_progress=asking.progress,
+        )
+        asking.stage(f"reading the rows' answers with {self.name}")
+        targets = [prompt.target for prompt in prompts if prompt.target is not None]
+        found = iter(row_losses(loaded, [(t.ids, t.mask) for t in targets], asking.progress))
+        losses = tuple(None if prompt.target is None else next(found) for prompt in prompts)
+        findings: tuple[Finding, ...] = (*self.contract.findings, *loaded.findings)
+        del loaded
+        gc.collect()
+        return Written(
+            tuple(
+                Said(r.text, len(r.ids), r.stopped, prompt.thinking.split(r.text))
+                for prompt, r in zip(which, made, strict=True)
+            ),
+            losses,
+            tuple(self.contract.tokens.decode(list(prompt.ids)) for prompt in prompts),
+            findings,
+        )
+
     def _prompt(self, question: Question, result: Any) -> Prompt | str:
         asked = question.asked
         target = None
@@ -125,22 +212,8 @@ def require_subject(name: str) -> None:
     """Say what is wrong with a name, as far as that is known without torch.
 
     Raises:
-        UsageError, InputError: it leads nowhere, or to something that is not evaluated yet.
+        UsageError, InputError: it leads nowhere.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
-        raise UsageError(
-            f"{name} is a web address, and models behind a server are not evaluated",
-            why=f"a model is {_SUPPORTED}",
-            fix="name the folder that the server was started with",
-            code="subject-unsupported",
-        )
-    if name.lower().endswith(".gguf"):
-        raise UsageError(
-            f"{name} is a GGUF file, and these are not evaluated",
-            why=f"a model is {_SUPPORTED}",
-            fix="name the folder that it was converted from",
-            code="subject-unsupported",
-        )
     folder = opened(name)
     locate(folder, weights=False)
     require_weights(folder)

@@ -1,0 +1,117 @@
+"""OpenAI's chat protocol, as a client speaks it.
+
+input   a client, messages and tools as rows hold them
+does    writes requests as OpenAI's clients do, and reads what comes back
+output  Answer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truetune.servers.client import Client, ServerError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server answered.
+
+    Attributes:
+        text, reasoning: as its parsers have them, "" for none.
+        calls: of tools.
+        ended: by itself, not at the limit.
+        tokens: as it counts them; 0 where it does not.
+    """
+
+    text: str
+    reasoning: str
+    calls: tuple[Mapping[str, Any], ...]
+    ended: bool
+    tokens: int
+
+
+def first_model(client: Client) -> str:
+    """The first name that a server lists, "default" where it lists none.
+
+    Raises:
+        ServerError: nothing listens there.
+    """
+    try:
+        return str(client.get("/v1/models")["data"][0]["id"])
+    except ServerError as error:
+        if error.code == "server-unreachable":
+            raise
+    except (KeyError, IndexError, TypeError):
+        pass
+    return "default"
+
+
+def request(
+    messages: Iterable[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Messages and tools as clients send them: arguments of calls as text, with identifiers."""
+    made: dict[str, Any] = {"messages": [_message(message) for message in messages]}
+    if tools:
+        made["tools"] = [dict(tool) for tool in tools]
+    if template_kwargs:
+        made["chat_template_kwargs"] = dict(template_kwargs)
+    return made
+
+
+def complete(client: Client, asked: Mapping[str, Any]) -> Answer:
+    """One reply.
+
+    Raises:
+        ServerError: there is none.
+    """
+    answer = client.post("/v1/chat/completions", asked)
+    try:
+        choice = answer["choices"][0]
+        message = choice["message"]
+        return Answer(
+            str(message.get("content") or ""),
+            str(message.get("reasoning_content") or message.get("reasoning") or ""),
+            tuple(message.get("tool_calls") or ()),
+            choice.get("finish_reason") in ("stop", "tool_calls", "function_call"),
+            int((answer.get("usage") or {}).get("completion_tokens") or 0),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ServerError(
+            "the server's answer is no chat completion",
+            where=client.url,
+            why="another kind of server listens there",
+            fix="name one that speaks the OpenAI protocol",
+        ) from error
+
+
+def calls_as_text(calls: Iterable[Mapping[str, Any]]) -> str:
+    """Calls as one text, the same for the same names and equal arguments; "" for none."""
+    made = []
+    for call in calls:
+        function = call.get("function") or {}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                arguments = json.loads(arguments)
+        made.append({"name": function.get("name"), "arguments": arguments})
+    return json.dumps(made, sort_keys=True, ensure_ascii=False) if made else ""
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(message)
+    if made.get("tool_calls"):
+        made["tool_calls"] = [_call(call, n) for n, call in enumerate(made["tool_calls"])]
+    return made
+
+
+def _call(call: Mapping[str, Any], number: int) -> dict[str, Any]:
+    function = call["function"]
+    given = function.get("arguments", {})
+    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+    return {"id": f"call{number:05d}", **call, "function": {**function, "arguments": text}}
