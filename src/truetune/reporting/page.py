@@ -120,6 +120,10 @@ def _head(run: RunFacts) -> Iterator[str]:
     taken = f"step {run.done:,} of {run.total:,}" if run.total else f"step {run.done:,}"
     shown = " \u00b7 ".join(clipped(part, 300) for part in made if part)
     yield (f'<p class="sub">{shown}<br>{taken}{_losses_told(run)}</p>')
+    for found in run.findings:
+        if found.get("code") == "best-step-saved":
+            what = str(found.get("what", ""))
+            yield f"<p>{clipped(what[:1].upper() + what[1:], 300)}.</p>"
     if run.state in ("unfinished", "failed"):
         yield f"<p>{_ended(run)}</p>"
 
