@@ -16,11 +16,12 @@ from tiny_models import write_model
 from tiny_runs import command
 from truetune.diagnosis.diagnose import diagnose
 from truetune.errors import UsageError
-from truetune.exporting.serve import Served, require_port, serving_chat, serving_gguf
+from truetune.exporting.serve import Served, serving_chat, serving_gguf
 from truetune.generate import Sampling, open_speaker, replies
 from truetune.lab import base_path
 from truetune.run.export_gguf import export_gguf
 from truetune.servers.client import Client, ServerError
+from truetune.system.local_http import require_port
 
 needs_llama = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")),

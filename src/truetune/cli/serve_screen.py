@@ -7,7 +7,8 @@ from pathlib import Path
 
 from truetune.cli.screen import Screen
 from truetune.errors import UsageError
-from truetune.exporting.serve import Served, require_port, serving_chat, serving_gguf
+from truetune.exporting.serve import Served, serving_chat, serving_gguf
+from truetune.system.local_http import require_port
 
 
 def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) -> None:
