@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,10 +13,22 @@ from truetune.errors import UsageError
 from truetune.findings import gib, near
 from truetune.servers.llama_cpp import require_llama_cpp
 
-_KINDS = ("merged", "gguf")
+if TYPE_CHECKING:
+    from truetune.exporting.gguf import WrittenGGUF
+
+_KINDS = ("merged", "gguf", "ollama")
 
 
-def require_export(to: str | None, *, merge: bool, onto: str, no_verify: bool, dtype: str) -> str:
+def require_export(
+    to: str | None,
+    *,
+    merge: bool,
+    onto: str,
+    no_verify: bool,
+    dtype: str,
+    go_template: bool,
+    adapter: bool,
+) -> str:
     """The kind of export that was asked for.
 
     Raises:
@@ -44,17 +56,22 @@ def require_export(to: str | None, *, merge: bool, onto: str, no_verify: bool, d
             fix="--onto auto, original or dequantised",
             code="export-onto",
         )
-    if what == "gguf":
-        if no_verify or dtype != "auto":
-            raise UsageError(
-                ("--no-verify" if no_verify else "--dtype") + " has no effect on a GGUF file",
-                why="it is always compared with the model"
-                if no_verify
-                else "--quant says how its weights are held",
-                fix="leave it out",
-                code="export-what",
-            )
-        require_llama_cpp("--to gguf")
+    if what in ("gguf", "ollama") and (no_verify or dtype != "auto"):
+        raise UsageError(
+            ("--no-verify" if no_verify else "--dtype") + " has no effect on a GGUF file",
+            why="it is always compared with the model"
+            if no_verify
+            else "--quant says how its weights are held",
+            fix="leave it out",
+            code="export-what",
+        )
+    if go_template and what != "ollama":
+        raise UsageError(
+            "--go-template has no effect without --to ollama", fix="leave it out",
+            code="export-what",
+        )  # fmt: skip
+    if what in ("gguf", "ollama"):
+        require_llama_cpp(f"--to {what}")
     return what
 
 
@@ -84,12 +101,21 @@ def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **opt
     )
 
 
-def export_gguf(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Write a GGUF file, and tell how it was proved."""
-    from truetune.run.export_gguf import export_gguf as exported
+def export_gguf(
+    screen: Screen, run: str, output: str, *, what: str, as_json: bool, **options: Any
+) -> None:
+    """Write a GGUF file, and tell how it was proved.
 
+    Args:
+        what: gguf, adapter or ollama.
+    """
+    from truetune.run import export_gguf as room
+
+    if what == "ollama":
+        options["ollama"] = True
+    write = room.export_adapter if what == "adapter" else room.export_gguf
     try:
-        made = exported(run, output, listener=None if as_json else screen, **options)
+        made = write(run, output, listener=None if as_json else screen, **options)
     finally:
         screen.close()
     if as_json:
@@ -114,8 +140,37 @@ def export_gguf(screen: Screen, run: str, output: str, *, as_json: bool, **optio
             )
         )
     screen.pairs(rows)
+    if what == "ollama":
+        _on_modelfile(screen, made, go_template=options["go_template"])
+        return
     path = shlex.quote(str(made.path))
     line = f"llama-server -m {path} --jinja"
+    if what == "adapter":
+        template = shlex.quote(str(made.path.with_name(room.TEMPLATE)))
+        line = f"llama-server -m BASE.gguf --lora {path} --jinja --chat-template-file {template}"
     if proof.template_kwargs:
         line += f" --chat-template-kwargs {shlex.quote(json.dumps(proof.template_kwargs))}"
     screen.pairs([("serve", line)])
+
+
+def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> None:
+    from truetune.exporting.ollama import MODELFILE
+
+    file = made.path.with_name(MODELFILE)
+    template = (
+        "as Go text in the Modelfile, rendered by Go and tokenized by llama.cpp: the prompts are "
+        "those of training"
+        if go_template
+        else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it is too far "
+        "from those that Ollama knows for one of them to take its place"
+    )
+    name = shlex.quote(made.path.parent.name.lower())
+    screen.pairs([("template", template), ("Modelfile", str(file))])
+    folder = shlex.quote(str(made.path.parent))
+    screen.pairs(
+        [
+            ("create", f"ollama create {name} -f {folder}/{MODELFILE}"),
+            ("look", f"ollama show {name} --template"),
+            ("chat", f"ollama run {name}"),
+        ]
+    )

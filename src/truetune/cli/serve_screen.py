@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
         with serving_gguf(path, port, fast=fast, name=path.stem) as address:
             _told(screen, address, path.stem)
             # The server is a process of its own, which ends with this one.
-            threading.Event().wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         return
     if fast:
         raise UsageError(

@@ -453,7 +453,7 @@ def export_run(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the export.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="NAME", help="merged: one plain model. gguf: for llama.cpp."),
+        typer.Option("--to", metavar="NAME", help="merged, gguf or ollama: see above."),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
     base: Annotated[
@@ -480,13 +480,29 @@ def export_run(
             rich_help_panel=_GGUF,
         ),
     ] = "f16",
+    go_template: Annotated[
+        bool,
+        typer.Option(
+            "--go-template",
+            help="ollama: write the template as Go text, for Ollama before 0.30.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter",
+            help="gguf: write the adapter alone, for a GGUF file of its base.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
 ) -> None:
-    """Merge a run's adapter into its base, or write a GGUF file.
+    """Write what a server loads: a merged model, a GGUF file, or one with a Modelfile.
 
     merged: one folder that needs no peft. The sum is made in float32, on weights that are not
     quantised, and cast to the base's own type. A fresh process then compares it with the adapter on
@@ -496,19 +512,40 @@ def export_run(
     then serves it, and its prompts, ids, stop tokens and predictions are compared with the model's.
     Needs the extra `gguf`.
 
+    ollama: the GGUF file with a Modelfile. Ollama renders the file's own template, and is kept from
+    taking one of its own for it.
+
     What differs gets no name.
 
     \b
     truetune export runs/first --to merged -o merged
     truetune export runs/first --to gguf --quant q8_0 -o first-gguf
+    truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
     """
     from truetune.cli.export_screen import export_gguf, export_merged, require_export
 
-    what = require_export(to, merge=merge, onto=onto, no_verify=no_verify, dtype=dtype)
+    what = require_export(
+        to,
+        merge=merge,
+        onto=onto,
+        no_verify=no_verify,
+        dtype=dtype,
+        go_template=go_template,
+        adapter=adapter,
+    )
     screen = open_screen()
-    if what == "gguf":
+    if what in ("gguf", "ollama"):
+        more: dict[str, Any] = {} if adapter else {"onto": onto, "go_template": go_template}
         export_gguf(
-            screen, run, output, quant=quant, base=base, onto=onto, device=device, as_json=as_json
+            screen,
+            run,
+            output,
+            what="adapter" if adapter else what,
+            quant=quant,
+            base=base,
+            device=device,
+            as_json=as_json,
+            **more,
         )
         return
     export_merged(

@@ -71,21 +71,45 @@ def live(
 
 
 def _model(client: Client) -> str:
-    """The first name that the server lists."""
+    """The name under which the server answers; "" where requests need none.
+
+    An adapter that vLLM serves names its base as its parent, and is what was trained. transformers
+    lists the models of its cache, of which it serves none where it was started with one.
+    """
+    entries: list[Any] = []
     try:
-        listed: Any = client.get("/v1/models")
-        return str(listed["data"][0]["id"])
-    except (KeyError, IndexError, TypeError):
-        return "default"
+        entries = [e for e in client.get("/v1/models")["data"] if isinstance(e, dict)]
+    except ServerError as error:
+        if not error.status:
+            raise
+    except (KeyError, TypeError):
+        pass
+    entries.sort(key=lambda entry: not entry.get("parent"))
+    names = [str(entry["id"]) for entry in entries if entry.get("id")]
+    hello = [{"role": "user", "content": "Hi."}]
+    for name in names[:_NAMES]:
+        asked = {"model": name, "messages": hello, "max_tokens": 1, "temperature": 0}
+        try:
+            client.post("/v1/chat/completions", asked)
+            return name
+        except ServerError as error:
+            if not error.status:
+                raise
+    return ""
+
+
+# Names of a server's list that are tried.
+_NAMES = 8
+
+
+def _asked(model: str, case: Case) -> dict[str, Any]:
+    """A conversation as a request names it."""
+    named = {"model": model} if model else {}
+    return {**named, "messages": [dict(message) for message in case.messages]}
 
 
 def _reply(client: Client, model: str, case: Case) -> tuple[str, bool]:
-    asked: dict[str, Any] = {
-        "model": model,
-        "messages": [dict(message) for message in case.messages],
-        "temperature": 0,
-        "max_tokens": TOKENS,
-    }
+    asked = {**_asked(model, case), "temperature": 0, "max_tokens": TOKENS}
     if case.tools:
         asked["tools"] = [dict(tool) for tool in case.tools]
     answer = client.post("/v1/chat/completions", asked)
@@ -100,22 +124,40 @@ def _reply(client: Client, model: str, case: Case) -> tuple[str, bool]:
         ) from error  # fmt: skip
 
 
+# What servers say of a path that they do not have.
+_NO_PATH = (403, 404, 405, 501)
+
+
+def _tells_prompts(server: LlamaCpp) -> bool:
+    """Whether a server has the paths by which llama.cpp tells its prompts; what it refuses of a
+    conversation is another matter."""
+    for ask in (lambda: server.prompt([{"role": "user", "content": "Hi."}]),
+                lambda: server.tokenize("Hi.")):  # fmt: skip
+        try:
+            ask()
+        except ServerError as error:
+            if error.status in _NO_PATH:
+                return False
+        except (KeyError, TypeError):
+            return False
+    return True
+
+
 def _prompts(
     client: Client, model: str, contract: PromptContract, cases: Sequence[Case]
 ) -> tuple[str, list[Finding]]:
     """Prompts against the contract's, where the server tells them."""
-    try:
-        _, findings = on_prompts(LlamaCpp(client), contract, cases)
+    llama = LlamaCpp(client)
+    if _tells_prompts(llama):
+        _, findings = on_prompts(llama, contract, cases)
         return "prompts by /apply-template and /tokenize", [
             f for f in findings if f.level == "error"
         ]
-    except (ServerError, KeyError, TypeError):
-        pass
     wrong = []
     try:
         for case in cases:
-            asked = {"model": model, "messages": [dict(m) for m in case.messages]}
-            made = client.post("/tokenize", {**asked, "add_generation_prompt": True})["tokens"]
+            asked = {**_asked(model, case), "add_generation_prompt": True}
+            made = client.post("/tokenize", asked)["tokens"]
             if tuple(int(i) for i in made) != case.ids:
                 wrong.append(case)
     except (ServerError, KeyError, TypeError, ValueError):
