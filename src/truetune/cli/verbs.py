@@ -148,6 +148,19 @@ app.command("check", cls=Verb, short_help="Prove a coming run, or a finished mod
     )
 )
 
+# Arguments and options that several verbs have.
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
+    ),
+]
+_Base = Annotated[
+    str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+]
+_Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+_Json = Annotated[bool, typer.Option("--json", help="The same facts for programs.")]
+
 
 @app.command(cls=Verb, short_help="Talk to a run or a model.")
 def chat(
@@ -170,7 +183,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Only the likeliest k tokens; 0 all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repeats.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: _Device = "auto",
 ) -> None:
     """Talk to a run or a model, through the prompt it was trained on.
 
@@ -246,7 +259,7 @@ def inspect_model(
     chat_template: Annotated[
         str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    as_json: _Json = False,
     data: Annotated[
         str | None, typer.Option(help="Rows to show as they are trained.", rich_help_panel=_ROWS)
     ] = None,
@@ -373,7 +386,7 @@ def evaluate_models(
         str | None, typer.Option(help="For all models. (default: each model's own)")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: _Device = "auto",
     tasks: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Ask models the rows of DATA, each as it is served, and compare what they reply.
@@ -456,9 +469,7 @@ def export_run(
         typer.Option("--to", metavar="NAME", help="merged, gguf or ollama: see above."),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
-    ] = None,
+    base: _Base = None,
     onto: Annotated[
         str,
         typer.Option(
@@ -496,11 +507,11 @@ def export_run(
             rich_help_panel=_GGUF,
         ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
+    device: _Device = "cpu",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Write what a server loads: a merged model, a GGUF file, or one with a Modelfile.
 
@@ -563,12 +574,7 @@ def export_run(
 
 @app.command("diagnose", cls=Verb, short_help="The first stage at which a model breaks.")
 def diagnose_model(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
-        ),
-    ],
+    source: _Source,
     merged: Annotated[str | None, typer.Option(help="A folder that it was merged into.")] = None,
     quantised: Annotated[
         str | None, typer.Option("--quantised", "--quantized", help="A folder of fewer bits.")
@@ -589,10 +595,8 @@ def diagnose_model(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: those of the run)")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    base: _Base = None,
+    as_json: _Json = False,
 ) -> None:
     """Put the same rows through every stage of a model's way to a server, and name the first one
     that changes it, with its likely cause.
@@ -638,11 +642,9 @@ def verify_run(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    base: _Base = None,
+    device: _Device = "auto",
+    as_json: _Json = False,
 ) -> None:
     """Open what was saved in a fresh process, and hold it to what was trained.
 
@@ -721,17 +723,12 @@ def watch_run(
 
 @app.command("serve", cls=Verb, short_help="A chat server on this machine.")
 def serve_model(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
-        ),
-    ],
+    source: _Source,
     port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8420,
     fast: Annotated[
         bool, typer.Option("--fast", help="GGUF: llama.cpp's own, less exact settings.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: _Device = "auto",
 ) -> None:
     """Serve a model to programs of this machine, in the protocol that OpenAI's clients speak, until
     Ctrl-C.
