@@ -11,12 +11,20 @@ import typer
 from truetune.cli.screen import Screen
 from truetune.errors import UsageError
 from truetune.findings import gib, near
+from truetune.model.served_adapter import SERVERS
 from truetune.servers.llama_cpp import require_llama_cpp
 
 if TYPE_CHECKING:
     from truetune.exporting.gguf import WrittenGGUF
 
-_KINDS = ("merged", "gguf", "ollama")
+_KINDS = ("merged", "gguf", "ollama", *SERVERS)
+# What is asked for by another name.
+_INSTEAD = {
+    "tgi": "--to merged, and then text-generation-launcher --model-id DIR",
+    "lmstudio": "--to gguf: LM Studio loads the file",
+    "llama.cpp": "--to gguf",
+    "transformers": "--to merged, and then transformers serve DIR",
+}
 
 
 def require_export(
@@ -47,7 +55,7 @@ def require_export(
             f"--to {what!r} is no export" if what not in _KINDS else "--merge and --to contradict",
             where="--to",
             why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
-            fix=f"one of {', '.join(_KINDS)}",
+            fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),
             code="export-what",
         )
     if onto not in ("auto", "original", "dequantised"):
@@ -98,6 +106,39 @@ def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **opt
     load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
     screen.pairs(
         [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
+    )
+
+
+def export_served(
+    screen: Screen, run: str, output: str, *, server: str, as_json: bool, **options: Any
+) -> None:
+    """Write what a server loads, and tell the line that serves it."""
+    from truetune.run.export_served import export_served as exported
+
+    try:
+        made = exported(run, output, server, listener=None if as_json else screen, **options)
+    finally:
+        screen.close()
+    if as_json:
+        verdict = made.merged.verdict if made.merged else None
+        facts = {
+            "artifact": output,
+            "merged": made.merged is not None,
+            "why": list(made.reasons),
+            "passed": verdict.passed if verdict else None,
+            "serve": made.line,
+        }
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    if made.merged is None:
+        screen.line(f"the adapter as it is: {output}")
+    else:
+        screen.line(f"merged, because {'; '.join(made.reasons)}: {output}")
+        from truetune.cli.result_screen import show_checks
+
+        show_checks(screen, made.merged.verdict)
+    screen.pairs(
+        [("serve", made.line), ("hold", f"truetune diagnose {shlex.quote(run)} --url URL")]
     )
 
 

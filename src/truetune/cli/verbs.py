@@ -466,7 +466,9 @@ def export_run(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the export.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="NAME", help="merged, gguf or ollama: see above."),
+        typer.Option(
+            "--to", metavar="NAME", help="merged, gguf, ollama, vllm or sglang: see above."
+        ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
     base: _Base = None,
@@ -513,7 +515,7 @@ def export_run(
     ] = False,
     as_json: _Json = False,
 ) -> None:
-    """Write what a server loads: a merged model, a GGUF file, or one with a Modelfile.
+    """Write what a server loads.
 
     merged: one folder that needs no peft. The sum is made in float32, on weights that are not
     quantised, and cast to the base's own type. A fresh process then compares it with the adapter on
@@ -526,6 +528,10 @@ def export_run(
     ollama: the GGUF file with a Modelfile. Ollama renders the file's own template, and is kept from
     taking one of its own for it.
 
+    vllm, sglang: the adapter where the server can load it beside its base, else the merged model,
+    and the line that serves it. DoRA, new tokens, whole layers, rounded bases and stop tokens that
+    the base does not stop on need the merged model.
+
     What differs gets no name.
 
     \b
@@ -533,7 +539,12 @@ def export_run(
     truetune export runs/first --to gguf --quant q8_0 -o first-gguf
     truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
     """
-    from truetune.cli.export_screen import export_gguf, export_merged, require_export
+    from truetune.cli.export_screen import (
+        export_gguf,
+        export_merged,
+        export_served,
+        require_export,
+    )
 
     what = require_export(
         to,
@@ -559,17 +570,18 @@ def export_run(
             **more,
         )
         return
-    export_merged(
-        screen,
-        run,
-        output,
-        base=base,
-        onto=onto,
-        dtype=None if dtype == "auto" else dtype,
-        device=device,
-        check=not no_verify,
-        as_json=as_json,
-    )
+    merging: dict[str, Any] = {
+        "base": base,
+        "onto": onto,
+        "dtype": None if dtype == "auto" else dtype,
+        "device": device,
+        "check": not no_verify,
+        "as_json": as_json,
+    }
+    if what == "merged":
+        export_merged(screen, run, output, **merging)
+    else:
+        export_served(screen, run, output, server=what, **merging)
 
 
 @app.command("diagnose", cls=Verb, short_help="The first stage at which a model breaks.")
