@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from truetune.diagnosis.diagnose import Diagnosis
     from truetune.evaluation.table import Evaluation
     from truetune.exporting.gguf import WrittenGGUF
+    from truetune.exporting.mlx import WrittenMLX
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
@@ -297,7 +298,7 @@ def export(
     output: Pathlike,
     *,
     to: str = "merged",
-    quant: str = "f16",
+    quant: str | None = None,
     adapter: bool = False,
     go_template: bool = False,
     base: str | None = None,
@@ -307,7 +308,7 @@ def export(
     verify: bool = True,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult | WrittenGGUF | ServedExport:
+) -> ExportResult | WrittenGGUF | WrittenMLX | ServedExport:
     """Write what a server loads: the adapter merged into its base, compared with the adapter by a
     fresh process before the folder gets its name; or a GGUF file, which llama.cpp then serves and
     is compared with the model; or what vLLM or SGLang loads.
@@ -315,8 +316,9 @@ def export(
     Args:
         run: a run, or an adapter folder; for a GGUF file a model folder, too.
         output: the folder of the export; must not exist.
-        to: merged, gguf, ollama (a GGUF file with a Modelfile), vllm or sglang.
-        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on.
+        to: merged, gguf, ollama (a GGUF file with a Modelfile), mlx, vllm or sglang.
+        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where None; of MLX f32,
+            f16, bf16, 8bit, 4bit and so on, bf16 where None.
         adapter: of gguf: write the adapter alone.
         go_template: of ollama: write the template as Go text.
         base: where the base is now, if it has moved.
@@ -327,19 +329,20 @@ def export(
         quiet, listener: as of `train`.
 
     Returns:
-        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; for vLLM and
-        SGLang `.folder`, `.line` and `.reasons`.
+        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; of MLX
+        `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line` and `.reasons`.
 
     Raises:
         TruetuneError: it cannot be written, or what was written is not the model; nothing is left
             behind.
     """
-    from truetune.cli.export_screen import require_export
     from truetune.run.export_gguf import export_adapter, export_gguf
+    from truetune.run.export_kind import require_export
+    from truetune.run.export_mlx import export_mlx
     from truetune.run.export_served import export_served
     from truetune.run.pipeline import export as merged
 
-    what = require_export(
+    what, held = require_export(
         to,
         merge=False,
         onto=onto,
@@ -347,6 +350,7 @@ def export(
         dtype=dtype,
         go_template=go_template,
         adapter=adapter,
+        quant=quant,
     )
     told = _shown(listener, quiet)
     source, folder = path_of(run), path_of(output)
@@ -358,14 +362,16 @@ def export(
     }
     try:
         if adapter:
-            return export_adapter(source, folder, quant=quant, **shared)
+            return export_adapter(source, folder, quant=held, **shared)
         if what in ("gguf", "ollama"):
             made: dict[str, Any] = {
                 "onto": onto,
                 "ollama": what == "ollama",
                 "go_template": go_template,
             }
-            return export_gguf(source, folder, quant=quant, **made, **shared)
+            return export_gguf(source, folder, quant=held, **made, **shared)
+        if what == "mlx":
+            return export_mlx(source, folder, quant=held, onto=onto, **shared)  # type: ignore[arg-type]
         if what == "merged":
             return merged(source, folder, **merging, **shared)
         return export_served(source, folder, server=what, **merging, **shared)

@@ -9,78 +9,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from truetune.cli.screen import Screen
-from truetune.errors import UsageError
-from truetune.findings import gib, near
-from truetune.model.served_adapter import SERVERS
-from truetune.servers.llama_cpp import require_llama_cpp
+from truetune.findings import gib
 
 if TYPE_CHECKING:
     from truetune.exporting.gguf import WrittenGGUF
-
-_KINDS = ("merged", "gguf", "ollama", *SERVERS)
-# What is asked for by another name.
-_INSTEAD = {
-    "tgi": "--to merged, and then text-generation-launcher --model-id DIR",
-    "lmstudio": "--to gguf: LM Studio loads the file",
-    "llama.cpp": "--to gguf",
-    "transformers": "--to merged, and then transformers serve DIR",
-}
-
-
-def require_export(
-    to: str | None,
-    *,
-    merge: bool,
-    onto: str,
-    no_verify: bool,
-    dtype: str,
-    go_template: bool,
-    adapter: bool,
-) -> str:
-    """The kind of export that was asked for.
-
-    Raises:
-        UsageError: none, two, or an option that has no effect on it.
-    """
-    if to is None and not merge:
-        raise UsageError(
-            "nothing was asked for",
-            fix="truetune export RUN --merge -o DIR, or --to gguf -o DIR",
-            code="export-what",
-        )
-    what = to or "merged"
-    if what not in _KINDS or (merge and what != "merged"):
-        meant = near(what, _KINDS)
-        raise UsageError(
-            f"--to {what!r} is no export" if what not in _KINDS else "--merge and --to contradict",
-            where="--to",
-            why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
-            fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),
-            code="export-what",
-        )
-    if onto not in ("auto", "original", "dequantised"):
-        raise UsageError(
-            f"unknown weights {onto!r}",
-            fix="--onto auto, original or dequantised",
-            code="export-onto",
-        )
-    if what in ("gguf", "ollama") and (no_verify or dtype != "auto"):
-        raise UsageError(
-            ("--no-verify" if no_verify else "--dtype") + " has no effect on a GGUF file",
-            why="it is always compared with the model"
-            if no_verify
-            else "--quant says how its weights are held",
-            fix="leave it out",
-            code="export-what",
-        )
-    if go_template and what != "ollama":
-        raise UsageError(
-            "--go-template has no effect without --to ollama", fix="leave it out",
-            code="export-what",
-        )  # fmt: skip
-    if what in ("gguf", "ollama"):
-        require_llama_cpp(f"--to {what}")
-    return what
+    from truetune.exporting.gguf_proof import Apart
 
 
 def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
@@ -142,6 +75,37 @@ def export_served(
     )
 
 
+def export_mlx(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
+    """Write a folder for MLX, and tell how it was proved."""
+    from truetune.run.export_mlx import export_mlx as exported
+
+    try:
+        made = exported(run, output, listener=None if as_json else screen, **options)
+    finally:
+        screen.close()
+    if as_json:
+        typer.echo(json.dumps({"folder": output, **made.as_dict()}, indent=2))
+        return
+    folder = shlex.quote(output)
+    screen.line(f"{output} ({made.quant}), proved with mlx_lm on the CPU:")
+    screen.pairs(
+        [
+            ("prompts", f"equal on {made.prompts} conversations, as ids"),
+            ("stops", f"it ends replies on all {len(made.stops)} stop tokens"),
+            ("numbers", _numbers(made.apart)),
+            ("chat", f"mlx_lm.chat --model {folder}"),
+            ("serve", f"mlx_lm.server --model {folder}"),
+        ]
+    )
+
+
+def _numbers(apart: Apart) -> str:
+    return (
+        f"{apart.mean:.2g} nats a token from transformers in float32, {100 * apart.greedy:.1f} % "
+        f"of the likeliest tokens equal at {apart.positions} positions"
+    )
+
+
 def export_gguf(
     screen: Screen, run: str, output: str, *, what: str, as_json: bool, **options: Any
 ) -> None:
@@ -172,14 +136,7 @@ def export_gguf(
         ("stops", f"it ends replies on all {len(proof.stops)} stop tokens"),
     ]
     if apart:
-        rows.append(
-            (
-                "numbers",
-                f"{apart.mean:.2g} nats a token from transformers in float32, "
-                f"{100 * apart.greedy:.1f} % of the likeliest tokens equal at "
-                f"{apart.positions} positions",
-            )
-        )
+        rows.append(("numbers", _numbers(apart)))
     screen.pairs(rows)
     if what == "ollama":
         _on_modelfile(screen, made, go_template=options["go_template"])

@@ -457,7 +457,7 @@ def evaluate_models(
         show_evaluation(screen, found, show)
 
 
-_GGUF = "GGUF"
+_GGUF = "GGUF and MLX"
 
 
 @app.command("export", cls=Verb, short_help="Merge an adapter, or write a GGUF file.")
@@ -487,12 +487,14 @@ def export_run(
         ),
     ] = "auto",
     quant: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin.",
+            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin. MLX: f32, "
+            "f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 of MLX)",
             rich_help_panel=_GGUF,
+            show_default=False,
         ),
-    ] = "f16",
+    ] = None,
     go_template: Annotated[
         bool,
         typer.Option(
@@ -528,6 +530,8 @@ def export_run(
     ollama: the GGUF file with a Modelfile. Ollama renders the file's own template, and is kept from
     taking one of its own for it.
 
+    mlx: a folder for MLX, written by mlx_lm and proved with it. Needs the extra `mlx`.
+
     vllm, sglang: the adapter where the server can load it beside its base, else the merged model,
     and the line that serves it. DoRA, new tokens, whole layers, rounded bases and stop tokens that
     the base does not stop on need the merged model.
@@ -542,11 +546,12 @@ def export_run(
     from truetune.cli.export_screen import (
         export_gguf,
         export_merged,
+        export_mlx,
         export_served,
-        require_export,
     )
+    from truetune.run.export_kind import require_export
 
-    what = require_export(
+    what, held = require_export(
         to,
         merge=merge,
         onto=onto,
@@ -554,6 +559,7 @@ def export_run(
         dtype=dtype,
         go_template=go_template,
         adapter=adapter,
+        quant=quant,
     )
     screen = open_screen()
     if what in ("gguf", "ollama"):
@@ -563,11 +569,16 @@ def export_run(
             run,
             output,
             what="adapter" if adapter else what,
-            quant=quant,
+            quant=held,
             base=base,
             device=device,
             as_json=as_json,
             **more,
+        )
+        return
+    if what == "mlx":
+        export_mlx(
+            screen, run, output, quant=held, base=base, onto=onto, device=device, as_json=as_json
         )
         return
     merging: dict[str, Any] = {
