@@ -133,6 +133,9 @@ def write_mlx(
             raise
         if kind != quant:
             shutil.rmtree(folder)
+    for code in folder.glob("*.py"):
+        # mlx_lm copies a model's own code, which was neither run nor proved.
+        code.unlink()
     write_json(folder / PROOF, {**made.as_dict(), "proved_in_float32": kinds[0] == "f32"})
     return made
 

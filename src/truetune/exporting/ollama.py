@@ -62,7 +62,7 @@ def guarded(
 
 
 def _jinja(value: Any) -> str:
-    return {True: "true", False: "false", None: "none"}.get(value, "") or json.dumps(value)
+    return "none" if value is None else json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,10 @@ def modelfile(
             if isinstance(generation.get(name), int | float):
                 lines.append(f"PARAMETER {own} {generation[name]}")
     for number in contract.stop_ids:
-        text = str(contract.tokenizer.convert_ids_to_tokens(number))
-        # What a Modelfile cannot hold: the token itself ends a reply all the same.
-        if text.isprintable() and '"' not in text:
+        text = contract.tokens.decode([number])
+        # The token itself ends a reply in any case. As a text, a common one would end more of them,
+        # and some a Modelfile cannot hold.
+        if number in contract.tokens.special_ids and text.isprintable() and '"' not in text:
             lines.append(f'PARAMETER stop "{text}"')
     return "\n".join(lines) + "\n"
 
