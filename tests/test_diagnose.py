@@ -25,6 +25,10 @@ needs_llama = pytest.mark.skipif(
     reason="the gguf extra is missing",
 )
 
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="the bitsandbytes extra is missing"
+)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -253,3 +257,48 @@ def test_tensors_within_their_rounding_are_equal() -> None:
     base = torch.zeros_like(wanted)
     twice = tensors.explain([("a", wanted)], lambda _: (2 * wanted, "F32"), lambda _: (base, "F32"))
     assert "twice" in twice
+
+
+@needs_bitsandbytes
+def test_a_folder_of_fewer_bits_is_a_stage(tmp_path: Path) -> None:
+    """A model in 4 bits, as bitsandbytes saves it; then with the scales of one matrix damaged."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    source = write_model(tmp_path / "model", hidden_size=128, head_dim=32, intermediate_size=256)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=how, device_map="cpu")
+    healthy = tmp_path / "healthy"
+    shutil.copytree(source, healthy)
+    (healthy / "model.safetensors").unlink()
+    model.save_pretrained(healthy)
+    told = command("diagnose", source, "--quantised", healthy, "--json")
+    assert told.code == 0, told.out + told.err
+    found = json.loads(told.out)
+    assert [stage["stage"] for stage in found["stages"]] == ["model", "quantised"]
+    assert 0.001 < found["stages"][-1]["predictions"]["relative"] < 1
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(healthy, damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    scales = [name for name in tensors if name.endswith("down_proj.weight.absmax")]
+    assert scales
+    for name in scales:
+        tensors[name] = tensors[name] * 0.1
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    for folder, said in (
+        (damaged, "times what it should be"),
+        (stopless(healthy), "not end on"),
+    ):
+        told = command("diagnose", source, "--quantised", folder)
+        assert told.code == 1
+        assert "the first stage that parts: quantised" in told.out
+        assert said in told.out
+
+
+def stopless(folder: Path) -> Path:
+    """A copy whose generation_config is another model's."""
+    other = folder.with_name("stopless")
+    shutil.copytree(folder, other)
+    _stale(other)
+    return other

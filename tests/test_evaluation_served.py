@@ -53,8 +53,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             self._send(404, {"error": {"message": "no such path"}})
             return
+        content = value["messages"][-1]["content"]
+        if content not in self.server.answers:  # a greeting, to find the name that answers
+            self._send(200, {"choices": []})
+            return
         self.server.asked.append(value)
-        answer = self.server.answers[value["messages"][-1]["content"]]
+        answer = self.server.answers[content]
         if isinstance(answer, int):
             self._send(answer, {"error": {"message": "too long"}})
             return

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from test_export import trained
-from tiny_models import TEMPLATE, write_model
+from tiny_models import TEMPLATE, edit_json, write_model
 from tiny_runs import command
 from truetune.errors import CheckFailed, UsageError
-from truetune.run.export_gguf import export_gguf
+from truetune.model.lora import LoraSettings
+from truetune.run.export_gguf import export_adapter, export_gguf
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")),
@@ -211,3 +212,64 @@ def test_rope_scalings_reach_llama_cpp(tmp_path: Path) -> None:
         made = export_gguf(str(folder), tmp_path / f"{name}-out", quant="f32")
         assert made.proof.apart is not None
         assert made.proof.apart.relative < 5e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])
+def test_an_adapter_is_added_by_llama_cpp(tmp_path: Path, kind: str) -> None:
+    """Query and key of llama are turned, phi3's are one matrix; peft is what it is held to."""
+    settings = LoraSettings(r=4, alpha=12, dropout=0.0, rslora=kind == "qwen3")
+    changes = {"pad_token_id": 0} if kind == "phi3" else {}
+    trained(tmp_path, kind, texts=[], settings=settings, **changes)
+    made = export_adapter(str(tmp_path / "adapter"), tmp_path / "out", quant="f32")
+    assert made.proof.apart is not None
+    assert made.proof.apart.relative < 5e-5
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "adapter-f32.gguf",
+        "chat_template.jinja",
+        "proof.json",
+    ]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_an_adapter_that_differs_gets_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from truetune.exporting import gguf_adapter
+
+    trained(tmp_path, "llama", texts=[])
+    monkeypatch.setattr(gguf_adapter, "as_rotated", lambda name, value, *_: value)
+    with pytest.raises(CheckFailed, match="not the adapter"):
+        export_adapter(str(tmp_path / "adapter"), tmp_path / "out", quant="f32")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_llama_cpp_cannot_add_are_refused(tmp_path: Path) -> None:
+    trained(tmp_path / "rows")
+    trained(tmp_path / "dora", texts=[], settings=LoraSettings(r=2, dropout=0.0, dora=True))
+    for folder, words, said in (
+        ("rows/adapter", (), "rows of new tokens"),
+        ("dora/adapter", (), "magnitudes"),
+        ("dora/adapter", ("--quant", "q8_0"), "not written as q8_0"),
+        ("rows/base", (), "no adapter"),
+    ):
+        told = command(
+            "export", tmp_path / folder, "--to", "gguf", "--adapter", "-o", tmp_path / "out", *words
+        )
+        assert told.code == 2
+        assert said in told.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_says_where_the_base_does_not_stop(tmp_path: Path) -> None:
+    """The stop tokens are those of the base's file: the adapter's own generation_config is read by
+    nobody."""
+    trained(tmp_path, "llama", texts=[])
+    for name, ends, codes in (("same", 257, []), ("other", 3, ["gguf-adapter-stops"])):
+        edit_json(tmp_path / "base" / "generation_config.json", eos_token_id=ends)
+        made = export_adapter(str(tmp_path / "adapter"), tmp_path / name, quant="f16")
+        assert [f.code for f in made.findings if f.level == "warning"] == codes
+    told = command(
+        "export", tmp_path / "adapter", "--to", "gguf", "--adapter", "-o", tmp_path / "told"
+    )
+    assert "--lora" in told.out
+    assert "gguf-adapter-stops" in told.out + told.err

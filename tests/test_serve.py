@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any
 
 import pytest
 
+from terminal import at_terminal
 from tiny_models import write_model
 from tiny_runs import command
 from truetune.diagnosis.diagnose import diagnose
 from truetune.errors import UsageError
-from truetune.exporting.serve import Served, require_port, serving_chat, serving_gguf
+from truetune.exporting.serve import Served, serving_chat, serving_gguf
 from truetune.generate import Sampling, open_speaker, replies
 from truetune.lab import base_path
 from truetune.run.export_gguf import export_gguf
 from truetune.servers.client import Client, ServerError
+from truetune.system.local_http import require_port
 
 needs_llama = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")),
@@ -146,3 +149,22 @@ def test_a_gguf_file_answers_with_the_same_greedy_text(tmp_path: Path) -> None:
         assert answer["choices"][0]["message"]["content"].strip() == own.text.strip()
         found = diagnose(str(base_path()), url=address, gguf=str(made.path))
     assert found.first is None, [f.what for f in found.findings()]
+
+
+@needs_llama
+@pytest.mark.skipif(sys.platform == "win32", reason="no such terminal")
+def test_ctrl_c_at_a_terminal_ends_it_at_once(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    made = export_gguf(str(tmp_path / "model"), tmp_path / "out", quant="f16")
+    for source in (made.path, tmp_path / "model"):
+        words = [sys.executable, "-m", "truetune", "serve", str(source), "--port", "0"]
+        with at_terminal(words) as terminal:
+            address = terminal.until(r"(http://127\.0\.0\.1:\d+)/v1")[1]
+            assert Client(address).get("/v1/models")["data"]
+            terminal.press("\x03")
+            assert terminal.wait(10) == 0, terminal.text
+        assert "Traceback" not in terminal.text
+        assert "rror" not in terminal.text
+        # llama.cpp's process has ended too.
+        with pytest.raises(ServerError):
+            Client(address, seconds=2).get("/v1/models")

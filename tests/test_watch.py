@@ -18,8 +18,9 @@ import pytest
 
 from run_folders import EVIL, files, write_run
 from tiny_runs import command
-from truetune.reporting.live import Server, serving
+from truetune.reporting.live import serving
 from truetune.run_dir import LOCK, RunDir
+from truetune.system.local_http import LocalServer
 from truetune.system.lock import hold, is_alive
 
 
@@ -30,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(run: Path) -> Iterator[Server]:
+def server(run: Path) -> Iterator[LocalServer]:
     with serving(RunDir(run), 0) as made:
         thread = threading.Thread(target=made.run, daemon=True)
         thread.start()
@@ -39,12 +40,12 @@ def server(run: Path) -> Iterator[Server]:
         thread.join(10)
 
 
-def port_of(server: Server) -> int:
+def port_of(server: LocalServer) -> int:
     return int(server.address.rpartition(":")[2])
 
 
 def ask(
-    server: Server, path: str = "/", method: str = "GET", host: str | None = None
+    server: LocalServer, path: str = "/", method: str = "GET", host: str | None = None
 ) -> http.client.HTTPResponse:
     link = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=20)
     link.putrequest(method, path, skip_host=host is not None)
@@ -58,7 +59,7 @@ def state(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))}
 
 
-def test_the_page_is_made_anew_for_each_request(server: Server, run: Path) -> None:
+def test_the_page_is_made_anew_for_each_request(server: LocalServer, run: Path) -> None:
     before = state(run)
     answer = ask(server)
     first = answer.read().decode()
@@ -77,7 +78,7 @@ def test_the_page_is_made_anew_for_each_request(server: Server, run: Path) -> No
     assert (head.status, head.read()) == (200, b"")
 
 
-def test_a_run_at_work_is_asked_for_more_often(server: Server, run: Path) -> None:
+def test_a_run_at_work_is_asked_for_more_often(server: LocalServer, run: Path) -> None:
     assert 'http-equiv="refresh" content="60"' in ask(server).read().decode()
     (run / "manifest.json").unlink()
     assert "not finished" in ask(server).read().decode()
@@ -101,18 +102,18 @@ def test_a_run_at_work_is_asked_for_more_often(server: Server, run: Path) -> Non
         *("../secret.txt", "http://127.0.0.1/../secret.txt", "/\\..\\secret.txt", "*"),
     ],
 )
-def test_nothing_else_is_served(server: Server, path: str) -> None:
+def test_nothing_else_is_served(server: LocalServer, path: str) -> None:
     answer = ask(server, path)
     assert answer.status == 404
     assert answer.read() == b"there is only one page: /\n"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
-def test_nothing_can_be_changed(server: Server, method: str) -> None:
+def test_nothing_can_be_changed(server: LocalServer, method: str) -> None:
     assert ask(server, method=method).status == 501
 
 
-def test_other_hosts_are_refused(server: Server) -> None:
+def test_other_hosts_are_refused(server: LocalServer) -> None:
     port = port_of(server)
     for host in ("localhost", "127.0.0.1", f"localhost:{port}", f"127.0.0.1:{port}", "LOCALHOST"):
         assert ask(server, host=host).status == 200, host
@@ -125,14 +126,14 @@ def test_other_hosts_are_refused(server: Server) -> None:
         assert b"run" not in answer.read()
 
 
-def raw(server: Server, request: bytes) -> bytes:
+def raw(server: LocalServer, request: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port_of(server)), timeout=20) as link:
         link.sendall(request)
         link.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: link.recv(65536), b""))
 
 
-def test_requests_that_no_browser_sends(server: Server) -> None:
+def test_requests_that_no_browser_sends(server: LocalServer) -> None:
     assert b" 403 " in raw(server, b"GET / HTTP/1.1\r\n\r\n")
     two = b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
     assert b" 403 " in raw(server, two)
@@ -141,7 +142,7 @@ def test_requests_that_no_browser_sends(server: Server) -> None:
     assert ask(server).status == 200
 
 
-def test_it_listens_on_this_machine_alone(server: Server) -> None:
+def test_it_listens_on_this_machine_alone(server: LocalServer) -> None:
     assert server._server.server_address[0] == "127.0.0.1"
 
 

@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from truetune.diagnosis.diagnose import Diagnosis
     from truetune.evaluation.table import Evaluation
     from truetune.exporting.gguf import WrittenGGUF
+    from truetune.exporting.mlx import WrittenMLX
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
     from truetune.model.load import LoadedModel
     from truetune.reporting.page import Written
     from truetune.run.checkup import Checkup
+    from truetune.run.export_served import ServedExport
     from truetune.run.pipeline import ExportResult, RunResult
     from truetune.run.push import Pushed
     from truetune.verification.verdict import Verdict
@@ -296,7 +298,9 @@ def export(
     output: Pathlike,
     *,
     to: str = "merged",
-    quant: str = "f16",
+    quant: str | None = None,
+    adapter: bool = False,
+    go_template: bool = False,
     base: str | None = None,
     onto: str = "auto",
     dtype: str = "auto",
@@ -304,63 +308,73 @@ def export(
     verify: bool = True,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult | WrittenGGUF:
-    """Merge a run's adapter into its base: one folder that needs no peft, compared with the
-    adapter by a fresh process before it gets its name. Or write a GGUF file, which llama.cpp then
-    serves and is compared with the model.
+) -> ExportResult | WrittenGGUF | WrittenMLX | ServedExport:
+    """Write what a server loads: the adapter merged into its base, compared with the adapter by a
+    fresh process before the folder gets its name; or a GGUF file, which llama.cpp then serves and
+    is compared with the model; or what vLLM or SGLang loads.
 
     Args:
         run: a run, or an adapter folder; for a GGUF file a model folder, too.
         output: the folder of the export; must not exist.
-        to: merged or gguf.
-        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on.
+        to: merged, gguf, ollama (a GGUF file with a Modelfile), mlx, vllm or sglang.
+        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where None; of MLX f32,
+            f16, bf16, 8bit, 4bit and so on, bf16 where None.
+        adapter: of gguf: write the adapter alone.
+        go_template: of ollama: write the template as Go text.
         base: where the base is now, if it has moved.
         onto: original weights, or dequantised ones; auto takes what the adapter was trained on.
         dtype: of the written weights; auto takes the base's.
         device: where to merge and to compare.
-        verify: compare.
+        verify: compare; a GGUF file always is.
         quiet, listener: as of `train`.
 
     Returns:
-        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`.
+        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; of MLX
+        `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line` and `.reasons`.
 
     Raises:
         TruetuneError: it cannot be written, or what was written is not the model; nothing is left
             behind.
     """
-    from truetune.run.export_gguf import export_gguf
+    from truetune.run.export_gguf import export_adapter, export_gguf
+    from truetune.run.export_kind import require_export
+    from truetune.run.export_mlx import export_mlx
+    from truetune.run.export_served import export_served
     from truetune.run.pipeline import export as merged
 
-    if to not in ("merged", "gguf"):
-        raise UsageError(f"unknown export {to!r}", fix="merged or gguf", code="export-what")
-    if onto not in ("auto", "original", "dequantised"):
-        raise UsageError(
-            f"unknown weights {onto!r}",
-            fix="one of auto, original, dequantised",
-            code="export-onto",
-        )
+    what, held = require_export(
+        to,
+        merge=False,
+        onto=onto,
+        no_verify=not verify,
+        dtype=dtype,
+        go_template=go_template,
+        adapter=adapter,
+        quant=quant,
+    )
     told = _shown(listener, quiet)
+    source, folder = path_of(run), path_of(output)
+    shared: dict[str, Any] = {"base": base, "device": device, "listener": told}
+    merging: dict[str, Any] = {
+        "onto": onto,
+        "dtype": None if dtype == "auto" else dtype,
+        "check": verify,
+    }
     try:
-        if to == "gguf":
-            return export_gguf(
-                path_of(run),
-                path_of(output),
-                quant=quant,
-                base=base,
-                onto=onto,  # type: ignore[arg-type]
-                device=device,
-                listener=told,
-            )
-        return merged(
-            path_of(run),
-            path_of(output),
-            base=base,
-            onto=onto,  # type: ignore[arg-type]
-            dtype=None if dtype == "auto" else dtype,
-            device=device,
-            check=verify,
-            listener=told,
-        )
+        if adapter:
+            return export_adapter(source, folder, quant=held, **shared)
+        if what in ("gguf", "ollama"):
+            made: dict[str, Any] = {
+                "onto": onto,
+                "ollama": what == "ollama",
+                "go_template": go_template,
+            }
+            return export_gguf(source, folder, quant=held, **made, **shared)
+        if what == "mlx":
+            return export_mlx(source, folder, quant=held, onto=onto, **shared)  # type: ignore[arg-type]
+        if what == "merged":
+            return merged(source, folder, **merging, **shared)
+        return export_served(source, folder, server=what, **merging, **shared)
     finally:
         _closed(told)
 

@@ -4,58 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from truetune.cli.screen import Screen
-from truetune.errors import UsageError
-from truetune.findings import gib, near
-from truetune.servers.llama_cpp import require_llama_cpp
+from truetune.findings import gib
 
-_KINDS = ("merged", "gguf")
-
-
-def require_export(to: str | None, *, merge: bool, onto: str, no_verify: bool, dtype: str) -> str:
-    """The kind of export that was asked for.
-
-    Raises:
-        UsageError: none, two, or an option that has no effect on it.
-    """
-    if to is None and not merge:
-        raise UsageError(
-            "nothing was asked for",
-            fix="truetune export RUN --merge -o DIR, or --to gguf -o DIR",
-            code="export-what",
-        )
-    what = to or "merged"
-    if what not in _KINDS or (merge and what != "merged"):
-        meant = near(what, _KINDS)
-        raise UsageError(
-            f"--to {what!r} is no export" if what not in _KINDS else "--merge and --to contradict",
-            where="--to",
-            why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
-            fix=f"one of {', '.join(_KINDS)}",
-            code="export-what",
-        )
-    if onto not in ("auto", "original", "dequantised"):
-        raise UsageError(
-            f"unknown weights {onto!r}",
-            fix="--onto auto, original or dequantised",
-            code="export-onto",
-        )
-    if what == "gguf":
-        if no_verify or dtype != "auto":
-            raise UsageError(
-                ("--no-verify" if no_verify else "--dtype") + " has no effect on a GGUF file",
-                why="it is always compared with the model"
-                if no_verify
-                else "--quant says how its weights are held",
-                fix="leave it out",
-                code="export-what",
-            )
-        require_llama_cpp("--to gguf")
-    return what
+if TYPE_CHECKING:
+    from truetune.exporting.gguf import WrittenGGUF
+    from truetune.exporting.gguf_proof import Apart
 
 
 def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
@@ -84,12 +42,85 @@ def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **opt
     )
 
 
-def export_gguf(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Write a GGUF file, and tell how it was proved."""
-    from truetune.run.export_gguf import export_gguf as exported
+def export_served(
+    screen: Screen, run: str, output: str, *, server: str, as_json: bool, **options: Any
+) -> None:
+    """Write what a server loads, and tell the line that serves it."""
+    from truetune.run.export_served import export_served as exported
+
+    try:
+        made = exported(run, output, server, listener=None if as_json else screen, **options)
+    finally:
+        screen.close()
+    if as_json:
+        verdict = made.merged.verdict if made.merged else None
+        facts = {
+            "artifact": output,
+            "merged": made.merged is not None,
+            "why": list(made.reasons),
+            "passed": verdict.passed if verdict else None,
+            "serve": made.line,
+        }
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    if made.merged is None:
+        screen.line(f"the adapter as it is: {output}")
+    else:
+        screen.line(f"merged, because {'; '.join(made.reasons)}: {output}")
+        from truetune.cli.result_screen import show_checks
+
+        show_checks(screen, made.merged.verdict)
+    screen.pairs(
+        [("serve", made.line), ("hold", f"truetune diagnose {shlex.quote(run)} --url URL")]
+    )
+
+
+def export_mlx(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
+    """Write a folder for MLX, and tell how it was proved."""
+    from truetune.run.export_mlx import export_mlx as exported
 
     try:
         made = exported(run, output, listener=None if as_json else screen, **options)
+    finally:
+        screen.close()
+    if as_json:
+        typer.echo(json.dumps({"folder": output, **made.as_dict()}, indent=2))
+        return
+    folder = shlex.quote(output)
+    screen.line(f"{output} ({made.quant}), proved with mlx_lm on the CPU:")
+    screen.pairs(
+        [
+            ("prompts", f"equal on {made.prompts} conversations, as ids"),
+            ("stops", f"it ends replies on all {len(made.stops)} stop tokens"),
+            ("numbers", _numbers(made.apart)),
+            ("chat", f"mlx_lm.chat --model {folder}"),
+            ("serve", f"mlx_lm.server --model {folder}"),
+        ]
+    )
+
+
+def _numbers(apart: Apart) -> str:
+    return (
+        f"{apart.mean:.2g} nats a token from transformers in float32, {100 * apart.greedy:.1f} % "
+        f"of the likeliest tokens equal at {apart.positions} positions"
+    )
+
+
+def export_gguf(
+    screen: Screen, run: str, output: str, *, what: str, as_json: bool, **options: Any
+) -> None:
+    """Write a GGUF file, and tell how it was proved.
+
+    Args:
+        what: gguf, adapter or ollama.
+    """
+    from truetune.run import export_gguf as room
+
+    if what == "ollama":
+        options["ollama"] = True
+    write = room.export_adapter if what == "adapter" else room.export_gguf
+    try:
+        made = write(run, output, listener=None if as_json else screen, **options)
     finally:
         screen.close()
     if as_json:
@@ -105,17 +136,39 @@ def export_gguf(screen: Screen, run: str, output: str, *, as_json: bool, **optio
         ("stops", f"it ends replies on all {len(proof.stops)} stop tokens"),
     ]
     if apart:
-        rows.append(
-            (
-                "numbers",
-                f"{apart.mean:.2g} nats a token from transformers in float32, "
-                f"{100 * apart.greedy:.1f} % of the likeliest tokens equal at "
-                f"{apart.positions} positions",
-            )
-        )
+        rows.append(("numbers", _numbers(apart)))
     screen.pairs(rows)
+    if what == "ollama":
+        _on_modelfile(screen, made, go_template=options["go_template"])
+        return
     path = shlex.quote(str(made.path))
     line = f"llama-server -m {path} --jinja"
+    if what == "adapter":
+        template = shlex.quote(str(made.path.with_name(room.TEMPLATE)))
+        line = f"llama-server -m BASE.gguf --lora {path} --jinja --chat-template-file {template}"
     if proof.template_kwargs:
         line += f" --chat-template-kwargs {shlex.quote(json.dumps(proof.template_kwargs))}"
     screen.pairs([("serve", line)])
+
+
+def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> None:
+    from truetune.exporting.ollama import MODELFILE
+
+    file = made.path.with_name(MODELFILE)
+    template = (
+        "as Go text in the Modelfile, rendered by Go and tokenized by llama.cpp: the prompts are "
+        "those of training"
+        if go_template
+        else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it is too far "
+        "from those that Ollama knows for one of them to take its place"
+    )
+    name = shlex.quote(made.path.parent.name.lower())
+    screen.pairs([("template", template), ("Modelfile", str(file))])
+    folder = shlex.quote(str(made.path.parent))
+    screen.pairs(
+        [
+            ("create", f"ollama create {name} -f {folder}/{MODELFILE}"),
+            ("look", f"ollama show {name} --template"),
+            ("chat", f"ollama run {name}"),
+        ]
+    )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 
 from truetune.cli.screen import Screen
 from truetune.errors import UsageError
-from truetune.exporting.serve import Served, require_port, serving_chat, serving_gguf
+from truetune.exporting.serve import Served, serving_chat, serving_gguf
+from truetune.system.local_http import require_port
 
 
 def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) -> None:
@@ -23,7 +25,8 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
         with serving_gguf(path, port, fast=fast, name=path.stem) as address:
             _told(screen, address, path.stem)
             # The server is a process of its own, which ends with this one.
-            threading.Event().wait()
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
         return
     if fast:
         raise UsageError(

@@ -148,6 +148,19 @@ app.command("check", cls=Verb, short_help="Prove a coming run, or a finished mod
     )
 )
 
+# Arguments and options that several verbs have.
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
+    ),
+]
+_Base = Annotated[
+    str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+]
+_Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+_Json = Annotated[bool, typer.Option("--json", help="The same facts for programs.")]
+
 
 @app.command(cls=Verb, short_help="Talk to a run or a model.")
 def chat(
@@ -170,7 +183,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Only the likeliest k tokens; 0 all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repeats.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: _Device = "auto",
 ) -> None:
     """Talk to a run or a model, through the prompt it was trained on.
 
@@ -246,7 +259,7 @@ def inspect_model(
     chat_template: Annotated[
         str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    as_json: _Json = False,
     data: Annotated[
         str | None, typer.Option(help="Rows to show as they are trained.", rich_help_panel=_ROWS)
     ] = None,
@@ -376,7 +389,7 @@ def evaluate_models(
         str | None, typer.Option(help="For all models. (default: each model's own)")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: _Device = "auto",
     tasks: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Ask models the rows of DATA, each as it is served, and compare what they reply.
@@ -447,7 +460,7 @@ def evaluate_models(
         show_evaluation(screen, found, show)
 
 
-_GGUF = "GGUF"
+_GGUF = "GGUF and MLX"
 
 
 @app.command("export", cls=Verb, short_help="Merge an adapter, or write a GGUF file.")
@@ -456,12 +469,12 @@ def export_run(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the export.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="NAME", help="merged: one plain model. gguf: for llama.cpp."),
+        typer.Option(
+            "--to", metavar="NAME", help="merged, gguf, ollama, vllm or sglang: see above."
+        ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
-    ] = None,
+    base: _Base = None,
     onto: Annotated[
         str,
         typer.Option(
@@ -477,19 +490,37 @@ def export_run(
         ),
     ] = "auto",
     quant: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin.",
+            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin. MLX: f32, "
+            "f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 of MLX)",
+            rich_help_panel=_GGUF,
+            show_default=False,
+        ),
+    ] = None,
+    go_template: Annotated[
+        bool,
+        typer.Option(
+            "--go-template",
+            help="ollama: write the template as Go text, for Ollama before 0.30.",
             rich_help_panel=_GGUF,
         ),
-    ] = "f16",
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "cpu",
+    ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter",
+            help="gguf: write the adapter alone, for a GGUF file of its base.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = False,
+    device: _Device = "cpu",
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    as_json: _Json = False,
 ) -> None:
-    """Merge a run's adapter into its base, or write a GGUF file.
+    """Write what a server loads.
 
     merged: one folder that needs no peft. The sum is made in float32, on weights that are not
     quantised, and cast to the base's own type. A fresh process then compares it with the adapter on
@@ -499,42 +530,77 @@ def export_run(
     then serves it, and its prompts, ids, stop tokens and predictions are compared with the model's.
     Needs the extra `gguf`.
 
+    ollama: the GGUF file with a Modelfile. Ollama renders the file's own template, and is kept from
+    taking one of its own for it.
+
+    mlx: a folder for MLX, written by mlx_lm and proved with it. Needs the extra `mlx`.
+
+    vllm, sglang: the adapter where the server can load it beside its base, else the merged model,
+    and the line that serves it. DoRA, new tokens, whole layers, rounded bases and stop tokens that
+    the base does not stop on need the merged model.
+
     What differs gets no name.
 
     \b
     truetune export runs/first --to merged -o merged
     truetune export runs/first --to gguf --quant q8_0 -o first-gguf
+    truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
     """
-    from truetune.cli.export_screen import export_gguf, export_merged, require_export
+    from truetune.cli.export_screen import (
+        export_gguf,
+        export_merged,
+        export_mlx,
+        export_served,
+    )
+    from truetune.run.export_kind import require_export
 
-    what = require_export(to, merge=merge, onto=onto, no_verify=no_verify, dtype=dtype)
+    what, held = require_export(
+        to,
+        merge=merge,
+        onto=onto,
+        no_verify=no_verify,
+        dtype=dtype,
+        go_template=go_template,
+        adapter=adapter,
+        quant=quant,
+    )
     screen = open_screen()
-    if what == "gguf":
+    if what in ("gguf", "ollama"):
+        more: dict[str, Any] = {} if adapter else {"onto": onto, "go_template": go_template}
         export_gguf(
-            screen, run, output, quant=quant, base=base, onto=onto, device=device, as_json=as_json
+            screen,
+            run,
+            output,
+            what="adapter" if adapter else what,
+            quant=held,
+            base=base,
+            device=device,
+            as_json=as_json,
+            **more,
         )
         return
-    export_merged(
-        screen,
-        run,
-        output,
-        base=base,
-        onto=onto,
-        dtype=None if dtype == "auto" else dtype,
-        device=device,
-        check=not no_verify,
-        as_json=as_json,
-    )
+    if what == "mlx":
+        export_mlx(
+            screen, run, output, quant=held, base=base, onto=onto, device=device, as_json=as_json
+        )
+        return
+    merging: dict[str, Any] = {
+        "base": base,
+        "onto": onto,
+        "dtype": None if dtype == "auto" else dtype,
+        "device": device,
+        "check": not no_verify,
+        "as_json": as_json,
+    }
+    if what == "merged":
+        export_merged(screen, run, output, **merging)
+    else:
+        export_served(screen, run, output, server=what, **merging)
 
 
 @app.command("diagnose", cls=Verb, short_help="The first stage at which a model breaks.")
 def diagnose_model(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
-        ),
-    ],
+    source: _Source,
     merged: Annotated[str | None, typer.Option(help="A folder that it was merged into.")] = None,
     quantised: Annotated[
         str | None, typer.Option("--quantised", "--quantized", help="A folder of fewer bits.")
@@ -555,10 +621,8 @@ def diagnose_model(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: those of the run)")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    base: _Base = None,
+    as_json: _Json = False,
 ) -> None:
     """Put the same rows through every stage of a model's way to a server, and name the first one
     that changes it, with its likely cause.
@@ -604,11 +668,9 @@ def verify_run(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    base: _Base = None,
+    device: _Device = "auto",
+    as_json: _Json = False,
 ) -> None:
     """Open what was saved in a fresh process, and hold it to what was trained.
 
@@ -687,17 +749,12 @@ def watch_run(
 
 @app.command("serve", cls=Verb, short_help="A chat server on this machine.")
 def serve_model(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
-        ),
-    ],
+    source: _Source,
     port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8420,
     fast: Annotated[
         bool, typer.Option("--fast", help="GGUF: llama.cpp's own, less exact settings.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")] = "auto",
+    device: _Device = "auto",
 ) -> None:
     """Serve a model to programs of this machine, in the protocol that OpenAI's clients speak, until
     Ctrl-C.

@@ -35,7 +35,7 @@ from truetune.diagnosis.measured import (
     served_replies,
     unopened,
 )
-from truetune.diagnosis.tensors import Lookup, explain
+from truetune.diagnosis.tensors import OTHER, Lookup, explain
 from truetune.diagnosis.trained import recorded
 from truetune.errors import TruetuneError, UsageError
 from truetune.evaluation.interval import FEWEST_DIFFERENT, score_difference
@@ -54,6 +54,7 @@ from truetune.exporting.gguf_proof import (
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.merge import merge_adapter
+from truetune.model.quantise import dequantised
 from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
@@ -324,6 +325,10 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
         if over := _over(apart, budget, work.effect):
             cause = _folder_cause(work, loaded.transformers_model, loaded.base_dtype, name)
             findings.append(_parted(name, folder, over, cause, _AGAIN[name]))
+        elif name == "quantised" and (cause := _rounded_cause(work, loaded.transformers_model)):
+            # So few bits are allowed so much that damage hides behind it.
+            what = "its weights are not those of the model, rounded"
+            findings.append(_parted(name, folder, what, cause, _AGAIN[name]))
     findings += _on_replies(work, name, folder, replies, findings)
     return Stage(name, folder, apart, replies, tuple(findings), numbers=work.numbers(replies))
 
@@ -356,21 +361,39 @@ def _over(apart: Apart, budget: Budget, effect: Apart | None) -> str:
 def _folder_cause(work: _Work, model: Any, dtype: str, name: str) -> str:
     """What was done to the weights of a folder."""
     if name == "quantised":
-        return "the bits are too few for this model, or its scales are damaged"
+        return _rounded_cause(work, model) or "the bits are too few for this model"
     whole, base = work.merged()
-    state = model.state_dict()
-    kind = {"float16": "F16", "bfloat16": "BF16"}.get(dtype, "F32")
+    told = _explained(whole, base, model, _TYPES.get(dtype, "F32"))
+    settings = _settings(whole.config, model.config)
+    if told and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
+        told += "; the adapter is DoRA: a merge that leaves out its magnitudes looks like this"
+    return "; ".join([*([told] if told else []), *settings]) or "no tensor and no setting says why"
+
+
+_TYPES = {"float16": "F16", "bfloat16": "BF16"}
+# In units of a matrix' norm: two bits cost 0.4 of it, four 0.1, eight 0.01.
+_FEWEST_BITS = 0.6
+
+
+def _rounded_cause(work: _Work, model: Any) -> str:
+    """What was done to weights beside rounding them; "" where nothing was, or where transformers
+    has no way back to plain weights."""
+    try:
+        plain = dequantised(model, "")
+    except TruetuneError:
+        return ""
+    return _explained(*work.merged(), plain, "", _FEWEST_BITS / OTHER)
+
+
+def _explained(whole: Any, base: Any, model: Any, kind: str, factor: float = 1.0) -> str:
+    """See `explain`; the weights of models."""
 
     def lookup(values: Any) -> Lookup:
         return lambda tensor: (values[tensor].float(), kind) if tensor in values else None
 
     expected = ((key, value.float()) for key, value in whole.state_dict().items())
     before = lookup(base.state_dict()) if base is not None else None
-    told = explain(expected, lookup(state), before)
-    settings = _settings(whole.config, model.config)
-    if told and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
-        told += "; the adapter is DoRA: a merge that leaves out its magnitudes looks like this"
-    return "; ".join([*([told] if told else []), *settings]) or "no tensor and no setting says why"
+    return explain(expected, lookup(model.state_dict()), before, factor=factor)
 
 
 # Settings that change what is computed.

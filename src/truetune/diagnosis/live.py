@@ -9,6 +9,7 @@ output  Stage
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.diagnosis.measured import TOKENS, Replies, Stage, rates, unopened
@@ -70,28 +71,52 @@ def live(
     return Stage("url", url, None, replies, tuple(findings), note=note, numbers=numbers)
 
 
+def _asked(model: str, case: Case) -> dict[str, Any]:
+    """A conversation as a request names it."""
+    named = {"model": model} if model else {}
+    return {**named, **request(case.messages)}
+
+
 def _reply(client: Client, model: str, case: Case) -> tuple[str, bool]:
-    asked = request(case.messages, case.tools)
-    answer = complete(client, {**asked, "model": model, "temperature": 0, "max_tokens": TOKENS})
+    asked = {**_asked(model, case), **request(case.messages, case.tools)}
+    answer = complete(client, {**asked, "temperature": 0, "max_tokens": TOKENS})
     return answer.text, answer.ended
+
+
+# What servers say of a path that they do not have.
+_NO_PATH = (403, 404, 405, 501)
+
+
+def _tells_prompts(server: LlamaCpp) -> bool:
+    """Whether a server has the paths by which llama.cpp tells its prompts; what it refuses of a
+    conversation is another matter."""
+    for ask in (lambda: server.prompt([{"role": "user", "content": "Hi."}]),
+                lambda: server.tokenize("Hi.")):  # fmt: skip
+        try:
+            ask()
+        except ServerError as error:
+            if error.status in _NO_PATH:
+                return False
+        except (KeyError, TypeError):
+            return False
+    return True
 
 
 def _prompts(
     client: Client, model: str, contract: PromptContract, cases: Sequence[Case]
 ) -> tuple[str, list[Finding]]:
     """Prompts against the contract's, where the server tells them."""
-    try:
-        _, findings = on_prompts(LlamaCpp(client), contract, cases)
+    llama = LlamaCpp(client)
+    if _tells_prompts(llama):
+        _, findings = on_prompts(llama, contract, cases)
         return "prompts by /apply-template and /tokenize", [
             f for f in findings if f.level == "error"
         ]
-    except (ServerError, KeyError, TypeError):
-        pass
     wrong = []
     try:
         for case in cases:
-            asked = {"model": model, "messages": [dict(m) for m in case.messages]}
-            made = client.post("/tokenize", {**asked, "add_generation_prompt": True})["tokens"]
+            asked = {**_asked(model, case), "add_generation_prompt": True}
+            made = client.post("/tokenize", asked)["tokens"]
             if tuple(int(i) for i in made) != case.ids:
                 wrong.append(case)
     except (ServerError, KeyError, TypeError, ValueError):

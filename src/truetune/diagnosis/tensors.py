@@ -33,7 +33,8 @@ ROUNDING = {
     "Q4_0": 0.2,
     "Q4_1": 0.2,
 }
-_OTHER = 0.3
+# Of other types.
+OTHER = 0.3
 
 
 @dataclass
@@ -88,10 +89,10 @@ def explain(
         if value.shape != wanted.shape:
             seen.shapes.append((name, tuple(wanted.shape), tuple(value.shape)))
             continue
-        if apart(value, wanted) <= factor * ROUNDING.get(kind, _OTHER):
+        if apart(value, wanted) <= factor * ROUNDING.get(kind, OTHER):
             continue
         seen.names.append(name)
-        _look(seen, name, value, wanted, base, orders, factor * ROUNDING.get(kind, _OTHER))
+        _look(seen, name, value, wanted, base, orders, factor * ROUNDING.get(kind, OTHER))
         if len(differing) < _MOST_KEPT:
             differing[name], kept[name] = value, wanted
     _swapped(seen, differing, kept)

@@ -20,7 +20,13 @@ from truetune.behaviour.replies import Thinking
 from truetune.errors import InputError, UsageError
 from truetune.evaluation.questions import Question
 from truetune.evaluation.subject import Asking, Prompt, Said, Written
-from truetune.servers.chat import calls_as_text, complete, first_model, request
+from truetune.servers.chat import (
+    calls_as_text,
+    complete,
+    first_model,
+    request,
+    require_reachable,
+)
 from truetune.servers.client import Client, ServerError
 from truetune.servers.llama_cpp import require_llama_cpp, serving
 
@@ -67,7 +73,7 @@ def require_served(name: str, chat_template: str | None) -> None:
             code="subject-unsupported",
         )
     try:
-        first_model(Client(name, seconds=_FIRST))
+        require_reachable(Client(name, seconds=_FIRST))
     except ServerError as error:
         raise UsageError(
             f"no server answers at {name}",
@@ -150,7 +156,7 @@ def _reply(client: Client, model: str, question: Question, asking: Asking, numbe
     drawn = asking.sampling
     asked: dict[str, Any] = {
         **_asked_of(question),
-        "model": model,
+        **({"model": model} if model else {}),
         "temperature": drawn.temperature,
         "max_tokens": drawn.max_new_tokens,
         "seed": drawn.seed + number,

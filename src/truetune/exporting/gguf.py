@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from truetune.run_dir import settle, write_json
 from truetune.servers.llama_cpp import require_llama_cpp
 
 PROOF = "proof.json"
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class WrittenGGUF:
         quant: its type.
         num_bytes: its size.
         pre_tokenizer: llama.cpp's name of it.
+        context: tokens for which it computes what the model does.
         proof: how it was compared.
         findings: notes and warnings.
     """
@@ -46,6 +48,7 @@ class WrittenGGUF:
     quant: str
     num_bytes: int
     pre_tokenizer: str
+    context: int
     proof: Proof
     findings: tuple[Finding, ...]
 
@@ -58,7 +61,8 @@ def write_gguf(
     quant: str,
     name: str,
     conversations: Sequence[Conversation] = (),
-    on_stage: Callable[[str], None] | None = None,
+    template: str | dict[str, str] | None = None,
+    on_stage: Tell | None = None,
 ) -> WrittenGGUF:
     """Write a model and prove it.
 
@@ -67,6 +71,7 @@ def write_gguf(
         folder: exists; gets the file and proof.json.
         name: that the file gives itself.
         conversations: rows that it is proved on, beside fixed prompts.
+        template: chat template of the file, in another wording than the contract's.
         on_stage: is told what is done.
 
     Raises:
@@ -83,47 +88,76 @@ def write_gguf(
     tell("choosing llama.cpp's pre-tokenizer by ids")
     vocabulary, found = vocabulary_of(contract, rows)
     vocabulary, _ = choose_pre_tokenizer(vocabulary, contract, folder)
+    if template is not None:
+        vocabulary = replace(vocabulary, template=template)
     unproved, path = folder / "unproved.gguf", folder / f"model-{quant}.gguf"
     config = model.config.get_text_config(decoder=True)
     reference = reference_of(loaded, contract, conversations, shape.context)
     # Whether a file of few bits is written rightly does not show in what the bits cost: the same
     # file in float32 says it to seven digits.
-    kinds = ["f32", quant] if quant != "f32" and _has_room(model, folder) else [quant]
+    kinds = ["f32", quant] if quant != "f32" and small_enough(model, folder) else [quant]
     try:
         for kind in kinds:
             tell(f"writing {kind}, and proving it against llama.cpp")
             write_file(unproved, model, shape, vocabulary, kind, name)
             proof = prove(unproved, contract, reference, budget_of(kind, config))
-            if not proof.holds:
-                raise CheckFailed(
-                    "the GGUF file is not the model, and was removed",
-                    [f for f in proof.findings if f.level == "error"],
-                    fix="see each finding; truetune export RUN --to merged serves elsewhere",
-                )
+            require_proved(proof, "the GGUF file is not the model, and was removed")
             if kind != quant:
                 unproved.unlink()
-        unproved.rename(path)
+        unproved.replace(path)
     finally:
         unproved.unlink(missing_ok=True)
     findings = (*shape.findings, *found, *proof.findings)
+    return finished(
+        path,
+        quant,
+        vocabulary.pre,
+        shape.context,
+        proof,
+        findings,
+        proved_in_float32=kinds[0] == "f32",
+    )
+
+
+def require_proved(proof: Proof, what: str) -> None:
+    """Raises CheckFailed where llama.cpp makes something else of a file."""
+    if not proof.holds:
+        raise CheckFailed(
+            what,
+            [f for f in proof.findings if f.level == "error"],
+            fix="see each finding; truetune export RUN --to merged serves elsewhere",
+        )
+
+
+def finished(
+    path: Path,
+    quant: str,
+    pre: str,
+    context: int,
+    proof: Proof,
+    findings: tuple[Finding, ...],
+    **more: Any,
+) -> WrittenGGUF:
+    """Write proof.json beside a proved file."""
     facts = {
         "file": path.name,
         "sha256": settle(path),
         "quant": quant,
-        "pre_tokenizer": vocabulary.pre,
-        "context": shape.context,
-        "proved_in_float32": kinds[0] == "f32",
+        "pre_tokenizer": pre,
+        "context": context,
+        **more,
         **proof.as_dict(),
         "findings": [finding.as_dict() for finding in findings],
     }
-    write_json(folder / PROOF, facts)
-    return WrittenGGUF(path, quant, path.stat().st_size, vocabulary.pre, proof, findings)
+    write_json(path.with_name(PROOF), facts)
+    return WrittenGGUF(path, quant, path.stat().st_size, pre, context, proof, findings)
 
 
 # Bytes of a file in float32 that is written for the proof alone.
 _MOST_TWIN = 16 * 2**30
 
 
-def _has_room(model: Any, folder: Path) -> bool:
+def small_enough(model: Any, folder: Path) -> bool:
+    """Whether a file in float32 may be written for a proof alone."""
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     return size <= min(_MOST_TWIN, shutil.disk_usage(folder).free // 2)

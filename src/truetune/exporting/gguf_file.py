@@ -100,19 +100,19 @@ def write_file(
     """
     sizes = _sizes(model, shape)
     kinds = _kinds(model, sizes, shape, require_quant(quant))
-    writer = _writer(path, shape.arch)
+    writer = new_writer(path, shape.arch)
     _describe(writer, shape, vocabulary, name)
     import gguf
 
     writer.add_file_type(int(gguf.LlamaFileType[QUANTS[quant].file_type]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _write(writer, path, sizes, tensors_of(model, shape), kinds)
+    write_tensors(writer, path, sizes, tensors_of(model, shape), kinds)
     return kinds
 
 
 def keys_of(shape: Shape, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a file says beside its tensors, by gguf's keys."""
-    writer = _writer(None, shape.arch)
+    writer = new_writer(None, shape.arch)
     _describe(writer, shape, vocabulary, "")
     return {key: entry.value for key, entry in writer.kv_data[0].items()}
 
@@ -132,7 +132,7 @@ def write_trial(path: Path, vocabulary: Vocabulary) -> None:
     import torch
 
     width, rows = 32, len(vocabulary.tokens)
-    writer = _writer(path, gguf.MODEL_ARCH.LLAMA)
+    writer = new_writer(path, gguf.MODEL_ARCH.LLAMA)
     writer.add_name(f"{vocabulary.name}trial")
     for method, value in (
         *(("embedding_length", width), ("block_count", 1), ("feed_forward_length", width)),
@@ -151,10 +151,11 @@ def write_trial(path: Path, vocabulary: Vocabulary) -> None:
     }
     kinds = {name: "F16" if value.ndim > 1 else "F32" for name, value in tensors.items()}
     sizes = {name: tuple(value.shape) for name, value in tensors.items()}
-    _write(writer, path, sizes, tensors.items(), kinds)
+    write_tensors(writer, path, sizes, tensors.items(), kinds)
 
 
-def _writer(path: Path | None, arch: Any) -> Any:
+def new_writer(path: Path | None, arch: Any) -> Any:
+    """gguf's writer of a file for one architecture."""
     import gguf
 
     return gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
@@ -225,7 +226,7 @@ def _fitting(kind: str, width: int) -> str:
     return _fitting(_SMALLER.get(kind, "F16"), width)
 
 
-def _write(
+def write_tensors(
     writer: Any,
     path: Path,
     sizes: dict[str, tuple[int, ...]],

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.compare import Probe, Reading, read
 from truetune.contract.contract import PromptContract
@@ -22,9 +22,6 @@ from truetune.findings import Finding, visible
 from truetune.model.load import LoadedModel
 from truetune.servers.cases import Case, cases_of, compare_prompts, long_probe, read_server
 from truetune.servers.llama_cpp import LlamaCpp, serving
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -196,14 +193,24 @@ def reference_of(
     return Reference(cases, probes, read(loaded, probes))
 
 
-def prove(path: Path, contract: PromptContract, reference: Reference, budget: Budget) -> Proof:
+def prove(
+    path: Path,
+    contract: PromptContract,
+    reference: Reference,
+    budget: Budget,
+    *,
+    adapter: Path | None = None,
+) -> Proof:
     """Compare a file with the model it was written from.
+
+    Args:
+        adapter: a file of an adapter that llama.cpp adds to it.
 
     Raises:
         LlamaError: llama.cpp cannot load it.
     """
     findings: list[Finding] = []
-    with serving(path) as server:
+    with serving(path, adapter=adapter) as server:
         texts = compare_ids(server, contract, texts_of(contract))
         findings += on_texts(texts)
         arguments, found = on_prompts(server, contract, reference.cases)

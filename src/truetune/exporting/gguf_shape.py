@@ -123,8 +123,6 @@ def shape_of(model: Any) -> Shape:
 
 def tensors_of(model: Any, shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, float32 tensor) of all that the file holds, one at a time."""
-    config = model.config.get_text_config(decoder=True)
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
     for name, value in model.state_dict().items():
         written = shape.names.get(name)
         if written is None:
@@ -132,10 +130,19 @@ def tensors_of(model: Any, shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
         value = value.detach().float().cpu()
         if shape.added.get(name):
             value = value + shape.added[name]
-        if shape.family.interleaved and (".q_proj." in name or ".k_proj." in name):
-            value = _interleaved(value, heads if ".q_proj." in name else groups)
-        yield written, value
+        yield written, as_rotated(name, value, model, shape)
     yield from shape.extra.items()
+
+
+def as_rotated(name: str, value: torch.Tensor, model: Any, shape: Shape) -> torch.Tensor:
+    """A matrix of the state whose rows come out of a layer, with the rows of query and key in
+    llama.cpp's order."""
+    if not shape.family.interleaved or not (".q_proj." in name or ".k_proj." in name):
+        return value
+    config = model.config.get_text_config(decoder=True)
+    is_query = ".q_proj." in name
+    heads = config.num_attention_heads if is_query else config.num_key_value_heads
+    return _interleaved(value, heads)
 
 
 def _interleaved(value: torch.Tensor, heads: int) -> torch.Tensor:

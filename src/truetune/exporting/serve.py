@@ -10,10 +10,7 @@ output  a server on 127.0.0.1; nothing else is served
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
-import os
-import socket
 import threading
 import time
 import uuid
@@ -23,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from truetune.contract.contract import PromptContract
-from truetune.errors import TruetuneError, UsageError
+from truetune.errors import TruetuneError
 from truetune.exporting.gguf import PROOF
 from truetune.generate import Reply, replies, stream
 from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
 from truetune.servers.llama_cpp import serving
+from truetune.system.local_http import LocalHandler, LocalServer, require_port, serving_here
 
-HOST = "127.0.0.1"
 # A request longer than this is none of a chat.
 _MOST_BYTES = 16 * 2**20
 # A client that says nothing for so many seconds is let go.
@@ -63,71 +60,16 @@ class Served:
     contract: PromptContract
 
 
-class ChatServer:
-    """Serves one model."""
-
-    def __init__(self, served: Served, port: int) -> None:
-        self._server = _Server((HOST, port), _Handler)
-        self._server.served = served
-        self._server.turn = threading.Lock()
-
-    @property
-    def address(self) -> str:
-        return f"http://{HOST}:{self._server.server_port}"
-
-    def run(self) -> None:
-        """Answer until Ctrl-C."""
-        with contextlib.suppress(KeyboardInterrupt):
-            self._server.serve_forever(poll_interval=0.2)
-
-    def stop(self) -> None:
-        """End `run`, from another thread."""
-        self._server.shutdown()
-
-    def close(self) -> None:
-        self._server.server_close()
-
-
 @contextlib.contextmanager
-def serving_chat(served: Served, port: int) -> Iterator[ChatServer]:
+def serving_chat(served: Served, port: int) -> Iterator[LocalServer]:
     """A server that holds its port.
 
     Raises:
         UsageError: the port cannot be had.
     """
-    require_port(port)
-    server = ChatServer(served, port)
-    try:
+    # One request at a time is answered.
+    with serving_here(_Handler, port, (served, threading.Lock())) as server:
         yield server
-    finally:
-        server.close()
-
-
-def require_port(port: int) -> None:
-    """Say that a port is taken before anything is loaded.
-
-    Raises:
-        UsageError: it cannot be had.
-    """
-    try:
-        with socket.socket() as probe:
-            if os.name == "posix":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((HOST, port))
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"port {port} cannot be used: {getattr(error, 'strerror', None) or error}",
-            why="another program serves there",
-            fix="name another one with --port, or --port 0 for any that is free",
-            code="port-taken",
-        ) from error
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    served: Served
-    turn: threading.Lock
-    daemon_threads = True
-    allow_reuse_address = os.name == "posix"
 
 
 class _Refused(Exception):
@@ -138,10 +80,13 @@ class _Refused(Exception):
         self.status = status
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: _Server
+class _Handler(LocalHandler):
     timeout = _PATIENCE
-    server_version, sys_version = "truetune", ""
+
+    @property
+    def served(self) -> Served:
+        served: Served = self.server.subject[0]
+        return served
 
     def do_GET(self) -> None:
         self._told(self._get)
@@ -163,13 +108,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _require_local(self) -> None:
         """Refuse a page of somebody else whose name was led here, and pages of other origins."""
-        port = self.server.server_port
-        hosts = {f"{name}{end}" for name in ("localhost", HOST) for end in ("", f":{port}")}
-        named = self.headers.get_all("Host") or []
-        if len(named) != 1 or named[0].strip().lower() not in hosts:
+        if not self.is_named_rightly():
             raise _Refused(403, "this server is for programs of this machine")
         origin = self.headers.get("Origin")
-        if origin is not None and origin.split("://")[-1].lower() not in hosts:
+        if origin is not None and origin.split("://")[-1].lower() not in self.hosts():
             raise _Refused(403, "this server is not for pages of other origins")
 
     def _get(self) -> None:
@@ -177,14 +119,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if path == "/health":
             return self._send(200, {"status": "ok"})
         if path == "/v1/models":
-            entry = {"id": self.server.served.name, "object": "model", "owned_by": "truetune"}
+            entry = {"id": self.served.name, "object": "model", "owned_by": "truetune"}
             return self._send(200, {"object": "list", "data": [entry]})
         raise _Refused(404, "there are /v1/chat/completions, /v1/models and /health")
 
     def _post(self) -> None:
         path = self.path.partition("?")[0]
         asked = self._body()
-        contract = self.server.served.contract
+        contract = self.served.contract
         if path == "/tokenize":
             text = str(asked.get("content", ""))
             return self._send(200, {"tokens": contract.tokens.encode([text])[0]})
@@ -197,7 +139,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if arguments:
             raise _Refused(400, "chat_template_kwargs: prompts are made as in training")
         answer = self._stream if asked.get("stream") else self._whole
-        with self.server.turn:
+        with self.server.subject[1]:
             return answer(messages, tools, sampling)
 
     def _body(self) -> dict[str, Any]:
@@ -216,7 +158,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return value
 
     def _whole(self, messages: Any, tools: Any, sampling: Sampling) -> None:
-        served = self.server.served
+        served = self.served
         (reply,) = replies(served.model, served.contract, [messages], sampling, tools=tools)
         choice = {
             "index": 0,
@@ -228,7 +170,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def _stream(self, messages: Any, tools: Any, sampling: Sampling) -> None:
-        served = self.server.served
+        served = self.served
         head = self._head("chat.completion.chunk")
         pieces = stream(served.model, served.contract, messages, sampling, tools=tools)
         # What is wrong with a request shows before the first piece.
@@ -237,12 +179,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             first = next(pieces)
         except StopIteration as end:
             reply = end.value
-        self.send_response(200)
-        for name, value in _HEADERS:
-            self.send_header(name, value)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Connection", "close")
-        self.end_headers()
+        kind = "text/event-stream; charset=utf-8"
+        self.begin(200, {"Content-Type": kind, "Connection": "close"})
         self.close_connection = True
 
         def say(delta: Mapping[str, Any], reason: str | None, **more: Any) -> None:
@@ -268,25 +206,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": kind,
             "created": int(time.time()),
-            "model": self.server.served.name,
+            "model": self.served.name,
         }
 
     def _send(self, status: int, value: Any) -> None:
-        body = json.dumps(value).encode("utf-8")
-        self.send_response(status)
-        for name, text in _HEADERS:
-            self.send_header(name, text)
-        self.send_header("Content-Type", "application/json; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not told on the terminal."""
-
-
-_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+        self.send(status, json.dumps(value).encode("utf-8"), "application/json")
 
 
 def _request(asked: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any, Sampling]:

@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# vLLM makes room for rank 16 unless told otherwise, and takes these.
-_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+from truetune.model.served_adapter import adapter_line, model_line, why_merge
 
 
 def load_line(folder: str, settings: Mapping[str, Any], *, is_adapter: bool) -> str:
@@ -55,22 +54,18 @@ def serve_line(
         stops: token ids that each request has to name, because the base's stop set lacks one.
     """
     if base is None:
-        return f"vllm serve {shlex.quote(folder)}"
-    if any(settings.get(name) for name in ("add_token", "dora", "qlora", "load_in_8bit")):
-        # vLLM takes no rows of new tokens and no DoRA, and would load the base unquantised.
-        merged = shlex.quote(f"{run}-merged")
-        return f"truetune export {shlex.quote(run)} --merge -o {merged} && vllm serve {merged}"
-    words = ["vllm", "serve", base]
-    if base_revision:
-        words += ["--revision", base_revision]
-    words += ["--enable-lora"]
-    words += ["--lora-modules", f"tuned={folder}"]
-    words += ["--chat-template", f"{folder}/chat_template.jinja"]
-    needed = int(settings.get("lora_r") or 0)
-    rank = next((r for r in _VLLM_RANKS if r >= needed), _VLLM_RANKS[-1])
-    if rank > _VLLM_RANKS[0]:
-        words += ["--max-lora-rank", str(rank)]
-    line = shlex.join(words)
+        return model_line("vllm", folder)
+    config = {
+        "use_dora": settings.get("dora"),
+        "trainable_token_indices": settings.get("add_token"),
+        "r": settings.get("lora_r"),
+    }
+    rounded = bool(settings.get("qlora") or settings.get("load_in_8bit"))
+    if why_merge(config, quantised=rounded):
+        merged = f"{run}-merged"
+        line = f"truetune export {shlex.quote(run)} --merge -o {shlex.quote(merged)}"
+        return f"{line} && {model_line('vllm', merged)}"
+    line = adapter_line("vllm", folder, base, base_revision, int(settings.get("lora_r") or 0))
     if stops:
         line += f"\n         (requests need stop_token_ids={list(stops)})"
     return line

@@ -48,6 +48,14 @@ _CHATS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("user", "Hi."), ("assistant", "Hello! How can I help?"), ("user", "What is a sonnet?")),
     (("system", "You are terse."), ("user", "Name two rivers.")),
     (("user", "  leading and trailing spaces \n"),),
+    (
+        *(("user", "One?"), ("assistant", "Two."), ("user", "Three?"), ("assistant", "Four.")),
+        *(("user", "Five?"), ("assistant", "Six."), ("user", "And then?")),
+    ),
+    (
+        *(("system", "You count."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?")),
+        *(("assistant", "Four."), ("user", "And then?")),
+    ),
 )
 
 

@@ -34,20 +34,47 @@ class Answer:
     tokens: int
 
 
+# Names of a server's list that are tried.
+_NAMES = 8
+
+
+def require_reachable(client: Client) -> None:
+    """Raises ServerError where nothing listens."""
+    _listed(client)
+
+
 def first_model(client: Client) -> str:
-    """The first name that a server lists, "default" where it lists none.
+    """The name under which a server answers; "" where requests need none.
+
+    An adapter that vLLM serves names its base as its parent, and is what was trained. transformers
+    lists the models of its cache, of which it serves none where it was started with one.
 
     Raises:
         ServerError: nothing listens there.
     """
+    entries = sorted(_listed(client), key=lambda entry: not entry.get("parent"))
+    names = [str(entry["id"]) for entry in entries if entry.get("id")]
+    hello = [{"role": "user", "content": "Hi."}]
+    for name in names[:_NAMES]:
+        asked = {"model": name, "messages": hello, "max_tokens": 1, "temperature": 0}
+        try:
+            client.post("/v1/chat/completions", asked)
+            return name
+        except ServerError as error:
+            if not error.status:
+                raise
+    return ""
+
+
+def _listed(client: Client) -> list[Mapping[str, Any]]:
     try:
-        return str(client.get("/v1/models")["data"][0]["id"])
+        return [entry for entry in client.get("/v1/models")["data"] if isinstance(entry, dict)]
     except ServerError as error:
-        if error.code == "server-unreachable":
+        if not error.status:
             raise
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, TypeError):
         pass
-    return "default"
+    return []
 
 
 def request(

@@ -167,6 +167,7 @@ def serving(
     template_kwargs: Mapping[str, Any] | None = None,
     template: str = "",
     name: str = "",
+    adapter: str | Path | None = None,
 ) -> Iterator[LlamaCpp]:
     """A server for one file, until the block ends.
 
@@ -179,6 +180,7 @@ def serving(
         template_kwargs: template arguments that requests do not name.
         template: instead of the file's own.
         name: that `/v1/models` lists.
+        adapter: a GGUF file of a LoRA adapter that is added.
 
     Raises:
         UsageError: the extra is not installed.
@@ -197,6 +199,7 @@ def serving(
         "template_kwargs": dict(template_kwargs or {}),
         "template": template,
         "name": name,
+        "adapter": str(Path(adapter).resolve()) if adapter else "",
         "verbose": False,
     }
     pipe = subprocess.PIPE

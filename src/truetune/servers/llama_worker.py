@@ -55,6 +55,8 @@ def parameters(settings: dict[str, Any]) -> Any:
         }
     if settings["template"]:
         made.chat_template = settings["template"]
+    if settings["adapter"]:
+        made.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 1.0)]
     if settings["name"]:
         made.model_alias = {settings["name"]}
     made.verbosity = 1 if not settings["verbose"] else 3

@@ -1,0 +1,68 @@
+"""The child process in which mlx_lm writes a folder, and reads it back.
+
+input   a question (JSON on standard input)
+does    converts a model folder, or loads a converted one on the CPU
+output  JSON on standard output: prompts as ids, stop tokens, log-probabilities; or an error
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for: `write` before `read`, where both are there."""
+    # Compiled kernels need a compiler, and are no part of what is compared.
+    os.environ["MLX_DISABLE_COMPILE"] = "1"
+    import mlx.core as mx
+    from mlx_lm import convert, load
+
+    mx.set_default_device(mx.cpu)
+    if asked.get("source"):
+        convert(asked["source"], asked["folder"], **asked["how"])
+    model, tokenizer = load(asked["folder"])[:2]
+    prompts = [
+        [int(i) for i in tokenizer.apply_chat_template(
+            case["messages"], tools=case["tools"], add_generation_prompt=True, tokenize=True,
+            return_dict=False, **case["arguments"],
+        )]
+        for case in asked["cases"]
+    ]  # fmt: skip
+    return {
+        "prompts": prompts,
+        "stops": sorted(int(i) for i in tokenizer.eos_token_ids),
+        **_predictions(mx, model, asked["probes"], asked["top"]),
+    }
+
+
+def _predictions(mx: Any, model: Any, probes: Any, top: Any) -> dict[str, Any]:
+    """A position each: log-probabilities of the tokens that are asked for, the likeliest one."""
+    kept, greedy = [], []
+    wanted = iter(top)
+    for ids, positions in probes:
+        logits_TV = model(mx.array([ids]))[0].astype(mx.float32)
+        for at in positions:
+            row_V = logits_TV[at]
+            log_V = row_V - mx.logsumexp(row_V)
+            kept.append(log_V[mx.array(next(wanted))].tolist())
+            greedy.append(int(mx.argmax(row_V)))
+    return {"logprobs": kept, "greedy": greedy}
+
+
+def main() -> None:
+    reply = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    # mlx_lm tells what it does on standard output.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    asked = json.loads(sys.stdin.buffer.read())
+    try:
+        told = answer(asked)
+    except Exception as error:
+        told = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(told), file=reply, flush=True)
+
+
+if __name__ == "__main__":
+    main()

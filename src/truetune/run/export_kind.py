@@ -1,0 +1,83 @@
+"""What can be exported, and which options have an effect on it: asked before anything is loaded."""
+
+from __future__ import annotations
+
+from truetune.errors import UsageError
+from truetune.findings import near
+from truetune.model.served_adapter import SERVERS
+from truetune.servers.llama_cpp import require_llama_cpp
+
+_KINDS = ("merged", "gguf", "ollama", "mlx", *SERVERS)
+# Kinds that hold weights in a type of --quant, and the one they take by themselves.
+QUANT = {"gguf": "f16", "ollama": "f16", "mlx": "bf16"}
+# What is asked for by another name.
+_INSTEAD = {
+    "tgi": "--to merged, and then text-generation-launcher --model-id DIR",
+    "lmstudio": "--to gguf: LM Studio loads the file",
+    "llama.cpp": "--to gguf",
+    "transformers": "--to merged, and then transformers serve DIR",
+}
+
+
+def require_export(
+    to: str | None,
+    *,
+    merge: bool,
+    onto: str,
+    no_verify: bool,
+    dtype: str,
+    go_template: bool,
+    adapter: bool,
+    quant: str | None,
+) -> tuple[str, str]:
+    """The kind of export that was asked for, and the type of its weights where it has one.
+
+    Raises:
+        UsageError: none, two, or an option that has no effect on it.
+    """
+    if to is None and not merge:
+        raise UsageError(
+            "nothing was asked for",
+            fix="truetune export RUN --merge -o DIR, or --to gguf -o DIR",
+            code="export-what",
+        )
+    what = to or "merged"
+    if what not in _KINDS or (merge and what != "merged"):
+        meant = near(what, _KINDS)
+        raise UsageError(
+            f"--to {what!r} is no export" if what not in _KINDS else "--merge and --to contradict",
+            where="--to",
+            why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
+            fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),
+            code="export-what",
+        )
+    if onto not in ("auto", "original", "dequantised"):
+        raise UsageError(
+            f"unknown weights {onto!r}",
+            fix="--onto auto, original or dequantised",
+            code="export-onto",
+        )
+    for option, given, kinds in (
+        ("--no-verify", no_verify, ("merged", *SERVERS)),
+        ("--dtype", dtype != "auto", ("merged", *SERVERS)),
+        ("--quant", quant is not None, tuple(QUANT)),
+        ("--go-template", go_template, ("ollama",)),
+        ("--adapter", adapter, ("gguf",)),
+    ):
+        if given and what not in kinds:
+            raise UsageError(
+                f"{option} has no effect with --to {what}",
+                why=_NO_EFFECT.get(option, ""),
+                fix=f"leave it out, or name {' or '.join(f'--to {kind}' for kind in kinds)}",
+                code="export-what",
+            )
+    if what in ("gguf", "ollama"):
+        require_llama_cpp(f"--to {what}")
+    return what, quant or QUANT.get(what, "")
+
+
+_NO_EFFECT = {
+    "--no-verify": "it is always compared with the model",
+    "--dtype": "--quant says how its weights are held",
+    "--quant": "--dtype says how its weights are held",
+}
