@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench.sabotage.build import chat_ids, dataset, hf, loader
+from bench.sabotage.build import chat_ids, dataset, hf, loader, trl
 from bench.sabotage.cases.packing import mask_over_positions
 from bench.sabotage.house import House, answer, messages, question
 
@@ -287,3 +287,130 @@ def test_trainable_token_rows_are_seen_by_side(rows: Any) -> None:
         assert "new-token-frozen" not in found
     else:
         assert "rows of the head are frozen" in found["new-token-frozen"].why
+
+
+def _backwards(size: int) -> Any:
+    return torch.arange(size - 1, -1, -1)
+
+
+def _shuffled(size: int) -> Any:
+    return (torch.arange(size) * 7919) % (size + 1)
+
+
+def _in_pairs(size: int) -> Any:
+    return torch.arange(size) // 2
+
+
+def _from_five(size: int) -> Any:
+    return torch.arange(size) + 5
+
+
+@pytest.mark.parametrize(
+    ("positions", "code"),
+    [
+        (_backwards, "positions-disordered"),
+        (_shuffled, "positions-disordered"),
+        (_in_pairs, "positions-constant"),
+        (torch.arange, None),
+        (_from_five, None),
+    ],
+)
+def test_positions_disordered(positions: Any, code: str | None) -> None:
+    """Positions that do not count up are told once, and cut no row into documents."""
+    tokenizer = HOUSE.tokenizer()
+    plain = _collator(tokenizer)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = plain(rows)
+        number, size = batch["input_ids"].shape
+        batch["position_ids"] = positions(size).expand(number, size).clone()
+        return batch
+
+    rows = [_feature(tokenizer, messages(i)) for i in range(8)]
+    report = truetune.audit(loader(rows, collate), tokenizer)
+    assert report.codes == ((code,) if code else ())
+    assert not code or report.findings[0].count == 8
+
+
+def _with_mask(tokenizer: Any, number: int = 8) -> list[dict[str, Any]]:
+    rows = [_feature(tokenizer, messages(i)) for i in range(number)]
+    return [
+        {
+            "input_ids": row["input_ids"],
+            "completion_mask": [int(label != -100) for label in row["labels"]],
+            "labels": list(row["input_ids"]),
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_mask_ignored(kept: bool) -> None:
+    """A mask that the dataset brings and the trainer does not read; the same mask in the labels."""
+    tokenizer = HOUSE.tokenizer()
+    rows = _with_mask(tokenizer)
+    if kept:
+        for row in rows:
+            flags = zip(row["labels"], row["completion_mask"], strict=True)
+            row["labels"] = [label if flag else -100 for label, flag in flags]
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), dataset(rows), _collator(tokenizer))
+    report = truetune.audit(trainer)
+    assert ("mask-ignored" in report.codes) != kept
+    if not kept:
+        (finding,) = (f for f in report.findings if f.code == "mask-ignored")
+        assert (finding.level, finding.count, finding.where) == ("warning", 8, "train_dataset[0]")
+        trained = sum(len(row["labels"]) - 1 for row in rows)
+        wanted = sum(sum(row["completion_mask"]) for row in rows)
+        assert f"{wanted:,} tokens" in finding.what
+        assert f"{trained:,} are trained" in finding.what
+        assert "loss-on-everything" not in report.codes
+
+
+def test_labels_that_a_collator_makes_anew() -> None:
+    """DataCollatorForLanguageModeling writes labels over those of the dataset."""
+    from transformers import DataCollatorForLanguageModeling
+
+    tokenizer = HOUSE.tokenizer()
+    tokenizer.pad_token = tokenizer.pad_token or "<|endoftext|>"
+    rows = [_feature(tokenizer, messages(8 * i)) for i in range(6)]
+    size = min(len(row["input_ids"]) for row in rows)
+    rows = [row for row in rows if len(row["input_ids"]) == size] * 3
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), dataset(rows), collate)
+    found = _found(truetune.audit(trainer))
+    assert "DataCollatorForLanguageModeling" in found["mask-ignored"].why
+    assert "DataCollatorForSeq2Seq" in found["mask-ignored"].fix
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_mask_that_was_switched_off_is_a_choice(asked: bool | None) -> None:
+    """TRL reads completion_mask where completion_only_loss says so, and not without it."""
+    pytest.importorskip("trl")
+    tokenizer = HOUSE.tokenizer()
+    rows = [{k: v for k, v in r.items() if k != "labels"} for r in _with_mask(tokenizer)]
+    report = truetune.audit(
+        trl(tokenizer, HOUSE.model(tokenizer), rows, completion_only_loss=asked)
+    )
+    assert ("mask-ignored" in report.codes) == (asked is None)
+
+
+@pytest.mark.parametrize("part", ["question", "answer"])
+def test_a_template_that_was_applied_twice_is_told_once(part: str) -> None:
+    """Neither as packing, nor as control tokens, nor as empty answers."""
+    tokenizer = HOUSE.tokenizer()
+
+    def twice(talk: list[dict[str, str]]) -> list[dict[str, str]]:
+        asked, said = talk
+        prompt = tokenizer.apply_chat_template([asked], tokenize=False, add_generation_prompt=True)
+        if part == "question":
+            return [{"role": "user", "content": prompt}, said]
+        whole = tokenizer.apply_chat_template(talk, tokenize=False)
+        bare = tokenizer.apply_chat_template([asked], tokenize=False)
+        return [asked, {"role": "assistant", "content": whole.removeprefix(bare)}]
+
+    rows = [chat_ids(tokenizer, twice(messages(i))) for i in range(8)]
+    features = [{"input_ids": ids, "labels": list(ids)} for ids in rows]
+    trainer = hf(tokenizer, HOUSE.model(tokenizer), dataset(features), _collator(tokenizer))
+    report = truetune.audit(trainer)
+    told = {f.code: f.count for f in report.findings if f.level != "note"}
+    assert told == {"template-twice": 8}

@@ -391,6 +391,16 @@ def test_control_tokens_are_those_that_writing_them_makes() -> None:
     }
 
 
+@pytest.mark.parametrize(("question", "twice"), [("<|user|>\nHm?", True), ("A <|user|>?", False)])
+def test_texts_that_were_rendered_already_are_called_so(question: str, twice: bool) -> None:
+    rows = [plain(i, question=f"{question} {i}") for i in range(4)]
+    facts = DataFacts(rows, control=["<|user|>", "<|end|>"])
+    (finding,) = (f for f in ask(conversations, facts) if f.code == "control-token-in-content")
+    assert finding.count == 4
+    assert ("applied twice" in finding.why) == twice
+    assert ("before they were rendered" in finding.fix) == twice
+
+
 def test_arguments_that_are_broken_json_are_called_so() -> None:
     tool = {"name": "weather", "parameters": {"type": "object"}}
     for text, said in (('{"city": "Oslo"', "no whole JSON object"), ("print(1)", "not an object")):

@@ -128,6 +128,34 @@ def mask_from_first_answer(tok: Any, *, questions: bool = True) -> Rows:
     return [(ids, labels)] * 4
 
 
+def twice(tok: Any, *contents: str, asked: bool = True) -> Rows:
+    """Rendered prompts as the content of a turn of the user, or of the assistant."""
+    made = []
+    for content in contents:
+        opened = tok.apply_chat_template(chat(content), tokenize=False, add_generation_prompt=asked)
+        made.append(chat(opened, "Yes.") if asked else chat("Hm?", f"<|assistant|>\n{content}"))
+    return talks(tok, *made)
+
+
+def split(tok: Any, *, every: int = 1) -> Rows:
+    """Rows whose control tokens were tokenized as their letters."""
+    rows = on_everything(tok)
+    for number in range(0, len(rows), every):
+        text = tok.decode(rows[number][0])
+        ids = tok(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        rows[number] = (ids, list(ids))
+    return rows
+
+
+def early(tok: Any, tokens: int, every: int = 1) -> Rows:
+    """Labels that begin some tokens before the answer."""
+    rows = on_answers(tok)
+    for ids, labels in rows[::every]:
+        first = next(at for at, label in enumerate(labels) if label != -100)
+        labels[first - tokens : first] = ids[first - tokens : first]
+    return rows
+
+
 def thinking(tok: Any) -> Any:
     made = byte_level()
     made.chat_template = THINKING
@@ -261,6 +289,9 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
     ),
     "marker-in-pieces": (
         [
+            # The template's own tokens, in letters.
+            case(split),
+            case(lambda t: split(t, every=2)),
             case(
                 lambda t: written(
                     t,
@@ -269,10 +300,12 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
                         for a in ANSWERS
                     ),
                 )
-            )
+            ),
         ],
         [
             case(on_everything),
+            # One text about the template, in letters.
+            case(lambda t: on_everything(t) + split(t)[:1]),
             # In pieces, but what closes an answer is one token.
             case(lambda t: written(t, *(f"<|im_start|>Hm?\n{a}<|end|>" for a in ANSWERS))),
             # Somebody writes about markers.
@@ -309,6 +342,42 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             )
         ],
         [case(on_answers), case(on_everything)],
+    ),
+    "template-twice": (
+        [
+            case(lambda t: twice(t, "Hm?", "And?", "So?")),
+            case(lambda t: twice(t, "Yes, no.", "Maybe.", asked=False)),
+            # Some rows only.
+            case(lambda t: on_everything(t) + twice(t, "Hm?", "And?")),
+        ],
+        [
+            case(on_everything),
+            # One text that is about the template.
+            case(lambda t: on_everything(t) + twice(t, "Hm?")),
+            # Questions that are empty, and answers.
+            case(lambda t: talks(t, chat("", "Yes."), chat("", "No."), chat("Hm?", ""))),
+            # Texts that name a header, and do not begin with one.
+            case(
+                lambda t: talks(
+                    t, *(chat(f"What is <|user|> in {a}?", "A token.") for a in ANSWERS)
+                )
+            ),
+        ],
+    ),
+    "header-supervised": (
+        [case(lambda t: early(t, 1)), case(lambda t: early(t, 1, every=3))],
+        [
+            case(on_answers),
+            case(on_everything),
+            # The answers' own line break.
+            case(
+                lambda t: [
+                    ([*i[:at], i[at - 1], *i[at:]], [*x[:at], i[at - 1], *x[at:]])
+                    for i, x in on_answers(t)
+                    for at in [next(n for n, label in enumerate(x) if label != -100)]
+                ]
+            ),
+        ],
     ),
     "empty-answer": (
         [
@@ -425,6 +494,39 @@ def test_the_reasons_name_the_cause(tokenizer: Any) -> None:
     assert "labels are the next token" in shifted.what
 
 
+def test_each_mask_has_its_own_reason(tokenizer: Any) -> None:
+    """What ends an answer, and what a mask leaves out, is told by the tokens that lost a label."""
+    two = mask_from_first_answer(tokenizer, questions=False)
+    for _, labels in two[:1]:
+        # The four rows are one.
+        labels[labels.index(end(tokenizer))] = -100
+    (finding,) = check_labels(two, tokenizer)
+    assert finding.code == "stop-not-supervised"
+    assert "earlier answers" in finding.what
+    assert "every answer but the last" in finding.why
+    # Labels on the question alone: nothing is said of where they end.
+    asked = [
+        (ids, [-100 if label != -100 else token for token, label in zip(ids, labels, strict=True)])
+        for ids, labels in on_answers(tokenizer)
+    ]
+    assert codes(check_labels(asked, tokenizer)) == ["answers-masked"]
+    assert "answers-masked" in codes(check_labels(asked[:1] + on_answers(tokenizer), tokenizer))
+
+
+def test_a_pad_token_that_is_a_word_leaves_holes() -> None:
+    made = byte_level()
+    made.chat_template = PLAIN
+    rows = on_answers(made)
+    # A token of the middle of every answer.
+    word = rows[0][0][-6]
+    assert all(word in ids[-8:-3] for ids, _ in rows)
+    made.pad_token = made.convert_ids_to_tokens(word)
+    assert check_labels(rows, made) == []
+    (finding,) = check_labels(masked_ids(rows, word), made)
+    assert (finding.code, finding.level) == ("answer-hole", "error")
+    assert "is the pad token of this tokenizer" in finding.why
+
+
 def test_history_that_no_server_sends() -> None:
     tok = byte_level()
     tok.chat_template = THINKING
@@ -439,7 +541,8 @@ def test_history_that_no_server_sends() -> None:
     header = rendered(tok, chat("x"), add_generation_prompt=True)
     last = []
     for ids, _ in lost:
-        at = len(ids) - ids[::-1].index(header[-2])
+        # Behind the header and its line break, which the server writes.
+        at = len(ids) - ids[::-1].index(header[-2]) + 1
         last.append((ids, [-100] * at + ids[at:]))
     assert [f for f in check_labels(last, tok) if f.level != "note"] == []
     # One turn a row: nothing to lose.

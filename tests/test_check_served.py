@@ -22,7 +22,15 @@ from truetune.findings import Finding
 HOUSE = House(real=False)
 # Codes that judge what stands around an answer by the template alone.
 JUDGED = frozenset(
-    {"prompt-differs", "header-supervised", "answer-hole", "stop-doubled", "template-unusable"}
+    {
+        "prompt-differs",
+        "header-supervised",
+        "answer-hole",
+        "stop-doubled",
+        "template-unusable",
+        "template-twice",
+        "marker-in-pieces",
+    }
 )
 N = 12
 Features = Sequence[dict[str, Any]]

@@ -74,6 +74,11 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
         *(AUDIT, "test_accumulation_that_cannot_be_asked_is_a_note"),
         "test_a_loss_of_ones_own_is_asked_and_not_read",
     ),
+    "positions-disordered": (
+        *(AUDIT, "test_positions_disordered"),
+        "test_positions_disordered",
+    ),
+    "mask-ignored": (AUDIT, "test_mask_ignored", "test_mask_ignored"),
     "attention-hole": (AUDIT, "test_attention_hole", "test_attention_hole"),
     "eval-prompt-in-train": (AUDIT, "test_eval_prompt_in_train", "test_eval_prompt_in_train"),
     "packing-needs-no-cache": (

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from truetune.auditing.batches import batch_findings, held_out_findings
+from truetune.auditing.masks import mask_findings
 from truetune.auditing.measure import measured_findings
 from truetune.auditing.model import head_rows, model_findings
 from truetune.auditing.read import IGNORED, Reading, read_batches
@@ -111,6 +112,7 @@ def _judge(subject: Subject, max_rows: int | None) -> tuple[list[Finding], Readi
         facts = _facts(subject, reading)
         findings += label_findings(facts)
         findings += batch_findings(subject, reading, facts)
+        findings += mask_findings(subject, reading)
         findings += stop_findings(subject, facts)
         findings += served_findings(subject, reading, facts)
         findings += measured_findings(subject, reading, facts)
@@ -121,10 +123,12 @@ def _judge(subject: Subject, max_rows: int | None) -> tuple[list[Finding], Readi
 
 
 def _told_once(findings: list[Finding]) -> list[Finding]:
-    """Control tokens that the data shows need not be told of the ids as well."""
-    code = "control-token-in-content"
-    told = [finding for finding in findings if finding.code == code]
-    return [f for f in findings if f.code != code or f is told[-1]]
+    """Control tokens that the data shows need not be told of the ids as well, nor that every token
+    is a target where a mask says otherwise."""
+    control = [f for f in findings if f.code == "control-token-in-content"]
+    masks = any(f.code == "mask-ignored" for f in findings)
+    left_out = [*control[:-1], *(f for f in findings if masks and f.code == "loss-on-everything")]
+    return [f for f in findings if not any(f is other for other in left_out)]
 
 
 def _facts(subject: Subject, reading: Reading) -> LabelFacts:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from truetune.auditing.read import IGNORED, Reading, ReadRow, hidden_text, stand_still
+from truetune.auditing.read import IGNORED, Reading, ReadRow, hidden_text, miscounted
 from truetune.auditing.subject import Subject
 from truetune.checks.labels.facts import LabelFacts
 from truetune.findings import Finding, rows_finding, share
@@ -121,24 +121,41 @@ def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Findi
 
 def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
     """Positions count up inside a document."""
-    bad = [
-        number
-        for number, row in enumerate(rows)
-        if row.counted is not None and stand_still(row.counted[row.real != 0])
-    ]
-    if bad:
+    bad: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        if row.counted is not None and (kind := miscounted(row.counted[row.real != 0])):
+            bad.setdefault(kind, []).append(number)
+    fix = "leave position_ids out (the model counts by itself), or count from 0 in each document"
+    if still := bad.get("still"):
         yield _finding(
             rows,
-            bad,
+            still,
             code="positions-constant",
             level="error",
-            what=f"the position ids of {share(len(bad), len(rows))} do not count: the first are "
-            f"{rows[bad[0]].counted[:4].tolist()}",  # type: ignore[index]
-            why="every token is computed as if it stood at the same position: the model cannot "
+            what=f"the position ids of {share(len(still), len(rows))} do not count: the first are "
+            f"{_positions(rows[still[0]])}",
+            why="tokens are computed as if they stood at the same position: the model cannot "
             "tell the order of the words, and a server counts",
-            fix="leave position_ids out (the model counts by itself), or count from 0 in each "
-            "document",
+            fix=fix,
         )
+    if wild := bad.get("disordered"):
+        yield _finding(
+            rows,
+            wild,
+            code="positions-disordered",
+            level="error",
+            what=f"the position ids of {share(len(wild), len(rows))} do not count up: the first "
+            f"are {_positions(rows[wild[0]])}",
+            why="the model reads the words in the order of their positions, and these run "
+            "backwards or in no order: a server counts up from 0, so what is learned does not "
+            "show when the model is served",
+            fix=fix,
+        )
+
+
+def _positions(row: ReadRow) -> list[int]:
+    assert row.counted is not None
+    return [int(position) for position in row.counted[row.real != 0][:4]]
 
 
 # Times that a row is trained before its copies are told, and the share of all rows they have.

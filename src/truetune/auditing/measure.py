@@ -16,6 +16,7 @@ import numpy as np
 from truetune.auditing.read import IGNORED, Reading, ReadRow
 from truetune.auditing.subject import Subject
 from truetune.checks.labels.facts import LabelFacts
+from truetune.checks.labels.markers import nested_rows
 from truetune.findings import Finding, Level, rows_finding
 from truetune.model.mode import evaluating
 
@@ -171,7 +172,13 @@ def _isolation(
     """A document of a packed row is computed as if it stood alone."""
     if facts.plain:
         return
-    borders = {n: at for n, row in enumerate(reading.rows) if (at := _border(row, facts))}
+    # A conversation inside a turn of another one is none of its own.
+    nested = {facts.names[row] for row in nested_rows(facts)}
+    borders = {
+        n: at
+        for n, row in enumerate(reading.rows)
+        if row.name not in nested and (at := _border(row, facts))
+    }
     if not borders:
         return
     row = reading.rows[next(iter(borders))]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -468,7 +468,7 @@ def _documents(
         inside = np.flatnonzero(real)
         if key == "position_ids":
             # Those that do not count say nothing, and are judged apart.
-            if stand_still(value[inside]):
+            if miscounted(value[inside]):
                 continue
             # Positions of padding are anything; only a return to 0 begins a document.
             begins = inside[1:][value[inside[1:]] == 0]
@@ -491,6 +491,17 @@ def _documents(
     return np.where(real != 0, np.cumsum(cuts) + 1, 0), said
 
 
-def stand_still(positions: Array) -> bool:
-    """Whether positions do not count: one token's is mostly that of the token before it."""
-    return len(positions) > 2 and float((np.diff(positions) == 0).mean()) > 0.5
+# Steps from token to token that go up, as a share of all, where positions count.
+_COUNTING = 0.6
+
+
+def miscounted(positions: Array) -> Literal["", "still", "disordered"]:
+    """How positions fail to count up from token to token; "" where they count.
+
+    A return to the first of them, or to 0, begins another document.
+    """
+    steps = np.diff(positions)
+    steps = steps[(positions[1:] != 0) & (positions[1:] != positions[:1]) | (steps == 0)]
+    if len(steps) < 2 or (steps > 0).mean() >= _COUNTING:
+        return ""
+    return "still" if (steps == 0).mean() >= 1 - _COUNTING else "disordered"

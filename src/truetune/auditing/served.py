@@ -20,6 +20,7 @@ from truetune.auditing.subject import Subject
 from truetune.checks.conversations.content import control_tokens_absent
 from truetune.checks.conversations.rows import DataFacts
 from truetune.checks.labels.facts import LabelFacts
+from truetune.checks.labels.markers import nested_rows
 from truetune.checks.labels.served import ROLES
 from truetune.checks.labels.stops import stops_trained
 from truetune.contract.contract import PromptContract
@@ -251,7 +252,13 @@ def _control_tokens(
     starts = (facts.frame.answer_start, facts.frame.user_start)
     # A header in plain letters (`### Response:`) is a marker; a role alone (`assistant`) is not.
     texts |= {t for t in starts if len(t) > 4 and not t.replace(" ", "").isalpha()}
-    said = [Conversation(tuple(map(_in_text, talk.messages)), row.name) for row, talk in talks]
+    # Tokens of a conversation that was rendered twice are told as that.
+    nested = {facts.names[row] for row in nested_rows(facts)}
+    said = [
+        Conversation(tuple(map(_in_text, talk.messages)), row.name)
+        for row, talk in talks
+        if row.name not in nested
+    ]
     yield from control_tokens_absent(DataFacts(said, control=sorted(texts)))
 
 

@@ -25,6 +25,8 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
         shown = ", ".join(f"{token!r} ({n:,})" for token, n in common)
         first = next(iter(found.values()))
         turn = f" of a {first.role} turn" if first.role else ""
+        rendered = sum(_begins_with(facts, row) for row in found)
+        twice = rendered > 1 and 2 * rendered > len(found)
         yield rows_finding(
             facts.names,
             found,
@@ -33,10 +35,27 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
             what=f"{share(len(found), len(facts.train))} hold control tokens in their text: "
             f"{shown}; the first in {first.field}{turn}",
             why="the tokenizer makes the real token of it: the text opens or closes a turn of its "
-            "own, in training and when served",
-            fix="take them out, or break them up (`<| im_end |>`); truetune refuses such rows with "
-            "--content-specials error",
+            "own, in training and when served"
+            + (
+                f"; the text of {rendered:,} rows begins with one, as a conversation does that the "
+                "template was applied to before: it would be applied twice"
+                if twice
+                else ""
+            ),
+            fix="give the messages as they were before they were rendered"
+            if twice
+            else "take them out, or break them up (`<| im_end |>`); truetune refuses such rows "
+            "with --content-specials error",
         )
+
+
+def _begins_with(facts: DataFacts, row: int) -> bool:
+    """Whether the text of a turn begins with a control token, as a rendered conversation does."""
+    contents = (message.get("content") for message in facts.train[row].messages)
+    return any(
+        isinstance(text, str) and text.lstrip().startswith(tuple(facts.control))
+        for text in contents
+    )
 
 
 # ------------------------------------------------------------------ languages

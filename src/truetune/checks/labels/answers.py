@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, unproved
+from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, once, unproved
 from truetune.checks.labels.table import Indices
 from truetune.checks.registry import check
+from truetune.contract.frame import served_ids
 from truetune.findings import Finding, Level, rows_finding, share
 
 # A mask that is off by some tokens; more is a choice, such as leaving the reasoning out.
@@ -17,9 +18,11 @@ _SLIP = 4
 _HOLE, _CHOSEN = 8, 3
 
 
-@check(unproved, has_header, of_turns)
-def answers_are_targets(facts: LabelFacts) -> Iterator[Finding]:
-    """A row that has answers and labels has labels on an answer."""
+@once
+def rows_without_targets(facts: LabelFacts) -> list[int]:
+    """Rows that have answers and labels, and no label on an answer."""
+    if not (unproved(facts) and has_header(facts) and of_turns(facts)):
+        return []
     table, header = facts.table, facts.frame.answer_start_ids
     # The line break behind the marker belongs to the prompt.
     starts = table.find(header) + len(header) + 1
@@ -33,14 +36,19 @@ def answers_are_targets(facts: LabelFacts) -> Iterator[Finding]:
     on[filled] = counted[stops[filled]] - counted[starts[filled]]
     has = np.bincount(rows[filled], minlength=len(table)) > 0
     trained = np.bincount(rows, weights=on, minlength=len(table)) > 0
-    bad = np.flatnonzero(has & ~trained & (table.num_supervised > 0)).tolist()
-    if bad:
+    return np.flatnonzero(has & ~trained & (table.num_supervised > 0)).tolist()
+
+
+@check()
+def answers_are_targets(facts: LabelFacts) -> Iterator[Finding]:
+    """A row that has answers and labels has labels on an answer."""
+    if bad := rows_without_targets(facts):
         yield rows_finding(
             facts.names,
             bad,
             code="answers-masked",
             level="error",
-            what=f"{share(len(bad), len(table))} have labels, and none of them on an answer",
+            what=f"{share(len(bad), len(facts.table))} have labels, and none of them on an answer",
             why="the mask is the wrong way round, or marks another turn: prompts are learned and "
             "answers are not",
             fix="-100 on what the server sends, the ids themselves on what the model must write",
@@ -93,6 +101,35 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
         if not is_blank:
             on |= table.supervised[starts + offset]
     rows = sorted({int(r) for r in table.rows_of(starts[on & ~asked])})
+    fix = (
+        "mask as many tokens as the served prompt has: the template's generation prompt "
+        "(add_generation_prompt=True) included"
+    )
+    behind = starts + len(header)
+    blanks = _blanks_behind(facts)
+    if blanks:
+        # The first of them that has a label: what is in front of it is masked.
+        inside = behind + len(blanks) < table.starts[table.rows_of(starts) + 1]
+        served = inside & ~asked & ~on
+        for offset, token in enumerate(blanks):
+            at = np.where(inside, behind + offset, 0)
+            served &= table.ids[at] == token
+        last = np.where(inside, behind + len(blanks) - 1, 0)
+        lines = sorted({int(r) for r in table.rows_of(starts[served & table.supervised[last]])})
+        if lines:
+            yield rows_finding(
+                facts.names,
+                lines,
+                code="header-supervised",
+                level="warning",
+                what=f"what stands between the header of the answer and its first word, "
+                f"{facts.tokens.decode(blanks)!r}, has labels in {share(len(lines), len(table))}, "
+                "and the header has none",
+                why="it belongs to the served prompt: the mask begins too early, often because it "
+                "was counted without the generation prompt, or looks for the header without its "
+                "line break; the model is trained to write what the server has written",
+                fix=fix,
+            )
     if rows:
         yield rows_finding(
             facts.names,
@@ -103,9 +140,23 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             f"{share(len(rows), len(table))}, and the question before it has none",
             why="the server writes the header itself: the mask ends some tokens early, and the "
             "model learns to open a turn",
-            fix="mask as many tokens as the served prompt has: the template's generation prompt "
-            "(add_generation_prompt=True) included",
+            fix=fix,
         )
+
+
+@once
+def _blanks_behind(facts: LabelFacts) -> list[int]:
+    """The white space that a served prompt has behind the header of the answer, as ids; [] where
+    it has none, or more than that."""
+    contract, header = facts.frame.contract, list(facts.frame.answer_start_ids)
+    if contract is None or not header:
+        return []
+    ids = served_ids(contract, {}, [{"role": "user", "content": "What is 2 + 2?"}]) or []
+    starts = [i for i in range(len(ids) - len(header) + 1) if ids[i : i + len(header)] == header]
+    tail = ids[starts[-1] + len(header) :] if starts else []
+    special = facts.tokens.special_ids
+    blank = not special & set(tail) and not facts.tokens.decode(tail).strip()
+    return tail if blank else []
 
 
 @check(unproved, of_turns)
@@ -117,10 +168,12 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
         return
     rows, times = np.unique(table.rows_of(table.runs[holes, 0]), return_counts=True)
     judged = int((table.num_supervised > 0).sum())
-    # Who trains on chosen tokens alone leaves many out of each answer, knowingly.
-    chosen = float(times.mean()) > _CHOSEN and len(rows) > 0.5 * judged
     first = int(holes[0])
-    gap = table.ids[table.runs[first, 1] + 1 : table.runs[first + 1, 0]].tolist()
+    gap = _gap(facts, first)
+    pad = _letters_pad(facts)
+    padded = pad is not None and all({pad} == set(_gap(facts, hole)) for hole in holes.tolist())
+    # Who trains on chosen tokens alone leaves many out of each answer, knowingly.
+    chosen = not padded and float(times.mean()) > _CHOSEN and len(rows) > 0.5 * judged
     level: Level = "error" if len(rows) > 0.01 * judged else "warning"
     yield rows_finding(
         facts.names,
@@ -129,10 +182,32 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
         level="note" if chosen else level,
         what=f"{share(len(rows), judged)} have tokens without a label inside an answer, such as "
         f"{facts.tokens.decode(gap)!r}",
-        why="labels stop and go on again: the model is trained on what follows these tokens, and "
+        why=f"{facts.tokens.decode([pad])!r} is the pad token of this tokenizer ({pad}), and a "
+        "word of the text as well: the collator takes the label off every pad token, and the "
+        "model is never trained to write it"
+        if padded and pad is not None
+        else "labels stop and go on again: the model is trained on what follows these tokens, and "
         "never to write them",
-        fix="labels on every token of the answer, from the served prompt through the end token",
+        fix="pad with a token that no text has (a reserved one, or add one: "
+        "tokenizer.add_special_tokens({'pad_token': '<|pad|>'})), or build labels from lengths"
+        if padded
+        else "labels on every token of the answer, from the served prompt through the end token",
     )
+
+
+def _gap(facts: LabelFacts, run: int) -> list[int]:
+    """The ids without a label behind a run of labels."""
+    runs = facts.table.runs
+    return facts.table.ids[runs[run, 1] + 1 : runs[run + 1, 0]].tolist()
+
+
+def _letters_pad(facts: LabelFacts) -> int | None:
+    """The pad token, where it is a word of the vocabulary as any other; else None."""
+    tokenizer = facts.tokens.tokenizer
+    pad = tokenizer.pad_token_id
+    if pad is None or pad in facts.frame.ends or pad in tokenizer.get_added_vocab().values():
+        return None
+    return int(pad)
 
 
 def label_holes(facts: LabelFacts) -> Indices:
@@ -145,10 +220,10 @@ def label_holes(facts: LabelFacts) -> Indices:
     rows = table.rows_of(runs[:, 0])
     gaps = runs[1:, 0] - runs[:-1, 1] - 1
     near = np.flatnonzero((rows[1:] == rows[:-1]) & (gaps <= _HOLE))
-    special = tokens.special_ids | facts.frame.ends
+    special = (tokens.special_ids | facts.frame.ends) - {_letters_pad(facts)}
     found = []
     for run in near.tolist():
-        gap = table.ids[runs[run, 1] + 1 : runs[run + 1, 0]].tolist()
+        gap = _gap(facts, run)
         if special.isdisjoint([*gap, int(table.ids[runs[run, 1]])]):
             text = tokens.decode(gap)
             if text.strip() and "\n" not in text:

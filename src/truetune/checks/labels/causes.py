@@ -10,6 +10,7 @@ import numpy as np
 
 from truetune.checks.labels import targets, vocabulary
 from truetune.checks.labels.facts import LabelFacts
+from truetune.checks.labels.markers import markers_split, template_twice
 from truetune.checks.registry import ask
 from truetune.findings import Finding, rows_finding, share
 
@@ -178,4 +179,10 @@ def _plain_rows(facts: LabelFacts) -> Told:
     return finding, rows
 
 
-_CAUSES: tuple[Callable[[LabelFacts], Told], ...] = (_markers_lost, _beginnings_cut, _plain_rows)
+_CAUSES: tuple[Callable[[LabelFacts], Told], ...] = (
+    markers_split,
+    _markers_lost,
+    template_twice,
+    _beginnings_cut,
+    _plain_rows,
+)

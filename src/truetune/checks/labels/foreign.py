@@ -14,6 +14,7 @@ from itertools import accumulate, product
 import numpy as np
 
 from truetune.checks.labels.facts import LabelFacts
+from truetune.checks.labels.markers import split_rows
 from truetune.contract.tokens import Tokens
 from truetune.findings import Finding, rows_finding
 
@@ -32,7 +33,9 @@ def other_tokenizer(facts: LabelFacts) -> Iterator[Finding]:
     """Rows that the tokenizer at hand would have split elsewhere."""
     table, tokens = facts.table, facts.tokens
     # A row that has the marker of the served template was written in this vocabulary.
-    rows = [row for row in facts.sample if not facts.answer_starts[row]]
+    # So was one that has its letters: the control tokens were split, and that is told apart.
+    split = set(split_rows(facts))
+    rows = [row for row in facts.sample if not facts.answer_starts[row] and row not in split]
     if facts.proved or len(rows) < 3 or 2 * len(rows) < len(facts.sample):
         return
     moved = {row: moved_borders(tokens, table.row_ids(row)[:_LOOK]) for row in rows}
@@ -43,7 +46,7 @@ def other_tokenizer(facts: LabelFacts) -> Iterator[Finding]:
     worst = max(strange, key=lambda row: strange[row])
     shown = tokens.decode(table.row_ids(worst)[:12])
     everywhere = len(strange) > 0.9 * len(rows)
-    absent = np.flatnonzero(facts.answer_starts == 0)
+    absent = np.setdiff1d(np.flatnonzero(facts.answer_starts == 0), sorted(split))
     yield rows_finding(
         facts.names,
         absent.tolist() if everywhere else strange,

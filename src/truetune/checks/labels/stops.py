@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from truetune.checks.labels.answers import label_holes
+from truetune.checks.labels.answers import label_holes, rows_without_targets
 from truetune.checks.labels.facts import LabelFacts, of_turns, once, unproved
 from truetune.checks.labels.table import Flags, Indices
 from truetune.checks.registry import check
@@ -24,9 +24,16 @@ _STRAGGLERS = 0.01
 @dataclass(frozen=True)
 class _Ends:
     """Rows by how their last answer ends; an earlier answer counts where it ends on no special
-    token at all."""
+    token at all.
+
+    Attributes:
+        unlabelled: the end tokens that have no label.
+        earlier: none of those is the last one of its row.
+    """
 
     last_ids: Indices
+    unlabelled: frozenset[int]
+    earlier: bool
     masked: list[int]
     missing: list[int]
     cut: list[int]
@@ -40,16 +47,21 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
     total = int((facts.table.num_supervised > 0).sum())
     names = facts.named(facts.frame.ends)
     if ends.masked:
+        by_pad = ends.unlabelled <= {facts.tokens.tokenizer.pad_token_id}
+        which = "earlier answers" if ends.earlier else "an answer"
         yield rows_finding(
             facts.names,
             ends.masked,
             code="stop-not-supervised",
             level=_level(ends.masked, total),
-            what=f"the token that ends an answer ({names}) is in the ids of "
-            f"{share(len(ends.masked), total)} and not in their labels",
-            why=_why_masked(facts),
+            what=f"the token that ends {which} ({facts.named(ends.unlabelled)}) is in the ids of "
+            f"{share(len(ends.masked), total)} and not in their labels"
+            + (": the last answer's has one" if ends.earlier else ""),
+            why=_why_masked(by_pad, ends.earlier),
             fix="build labels from lengths, not from the pad id: the first end token of a row is "
-            "part of the answer (truetune's own batches do that)",
+            "part of the answer (truetune's own batches do that)"
+            if by_pad
+            else "labels on each answer from its first token through its end token",
         )
     if ends.cut:
         yield rows_finding(
@@ -190,13 +202,19 @@ def _ends(facts: LabelFacts) -> _Ends:
     masked = set(rows[~ended & follows].tolist()) - headed
     cut = set(rows[~ended & ~follows & final & _at_limit(facts, rows)].tolist()) - headed - masked
     missing = set(rows[~ended & ~follows].tolist()) - headed - masked - cut
+    # Where prompts are trained and answers are not, labels end where no answer does.
+    astray = set(rows_without_targets(facts))
+    masked, cut, missing = masked - astray, cut - astray, missing - astray
     if facts.max_length is None and len(missing) > len(cut):
         # Shorter rows end like that too: the longest are no pile at a limit.
         missing, cut = missing | cut, set()
     last_ids = np.full(len(table), -1, np.int64)
     last_ids[rows[final]] = table.labels[last[final]]
-    last_ids[sorted(headed | cut)] = -1
-    return _Ends(last_ids, *map(sorted, (masked, missing, cut, headed)))
+    last_ids[sorted(headed | cut | astray)] = -1
+    lost = ~ended & follows & np.isin(rows, sorted(masked))
+    unlabelled = frozenset(np.unique(table.ids[after[lost]]).tolist())
+    earlier = not bool((lost & final).any())
+    return _Ends(last_ids, unlabelled, earlier, *map(sorted, (masked, missing, cut, headed)))
 
 
 # A pile at the longest length: rows, and their share among those that are judged.
@@ -322,12 +340,16 @@ def _level(rows: list[int], total: int) -> Level:
     return "error" if len(rows) > _STRAGGLERS * max(total, 1) else "warning"
 
 
-def _why_masked(facts: LabelFacts) -> str:
-    pad = facts.tokens.tokenizer.pad_token_id
-    if pad is not None and pad in facts.frame.ends:
+def _why_masked(by_pad: bool, earlier: bool) -> str:
+    if by_pad:
         return (
             "the pad token is an end token too, and the collator masks every pad token: the real "
             "end goes with the padding, and the model never learns to stop"
+        )
+    if earlier:
+        return (
+            "the mask stops before the end token of every answer but the last: the model is "
+            "trained on answers that do not end, and learns to stop from the last ones alone"
         )
     return "the mask stops before the end token: the model never learns to stop"
 
