@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import html
+import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -64,7 +66,7 @@ def anchors(page: Path) -> set[str]:
     """What GitHub makes of headings."""
     found: list[str] = []
     made = tokens(page)
-    for opening, token in zip(made, made[1:], strict=False):
+    for opening, token in itertools.pairwise(made):
         if opening.type != "heading_open":
             continue
         text = "".join(c.content for c in token.children or () if c.type in ("text", "code_inline"))
@@ -129,8 +131,8 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     found = []
     made = tokens(page)
-    for before, token in zip([None, *made], made, strict=False):
-        if token.type == "fence":
+    for before, token in itertools.pairwise([None, *made]):
+        if token and token.type == "fence":
             said = re.match(r"<!-- not run: (.*) -->", before.content if before else "")
             line = (token.map or [0])[0] + 1
             found.append(
@@ -158,8 +160,9 @@ def unknown(words: list[str], *, whole: bool) -> str:
         except typer.TyperException as error:
             return str(error)
         return ""
-    known = {name for p in there.params for name in (*p.opts, *p.secondary_opts)} | {"-h", "--help"}
-    gone = [word for word in left if re.match(r"--?[a-z]", word) and word.split("=")[0] not in known]
+    known = {name for p in there.params for name in (*p.opts, *p.secondary_opts, "-h", "--help")}
+    given = [word.split("=")[0] for word in left if re.match(r"--?[a-z]", word)]
+    gone = [word for word in given if word not in known]
     return f"no options {gone}" if gone else ""
 
 
@@ -202,3 +205,90 @@ def test_scripts_and_targets_exist(page: Path) -> None:
     asked = re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
     assert [name for name in asked if name not in targets] == []
     assert [name for name, place in modules(page) if not place.exists()] == []
+
+
+# ---------------------------------------------------------------- examples
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the examples name; their model is the embedded base."""
+    base = ROOT / "src/truetune/lab/base"
+    for name in ("Qwen/Qwen2.5-0.5B-Instruct", "src/truetune/lab/base"):
+        shutil.copytree(base, tmp_path / name)
+    rows = (ROOT / "src/truetune/lab/instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, part in {"rows": rows[:48], "held_out": rows[48:56], "questions": rows[:8]}.items():
+        write_rows(tmp_path / f"{name}.jsonl", part)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def with_runs(page: Path) -> None:
+    """Runs that a page names and does not make."""
+    text = "".join(block.text for block in blocks(page))
+    for name in ("runs/first", "runs/quickstart"):
+        if name in text and f"-o {name}" not in text and f'output="{name}"' not in text:
+            words = ["embedded", "rows.jsonl", "--lora", "--max-steps", "2", "-o"]
+            assert command("train", *words, name).code == 0
+
+
+def trainer(folder: Path) -> Any:
+    """Somebody else's, set up as it should be."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    contract = truetune.PromptContract.load("src/truetune/lab/base")
+    text = (folder / "rows.jsonl").read_text(encoding="utf-8")
+    conversations = [json.loads(line)["messages"] for line in text.splitlines()]
+    examples = [contract.encode(messages)[0] for messages in conversations]
+    rows = [
+        {"input_ids": e.ids, "labels": [i if m else -100 for i, m in zip(*e, strict=True)]}
+        for e in examples
+    ]
+    model = AutoModelForCausalLM.from_pretrained("src/truetune/lab/base")
+    model.generation_config.eos_token_id = sorted(contract.stop_ids)
+    arguments = TrainingArguments(
+        str(folder / "other"),
+        per_device_train_batch_size=1,
+        max_steps=1,
+        report_to=[],
+        use_cpu=True,
+    )
+    return Trainer(model, arguments, train_dataset=rows, processing_class=contract.tokenizer)
+
+
+def having(kind: str) -> list[Path]:
+    return [page for page in MANUAL if any(b.kind == kind for b in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", having("python"), ids=name_of)
+def test_python_runs(page: Path, folder: Path) -> None:
+    with_runs(page)
+    names: dict[str, Any] = {"truetune": truetune, "trainer": trainer(folder)}
+    for block in blocks(page):
+        if block.kind == "python" and not block.not_run:
+            exec(compile(block.text, f"{page}:{block.line}", "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [p for p in MANUAL if any(b.commands() for b in blocks(p))], ids=name_of
+)
+def test_commands_run(page: Path, folder: Path) -> None:
+    with_runs(page)
+    for block in blocks(page):
+        for words in block.commands():
+            extra = importlib.util.find_spec("xllamacpp") or "gguf" not in shlex.join(words)
+            if extra and not block.is_left_out(words):
+                shown = command(*words)
+                assert shown.code == 0, (words, shown.out, shown.err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", having("yaml"), ids=name_of)
+def test_recipes_are_taken(page: Path, folder: Path) -> None:
+    for block in blocks(page):
+        if block.kind == "yaml":
+            (folder / "recipe.yaml").write_text(block.text, encoding="utf-8")
+            shown = command("check", "recipe.yaml")
+            assert shown.code == 0, shown
