@@ -56,4 +56,4 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(LITGPT) .venv-supply .reliability.json
+	rm -rf $(VENV) $(LITGPT) .venv-versions .venv-supply .reliability.json

@@ -15,6 +15,7 @@ from truetune.compute.adapter import _LoraLinear, fast_adapters, find_adapters
 from truetune.compute.dropout import dropped
 from truetune.compute.packing import pack
 from truetune.compute.route import Route, find_route
+from truetune.model.lora import enable_gradient_checkpointing
 
 ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 40, 3)]
 
@@ -122,8 +123,7 @@ def test_recomputed_activations_drop_the_same_elements() -> None:
     """To the last bit."""
     plain = lora(dropout=0.3)
     checkpointed = copy.deepcopy(plain)
-    inner = checkpointed.get_base_model()
-    inner.activation_checkpointing_enable({"use_reentrant": False})
+    enable_gradient_checkpointing(checkpointed)
     results = []
     for model in (plain, checkpointed):
         torch.manual_seed(4)

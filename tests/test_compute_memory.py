@@ -19,7 +19,13 @@ from truetune import SFTExample, SFTTrainer
 from truetune.compute import memory, repeated
 from truetune.compute.alive import alive_bytes
 from truetune.compute.batch import Limits
-from truetune.compute.memory import Footprint, available_bytes, footprint, foreseen_footprint
+from truetune.compute.memory import (
+    Footprint,
+    available_bytes,
+    footprint,
+    foreseen_footprint,
+    recomputes,
+)
 from truetune.compute.packing import pack
 from truetune.compute.route import find_route
 from truetune.engine import trainer as loop
@@ -323,7 +329,7 @@ def test_activations_are_computed_twice_where_the_longest_row_would_not_fit(
         found: list[Any] = []
         again = trainer(**long, on_finding=found.append)
         codes[factor] = [finding.code for finding in found]
-        assert again.model.is_activation_checkpointing == bool(found)
+        assert recomputes(again.model) == bool(found)
         assert again.train_step()["loss"] == pytest.approx(usual["loss"], rel=2e-6)
         assert not found or again.footprint.moments[-1][1] < made.footprint.moments[-1][1]
     assert codes == {0.99: ["activations-recomputed"], 1.01: []}

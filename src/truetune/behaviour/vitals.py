@@ -112,7 +112,7 @@ def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
                 f"before the first step it was {losses[0]:.2f}",
                 why="a learning rate that is too high, answers that say nothing about their "
                 "questions, or labels that are not what is served",
-                fix=f"{_GENTLER}; `truetune audit` reads the labels of another trainer",
+                fix=f"{_GENTLER}; `truetune.audit(trainer)` reads the labels of another trainer",
             )
             return
 
@@ -152,7 +152,7 @@ def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"they are served have {served:.2f}",
             why="the loss counts other tokens than the answers (padding, the prompt), is shifted, "
             "or the rows were rendered by another template than the one that serves",
-            fix="compare a batch with what is served: `truetune audit`",
+            fix="compare a batch with what is served: `truetune.audit(trainer)`",
         )
 
 

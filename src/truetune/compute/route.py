@@ -12,6 +12,7 @@ Nothing here knows a model by name.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -254,7 +255,9 @@ def _depends_on_longest(calls: dict[Any, tuple[Any, Any]], longest: int) -> bool
         short = torch.arange(8)[None]
         long = torch.cat([short, torch.tensor([[max(longest - 1, 8)]])], 1)
         turned = []
-        for positions in (short, long, short):
+        # transformers before 5.13 keeps the angles of the longest row: the model's are left alone.
+        module = copy.deepcopy(module)
+        for positions in (short, long):
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
             positions = positions.to(given[0].device)
             made = module(

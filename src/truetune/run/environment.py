@@ -18,7 +18,8 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        # A wheel for CUDA names its build here alone: 2.11.0+cu130.
+        "versions": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
