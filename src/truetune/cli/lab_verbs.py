@@ -92,7 +92,9 @@ def list_experiments() -> None:
         screen.line(f"    {experiment.claim}")
 
 
-_QUICK = typer.Option("--quick", help="One seed in place of all.")
+_QUICK = typer.Option(
+    "--quick", help="A first look: one seed, a quarter of the rows a step, no arm but those judged."
+)
 _SEEDS = typer.Option("--seeds", help="How many seeds. (default: as declared)", min=1)
 _FOLDER = typer.Option("-o", "--output", help="Folder of the trained arms and the results.")
 
@@ -139,7 +141,9 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
         taken = declared[:1] if quick else declared if seeds is None else range(1, seeds + 1)
         screen.line(f"{experiment.name}: {experiment.claim}")
         screen.line(f"expected: {experiment.expected}")
-        result = run(experiment, Path(output) / "arms", list(taken), on_stage=screen.stage)
+        result = run(
+            experiment, Path(output) / "arms", list(taken), quick=quick, on_stage=screen.stage
+        )
         screen.close()
         for one in result["expectations"]:
             seen = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"

@@ -187,7 +187,8 @@ class Experiment:
         expected: in which direction, and how far.
         refuted: what would refute it.
         seeds: of a full run; a quick one takes the first.
-        arms: of a seed, in the order of table and picture.
+        arms: of a seed, in the order of table and picture; a quick run has those alone that an
+            expectation names.
         measure: what is counted of each arm.
         expectations: decide the verdict.
         shown: measures of table and picture, in their order.
@@ -207,6 +208,11 @@ class Experiment:
     expectations: tuple[Expectation, ...]
     shown: tuple[str, ...]
     remark: str = ""
+
+    def quick_arms(self, seed: int) -> list[Arm]:
+        """Those that decide the verdict."""
+        named = {name for e in self.expectations for name in (e.arm, e.than)}
+        return [arm for arm in self.arms(seed) if arm.name in named]
 
     def declaration(self) -> dict[str, object]:
         """What is fixed before the first run."""
