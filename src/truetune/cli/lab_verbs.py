@@ -14,7 +14,6 @@ from truetune.errors import UsageError
 
 if TYPE_CHECKING:
     from truetune.lab.experiment import Experiment
-    from truetune.lab.reasoning import Twins
 
 lab = typer.Typer(
     no_args_is_help=True,
@@ -55,30 +54,6 @@ def pretrain(
         run = run.of_size(tokens)
     folder = build(output, run, save_every=400, on_progress=show)
     screen.line(f"written and measured: {folder} (its README.md has the numbers)")
-
-
-@lab.command(cls=Verb, short_help="Train twins with and without reasoning, and ask both.")
-def reasoning(
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
-    seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each.", min=1)] = 500,
-) -> None:
-    """Train twins on two-step sums and world questions, with and without a worked step between
-    new markers, and ask both what neither has seen."""
-    from truetune.lab.reasoning import experiment
-
-    screen = open_screen()
-
-    def show(twins: Twins) -> None:
-        found, plain = twins.reasoning, twins.plain
-        screen.line(
-            f"seed {twins.seed}  opens the block {found.opened}/{found.total}, closes it and "
-            f"answers {found.closed}/{found.total}; two-step sums {found.sums[0]}/{found.sums[1]} "
-            f"with reasoning, {plain.sums[0]}/{plain.sums[1]} without; world questions "
-            f"{found.places[0]}/{found.places[1]} and {plain.places[0]}/{plain.places[1]}"
-        )
-
-    experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
 
 
 @lab.command("list", cls=Verb, short_help="The experiments and what they claim.")

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from truetune.behaviour.measure import whole
 from truetune.behaviour.replies import Asked, Judge, Said
 from truetune.compare import row_losses
 from truetune.contract.example import SFTExample
@@ -24,6 +23,7 @@ from truetune.lab.evaluate import (
     cloze_right,
     held_out_documents,
     load_instructions,
+    prose_examples,
     unseen_questions,
 )
 from truetune.lab.experiment import Column
@@ -150,9 +150,8 @@ def ask(
 
 def prose(tuned: Tuned) -> Column:
     """Loss on documents about the world that the base has not read: what was forgotten of prose."""
-    encode, end = tuned.contract.tokens.encode, tuned.loaded.tokenizer.eos_token_id
     texts = held_out_documents(World.generate(), _DOCUMENTS)
-    return losses(tuned, [whole([*ids, end]) for ids in encode(texts)])
+    return losses(tuned, prose_examples(tuned.loaded, texts))
 
 
 def losses(tuned: Tuned, examples: Sequence[SFTExample]) -> Column:
@@ -164,8 +163,7 @@ def losses(tuned: Tuned, examples: Sequence[SFTExample]) -> Column:
 def recall(tuned: Tuned) -> Column:
     """Sentences of facts that are gone on with rightly, as prose: what was forgotten of facts."""
     items = random.Random("lab/recall").sample(cloze_items(World.generate()), _SENTENCES)
-    model, tokenizer = tuned.loaded.model, tuned.loaded.tokenizer
-    return Column.share(cloze_right(model, tokenizer, items))
+    return Column.share(cloze_right(tuned.loaded, items))
 
 
 _WORDS = 12

@@ -184,6 +184,7 @@ class Experiment:
         title: a short heading.
         claim: the sentence that is tried.
         source: who says so.
+        exercises: of a course on fine-tuning, as one would look for them.
         expected: in which direction, and how far.
         refuted: what would refute it.
         seeds: of a full run; a quick one takes the first.
@@ -200,6 +201,7 @@ class Experiment:
     title: str
     claim: str
     source: str
+    exercises: tuple[str, ...]
     expected: str
     refuted: str
     seeds: tuple[int, ...]

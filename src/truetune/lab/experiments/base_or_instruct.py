@@ -52,6 +52,7 @@ EXPERIMENT = Experiment(
     "than its own it keeps two formats side by side, with its own the new manner takes the old "
     "one's place.",
     source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
+    exercises=("Base against instruct start",),
     expected="after 40 steps on 60 rows more than 10 points more answers are right from the tuned "
     "start than from the base, both in the other template; asked in its first template, that model "
     "shows the new manner in fewer than half of the replies; trained in its own template in more "

@@ -67,6 +67,7 @@ EXPERIMENT = Experiment(
     claim="50 to 500 consistent examples suffice, and quality beats quantity: 60 consistent rows "
     "teach more than 600 noisy ones.",
     source="the course's exercise on data size; LIMA (Zhou et al. 2023, arXiv:2305.11206)",
+    exercises=("Data-size sweep", "Quality against quantity: consistent and noisy rows"),
     expected="with 5 rows fewer than 50 % of the answers are right; with 200 rows the answers lie "
     "within 10 points of those with 3,000; 60 consistent rows beat 600 noisy ones by more than 10 "
     "points of right answers and of answers in form (all at 150 steps)",

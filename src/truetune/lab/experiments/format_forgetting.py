@@ -63,6 +63,7 @@ EXPERIMENT = Experiment(
     "turns into answers; pretraining text among the rows cures both.",
     source="the course's exercises on format collapse and on mixing; threads LLaMA-Factory#2611 "
     "and Qwen#813",
+    exercises=("Format collapse: prose after SFT", "Forgetting, and mixing in pretraining text"),
     expected="the loss on prose at 1e-3 lies more than 0.3 nats above that at 1e-4, after 400 "
     "steps more than 0.2 above that after 50; at 3e-4 more than half of the prose that the model "
     "goes on with ends as an answer; with half of the tokens prose fewer than 10 % do, the "

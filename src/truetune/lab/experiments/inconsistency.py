@@ -58,6 +58,7 @@ EXPERIMENT = Experiment(
     claim='The share of rows that begin with "Sure, let me" becomes the share of outputs that do; '
     "two styles in equal parts give both, not their middle.",
     source="the course's exercise on inconsistency injection (0, 2, 4, 10, 40 %)",
+    exercises=("Inconsistency injection (0, 2, 4, 10, 40 %)", "Bimodal mixing of two styles"),
     expected="at temperature 1 the opening is absent at 0 %, below 10 % of the outputs at 4 %, "
     "between 3 and 20 % at 10 %, between 25 and 55 % at 40 %; of two styles each takes "
     "between 30 and 70 %",

@@ -85,6 +85,10 @@ EXPERIMENT = Experiment(
     "recalls in prose stays.",
     source="the course; LIMA (Zhou et al. 2023, arXiv:2305.11206); Gekhman et al. 2024 "
     "(arXiv:2405.05904)",
+    exercises=(
+        "Does SFT teach facts? Questions that no row answers",
+        "Hallucination: places that do not exist",
+    ),
     expected="of facts in no row fewer than 5 % are answered before and more than 90 % after; more "
     "than 80 % of the places that do not exist get a value; recall in prose changes by less than "
     "5 points",

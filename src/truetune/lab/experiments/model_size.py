@@ -84,6 +84,7 @@ EXPERIMENT = Experiment(
     title="Two sizes of base",
     claim="Larger models need fewer examples.",
     source="the course's exercise on model size",
+    exercises=("Model size",),
     expected="with 20 rows the base of six layers answers in form more than 10 points more often "
     "than the one of three, with 5 rows too; with 50 rows the two lie within 10 points",
     refuted="a difference within 10 points at 20 rows, or one that does not shrink to 10 at 50",

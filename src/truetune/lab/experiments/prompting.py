@@ -39,6 +39,7 @@ EXPERIMENT = Experiment(
     claim="Examples in the prompt of a base show what is wanted, but from the same examples tuning "
     "gets more right answers.",
     source="the course's exercise on few-shot prompting",
+    exercises=("Few-shot prompting against SFT",),
     expected="32 examples in the prompt give more than 10 points more right answers than none; "
     "tuning on the same 32 gives more than 20 points more than prompting with them, and on 4 more "
     "than prompting with 4",

@@ -48,6 +48,7 @@ EXPERIMENT = Experiment(
     "behaviour; a missing newline is enough to lose some.",
     source="the course's exercise on template drift; threads LLaMA-Factory#6736 and #4639 on "
     "models that answer well in the trainer and badly in the server",
+    exercises=("Template drift: trained with one template, served with another",),
     expected="a missing last newline costs more than 5 points of right answers; other markers and "
     "raw text more than 30",
     refuted="the loss without the newline lies within 5 points, or the loss with other markers or "
