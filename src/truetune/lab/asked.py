@@ -7,7 +7,7 @@ Every arm is asked the same: a hundred questions about places of which no row of
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -112,19 +112,17 @@ def ask(
     tuned: Tuned,
     asked: Sequence[Question] | None = None,
     sampling: Sampling = GREEDY,
-    before: Sequence[Mapping[str, str]] = (),
 ) -> Heard:
     """Ask an arm through its contract.
 
     Args:
         asked: the hundred questions where None.
-        before: messages in front of each question.
     """
     contract = tuned.contract
     asked = questions() if asked is None else asked
     prompts = []
     for question in asked:
-        messages = (*before, {"role": "user", "content": question.text})
+        messages = (*tuned.arm.before, {"role": "user", "content": question.text})
         answer = sentence(question.fact)
         prompts.append(
             Asked(

@@ -55,6 +55,7 @@ class Arm:
         served: Jinja of the template that it is asked through, where that is not the one it was
             trained with; answers still end on the token they were trained to end on.
         stop: tokens that end an answer beside those.
+        before: messages in front of everything that it is asked.
         edit: changes the files of the saved model, in a copy of the run, before it is opened.
     """
 
@@ -67,6 +68,7 @@ class Arm:
     build: Callable[[Path], None] | None = None
     served: str | None = None
     stop: Sequence[str] = ()
+    before: Sequence[Mapping[str, str]] = ()
     edit: Callable[[Path], None] | None = None
 
 

@@ -18,18 +18,20 @@ _PLAIN = (
 )
 
 
+def _prompted(number: int, seed: int) -> Arm:
+    """The base, with examples in front of each question: the rows of the arm that is tuned on as
+    many."""
+    before = [message for row in rows(number, seed) for message in messages_of(row)]
+    return Arm(f"prompt with {number} examples", served=_PLAIN, stop=["\n"], before=before)
+
+
 def arms(seed: int) -> Sequence[Arm]:
-    prompted = [Arm(f"prompt with {n} examples", served=_PLAIN, stop=["\n"]) for n in _SHOTS]
+    prompted = [_prompted(n, seed) for n in _SHOTS]
     return [*prompted, *(Arm(f"tuned on {n} rows", rows=rows(n, seed)) for n in _SHOTS[1:])]
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """Examples of a prompt are the rows of the arm that is tuned on as many."""
-    before: list[dict[str, str]] = []
-    if tuned.arm.name.startswith("prompt"):
-        number = int(tuned.arm.name.split()[2])
-        before = [message for row in rows(number, tuned.seed) for message in messages_of(row)]
-    return ask(tuned, before=before).columns()
+    return ask(tuned).columns()
 
 
 EXPERIMENT = Experiment(
