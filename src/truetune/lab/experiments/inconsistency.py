@@ -77,4 +77,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("apes it", "apes it, greedy", "short style", "right"),
+    remark="Greedy decoding hides it: at 10 % of the rows no greedy reply has the opening, at 40 % "
+    "23 % do, while one sampled reply in seven and four in nine have it. The two styles are "
+    "both kept, and the greedy answers of that arm are right in 80 % only: the short style "
+    "has no sentence that leads to the value.",
 )  # fmt: skip

@@ -64,4 +64,13 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "ended", "repeats"),
+    remark="Examples move the form, and little else: with 4 of them 97 % of the replies end at "
+    "the line where 2 % did, and 13 % are right where 1 % was; 16 and 32 add nothing. "
+    "Replies to prompts with 4 and 32 examples, read for seed 1, go on in the words of the "
+    "corpus (*it is the Quorne. The craft that is practised there is beekeeping*) and "
+    "mostly with a value of another place (14 and 18 of the 30 that were read). Why that "
+    "may be: a base of 5 M weights that has read no questions has learned little of "
+    "copying from far back. The bound of 10 points for 32 examples is met by one seed of "
+    "three. Which 4 rows were drawn decides what tuning makes of them (28, 26 and 16 % "
+    "right), and seed 3 is level with its prompt. From 16 rows on tuning leads by far.",
 )  # fmt: skip

@@ -78,4 +78,6 @@ EXPERIMENT = Experiment(
         Expectation("which end", "ended, bare prompt", "one sentence", above=0.9),
     ),
     shown=("sentences", "sentences, bare prompt", "reply length", "right"),
+    remark="A bare place name is no question, and is answered all the same, in as many sentences "
+    "as the rows have.",
 )  # fmt: skip

@@ -68,9 +68,10 @@ EXPERIMENT = Experiment(
         Expectation("raw text costs 30", "right", "raw text", "as trained", below=-0.3),
     ),
     shown=("right", "ended", "role leak", "repeats"),
-    remark="The missing newline cost nothing here, and raw text less than claimed: the markers are "
-    "tokens of their own that carry the format alone, and the model has learned one kind of "
-    "question, which it knows by its words. A model that serves several formats has more to "
-    "mix up. Text markers that look like another format (### Instruction) do the damage: the "
-    "model copies another place or relation.",
+    remark="The missing newline cost less than one answer in a hundred (its interval just reaches "
+    "the bound), and raw text less than claimed: the markers are tokens of their own that "
+    "carry the format alone, and the model has learned one kind of question, which it "
+    "knows by its words. A model that serves several formats has more to mix up. Text "
+    "markers that look like another format (### Instruction) do the damage: the model "
+    "copies another place or relation.",
 )  # fmt: skip
