@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from truetune.lab.experiment import (
     estimate,
     verdict,
 )
-from truetune.lab.page import files, page
+from truetune.lab.failures import table
+from truetune.lab.page import files, number, page
 from truetune.lab.results import read, run, write
+from truetune.lab.words import words
 from truetune.reporting.svg import Dots, dot_plot
 
 RESULTS = Path(__file__).parents[1] / "docs" / "lab"
@@ -308,7 +311,7 @@ TINY = Experiment(
     seeds=(1, 2, 3), arms=few,
     measure=lambda tuned: {
         "right": Column.share(ask(tuned, questions()[:10]).right),
-        "prose": prose(tuned),
+        "prose": prose(tuned, documents=4),
         "training loss": ending_loss(tuned),
     },
     expectations=(Expectation("few are right", "right", "two steps", below=0.5),),
@@ -327,7 +330,7 @@ def test_a_result_has_numbers_machine_commit_and_verdict(
     assert result["verdict"] == "reproduced"
     assert [arm["name"] for arm in result["arms"]] == ["base", "two steps"]
     base, tuned = (arm["measures"] for arm in result["arms"])
-    assert base["prose"]["value"] == pytest.approx(0.77, abs=0.02)
+    assert base["prose"]["value"] == pytest.approx(0.835, abs=0.01)
     assert "training loss" not in base  # nothing was trained
     assert tuned["training loss"]["value"] > 1
     assert result["commit"]
@@ -354,6 +357,13 @@ def test_the_page_says_what_was_quick_and_what_was_not_run(result: dict[str, Any
     assert "| 100 | other: Three steps | not run yet |  |" in told
     assert "## 100." not in told
     assert "quick form" not in page([result], [TINY]).split("## 99")[1]
+
+
+def test_every_failure_is_in_the_table_of_failures() -> None:
+    told = "\n".join(table(read(RESULTS), number))
+    for name in words("failures"):
+        assert f"| {name} |" in told
+    assert list(table([], number)) == []
 
 
 def test_every_exercise_is_found_by_name() -> None:
@@ -421,17 +431,33 @@ def test_a_page_of_results_beside_its_pictures(result: dict[str, Any], tmp_path:
 # --------------------------------------------------------------- two claims, in quick form
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, float]]:
+    """A measure of each arm of an experiment in quick form; both train the same sound arm once."""
+    arms = tmp_path_factory.mktemp("quick")
+
+    def ran(name: str, measure: str) -> dict[str, float]:
+        found = run(find(name), arms, [1], quick=True)
+        return {arm["name"]: arm["measures"][measure]["value"] for arm in found["arms"]}
+
+    return ran
+
+
 @pytest.mark.slow
-def test_a_masked_end_marker_is_never_written(tmp_path: Path) -> None:
-    found = run(find("end-marker"), tmp_path, [1])
-    ended = {arm["name"]: arm["measures"]["ended"]["value"] for arm in found["arms"]}
+def test_a_masked_end_marker_is_never_written(
+    quick: Callable[[str, str], dict[str, float]],
+) -> None:
+    """Of 100 replies 100 end, and 0 without the marker."""
+    ended = quick("end-marker", "ended")
     assert ended["trained"] > 0.9
     assert max(ended["marker masked"], ended["marker absent"]) < 0.1
 
 
 @pytest.mark.slow
-def test_another_template_in_serving_costs_answers(tmp_path: Path) -> None:
-    found = run(find("template-drift"), tmp_path, [1])
-    right = {arm["name"]: arm["measures"]["right"]["value"] for arm in found["arms"]}
+def test_another_template_in_serving_costs_answers(
+    quick: Callable[[str, str], dict[str, float]],
+) -> None:
+    """Of 100 answers 93 to 97 are lost in three seeds of the full form."""
+    right = quick("template-drift", "right")
     assert right["as trained"] > 0.9
-    assert right["other markers"] < right["as trained"] - 0.3
+    assert right["other markers"] < right["as trained"] - 0.5

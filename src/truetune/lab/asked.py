@@ -146,9 +146,9 @@ def ask(
     return Heard(tuple(said), right, closed, tuple(q.text for q in asked))
 
 
-def prose(tuned: Tuned) -> Column:
+def prose(tuned: Tuned, documents: int = _DOCUMENTS) -> Column:
     """Loss on documents about the world that the base has not read: what was forgotten of prose."""
-    texts = held_out_documents(World.generate(), _DOCUMENTS)
+    texts = held_out_documents(World.generate(), documents)
     return losses(tuned, prose_examples(tuned.loaded, texts))
 
 
