@@ -58,13 +58,15 @@ def pretrain(
 
 @lab.command("list", cls=Verb, short_help="The experiments and what they claim.")
 def list_experiments() -> None:
-    """Show each experiment: its name, and the claim about fine-tuning that it tries."""
+    """Show each experiment: its name, the claim about fine-tuning that it tries, and the exercises
+    of a course that it answers."""
     from truetune.lab.catalogue import every
 
     screen = open_screen()
     for experiment in every():
         screen.line(f"{experiment.number:>2}  {experiment.name}")
         screen.line(f"    {experiment.claim}")
+        screen.line(f"    exercise: {'; '.join(experiment.exercises)}")
 
 
 _QUICK = typer.Option(
