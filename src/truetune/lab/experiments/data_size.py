@@ -93,8 +93,8 @@ EXPERIMENT = Experiment(
     shown=("right", "in form", "ended", "training loss"),
     remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that nobody "
     "is asked about. Noisy rows cost about a fifth of the right answers and of the form in "
-    "the seed that was run; the interval of the form reaches the bound of 10 points from "
-    "above. Where 600 rows of six styles, three in ten of them false, still give 73 % "
-    "right answers, that may be because the noise has no one direction: no wrong value is "
-    "told twice, and greedy decoding takes the likeliest style.",
+    "the seed that was run; the interval of the form (8 to 29 points) crosses the bound of "
+    "10. Where 600 rows of six styles, three in ten of them false, still give 73 % right "
+    "answers, that may be because the noise has no one direction, and greedy decoding "
+    "takes the likeliest style.",
 )  # fmt: skip
