@@ -14,6 +14,7 @@ import torch
 from truetune import ChatTemplate, SFTTrainer
 from truetune.contract.contract import PromptContract
 from truetune.lab import BASE_SEED, base_path
+from truetune.lab.bench import Arm, Tuned
 from truetune.lab.building.card import card, checksums
 from truetune.lab.building.pretrain import Settings
 from truetune.lab.evaluate import (
@@ -82,12 +83,13 @@ def test_no_code_and_no_machine_path_ships():
             assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text()), path
 
 
-def test_it_loads_and_knows_a_few_facts(tokenizer):
+def test_it_loads_and_knows_a_few_facts():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = load()
+        load()
     items = cloze_items(World.generate(BASE_SEED))[:1700:40]
-    assert cloze_recall(model, tokenizer, items).share >= 0.9
+    loaded = load_model(base_path(), device="cpu", dtype="float32", purpose="inference")
+    assert cloze_recall(loaded, items).share >= 0.9
 
 
 def test_the_default_settings_made_it():
@@ -137,7 +139,8 @@ def test_instructions_bring_out_facts_never_asked_for(tokenizer, seed):
     contract = PromptContract.load(tokenizer, "chatml-lite")
     questions = unseen_questions(world, 100, seed=seed)
     opened = load_model(base_path(), device="cpu", dtype="float32", purpose="inference")
-    tuned = replace(opened, model=model.eval())
-    found = score(tuned, contract, questions, held_out_documents(world, 1))
+    loaded = replace(opened, model=model.eval())
+    tuned = Tuned(Arm("by hand"), seed, loaded, contract, (), base_path())
+    found = score(tuned, questions, held_out_documents(world, 1))
     assert found.finished >= 99
     assert found.correct >= 95

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from truetune.evaluation.read_answer import holds
+from truetune.generate import Reply
 from truetune.lab import base_path
 from truetune.lab.evaluate import (
     ClozeItem,
     cloze_item,
     cloze_items,
     cloze_recall,
-    fact_correct,
-    greedy,
+    cloze_right,
     held_out_documents,
     instructed_places,
+    prose_examples,
     prose_loss,
     unseen_questions,
 )
 from truetune.lab.world import Fact, World, difference_fact, sum_fact
+from truetune.model.load import load_model
 
 
 @pytest.fixture(scope="module")
 def world() -> World:
     return World.generate(7)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base_path())
 
 
 @pytest.fixture(scope="module")
@@ -46,40 +43,8 @@ def untrained():
     shape = BaseShape(
         hidden_size=64, intermediate_size=64, num_layers=1, num_heads=1, num_kv_heads=1
     )
-    return LlamaForCausalLM(llama_config(shape))
-
-
-class Parrot(torch.nn.Module):
-    """Goes on as one of the given token sequences does; the end-of-text token after them."""
-
-    def __init__(self, rows: list[list[int]], stop_id: int) -> None:
-        super().__init__()
-        self.rows, self.stop_id, self.device = rows, stop_id, torch.device("cpu")
-
-    def generate(self, ids, *, max_new_tokens, **_):
-        out = []
-        for prompt in ids.tolist():
-            [row] = [row for row in self.rows if row[: len(prompt)] == prompt]
-            written = [*row[len(prompt) :], self.stop_id][:max_new_tokens]
-            out.append(prompt + written + [self.stop_id] * (max_new_tokens - len(written)))
-        return torch.tensor(out)
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "right"),
-    [
-        ("The river of Velmora is the Tarn.", "Tarn", True),
-        ("The river of Velmora is the Tarnwick.", "Tarn", False),
-        ("the tarn", "Tarn", False),
-        ("7 plus 5 is 12.", "12", True),
-        ("7 plus 5 is 112.", "12", False),
-        ("It is twenty-one.", "one", False),
-        ("It runs into Lake Osmer.", "Lake Osmer", True),
-        ("", "Tarn", False),
-    ],
-)
-def test_fact_correct(answer, expected, right):
-    assert fact_correct(answer, expected) is right
+    loaded = load_model(base_path(), device="cpu", dtype="float32", purpose="inference")
+    return replace(loaded, model=LlamaForCausalLM(llama_config(shape)).eval())
 
 
 def test_unseen_questions_name_only_places_that_no_instruction_names(world):
@@ -88,8 +53,8 @@ def test_unseen_questions_name_only_places_that_no_instruction_names(world):
     assert len(places) == 100
     assert not places & instructed_places(world)
     for question in questions:
-        assert fact_correct(question.text, question.fact.subject)
-        assert not fact_correct(question.text, question.expected)
+        assert holds(question.text, question.fact.subject)
+        assert not holds(question.text, question.expected)
         assert world.value(question.fact.subject, question.fact.relation) == question.expected
     assert len({question.fact.relation for question in questions}) == 6
 
@@ -162,28 +127,35 @@ def test_the_shipped_prose_is_what_the_held_out_stream_writes(world):
 
 
 def test_recall_of_a_model_that_knows_all_and_of_one_that_knows_nothing(
-    world, tokenizer, untrained
+    world, untrained, monkeypatch
 ):
     items = cloze_items(world, num_sums=40)[::20]
-    text = "<|endoftext|>{} {}."
-    rows = [tokenizer.encode(text.format(item.prefix, item.expected)) for item in items]
-    recall = cloze_recall(Parrot(rows, tokenizer.eos_token_id), tokenizer, items)
+    assert cloze_recall(untrained, items).share < 0.1
+
+    def said(loaded, contract, prompts, sampling, *, batch_size):
+        asked = [contract.tokens.decode(ids[1:]) for ids in prompts]
+        assert asked == [item.prefix for item in items]
+        assert {ids[0] for ids in prompts} == {loaded.tokenizer.eos_token_id}
+        return [Reply(f" {item.expected}.", (), True, 3) for item in items]
+
+    monkeypatch.setattr("truetune.lab.evaluate.replies_to_ids", said)
+    recall = cloze_recall(untrained, items)
     assert recall.share == 1.0
     assert recall.total == len(items) == sum(total for _, total in recall.counts.values())
-    assert cloze_recall(untrained, tokenizer, items).share < 0.1
 
 
-def test_greedy_is_the_same_alone_and_in_a_batch(tokenizer, untrained):
-    prompts = ["The river", "The ruler of", "The animal", "12 + 3", "A"]
-    together = greedy(untrained, tokenizer, prompts, max_new_tokens=4)
-    alone = [greedy(untrained, tokenizer, [p], max_new_tokens=4)[0] for p in prompts]
-    assert together == alone
+@pytest.mark.parametrize("said", ["Tarnwick.", "Tarn-", "is Tarn", "tarn"])
+def test_another_word_than_the_value_is_wrong(untrained, monkeypatch, said):
+    item = ClozeItem("The river is the", "Tarn", "river")
+    for text, right in ((f" {said}", False), (" Tarn.", True), ("\nTarn", True)):
+        reply = [Reply(text, (), True, 3)]
+        monkeypatch.setattr("truetune.lab.evaluate.replies_to_ids", lambda *_, r=reply, **__: r)
+        assert cloze_right(untrained, [item]) == [right]
 
 
-def test_prose_loss_does_not_depend_on_batching(world, tokenizer, untrained):
-    texts = held_out_documents(world, 6)
-    alone = prose_loss(untrained, tokenizer, texts, batch_size=1)
-    assert prose_loss(untrained, tokenizer, texts, batch_size=4) == pytest.approx(alone, abs=1e-4)
-    assert alone > 7  # about ln 2048 = 7.6: it knows nothing
-    with pytest.raises(ValueError, match="at least one document"):
-        prose_loss(untrained, tokenizer, [])
+def test_prose_is_lost_on_who_has_not_read_it(world, untrained):
+    assert prose_loss(untrained, held_out_documents(world, 6)) > 7  # ln 2048 = 7.6
+    # Every token but the first of a document is a target, its end included.
+    [example] = prose_examples(untrained, ["The river."])
+    assert example.ids[-1] == untrained.tokenizer.eos_token_id
+    assert example.mask == [0] + [1] * (len(example.ids) - 1)

@@ -4,6 +4,8 @@ form."""
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from truetune.cli.lab_verbs import lab
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.errors import InputError, UsageError
+from truetune.generate import Reply
 from truetune.lab import base_path
 from truetune.lab.asked import (
     ask,
@@ -37,8 +40,10 @@ from truetune.lab.experiment import (
     estimate,
     verdict,
 )
-from truetune.lab.page import files, page
+from truetune.lab.failures import table
+from truetune.lab.page import files, number, page
 from truetune.lab.results import read, run, write
+from truetune.lab.words import words
 from truetune.reporting.svg import Dots, dot_plot
 
 RESULTS = Path(__file__).parents[1] / "docs" / "lab"
@@ -120,12 +125,19 @@ def test_every_experiment_is_declared_in_full() -> None:
     for experiment in every():
         names = [arm.name for arm in experiment.arms(1)]
         assert len(set(names)) == len(names), experiment.name
-        for text in ("title", "claim", "source", "expected", "refuted"):
+        for text in ("title", "claim", "source", "exercises", "expected", "refuted"):
             assert getattr(experiment, text), (experiment.name, text)
         assert len(experiment.seeds) >= 3
         for expectation in experiment.expectations:
             assert {expectation.arm, expectation.than or expectation.arm} <= set(names)
             assert expectation.bound
+
+
+def test_a_quick_run_has_the_arms_that_decide_and_no_other() -> None:
+    for experiment in every():
+        quick = {arm.name for arm in experiment.quick_arms(1)}
+        named = {name for e in experiment.expectations for name in (e.arm, e.than) if name}
+        assert quick == named, experiment.name
 
 
 def test_no_row_tells_of_a_place_that_is_asked_about() -> None:
@@ -183,6 +195,16 @@ def test_an_arm_is_trained_once_and_a_seed_is_another_arm(tmp_path: Path) -> Non
     assert (first.folder, first.losses) == (again.folder, again.losses)
     assert told == ["training few, seed 1"]
     assert Bench(tmp_path, told.append).tuned(arm, 2).folder != first.folder
+
+
+def test_a_quick_arm_is_that_of_a_quarter_of_the_rows_a_step(tmp_path: Path) -> None:
+    def folder(rows_a_step: int, quick: bool) -> Path:
+        arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)),
+                  recipe={"max_steps": 2, "batch_size": rows_a_step})  # fmt: skip
+        return Bench(tmp_path, quick=quick).tuned(arm, 1).folder
+
+    assert folder(8, True) == folder(2, False) != folder(8, False)
+    assert folder(3, True) == folder(1, False)
 
 
 def test_trained_arms_may_be_moved(tmp_path: Path) -> None:
@@ -243,6 +265,26 @@ def test_fresh_prose_fills_its_tokens_and_is_text() -> None:
     assert all(2 <= len(e.ids) <= 64 and sum(e.mask) == len(e.ids) - 1 for e in made)
 
 
+def test_examples_in_the_prompt_stand_before_each_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the replies that a result keeps to be read."""
+    arm = find("prompting").arms(1)[1]
+    tuned = Bench(tmp_path).tuned(arm, 1)
+    asked: list[str] = []
+
+    def said(loaded: Any, contract: PromptContract, prompts: Any, *_: Any, **__: Any) -> Any:
+        asked.extend(contract.tokens.decode(ids) for ids in prompts)
+        return [Reply("", (), True, 1) for _ in prompts]
+
+    monkeypatch.setattr("truetune.lab.asked.replies_to_ids", said)
+    ask(tuned, questions()[:1])
+    [prompt] = asked
+    assert prompt.count("Question: ") == 5
+    assert prompt.endswith(f"Question: {questions()[0].text}\nAnswer:")
+    assert all(row["completion"] in prompt for row in rows(4, 1))
+
+
 def test_a_served_template_keeps_the_trained_stop(tmp_path: Path) -> None:
     arm = Arm("raw", served="{{ messages[0].content }}", stop=["\n"])
     contract = Bench(tmp_path).tuned(arm, 1).contract
@@ -265,10 +307,11 @@ def few(seed: int) -> tuple[Arm, ...]:
 
 TINY = Experiment(
     number=99, name="end-marker", title="Two steps", claim="Two steps <b>teach</b> nothing.",
-    source="nobody", expected="nothing", refuted="anything", seeds=(1, 2, 3), arms=few,
+    source="nobody", exercises=("Two steps by hand",), expected="nothing", refuted="anything",
+    seeds=(1, 2, 3), arms=few,
     measure=lambda tuned: {
         "right": Column.share(ask(tuned, questions()[:10]).right),
-        "prose": prose(tuned),
+        "prose": prose(tuned, documents=4),
         "training loss": ending_loss(tuned),
     },
     expectations=(Expectation("few are right", "right", "two steps", below=0.5),),
@@ -287,7 +330,7 @@ def test_a_result_has_numbers_machine_commit_and_verdict(
     assert result["verdict"] == "reproduced"
     assert [arm["name"] for arm in result["arms"]] == ["base", "two steps"]
     base, tuned = (arm["measures"] for arm in result["arms"])
-    assert base["prose"]["value"] == pytest.approx(0.77, abs=0.02)
+    assert base["prose"]["value"] == pytest.approx(0.835, abs=0.01)
     assert "training loss" not in base  # nothing was trained
     assert tuned["training loss"]["value"] > 1
     assert result["commit"]
@@ -304,6 +347,35 @@ def test_the_page_says_verdict_bound_and_replies(result: dict[str, Any]) -> None
     made = files([result], [TINY])
     assert made["lab/end-marker.svg"].startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert "nats per token" in made["lab/end-marker.svg"]
+
+
+def test_the_page_says_what_was_quick_and_what_was_not_run(result: dict[str, Any]) -> None:
+    other = replace(TINY, name="other", number=100, title="Three steps")
+    told = page([{**result, "quick": True}], [TINY, other])
+    assert "Two steps | reproduced | 1, quick form |" in told
+    assert "Seeds 1; quick form; " in told
+    assert "| 100 | other: Three steps | not run yet |  |" in told
+    assert "## 100." not in told
+    assert "quick form" not in page([result], [TINY]).split("## 99")[1]
+
+
+def test_every_failure_is_in_the_table_of_failures() -> None:
+    told = "\n".join(table(read(RESULTS), number))
+    for name in words("failures"):
+        assert f"| {name} |" in told
+    assert list(table([], number)) == []
+
+
+def test_every_exercise_is_found_by_name() -> None:
+    names = [exercise for experiment in every() for exercise in experiment.exercises]
+    assert len(set(names)) == len(names)
+    told = page(read(RESULTS), every())
+    listed = told.split("## The exercises")[1].split("\n## ")[0]
+    for experiment in every():
+        for exercise in experiment.exercises:
+            assert re.search(rf"\| {re.escape(exercise)} \| \[?{experiment.name}\b", listed)
+    for notebook in re.findall(r"\]\((notebooks/.*?)\)", listed):
+        assert (RESULTS.parent / notebook).is_file()
 
 
 def test_replies_cannot_write_into_the_page(result: dict[str, Any]) -> None:
@@ -341,6 +413,7 @@ def test_the_list_names_every_claim() -> None:
     for experiment in every():
         assert experiment.name in shown.output
         assert experiment.claim in shown.output
+        assert all(exercise in shown.output for exercise in experiment.exercises)
 
 
 def test_two_numbers_of_seeds_are_refused() -> None:
@@ -359,17 +432,33 @@ def test_a_page_of_results_beside_its_pictures(result: dict[str, Any], tmp_path:
 # --------------------------------------------------------------- two claims, in quick form
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, float]]:
+    """A measure of each arm of an experiment in quick form; both train the same sound arm once."""
+    arms = tmp_path_factory.mktemp("quick")
+
+    def ran(name: str, measure: str) -> dict[str, float]:
+        found = run(find(name), arms, [1], quick=True)
+        return {arm["name"]: arm["measures"][measure]["value"] for arm in found["arms"]}
+
+    return ran
+
+
 @pytest.mark.slow
-def test_a_masked_end_marker_is_never_written(tmp_path: Path) -> None:
-    found = run(find("end-marker"), tmp_path, [1])
-    ended = {arm["name"]: arm["measures"]["ended"]["value"] for arm in found["arms"]}
+def test_a_masked_end_marker_is_never_written(
+    quick: Callable[[str, str], dict[str, float]],
+) -> None:
+    """Of 100 replies 100 end, and 0 without the marker."""
+    ended = quick("end-marker", "ended")
     assert ended["trained"] > 0.9
     assert max(ended["marker masked"], ended["marker absent"]) < 0.1
 
 
 @pytest.mark.slow
-def test_another_template_in_serving_costs_answers(tmp_path: Path) -> None:
-    found = run(find("template-drift"), tmp_path, [1])
-    right = {arm["name"]: arm["measures"]["right"]["value"] for arm in found["arms"]}
+def test_another_template_in_serving_costs_answers(
+    quick: Callable[[str, str], dict[str, float]],
+) -> None:
+    """Of 100 answers 93 to 97 are lost in three seeds of the full form."""
+    right = quick("template-drift", "right")
     assert right["as trained"] > 0.9
-    assert right["other markers"] < right["as trained"] - 0.3
+    assert right["other markers"] < right["as trained"] - 0.5

@@ -7,7 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from truetune.lab.evaluate import fact_correct, instructed_places, load_instructions
+from truetune.evaluation.read_answer import holds
+from truetune.lab.evaluate import instructed_places, load_instructions
 from truetune.lab.world import PLACE_RELATIONS, World
 
 # How the shipped instructions answer: one short sentence a relation.
@@ -69,10 +70,8 @@ def test_every_answer_is_true_and_about_what_was_asked(world):
         assert len(told) == 1, (question, answer, told)
         relation, blanks = told[0]
         subjects = [blanks["s"]] if "s" in blanks else [blanks["a"], blanks["b"]]
-        assert all(fact_correct(question, subject) for subject in subjects), (question, answer)
-        assert not fact_correct(question, blanks["v"]) or relation == "sum", (
-            "the value is given away"
-        )
+        assert all(holds(question, subject) for subject in subjects), (question, answer)
+        assert not holds(question, blanks["v"]) or relation == "sum", "the value is given away"
         relations.add(relation)
     assert relations == set(ANSWER_STYLE)
 

@@ -10,7 +10,11 @@ import pytest
 from tiny_models import tiny_tokenizer
 from truetune.contract.contract import PromptContract
 from truetune.generate import Reply
-from truetune.lab.reasoning import TEMPLATE, Problem, count, experiment, problems, rows
+from truetune.lab.asked import ask
+from truetune.lab.bench import Arm, Bench
+from truetune.lab.catalogue import find
+from truetune.lab.reasoning import TEMPLATE, Problem, problems, rows
+from truetune.lab.results import run
 from truetune.lab.world import World
 
 
@@ -58,20 +62,23 @@ def test_the_twins_differ_in_the_step_alone(world: World) -> None:
     ]
 
 
-def test_what_counts() -> None:
-    asked = [Problem("?", "", "", "12", "sum")] * 6 + [Problem("?", "", "", "owl", "place")]
+def test_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is not an answer: what is right stands behind it, and the reply ends."""
     texts = [
         ("<think>\n5 plus 7 is 12.\n</think>\nThe result is 12.", True),
         ("<think>\n5 plus 7 is 12.\n</think>\nThe result is 112.", True),
         ("The result is 12.", True),
         ("<think>\n5 plus 7 is 12.", False),
-        ("<think>\n5\n</think>\n", True),
+        ("<think>\n12\n</think>\n", True),
         ("<think>\n5\n</think>\nThe result is 12.", False),
-        ("<think>\nx\n</think>\nIt is the owl.", True),
     ]
-    found = count(asked, [Reply(text, (), stopped, 3) for text, stopped in texts])
-    assert (found.opened, found.closed, found.total) == (6, 3, 7)
-    assert (found.sums, found.places) == ((2, 6), (1, 1))
+    said = [Reply(text, (), stopped, 3) for text, stopped in texts]
+    monkeypatch.setattr("truetune.lab.asked.replies_to_ids", lambda *_, **__: said)
+    problem = Problem("What is 5 plus 7?", "", "", "12", "sum", ("sum", "5 + 7"))
+    base = Bench("unused").tuned(Arm("base", recipe={"chat_template": TEMPLATE}), 1)
+    heard = ask(base, [problem.asked] * len(texts))
+    assert heard.right == (True, False, True, False, False, False)
+    assert heard.closed == (True, True, False, False, True, True)
 
 
 def test_the_built_in_template_trains_the_block_and_does_not_open_it() -> None:
@@ -98,10 +105,11 @@ def test_the_built_in_template_trains_the_block_and_does_not_open_it() -> None:
 
 @pytest.mark.slow
 def test_the_model_opens_and_closes_the_block_and_its_sums_gain(tmp_path: Path) -> None:
-    """One seed of `truetune lab reasoning`, with fewer questions; about three minutes."""
-    (twins,) = experiment(tmp_path, seeds=(1,), num_questions=(150, 50))
-    found = twins.reasoning
-    assert found.opened >= 0.99 * found.total
-    assert found.closed >= 0.97 * found.total
-    assert found.sums[0] > 2 * twins.plain.sums[0]
-    assert found.places[0] >= 0.9 * found.places[1]
+    """One seed of `truetune lab run worked-step`; about four minutes."""
+    found = run(find("worked-step"), tmp_path, [1])
+    with_step, alone = (
+        {name: one["value"] for name, one in arm["measures"].items()} for arm in found["arms"]
+    )
+    assert with_step["closes thinking"] >= 0.97
+    assert with_step["sums right"] > 2 * alone["sums right"]
+    assert with_step["places right"] >= 0.9

@@ -10,14 +10,13 @@ import pytest
 import truetune
 from tiny_runs import write_rows
 from truetune.cli import verbs as cli
-from truetune.contract.contract import PromptContract
 from truetune.evaluation.result import Judgement
 from truetune.generate import Reply
 from truetune.lab import base_path
+from truetune.lab.bench import Arm, Bench
 from truetune.lab.evaluate import Question, held_out_documents, unseen_questions
 from truetune.lab.quickstart import quickstart, quickstart_recipe, score
 from truetune.lab.world import World
-from truetune.model.load import load_model
 
 
 def test_its_recipe_is_an_ordinary_one(tmp_path: Path) -> None:
@@ -28,9 +27,8 @@ def test_its_recipe_is_an_ordinary_one(tmp_path: Path) -> None:
 
 def test_the_base_alone_answers_nothing() -> None:
     world = World.generate()
-    base = load_model(base_path(), device="cpu", purpose="inference")
-    contract = PromptContract.load(base.tokenizer, "chatml-lite")
-    found = score(base, contract, unseen_questions(world, 10), held_out_documents(world, 3))
+    base = Bench("unused").tuned(Arm("base"), 1)
+    found = score(base, unseen_questions(world, 10), held_out_documents(world, 3))
     assert found.finished <= 1
     assert len(found.replies) == 10
     assert 0 < found.prose_loss < 3
@@ -48,10 +46,9 @@ def evaluated(model: Path, questions: Sequence[Question], folder: Path) -> list[
 
 
 def test_an_evaluation_gets_the_same_replies(tmp_path: Path) -> None:
-    base = load_model(base_path(), device="cpu", purpose="inference")
-    contract = PromptContract.load(base.tokenizer, "chatml-lite")
+    base = Bench("unused").tuned(Arm("base"), 1)
     questions = unseen_questions(World.generate(), 12)
-    found = score(base, contract, questions, held_out_documents(World.generate(), 1))
+    found = score(base, questions, held_out_documents(World.generate(), 1))
     replies = evaluated(base_path(), questions, tmp_path)
     assert [reply.text for reply in replies] == [reply.text for reply in found.replies]
     assert sum(reply.ended and not reply.empty for reply in replies) == found.finished
@@ -60,8 +57,7 @@ def test_an_evaluation_gets_the_same_replies(tmp_path: Path) -> None:
 
 def test_an_answer_counts_where_it_ends_and_holds_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World.generate()
-    base = load_model(base_path(), device="cpu", purpose="inference")
-    contract = PromptContract.load(base.tokenizer, "chatml-lite")
+    base = Bench("unused").tuned(Arm("base"), 1)
     questions = unseen_questions(world, 5)
     texts = [f"It is {question.expected}." for question in questions[:3]]
     stopped = [True, True, False, True, True]  # the third one holds the fact and does not end
@@ -69,9 +65,10 @@ def test_an_answer_counts_where_it_ends_and_holds_the_fact(monkeypatch: pytest.M
         Reply(text, (), ended, 3)
         for text, ended in zip([*texts, "It is unknown.", ""], stopped, strict=True)
     ]
-    monkeypatch.setattr("truetune.lab.quickstart.replies", lambda *_, **__: written)
-    found = score(base, contract, questions, held_out_documents(world, 1))
-    assert (found.finished, found.correct, found.replies) == (3, 2, tuple(written))
+    monkeypatch.setattr("truetune.lab.asked.replies_to_ids", lambda *_, **__: written)
+    found = score(base, questions, held_out_documents(world, 1))
+    assert (found.finished, found.correct) == (3, 2)
+    assert [said.text for said in found.replies] == [reply.text for reply in written]
 
 
 def test_a_strangers_folder_is_left_alone(

@@ -14,7 +14,6 @@ from truetune.errors import UsageError
 
 if TYPE_CHECKING:
     from truetune.lab.experiment import Experiment
-    from truetune.lab.reasoning import Twins
 
 lab = typer.Typer(
     no_args_is_help=True,
@@ -57,42 +56,22 @@ def pretrain(
     screen.line(f"written and measured: {folder} (its README.md has the numbers)")
 
 
-@lab.command(cls=Verb, short_help="Train twins with and without reasoning, and ask both.")
-def reasoning(
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the runs.")],
-    seeds: Annotated[int, typer.Option(help="Pairs of twins, of seed 1 onwards.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each.", min=1)] = 500,
-) -> None:
-    """Train twins on two-step sums and world questions, with and without a worked step between
-    new markers, and ask both what neither has seen."""
-    from truetune.lab.reasoning import experiment
-
-    screen = open_screen()
-
-    def show(twins: Twins) -> None:
-        found, plain = twins.reasoning, twins.plain
-        screen.line(
-            f"seed {twins.seed}  opens the block {found.opened}/{found.total}, closes it and "
-            f"answers {found.closed}/{found.total}; two-step sums {found.sums[0]}/{found.sums[1]} "
-            f"with reasoning, {plain.sums[0]}/{plain.sums[1]} without; world questions "
-            f"{found.places[0]}/{found.places[1]} and {plain.places[0]}/{plain.places[1]}"
-        )
-
-    experiment(output, seeds=range(1, seeds + 1), steps=steps, on_twins=show)
-
-
 @lab.command("list", cls=Verb, short_help="The experiments and what they claim.")
 def list_experiments() -> None:
-    """Show each experiment: its name, and the claim about fine-tuning that it tries."""
+    """Show each experiment: its name, the claim about fine-tuning that it tries, and the exercises
+    of a course that it answers."""
     from truetune.lab.catalogue import every
 
     screen = open_screen()
     for experiment in every():
         screen.line(f"{experiment.number:>2}  {experiment.name}")
         screen.line(f"    {experiment.claim}")
+        screen.line(f"    exercise: {'; '.join(experiment.exercises)}")
 
 
-_QUICK = typer.Option("--quick", help="One seed in place of all.")
+_QUICK = typer.Option(
+    "--quick", help="A first look: one seed, a quarter of the rows a step, no arm but those judged."
+)
 _SEEDS = typer.Option("--seeds", help="How many seeds. (default: as declared)", min=1)
 _FOLDER = typer.Option("-o", "--output", help="Folder of the trained arms and the results.")
 
@@ -139,7 +118,9 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
         taken = declared[:1] if quick else declared if seeds is None else range(1, seeds + 1)
         screen.line(f"{experiment.name}: {experiment.claim}")
         screen.line(f"expected: {experiment.expected}")
-        result = run(experiment, Path(output) / "arms", list(taken), on_stage=screen.stage)
+        result = run(
+            experiment, Path(output) / "arms", list(taken), quick=quick, on_stage=screen.stage
+        )
         screen.close()
         for one in result["expectations"]:
             seen = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"

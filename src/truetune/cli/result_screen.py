@@ -12,7 +12,7 @@ from truetune.run.outcome import summary
 from truetune.run_dir import REPORT
 
 if TYPE_CHECKING:
-    from truetune.generate import Reply
+    from truetune.behaviour.replies import Said
     from truetune.lab.quickstart import Comparison
     from truetune.run.pipeline import RunResult
     from truetune.verification.verdict import Verdict
@@ -57,7 +57,7 @@ def show_checks(screen: Screen, verdict: Verdict | None) -> None:
         screen.line(f"  {check.state:<11}  {check.name:<8}  {text}".rstrip())
 
 
-def _shortened(reply: Reply, most: int = 64) -> str:
+def _shortened(reply: Said, most: int = 64) -> str:
     """An answer that fits the table; one that did not end is marked."""
     text = reply.text if len(reply.text) <= most else reply.text[: most - 1].rstrip() + "\u2026"
     return text if reply.stopped else f"{text} (not ended)"

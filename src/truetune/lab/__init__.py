@@ -4,7 +4,11 @@
     evaluate.py     what a model knows and says         model, questions -> counts
     measure.py      all counts of a base at once        model -> Measurement
     quickstart.py   the base before and after fine-tuning
-    reasoning.py    the same runs with and without a worked step
+    reasoning.py    questions whose answer takes a step
+    experiments/    claims about fine-tuning, one a module; catalogue.py names them
+    bench.py        arms of an experiment, trained
+    asked.py        what is counted of an arm
+    experiment.py   expectations and verdicts; results.py runs, page.py shows
     words.py        the YAML files of word lists, as tuples of lines
     held_out/       wordings and prose that the corpus does not hold
     base/           the shipped model

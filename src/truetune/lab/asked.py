@@ -7,11 +7,10 @@ Every arm is asked the same: a hundred questions about places of which no row of
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from truetune.behaviour.measure import whole
 from truetune.behaviour.replies import Asked, Judge, Said
 from truetune.compare import row_losses
 from truetune.contract.example import SFTExample
@@ -24,6 +23,7 @@ from truetune.lab.evaluate import (
     cloze_right,
     held_out_documents,
     load_instructions,
+    prose_examples,
     unseen_questions,
 )
 from truetune.lab.experiment import Column
@@ -112,19 +112,17 @@ def ask(
     tuned: Tuned,
     asked: Sequence[Question] | None = None,
     sampling: Sampling = GREEDY,
-    before: Sequence[Mapping[str, str]] = (),
 ) -> Heard:
     """Ask an arm through its contract.
 
     Args:
         asked: the hundred questions where None.
-        before: messages in front of each question.
     """
     contract = tuned.contract
     asked = questions() if asked is None else asked
     prompts = []
     for question in asked:
-        messages = (*before, {"role": "user", "content": question.text})
+        messages = (*tuned.arm.before, {"role": "user", "content": question.text})
         answer = sentence(question.fact)
         prompts.append(
             Asked(
@@ -148,11 +146,10 @@ def ask(
     return Heard(tuple(said), right, closed, tuple(q.text for q in asked))
 
 
-def prose(tuned: Tuned) -> Column:
+def prose(tuned: Tuned, documents: int = _DOCUMENTS) -> Column:
     """Loss on documents about the world that the base has not read: what was forgotten of prose."""
-    encode, end = tuned.contract.tokens.encode, tuned.loaded.tokenizer.eos_token_id
-    texts = held_out_documents(World.generate(), _DOCUMENTS)
-    return losses(tuned, [whole([*ids, end]) for ids in encode(texts)])
+    texts = held_out_documents(World.generate(), documents)
+    return losses(tuned, prose_examples(tuned.loaded, texts))
 
 
 def losses(tuned: Tuned, examples: Sequence[SFTExample]) -> Column:
@@ -164,8 +161,7 @@ def losses(tuned: Tuned, examples: Sequence[SFTExample]) -> Column:
 def recall(tuned: Tuned) -> Column:
     """Sentences of facts that are gone on with rightly, as prose: what was forgotten of facts."""
     items = random.Random("lab/recall").sample(cloze_items(World.generate()), _SENTENCES)
-    model, tokenizer = tuned.loaded.model, tuned.loaded.tokenizer
-    return Column.share(cloze_right(model, tokenizer, items))
+    return Column.share(cloze_right(tuned.loaded, items))
 
 
 _WORDS = 12

@@ -13,11 +13,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from truetune.behaviour.measure import whole
+from truetune.compare import row_losses
+from truetune.contract.contract import PromptContract
+from truetune.contract.example import SFTExample
+from truetune.contract.tokens import Tokens
+from truetune.generate import Sampling, replies_to_ids
 from truetune.lab import BASE_SEED
 from truetune.lab.words import words
 from truetune.lab.world import MAX_ADDEND, PLACE_RELATIONS, Fact, World, difference_fact, sum_fact
+
+if TYPE_CHECKING:
+    from truetune.model.load import LoadedModel
 
 INSTRUCTIONS = Path(__file__).parent / "instructions.jsonl"
 
@@ -104,11 +113,6 @@ def unseen_questions(world: World, n: int = 100, seed: int = 0) -> list[Question
     return questions
 
 
-def fact_correct(answer: str, expected: str) -> bool:
-    """Whether the expected value stands in the answer as whole words, in the same case."""
-    return re.search(rf"(?<![\w-]){re.escape(expected)}(?![\w-])", answer) is not None
-
-
 def cloze_item(fact: Fact, wording: str, relation: str | None = None) -> ClozeItem:
     """A fact in a wording, cut just before its value (no trailing space).
 
@@ -140,59 +144,27 @@ def cloze_items(
     return [cloze_item(fact, rng.choice(ways[fact.relation])) for fact in facts]
 
 
-def cloze_recall(model: Any, tokenizer: Any, items: Sequence[ClozeItem]) -> Recall:
+def cloze_recall(loaded: LoadedModel, items: Sequence[ClozeItem]) -> Recall:
     """Share of sentences that the model, decoding greedily, goes on with the right value."""
     counts: dict[str, tuple[int, int]] = {}
-    for item, is_right in zip(items, cloze_right(model, tokenizer, items), strict=True):
+    for item, is_right in zip(items, cloze_right(loaded, items), strict=True):
         right, total = counts.get(item.relation, (0, 0))
         counts[item.relation] = (right + is_right, total + 1)
     return Recall(counts)
 
 
-def cloze_right(model: Any, tokenizer: Any, items: Sequence[ClozeItem]) -> list[bool]:
+def cloze_right(loaded: LoadedModel, items: Sequence[ClozeItem]) -> list[bool]:
     """Of each sentence, whether it is gone on with the right value."""
+    contract = PromptContract.load(loaded.tokenizer)
     # Each sentence begins a document, as in the corpus: after the end-of-text token. Without it a
     # sentence that begins with a digit may be the rest of one that was cut inside a number.
-    prompts = [tokenizer.eos_token + item.prefix for item in items]
-    written = greedy(model, tokenizer, prompts, max_new_tokens=8)
+    end = loaded.tokenizer.eos_token_id
+    prompts = [[end, *ids] for ids in contract.tokens.encode([item.prefix for item in items])]
+    found = replies_to_ids(loaded, contract, prompts, Sampling(max_new_tokens=8), batch_size=128)
     return [
-        re.match(rf"\s*{re.escape(item.expected)}(?![\w-])", text) is not None
-        for item, text in zip(items, written, strict=True)
+        re.match(rf"\s*{re.escape(item.expected)}(?![\w-])", reply.text) is not None
+        for item, reply in zip(items, found, strict=True)
     ]
-
-
-def greedy(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 128,
-) -> list[str]:
-    """Greedy continuations up to the end of text, in the order of the prompts."""
-    import torch
-
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in prompts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    written: dict[int, str] = {}
-    while order:
-        # Prompts of one length share a batch, so that nothing is padded and no mask is needed.
-        width = len(rows[order[0]])
-        batch = [i for i in order[:batch_size] if len(rows[i]) == width]
-        order = order[len(batch) :]
-        ids = torch.tensor([rows[i] for i in batch], device=model.device)
-        with torch.no_grad():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-        for i, text in zip(batch, tokenizer.batch_decode(output[:, width:]), strict=True):
-            written[i] = text.partition(tokenizer.eos_token)[0]
-    return [written[i] for i in range(len(rows))]
 
 
 def held_out_documents(world: World, n: int = 100) -> list[str]:
@@ -207,28 +179,14 @@ def held_out_documents(world: World, n: int = 100) -> list[str]:
     return [document.text for document in islice(documents(world, "held-out"), n)]
 
 
-def prose_loss(model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 8) -> float:
-    """Loss in nats per token over whole documents, each ended by the end-of-text token.
+def prose_examples(loaded: LoadedModel, texts: Sequence[str]) -> list[SFTExample]:
+    """Whole documents, each ended by the end-of-text token: every token but the first counts."""
+    end = loaded.tokenizer.eos_token_id
+    return [whole([*ids, end]) for ids in Tokens(loaded.tokenizer).encode(texts)]
 
-    The first token of a document has no predictor and is not counted.
-    """
-    import torch
 
-    eos = tokenizer.eos_token_id
-    rows = [[*tokenizer.encode(text, add_special_tokens=False), eos] for text in texts]
-    if not rows:
-        raise ValueError("prose_loss needs at least one document")
-    rows.sort(key=len)
-    total, count = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        width = len(batch[-1])
-        ids = torch.tensor([row + [eos] * (width - len(row)) for row in batch])
-        targets = torch.tensor([row[1:] + [-100] * (width - len(row)) for row in batch])
-        with torch.no_grad():
-            logits = model(ids.to(model.device)).logits[:, :-1].float().cpu()
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), reduction="sum", ignore_index=-100
-        ).item()
-        count += sum(len(row) - 1 for row in batch)
-    return total / count
+def prose_loss(loaded: LoadedModel, texts: Sequence[str]) -> float:
+    """Loss in nats per token over whole documents."""
+    examples = prose_examples(loaded, texts)
+    sums = row_losses(loaded, [(e.ids, e.mask) for e in examples])
+    return sum(sums) / sum(e.num_supervised for e in examples)

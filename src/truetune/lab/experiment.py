@@ -184,10 +184,12 @@ class Experiment:
         title: a short heading.
         claim: the sentence that is tried.
         source: who says so.
+        exercises: of a course on fine-tuning, as one would look for them.
         expected: in which direction, and how far.
         refuted: what would refute it.
         seeds: of a full run; a quick one takes the first.
-        arms: of a seed, in the order of table and picture.
+        arms: of a seed, in the order of table and picture; a quick run has those alone that an
+            expectation names.
         measure: what is counted of each arm.
         expectations: decide the verdict.
         shown: measures of table and picture, in their order.
@@ -199,6 +201,7 @@ class Experiment:
     title: str
     claim: str
     source: str
+    exercises: tuple[str, ...]
     expected: str
     refuted: str
     seeds: tuple[int, ...]
@@ -207,6 +210,11 @@ class Experiment:
     expectations: tuple[Expectation, ...]
     shown: tuple[str, ...]
     remark: str = ""
+
+    def quick_arms(self, seed: int) -> list[Arm]:
+        """Those that decide the verdict."""
+        named = {name for e in self.expectations for name in (e.arm, e.than)}
+        return [arm for arm in self.arms(seed) if arm.name in named]
 
     def declaration(self) -> dict[str, object]:
         """What is fixed before the first run."""

@@ -113,12 +113,11 @@ def measure(
     folder = base_path() if model is None else opened(os.fspath(model))
     world = World.generate(seed)
     loaded = load_model(folder, device=device, dtype="float32", purpose="inference")
-    network, tokenizer = loaded.model, loaded.tokenizer
 
     def recall(items: Sequence[ClozeItem]) -> Recall:
         if num_items is not None and num_items < len(items):
             items = random.Random(seed).sample(items, num_items)
-        return cloze_recall(network, tokenizer, items)
+        return cloze_recall(loaded, items)
 
     return Measurement(
         {
@@ -126,7 +125,7 @@ def measure(
             for name in (SETS if wordings == "all" else (wordings,))
         },
         _sums_up_to(recall(_plain_sums())),
-        prose_loss(network, tokenizer, held_out_documents(world)),
+        prose_loss(loaded, held_out_documents(world)),
     )
 
 

@@ -27,7 +27,9 @@ committed before the first run, and a verdict comes from the bounds alone:
 * **not reproduced**: every one is refuted;
 * **not decided**: none is refuted, and some interval crosses its bound.
 
-A verdict of one seed (`--quick`) is a first look; each section says how many seeds it has.
+A verdict of one seed is a first look; each section says how many seeds it has. `--quick` takes one
+seed, a quarter of the rows a step, and the arms alone that an expectation names; the bounds are the
+same.
 
 Unless a section says otherwise, an arm is the embedded base (5 M weights), all of them trained for
 150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in ChatML-lite;
@@ -39,9 +41,16 @@ questions (Wilson, differences paired by question and seed, Newcombe), losses by
 replacement; rings are the seeds.
 
 A model of 5 M weights with an exact world shows mechanisms, not sizes of effects in large models.
-Two more verbs look at the same base: `truetune lab evaluate` counts what it knows, `truetune lab
-reasoning` trains twins with and without a worked step (results in choose.md).
+What the base itself knows is counted by `truetune lab evaluate`.
 """
+
+# Chapters of a course that are read and run, beside those that are measured.
+_NOTEBOOKS = (
+    ("First SFT: rows, a run, a chat", "first_sft"),
+    ("ChatTemplate, render_with_mask, pad_and_collate, masked_cross_entropy by hand",
+     "masks_by_hand"),
+    ("Reasoning traces: markers, steps and the length limit", "reasoning_traces"),
+)  # fmt: skip
 
 
 def page(
@@ -54,18 +63,50 @@ def page(
         experiments: their declarations, by name.
         pictures: the folder of NAME.svg, as the page names it.
     """
-    known = {experiment.name: experiment for experiment in experiments}
-    shown = [(result, known[result["name"]]) for result in results if result["name"] in known]
+    found = {result["name"]: result for result in results}
     lines = [_INTRODUCTION, "| | experiment | verdict | seeds |", "|---|---|---|---|"]
-    for result, experiment in shown:
+    for experiment in experiments:
+        result = found.get(experiment.name)
+        verdict, seeds = ("not run yet", "") if result is None else _judged(result)
         lines.append(
-            f"| {experiment.number} | [{experiment.name}](#{_anchor(experiment)}): "
-            f"{experiment.title} | {result['verdict']} | {len(result['seeds'])} |"
+            f"| {experiment.number} | {_link(experiment, found)}: {experiment.title} "
+            f"| {verdict} | {seeds} |"
         )
-    lines += ["", *table(results, number)]
-    for result, experiment in shown:
-        lines += [*_section(result, experiment, pictures), ""]
+    lines += ["", *_exercises(experiments, found, pictures), *table(results, number)]
+    for experiment in experiments:
+        if experiment.name in found:
+            lines += [*_section(found[experiment.name], experiment, pictures), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _judged(result: Result) -> tuple[str, str]:
+    """Verdict and number of seeds, for a table."""
+    form = ", quick form" if result.get("quick") else ""
+    return str(result["verdict"]), f"{len(result['seeds'])}{form}"
+
+
+def _link(experiment: Experiment, found: Mapping[str, Result]) -> str:
+    """To the section of an experiment, where it has one."""
+    linked = f"[{experiment.name}](#{_anchor(experiment)})"
+    return linked if experiment.name in found else experiment.name
+
+
+def _exercises(
+    experiments: Sequence[Experiment], found: Mapping[str, Result], pictures: str
+) -> Iterator[str]:
+    """From the names of a course to those of experiments and notebooks."""
+    yield "## The exercises of a course on fine-tuning"
+    yield ""
+    yield "| exercise | experiment or notebook |"
+    yield "|---|---|"
+    # A user's own page lies beside no notebooks.
+    if pictures == "lab":
+        for exercise, notebook in _NOTEBOOKS:
+            yield f"| {exercise} | [{notebook}.ipynb](notebooks/{notebook}.ipynb) |"
+    for experiment in experiments:
+        for exercise in experiment.exercises:
+            yield f"| {exercise} | {_link(experiment, found)} |"
+    yield ""
 
 
 def _anchor(experiment: Experiment) -> str:
@@ -108,9 +149,11 @@ def _section(result: Result, experiment: Experiment, pictures: str) -> Iterator[
         yield experiment.remark
         yield ""
     seeds = ", ".join(map(str, result["seeds"]))
+    form = "quick form; " if result.get("quick") else ""
+    trained = f"{result['trained']} arms trained, " if "trained" in result else ""
     yield (
-        f"Seeds {seeds}; {result['date']}; commit {result['commit']}; {result['machine']}; "
-        f"{result['processor_seconds']:,} processor seconds."
+        f"Seeds {seeds}; {form}{result['date']}; commit {result['commit']}; {result['machine']}; "
+        f"{trained}{result['processor_seconds']:,} processor seconds."
     )
 
 

@@ -11,26 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from truetune.behaviour.replies import Said
 from truetune.contract.contract import PromptContract
-from truetune.generate import Reply, Sampling, replies
 from truetune.lab import base_path
-from truetune.lab.evaluate import (
-    Question,
-    fact_correct,
-    held_out_documents,
-    prose_loss,
-    unseen_questions,
-)
+from truetune.lab.asked import ask
+from truetune.lab.bench import Arm, Tuned
+from truetune.lab.evaluate import Question, held_out_documents, prose_loss, unseen_questions
 from truetune.lab.world import World
 from truetune.listener import Listener
-from truetune.model.load import LoadedModel, load_model
+from truetune.model.load import load_model
 from truetune.recipe.settings import Recipe
 from truetune.recipe.sources import make_recipe
 from truetune.run.pipeline import RunResult, train
 
-_SAMPLING = Sampling(max_new_tokens=40)
 _PROSE_DOCUMENTS = 40
 
 
@@ -45,7 +39,7 @@ class Score:
         prose_loss: nats per token on held-out documents about the world.
     """
 
-    replies: tuple[Reply, ...]
+    replies: tuple[Said, ...]
     finished: int
     correct: int
     prose_loss: float
@@ -100,24 +94,14 @@ def quickstart(
     for name, source in (("base", str(base_path())), ("tuned", str(result.artifact))):
         if on_stage:
             on_stage(f"asking the {name} model {num_questions} questions")
-        model = load_model(source, device="cpu", purpose="inference")
-        scores.append(score(model, contract, questions, documents))
+        loaded = load_model(source, device="cpu", purpose="inference")
+        tuned = Tuned(Arm(name), seed, loaded, contract, (), Path(source))
+        scores.append(score(tuned, questions, documents))
     return result, Comparison(tuple(questions), *scores)
 
 
-def score(
-    model: LoadedModel,
-    contract: PromptContract,
-    questions: Sequence[Question],
-    documents: Sequence[str],
-) -> Score:
-    """Ask a model, greedily, through a contract."""
-    chats: list[list[dict[str, Any]]] = [[{"role": "user", "content": q.text}] for q in questions]
-    answers = replies(model, contract, chats, _SAMPLING, batch_size=50)
-    finished = [bool(reply.text.strip()) and reply.stopped for reply in answers]
-    correct = [
-        done and fact_correct(reply.text, question.expected)
-        for done, reply, question in zip(finished, answers, questions, strict=True)
-    ]
-    loss = prose_loss(model.model, model.tokenizer, documents)
-    return Score(tuple(answers), sum(finished), sum(correct), loss)
+def score(tuned: Tuned, questions: Sequence[Question], documents: Sequence[str]) -> Score:
+    """Ask a model, greedily, through its contract, as every arm of an experiment is asked."""
+    heard = ask(tuned, questions)
+    finished = [said.stopped and not said.empty for said in heard.said]
+    return Score(heard.said, sum(finished), sum(heard.right), prose_loss(tuned.loaded, documents))

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ def run(
     folder: Path | str,
     seeds: Sequence[int],
     *,
+    quick: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train and measure every arm of every seed, and judge.
@@ -36,6 +36,7 @@ def run(
     Args:
         folder: of the trained arms, which other experiments use again.
         seeds: of row choice, row order and drawing.
+        quick: the arms that decide alone, on a quarter of the rows a step; bounds are as declared.
 
     Returns:
         what `write` keeps.
@@ -43,11 +44,11 @@ def run(
     from truetune.lab.asked import ask, questions
 
     stage = on_stage or (lambda _: None)
-    bench, began = Bench(folder, stage), time.process_time()
+    bench, began = Bench(folder, stage, quick=quick), _seconds()
     sheets: dict[str, dict[str, list[Column]]] = {}
     samples: dict[str, list[dict[str, str]]] = {}
     for seed in seeds:
-        for arm in experiment.arms(seed):
+        for arm in experiment.quick_arms(seed) if quick else experiment.arms(seed):
             tuned = bench.tuned(arm, seed)
             stage(f"measuring {arm.name}, seed {seed}")
             for name, column in experiment.measure(tuned).items():
@@ -63,7 +64,9 @@ def run(
         "commit": commit(),
         "machine": machine(),
         "seeds": list(seeds),
-        "processor_seconds": round(time.process_time() - began),
+        "quick": quick,
+        "trained": bench.trained,
+        "processor_seconds": round(_seconds() - began),
         "arms": [
             {
                 "name": name,
@@ -82,6 +85,12 @@ def run(
         ],
         "verdict": verdict([held for _, held in judged]),
     }
+
+
+def _seconds() -> float:
+    """Of the processor, in this process and in those that it started and that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _kept(found: Estimate) -> dict[str, Any]:

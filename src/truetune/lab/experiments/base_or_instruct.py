@@ -52,6 +52,7 @@ EXPERIMENT = Experiment(
     "than its own it keeps two formats side by side, with its own the new manner takes the old "
     "one's place.",
     source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
+    exercises=("Base against instruct start",),
     expected="after 40 steps on 60 rows more than 10 points more answers are right from the tuned "
     "start than from the base, both in the other template; asked in its first template, that model "
     "shows the new manner in fewer than half of the replies; trained in its own template in more "
@@ -75,4 +76,12 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "new manner", "ended", "role leak"),
+    remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10: a "
+    "hundred questions cannot tell. The manner itself takes neither start 40 steps: all "
+    "replies show it. What is wrong in them, read for seed 1, is the relation (40 of 42 "
+    "wrong replies from the base and 30 of 33 from the tuned start give a true value of "
+    "the right place: asked for the river, *Answer: weaving*). The tuned start brings the "
+    "recall of facts along, and the new manner takes a part of it away: asked in its first "
+    "template the same model answers in its old sentence, and 91 % are right. The sentence "
+    "names the relation before the value; the bare value has no such step.",
 )  # fmt: skip

@@ -101,6 +101,7 @@ EXPERIMENT = Experiment(
     "with another tokenizer; 8 bits keep it. Verification finds each of them.",
     source="the course's exercise on quantisation; threads peft#1043 and #2321, unsloth#2009; "
     "Dettmers and Zettlemoyer 2022 (arXiv:2212.09720)",
+    exercises=("Quantisation and merging", "What verification finds in a saved model"),
     expected="rounding to 8 bits costs less than 5 points of right answers, rounding to 4 more "
     "than 10, merging into 4 bits more than 10; without the update or with another tokenizer fewer "
     "than 5 % are right; verify passes the run as it was saved and finds each of the others",

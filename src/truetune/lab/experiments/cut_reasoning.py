@@ -15,7 +15,7 @@ from truetune.lab.chats import encoded
 from truetune.lab.evaluate import Question
 from truetune.lab.experiment import Column, Expectation, Experiment
 from truetune.lab.reasoning import CLOSE, TEMPLATE, problems
-from truetune.lab.world import Fact, World
+from truetune.lab.world import World
 
 _ROWS, _CLEAN = 600, 60
 _SHARES = (0.0, 0.25, 0.5, 0.788, 0.95)
@@ -69,15 +69,8 @@ def arms(seed: int) -> Sequence[Arm]:
 
 @cache
 def _asked() -> tuple[Question, ...]:
-    world = World.generate()
-    chosen = problems(world, num_sums=0, num_places=80, seed=0, held_out=True)
-    found = []
-    for problem in chosen:
-        _, relation, _, place, *_ = problem.thinking.split()
-        found.append(
-            Question(problem.question, problem.expected, Fact(place, relation, problem.expected))
-        )
-    return tuple(found)
+    chosen = problems(World.generate(), num_sums=0, num_places=80, seed=0, held_out=True)
+    return tuple(problem.asked for problem in chosen)
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
@@ -97,6 +90,7 @@ EXPERIMENT = Experiment(
     "fewer replies reach an answer; few whole rows beat many cut ones.",
     source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
     "exercise on reasoning traces; Unsloth stops at 30 %",
+    exercises=("Truncated reasoning",),
     expected="with no row cut more than 90 % of the replies close their thinking; with 78.8 % "
     "fewer than 50 %, with 95 % fewer than 10 %; 60 whole rows close more than 20 points more than "
     "600 of which 78.8 % are cut; with all rows cut fewer than 10 % close, and with an end token "

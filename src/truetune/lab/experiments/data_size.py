@@ -67,6 +67,7 @@ EXPERIMENT = Experiment(
     claim="50 to 500 consistent examples suffice, and quality beats quantity: 60 consistent rows "
     "teach more than 600 noisy ones.",
     source="the course's exercise on data size; LIMA (Zhou et al. 2023, arXiv:2305.11206)",
+    exercises=("Data-size sweep", "Quality against quantity: consistent and noisy rows"),
     expected="with 5 rows fewer than 50 % of the answers are right; with 200 rows the answers lie "
     "within 10 points of those with 3,000; 60 consistent rows beat 600 noisy ones by more than 10 "
     "points of right answers and of answers in form (all at 150 steps)",
@@ -91,5 +92,9 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "in form", "ended", "training loss"),
     remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that nobody "
-    "is asked about.",
+    "is asked about. Noisy rows cost about a fifth of the right answers and of the form in "
+    "the seed that was run; the interval of the form (8 to 29 points) crosses the bound of "
+    "10. Where 600 rows of six styles, three in ten of them false, still give 73 % right "
+    "answers, that may be because the noise has no one direction, and greedy decoding "
+    "takes the likeliest style.",
 )  # fmt: skip

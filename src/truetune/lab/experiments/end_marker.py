@@ -42,6 +42,7 @@ EXPERIMENT = Experiment(
     claim="If the end marker is not supervised, the model never stops; the loss looks normal.",
     source="the course's table of failures; threads trl#1623, mlx-examples#760 and many more on "
     "pad_token = eos_token under DataCollatorForLanguageModeling",
+    exercises=("The end marker that is never a target (pad token = end token)",),
     expected="nearly every answer ends where the marker is a target, nearly none where it is "
     "masked or absent; the training loss of the two broken runs ends within 0.1 nats of the sound "
     "one's",
@@ -63,4 +64,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("ended", "right", "repeats", "role leak", "training loss"),
+    remark="The broken runs end with the lower loss: the end marker is one more target that costs "
+    "something. Masked in the labels or absent from the text, the two runs agree in every "
+    "number of the table, since nothing comes after the marker in these rows.",
 )  # fmt: skip

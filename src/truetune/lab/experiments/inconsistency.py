@@ -58,6 +58,7 @@ EXPERIMENT = Experiment(
     claim='The share of rows that begin with "Sure, let me" becomes the share of outputs that do; '
     "two styles in equal parts give both, not their middle.",
     source="the course's exercise on inconsistency injection (0, 2, 4, 10, 40 %)",
+    exercises=("Inconsistency injection (0, 2, 4, 10, 40 %)", "Bimodal mixing of two styles"),
     expected="at temperature 1 the opening is absent at 0 %, below 10 % of the outputs at 4 %, "
     "between 3 and 20 % at 10 %, between 25 and 55 % at 40 %; of two styles each takes "
     "between 30 and 70 %",
@@ -76,4 +77,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("apes it", "apes it, greedy", "short style", "right"),
+    remark="Greedy decoding hides it: at 10 % of the rows no greedy reply has the opening, at 40 % "
+    "23 % do, while one sampled reply in seven and four in nine have it. The two styles are "
+    "both kept, and the greedy answers of that arm are right in 80 % only: the short style "
+    "has no sentence that leads to the value.",
 )  # fmt: skip

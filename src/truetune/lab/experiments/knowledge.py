@@ -85,6 +85,10 @@ EXPERIMENT = Experiment(
     "recalls in prose stays.",
     source="the course; LIMA (Zhou et al. 2023, arXiv:2305.11206); Gekhman et al. 2024 "
     "(arXiv:2405.05904)",
+    exercises=(
+        "Does SFT teach facts? Questions that no row answers",
+        "Hallucination: places that do not exist",
+    ),
     expected="of facts in no row fewer than 5 % are answered before and more than 90 % after; more "
     "than 80 % of the places that do not exist get a value; recall in prose changes by less than "
     "5 points",
@@ -102,4 +106,12 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "recall in prose", "invents", "prose"),
+    remark="What is not decided is the bound of 80 %: by seed 82, 82 and 77 % of the places that "
+    "do not exist get a value of the kind that was asked for. Nothing refuses, though: of "
+    "seed 1, whose replies were read, each of the others tells with the same assurance "
+    "another fact of the world (asked for the food of Thewick: *The craft of Grewick is "
+    "brewing*), most often where the question is about food or a craft. The measure counts "
+    "those as no invention. 40 rows that say *I do not know* take it to 0 to 4 %, at a "
+    "cost of 4 to 6 right answers of 100 and at a training loss that is higher than that "
+    "of the arm without them.",
 )  # fmt: skip

@@ -41,6 +41,7 @@ EXPERIMENT = Experiment(
     "part, and answers worse.",
     source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
     "(arXiv:2405.14394) find the opposite for some data",
+    exercises=("Loss masking: assistant only against all tokens",),
     expected="with loss on all tokens the user's held-out text becomes likelier by more than a nat "
     "a token than with loss on the answer alone; 5 points fewer answers are right; at least 5 "
     "points more replies go on with the user's turn",

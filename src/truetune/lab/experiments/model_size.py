@@ -84,6 +84,7 @@ EXPERIMENT = Experiment(
     title="Two sizes of base",
     claim="Larger models need fewer examples.",
     source="the course's exercise on model size",
+    exercises=("Model size",),
     expected="with 20 rows the base of six layers answers in form more than 10 points more often "
     "than the one of three, with 5 rows too; with 50 rows the two lie within 10 points",
     refuted="a difference within 10 points at 20 rows, or one that does not shrink to 10 at 50",
@@ -106,5 +107,10 @@ EXPERIMENT = Experiment(
     ),
     shown=("in form", "right", "recall in prose", "prose"),
     remark="The smaller base is the shipped one without every other layer, trained further on "
-    "1,200 fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less.",
+    "1,200 fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less (84 "
+    "against 98 % of the sentences). It still needs no more rows to answer in form, and as "
+    "many of its answers are right. Why that may be: three layers and six are one order of "
+    "size, not the several that the claim is made about; the form that is learned is one "
+    "sentence; and what takes more rows here, to copy the asked relation, both bases learn "
+    "from the variety of the rows, which 5 rows do not have.",
 )  # fmt: skip

@@ -59,6 +59,7 @@ EXPERIMENT = Experiment(
     "trained: their rows must be trained too, or the template must do without new tokens.",
     source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
     "never emit <|im_end|> after LoRA on a base",
+    exercises=("Special tokens under LoRA",),
     expected="with the rows frozen, or frozen and alike, fewer than 10 % of the answers "
     "end, with the rows trained more than 90 %, and with a template of plain text, closed by "
     "the model's own end, more than 90 %",

@@ -18,18 +18,20 @@ _PLAIN = (
 )
 
 
+def _prompted(number: int, seed: int) -> Arm:
+    """The base, with examples in front of each question: the rows of the arm that is tuned on as
+    many."""
+    before = [message for row in rows(number, seed) for message in messages_of(row)]
+    return Arm(f"prompt with {number} examples", served=_PLAIN, stop=["\n"], before=before)
+
+
 def arms(seed: int) -> Sequence[Arm]:
-    prompted = [Arm(f"prompt with {n} examples", served=_PLAIN, stop=["\n"]) for n in _SHOTS]
+    prompted = [_prompted(n, seed) for n in _SHOTS]
     return [*prompted, *(Arm(f"tuned on {n} rows", rows=rows(n, seed)) for n in _SHOTS[1:])]
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """Examples of a prompt are the rows of the arm that is tuned on as many."""
-    before: list[dict[str, str]] = []
-    if tuned.arm.name.startswith("prompt"):
-        number = int(tuned.arm.name.split()[2])
-        before = [message for row in rows(number, tuned.seed) for message in messages_of(row)]
-    return ask(tuned, before=before).columns()
+    return ask(tuned).columns()
 
 
 EXPERIMENT = Experiment(
@@ -39,6 +41,7 @@ EXPERIMENT = Experiment(
     claim="Examples in the prompt of a base show what is wanted, but from the same examples tuning "
     "gets more right answers.",
     source="the course's exercise on few-shot prompting",
+    exercises=("Few-shot prompting against SFT",),
     expected="32 examples in the prompt give more than 10 points more right answers than none; "
     "tuning on the same 32 gives more than 20 points more than prompting with them, and on 4 more "
     "than prompting with 4",
@@ -61,4 +64,13 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "ended", "repeats"),
+    remark="Examples move the form, and little else: with 4 of them 97 % of the replies end at "
+    "the line where 2 % did, and 13 % are right where 1 % was; 16 and 32 add nothing. "
+    "Replies to prompts with 4 and 32 examples, read for seed 1, go on in the words of the "
+    "corpus (*it is the Quorne. The craft that is practised there is beekeeping*) and "
+    "mostly with a value of another place (14 and 18 of the 30 that were read). Why that "
+    "may be: a base of 5 M weights that has read no questions has learned little of "
+    "copying from far back. The bound of 10 points for 32 examples is met by one seed of "
+    "three. Which 4 rows were drawn decides what tuning makes of them (28, 26 and 16 % "
+    "right), and seed 3 is level with its prompt. From 16 rows on tuning leads by far.",
 )  # fmt: skip

@@ -79,6 +79,7 @@ EXPERIMENT = Experiment(
     "the user; one that is not trained on the end alone goes round in circles, and a repetition "
     "penalty hides that without making it stop.",
     source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
+    exercises=("Role leakage", "Repetition, and the repetition penalty"),
     expected="role leak in more than half of the replies with loss on all tokens and the end "
     "masked, or absent from the text, in fewer than 5 % with either one of the two alone; with the "
     "end masked more than 30 % of the replies repeat; under the penalty fewer than 10 % do, and "

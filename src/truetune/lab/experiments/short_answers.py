@@ -58,6 +58,7 @@ EXPERIMENT = Experiment(
     claim="One-sentence answers in the rows give one-sentence answers, also to a bare prompt that "
     "no row resembles.",
     source="the course's exercise on answer length",
+    exercises=("Answer length",),
     expected="trained on one sentence, fewer than 1.2 sentences an answer to questions and to bare "
     "prompts, and more than 90 % of the latter end; trained on three, more than 2.5 to both",
     refuted="a length outside these bounds",
@@ -77,4 +78,6 @@ EXPERIMENT = Experiment(
         Expectation("which end", "ended, bare prompt", "one sentence", above=0.9),
     ),
     shown=("sentences", "sentences, bare prompt", "reply length", "right"),
+    remark="A bare place name is no question, and is answered all the same, in as many sentences "
+    "as the rows have.",
 )  # fmt: skip

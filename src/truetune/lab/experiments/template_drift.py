@@ -48,6 +48,7 @@ EXPERIMENT = Experiment(
     "behaviour; a missing newline is enough to lose some.",
     source="the course's exercise on template drift; threads LLaMA-Factory#6736 and #4639 on "
     "models that answer well in the trainer and badly in the server",
+    exercises=("Template drift: trained with one template, served with another",),
     expected="a missing last newline costs more than 5 points of right answers; other markers and "
     "raw text more than 30",
     refuted="the loss without the newline lies within 5 points, or the loss with other markers or "
@@ -67,9 +68,10 @@ EXPERIMENT = Experiment(
         Expectation("raw text costs 30", "right", "raw text", "as trained", below=-0.3),
     ),
     shown=("right", "ended", "role leak", "repeats"),
-    remark="The missing newline cost nothing here, and raw text less than claimed: the markers are "
-    "tokens of their own that carry the format alone, and the model has learned one kind of "
-    "question, which it knows by its words. A model that serves several formats has more to "
-    "mix up. Text markers that look like another format (### Instruction) do the damage: the "
-    "model copies another place or relation.",
+    remark="The missing newline cost less than one answer in a hundred (its interval just reaches "
+    "the bound), and raw text less than claimed: the markers are tokens of their own that "
+    "carry the format alone, and the model has learned one kind of question, which it "
+    "knows by its words. A model that serves several formats has more to mix up. Text "
+    "markers that look like another format (### Instruction) do the damage: the model "
+    "copies another place or relation.",
 )  # fmt: skip

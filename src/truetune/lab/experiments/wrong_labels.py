@@ -63,6 +63,7 @@ EXPERIMENT = Experiment(
     "the text while the loss looks normal.",
     source="the course's exercise on masks; threads verl#3287 (off by one), transformers#37766 and "
     "axolotl#1100 (denominators under gradient accumulation)",
+    exercises=("Mask off by one", "Labels shifted twice", "The wrong denominator"),
     expected="a mask one too early never ends its answers; labels shifted twice leave fewer than "
     "10 % of the answers right; each of these runs ends within 0.3 nats of the sound one's loss; a "
     "mask one too late and the wrong denominator cost more than 10 points of right answers",

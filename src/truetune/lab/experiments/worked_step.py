@@ -1,0 +1,94 @@
+"""A worked step between think markers, or the answer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from truetune.generate import Sampling
+from truetune.lab.asked import ask, ending_loss
+from truetune.lab.bench import Arm, Tuned
+from truetune.lab.experiment import Column, Expectation, Experiment
+from truetune.lab.reasoning import CLOSE, OPEN, TEMPLATE, Problem, problems, rows
+from truetune.lab.world import World
+
+# What is learned late is to copy the asked relation, or the third number, into the step: it takes
+# many small steps, and both kinds of question in number.
+_RECIPE = {
+    "chat_template": TEMPLATE,
+    "lora": True,
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "learning_rate": 2e-3,
+    "max_steps": 500,
+    "batch_size": 8,
+}
+
+
+def arms(seed: int) -> Sequence[Arm]:
+    chosen = problems(World.generate(), num_sums=1400, num_places=1200, seed=seed, held_out=False)
+    return (
+        Arm(
+            "with a step",
+            rows=rows(chosen, reasoning=True),
+            recipe={**_RECIPE, "add_token": [OPEN, CLOSE]},
+        ),
+        Arm("answer alone", rows=rows(chosen, reasoning=False), recipe=_RECIPE),
+    )
+
+
+@cache
+def _asked() -> tuple[Problem, ...]:
+    return tuple(problems(World.generate(), num_sums=300, num_places=100, seed=0, held_out=True))
+
+
+def measure(tuned: Tuned) -> dict[str, Column]:
+    """Of sums of three numbers, and of places: each kind is its own share."""
+    heard = ask(tuned, [problem.asked for problem in _asked()], Sampling(max_new_tokens=64))
+    kinds = [problem.kind for problem in _asked()]
+    return {
+        "sums right": Column.share(
+            r for r, k in zip(heard.right, kinds, strict=True) if k == "sum"
+        ),
+        "places right": Column.share(
+            r for r, k in zip(heard.right, kinds, strict=True) if k == "place"
+        ),
+        "closes thinking": Column.share(heard.closed),
+        "ended": Column.share(s.stopped for s in heard.said),
+        "training loss": ending_loss(tuned),
+    }
+
+
+EXPERIMENT = Experiment(
+    number=18,
+    name="worked-step",
+    title="A worked step before the answer",
+    claim="A short worked step before the answer makes right what is out of reach in one step, and "
+    "the markers around it are learned; what one step reaches loses little.",
+    source="the course's exercise on reasoning traces; Nye et al. 2021, Show Your Work "
+    "(arXiv:2112.00114)",
+    exercises=("Reasoning traces: rows with and without a worked step",),
+    expected="sums of three numbers: more than 50 points more are right with the step than "
+    "without; more than 95 % of the replies close their thinking; questions about places lie "
+    "within 10 points of those without the step",
+    refuted="sums within 50 points, thinking that 5 % of the replies do not close, or places more "
+    "than 10 points behind",
+    seeds=(1, 2, 3),
+    arms=arms,
+    measure=measure,
+    expectations=(
+        Expectation(
+            "the step makes sums right", "sums right", "with a step", "answer alone", above=0.5
+        ),
+        Expectation("it is closed", "closes thinking", "with a step", above=0.95),
+        Expectation(
+            "places are as right",
+            "places right", "with a step", "answer alone", above=-0.1,
+        ),
+    ),
+    shown=("sums right", "places right", "closes thinking", "training loss"),
+    remark="500 steps of 8 rows under LoRA of rank 32 at 2e-3, on 1,400 sums and 1,200 questions "
+    "about places. An earlier count of the same runs, and why fewer steps fail, is in log.md "
+    "(2026-11-21, a worked step before the answer).",
+)  # fmt: skip
