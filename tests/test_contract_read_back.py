@@ -317,3 +317,137 @@ def test_reasoning_that_stands_in_front_of_calls_alone() -> None:
     assert "drops the content of message 1" in str(two.error)
     assert "drops the reasoning of message 2" in str(three.error)
     assert "under --template-arg enable_thinking=true" in str(two.error) + str(three.error)
+
+
+# What a parser of the format reads otherwise, and what it reads
+
+HELD = "{{- m.content -}}"
+GLM = (
+    "{%- for c in m.tool_calls or [] -%}{{- '<tool_call>' ~ c.function.name ~ '\\n' -}}"
+    "{%- for k, v in c.function.arguments.items() -%}{{- '<arg_key>' ~ (KEY) ~ '</arg_key>\\n"
+    "<arg_value>' ~ (VALUE) ~ '</arg_value>\\n' -}}{%- endfor -%}"
+    "{{- '</tool_call>' -}}{%- endfor -%}"
+)
+CDATA = (
+    "{%- for c in m.tool_calls or [] -%}{{- '<call name=\"' ~ c.function.name ~ '\">' -}}"
+    "{%- for k, v in c.function.arguments.items() -%}{{- '<arg name=\"' ~ k ~ '\"><![CDATA[' ~ "
+    "(VALUE) ~ ']]></arg>' -}}{%- endfor -%}{{- '</call>' -}}{%- endfor -%}"
+)
+LISTED = (
+    "{%- if m.tool_calls -%}{{- '[TOOL_CALLS] [' -}}{%- for c in m.tool_calls -%}"
+    '{{- \'{"name": "\' ~ c.function.name ~ \'", "arguments": \' ~ '
+    "(c.function.arguments | tojson) ~ '}' -}}"
+    "{%- if not loop.last -%}{{- SEPARATOR -}}{%- endif -%}"
+    "{%- endfor -%}{{- END -}}{%- endif -%}"
+)
+PYTHON = (
+    "{%- for c in m.tool_calls or [] -%}{{- '<calls>[' ~ c.function.name ~ '(' -}}"
+    "{%- for k, v in c.function.arguments.items() -%}{{- k ~ '=' ~ (VALUE) -}}"
+    "{%- if not loop.last -%}{{- ', ' -}}{%- endif -%}{%- endfor -%}"
+    "{{- ')]</calls>' -}}{%- endfor -%}"
+)
+TEXT = "(v if v is string else v | tojson)"
+OSLO = {"city": "Oslo", "days": 3}
+
+
+def with_value(template: str, value: str = TEXT, key: str = "k") -> str:
+    return template.replace("VALUE", value).replace("KEY", key)
+
+
+WRITTEN = {
+    "a tag says text of a number": (
+        with_value(TYPED).replace("('true' if v is string else 'false')", "'true'"), OSLO
+    ),
+    "a tag says no text of a text": (
+        with_value(TYPED).replace("('true' if v is string else 'false')", "'false'"), OSLO
+    ),
+    "false becomes null among others": (
+        with_value(TYPED, "'null' if v is false else " + TEXT),
+        {"t": True, "f": False, "n": None, "z": 0, "s": "text"},
+    ),
+    "an argument is added with a typed tag": (
+        with_value(TYPED).replace(
+            "{{- '</invoke>' -}}",
+            "{{- '<parameter name=\"unit\" string=\"true\">C</parameter>\\n</invoke>' -}}",
+        ),
+        OSLO,
+    ),
+    "a space behind a value": (with_value(GLM, "v ~ ' '"), {"city": "Oslo"}),
+    "a line around a typed value": (with_value(TYPED, "'\\n' ~ v ~ '\\n'"), {"city": "Oslo"}),
+    "a comma in a section": (with_value(CDATA, "v ~ ','"), {"city": "Oslo"}),
+    "brackets in a section": (with_value(CDATA, "'[' ~ v ~ ']'"), {"city": "Oslo"}),
+    "a sign behind a number in a section": (with_value(CDATA, "v ~ ';'"), {"n": 3}),
+    "an object in a list in a section": (with_value(CDATA, "[v] | tojson"), {"o": {"b": 2}}),
+    "a list as text in a section": (with_value(CDATA, "v | tojson | tojson"), {"l": ["a"]}),
+    "a colon behind a key": (with_value(GLM, key="k ~ ':'"), OSLO),
+    "a space behind a key": (with_value(GLM, key="k ~ ' '"), OSLO),
+    "a key in quotes": (with_value(GLM, key="k | tojson"), OSLO),
+    "a name with a prefix in its tag": (
+        PLAIN_TAGS.replace("<function='", "<function=functions.'"), OSLO
+    ),
+    "a name with brackets in its tag": (
+        PLAIN_TAGS.replace("~ '>\\n' -}}{%- for k", "~ '()>\\n' -}}{%- for k"), OSLO
+    ),
+    "a list with null": (LISTED.replace("SEPARATOR", "', '").replace("END", "', null]'"), OSLO),
+    "a list with a comma at its end": (
+        LISTED.replace("SEPARATOR", "', '").replace("END", "', ]'"), OSLO
+    ),
+    "a list that stays open": (LISTED.replace("SEPARATOR", "', '").replace("END", "''"), OSLO),
+    "a bracket too many": (json_call("c.function.arguments | tojson ~ '}'"), OSLO),
+    "arguments in arguments": (json_call("{'arguments': c.function.arguments} | tojson"), OSLO),
+    "the name as an argument": (
+        json_call("dict(c.function.arguments, name=c.function.name) | tojson"), OSLO
+    ),
+    "the name twice": (
+        json_call("c.function.arguments | tojson").replace(
+            '\'{"name": "\'', '\'{"name": "x", "name": "\''
+        ).replace("<tool_call>{", "<tool_call>{\"name\": \"x\", ") , OSLO
+    ),
+    "a call for each argument": (
+        "{%- for c in m.tool_calls or [] -%}{%- for k, v in c.function.arguments.items() -%}"
+        "{{- '<tool_call><function=' ~ c.function.name ~ '><parameter=' ~ k ~ '>' ~ v ~ "
+        "'</parameter></function></tool_call>' -}}{%- endfor -%}{%- endfor -%}", OSLO
+    ),
+    "a text that is empty": (with_value(GLM, "'0' if v is string else v"), {"s": ""}),
+    "no arguments as null": (json_call("(c.function.arguments or none) | tojson"), {}),
+    "no arguments as a list": (json_call("c.function.arguments | list | tojson"), {}),
+    "json's false in python": (with_value(PYTHON, "v | tojson"), {"on": False}),
+    "a key that ends its tag": (PLAIN_TAGS, {"a>b": "q"}),
+    "a key that ends its attribute": (with_value(TYPED), {'a"b': "q"}),
+    "a key that is no keyword": (with_value(PYTHON, "v | tojson"), {"two words": "w"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_a_parser_reads_otherwise_is_refused(case: str) -> None:
+    template, row = WRITTEN[case]
+    contract = loaded(turns(HELD + template))
+    assert refused(contract, asked(call(**row)), tools=[TOOL]).code.startswith("target-")
+
+
+def test_what_a_parser_reads_as_the_row_is_taken() -> None:
+    rows: list[dict[str, Any]] = [
+        OSLO,
+        {},
+        {"t": True, "f": False, "n": None, "z": 0, "y": 0.0, "s": "text", "e": ""},
+        {"o": {"b": 2, "f": [False, {"x": None}]}, "l": ["a", 1, {}], "m": []},
+        {"many": [True, False] * 20, "s": " x "},
+    ]
+    lists = LISTED.replace("SEPARATOR", "', '").replace("END", "']'")
+    for template in (with_value(TYPED), with_value(GLM), with_value(CDATA), PLAIN_TAGS, lists):
+        contract = loaded(turns(HELD + template))
+        for row in rows:
+            assert only(contract, asked(call(**row), call(**row)))
+    python = loaded(turns(HELD + with_value(PYTHON, "v | tojson if v is string else v")))
+    for row in ({"city": "Oslo"}, {"on": False, "n": None, "z": 0, "o": {"b": [True]}}):
+        assert only(python, asked(call(**row)))
+
+
+def test_a_word_behind_reasoning_is_no_channel() -> None:
+    thinks = "{%- if m.reasoning_content -%}{{- '<think>' ~ m.reasoning_content ~ '</think>\\n' -}}"
+    said = chat("Hi", "Hello.")
+    said[-1]["reasoning_content"] = "A plan."
+    named = loaded(turns(thinks + "{{- 'final\\n' -}}{%- endif -%}{{- m.content -}}"))
+    assert refused(named, said).code == "target-invented"
+    plain = loaded(turns(thinks + "{%- endif -%}{{- m.content -}}"))
+    assert only(plain, said) == "<think>A plan.</think>\nHello.<|end|>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ Missing: TypeAlias = Literal["missing", "repeated", "order", "behind"]
 Changed: TypeAlias = Literal[
     "quoted", "text", "glued", "filled", "listed", "unreadable", "stripped"
 ]
-Wrong: TypeAlias = Missing | Changed | Literal["added", "called"]
+Wrong: TypeAlias = Missing | Changed | Literal["added", "called", "moved", "whole"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,32 @@ def misread(twin: Twin, written: str) -> list[int]:
     ]
 
 
-# The tag of a value that is a text as it stands: in quotes it is another one.
-_RAW = re.compile(r"<[^<>]*\b(?:string\s*=\s*\"true\"|type\s*=\s*\"str(?:ing)?\")[^<>]*>[^<>]*$")
+# The tag of a value that says whether it is a text.
+_TYPED = re.compile(
+    r"<[^<>]*\b(?:string\s*=\s*\"(true|false)\"|type\s*=\s*\"(\w+)\")[^<>]*>[^<>]*$"
+)
+
+
+def is_typed(before: str, text: str, value: Any) -> bool | None:
+    """Whether a tag that says if it holds text says so rightly, and holds the value as it stands,
+    or as JSON; None where the tag in front says nothing."""
+    found = _TYPED.search(before)
+    if found is None:
+        return None
+    if found[1] == "true" or found[2] in ("str", "string"):
+        return isinstance(value, str) and text == value
+    if isinstance(value, str):
+        return False
+    try:
+        return is_same(json.loads(text), value)
+    except (ValueError, RecursionError):
+        return False
+
+
+def without_section(before: str) -> str:
+    """A text without the CDATA section that is open at its end."""
+    start = before.rfind("<![CDATA[")
+    return before[:start] if start >= 0 and "]]>" not in before[start:] else before
 
 
 def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
@@ -81,9 +106,11 @@ def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) 
         return False
     if any(leaf.sentinel in text and leaf.sentinel not in whole for leaf in twin.leaves):
         return False
-    if any(_is_tagged(written[:at], key) for key in _keys_of(twin, value)):
-        if isinstance(value, str) and _RAW.search(written[:at]):
-            return text.strip() != value.strip()
+    before = without_section(written[:at])
+    typed = is_typed(before, text, value)
+    if typed is not None:
+        return not typed
+    if any(_is_tagged(before, key) for key in _keys_of(twin, value)):
         return not is_written(text, value)
     return not any(is_written(text, inner) for inner in values_in(value))
 
@@ -157,9 +184,9 @@ def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
             continue
         before, behind = str(before), str(behind)
         tag = re.search(r"<[^<>]*[^\W\d_][^<>]*>?$", before)
-        close = re.match(r"[^<>\w]*>|</[^<>]+>", behind)
+        close = re.match(r"[^<>\w]*>|[\"'](?=[^<>]*>)|</[^<>]+>", behind)
         if tag and close:
-            same = re.escape(tag.group()) + r"([^<>\"\n]+)" + re.escape(close.group())
+            same = re.escape(tag.group()) + r"([^<>\"'\n]+)" + re.escape(close.group())
             found += [key for text in texts for key in re.findall(same, text)]
         elif before[-1:] in ("(", "{", ",", " ") and behind[:1] in _BARE_KEYS:
             bare = _BARE_KEYS[behind[:1]]

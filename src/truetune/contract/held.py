@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import html
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,8 +12,16 @@ from typing import Any
 _PYTHON = ("'", '"', "[", "{", "True", "False", "None")
 
 
+_SECTION = "<![CDATA["
+
+
 def between_tags(text: str, start: int, end: int) -> str | None:
-    """What stands between the tags around a place; None where none stands on either side."""
+    """What stands between the tags around a place, or between the sides of a CDATA section; None
+    where none stands on either side."""
+    section = text.rfind(_SECTION, 0, start)
+    if section >= 0 and "]]>" not in text[section:start]:
+        closed = text.find("]]>", end)
+        return None if closed < 0 else text[section + len(_SECTION) : closed]
     left = max(text.rfind("<", 0, start), text.rfind(">", 0, start))
     right = min((at for sign in "<>" if (at := text.find(sign, end)) >= 0), default=-1)
     if left < 0 or right < 0 or text[left] != ">" or text[right] != "<":
@@ -35,12 +42,10 @@ def values_in(value: Any) -> Iterator[Any]:
 
 def is_written(text: str, value: Any) -> bool:
     """Whether a text is the value: itself, as JSON or in Python's own notation, and no more."""
-    for form in dict.fromkeys((text.strip(), html.unescape(text.strip()))):
-        if isinstance(value, str) and form == value.strip():
-            return True
-        if any(is_same(read, value) for read in _readings(form)):
-            return True
-    return False
+    form = text.strip()
+    if isinstance(value, str) and form == value.strip():
+        return True
+    return any(is_same(read, value) for read in _readings(form))
 
 
 def _readings(text: str) -> Iterator[Any]:

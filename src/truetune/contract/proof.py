@@ -16,18 +16,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.contract.around import bare
 from truetune.contract.encode import Completion
 from truetune.contract.held import is_call, is_same, json_objects, values_in
 from truetune.contract.refusals import (
     AS_THEY_ARE,
     behind_stop,
     cut_at,
+    cut_short,
     defective,
     unlike,
     worded,
     would_be,
 )
 from truetune.contract.skeleton import Skeleton, skeleton
+from truetune.contract.structure import uncarried
 from truetune.contract.tokens import Tokens
 from truetune.contract.turns import excerpt
 from truetune.contract.twin import Twin, twin_of
@@ -240,6 +243,10 @@ class Proof:
                 completion.text.prompt,
                 frame.recipient,
             )
+        for _, closing in frame.pairs:
+            # A channel is named behind what opens a turn, and never behind reasoning.
+            named = re.search(rf"{re.escape(closing)}\s*([A-Za-z_]+)[ \t]*\n", text)
+            words = words or (named[1] if named else "")
         if any(
             sign in piece
             for piece in (*known.pieces[:-1], tail)
@@ -320,6 +327,13 @@ class Proof:
         """
         pieces = [str(p) for p in (*known.pieces[:-1], tail) if isinstance(p, str)]
         markers = markers_in(pieces, self._control)
+        whole = [*known.pieces[:-1], tail]
+        for at, piece in enumerate(whole):
+            if isinstance(piece, int) and twin.leaves[piece].kind in ("name", "key"):
+                leaf = twin.leaves[piece]
+                before, behind = (bare(whole[n], self._control) for n in (at - 1, at + 1))
+                if sign := uncarried(before, str(leaf.value), behind):
+                    raise cut_short(completion.text.number, leaf.label, sign)
         for leaf in twin.leaves:
             held = next((m for m in markers if isinstance(leaf.value, str) and m in leaf.value), "")
             if held:
@@ -420,9 +434,8 @@ def _between(known: Skeleton, twin: Twin, tail: str) -> list[tuple[str, str, str
 def _mendable(known: Skeleton) -> bool:
     """Whether a template may write it rightly for the names that it knows: what it adds to
     arguments, or makes of them, it does under any name."""
-    return bool(known.defects) and not any(
-        d.what in ("added", "listed", "behind", "called", "unreadable") for d in known.defects
-    )
+    by_any = ("added", "listed", "behind", "called", "unreadable", "moved", "whole")
+    return bool(known.defects) and not any(d.what in by_any for d in known.defects)
 
 
 def _without_block(content: str, opening: str, closing: str, opened: bool) -> str:

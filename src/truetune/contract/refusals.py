@@ -47,6 +47,13 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "use a template that renders the calls of the row and no others",
         "target-invented",
     ),
+    "moved": (
+        "the template writes other arguments than the row's beside the name of a tool call of "
+        "message {turn}",
+        _WOULD_BE,
+        AS_THEY_ARE,
+        "target-dropped",
+    ),
     "unreadable": (
         "the template writes a tool call of message {turn} as JSON that cannot be read",
         "at {label} the completion would be {body}",
@@ -75,6 +82,12 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "the template makes another {kind} of {label} of message {turn}",
         _WOULD_BE,
         AS_THEY_ARE,
+        "target-dropped",
+    ),
+    "whole": (
+        "the template writes something beside {label} of message {turn}, inside of what holds it",
+        f"{_WOULD_BE}: a client gets another {{kind}}",
+        "use a template whose tags hold names, keys and values and nothing else",
         "target-dropped",
     ),
     "repeated": (
@@ -227,4 +240,14 @@ def worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTempla
         fix="set the template argument that leaves it out, use another template, or train the "
         "words too with --template-words keep",
         code="target-invented",
+    )
+
+
+def cut_short(turn: int, label: str, sign: str) -> UnfaithfulTemplate:
+    """A name or key that the format of a template cannot hold."""
+    return UnfaithfulTemplate(
+        f"the format of the template cannot write {label} of message {turn}",
+        why=f"{sign!r} in it ends it early, or is no name there: a server reads another one",
+        fix="rename it in the row, or use a template that writes arguments as JSON",
+        code="target-dropped",
     )

@@ -17,13 +17,16 @@ from truetune.contract.defects import (
     in_objects,
     is_lost,
     is_misread,
+    is_typed,
     misread,
     pieces_of,
     stripped,
     unreadable,
+    without_section,
 )
 from truetune.contract.held import between_tags, is_written, values_in
-from truetune.contract.twin import FILLER, Leaf, Node, Twin, argument_values
+from truetune.contract.structure import broken, emptied, misshapen, moved, split
+from truetune.contract.twin import FILLER, MOST_FLIPS, Leaf, Node, Small, Twin, argument_values
 from truetune.contract.words import PART
 
 
@@ -132,7 +135,7 @@ def skeleton(
     """
     written, *others = texts
     assert written is not None
-    flipped = others.pop(0) if twin.flipped else None
+    flips, others = others[: len(twin.flips)], others[len(twin.flips) :]
     pieces = pieces_of(twin, written)
     places: dict[int, list[int]] = {}
     for position, piece in enumerate(pieces):
@@ -179,6 +182,9 @@ def skeleton(
     for (what, message, key), full in zip(twin.filled, others, strict=True):
         if full is None:
             continue
+        if FILLER not in full or (what == "{}" and emptied(written, full)):
+            defects.append(Defect("filled", None, what))
+            continue
         # An argument that is there only where it holds something is lost where it does not.
         filler = FILLER + "zqheld" * (what == "{}")
         if key.strip() and full.count(key) - filler.count(key) > written.count(key):
@@ -199,10 +205,17 @@ def skeleton(
     defects += [Defect("added", None, key) for key in added(twin, written, pieces)]
     defects += [Defect("called", None, before) for before in called(twin, pieces)]
     defects += [Defect("unreadable", n) for n in unreadable(twin, written, pieces)]
-    turned = None if flipped is None else pieces_of(twin, flipped)
-    reader = _Reader(twin, pieces, places, turned, controls)
+    if twin.calls:
+        shown = [bare(piece, controls) if isinstance(piece, str) else piece for piece in pieces]
+        wrong = {d.leaf for d in defects}
+        defects += [Defect("whole", n) for n in misshapen(twin, shown) if n not in wrong]
+        defects += [Defect("unreadable", None, text) for text in broken(twin, written, shown)]
+        defects += [Defect("called", n) for n in split(twin, pieces)]
+    reader = _Reader(twin, pieces, places, written, flips, controls)
     if not defects:
         defects = reader.order()
+    if not defects:
+        defects = [Defect("moved") for _ in moved(twin, written)]
     empties = empties_of(twin, written, others, controls)
     in_json = tuple(in_objects(twin, written, others))
     return Skeleton(tuple(pieces), tuple(defects), reader.reordered, reader.reach, empties, in_json)
@@ -214,7 +227,8 @@ class _Reader:
     Args:
         pieces: of the twin's text.
         places: leaf -> indices of its pieces.
-        turned: pieces of the flipped twin's text.
+        written: the twin's text.
+        flips: the texts with a small value turned; None where the template takes none.
         controls: see `skeleton`.
     """
 
@@ -223,11 +237,12 @@ class _Reader:
         twin: Twin,
         pieces: list[str | int],
         places: dict[int, list[int]],
-        turned: list[str | int] | None,
+        written: str,
+        flips: Sequence[str | None],
         controls: re.Pattern[str] | None,
     ) -> None:
-        self.twin, self.pieces, self.places, self.turned = twin, pieces, places, turned
-        self.controls = controls
+        self.twin, self.pieces, self.places = twin, pieces, places
+        self.written, self.flips, self.controls = written, flips, controls
         self.reach = (0, 0)
         self.reordered = False
         self.defects: list[Defect] = []
@@ -276,8 +291,11 @@ class _Reader:
             place = self.places[node[1]][0]
             self.at = (place + 1, 0)
             return place, place
-        if kind in ("small", "fixed"):
-            self.literal(node)
+        if kind == "small":
+            self.small(node[1])
+            return None, None
+        if kind == "fixed":
+            self.fixed(node[1])
             return None, None
         if kind == "item":
             key = node[1]
@@ -291,7 +309,7 @@ class _Reader:
                 if low < place and self.twin.leaves[key[1]].kind == "key":
                     self.defects.append(Defect("order", key[1]))
                 return min(place, low), max(place, high)
-            self.literal(key)
+            self.fixed(key[1])
             return self.region(node[2])
         regions = [(inner, *self.region(inner)) for inner in node[1]]
         spans = [(low, high) for _, low, high in regions if low is not None and high is not None]
@@ -305,58 +323,96 @@ class _Reader:
             return None, None
         return ordered[0][0], max(high for _, high in ordered)
 
-    def literal(self, node: Node) -> None:
-        """Find a value or name that is no sentinel in the text behind what was found last."""
+    def fixed(self, name: str) -> None:
+        """Find a name that is no sentinel in the text behind what was found last."""
         piece, offset = self.at
-        small = node[0] == "small"
-        value = node[2] if small else node[1]
-        leaf = Leaf("value" if small else "name", value, "")
+        leaf = Leaf("name", name, "")
         what: Literal["missing", "glued"] = "missing"
         while piece < len(self.pieces):
             text = self.pieces[piece]
-            if isinstance(text, str) and (not small or self.changes(piece)):
-                for form in sorted(leaf.forms, key=len, reverse=True):
-                    at = text.find(form, offset)
-                    while at >= 0:
-                        before, behind = text[:at], text[at + len(form) :]
-                        if small and not self.turns(piece, at, at + len(form)):
-                            at = text.find(form, at + 1)
-                            continue
-                        if small and quoted(before, behind):
-                            self.defects.append(Defect("quoted", None, repr(value)))
-                        elif glued(
-                            leaf, before, behind, quoted=in_quotes(self.pieces, piece, at)
-                        ) or (small and self.misread(before, form, behind)):
-                            what, at = "glued", text.find(form, at + 1)
-                            continue
-                        self.at = (piece, at + len(form))
-                        self.reach = max(self.reach, self.at)
+            for form in sorted(leaf.forms, key=len, reverse=True) if isinstance(text, str) else ():
+                at = str(text).find(form, offset)
+                while at >= 0:
+                    before, behind = str(text)[:at], str(text)[at + len(form) :]
+                    if not glued(leaf, before, behind, quoted=in_quotes(self.pieces, piece, at)):
+                        self.found(piece, at + len(form))
                         return
-            if small:
-                break
+                    what, at = "glued", str(text).find(form, at + 1)
             piece, offset = piece + 1, 0
-        self.defects.append(Defect(what, None, repr(value)))
+        self.defects.append(Defect(what, None, repr(name)))
 
-    def misread(self, before: str, form: str, behind: str) -> bool:
+    def found(self, piece: int, offset: int) -> None:
+        self.at = (piece, offset)
+        self.reach = max(self.reach, self.at)
+
+    def small(self, value: Small) -> None:
+        """Find a true, false, null or zero: where the text changes once the value is turned."""
+        written, flip = self.written, self.flips[min(value.number, len(self.flips) - 1)]
+        alone = value.number < MOST_FLIPS - 1 or len(self.flips) < MOST_FLIPS
+        if flip is None or not alone:
+            self.somewhere(value)
+            return
+        start = common(written, flip)
+        end = len(written) - common(written[start:][::-1], flip[start:][::-1])
+        start -= len(_WORD_END.search(written[:start])[0])  # type: ignore[index]
+        end += len(_WORD_START.match(written[end:])[0])  # type: ignore[index]
+        form = written[start:end]
+        turned = flip[start : len(flip) - len(written) + end]
+        piece, offset = self.place(start)
+        text = str(self.pieces[piece])
+        before, behind = text[:offset], text[offset + len(form) :]
+        leaf = Leaf("value", value.value, "")
+        if written == flip:
+            self.defects.append(Defect("missing", None, repr(value.value)))
+        elif value.pairs.get(form) != turned or (piece, offset) < self.at:
+            self.defects.append(Defect("glued", None, repr(value.value)))
+        elif quoted(before, behind):
+            self.defects.append(Defect("quoted", None, repr(value.value)))
+        elif (
+            (form != str(value.value) and self.in_python(piece, before))
+            or glued(leaf, before, behind, quoted=in_quotes(self.pieces, piece, offset))
+            or self.misread(before, form, behind, value.value)
+        ):
+            self.defects.append(Defect("glued", None, repr(value.value)))
+        self.found(piece, offset + len(form))
+
+    def in_python(self, piece: int, before: str) -> bool:
+        """Whether a value is the keyword argument of a call as Python writes it."""
+        around = self.pieces[max(piece - 2, 0) : piece]
+        text = "".join(p if isinstance(p, str) else "k" for p in around) + before
+        return re.search(r"(?:\(|,\s*)[\w.]+=$", text) is not None
+
+    def somewhere(self, value: Small) -> None:
+        """Find one of many small values in the text behind what was found last."""
+        piece, offset = self.at
+        for form in value.pairs:
+            at = str(self.pieces[piece]).find(form, offset)
+            if at >= 0:
+                self.found(piece, at + len(form))
+                return
+        self.defects.append(Defect("missing", None, repr(value.value)))
+
+    def place(self, at: int) -> tuple[int, int]:
+        """(piece, offset) of a place in the whole text."""
+        for number, piece in enumerate(self.pieces):
+            length = len(piece if isinstance(piece, str) else self.twin.leaves[piece].sentinel)
+            if at < length or (at == length and number == len(self.pieces) - 1):
+                return number, at
+            at -= length
+        return len(self.pieces) - 1, 0
+
+    def misread(self, before: str, form: str, behind: str, value: Any) -> bool:
         """Whether what stands between tags around a small value is no value of the row."""
         before, behind = bare(before, self.controls), bare(behind, self.controls)
         text = between_tags(before + form + behind, len(before), len(before) + len(form))
         if text is None or (self.twin.names and self.twin.names.search(text)):
             return False
+        typed = is_typed(without_section(before), text, value)
+        if typed is not None and text.strip() == form:
+            return not typed
         values = (v for whole, _ in argument_values(self.twin.message) for v in values_in(whole))
         return not any(is_written(text, value) for value in values)
 
-    def turns(self, piece: int, start: int, end: int) -> bool:
-        """Whether a place of a text lies where it is another one with small values turned."""
-        if self.turned is None or len(self.turned) != len(self.pieces):
-            return True
-        text, turned = str(self.pieces[piece]), str(self.turned[piece])
-        first, last = common(text, turned), len(text) - common(text[::-1], turned[::-1])
-        # Two texts that differ by a letter less or more begin and end alike by chance.
-        return start < max(first, last) and end > min(first, last)
 
-    def changes(self, piece: int) -> bool:
-        """Whether the text is another one where small values are turned."""
-        if self.turned is None or len(self.turned) != len(self.pieces):
-            return True
-        return self.turned[piece] != self.pieces[piece]
+# The letters and digits at the end of a text, and at its beginning.
+_WORD_END, _WORD_START = re.compile(r"[A-Za-z0-9]*$"), re.compile(r"^[A-Za-z0-9]*(?:\.\d+)?")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -65,8 +65,34 @@ def in_json_forms(text: str) -> list[str]:
 
 # How the parts of a call belong together: a leaf; a mapping's items, in any order; a list in its
 # own; a name or key with what belongs to it; a value that no sentinel can stand for.
-Small: TypeAlias = tuple[Literal["small"], tuple[str, ...]]
 Node: TypeAlias = Any
+# Small values that are turned one at a time: each asks the template once more.
+MOST_FLIPS = 24
+
+
+@dataclass(frozen=True)
+class Small:
+    """A true, false, null or zero of a call: no sentinel can stand for it.
+
+    Attributes:
+        number: among those of the turn.
+    """
+
+    value: Any
+    number: int
+
+    @property
+    def turned(self) -> Any:
+        """Another one in its place."""
+        if isinstance(self.value, bool | None):
+            return not self.value
+        return type(self.value)(1)
+
+    @cached_property
+    def pairs(self) -> dict[str, str]:
+        """How it is written, and its other in the same way."""
+        ways = (json.dumps, str)
+        return {way(self.value): way(self.turned) for way in ways}
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,8 @@ class Twin:
 
     Attributes:
         message: the same structure, outer whitespace and empty values as in the row.
-        flipped: the same with every true, false, null and zero turned; None where there is none.
+        flips: the same with one true, false, null or zero turned, for each of them; beyond
+            `MOST_FLIPS` the last has all the others turned.
         filled: for each blank text, empty mapping and empty list of a call: what it is, the
             message in which it holds something, and the key that it belongs to.
         leaves: in the row's order.
@@ -83,7 +110,7 @@ class Twin:
     """
 
     message: Message
-    flipped: Message | None
+    flips: tuple[Message, ...]
     filled: tuple[tuple[str, Message, str], ...]
     leaves: tuple[Leaf, ...]
     calls: tuple[Node, ...]
@@ -113,9 +140,8 @@ class Twin:
 
     @property
     def variants(self) -> list[Message]:
-        """All messages whose texts a skeleton is read off: its own, flipped, filled."""
-        flipped = [self.flipped] if self.flipped else []
-        return [self.message, *flipped, *(message for _, message, _ in self.filled)]
+        """All messages whose texts a skeleton is read off: its own, then turned, then filled."""
+        return [self.message, *self.flips, *(message for _, message, _ in self.filled)]
 
 
 class _Maker:
@@ -129,7 +155,7 @@ class _Maker:
     def __init__(self, marks: Sequence[str], named: bool) -> None:
         self.leaves: list[Leaf] = []
         self.named = named
-        self.has_small = False
+        self.num_small = 0
         longest = sorted(filter(None, marks), key=len, reverse=True)
         self.marks = re.compile("(" + "|".join(map(re.escape, longest)) + ")") if longest else None
 
@@ -155,55 +181,58 @@ class _Maker:
             return text, ("fixed", text)
         return self.leaf(kind, text, rank), ("leaf", len(self.leaves) - 1)
 
-    def value(self, value: Any, flip: bool) -> tuple[Any, Any, Node]:
-        """(sentinels, the same with small values turned, how they belong together)."""
+    def value(self, value: Any) -> tuple[Any, Node]:
+        """(sentinels in its structure, how they belong together)."""
         if isinstance(value, Mapping):
             # A template may sort them: their sentinels sort alike.
             ranks = {k: n for n, k in enumerate(sorted(map(str, value), key=str.lower))}
             pairs = [self.item(str(k), inner, ranks[str(k)]) for k, inner in value.items()]
-            nodes = [node for _, _, _, node in pairs]
-            made = {key: inner for key, inner, _, _ in pairs}
-            return made, {key: turned for key, _, turned, _ in pairs}, ("map", nodes)
+            return {key: made for key, made, _ in pairs}, ("map", [node for _, _, node in pairs])
         if isinstance(value, list | tuple):
-            items = [self.value(inner, flip) for inner in value]
-            made_list = [made for made, _, _ in items]
-            return made_list, [turned for _, turned, _ in items], ("list", [n for _, _, n in items])
+            items = [self.value(inner) for inner in value]
+            return [made for made, _ in items], ("list", [node for _, node in items])
         if isinstance(value, str) and value.strip():
-            made_text = self.leaf("value", value)
-            return made_text, made_text, ("leaf", len(self.leaves) - 1)
+            return self.leaf("value", value), ("leaf", len(self.leaves) - 1)
         if isinstance(value, bool | None) or value == 0:
-            self.has_small = True
-            turned: Any = value is None or not value
-            turned = int(turned) if value == 0 and not isinstance(value, bool) else turned
-            return value, turned, ("small", Leaf("value", value, "").forms, value)
+            self.num_small += 1
+            small = Small(value, self.num_small - 1)
+            return small, ("small", small)
         if isinstance(value, int | float):
             number = int(f"73{len(self.leaves):05d}37")
             held: int | float = number if isinstance(value, int) else number + 0.5
             self.leaves.append(Leaf("value", value, str(held)))
-            return held, held, ("leaf", len(self.leaves) - 1)
-        return value, value, ("list", [])
+            return held, ("leaf", len(self.leaves) - 1)
+        return value, ("list", [])
 
-    def item(self, key: str, value: Any, rank: int) -> tuple[str, Any, Any, Node]:
+    def item(self, key: str, value: Any, rank: int) -> tuple[str, Any, Node]:
         made_key, node = self.fixed("key", key, rank)
-        made, turned, inner = self.value(value, False)
-        return made_key, made, turned, ("item", node, inner)
+        made, inner = self.value(value)
+        return made_key, made, ("item", node, inner)
 
-    def call(self, call: Mapping[str, Any]) -> tuple[Message, Message, Node]:
+    def call(self, call: Mapping[str, Any]) -> tuple[Message, Node]:
         function = call["function"]
         name, node = self.fixed("name", str(function.get("name", "")))
         given = function.get("arguments", {})
         if isinstance(given, str) and given.strip():
-            text = self.leaf("arguments", given)
-            made, turned, inner = text, text, ("leaf", len(self.leaves) - 1)
+            made: Any = self.leaf("arguments", given)
+            inner: Node = ("leaf", len(self.leaves) - 1)
         else:
-            made, turned, inner = self.value(given, False)
-        both = []
-        for arguments in (made, turned):
-            changed = {**function, "name": name}
-            if "arguments" in function:
-                changed["arguments"] = arguments
-            both.append({**call, "function": changed})
-        return both[0], both[1], ("item", node, inner)
+            made, inner = self.value(given)
+        changed = {**function, "name": name}
+        if "arguments" in function:
+            changed["arguments"] = made
+        return {**call, "function": changed}, ("item", node, inner)
+
+
+def _small(value: Any, turned: Container[int]) -> Any:
+    """A structure with its small values in it, those of some numbers turned."""
+    if isinstance(value, Small):
+        return value.turned if value.number in turned else value.value
+    if isinstance(value, Mapping):
+        return {key: _small(inner, turned) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_small(inner, turned) for inner in value]
+    return value
 
 
 def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = False) -> Twin:
@@ -214,20 +243,22 @@ def twin_of(message: Mapping[str, Any], marks: Iterable[str], *, named: bool = F
         made["reasoning_content"] = maker.text("reasoning", str(made["reasoning_content"]))
     made["content"] = maker.text("content", str(made.get("content") or ""))
     calls = [maker.call(call) for call in made.get("tool_calls") or []]
-    flipped = None
+    flips: list[Message] = []
     filled: list[tuple[str, Message, str]] = []
     if calls:
-        made["tool_calls"] = [call for call, _, _ in calls]
-        if maker.has_small:
-            flipped = {**made, "tool_calls": [turned for _, turned, _ in calls]}
+        held = [call for call, _ in calls]
+        made["tool_calls"] = _small(held, ())
+        for n in range(min(maker.num_small, MOST_FLIPS)):
+            numbers = range(n, maker.num_small if n == MOST_FLIPS - 1 else n + 1)
+            flips.append({**made, "tool_calls": _small(held, numbers)})
         for number, call in enumerate(made["tool_calls"]):
             for what, arguments, key in _filled(call["function"].get("arguments")):
                 function = {**call["function"], "arguments": arguments}
                 others = list(made["tool_calls"])
                 others[number] = {**call, "function": function}
                 filled.append((what, {**made, "tool_calls": others}, key))
-    nodes = tuple(node for _, _, node in calls)
-    return Twin(made, flipped, tuple(filled), tuple(maker.leaves), nodes)
+    nodes = tuple(node for _, node in calls)
+    return Twin(made, tuple(flips), tuple(filled), tuple(maker.leaves), nodes)
 
 
 FILLER = "zqfilled"

@@ -1,0 +1,178 @@
+"""Whether what a template writes around the parts of calls has the structure that a parser reads:
+brackets, lists, objects and tags that hold one part, whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from truetune.contract.held import between_tags, is_call, is_same, json_objects, values_in
+from truetune.contract.twin import FILLER, Twin
+from truetune.contract.words import PART
+
+_QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"')
+_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+# What may stand beside a key between tags, of which it makes another one.
+_ABOUT_KEY = re.compile(r"[\s\"'`:;,.]+")
+
+
+def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
+    """(quote, text in front, text behind) of a part in the attribute of a tag that is open in front
+    of it, as `<function=NAME>` and `<call name="NAME">`; None where it stands in none."""
+    opened = before[before.rfind("<") + 1 :] if "<" in before else ">"
+    if ">" in opened or "=" not in opened or not re.match(r"/?[A-Za-z]", opened):
+        return None
+    lead = opened[opened.rfind("=") + 1 :]
+    quote = lead[:1] if lead[:1] in ("'", '"') else ""
+    if quote:
+        return quote, lead[1:], behind.partition(quote)[0]
+    tail = re.match(r"[^<>]*?(?=\s+[\w:-]+=|\s*/?>)", behind)
+    return quote, lead, tail.group() if tail else ""
+
+
+def uncarried(before: str, key: str, behind: str) -> str:
+    """What in a name or key ends it early where the format writes it, "" for nothing."""
+    held = attribute(before, behind)
+    if held is not None:
+        ends = held[0] or "<>"
+    elif behind.startswith("=") and re.search(r"\($|,\s*$", before):
+        return "" if key.isidentifier() else key
+    elif re.match(r":\s", behind) and re.search(r"(?:^|\n)\s*$", before):
+        ends = ":\n"
+    else:
+        return ""
+    return next((sign for sign in ends if sign in key), "")
+
+
+def misshapen(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
+    """Parts of calls that are not the whole of what holds them: a name or key of its attribute or
+    between its tags, a value of its own between tags."""
+    for at, piece in enumerate(pieces):
+        if not isinstance(piece, int):
+            continue
+        leaf = twin.leaves[piece]
+        before, behind = str(pieces[at - 1]), str(pieces[at + 1])
+        if leaf.kind in ("name", "key"):
+            held = attribute(before, behind)
+            if held is not None and (held[1] or held[2]):
+                yield piece
+                continue
+        if leaf.kind not in ("key", "value"):
+            continue
+        text = before + leaf.sentinel + behind
+        inside = between_tags(text, len(before), len(before) + len(leaf.sentinel))
+        if inside is None:
+            continue
+        first, _, last = inside.partition(leaf.sentinel)
+        first, last = first.removesuffix(leaf.around[0]), last.removeprefix(leaf.around[1])
+        same = first == last and not first.strip("\n")
+        if leaf.kind == "key":
+            if not same and _ABOUT_KEY.fullmatch(first + last):
+                yield piece
+        elif not same and not (first + last).strip():
+            yield piece
+
+
+def broken(twin: Twin, written: str, pieces: Sequence[str | int]) -> Iterator[str]:
+    """Brackets, lists and objects of calls that cannot be read, each with what is wrong."""
+    frame = "".join(p if isinstance(p, str) else PART for p in pieces)
+    bare = _QUOTED.sub("", frame)
+    for opening, closing in _BRACKETS.items():
+        if bare.count(opening) != bare.count(closing):
+            yield opening if bare.count(opening) > bare.count(closing) else closing
+            return
+    names = {leaf.sentinel for leaf in twin.leaves if leaf.kind == "name"}
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    for found in re.finditer(r"\[(?=\s*\{)", written):
+        try:
+            held, _ = decoder.raw_decode(written, found.start())
+        except (ValueError, RecursionError):
+            inner = next(json_objects(written[found.end() :]), {})
+            if names.intersection(_texts(inner)):
+                yield "["
+            continue
+        if names.intersection(_texts(held)) and not all(isinstance(e, dict) for e in held):
+            yield "["
+    at = written.find("{")
+    while at >= 0:
+        try:
+            held, end = decoder.raw_decode(written, at)
+        except _Twice as twice:
+            yield str(twice)
+            return
+        except (ValueError, RecursionError):
+            end = at + 1
+        at = written.find("{", end)
+
+
+class _Twice(Exception):
+    """A key that an object has twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(repr(next(key for key in keys if keys.count(key) > 1)))
+    return made
+
+
+def _texts(value: Any) -> set[str]:
+    return {text for text in values_in(value) if isinstance(text, str)}
+
+
+def moved(twin: Twin, written: str) -> Iterator[int]:
+    """Calls whose object has the name and, beside it, other arguments than theirs, by number."""
+    objects = list(json_objects(written))
+    for number, call in enumerate(twin.message.get("tool_calls") or []):
+        name, arguments = call["function"].get("name"), call["function"].get("arguments")
+        if not isinstance(arguments, dict) or not arguments or not str(name).strip():
+            continue
+        for held in objects:
+            beside = list(held.values())
+            if name not in [v for v in beside if isinstance(v, str)] or not any(
+                key in json.dumps(held) for key in arguments
+            ):
+                continue
+            if held in [v for v in values_in(arguments) if v is not arguments]:
+                continue
+            if not is_call(held, arguments) and not any(_reads(v, arguments) for v in beside):
+                yield number
+                break
+
+
+def _reads(value: Any, arguments: Any) -> bool:
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return False
+    return is_same(value, arguments)
+
+
+def split(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
+    """Names that begin a call more than once."""
+    begun: dict[int, list[str]] = {}
+    for at, piece in enumerate(pieces):
+        if isinstance(piece, int) and twin.leaves[piece].kind == "name":
+            begun.setdefault(piece, []).append(str(pieces[at - 1])[-8:])
+    for leaf, before in begun.items():
+        if len(before) > 1 and before[0].strip() and len(set(before)) < len(before):
+            yield leaf
+
+
+def emptied(written: str, full: str) -> bool:
+    """Whether a JSON object writes no arguments as something that is no empty object.
+
+    Args:
+        full: the same turn where they hold something.
+    """
+    whole = {FILLER: "zqheld"}
+    items = [item for held in json_objects(full) for item in held.items()]
+    if any(isinstance(value, list) and FILLER in value for _, value in items):
+        return True
+    keys = {key for key, value in items if _reads(value, whole)}
+    written_as = [held[key] for held in json_objects(written) for key in keys if key in held]
+    return any(value is None or (not value and value not in ({}, "")) for value in written_as)
