@@ -212,7 +212,8 @@ def test_scripts_and_targets_exist(page: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with what the examples name; their model is the embedded base."""
+    """A working folder with what the examples name; their model is the embedded base, and they
+    train two steps."""
     base = ROOT / "src/truetune/lab/base"
     for name in ("Qwen/Qwen2.5-0.5B-Instruct", "src/truetune/lab/base"):
         shutil.copytree(base, tmp_path / name)
@@ -220,7 +221,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, part in {"rows": rows[:48], "held_out": rows[48:56], "questions": rows[:8]}.items():
         write_rows(tmp_path / f"{name}.jsonl", part)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(truetune, "train", functools.partial(truetune.train, max_steps=2))
     return tmp_path
+
+
+def shortened(words: list[str]) -> list[str]:
+    return [*words, "--max-steps", "2"] if words[0] == "train" else words
 
 
 def with_runs(page: Path) -> None:
@@ -228,8 +234,8 @@ def with_runs(page: Path) -> None:
     text = "".join(block.text for block in blocks(page))
     for name in ("runs/first", "runs/quickstart"):
         if name in text and f"-o {name}" not in text and f'output="{name}"' not in text:
-            words = ["embedded", "rows.jsonl", "--lora", "--max-steps", "2", "-o"]
-            assert command("train", *words, name).code == 0
+            words = ["train", "embedded", "rows.jsonl", "--lora", "-o", name]
+            assert command(*shortened(words)).code == 0
 
 
 def trainer(folder: Path) -> Any:
@@ -280,7 +286,7 @@ def test_commands_run(page: Path, folder: Path) -> None:
         for words in block.commands():
             extra = importlib.util.find_spec("xllamacpp") or "gguf" not in shlex.join(words)
             if extra and not block.is_left_out(words):
-                shown = command(*words)
+                shown = command(*shortened(words))
                 assert shown.code == 0, (words, shown.out, shown.err)
 
 
