@@ -369,6 +369,8 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
         [
             case(on_answers),
             case(on_everything),
+            # Labels that were shifted are told as that alone.
+            case(lambda t: [(i, [*x[1:], -100]) for i, x in on_answers(t)]),
             # The answers' own line break.
             case(
                 lambda t: [

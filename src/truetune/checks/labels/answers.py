@@ -115,7 +115,9 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             at = np.where(inside, behind + offset, 0)
             served &= table.ids[at] == token
         last = np.where(inside, behind + len(blanks) - 1, 0)
-        lines = sorted({int(r) for r in table.rows_of(starts[served & table.supervised[last]])})
+        # Labels that were shifted lie there too, and are told as that.
+        learned = table.supervised[last] & (table.labels[last] == table.ids[last])
+        lines = sorted({int(r) for r in table.rows_of(starts[served & learned])})
         if lines:
             judged = np.unique(table.rows_of(starts[served]))
             # Some trainers' own templates mark it in every row: nothing else comes of that.
