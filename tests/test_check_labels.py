@@ -369,6 +369,8 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
         [
             case(on_answers),
             case(on_everything),
+            # Labels that were shifted are told as that alone.
+            case(lambda t: [(i, [*x[1:], -100]) for i, x in on_answers(t)]),
             # The answers' own line break.
             case(
                 lambda t: [
@@ -513,6 +515,16 @@ def test_each_mask_has_its_own_reason(tokenizer: Any) -> None:
     assert "answers-masked" in codes(check_labels(asked[:1] + on_answers(tokenizer), tokenizer))
 
 
+@pytest.mark.parametrize(("every", "level"), [(1, "note"), (3, "warning")])
+def test_the_line_break_of_a_header_matters_where_rows_differ(
+    tokenizer: Any, every: int, level: str
+) -> None:
+    """TRL's own template for assistant_only_loss marks it in every row."""
+    (finding,) = check_labels(early(tokenizer, 1, every=every), tokenizer)
+    assert (finding.code, finding.level) == ("header-supervised", level)
+    assert finding.count == (4 if every == 1 else 2)
+
+
 def test_a_pad_token_that_is_a_word_leaves_holes() -> None:
     made = byte_level()
     made.chat_template = PLAIN
@@ -541,8 +553,7 @@ def test_history_that_no_server_sends() -> None:
     header = rendered(tok, chat("x"), add_generation_prompt=True)
     last = []
     for ids, _ in lost:
-        # Behind the header and its line break, which the server writes.
-        at = len(ids) - ids[::-1].index(header[-2]) + 1
+        at = len(ids) - ids[::-1].index(header[-2])
         last.append((ids, [-100] * at + ids[at:]))
     assert [f for f in check_labels(last, tok) if f.level != "note"] == []
     # One turn a row: nothing to lose.

@@ -115,20 +115,31 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             at = np.where(inside, behind + offset, 0)
             served &= table.ids[at] == token
         last = np.where(inside, behind + len(blanks) - 1, 0)
-        lines = sorted({int(r) for r in table.rows_of(starts[served & table.supervised[last]])})
+        # Labels that were shifted lie there too, and are told as that.
+        learned = table.supervised[last] & (table.labels[last] == table.ids[last])
+        lines = sorted({int(r) for r in table.rows_of(starts[served & learned])})
         if lines:
+            judged = np.unique(table.rows_of(starts[served]))
+            # Some trainers' own templates mark it in every row: nothing else comes of that.
+            everywhere = len(lines) > 0.9 * len(judged)
             yield rows_finding(
                 facts.names,
                 lines,
                 code="header-supervised",
-                level="warning",
+                level="note" if everywhere else "warning",
                 what=f"what stands between the header of the answer and its first word, "
                 f"{facts.tokens.decode(blanks)!r}, has labels in {share(len(lines), len(table))}, "
                 "and the header has none",
-                why="it belongs to the served prompt: the mask begins too early, often because it "
-                "was counted without the generation prompt, or looks for the header without its "
-                "line break; the model is trained to write what the server has written",
-                fix=fix,
+                why="it belongs to the served prompt: the mask begins too early, because it was "
+                "counted without the generation prompt, or looks for the header without its line "
+                "break, or the template marks it (TRL's for assistant_only_loss do); "
+                + (
+                    "a token an answer is learned that the server always writes, and nothing else "
+                    "changes"
+                    if everywhere
+                    else "rows are masked in two ways, as rows of two pipelines are"
+                ),
+                fix="nothing has to be done; else " + fix if everywhere else fix,
             )
     if rows:
         yield rows_finding(
