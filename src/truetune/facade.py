@@ -111,7 +111,7 @@ def train(
         data: a file, a folder, or a Hub dataset.
         resume: a run to continue; takes no other setting.
         quiet: show nothing while it works.
-        listener: is told what happens, in place of the screen.
+        listener: receives the events of the run, in place of the screen.
         options: every setting of docs/settings.md, by its name.
 
     Returns:
@@ -514,7 +514,7 @@ def inspect(
     if data is None:
         if row is not None or ids or html is not None or options:
             raise UsageError(
-                "row, ids, html and settings show rows, and there are none",
+                "row, ids, html and settings need data",
                 fix="truetune.inspect(model, data, row=1)",
                 code="rows-without-data",
             )

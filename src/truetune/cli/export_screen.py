@@ -24,7 +24,7 @@ def require_export(to: str | None, *, merge: bool, onto: str, no_verify: bool, d
     """
     if to is None and not merge:
         raise UsageError(
-            "nothing was asked for",
+            "no export was requested",
             fix="truetune export RUN --merge -o DIR, or --to gguf -o DIR",
             code="export-what",
         )
@@ -32,7 +32,9 @@ def require_export(to: str | None, *, merge: bool, onto: str, no_verify: bool, d
     if what not in _KINDS or (merge and what != "merged"):
         meant = near(what, _KINDS)
         raise UsageError(
-            f"--to {what!r} is no export" if what not in _KINDS else "--merge and --to contradict",
+            f"--to {what!r} is not a known export"
+            if what not in _KINDS
+            else "--merge and --to contradict each other",
             where="--to",
             why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
             fix=f"one of {', '.join(_KINDS)}",
@@ -50,7 +52,7 @@ def require_export(to: str | None, *, merge: bool, onto: str, no_verify: bool, d
                 ("--no-verify" if no_verify else "--dtype") + " has no effect on a GGUF file",
                 why="it is always compared with the model"
                 if no_verify
-                else "--quant says how its weights are held",
+                else "--quant sets the type of its weights",
                 fix="leave it out",
                 code="export-what",
             )
@@ -102,14 +104,14 @@ def export_gguf(screen: Screen, run: str, output: str, *, as_json: bool, **optio
     rows = [
         ("ids", f"equal on {proof.texts.texts} texts in twenty scripts, digits, code, spaces"),
         ("prompts", f"equal on {proof.prompts} conversations, as text and as ids"),
-        ("stops", f"it ends replies on all {len(proof.stops)} stop tokens"),
+        ("stops", f"replies end on all {len(proof.stops)} stop tokens"),
     ]
     if apart:
         rows.append(
             (
                 "numbers",
-                f"{apart.mean:.2g} nats a token from transformers in float32, "
-                f"{100 * apart.greedy:.1f} % of the likeliest tokens equal at "
+                f"{apart.mean:.2g} nats per token from transformers in float32, "
+                f"{100 * apart.greedy:.1f} % of the most likely tokens equal at "
                 f"{apart.positions} positions",
             )
         )

@@ -79,9 +79,9 @@ class Match:
             )
         if problem := _pattern_problem(self.pattern):
             raise UsageError(
-                f"the pattern is no regular expression: {problem}",
+                f"the pattern is not a valid regular expression: {problem}",
                 where="--pattern",
-                fix="patterns are those of Python's re module",
+                fix="use the syntax of Python's re module",
                 code="match-pattern",
             )
 
@@ -175,7 +175,7 @@ class Match:
             why=answer.errors.splitlines()[-1][:300]
             if answer.errors
             else "the pattern backtracks without end on such replies",
-            fix="a pattern without nested repetition, or another --match",
+            fix="use a pattern without nested repetition, or another --match",
             code="match-too-slow",
         )
 

@@ -129,16 +129,16 @@ def require_subject(name: str) -> None:
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", name):
         raise UsageError(
-            f"{name} is a web address, and models behind a server are not evaluated",
+            f"{name} is a web address, but models behind a server cannot be evaluated",
             why=f"a model is {_SUPPORTED}",
-            fix="name the folder that the server was started with",
+            fix="pass the folder that the server was started with",
             code="subject-unsupported",
         )
     if name.lower().endswith(".gguf"):
         raise UsageError(
-            f"{name} is a GGUF file, and these are not evaluated",
+            f"{name} is a GGUF file, which cannot be evaluated",
             why=f"a model is {_SUPPORTED}",
-            fix="name the folder that it was converted from",
+            fix="pass the folder that it was converted from",
             code="subject-unsupported",
         )
     folder = opened(name)
@@ -158,6 +158,6 @@ def _record(name: str) -> dict[str, Any]:
         raise ModelError(
             f"{CONTRACT} cannot be read: {error}",
             where=str(run.file(CONTRACT)),
-            fix="copy the run again, or name its model or adapter folder",
+            fix="copy the run again, or pass its model or adapter folder",
             code="contract-unreadable",
         ) from error

@@ -114,7 +114,7 @@ def lines(found: Evaluation) -> Iterator[str]:
     yield ""
     yield from _wrapped(
         "[ ]: 95 % intervals, same rows for all: score intervals of shares, else bootstrap; models "
-        "that differ on fewer than six rows are not told apart"
+        "that differ on fewer than six rows are not distinguishable"
     )
     for name, model in zip(names, found.models, strict=True):
         for out in model.no_loss:
