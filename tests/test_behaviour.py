@@ -298,7 +298,7 @@ def test_rows_in_a_language_foreign_to_the_model_cost_it_some_of_its_own(
 ) -> None:
     history = [replace(START, trained_loss=start), _after(10), _after(20, keep_loss=kept)]
     (found,) = (f for f in judge(history) if f.code == "forgetting")
-    assert (found.level, "foreign" in found.why) == (level, start > 6)
+    assert (found.level, "unlike what the model knew" in found.why) == (level, start > 6)
 
 
 @pytest.mark.parametrize("code", SIGNS)

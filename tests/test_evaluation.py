@@ -141,16 +141,16 @@ def test_a_difference_is_told_from_the_same_rows() -> None:
     assert (told["match"], told["loss"], told["ended"]) == (
         "better",
         "better",
-        "no clear difference",
+        "inconclusive",
     )
     assert against(rows_of(better), rows_of(half))["match"] == "worse"
     # As many right answers on other rows are no difference.
     other = [not yes for yes in half]
-    assert against(rows_of(half), rows_of(other))["match"] == "no clear difference"
+    assert against(rows_of(half), rows_of(other))["match"] == "inconclusive"
     assert against(rows_of(half), rows_of(half, [9] * 40))["length_median"] == "longer"
 
 
-@pytest.mark.parametrize(("different", "word"), [(5, "no clear difference"), (6, "better")])
+@pytest.mark.parametrize(("different", "word"), [(5, "inconclusive"), (6, "better")])
 def test_fewer_than_six_rows_tell_nothing(different: int, word: str) -> None:
     wrong, right = [False] * different, [True] * different
     assert against(rows_of(wrong), rows_of(right))["match"] == word
@@ -337,7 +337,7 @@ def test_models_side_by_side(place: Path, tmp_path: Path) -> None:
     assert yes.against_first["match"].word == "better"
     assert yes.against_first["length_median"].word == "longer"
     assert on.against_first["ended"].word == "worse"
-    assert on.against_first["match"].word == "no clear difference"
+    assert on.against_first["match"].word == "inconclusive"
     assert "closed_thinking" not in yes.values
     assert found.num_rows == 20
     # "yes" and its end are certain to the model that says nothing else.
