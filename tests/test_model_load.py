@@ -144,7 +144,7 @@ def test_placement_on_a_gpu(
 
 
 def test_unknown_device_and_dtype_are_usage_errors(llama: Path) -> None:
-    with pytest.raises(UsageError, match="not there"):
+    with pytest.raises(UsageError, match="is not available"):
         choose_device("cuda:99")
     with pytest.raises(UsageError, match="unknown device"):
         choose_device("gpu")
@@ -470,7 +470,7 @@ def test_adapter_brings_its_own_tokenizer_or_takes_the_base_s(
     ("change", "code", "says"),
     [
         ({"base_model_name_or_path": None}, "adapter-no-base", "does not say"),
-        ({"base_model_name_or_path": "/gone/model"}, "adapter-no-base", "not there: /gone/model"),
+        ({"base_model_name_or_path": "/gone/model"}, "adapter-no-base", "not found: /gone/model"),
         ({"base_model_name_or_path": "some/one"}, "adapter-no-base", "offline"),
         ({"peft_type": "PROMPT_TUNING"}, "adapter-type", "PROMPT_TUNING"),
     ],
