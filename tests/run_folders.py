@@ -118,7 +118,7 @@ def files(text: str = "plain", *, healthy: bool = True, adapter: bool = False) -
     if healthy:
         metrics += [{"step": step, "eval_loss": 2 - step / 100} for step in marks if step]
     metrics.sort(key=lambda line: line["step"])
-    found = [finding("stop-added", "note", f"the stop set gains '<|end|>' (4) {text}")]
+    found = [finding("stop-added", "note", f"added to the stop set: '<|end|>' (4), {text}")]
     if not healthy:
         found.append(
             finding(

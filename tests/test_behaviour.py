@@ -298,7 +298,7 @@ def test_rows_in_a_language_foreign_to_the_model_cost_it_some_of_its_own(
 ) -> None:
     history = [replace(START, trained_loss=start), _after(10), _after(20, keep_loss=kept)]
     (found,) = (f for f in judge(history) if f.code == "forgetting")
-    assert (found.level, "foreign" in found.why) == (level, start > 6)
+    assert (found.level, "unlike what the model knew" in found.why) == (level, start > 6)
 
 
 @pytest.mark.parametrize("code", SIGNS)
@@ -375,7 +375,7 @@ def test_a_run_that_falls_apart_is_stopped_and_can_go_on(tmp_path: Path) -> None
     assert again.code == 0, again.err
     assert (run / "manifest.json").exists()
     refused = command("train", "--resume", run, "--learning-rate", "1e-3")
-    assert "no other setting than --on-collapse" in refused.err
+    assert "can be combined only with --on-collapse" in refused.err
 
 
 def test_with_continue_the_same_run_goes_on_and_says_so(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_a_model_folder_an_adapter_and_a_checkpoint_answer_too(place: Place) -> 
     for source in (place.model, place.lora, place.lora / "checkpoints" / "step-00000001"):
         shown = ask(source, "hello", "--max-new-tokens", "3")
         assert (shown.code, shown.err) == (0, "")
-        assert shown.out.endswith("(not ended after 3 tokens)\n")
+        assert shown.out.endswith("(did not end within 3 tokens)\n")
 
 
 def test_an_unfinished_run_answers_from_its_last_checkpoint(place: Place, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_question_that_is_no_text_or_too_long(place: Place) -> None:
 def test_a_conversation_ends_with_exit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = talk(monkeypatch, place.run, "hello\n\n/exit\nbye\n")
     assert shown.code == 0
-    assert "/reset forgets, /exit ends" in shown.out
+    assert "/reset clears the history, /exit quits" in shown.out
     assert shown.out.count("good day") == 1
     assert "so long" not in shown.out
 
@@ -187,7 +187,7 @@ def test_an_answer_that_fails_does_not_end_the_conversation(
 
 def test_two_speakers_in_a_conversation(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = talk(monkeypatch, place.run, "hello\n/exit\n", "--compare", "base")
-    assert shown.out.startswith(f"talking to {place.model} and {place.run}; ")
+    assert shown.out.startswith(f"chatting with {place.model} and {place.run}; ")
     assert "good day" in shown.out
 
 
@@ -266,7 +266,7 @@ def test_inspect_a_model_without_weights_or_stop(place: Place, tmp_path: Path) -
     shown = command("inspect", folder)
     assert shown.code == 0
     assert "none here" in shown.out
-    assert "note: the stop set gains '<|end|>' (257)" in shown.out
+    assert "note: added to the stop set: '<|end|>' (257)" in shown.out
 
 
 def test_inspect_a_template_that_is_not_faithful(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ def test_sound_rows_are_ok(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(model, data) == 0
     shown = capsys.readouterr().out
     assert shown.rstrip().endswith("ok: nothing found")
-    few = "under 100 rows none are; --eval-data names some"
+    few = "none below 100 rows; pass some with --eval-data"
     assert f"40 to train, 0 held out ({few}), 0 dropped" in " ".join(shown.split())
-    assert "the same line with `train` in place of `check`" in shown
+    assert "to start the run, replace `check` with `train`" in shown
     assert "keep 99 % of the rows whole" in shown
 
 
@@ -141,7 +141,7 @@ def test_all_shows_what_a_screen_does_not_hold(
         file.writelines(json.dumps(row) + "\n" for row in bad)
     assert run(model, path) == 1
     short = capsys.readouterr().out
-    assert "more: --all shows them" in short
+    assert "more; show them with --all" in short
     assert run(model, path, "--all") == 1
     whole = capsys.readouterr().out
     assert whole.count("error[unknown-role]") == 20 > short.count("error[unknown-role]")

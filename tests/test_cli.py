@@ -149,7 +149,7 @@ def test_a_recipe_runs_and_the_command_line_wins(place: Path, tmp_path: Path) ->
     assert rows["max_steps"] == {"value": 2, "origin": "command line"}
     assert rows["batch_size"] == {"value": 4, "origin": str(recipe)}
     assert rows["micro_batch_size"] == {"value": 2, "origin": str(recipe)}
-    assert "4 rows a step, packed to 2 rows or 1,024 tokens a forward pass" in shown.out
+    assert "4 rows per step, packed to 2 rows or 1,024 tokens per forward pass" in shown.out
     # What the run recorded is a recipe again, and makes the same run.
     again = command("train", tmp_path / "b" / "recipe.yaml", "-o", tmp_path / "c")
     assert again.code == 0
@@ -308,7 +308,7 @@ def test_many_findings_are_counted_not_shown(capsys: pytest.CaptureFixture[str])
         screen.finding(Finding(f"c{i}", "note", "x"))
     out = capsys.readouterr().out
     assert out.count("note[") == 12
-    assert out.count("more findings are in findings.jsonl") == 1
+    assert out.count("more findings are in the run's findings.jsonl") == 1
 
 
 def test_steps_on_a_screen_that_is_no_terminal(place: Path, tmp_path: Path) -> None:

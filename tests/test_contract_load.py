@@ -112,7 +112,7 @@ def test_explicit_stops_are_added_as_text_or_id() -> None:
     # Explicit means that nothing is guessed.
     contract = load(tiny.END_OF_TEXT, stop="<|user|>")
     assert contract.stop_ids == ids(END, "<|user|>")
-    with pytest.raises(UnfaithfulTemplate, match="no stop token"):
+    with pytest.raises(UnfaithfulTemplate, match="does not end with a stop token"):
         contract.encode(ROW)
 
 

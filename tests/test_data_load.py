@@ -146,7 +146,7 @@ def test_missing_file_names_near_ones(tmp_path):
     put(tmp_path / "train.jsonl", PAIR)
     error = refused("no-such-file", tmp_path / "trian.jsonl")
     assert f"did you mean {tmp_path / 'train.jsonl'}?" in error.fix
-    assert "not there either" in refused("no-such-file", tmp_path / "no" / "a.jsonl").why
+    assert "does not exist either" in refused("no-such-file", tmp_path / "no" / "a.jsonl").why
 
 
 def test_a_mistyped_relative_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):

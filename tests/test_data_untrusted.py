@@ -82,7 +82,7 @@ def test_a_file_named_like_an_address_is_a_file(tmp_path, monkeypatch):
 def test_links_that_lead_nowhere(tmp_path):
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
-    assert "points back" in refused(tmp_path / "a.jsonl", "no-such-file").why
+    assert "links back" in refused(tmp_path / "a.jsonl", "no-such-file").why
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
     refused(tmp_path / "gone.jsonl", "no-such-file")
     folder = tmp_path / "folder"

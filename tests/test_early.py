@@ -84,7 +84,7 @@ def cases(place: Path) -> dict[str, tuple[list[str], str]]:
         "weights": (train(place, model="bare"), "model-no-weights"),
         "a tracker": (train(place, "--report-to", "trackio"), "tracker-missing"),
         "an unknown tracker": (train(place, "--report-to", "wandbb"), "unknown tracker"),
-        "a device": (train(place, "--device", "mps"), "device 'mps' is not there"),
+        "a device": (train(place, "--device", "mps"), "device 'mps' is not available"),
         "a template": (train(place, "--chat-template", "no/such.jinja"), "no-such-template"),
         "an output": (["train", str(place / "model"), str(place / "rows.jsonl")], "output"),
         "an output taken": (train(place, "-o", str(place / "run")), "output-not-ours"),
@@ -147,7 +147,7 @@ def test_a_gpu_that_is_not_there_is_known_without_torch(place: Path) -> None:
         [train(place, "--device", "cuda")], CUDA_VISIBLE_DEVICES=""
     )
     assert (code, with_torch) == (2, False)
-    assert "device 'cuda' is not there" in screen
+    assert "device 'cuda' is not available" in screen
     assert spent < SECOND
 
 

@@ -216,7 +216,7 @@ def test_the_last_good_one(tmp_path: Path) -> None:
     assert [(f.code, f.level, f.where) for f in passed] == [
         ("checkpoint-damaged", "warning", str(folder)) for folder in folders[:0:-1]
     ]
-    assert all("goes on from step 1 instead" in f.what for f in passed)
+    assert all("continues from step 1 instead" in f.what for f in passed)
     (folders[0] / STATE_TENSORS).write_bytes(b"")
     with pytest.raises(CheckpointError) as caught:
         last_good(folders)

@@ -138,15 +138,19 @@ def test_a_difference_is_told_from_the_same_rows() -> None:
     better = [True, *half[1:]]
     better[1:20:2] = [True] * 10
     told = against(rows_of(half), rows_of(better))
-    assert (told["match"], told["loss"], told["ended"]) == ("better", "better", "not told apart")
+    assert (told["match"], told["loss"], told["ended"]) == (
+        "better",
+        "better",
+        "inconclusive",
+    )
     assert against(rows_of(better), rows_of(half))["match"] == "worse"
     # As many right answers on other rows are no difference.
     other = [not yes for yes in half]
-    assert against(rows_of(half), rows_of(other))["match"] == "not told apart"
+    assert against(rows_of(half), rows_of(other))["match"] == "inconclusive"
     assert against(rows_of(half), rows_of(half, [9] * 40))["length_median"] == "longer"
 
 
-@pytest.mark.parametrize(("different", "word"), [(5, "not told apart"), (6, "better")])
+@pytest.mark.parametrize(("different", "word"), [(5, "inconclusive"), (6, "better")])
 def test_fewer_than_six_rows_tell_nothing(different: int, word: str) -> None:
     wrong, right = [False] * different, [True] * different
     assert against(rows_of(wrong), rows_of(right))["match"] == word
@@ -263,7 +267,7 @@ def test_shots_never_show_the_asked_row(tmp_path: Path) -> None:
     assert questions_of(loaded, Match(), shots=4, seed=2)[0] != found
     # Twelve others at most: the twin of the first row asks the same.
     assert questions_of(loaded, Match(), shots=11)[0]
-    with pytest.raises(TruetuneError, match="needs as many other rows") as caught:
+    with pytest.raises(TruetuneError, match="needs that many other rows") as caught:
         questions_of(loaded, Match(), shots=12)
     assert caught.value.code == "too-few-shots"
 
@@ -333,7 +337,7 @@ def test_models_side_by_side(place: Path, tmp_path: Path) -> None:
     assert yes.against_first["match"].word == "better"
     assert yes.against_first["length_median"].word == "longer"
     assert on.against_first["ended"].word == "worse"
-    assert on.against_first["match"].word == "not told apart"
+    assert on.against_first["match"].word == "inconclusive"
     assert "closed_thinking" not in yes.values
     assert found.num_rows == 20
     # "yes" and its end are certain to the model that says nothing else.

@@ -111,7 +111,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int]] = {
     "no gzip": (rows(_ROW, "rows.jsonl.gz"), "cannot be unpacked", 2),
     "no zstd": (rows(_ROW, "rows.jsonl.zst"), "cannot be unpacked", 2),
     "unknown columns": (rows('{"foo": "a", "bar": "b"}'), "--columns", 2),
-    "a key twice": (rows('{"prompt": "a", "prompt": "b", "completion": "c"}'), "stands twice", 1),
+    "a key twice": (rows('{"prompt": "a", "prompt": "b", "completion": "c"}'), "occurs twice", 1),
     "nan": (rows('{"prompt": "a", "completion": NaN}'), "NaN", 1),
     "no answer": (rows('{"messages": [{"role": "user", "content": "a"}]}'), "no assistant turn", 1),
 }
@@ -146,4 +146,4 @@ def test_one_huge_row_is_no_reason_for_a_huge_limit(tmp_path, model):
     said = " ".join((shown.out + shown.err).split())
     assert shown.code in (1, 2)
     assert "--max-length 20" not in said
-    assert "split rows that are longer than the model takes" in said
+    assert "split rows that exceed the model's context" in said

@@ -282,7 +282,7 @@ def test_the_context_limits_replies_one_by_one(loaded: LoadedModel) -> None:
     with pytest.raises(UsageError, match=r"256 tokens.*context holds 256") as caught:
         replies(loaded, contract, chats("a", full))
     assert (caught.value.where, caught.value.exit_code) == ("conversation 2", 2)
-    with pytest.raises(UsageError, match="context holds"):
+    with pytest.raises(UsageError, match="the model's context is"):
         next(stream(loaded, contract, chats(full)[0]))
 
 

@@ -144,7 +144,7 @@ def test_placement_on_a_gpu(
 
 
 def test_unknown_device_and_dtype_are_usage_errors(llama: Path) -> None:
-    with pytest.raises(UsageError, match="not there"):
+    with pytest.raises(UsageError, match="is not available"):
         choose_device("cuda:99")
     with pytest.raises(UsageError, match="unknown device"):
         choose_device("gpu")
@@ -283,7 +283,7 @@ def quantised(folder: Path) -> None:
         (no_tokenizer, "model-no-tokenizer", "copy tokenizer.json"),
         (broken_tokenizer, "model-tokenizer-unreadable", "cannot be opened"),
         (no_weights, "model-no-weights", "no model.safetensors"),
-        (pickled, "model-pickle", "can run any code"),
+        (pickled, "model-pickle", "can run arbitrary code"),
         (gguf, "model-no-weights", "GGUF"),
         (misnamed, "model-no-weights", "must be called model.safetensors"),
         (truncated, "model-weights-damaged", "describes"),
@@ -298,7 +298,7 @@ def quantised(folder: Path) -> None:
         (vision, "model-not-causal", "vit is not a causal"),
         (audio, "model-not-causal", "wav2vec2 is not a causal"),
         (multimodal, "model-not-causal", "images or sound"),
-        (remote_code, "model-remote-code", "code that comes with weights is not run"),
+        (remote_code, "model-remote-code", "does not run code that comes with weights"),
         (unknown_type, "model-unknown-type", "llama99"),
         (wrong_shape, "model-shape-mismatch", "config.json says [32, 64]"),
         (quantised, "model-quantised", "cannot be trained in full"),
@@ -470,7 +470,7 @@ def test_adapter_brings_its_own_tokenizer_or_takes_the_base_s(
     ("change", "code", "says"),
     [
         ({"base_model_name_or_path": None}, "adapter-no-base", "does not say"),
-        ({"base_model_name_or_path": "/gone/model"}, "adapter-no-base", "not there: /gone/model"),
+        ({"base_model_name_or_path": "/gone/model"}, "adapter-no-base", "not found: /gone/model"),
         ({"base_model_name_or_path": "some/one"}, "adapter-no-base", "offline"),
         ({"peft_type": "PROMPT_TUNING"}, "adapter-type", "PROMPT_TUNING"),
     ],

@@ -250,7 +250,7 @@ def test_tokens_that_the_model_writes_and_those_it_does_not(tmp_path: Path) -> N
     assert (before.text, before.asked, before.written) == ("<think>", 2, 0)
     (finding,) = written_findings([before])
     assert (finding.code, finding.level, finding.count) == ("new-token-unwritten", "warning", 1)
-    assert "held-out prompts that should hold them" in finding.what
+    assert "held-out prompts that should contain them" in finding.what
 
     train(loaded.model, torch.tensor([ids]), steps=40)
     counts = written_tokens(loaded, contract, [plain, row, row], tokens)
@@ -337,8 +337,8 @@ def test_tokens_that_no_row_trains_are_told(tmp_path: Path) -> None:
         *("--add-token", "<q>", "--add-token", "<never>"),
     )
     assert shown.code == 0, shown.err
-    assert "'<q>' is in prompts only" in shown.out
-    assert "'<never>' is in no training row" in shown.out
+    assert "'<q>' occurs only in prompts" in shown.out
+    assert "'<never>' does not occur in the training rows" in shown.out
 
 
 def test_no_token_for_an_adapter_or_beyond_the_model(tmp_path: Path) -> None:
@@ -359,8 +359,8 @@ def test_no_token_for_an_adapter_or_beyond_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "mask", "said"),
     [
-        ([3, 4, 5], [0, 1, 1], "is in no training row"),
-        ([3, 9, 5], [0, 0, 1], "in prompts only"),
+        ([3, 4, 5], [0, 1, 1], "does not occur in the training rows"),
+        ([3, 9, 5], [0, 0, 1], "occurs only in prompts"),
         ([3, 9, 9], [0, 0, 1], ""),
     ],
 )

@@ -325,7 +325,7 @@ def test_prompts_that_would_be_served_differently_are_an_error(
     contract = contract_of(loaded)
     template = contract.saved_template().replace("<|assistant|>'", "<|system|>'")
     wrong: Any = Altered(contract, saved_template=lambda: template + "x")
-    with pytest.raises(SaveError, match="other prompt ids") as caught:
+    with pytest.raises(SaveError, match="prompt ids that differ") as caught:
         save_model(loaded, wrong, tmp_path / "out")
     assert caught.value.code == "save-prompt-differs"
     assert list(tmp_path.iterdir()) == []

@@ -87,7 +87,7 @@ def test_a_run_of_steps_is_told_steps() -> None:
 
 
 def test_the_line_of_the_screen() -> None:
-    assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out as in the rows; 8 of 8 ended"
+    assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out match the rows; 8 of 8 ended"
     assert summary(()) == ""
 
 

@@ -435,7 +435,7 @@ def test_a_second_ctrl_c_stops_at_once(place: Place, tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(1)
 
-    with pytest.raises(Interrupted, match="at once") as caught:
+    with pytest.raises(Interrupted, match="immediately") as caught:
         place.start("full", tmp_path / "run", Twice())
     assert "from step 2 of 6" in caught.value.fix
     assert [p.name for p in RunDir(tmp_path / "run").checkpoints()] == ["step-00000002"]
@@ -535,7 +535,7 @@ def test_a_damaged_checkpoint_is_passed_over(place: Place, tmp_path: Path, name:
     shown = resume(run.path)
     assert shown.code == 0
     assert "warning[checkpoint-damaged]" in shown.out + shown.err
-    assert "goes on from step 2 instead" in shown.out + shown.err
+    assert "continues from step 2 instead" in shown.out + shown.err
     found = [line for line in lines(run.file("findings.jsonl")) if line["level"] == "warning"]
     assert "checkpoint-damaged" in [line["code"] for line in found]
     # What is written in its place is whole again.

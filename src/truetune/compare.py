@@ -406,7 +406,7 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
         what,
         count=num_rows,
         why=f"more than {_MOST_LOSS:g} nats of loss, or less than {100 * _LEAST_GREEDY:.0f} % of "
-        "the tokens: rounding breaks this model, and the adapter starts from the broken one",
+        "the tokens: rounding breaks this model, and the adapter would start from the broken one",
         fix="--lora or --load-in-8bit, or a larger model in 4 bits",
     )
 

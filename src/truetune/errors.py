@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class TruetuneError(Exception):
-    """Base of everything raised on purpose.
+    """Base class of all errors that truetune raises deliberately.
 
     Args:
         what: what happened, in one sentence.
@@ -79,7 +79,7 @@ class RecipeError(UsageError):
 
 
 class OutputExists(UsageError):
-    """The output folder holds something that would be lost."""
+    """The output folder contains something that would be lost."""
 
     default_code = "output-exists"
 
@@ -122,7 +122,7 @@ class CheckFailed(_WithFindings):
 
 
 class UnfaithfulTemplate(TruetuneError, ValueError):
-    """No completion exists that the server's prompt would lead to."""
+    """The template offers no completion that continues the served prompt."""
 
     default_code = "unfaithful-template"
 
@@ -148,7 +148,7 @@ class NonFiniteLoss(Collapsed):
 
 
 class OutOfMemory(TruetuneError):
-    """A single row does not fit in memory.
+    """A single example does not fit in memory.
 
     Args:
         rows: its index among the examples.
@@ -189,7 +189,7 @@ class Interrupted(TruetuneError):
 
 
 class ToldElsewhere(TruetuneError):
-    """Another process of the run failed, or was stopped; that one tells why."""
+    """Another process of the run failed or was stopped, and reports why."""
 
     default_code = "stopped-elsewhere"
 
@@ -203,7 +203,7 @@ _NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the memory is used up; each library has its own."""
+    """Whether an exception means that memory ran out; each library has its own."""
     return (
         isinstance(error, MemoryError)
         # torch's, for devices; this module does not import torch.

@@ -1,4 +1,4 @@
-"""The verbs of the command line as functions, with the options' names as keyword arguments."""
+"""The commands of the command line as functions, with their options as keyword arguments."""
 
 from __future__ import annotations
 
@@ -111,16 +111,16 @@ def train(
     Args:
         model: a folder, a Hub id, or a recipe.yaml.
         data: a file, a folder, or a Hub dataset.
-        resume: a run to continue; takes no other setting.
-        quiet: show nothing while it works.
-        listener: is told what happens, in place of the screen.
-        options: every setting of docs/settings.md, by its name.
+        resume: a run to continue, without other settings except `on_collapse`.
+        quiet: print nothing.
+        listener: receives the events of the run, in place of the screen.
+        options: any setting of docs/settings.md, by name.
 
     Returns:
-        the run: `.artifact`, `.train_loss`, `.eval_loss`, `.verdict`, `.findings`, `.plan`.
+        The run: `.artifact`, `.train_loss`, `.eval_loss`, `.verdict`, `.findings`, `.plan`.
 
     Raises:
-        TruetuneError: with what, where, why and fix, as the command line shows them.
+        TruetuneError: the run failed; the attributes `what`, `where`, `why` and `fix` say how.
     """
     from truetune.run.pipeline import train as run
 
@@ -144,21 +144,21 @@ def check(
     listener: Listener | None = None,
     **options: Any,
 ) -> Checkup:
-    """Prove the run that `train` with the same arguments would start, without loading weights;
-    without data, look at a finished model or adapter.
+    """Check the run that `train` would start with the same arguments, without loading weights.
+    Without data, check a finished model or adapter.
 
         found = truetune.check("Qwen/Qwen2.5-0.5B", "rows.jsonl", lora=True)
         found.ok, found.findings
 
     Args:
-        model, data, quiet, listener, options: as of `train`.
-        smoke_test: load the model too: one real step, a dry save and reload.
+        model, data, quiet, listener, options: as in `train`.
+        smoke_test: also load the model, take one real step, and test saving and reloading.
 
     Returns:
         `.ok`, `.findings` (the most severe first) and `.summary`.
 
     Raises:
-        TruetuneError: arguments, data or model that cannot be used at all.
+        TruetuneError: the arguments, the data or the model cannot be used at all.
     """
     from truetune.run.checkup import check as checked
 
@@ -179,7 +179,7 @@ class Chat:
         chat("What is a river?")
 
     Attributes:
-        messages: what was said so far, as chat messages.
+        messages: the conversation so far, as chat messages.
     """
 
     loaded: LoadedModel
@@ -192,15 +192,15 @@ class Chat:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Clear the conversation."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     @_words_of_python()
     def ask(self, question: str) -> Reply:
-        """Ask, and remember question and answer.
+        """Ask a question, and add it and the answer to the conversation.
 
         Returns:
-            `.text`, `.ids`, and whether it `.stopped` by itself.
+            The reply: `.text`, `.ids`, and `.stopped`, whether it ended by itself.
         """
         from truetune.generate import replies
 
@@ -214,7 +214,7 @@ class Chat:
 
     def __repr__(self) -> str:
         said = "\n".join(f"{m['role']:>9}  {m['content']}" for m in self.messages)
-        return said or "a conversation in which nothing was said yet: call it with a question"
+        return said or "an empty conversation: call it with a question"
 
     def _repr_html_(self) -> str:
         return _pre(repr(self))
@@ -236,7 +236,7 @@ def chat(
     seed: int = 0,
     device: str = "auto",
 ) -> Any:
-    """Talk to a run or a model, through the prompt that it was trained on.
+    """Chat with a run or a model, using the prompt format that it was trained on.
 
         truetune.chat("runs/first", "What is a river?")     # the answer
         talk = truetune.chat("runs/first")                  # a conversation
@@ -244,18 +244,18 @@ def chat(
 
     Args:
         model: a run, a model or adapter folder, or a Hub id.
-        prompt: one question.
+        prompt: one question; without it, a conversation is returned.
         system: the system message.
-        chat_template: a .jinja file or built-in name; the model's own where None.
-        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: of the sampling; a
-            temperature of 0 is greedy.
+        chat_template: a .jinja file or built-in name; by default the model's own.
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: settings of sampling; a
+            temperature of 0 means greedy decoding.
         device: auto, cuda, mps or cpu.
 
     Returns:
-        the answer as text; without a prompt a `Chat`, which is called with questions.
+        The answer as text, or without a prompt a `Chat`, which is called with questions.
 
     Raises:
-        TruetuneError: the model cannot be opened, or the prompt leaves no room for an answer.
+        TruetuneError: the model cannot be loaded, or the prompt leaves no room for an answer.
     """
     from truetune.generate import Sampling, open_speaker
 
@@ -274,7 +274,7 @@ def chat(
 
 @_words_of_python()
 def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> Verdict:
-    """Open what was saved in a fresh process, and hold it to what was trained.
+    """Load what was saved in a fresh process, and compare it with what was trained.
 
     Args:
         run: a run, or a model or adapter folder.
@@ -282,7 +282,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
         device: auto, cuda, mps or cpu.
 
     Returns:
-        `.passed` and `.checks`; a failed check is no exception.
+        The verdict: `.passed` and `.checks`. A failed check does not raise an exception.
 
     Raises:
         TruetuneError: there is nothing to verify.
@@ -309,32 +309,33 @@ def export(
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> ExportResult | WrittenGGUF | WrittenMLX | ServedExport:
-    """Write what a server loads: the adapter merged into its base, compared with the adapter by a
-    fresh process before the folder gets its name; or a GGUF file, which llama.cpp then serves and
-    is compared with the model; or what vLLM or SGLang loads.
+    """Write what a server loads: a merged model, a GGUF file, or a folder for Ollama, MLX or vLLM.
+
+    A merged model can be loaded without peft; a fresh process compares it with the adapter before
+    the folder gets its name. A GGUF file is served by llama.cpp and compared with the model.
 
     Args:
-        run: a run, or an adapter folder; for a GGUF file a model folder, too.
-        output: the folder of the export; must not exist.
+        run: a run or an adapter folder; for a GGUF file also a model folder.
+        output: the folder to write; it must not exist.
         to: merged, gguf, ollama (a GGUF file with a Modelfile), mlx, vllm or sglang.
-        quant: of a GGUF file: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where None; of MLX f32,
-            f16, bf16, 8bit, 4bit and so on, bf16 where None.
-        adapter: of gguf: write the adapter alone.
-        go_template: of ollama: write the template as Go text.
+        quant: the type of a GGUF file's weights: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where
+            None; for MLX f32, f16, bf16, 8bit, 4bit and so on, bf16 where None.
+        adapter: for gguf: write the adapter alone.
+        go_template: for ollama: write the template as Go text.
         base: where the base is now, if it has moved.
-        onto: original weights, or dequantised ones; auto takes what the adapter was trained on.
-        dtype: of the written weights; auto takes the base's.
-        device: where to merge and to compare.
-        verify: compare; a GGUF file always is.
-        quiet, listener: as of `train`.
+        onto: original or dequantised weights; auto uses those that the adapter was trained on.
+        dtype: dtype of the saved weights; auto uses the base's.
+        device: the device on which to merge and compare.
+        verify: compare the merged model with the adapter in a fresh process.
+        quiet, listener: as in `train`.
 
     Returns:
-        `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; of MLX
-        `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line` and `.reasons`.
+        The export: `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; of
+        MLX `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line` and `.reasons`.
 
     Raises:
-        TruetuneError: it cannot be written, or what was written is not the model; nothing is left
-            behind.
+        TruetuneError: the export cannot be written, or differs from the model; no files are
+            left behind.
     """
     from truetune.run.export_gguf import export_adapter, export_gguf
     from truetune.run.export_kind import require_export
@@ -393,8 +394,8 @@ def diagnose(
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> Diagnosis:
-    """Put the same rows through every stage of a model's way to a server, and name the first one
-    that changes it.
+    """Run the same rows through every stage between training and serving, and name the first stage
+    that changes the model's behaviour.
 
         found = truetune.diagnose("runs/first", gguf="first-gguf/model-q8_0.gguf")
         found.first, found.findings()
@@ -403,17 +404,18 @@ def diagnose(
         source: a run, a model or adapter folder, or a GGUF file.
         merged, quantised: folders made from it.
         gguf: a file made from it.
-        url: a server that is to serve it.
-        stages: those that are looked at; all where empty.
-        data: rows to ask; those of the run where None.
+        url: a server that serves it.
+        stages: names of the stages to compare; by default all.
+        data: rows to ask; by default rows of the run.
         base: where an adapter's base is now, if it has moved.
-        quiet, listener: as of `train`.
+        quiet, listener: as in `train`.
 
     Returns:
-        `.first`, the stage that parts, or None; `.stages` and `.findings()`.
+        The diagnosis: `.first` (the first stage that differs, or None), `.stages` and
+            `.findings()`.
 
     Raises:
-        TruetuneError: what was trained cannot be opened.
+        TruetuneError: the trained model cannot be loaded.
     """
     from truetune.diagnosis.diagnose import diagnose as diagnosed
 
@@ -436,17 +438,16 @@ def diagnose(
 
 @_words_of_python()
 def serve(source: Pathlike, *, port: int = 8420, fast: bool = False, device: str = "auto") -> None:
-    """Serve a model to programs of this machine, at http://127.0.0.1:PORT/v1, until it is
-    interrupted.
+    """Serve a model to programs on this machine, at http://127.0.0.1:PORT/v1, until interrupted.
 
     Args:
         source: a run, a model or adapter folder, or a GGUF file.
-        port: 0 takes any that is free.
-        fast: of a GGUF file: llama.cpp's own, less exact settings.
+        port: 0 picks a free port.
+        fast: for a GGUF file, use llama.cpp's own settings, which are faster but less exact.
         device: auto, cuda, mps or cpu.
 
     Raises:
-        TruetuneError: it cannot be opened, or the port is taken.
+        TruetuneError: the model cannot be loaded, or the port is taken.
     """
     from truetune.cli.serve_screen import serve as served
     from truetune.cli.verb import open_screen
@@ -455,7 +456,7 @@ def serve(source: Pathlike, *, port: int = 8420, fast: bool = False, device: str
 
 
 class Facts(dict[str, Any]):
-    """Facts by name, shown a line each."""
+    """Facts by name, printed one per line."""
 
     def __repr__(self) -> str:
         width = max(map(len, self), default=0)
@@ -467,11 +468,11 @@ class Facts(dict[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows as they are trained: served prompt, supervised, stop.
+    """Rows as they are trained: served prompt, supervised tokens and stop tokens.
 
     Attributes:
-        views: a row each, with its `number`, `conversation`, `result` and `findings`.
-        total: rows that were read.
+        views: the rows, each with its `number`, `conversation`, `result` and `findings`.
+        total: how many rows were read.
     """
 
     contract: PromptContract
@@ -507,28 +508,29 @@ def inspect(
     chat_template: str | None = None,
     **options: Any,
 ) -> Facts | Rows:
-    """What a model brings: template, stop tokens, vocabulary, head, LoRA targets, one turn as it
-    is served and supervised; or, with data, rows as they are trained. No weight is read.
+    """Describe a model: template, stop tokens, vocabulary, head, LoRA targets, and one turn as it
+    is served and supervised. With data, show rows as they are trained. No weights are read.
 
         truetune.inspect("Qwen/Qwen2.5-0.5B-Instruct", "rows.jsonl", row=17)
 
     Args:
         model: a run, a model or adapter folder, a Hub id, or `embedded`.
         data: rows to show as they are trained.
-        row: its number, from 1, or its place as findings name it; the first where None.
-        ids: show token ids beside the text.
-        html: write a page there, of 50 rows or of `row`.
-        revision: of a Hub model.
-        chat_template: a .jinja file or built-in name; the model's own where None.
-        options: any setting of docs/settings.md, by its name, as rows are read and trained.
+        row: number of the row, from 1, or its place as shown in findings; by default the first.
+        ids: show token ids next to the text.
+        html: a file for an HTML page with 50 rows, or with `row`.
+        revision: revision of a Hub model.
+        chat_template: a .jinja file or built-in name; by default the model's own.
+        options: any setting of docs/settings.md, by name, that affects how rows are read and
+            trained.
 
     Raises:
-        TruetuneError: model or data cannot be opened, or there is no such row.
+        TruetuneError: the model or the data cannot be read, or there is no such row.
     """
     if data is None:
         if row is not None or ids or html is not None or options:
             raise UsageError(
-                "row, ids, html and settings show rows, and there are none",
+                "row, ids, html and settings need data",
                 fix="truetune.inspect(model, data, row=1)",
                 code="rows-without-data",
             )
@@ -575,33 +577,33 @@ def evaluate(
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> Evaluation:
-    """Ask models the rows of a data source, each as it is served, and compare, as `truetune eval`
-    does.
+    """Ask models the rows of a dataset, each with the prompt that it is served, and compare the
+    replies, as `truetune eval` does.
 
         found = truetune.evaluate(["Qwen/Qwen2.5-0.5B", "runs/first"], "held_out.jsonl")
         found["runs/first"].values["match"].value
 
     Args:
-        models: one or several: runs, model or adapter folders, Hub ids, GGUF files, or addresses of
-            servers. The others are held to the first.
-        data: a file, a folder, or a Hub dataset; rows of question and answer.
+        models: one or several runs, model or adapter folders, Hub ids, GGUF files, or addresses of
+            servers. The others are compared with the first.
+        data: a file, a folder, or a Hub dataset, with questions and answers.
         match: exact, contains, number, regex, json or none.
-        pattern: of regex, in place of each row's own answer.
-        limit: the first so many rows.
-        shots: other rows put before each question.
-        split, schema, columns: of the data, as of `train`.
-        max_new_tokens: of a reply.
-        samples: replies a row: pass@1 and maj@K.
-        temperature: 0 is greedy; where None, 0 of one sample and 1 of several.
-        top_p, top_k: of the sampling.
-        seed: of shots, sampling and intervals.
-        chat_template: for every model; its own where None.
-        revision: of models on the Hub.
+        pattern: pattern for regex, in place of each row's own answer.
+        limit: use only this many rows, from the first.
+        shots: how many other rows to put before each question.
+        split, schema, columns: settings of the data, as in `train`.
+        max_new_tokens: maximum length of a reply, in tokens.
+        samples: replies per row, for pass@1 and maj@K.
+        temperature: 0 means greedy decoding; by default 0 with one sample and 1 with several.
+        top_p, top_k: settings of sampling.
+        seed: random seed for shots, sampling and intervals.
+        chat_template: template for all models; by default each model's own.
+        revision: revision of Hub models.
         device: auto, cuda, mps or cpu.
-        quiet, listener: as of `train`.
+        quiet, listener: as in `train`.
 
     Returns:
-        the table: `.models` with `.values`, `.against_first` and `.rows`; `.left_out`; `.as_dict()`
+        The table: `.models` with `.values`, `.against_first` and `.rows`; `.left_out`; `.as_dict()`
         and `.rows()` for programs.
 
     Raises:
@@ -651,14 +653,14 @@ def report(run: Pathlike, output: Pathlike | None = None) -> Written:
 
     Args:
         run: a run.
-        output: the file; RUN/report.html where None.
+        output: the file to write; by default RUN/report.html.
 
     Returns:
         `.path` of the page, and `.answers`: trained as served, saved as trained, behaves, each with
         `.word` and `.why`.
 
     Raises:
-        TruetuneError: it is no run, or the file cannot be written.
+        TruetuneError: `run` is not a run, or the file cannot be written.
     """
     from pathlib import Path
 
@@ -671,16 +673,16 @@ def report(run: Pathlike, output: Pathlike | None = None) -> Written:
 
 @_words_of_python()
 def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
-    """Serve the page of a run at http://127.0.0.1:PORT, made anew for each request, until it is
+    """Serve the page of a run at http://127.0.0.1:PORT, rebuilt for each request, until
     interrupted.
 
     Args:
         run: a run, finished or not.
-        port: 0 takes any that is free.
+        port: 0 picks a free port.
         quiet: do not show the address.
 
     Raises:
-        TruetuneError: it is no run, or the port is taken.
+        TruetuneError: `run` is not a run, or the port is taken.
     """
     from truetune.reporting.live import serving
     from truetune.run_dir import RunDir
@@ -701,22 +703,22 @@ def push(
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> Pushed:
-    """Push what a run saved, or a merged model, to the Hub in one commit, with its model card; only
-    what was verified, and is as it was then.
+    """Push a run's model, or a merged model, to the Hub in one commit, with its model card. Only
+    files that were verified and have not changed since are pushed.
 
     Args:
         source: a run, or a model or adapter folder.
         repo: OWNER/NAME.
-        public: everybody may read it.
-        unverified: push what no verification has passed, too.
-        overwrite: take other files of the repository away.
-        quiet, listener: as of `train`.
+        public: make the repository public.
+        unverified: push even if no verification has passed.
+        overwrite: delete other files of the repository.
+        quiet, listener: as in `train`.
 
     Returns:
         `.url`, `.files`, `.private` and `.verified`.
 
     Raises:
-        TruetuneError: it is not what was trained, or the Hub refuses it.
+        TruetuneError: the files are not what was trained, or the Hub refuses them.
     """
     from truetune.run.push import push as pushed
 

@@ -194,7 +194,7 @@ def _limit(loaded: LoadedModel, sampling: Sampling, prompt: Sequence[int], row: 
         return sampling.max_new_tokens
     if len(prompt) >= context:
         raise UsageError(
-            f"the prompt has {len(prompt):,} tokens, the model's context holds {context:,}",
+            f"the prompt has {len(prompt):,} tokens, but the model's context is {context:,}",
             where=f"conversation {row + 1}",
             why="a reply needs room after the prompt",
             fix="shorten the conversation, or use a model with a longer context",

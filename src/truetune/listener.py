@@ -1,5 +1,5 @@
-"""What a run tells while it works. The command line draws it; tests record it; the default is
-silence. Library code never prints."""
+"""Events of a run. The command line displays them; by default nothing is shown, because library
+code never prints."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
 
 
 class Listener:
-    """Every method does nothing; override what you want to hear."""
+    """Receives the events of a run. Every method does nothing; override the ones that you need."""
 
     def stage(self, name: str) -> None:
         """A stage begins."""
 
     def progress(self, done: int, total: int | None) -> None:
-        """Rows done in the current stage."""
+        """Some of the current stage is done: `done` of `total`, which is None if unknown."""
 
     def finding(self, finding: Finding) -> None:
-        """Something was found; told once."""
+        """A finding was reported; each is reported once."""
 
     def planned(self, plan: Plan, facts: dict[str, Any]) -> None:
-        """The numbers of the run are known: the compute starts next."""
+        """The plan of the run is known, and training is about to begin."""
 
     def step(self, facts: StepFacts, plan: Plan) -> None:
-        """An optimizer step is done."""
+        """An optimizer step was taken."""
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Loss on the held-out rows, in nats per supervised token."""
+        """The held-out rows were evaluated: `loss` is in nats per supervised token."""
 
     def sample(self, sample: dict[str, Any]) -> None:
-        """An answer to a held-out prompt: step, messages, answer, stopped, expected."""
+        """The model answered a held-out prompt. Keys: step, messages, answer, stopped, expected."""
 
     def saved(self, path: str) -> None:
-        """A checkpoint or the artifact is on disk."""
+        """A checkpoint or the artifact was written to disk."""

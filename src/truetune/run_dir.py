@@ -228,8 +228,8 @@ class RunDir:
         if not run.looks_like_one():
             raise UsageError(
                 f"{path} is not a run directory",
-                why="a run holds recipe.yaml and contract.json",
-                fix="name the folder that `truetune train -o` was given",
+                why="a run contains recipe.yaml and contract.json",
+                fix="pass the folder that `truetune train -o` wrote",
                 code="no-run",
             )
         return run
@@ -340,27 +340,27 @@ class RunDir:
         strangers = [name for name in there if name not in ours]
         if strangers or not self.looks_like_one():
             raise OutputExists(
-                "the output folder holds files that are not truetune's: "
+                "the output folder contains files that truetune did not write: "
                 + ", ".join((strangers or there)[:5]),
                 where=str(self.path),
-                fix="name an empty or a new folder with --output",
+                fix="choose an empty or new folder with --output",
                 code="output-not-ours",
             )
         if overwrite:
             self._refuse_unlisted()
         elif self.finished:
             raise OutputExists(
-                "the output folder holds a finished run",
+                "the output folder contains a finished run",
                 where=str(self.path),
-                fix="name another folder with --output, or replace it with --overwrite",
+                fix="choose another folder with --output, or replace the run with --overwrite",
                 code="run-exists",
             )
         else:
             raise OutputExists(
-                "the output folder holds an unfinished run",
+                "the output folder contains an unfinished run",
                 where=str(self.path),
-                fix=f"continue it with `truetune train --resume {self.path}`, or start afresh "
-                "with --overwrite",
+                fix=f"continue it with `truetune train --resume {self.path}`, or start again with "
+                "--overwrite",
                 code="run-unfinished",
             )
 
@@ -372,7 +372,7 @@ class RunDir:
                 f"{len(unlisted)} files of the output folder are not the run's: "
                 + ", ".join(unlisted[:5]),
                 where=str(self.path),
-                fix="move them away, or name another folder with --output",
+                fix="move them away, or choose another folder with --output",
                 code="output-not-ours",
             )
 
@@ -446,8 +446,8 @@ def _alone_in(folder: Path, lock: str) -> Iterator[Owner | None]:
             raise UsageError(
                 f"the folder cannot be written: {error.strerror}",
                 where=str(error.filename or folder),
-                why="the file system is read-only, or the folder belongs to somebody else",
-                fix="make it writable, or copy it to where you may write",
+                why="the file system is read-only, or you do not own the folder",
+                fix="make it writable, or copy it to a place where you may write",
                 code="output-not-writable",
             ) from error
         yield dead
@@ -482,7 +482,7 @@ def named_at_last(folder: Path) -> Iterator[Path]:
             raise Busy(
                 f"another process is writing {folder}",
                 where=str(folder.parent / f"{unnamed.name}.lock"),
-                fix="wait for it, or name another folder with --output",
+                fix="wait for it, or choose another folder with --output",
                 code="output-busy",
             ) from busy
         require_absent()
@@ -540,7 +540,7 @@ def opened(source: str) -> str:
     artifact = run.artifact() or next(iter(reversed(run.checkpoints())), None)
     if artifact is None:
         raise UsageError(
-            "the run has saved neither an artifact nor a checkpoint yet",
+            "the run has not saved an artifact or a checkpoint yet",
             where=source,
             fix=f"truetune train --resume {source}",
             code="run-empty",

@@ -81,8 +81,8 @@ class NoGradient:
             "no-gradient",
             "error",
             f"the gradient was exactly zero in {_DEAD_STEPS} steps, up to step {facts.step}",
-            why="what is trained does not take part in the model's output: an adapter that is "
-            "frozen or switched off, or a graph that is cut",
+            why="the trained parameters do not affect the model's output: the adapter is frozen "
+            "or disabled, or the autograd graph is broken",
             fix="check which parameters require a gradient, and that the adapter is active",
         )
 
@@ -132,11 +132,11 @@ class Divergence:
         return Finding(
             "loss-diverged",
             "error",
-            f"the training loss is {now:.2f} nats a token at step {facts.step} (median of "
+            f"the training loss is {now:.2f} nats per token at step {facts.step} (median of "
             f"{window} steps), after {reference}",
-            why=f"a learning rate that is too high ({facts.learning_rate:.1e} at this step), or "
-            "rows that are not what the others are",
-            fix="a third of the --learning-rate, or a longer --warmup-ratio",
+            why=f"the learning rate is too high ({facts.learning_rate:.1e} at this step), or "
+            "these rows are unlike the others",
+            fix="use a third of the --learning-rate, or a longer --warmup-ratio",
         )
 
 
@@ -173,8 +173,8 @@ class Spikes:
         return Finding(
             "loss-spike",
             "note",
-            f"the loss jumped to {facts.loss:.2f} at step {facts.step}, from {middle:.2f} nats a "
-            f"token in the {len(usual)} steps before",
+            f"the loss jumped to {facts.loss:.2f} at step {facts.step}, from {middle:.2f} nats "
+            f"per token in the {len(usual)} steps before",
             count=max(len(named), 1),
             rows=tuple(map(str, named)),
             why=f"one of its examples is unlike the others ({seen})"

@@ -91,7 +91,7 @@ def _at(history: Sequence[Vitals]) -> str:
     return f"step {history[-1].step:,}"
 
 
-_GENTLER = "a third of the --learning-rate"
+_GENTLER = "use a third of the --learning-rate"
 
 
 # ------------------------------------------------------------------------------------ losses
@@ -108,11 +108,12 @@ def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
             yield Finding(
                 "worse-than-untrained",
                 "error",
-                f"at {_at(history)} the loss of {of}, as served, is {losses[-1]:.2f} nats a token; "
-                f"before the first step it was {losses[0]:.2f}",
-                why="a learning rate that is too high, answers that say nothing about their "
-                "questions, or labels that are not what is served",
-                fix=f"{_GENTLER}; `truetune.audit(trainer)` reads the labels of another trainer",
+                f"at {_at(history)} the loss of {of}, as served, is {losses[-1]:.2f} nats per "
+                f"token; before the first step it was {losses[0]:.2f}",
+                why="the learning rate is too high, the answers do not depend on their "
+                "questions, or the labels differ from what is served",
+                fix=f"{_GENTLER}; check the labels of another trainer with "
+                "`truetune.audit(trainer)`",
             )
             return
 
@@ -127,10 +128,10 @@ def _unlearned(history: Sequence[Vitals]) -> Iterator[Finding]:
         yield Finding(
             "unlearned",
             "error",
-            f"at {_at(history)} the loss of trained rows, as served, is {losses[-1]:.2f} nats a "
+            f"at {_at(history)} the loss of trained rows, as served, is {losses[-1]:.2f} nats per "
             f"token; it had fallen to {min(losses):.2f}",
-            why="rows that are not what the others are, weights that were changed from outside, or "
-            "a learning rate that is too high",
+            why="the last rows are unlike the others, the weights were changed from outside, or "
+            "the learning rate is too high",
             fix=f"look at the rows of the last steps; {_GENTLER}",
         )
 
@@ -148,11 +149,11 @@ def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
         yield Finding(
             "loss-not-of-answers",
             "error",
-            f"at {_at(history)} the training loss is {loop:.2f} nats a token, and the same rows as "
-            f"they are served have {served:.2f}",
-            why="the loss counts other tokens than the answers (padding, the prompt), is shifted, "
-            "or the rows were rendered by another template than the one that serves",
-            fix="compare a batch with what is served: `truetune.audit(trainer)`",
+            f"at {_at(history)} the training loss is {loop:.2f} nats per token, but the same "
+            f"rows, rendered as served, have a loss of {served:.2f}",
+            why="the loss counts tokens outside the answers (padding, the prompt), is shifted, "
+            "or the rows were rendered with a different template from the one that is served",
+            fix="compare a batch with what is served, using `truetune.audit(trainer)`",
         )
 
 
@@ -176,11 +177,11 @@ def _memorising(history: Sequence[Vitals]) -> Iterator[Finding]:
             "memorising",
             level,
             f"the held-out loss rose from {best:.2f} at step {step:,} to {losses[-1]:.2f} at "
-            f"{_at(history)}, while trained rows fell to {trained:.2f} nats a token",
-            why="the rows are learned by heart: too many passes, rows that stand many times, or "
-            "answers that do not follow from their questions",
-            fix=f"end at step {step:,} with --max-steps, drop duplicates (`truetune check`), or "
-            "add rows",
+            f"{_at(history)}, while trained rows fell to {trained:.2f} nats per token",
+            why="the model memorises the rows: too many epochs, duplicate rows, or answers that "
+            "do not follow from their questions",
+            fix=f"stop at step {step:,} with --max-steps, remove duplicates (`truetune check`), "
+            "or add rows",
         )
 
 
@@ -204,15 +205,17 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
         yield Finding(
             "forgetting",
             "note" if foreign and level == "warning" else level,
-            f"text that is not trained lost {more:.2f} nats a token by {_at(history)} "
-            f"({losses[0]:.2f} to {losses[-1]:.2f}): each token is {math.exp(more):.0f} times less "
-            "likely",
-            why=f"the rows were foreign to it ({rows[0]:.1f} nats a token before the first step): "
-            "what it learns of them takes the place of what it knew"
+            f"the loss on text outside the training data rose by {more:.2f} nats per token by "
+            f"{_at(history)} "
+            f"({losses[0]:.2f} to {losses[-1]:.2f}): on average each token is "
+            f"{math.exp(more):.0f} times less likely",
+            why=f"the rows were very unlike what the model knew ({rows[0]:.1f} nats per token "
+            "before the first step): learning them displaces earlier knowledge"
             if foreign
-            else "the model unlearns what it knew: a learning rate that is too high, or too many "
-            "passes over rows of one kind",
-            fix=f"{_GENTLER}, --lora, fewer epochs, or rows of the model's own kind among the data",
+            else "the model forgets what it knew: the learning rate is too high, or there are "
+            "too many epochs over rows of one kind",
+            fix=f"{_GENTLER}, --lora, fewer epochs, or some rows like the model's earlier "
+            "training data",
         )
 
 
@@ -239,13 +242,15 @@ def _stop_not_learned(history: Sequence[Vitals]) -> Iterator[Finding]:
         yield Finding(
             "stop-not-learned",
             "error",
-            f"at {_at(history)} the token that ends an answer has {now:.2f} nats behind trained "
-            f"answers, {first:.2f} before the first step"
-            + (f", while the answers fell to {trained[-1]:.2f}" if learned else ""),
-            why="the stop token is no target: it is masked as padding, or cut off by a length limit"
+            f"at {_at(history)} the stop token after trained answers has a loss of {now:.2f} "
+            f"nats; before the first step it was {first:.2f}"
+            + (f", while the loss of the answers fell to {trained[-1]:.2f}" if learned else ""),
+            why="the stop token is not supervised: it is masked as padding, or cut off by a "
+            "length limit"
             if kept
-            else "the model unlearns to stop",
-            fix="`truetune check` shows which tokens are targets; train on rows whose end is whole",
+            else "the model is forgetting how to stop",
+            fix="`truetune check` shows which tokens are supervised; train on answers that are "
+            "not cut off",
         )
 
 
@@ -262,11 +267,11 @@ def _stands_still(history: Sequence[Vitals]) -> Iterator[Finding]:
         yield Finding(
             "nothing-learned",
             "error" if most == 0 else "warning",
-            f"the loss of trained rows is what it was: {losses[0]:.4f}, then {losses[-1]:.4f} nats "
-            f"a token at {_at(history)}",
-            why="no weight moves: an adapter that is frozen or not active, or a learning rate that "
-            "is far too low",
-            fix="--learning-rate: three times as high, or look at what is trained",
+            f"the loss of trained rows has not changed: {losses[0]:.4f}, then {losses[-1]:.4f} "
+            f"nats per token at {_at(history)}",
+            why="no weight changes: the adapter is frozen or inactive, or the learning rate is "
+            "far too low",
+            fix="triple the --learning-rate, or check which parameters are trained",
         )
 
 
@@ -280,7 +285,7 @@ _SOME, _SOME_MORE = 0.5, 0.375
 _MOST, _MOST_MORE = 0.75, 0.6
 _ALL = 0.875
 
-_LOOK = "samples.jsonl has the replies; look at the rows that were trained"
+_LOOK = "compare the replies in samples.jsonl with the rows that were trained"
 # A sign, and what is said of the replies that show it.
 _BAD_REPLIES = (
     (
@@ -288,9 +293,9 @@ _BAD_REPLIES = (
         Finding(
             "replies-repeat",
             "error",
-            "go round in a circle",
-            why="the model collapses into its likeliest words: a learning rate that is too high, "
-            "or answers that repeat themselves",
+            "repeat themselves in a loop",
+            why="the model has collapsed into its most likely words: the learning rate is too "
+            "high, or answers in the data repeat themselves",
             fix=_LOOK,
         ),
     ),
@@ -300,7 +305,7 @@ _BAD_REPLIES = (
             "role-leak",
             "error",
             "go on with the user's next turn",
-            why="the rows' answers hold the text of a next turn, or the stop token is not learned",
+            why="answers in the data contain the next user turn, or the stop token is not learned",
             fix=_LOOK,
         ),
     ),
@@ -309,8 +314,8 @@ _BAD_REPLIES = (
         Finding(
             "thinking-open",
             "error",
-            "do not end their thinking",
-            why="rows whose thinking is cut off, or a closing marker that is not trained",
+            "never close their think block",
+            why="reasoning in the rows is cut off, or its closing marker is not trained",
             fix=_LOOK,
         ),
     ),
@@ -320,7 +325,8 @@ _BAD_REPLIES = (
             "replies-empty",
             "error",
             "are empty",
-            why="the stop token is all that is learned: padding is a target, or answers are empty",
+            why="the model has learned only the stop token: padding is supervised, or answers "
+            "are empty",
             fix=_LOOK,
         ),
     ),
@@ -329,8 +335,8 @@ _BAD_REPLIES = (
         Finding(
             "replies-copy",
             "error",
-            "say the prompt again",
-            why="the prompt is a target, or answers repeat their questions",
+            "repeat the prompt",
+            why="the prompt is supervised, or answers repeat their questions",
             fix=_LOOK,
         ),
     ),
@@ -339,8 +345,8 @@ _BAD_REPLIES = (
         Finding(
             "replies-switch-script",
             "error",
-            "are written in letters of neither prompt nor answer",
-            why="rows in other languages, or a model that falls apart",
+            "are in a script of neither prompt nor expected answer",
+            why="there are rows in other languages, or the model is breaking down",
             fix=_LOOK,
         ),
     ),
@@ -361,7 +367,7 @@ def _best(history: Sequence[Vitals], name: str) -> float:
 
 # Replies of a model that is too small for its rows, or has seen too few of them, show these too:
 # the 5M base on GSM8K went round in a circle from step 20 to 100 while the loss of its rows fell
-# from 10.9 to 2.7 nats a token.
+# from 10.9 to 2.7 nats per token.
 _OF_WEAK_MODELS = ("repetition", "copied", "other_language")
 # The lowest loss so far, up to the choice of numbers.
 _LOWEST = 1.02
@@ -423,11 +429,11 @@ def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
         yield Finding(
             "stops-lost",
             level,
-            f"{now:.0%} of the replies to {history[-1].prompts} fixed prompts end by themselves at "
-            f"{_at(history)}; it was {best:.0%}",
-            why="the model unlearns to stop: a learning rate that is too high, or rows whose end "
-            "is cut off or masked",
-            fix=f"{_GENTLER}; `truetune check` shows whether the stop is a target",
+            f"{now:.0%} of the replies to {history[-1].prompts} fixed prompts end by themselves "
+            f"at {_at(history)}; it was {best:.0%} at best",
+            why="the model is forgetting how to stop: the learning rate is too high, or the ends "
+            "of answers are cut off or masked",
+            fix=f"{_GENTLER}; `truetune check` shows whether the stop token is supervised",
         )
 
 

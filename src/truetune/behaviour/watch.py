@@ -58,7 +58,7 @@ class Watch:
         """Take the vital signs after a step, 0 before the first, and judge them.
 
         Args:
-            held_out_loss: where it is measured elsewhere, in nats a token.
+            held_out_loss: where it is measured elsewhere, in nats per token.
         """
         measured = self.prober.measure(loaded, step)
         vitals = replace(measured.vitals, loop_loss=self._loop_loss())

@@ -87,7 +87,7 @@ class Talk:
     def loop(self) -> None:
         """Until /exit or end of input."""
         names = " and ".join(speaker.name for speaker in self.speakers)
-        self.screen.line(f"talking to {names}; /reset forgets, /exit ends", "dim")
+        self.screen.line(f"chatting with {names}; /reset clears the history, /exit quits", "dim")
         while True:
             try:
                 question = input("> ").strip()
@@ -102,7 +102,9 @@ class Talk:
             if question == "/reset":
                 self.reset()
             elif _COMMAND.fullmatch(question):
-                self.screen.line(f"no command {question}; /reset forgets, /exit ends", "yellow")
+                self.screen.line(
+                    f"no command {question}; /reset clears the history, /exit quits", "yellow"
+                )
             elif question:
                 self._ask_safely(question)
 
@@ -129,7 +131,7 @@ class Talk:
                 break
         console.print()
         if not reply.stopped:
-            self.screen.line(f"(not ended after {len(reply.ids)} tokens)", "yellow")
+            self.screen.line(f"(did not end within {len(reply.ids)} tokens)", "yellow")
         return str(reply.text)
 
     def _whole(self, speaker: Speaker, history: list[dict[str, Any]]) -> str:
@@ -137,7 +139,7 @@ class Talk:
         self.screen.line(f"{speaker.name}:", "bold")
         self.screen.line(reply.text)
         if not reply.stopped:
-            self.screen.line(f"(not ended after {len(reply.ids)} tokens)", "yellow")
+            self.screen.line(f"(did not end within {len(reply.ids)} tokens)", "yellow")
         return reply.text
 
 
@@ -147,8 +149,8 @@ def _base_of(source: str) -> str:
     model = read_recipe(run.file(RECIPE)).get("model") if run.looks_like_one() else None
     if not model:
         raise UsageError(
-            f"--compare base needs a run, and {source} is none",
-            fix="name the model to compare with",
+            f"--compare base needs a run, but {source} is not one",
+            fix="pass the model to compare with",
             code="no-run",
         )
     return str(model)

@@ -37,7 +37,7 @@ def show_checkup(
         screen.show(finding)
     left = len(found.findings) - len(shown)
     if left:
-        screen.line(f"and {left} more: --all shows them", "dim")
+        screen.line(f"and {left} more; show them with --all", "dim")
     if found.findings:
         screen.line()
     drawn = (
@@ -58,7 +58,7 @@ def show_checkup(
     if page:
         screen.line(f"written: {page}", "dim")
     if found.ok and "plan" in found.summary:
-        screen.line("the same line with `train` in place of `check`, and -o RUN, starts it", "dim")
+        screen.line("to start the run, replace `check` with `train` and add -o RUN", "dim")
     # The last line is the verdict.
     screen.line(_verdict(found), "bold red" if not found.ok else "bold green")
 
@@ -137,7 +137,7 @@ def _model_lines(model: dict[str, Any]) -> list[tuple[str, str]]:
 def _verdict_lines(verdict: dict[str, Any]) -> list[tuple[str, str]]:
     kind, taken = verdict["kind"], verdict.get("taken_for")
     if kind == "unknown":
-        kind = "cannot tell" + (f", taken for {taken} by its template" if taken else "")
+        kind = "unknown" + (f", treated as {taken} because of its template" if taken else "")
     return [("base?", f"{kind}: {'; '.join(verdict['reasons'])}"), ("means", verdict["means"])]
 
 

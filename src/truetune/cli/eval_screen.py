@@ -25,13 +25,13 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
     """
     if data and path.exists() and Path(data).exists() and path.samefile(data):
         raise OutputExists(
-            f"{path} is the data, which the results would replace",
+            f"{path} is the data file, which the results would overwrite",
             fix="name another file with -o",
             code="output-is-input",
         )
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputExists(
-            f"{path} is {'a folder' if path.is_dir() else 'there already'}",
+            f"{path} is {'a folder' if path.is_dir() else 'already there'}",
             fix="name another file with -o" + ("" if path.is_dir() else ", or give --overwrite"),
             code="output-exists",
         )
@@ -94,10 +94,10 @@ def require_no_tasks(models: Sequence[str], tasks: str | None) -> None:
     """
     if tasks is not None:
         raise UsageError(
-            "tasks of lm-evaluation-harness are not run",
+            "lm-evaluation-harness tasks are not supported",
             where=f"--tasks {tasks}",
-            why="models are evaluated on rows of question and answer",
-            fix=f"truetune eval {shlex.join(models)} --data DATA, with the task's rows as "
-            "a file or a dataset of the Hub",
+            why="models are evaluated on rows with a question and an answer",
+            fix=f"truetune eval {shlex.join(models)} --data DATA, with the task's rows as a file "
+            "or a Hub dataset",
             code="tasks-unsupported",
         )

@@ -133,7 +133,7 @@ def export_gguf(
     rows = [
         ("ids", f"equal on {proof.texts.texts} texts in twenty scripts, digits, code, spaces"),
         ("prompts", f"equal on {proof.prompts} conversations, as text and as ids"),
-        ("stops", f"it ends replies on all {len(proof.stops)} stop tokens"),
+        ("stops", f"replies end on all {len(proof.stops)} stop tokens"),
     ]
     if apart:
         rows.append(("numbers", _numbers(apart)))

@@ -108,8 +108,8 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
 
     if quick and seeds is not None:
         raise UsageError(
-            "--quick is one seed, and --seeds says another number",
-            fix="leave one of the two out",
+            "--quick uses one seed, which contradicts --seeds",
+            fix="pass only one of the two",
             code="lab-seeds",
         )
     screen = open_screen()
@@ -143,7 +143,7 @@ def evaluate_base(
     ] = "all",
     seed: Annotated[int, typer.Option(help="Of the world it has read about.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="The same facts for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count what a base knows of its world: facts in held-out wordings, sums, loss on prose.
 

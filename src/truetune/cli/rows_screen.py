@@ -36,7 +36,7 @@ _MOST = 50
 
 @dataclass(frozen=True)
 class RowView:
-    """A row and what became of it."""
+    """A row and its encoding."""
 
     number: int
     conversation: Conversation
@@ -71,7 +71,7 @@ def view_rows(
     )
     chosen = loaded.conversations[:most] if row is None else _named(loaded, row, str(recipe.data))
     if not chosen:
-        raise _no_such_row("there is no row that can be read", loaded, str(recipe.data))
+        raise _no_such_row("there are no readable rows", loaded, str(recipe.data))
     contract = contract_of(tokenizer, recipe).fit(loaded.conversations, loss_on=recipe.loss_on)
     results = contract.encode_all(chosen, loss_on=recipe.loss_on)
     controls = find_controls(contract, chosen, refuse=recipe.content_specials == "error")
@@ -118,9 +118,9 @@ def _named(loaded: Loaded, row: str, source: str) -> list[Conversation]:
         refused = (f for f in loaded.findings if f.where.startswith(places[0]))
         why = next((f.what for f in refused if f.level == "error"), "its text is empty")
         raise UsageError(
-            f"row {row} cannot be read as a row to train: {why}",
+            f"row {row} cannot be used for training: {why}",
             where=places[0],
-            fix="mend it, or name the right --set schema=... or --set columns=...",
+            fix="correct it, or set the right --set schema=... or --set columns=...",
             code="no-such-row",
         )
     return chosen
@@ -140,7 +140,7 @@ def _no_such_row(what: str, loaded: Loaded, source: str) -> UsageError:
         where=source,
         fix=f"--row takes 1 to {there}, or a place as findings name it: {loaded.places[0]}"
         if there
-        else "name other data, or its --set schema=...",
+        else "pass other data, or set its --set schema=...",
         code="no-such-row",
     )
 

@@ -82,7 +82,7 @@ class Screen(Listener):
     def finding(self, finding: Finding) -> None:
         self._shown_findings += 1
         if self._shown_findings == _MOST + 1:
-            self.line("  more findings are in findings.jsonl of the run", "dim")
+            self.line("  more findings are in the run's findings.jsonl", "dim")
         if self._shown_findings > _MOST:
             return
         self.show(finding)
@@ -192,7 +192,7 @@ def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
     """How many rows are held out; of few rows why none are."""
     few = not held["examples"] and trained["examples"] < HELD_OUT_FROM
     return f"{held['examples']:,} held out" + (
-        f" (under {HELD_OUT_FROM} rows none are; --eval-data names some)" if few else ""
+        f" (none below {HELD_OUT_FROM} rows; pass some with --eval-data)" if few else ""
     )
 
 
@@ -208,12 +208,12 @@ def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
 def _batch(plan: Plan, route: dict[str, Any]) -> str:
     """How a step is cut."""
     size, at_once = plan.batch_size, plan.micro_batch_size
-    step = f"{size} rows a step" if size else f"up to {plan.tokens_per_step:,} tokens a step"
+    step = f"{size} rows per step" if size else f"up to {plan.tokens_per_step:,} tokens per step"
     if route["kind"] == "apart":
         return f"{step}, one at a time"
     if route["kind"] == "packed":
         cut = f"{at_once} rows or " if at_once and at_once < (size or at_once + 1) else ""
-        return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens a forward pass"
+        return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens per forward pass"
     if not size or not at_once:
         return f"{step}, {at_once} rows at a time"
     passes = -(-size // at_once)

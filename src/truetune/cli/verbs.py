@@ -1,6 +1,6 @@
 """The verbs of the command line. Nothing else prints.
 
-Heavy modules are imported inside the verbs, so that help comes at once.
+Heavy modules are imported inside the verbs, so that help is quick.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def _top(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Nothing to do: the verbs do it."""
+    """The verbs do the work."""
 
 
 def train(source: str | None, rows: str | None, resume: str | None = None, **options: Any) -> None:
-    """Fine-tune MODEL on DATA, or as a YAML recipe says.
+    """Fine-tune MODEL on DATA, or run a YAML recipe.
 
     \b
     truetune train Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --lora -o runs/first
@@ -98,9 +98,10 @@ def check(
     html: str | None,
     **options: Any,
 ) -> None:
-    """Prove the run that the same line with `train` would start, without loading weights.
+    """Check the run that `train` would start with the same arguments, without loading weights.
 
-    Without DATA: what a finished model or adapter, from any tool, would do when it is served.
+    Without DATA, check how a finished model or adapter from any tool would behave when it is
+    served.
 
     \b
     truetune check Qwen/Qwen2.5-0.5B-Instruct rows.jsonl --lora
@@ -131,7 +132,7 @@ def check(
         raise typer.Exit(1)
 
 
-app.command("check", cls=Verb, short_help="Prove a coming run, or a finished model.")(
+app.command("check", cls=Verb, short_help="Check a planned run or a finished model.")(
     with_settings(
         check,
         own_option(
@@ -142,9 +143,9 @@ app.command("check", cls=Verb, short_help="Prove a coming run, or a finished mod
             "--rehearse",
             help="Load the model too: one real step, a dry save and reload.",
         ),
-        own_option("show_all", bool, False, "--all", help="Every finding, not a screen of them."),
-        own_option("as_json", bool, False, "--json", help="The same facts for programs."),
-        own_option("html", str | None, None, "--html", help="Write a page.", metavar="FILE"),
+        own_option("show_all", bool, False, "--all", help="Show every finding."),
+        own_option("as_json", bool, False, "--json", help="Print JSON."),
+        own_option("html", str | None, None, "--html", help="Write an HTML page.", metavar="FILE"),
     )
 )
 
@@ -156,36 +157,49 @@ _Source = Annotated[
     ),
 ]
 _Base = Annotated[
-    str | None, typer.Option(help="The base, where it has moved. (default: as recorded)")
+    str | None,
+    typer.Option(help="Where the base is now, if it has moved. (default: as recorded)"),
 ]
 _Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-_Json = Annotated[bool, typer.Option("--json", help="The same facts for programs.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command(cls=Verb, short_help="Talk to a run or a model.")
+@app.command(cls=Verb, short_help="Chat with a run or a model.")
 def chat(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
     ],
-    prompt: Annotated[str | None, typer.Option(help="One question; the answer, and out.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Ask one question, print the answer and exit.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[
         str | None,
-        typer.Option(help="Ask another run or model too; `base` is what the run started from."),
+        typer.Option(
+            help="Also ask another run or model; `base` is the model that the run started from."
+        ),
     ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Smallest set of tokens with this mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Only the likeliest k tokens; 0 all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repeats.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum length of an answer, in tokens.")
+    ] = 256,
+    temperature: Annotated[float, typer.Option(help="0 means greedy decoding.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the smallest set of tokens with this probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the k most likely tokens; 0 means all.")
+    ] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Values above 1 penalise repetition.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     device: _Device = "auto",
 ) -> None:
-    """Talk to a run or a model, through the prompt it was trained on.
+    """Chat with a run or a model, using the prompt format that it was trained on.
 
     \b
     truetune chat runs/first
@@ -237,7 +251,10 @@ def _inspect_rows(
     pairs = [text.partition("=") for text in settings]
     for text, (_, equals, _) in zip(settings, pairs, strict=True):
         if not equals:
-            raise UsageError(f"--set {text!r} is no NAME=VALUE", fix="e.g. --set loss_on=last")
+            raise UsageError(
+                f"--set {text!r} is not of the form NAME=VALUE",
+                fix="for example --set loss_on=last",
+            )
     given = [("command line", {name: value}) for name, _, value in pairs]
     recipe = make_recipe(*given, ("command line", {k: v for k, v in own.items() if v is not None}))
     contract, views, total = view_rows(recipe, row, most=50 if page else 1)
@@ -250,7 +267,9 @@ def _inspect_rows(
     screen.line(f"{len(views):,} of {total:,} rows: {page}")
 
 
-@app.command("inspect", cls=Verb, short_help="Show what a model brings.")
+@app.command(
+    "inspect", cls=Verb, short_help="Show the facts of a model, or rows as they are trained."
+)
 def inspect_model(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
@@ -261,22 +280,24 @@ def inspect_model(
     ] = None,
     as_json: _Json = False,
     data: Annotated[
-        str | None, typer.Option(help="Rows to show as they are trained.", rich_help_panel=_ROWS)
+        str | None, typer.Option(help="Show these rows as they are trained.", rich_help_panel=_ROWS)
     ] = None,
     row: Annotated[
         str | None,
         typer.Option(
             metavar="N|PLACE",
-            help="Its number, or its place as findings name it. (default: 1)",
+            help="Number of the row, or its place as shown in findings. (default: 1)",
             rich_help_panel=_ROWS,
         ),
     ] = None,
     ids: Annotated[
-        bool, typer.Option("--ids", help="Token ids beside the text.", rich_help_panel=_ROWS)
+        bool, typer.Option("--ids", help="Show token ids next to the text.", rich_help_panel=_ROWS)
     ] = False,
     page: Annotated[
         str | None,
-        typer.Option("--html", help="Write a page, of 50 rows or of --row.", rich_help_panel=_ROWS),
+        typer.Option(
+            "--html", help="Write an HTML page with 50 rows, or with --row.", rich_help_panel=_ROWS
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -288,9 +309,9 @@ def inspect_model(
         ),
     ] = None,
 ) -> None:
-    """Show what a model brings: template, stop set, vocabulary, head, LoRA targets.
+    """Show a model's template, stop set, vocabulary, head and LoRA targets.
 
-    With --data, show rows as they are trained: served prompt, supervised, stop.
+    With --data, show rows as they are trained: served prompt, supervised tokens, stop tokens.
 
     \b
     truetune inspect MODEL
@@ -303,7 +324,7 @@ def inspect_model(
         return
     if row is not None or page or ids or setting:
         raise UsageError(
-            "--row, --ids, --html and --set show rows, and there are none",
+            "--row, --ids, --html and --set need --data",
             fix=f"truetune inspect {shlex.quote(model)} --data DATA",
             code="rows-without-data",
         )
@@ -319,7 +340,7 @@ def inspect_model(
 _READING, _SAMPLING = "Rows", "Replies"
 
 
-@app.command("eval", cls=Verb, short_help="What models make of rows, side by side.")
+@app.command("eval", cls=Verb, short_help="Compare models on rows, side by side.")
 def evaluate_models(
     models: Annotated[
         list[str],
@@ -337,69 +358,86 @@ def evaluate_models(
     ] = "exact",
     pattern: Annotated[
         str | None,
-        typer.Option(metavar="REGEX", help="Of --match regex. (default: each row's answer)"),
+        typer.Option(
+            metavar="REGEX", help="Pattern for --match regex. (default: each row's answer)"
+        ),
     ] = None,
     show: Annotated[
-        int, typer.Option(help="Print so many rows on which the last model is worst.", min=0)
+        int, typer.Option(help="Print this many rows on which the last model is worst.", min=0)
     ] = 0,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="FILE.jsonl", help="A line a row and a model."),
+        typer.Option(
+            "-o", "--output", metavar="FILE.jsonl", help="Write one line per row and model."
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The table for programs.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     limit: Annotated[
-        int | None, typer.Option(help="The first so many rows.", rich_help_panel=_READING)
+        int | None,
+        typer.Option(help="Use only this many rows, from the first.", rich_help_panel=_READING),
     ] = None,
     shots: Annotated[
         int,
-        typer.Option(help="Other rows put before each question.", rich_help_panel=_READING),
+        typer.Option(
+            help="How many other rows to put before each question.", rich_help_panel=_READING
+        ),
     ] = 0,
     split: Annotated[
-        str | None, typer.Option(help="Of a folder or a dataset.", rich_help_panel=_READING)
+        str | None, typer.Option(help="Split of a folder or a dataset.", rich_help_panel=_READING)
     ] = None,
     schema: Annotated[
-        str, typer.Option(help="Of the rows, as `train` has it.", rich_help_panel=_READING)
+        str, typer.Option(help="Schema of the rows, as for `train`.", rich_help_panel=_READING)
     ] = "auto",
     columns: Annotated[
         str | None,
         typer.Option(help="prompt=question,completion=answer.", rich_help_panel=_READING),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Longest reply in tokens.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Maximum length of a reply, in tokens.", rich_help_panel=_SAMPLING)
     ] = 256,
     samples: Annotated[
-        int, typer.Option(help="Replies a row: pass@1 and maj@K.", rich_help_panel=_SAMPLING)
+        int, typer.Option(help="Replies per row, for pass@1 and maj@K.", rich_help_panel=_SAMPLING)
     ] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(
-            help="0 is greedy. (default: 0; 1 of several samples)", rich_help_panel=_SAMPLING
+            help="0 means greedy decoding. (default: 0; 1 with several samples)",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None,
     top_p: Annotated[
         float,
-        typer.Option(help="Smallest set of tokens with this mass.", rich_help_panel=_SAMPLING),
+        typer.Option(
+            help="Sample from the smallest set of tokens with this probability.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option(help="Only the likeliest k tokens; 0 all.", rich_help_panel=_SAMPLING)
+        int,
+        typer.Option(
+            help="Sample from the k most likely tokens; 0 means all.", rich_help_panel=_SAMPLING
+        ),
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of shots, drawing and intervals.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for shots, sampling and intervals.")] = 0,
     chat_template: Annotated[
-        str | None, typer.Option(help="For all models. (default: each model's own)")
+        str | None, typer.Option(help="Template for all models. (default: each model's own)")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
     device: _Device = "auto",
     tasks: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Ask models the rows of DATA, each as it is served, and compare what they reply.
+    """Ask models the rows of DATA, each with the prompt that it is served, and compare the replies.
 
-    A row's prompt is its messages up to the last assistant turn, which is what is expected. The
-    first model is what the others are held to. --match says when a reply that has ended is right:
+    A row's prompt is its messages up to the last assistant turn, and that turn is the expected
+    answer. The other models are compared with the first. --match says when a reply that ended is
+    right:
 
     \b
-    exact     the same text, whitespace aside
-    contains  the row's answer stands in the reply as whole words
+    exact     the same text, except for whitespace
+    contains  the reply contains the row's answer as whole words
     number    the last numbers are equal
     regex     the row's answer, or --pattern, is found; its first group, where
               it has one, must catch what it catches in the row's answer
@@ -466,7 +504,7 @@ _GGUF = "GGUF and MLX"
 @app.command("export", cls=Verb, short_help="Merge an adapter, or write a GGUF file.")
 def export_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the export.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
     to: Annotated[
         str | None,
         typer.Option(
@@ -478,8 +516,8 @@ def export_run(
     onto: Annotated[
         str,
         typer.Option(
-            help="original weights, or dequantised: rounded as in training. "
-            "(default: auto, what the adapter was trained on)",
+            help="original: the unquantised weights. dequantised: rounded as in training. "
+            "(default: auto, those that the adapter was trained on)",
             show_default=False,
         ),
     ] = "auto",
@@ -516,30 +554,34 @@ def export_run(
     ] = False,
     device: _Device = "cpu",
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare the two in a fresh process.")
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Do not compare the merged model with the adapter in a fresh process.",
+        ),
     ] = False,
     as_json: _Json = False,
 ) -> None:
     """Write what a server loads.
 
-    merged: one folder that needs no peft. The sum is made in float32, on weights that are not
-    quantised, and cast to the base's own type. A fresh process then compares it with the adapter on
-    the run's held-out prompts.
+    merged: one folder that can be loaded without peft. The weights are added in float32, on
+    unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
+    with the adapter on the run's held-out prompts.
 
-    gguf: one file for llama.cpp and what is built on it, of an adapter or a whole model. llama.cpp
-    then serves it, and its prompts, ids, stop tokens and predictions are compared with the model's.
-    Needs the extra `gguf`.
+    gguf: one file for llama.cpp and programs built on it, from an adapter or a whole model.
+    llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared
+    with the model's. This needs the extra `gguf`.
 
-    ollama: the GGUF file with a Modelfile. Ollama renders the file's own template, and is kept from
-    taking one of its own for it.
+    ollama: the GGUF file with a Modelfile. Ollama renders the file's own template; the Modelfile
+    keeps it from choosing another one.
 
-    mlx: a folder for MLX, written by mlx_lm and proved with it. Needs the extra `mlx`.
+    mlx: a folder for MLX, written by mlx_lm and compared with the model. Needs the extra `mlx`.
 
-    vllm, sglang: the adapter where the server can load it beside its base, else the merged model,
-    and the line that serves it. DoRA, new tokens, whole layers, rounded bases and stop tokens that
+    vllm, sglang: the adapter if the server can load it beside its base, else the merged model, and
+    the command that serves it. DoRA, new tokens, whole layers, rounded bases and stop tokens that
     the base does not stop on need the merged model.
 
-    What differs gets no name.
+    If anything differs, nothing is written to the output folder.
 
     \b
     truetune export runs/first --to merged -o merged
@@ -598,19 +640,18 @@ def export_run(
         export_served(screen, run, output, server=what, **merging)
 
 
-@app.command("diagnose", cls=Verb, short_help="The first stage at which a model breaks.")
+@app.command("diagnose", cls=Verb, short_help="Find the first stage at which a model breaks.")
 def diagnose_model(
     source: _Source,
-    merged: Annotated[str | None, typer.Option(help="A folder that it was merged into.")] = None,
+    merged: Annotated[str | None, typer.Option(help="The folder of the merged model.")] = None,
     quantised: Annotated[
-        str | None, typer.Option("--quantised", "--quantized", help="A folder of fewer bits.")
+        str | None,
+        typer.Option("--quantised", "--quantized", help="The folder of a quantised model."),
     ] = None,
     gguf: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it. (needs llama.cpp)")
+        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it; needs llama.cpp.")
     ] = None,
-    url: Annotated[
-        str | None, typer.Option(metavar="URL", help="A server that is to serve it.")
-    ] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="A server that serves it.")] = None,
     stages: Annotated[
         str | None,
         typer.Option(
@@ -619,17 +660,17 @@ def diagnose_model(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: those of the run)")
+        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: rows of the run)")
     ] = None,
     base: _Base = None,
     as_json: _Json = False,
 ) -> None:
-    """Put the same rows through every stage of a model's way to a server, and name the first one
-    that changes it, with its likely cause.
+    """Run the same rows through every stage between training and serving, and name the first stage
+    that changes the model's behaviour, with its likely cause.
 
-    What was trained is held to what its run wrote down; merged folders, GGUF files (by llama.cpp)
-    and running servers are held to what was trained: prompts as text and as ids, predictions,
-    greedy replies, and whether they end. Exits with 1 where a stage parts.
+    The trained model is compared with the record of its run. Merged folders, GGUF files (through
+    llama.cpp) and running servers are compared with the trained model: prompts as text and as ids,
+    predictions, greedy replies, and whether they end. The exit code is 1 if a stage differs.
 
     \b
     truetune diagnose runs/first
@@ -663,7 +704,7 @@ def diagnose_model(
         raise typer.Exit(1)
 
 
-@app.command("verify", cls=Verb, short_help="Is what was saved what was trained?")
+@app.command("verify", cls=Verb, short_help="Check that what was saved is what was trained.")
 def verify_run(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
@@ -672,11 +713,11 @@ def verify_run(
     device: _Device = "auto",
     as_json: _Json = False,
 ) -> None:
-    """Open what was saved in a fresh process, and hold it to what was trained.
+    """Load what was saved in a fresh process, and compare it with what was trained.
 
-    Of a run: its files by hash, its base, template and stop set, the ids that its rows give, and
-    the probabilities that the trained model gave before it was saved. Of another folder: that it
-    opens and computes.
+    For a run, compare the hashes of its files, its base, template and stop set, the ids of its
+    rows, and the probabilities that the trained model gave before it was saved. For any other
+    folder, check that it loads and computes.
 
     \b
     truetune verify runs/first
@@ -695,7 +736,7 @@ def verify_run(
         raise CheckFailed("what was saved is not what was trained", verdict.findings())
 
 
-@app.command("report", cls=Verb, short_help="The page of a run.")
+@app.command("report", cls=Verb, short_help="Write the page of a run.")
 def report_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
     output: Annotated[
@@ -705,11 +746,12 @@ def report_run(
         ),
     ] = None,
 ) -> None:
-    """Write the page of a run: whether it was trained as served, saved as trained and behaves; what
-    base and tuned model reply; curves, rows, recipe and findings. One file without a script, which
-    needs no network.
+    """Write the page of a run: whether it was trained as served, saved as trained and behaves well;
+    replies of the base and the tuned model; curves, rows, recipe and findings. The page is one file
+    without scripts and needs no network.
 
-    `train` writes it at its end. A run that is at work, or was stopped, has one too.
+    `train` writes the page when it ends. The page of a run that is still active, or was stopped,
+    can be written too.
 
     \b
     truetune report runs/first
@@ -726,14 +768,14 @@ def report_run(
     screen.line(f"written: {written.path}")
 
 
-@app.command("watch", cls=Verb, short_help="The page of a run, live.")
+@app.command("watch", cls=Verb, short_help="Serve the page of a run, live.")
 def watch_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
-    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8421,
+    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8421,
 ) -> None:
-    """Serve the page of a run on this machine, made anew for each request, until Ctrl-C.
+    """Serve the page of a run on this machine until Ctrl-C, rebuilt for each request.
 
-    Only a browser on this machine reaches it, at http://127.0.0.1:PORT. Nothing is written, and no
+    Only browsers on this machine can reach it, at http://127.0.0.1:PORT. Nothing is written, and no
     other file is served.
 
     \b
@@ -747,21 +789,23 @@ def watch_run(
         server.run()
 
 
-@app.command("serve", cls=Verb, short_help="A chat server on this machine.")
+@app.command("serve", cls=Verb, short_help="Start a chat server on this machine.")
 def serve_model(
     source: _Source,
-    port: Annotated[int, typer.Option(help="0 takes any that is free.", min=0, max=65535)] = 8420,
+    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8420,
     fast: Annotated[
-        bool, typer.Option("--fast", help="GGUF: llama.cpp's own, less exact settings.")
+        bool,
+        typer.Option(
+            "--fast", help="For GGUF files: llama.cpp's own settings, faster but less exact."
+        ),
     ] = False,
     device: _Device = "auto",
 ) -> None:
-    """Serve a model to programs of this machine, in the protocol that OpenAI's clients speak, until
-    Ctrl-C.
+    """Serve a model to programs on this machine through an OpenAI-compatible API, until Ctrl-C.
 
-    A run, a model or an adapter is served by transformers, a GGUF file by llama.cpp. Prompts are
-    those of training. Only this machine reaches it, at http://127.0.0.1:PORT/v1; there is no key
-    and one request at a time is answered.
+    Runs, models and adapters are served by transformers, GGUF files by llama.cpp. Prompts are
+    rendered as in training. Only this machine can reach the server, at http://127.0.0.1:PORT/v1; it
+    needs no key and answers one request at a time.
 
     \b
     truetune serve runs/first
@@ -772,26 +816,26 @@ def serve_model(
     serve(open_screen(), source, port, fast=fast, device=device)
 
 
-@app.command("push", cls=Verb, short_help="A verified model to the Hub.")
+@app.command("push", cls=Verb, short_help="Push a verified model to the Hub.")
 def push_model(
     source: Annotated[
         str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
     public: Annotated[
-        bool, typer.Option("--public", help="Everybody may read it. (default: private)")
+        bool, typer.Option("--public", help="Make the repository public. (default: private)")
     ] = False,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Also what no verification has passed.")
+        bool, typer.Option("--unverified", help="Push even if no verification has passed.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Take other files of the repository away.")
+        bool, typer.Option("--overwrite", help="Delete other files of the repository.")
     ] = False,
 ) -> None:
-    """Push what a run saved, or a merged model, to the Hub in one commit, with its model card.
+    """Push a run's model, or a merged model, to the Hub in one commit, with its model card.
 
-    Only what was verified, and is as it was then, is pushed. The token is that of `hf auth login`,
-    or HF_TOKEN.
+    Only files that were verified and have not changed since are pushed. The token comes from `hf
+    auth login` or HF_TOKEN.
 
     \b
     truetune push runs/first me/first
@@ -821,9 +865,9 @@ def quickstart(
         str, typer.Option("-o", "--output", help="Folder of the run.")
     ] = "runs/quickstart",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
-    seed: Annotated[int, typer.Option(help="Of row order.")] = 42,
+    seed: Annotated[int, typer.Option(help="Random seed for the order of the rows.")] = 42,
 ) -> None:
-    """Fine-tune the embedded base in a minute, and see what changed.
+    """Fine-tune the embedded base in a minute, and show what changed.
 
     A 5-million-parameter model that knows a small invented world, but answers no question, learns
     to answer and to stop from hand-written examples.
@@ -901,9 +945,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _tell_no_memory(said: str) -> None:
     told = TruetuneError(
-        "the memory of this machine, or of this process, is used up",
+        "this machine, or this process, ran out of memory",
         why=said,
-        fix="free some memory and repeat the command; a run that had begun goes on with "
+        fix="free some memory and repeat the command; continue a run that had begun with "
         "`truetune train --resume RUN`",
         code="out-of-memory",
     )

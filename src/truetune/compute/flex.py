@@ -97,8 +97,9 @@ def flex(
     except torch._dynamo.exc.FailOnRecompileLimitHit as error:
         raise TruetuneError(
             f"torch compiled the attention of this model {_MOST_COMPILED} times and stopped",
-            why="beyond its limit it would compute all scores of a layer at once, without a word",
-            fix="--no-packing, and please report the model",
+            why="beyond its limit torch would silently compute all attention scores of a layer "
+            "at once",
+            fix="--no-packing; please report the model",
             code="attention-recompiled",
         ) from error
     return out[0].transpose(0, 1)[:length]

@@ -110,10 +110,11 @@ class Route:
             Finding(
                 "rows-apart",
                 "note",
-                "rows go through the model one at a time, not packed: slower, and equally exact",
+                "examples go through the model one at a time, not packed: slower, but just as "
+                "exact",
                 where=type(transformers_model(self.model)).__name__,
                 why=self.reason,
-                fix="nothing to do; --no-packing pads them to one width instead",
+                fix="nothing to do; --no-packing pads them to the same length instead",
             )
         ]
 

@@ -84,10 +84,10 @@ class ArgumentSearch(Generic[T]):
         note = Finding(
             code="template-argument",
             level="note",
-            what=f"the template argument {json.dumps(chosen)} was chosen: under it the rows fit as "
-            "they are",
-            why="without it the template adds or drops something in the answers",
-            fix="nothing to do: it is written into the saved template as its default",
+            what=f"the template argument {json.dumps(chosen)} was chosen: with it the rows render "
+            "unchanged",
+            why="without it the template adds or drops parts of the answers",
+            fix="nothing to do: it becomes the default in the saved template",
         )
         made = replace(contract, template_kwargs=best, findings=(*contract.findings, note))
         if trial is contract:

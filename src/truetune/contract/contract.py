@@ -268,9 +268,9 @@ def _dated(today: str, *, given: bool) -> Finding:
     return Finding(
         code="template-date",
         level="note",
-        what=f"the template writes the date into prompts; here it is always {today}",
-        why="otherwise the same rows would be trained differently on another day; a server writes "
-        "the day on which it is asked",
+        what=f"the template writes the date into prompts; this run always uses {today}",
+        why="otherwise the same rows would be trained differently on another day; a server "
+        "writes the current date",
         fix="nothing to do" if given else "set it with --date YYYY-MM-DD",
     )
 

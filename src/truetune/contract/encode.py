@@ -217,9 +217,9 @@ def _unstopped(
 ) -> UnfaithfulTemplate:
     stops = ", ".join(repr(tokens.decode([i])) for i in stop_ids) or "none at all"
     return UnfaithfulTemplate(
-        f"the answer of message {turn} ends on no stop token",
+        f"the answer of message {turn} does not end with a stop token",
         why=f"the stop set is {stops}; after the answer the template writes {_tail(written)}",
-        fix="name the token that ends an answer with --stop, or use a template that writes one",
+        fix="set the token that ends an answer with --stop, or use a template that writes one",
         code="no-stop",
     )
 

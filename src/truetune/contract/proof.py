@@ -295,17 +295,17 @@ class Proof:
             if count > known.empties.get(pair, 0):
                 raise UnfaithfulTemplate(
                     f"the template writes {pair!r} into message {completion.text.number}, with "
-                    "nothing in it",
-                    why=f"the row has nothing that stands there; {would_be(completion)}",
-                    fix="use a template that writes markers around the parts of a turn alone",
+                    "nothing inside",
+                    why=f"the row has no such part; {would_be(completion)}",
+                    fix="use a template that writes markers only around parts that exist",
                     code="target-invented",
                 )
         if alone := unpaired(text, self._control, thoughts):
             raise UnfaithfulTemplate(
                 f"the template writes {alone!r} into message {completion.text.number} without its "
-                "other side",
+                "counterpart",
                 why=would_be(completion),
-                fix="use a template that closes what it opens",
+                fix="use a template that closes the markers that it opens",
                 code="target-invented",
             )
 
@@ -373,8 +373,8 @@ class Proof:
             ):
                 continue
             raise UnfaithfulTemplate(
-                f"the arguments of a call of {name!r} in message {completion.text.number} are "
-                "others when they are read back",
+                f"the arguments of a call of {name!r} in message {completion.text.number} change "
+                "when they are parsed back",
                 why=would_be(completion),
                 fix=AS_THEY_ARE,
                 code="target-dropped",

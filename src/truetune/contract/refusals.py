@@ -17,7 +17,7 @@ AS_THEY_ARE = "use a template that renders the arguments as they are"
 _REFUSALS: dict[str, tuple[str, str, str, str]] = {
     "added": (
         "the template adds the argument {text!r} to a tool call of message {turn}",
-        "nothing that is not in the data may become a target",
+        "only text from the data may be trained",
         AS_THEY_ARE,
         "target-invented",
     ),
@@ -134,8 +134,8 @@ def missing(
     return UnfaithfulTemplate(
         f"the template drops {label} of message {turn}",
         why=f"the completion would be {excerpt(body)}",
-        fix="write it between think markers with --reasoning inline, or leave it out of the "
-        "data with --reasoning drop"
+        fix="write it between think markers with --reasoning inline, or leave it out with "
+        "--reasoning drop"
         if reasoning
         else "use a template that renders it, or put it into the content",
         code="target-dropped",
@@ -156,7 +156,7 @@ def behind_stop(
         why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
         if body
         else "a stop token stands in front of it: a server would end the answer there",
-        fix="put it into a turn of its own, or use a template that keeps a turn in one piece",
+        fix="move it into a turn of its own, or use a template that ends a turn only once",
         code="target-behind-stop",
     )
 
@@ -179,7 +179,7 @@ def unlike(
     return UnfaithfulTemplate(
         f"the template rewrites a part of message {turn}",
         why=f"the completion would be {excerpt(body)}",
-        fix="use a template that renders reasoning, content and tool calls as they are",
+        fix="use a template that renders reasoning, content and tool calls unchanged",
         code="target-dropped",
     )
 
@@ -196,8 +196,8 @@ def rewritten(completion: Completion, message: Mapping[str, Any]) -> UnfaithfulT
         return stop_in_answer(completion)
     return UnfaithfulTemplate(
         f"the template rewrites the answer of message {turn}",
-        why=f"the data says {excerpt(content)}, the completion {excerpt(body)}",
-        fix="use a template that renders the answer as it is",
+        why=f"the data has {excerpt(content)}, the completion {excerpt(body)}",
+        fix="use a template that renders the answer unchanged",
         code="target-dropped",
     )
 
@@ -207,7 +207,7 @@ def stop_in_answer(completion: Completion) -> UnfaithfulTemplate:
         f"the answer of message {completion.text.number} contains the stop token "
         f"{completion.stop!r}",
         why="a server would end the answer there",
-        fix="take the control token out of the row",
+        fix="remove the control token from the row",
         code="stop-in-answer",
     )
 
@@ -225,9 +225,9 @@ def _kind(leaf: Leaf | None, text: str) -> str:
 
 def cut_at(turn: int, label: str, marker: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
-        f"{label} of message {turn} holds {marker!r}, which is a marker of the template's format",
-        why="a server that reads the answer back would cut it there",
-        fix="take the marker out of the row",
+        f"{label} of message {turn} holds {marker!r}, which is a marker in the template's format",
+        why="a server that parses the answer would cut it there",
+        fix="remove the marker from the row",
         code="target-dropped",
     )
 
@@ -236,7 +236,7 @@ def worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTempla
     where = "behind" if behind else "beside" if calls else "around"
     return UnfaithfulTemplate(
         f"the template adds {excerpt(words)} {where} the answer of message {turn}",
-        why="nothing that is not in the data may become a target",
+        why="only text from the data may be trained",
         fix="set the template argument that leaves it out, use another template, or train the "
         "words too with --template-words keep",
         code="target-invented",

@@ -210,15 +210,15 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
     if kind == "error":
         return UnfaithfulTemplate(
             f"the chat template refuses this conversation: {answer[1]}",
-            why="templates may demand certain roles, their order, or fields",
-            fix="change the row, or give another template with --chat-template",
+            why="templates may require certain roles, orders of roles, or fields",
+            fix="change the row, or use another template with --chat-template",
             code="template-refuses",
         )
     if kind == "died":
         return UnfaithfulTemplate(
             f"the process that rendered the chat template ended twice ({answer[1]})",
-            why="the template ends it, or the system did, for want of memory for instance",
-            fix=f"free some memory and try again; if it stays, {other}",
+            why="the template ended it, or the system did, for example for lack of memory",
+            fix=f"free some memory and try again; if the error remains, {other}",
             code="template-out-of-bounds",
         )
     what = {
@@ -230,7 +230,7 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
     }[kind]
     return UnfaithfulTemplate(
         f"the chat template {what}",
-        why="a template is a program; it is run apart, with a limit on memory and time",
-        fix=f"read it before you trust it, and {other}",
+        why="a template is a program; it runs in a separate process with limited memory and time",
+        fix=f"inspect it before you trust it, and {other}",
         code="template-out-of-bounds",
     )

@@ -257,9 +257,9 @@ def _started_twice() -> Worker:
     how = f"no answer within {_START:g} seconds" if ready == ["hang"] else ready[1]
     raise TruetuneError(
         f"the process that renders chat templates did not start: {how}",
-        why="the machine has no memory or no processor time left, or the installation is damaged",
-        fix="free some memory and try again; else look at what `python -c 'import transformers'` "
-        "says",
+        why="the machine is out of memory or processor time, or the installation is damaged",
+        fix="free some memory and try again; otherwise check the output of `python -c 'import "
+        "transformers'`",
         code="renderer-not-started",
     )
 

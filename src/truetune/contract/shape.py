@@ -51,7 +51,7 @@ def canonical(message: Mapping[str, Any]) -> Message:
         raise UnfaithfulTemplate(
             "a message has no role",
             why=f"it reads {str(message)[:80]!r}",
-            fix="give each message a role: system, developer, user, assistant or tool",
+            fix="set a role for each message: system, developer, user, assistant or tool",
             code="unknown-role",
         )
     if not message.keys() & {"content", "tool_calls", *FIELDS}:
@@ -119,13 +119,13 @@ def _require_text(value: Any) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UnfaithfulTemplate(
-            "a message holds half of a surrogate pair, which is no character",
+            "a message contains an unpaired surrogate, which is not a character",
             fix="write the character itself, or drop the row",
             code="invalid-text",
         ) from error
     except (TypeError, ValueError) as error:
         raise UnfaithfulTemplate(
-            "a tool call has an argument that is no JSON",
+            "a tool call has an argument that is not valid JSON",
             why=str(error),
             fix="write dates and other objects as text",
             code="bad-tool-call",

@@ -28,8 +28,8 @@ def template_source(asked: str | None, tokenizer: Any) -> tuple[str, str | None,
     if asked is None or asked == "auto":
         if named and "default" not in named and len(named) > 1:
             raise UsageError(
-                "the model has several chat templates and none is its default",
-                fix="name one with --chat-template: " + ", ".join(sorted(named)),
+                "the model has several chat templates, but no default",
+                fix="choose one with --chat-template: " + ", ".join(sorted(named)),
                 code="no-default-template",
             )
         if named:
@@ -66,7 +66,7 @@ def require_template(asked: str | None) -> None:
 def _no_such_template(asked: str, names: Sequence[str]) -> UsageError:
     return UsageError(
         f"--chat-template {asked!r} is neither a file nor a built-in template",
-        fix="name a .jinja file, or one of: " + ", ".join(names),
+        fix="pass a .jinja file, or one of: " + ", ".join(names),
         code="no-such-template",
     )
 

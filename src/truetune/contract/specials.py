@@ -113,9 +113,9 @@ def _finding(conversation: Conversation, control: Control, refuse: bool) -> Find
         level="error" if refuse else "warning",
         what=f"the text of a {control.role} turn holds the control token {control.token!r}",
         where=f"{conversation.where}, {control.field}",
-        why="it becomes the token itself, in training as on a server that does not sanitise: the "
-        "turn ends or changes its speaker there",
+        why="the tokenizer turns it into the token itself, in training and on servers that do "
+        "not sanitise text: the turn ends, or the speaker changes, there",
         fix="take it out of the row"
         if refuse
-        else "take it out of the rows, or refuse them with --content-specials error",
+        else "remove it from the rows, or refuse such rows with --content-specials error",
     )

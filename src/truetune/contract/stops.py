@@ -130,10 +130,10 @@ def _added(token: int, own: Sequence[int], tokens: Tokens, after: str) -> Findin
     return Finding(
         code="stop-added",
         level="note",
-        what=f"the stop set gains {tokens.decode([token])!r} ({token}), which the template "
+        what=f"added to the stop set: {tokens.decode([token])!r} ({token}), which the template "
         f"writes after {after}",
         why="the model's own stop ids are " + (tokens.named(own) or "none"),
-        fix="nothing to do: the saved generation_config holds it",
+        fix="nothing to do: it is saved in generation_config",
     )
 
 
@@ -142,8 +142,8 @@ def _stop_id(item: str | int, tokens: Tokens) -> int:
     if found is None or not tokens.has_id(found):
         raise UsageError(
             f"--stop {item!r} is not one token of this tokenizer",
-            why="a server stops on a token id; a text of several tokens never matches one",
-            fix="name a token of the vocabulary, or leave --stop auto",
+            why="a server stops on a single token id, which text of several tokens never matches",
+            fix="pass a token of the vocabulary, or use --stop auto",
             code="stop-not-a-token",
         )
     return found

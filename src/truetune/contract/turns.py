@@ -244,9 +244,9 @@ def _dropped(turn: int, opened: str) -> UnfaithfulTemplate:
 def _thinks(turn: int, opened: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the served prompt opens a think block before message {turn}, which has no reasoning",
-        why=f"the prompt ends on {opened!r}: what is trained there begins inside the block",
+        why=f"the prompt ends on {opened!r}: training there would begin inside the block",
         fix="give the row reasoning, set the template's own switch with --template-arg where it "
-        "has one, or close the block at once with --reasoning empty",
+        "has one, or close the block immediately with --reasoning empty",
         code="thinking-only",
     )
 
@@ -264,10 +264,10 @@ def _invented(turn: int, markers: Markers) -> UnfaithfulTemplate:
 
 def _off(turn: int, closed: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
-        f"message {turn} has reasoning, and the served prompt closes the think block before it",
+        f"message {turn} has reasoning, but the served prompt closes the think block before it",
         why=f"the prompt ends on {closed!r}",
-        fix="take back the template argument that switches thinking off, or leave the reasoning "
-        "out of the data with --reasoning drop",
+        fix="remove the template argument that disables thinking, or leave the reasoning out "
+        "with --reasoning drop",
         code="thinking-off",
     )
 
@@ -278,10 +278,12 @@ def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
         min(len(prompt), len(through)),
     )
     return UnfaithfulTemplate(
-        f"what the server sends before message {turn} is not what the template writes before it",
+        f"the served prompt before message {turn} differs from what the template writes there in "
+        "the full conversation",
         why=f"the served prompt goes on with {excerpt(prompt[at:])}, the rendered conversation "
         f"with {excerpt(through[at:])}",
-        fix="use a template whose history equals its prompts, or set the template's arguments",
+        fix="use a template that renders history exactly as prompts, or set the template's "
+        "arguments",
         code="prompt-differs",
     )
 
@@ -305,14 +307,14 @@ def trained_turns(messages: Sequence[Mapping[str, Any]], loss_on: str) -> list[i
     if not turns:
         raise UnfaithfulTemplate(
             "the conversation has no assistant turn to train",
-            fix="add an answer, or leave the row out with --bad-rows drop",
+            fix="add an answer, or drop the row with --bad-rows drop",
             code="no-assistant-turn",
         )
     turns = turns[-1:] if loss_on == "last" else turns
     if turns[0] == 0:
         raise UnfaithfulTemplate(
             "the conversation begins with an answer to train",
-            why="a server has no prompt to send before it: it takes no empty conversation",
+            why="a server cannot send an empty conversation as the prompt",
             fix="put a message before it, or set train: false on it",
             code="no-prompt",
         )

@@ -167,7 +167,7 @@ _REMARK_WORDS = {
     "seam": "prompt and answer would have merged into one token; they are kept apart",
     "framed": "the template writes control tokens around an answer",
     "stop-appended": "the template closes answers with nothing; the model's own end token does",
-    "reasoning-empty": "the think block that the prompt opens is closed at once",
+    "reasoning-empty": "the think block that the prompt opens is closed immediately",
     "thinking-unlearned": "an answer without reasoning where the template would think",
     "reordered": "the template writes arguments of a call in an order of its own",
     "template-words": "the template adds words to an answer, and they are trained",

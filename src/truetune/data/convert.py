@@ -97,8 +97,8 @@ def check_turns(messages: list[Message]) -> None:
         raise BadRow(
             "prompt-missing",
             "the conversation begins with an assistant turn",
-            why="a server sends a prompt first; no prompt leads to this answer",
-            fix='give it a user turn, or mark it "train": false',
+            why="a server sends a prompt first; this answer has no prompt",
+            fix='put a user turn before it, or mark it "train": false',
         )
     for message in answers:
         if message.get("train", True) and not (
@@ -107,7 +107,7 @@ def check_turns(messages: list[Message]) -> None:
             raise BadRow(
                 "empty-answer",
                 "an assistant turn is empty",
-                why="a model would learn to stop at once",
+                why="the model would learn to stop immediately",
                 fix='drop the row, or mark the turn "train": false',
             )
 
@@ -122,9 +122,9 @@ def _check_encodable(made: Conversation) -> None:
     except UnicodeEncodeError as error:
         raise BadRow(
             "invalid-text",
-            "the row holds half of a surrogate pair, which is no character",
-            why="text was cut inside an emoji or another character beyond U+FFFF",
-            fix="cut the text at a character, or drop the row",
+            "the row contains an unpaired surrogate, which is not a character",
+            why="the text was cut inside an emoji or another character above U+FFFF",
+            fix="cut the text between characters, or drop the row",
         ) from error
 
 
@@ -244,7 +244,7 @@ def _history(value: Any) -> list[Message]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(map(_is_text, pair))):
             raise BadRow(
                 "bad-history",
-                "the history is not a list of pairs of texts",
+                "the history is not a list of pairs of strings",
                 fix='write [["question", "answer"], ...]',
             )
         turns += [_user(pair[0]), _assistant(pair[1])]
@@ -264,7 +264,7 @@ def _with_system(messages: list[Message], cells: Cells) -> list[Message]:
             return messages
         raise BadRow(
             "two-systems",
-            "the system column and the first turn give different system messages",
+            "the system column and the first turn hold different system messages",
             fix="keep one of them",
         )
     return [{"role": "system", "content": system}, *messages]

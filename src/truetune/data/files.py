@@ -57,7 +57,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(
             f"the file cannot be read: {error.strerror or error}",
             where=str(path),
-            fix="look at the permissions of the file",
+            fix="check the permissions of the file",
             code="unreadable-file",
         ) from error
 
@@ -111,7 +111,8 @@ def unpacks_too_far(path: Path, instead: str) -> DataError:
     return DataError(
         f"the file of {size:,} bytes unpacks to more than {most_unpacked(path):,}",
         where=str(path),
-        why=f"more than {_MOST_RATIO} times its size: such a file is made to fill the memory",
+        why=f"more than {_MOST_RATIO} times its size: such a file may be designed to exhaust "
+        "memory",
         fix=f"if you trust it, {instead}",
         code="unpacks-too-far",
     )
@@ -119,7 +120,7 @@ def unpacks_too_far(path: Path, instead: str) -> DataError:
 
 def _lfs_pointer(path: Path) -> DataError:
     return DataError(
-        "the file is a Git LFS pointer: it names the data and does not hold it",
+        "the file is a Git LFS pointer, not the data itself",
         where=str(path),
         why="the repository was cloned without Git LFS",
         fix=f"fetch the data: git -C {path.parent} lfs pull",
@@ -175,7 +176,7 @@ def empty_file(path: Path | str) -> DataError:
     return DataError(
         "the file holds no rows",
         where=str(path),
-        why="the step that wrote it failed, or it is still being written",
-        fix="give a file that holds rows",
+        why="the program that wrote it failed or is still writing",
+        fix="pass a file that contains rows",
         code="empty-file",
     )

@@ -102,10 +102,10 @@ def _choose(
     note = Finding(
         code="split-chosen",
         level="note",
-        what=f"the split {wanted} was read; left aside: {names(others)}",
+        what=f"the split {wanted} was read; not read: {names(others)}",
         where=name,
         count=len(others),
-        fix="choose with --split",
+        fix="choose a split with --split",
     )
     return found[wanted], wanted, [note]
 
@@ -129,7 +129,7 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
         if "onfig name is missing" in first or first.startswith("BuilderConfig"):
             configs = _listed(text) or ["CONFIG"]
             raise DataError(
-                "the dataset has several configurations, and none of them was named"
+                "the dataset has several configurations, and none was selected"
                 if "missing" in first
                 else "the dataset has no such configuration",
                 where=name,
@@ -140,9 +140,9 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
         raise DataError(
             f"the dataset cannot be loaded: {first}",
             where=name,
-            why=f"{type(error).__name__}: it is not there, not public, or the Hub is out of reach; "
-            "no file or folder of this name is here either",
-            fix="check the name, log in with `hf auth login`, or give a local file",
+            why=f"{type(error).__name__}: it does not exist, is not public, or the Hub cannot be "
+            "reached; there is no local file or folder of this name either",
+            fix="check the name, log in with `hf auth login`, or pass a local file",
             code="dataset-unreadable",
         ) from error
 

@@ -166,10 +166,10 @@ class _Reading:
                 Finding(
                     code="unused-columns",
                     level="note",
-                    what=f"columns that the schema does not use: {names(sorted(self.unused))}",
+                    what=f"columns not used by the schema: {names(sorted(self.unused))}",
                     where=rows[0].file,
                     count=len(self.unused),
-                    fix="--columns gives a column one of the names that the schema knows",
+                    fix="map a column to a name that the schema uses with --columns",
                 )
             )
         if self.empty:
@@ -212,7 +212,7 @@ def _require_rows(rows: list[Row], findings: list[Finding]) -> None:
         raise BadRows(
             f"none of the {len(refused)} rows can be used",
             merged(refused),
-            fix="mend the rows: nothing is left to train",
+            fix="correct the rows: there is nothing left to train",
         )
 
 
@@ -230,7 +230,7 @@ def _decide(
         raise DataError(
             "no row is an object with named columns",
             where=source,
-            fix='write one object a row, for example {"text": "..."}',
+            fix='write one object per row, for example {"text": "..."}',
             code="no-schema",
         )
     columns = tuple(dict.fromkeys(name for row in rows[:1000] for name in row.fields))
@@ -251,7 +251,7 @@ def _convert(
             Finding(
                 code="mixed-schemas",
                 level="error",
-                what=f"a row has {other}, the others have {decided}",
+                what=f"a row has the schema {other}, but the others have {decided}",
                 where=row.where,
                 why=f"its columns are {names(row.fields)}",
                 fix="put rows of one schema in one file",

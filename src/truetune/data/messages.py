@@ -79,7 +79,7 @@ def message_of(turn: Any, unused: Counter[str]) -> Message:
     if isinstance(said, str) and said.strip().lower() in _CALLING:
         text, reasoning, calls = "", "", calls_of(content)
         if not calls:
-            raise BadRow("bad-tool-call", "a function_call turn holds no call")
+            raise BadRow("bad-tool-call", "a function_call turn contains no call")
     else:
         text, reasoning, calls = content_of(content)
         if isinstance(content, float) and not (turn.get("tool_calls") or turn.get("function_call")):
@@ -186,17 +186,19 @@ def _text(turn: Message, key: str) -> str:
 
 def _only_assistant(role: str, thoughts: set[str], calls: list[dict[str, Any]]) -> None:
     if len(thoughts) > 1:
-        raise _unsupported("a turn has two different reasonings", fix="keep one of them")
+        raise _unsupported(
+            "a turn has reasoning in two places, with different text", fix="keep one of them"
+        )
     if role != "assistant" and thoughts:
-        raise _unsupported(f"a {role} turn has reasoning", fix="remove it, or mend the role")
+        raise _unsupported(f"a {role} turn has reasoning", fix="remove it, or correct the role")
     if role != "assistant" and calls:
-        raise BadRow("bad-tool-call", f"a {role} turn calls a tool", fix="mend the role")
+        raise BadRow("bad-tool-call", f"a {role} turn calls a tool", fix="correct the role")
 
 
 def _one_of(*places: list[dict[str, Any]]) -> list[dict[str, Any]]:
     filled = [calls for calls in places if calls]
     if len(filled) > 1:
-        raise BadRow("bad-tool-call", "a turn gives its tool calls in two places", fix="keep one")
+        raise BadRow("bad-tool-call", "a turn has tool calls in two places", fix="keep one")
     return filled[0] if filled else []
 
 
@@ -206,7 +208,7 @@ def _train(turn: Message) -> bool | None:
         raise BadRow(
             "bad-train-flag",
             "`train` or `weight` of a turn is neither true nor false, 1 nor 0",
-            why="a turn is a target or it is not",
+            why="a turn is either trained or not",
         )
     flags = {bool(value) for value in found.values()}
     if len(flags) > 1:

@@ -62,10 +62,10 @@ def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]
 def _unknown_extension(path: Path) -> DataError:
     close = near(extension(path), READERS)
     return DataError(
-        f"the extension {extension(path) or '(none)'} names no format that can be read",
+        f"the extension {extension(path) or '(none)'} is not a supported format",
         where=str(path),
-        why="the format is told by the name of the file",
+        why="the format is recognised by the file name",
         fix=f"{f'did you mean {close[0]}? ' if close else ''}rename or convert it to one of "
-        f"{', '.join(READERS)} ({' or '.join(PACKED)} may follow all but .parquet)",
+        f"{', '.join(READERS)} ({' or '.join(PACKED)} may follow any but .parquet)",
         code="unknown-extension",
     )

@@ -91,7 +91,7 @@ class _Parser:
         self.outermost: str | None = None
 
     def whole(self, text: str) -> tuple[Any, str | None]:
-        """The value that a text is, and a key that stands twice in one object of it."""
+        """The value that a text is, and a key that occurs twice in one object of it."""
         self._twice = None
         return self._decoder.decode(text), self._twice
 
@@ -145,10 +145,10 @@ def _rows_of_object(
         lists = [name for name in _LIST_NAMES if name in lists][:1]
     if not lists:
         raise DataError(
-            "the JSON file holds one object, and not one list of rows in it",
+            "the JSON file holds one object that contains no list of rows",
             where=str(path),
             why=f"its keys are {names(value)}",
-            fix="write an array of objects, or one object a line under the name .jsonl",
+            fix="write an array of objects, or one object per line in a .jsonl file",
             code="no-rows",
         )
     yield from _elements(parser, text, _member(text, start, lists[0]), must_end=False)
@@ -225,7 +225,7 @@ def _not_an_object(value: Any) -> BadRow:
 def _duplicate_key(key: str) -> BadRow:
     return BadRow(
         "duplicate-key",
-        f"the key {excerpt(key)} stands twice in one object",
+        f"the key {excerpt(key)} occurs twice in one object",
         why="JSON libraries keep the last one and lose the others silently",
         fix="keep one of them, or drop the row with --bad-rows drop",
     )
@@ -237,7 +237,7 @@ def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataErr
         return DataError(
             f"broken JSON: {cause}",
             where=f"{path}:{first_line}",
-            fix="mend or delete the row",
+            fix="correct or delete the row",
             code="broken-json",
         )
     line = first_line + error.lineno - 1
@@ -247,7 +247,7 @@ def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataErr
         f"near {excerpt(text[start : error.pos + 20])}",
         where=f"{path}:{line}",
         why=_cause(error, text, first_line),
-        fix=f"mend the line: sed -n {line}p {path}",
+        fix=f"correct the line: sed -n {line}p {path}",
         code="broken-json",
     )
 
@@ -262,7 +262,7 @@ def _cause(error: json.JSONDecodeError, text: str, first_line: int) -> str:
     if text[error.pos : error.pos + 1] == "'" or error.msg.startswith("Expecting property name"):
         return "JSON needs double quotes around names and text, and no comma after the last one"
     if error.msg == "Extra data":
-        return "two values stand on one line"
+        return "there are two values on one line"
     if error.msg.startswith("Invalid control character"):
         return "a line break or tab inside text must be written as \\n or \\t"
     return "the row was edited by hand or written without a JSON library"

@@ -57,8 +57,8 @@ def _nul(text: str, path: Path) -> DataError:
     return DataError(
         "broken csv: the file holds a NUL character",
         where=f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}",
-        why="it is damaged, or it was written as UTF-16 or as something else than text",
-        fix=f"write it again as UTF-8, or take them out: tr -d '\\0' < {path} > mended.csv",
+        why="it is damaged, written as UTF-16, or not a text file",
+        fix=f"save it as UTF-8, or remove the NUL characters: tr -d '\\0' < {path} > mended.csv",
         code="broken-csv",
     )
 
@@ -79,7 +79,7 @@ def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[
                 f"broken csv: {error}",
                 where=f"{path}:{start}",
                 why="a quote that opens on this line is not closed, or text follows a closing one",
-                fix='write a quote inside text twice (""), the text itself in quotes',
+                fix='put the text in quotes, and double each quote inside it ("")',
                 code="broken-csv",
             ) from error
         if not cells:
@@ -98,7 +98,7 @@ def _header(cells: list[str], path: Path, line: int) -> list[str]:
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
         raise DataError(
-            f"the header names a column twice: {names(twice)}",
+            f"the header has duplicate columns: {names(twice)}",
             where=f"{path}:{line}",
             fix="rename one of them",
             code="broken-csv",
@@ -110,7 +110,7 @@ def _ragged(cells: list[str], header: list[str], path: Path, line: int) -> DataE
     return DataError(
         f"the row on line {line} has {len(cells)} cells, the header has {len(header)}",
         where=f"{path}:{line}",
-        why=f"text with a comma or line break is not in quotes; the last cell is "
+        why=f"text with a comma or line break is not quoted; the last cell is "
         f"{excerpt(cells[-1], 40)}",
         fix="put the text in quotes, or convert the file to jsonl",
         code="ragged-csv",
@@ -152,8 +152,8 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
         raise DataError(
             f"the file cannot be read as parquet: {str(error).splitlines()[0]}",
             where=str(path),
-            why="it was cut off, or it is something else under this name",
-            fix="fetch the file again; `head -c 4` of a parquet file shows PAR1",
+            why="it is truncated, or it is not a parquet file",
+            fix="fetch the file again; a parquet file begins with PAR1 (`head -c 4`)",
             code="not-parquet",
         ) from error
     if not rows:
@@ -169,9 +169,9 @@ def _require_columns_once(fields: Iterable[Any], path: Path, inside: str = "") -
     twice = [name for name, count in Counter(f.name for f in found).items() if count > 1]
     if twice:
         raise DataError(
-            f"the file names a column twice: {names(inside + name for name in twice)}",
+            f"the file has duplicate columns: {names(inside + name for name in twice)}",
             where=str(path),
-            why="a row could hold only the last one",
+            why="a row can keep only the last one",
             fix="rename one of them, or write the file again",
             code="duplicate-column",
         )
@@ -210,10 +210,10 @@ def _pylist(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
                         else f"a value that cannot be read: {error}"
                     ),
                     where=f"{path} row {before + number + 1}",
-                    why="the program that wrote the file did not check its text"
+                    why="the program that wrote the file did not validate its text"
                     if text
                     else "it is damaged, or no date or number that Python knows",
-                    fix="mend the value where it comes from, or leave the column out",
+                    fix="correct the value at its source, or leave the column out",
                     code="parquet-value",
                 ) from error
     raise AssertionError("a batch fails whose values do not")
@@ -244,12 +244,12 @@ def null_notes(rows: list[Row]) -> list[Finding]:
         Finding(
             code="arrow-nulls",
             level="note",
-            what="null keys inside tools or tool arguments were removed",
+            what="null values inside tools or tool arguments were removed",
             where=rows[0].where,
             count=len(rows),
-            why="Arrow gives each object the keys of all rows, null where a row has none: a model "
-            "would learn to write them",
-            fix="keep tools and arguments as JSON text, or use jsonl, if a null is meant",
+            why="Arrow adds the keys of all rows to every object, with null for missing ones; a "
+            "model would learn to write them",
+            fix="if null is intended, store tools and arguments as JSON text, or use jsonl",
         )
     ]
 

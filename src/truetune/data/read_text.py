@@ -54,11 +54,11 @@ def read_pieces(path: Path, limit: int | None) -> FileRows:
     note = Finding(
         code="text-pieces",
         level="note",
-        what=f"the text file was cut at blank lines into rows of {PIECE_CHARACTERS:,} characters "
+        what=f"the text file was split at blank lines into rows of {PIECE_CHARACTERS:,} characters "
         "or more",
         where=str(path),
         count=len(rows),
-        fix='write {"text": "..."} lines as jsonl to decide yourself what one text is',
+        fix='to choose the boundaries yourself, write one {"text": "..."} object per line as jsonl',
     )
     return FileRows.of(rows, note)
 

@@ -196,7 +196,7 @@ def no_schema(columns: Names, source: str) -> DataError:
         where=source,
         why=f"the columns are {names(columns)}; each schema needs: "
         + "; ".join(schema.needs() for schema in SCHEMAS),
-        fix=f"name the columns, for example --columns prompt={example[0]},completion={example[1]}",
+        fix=f"map the columns, for example --columns prompt={example[0]},completion={example[1]}",
         code="no-schema",
     )
 

@@ -153,7 +153,7 @@ def _folder(folder: Path, split: str | None) -> Source:
             "the folder holds no data files",
             where=str(folder),
             why=f"it holds {names([p.name for p in visible], 10)}",
-            fix=f"give a folder with files of {', '.join(READERS)}",
+            fix=f"pass a folder with files of {', '.join(READERS)}",
             code="no-data-files",
         )
     chosen, findings = _of_split(files, folder, split)
@@ -163,7 +163,7 @@ def _folder(folder: Path, split: str | None) -> Source:
             Finding(
                 code="files-skipped",
                 level="note",
-                what=f"files of the folder that are not rows were not read: "
+                what=f"files in the folder that contain no rows were not read: "
                 f"{names([str(p.relative_to(folder)) for p in skipped], 5)}",
                 where=str(folder),
                 count=len(skipped),
@@ -183,7 +183,9 @@ def _of_split(
     chosen = [path for path in files if wanted in map(_split_word, words[path])]
     if not chosen:
         where = str(folder)
-        raise no_such_split(split or "train", there or ["train"], where, why="told by file names")
+        raise no_such_split(
+            split or "train", there or ["train"], where, why="splits are recognised by file names"
+        )
     left = [str(path.relative_to(folder)) for path in files if path not in chosen]
     if split is not None or not left:
         return chosen, []
@@ -191,11 +193,11 @@ def _of_split(
         Finding(
             code="split-chosen",
             level="note",
-            what=f"the split train was read; left aside: {names(left, 5)}",
+            what=f"the split train was read; not read: {names(left, 5)}",
             where=str(folder),
             count=len(left),
-            why="a file's split is told by the words train, validation and test in its name",
-            fix="choose with --split, or give one file",
+            why="the split is recognised by the words train, validation and test in file names",
+            fix="choose a split with --split, or pass one file",
         )
     ]
 
@@ -213,13 +215,13 @@ def _no_such_file(path: Path) -> DataError:
     if path.is_symlink():
         target = path.readlink()
         return DataError(
-            "the symbolic link leads nowhere",
+            "the symbolic link is broken",
             where=str(path),
-            why=f"it points at {target}, which is not there or points back",
-            fix="link it to the file again, or give the file itself",
+            why=f"it points to {target}, which does not exist or links back",
+            fix="repair the link, or pass the file itself",
             code="no-such-file",
         )
-    why = f"the folder {folder} is not there either"
+    why = f"the folder {folder} does not exist either"
     if folder.is_dir():
         why = f"{folder} holds {names(sorted(p.name for p in folder.iterdir()), 10)}"
     return DataError(

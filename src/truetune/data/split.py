@@ -107,10 +107,10 @@ def remove_overlap(
         Finding(
             code="eval-overlaps-train",
             level="warning",
-            what="evaluation rows were left out, since their prompt is in the training data",
+            what="evaluation rows were left out because their prompt is in the training data",
             where=first.where,
             count=len(evaluation) - len(kept),
-            why="a loss on rows that were trained does not say how the model does on new ones",
+            why="the loss on trained rows does not show how the model performs on new ones",
             fix="remove them from one of the two files",
         )
     ]

@@ -122,8 +122,8 @@ def _damaged(folder: Path, what: str, why: str = "") -> CheckpointError:
         what,
         where=str(folder),
         why=why,
-        fix="remove that folder and resume again: the run goes on from the checkpoint before it, "
-        "or from its start",
+        fix="remove that folder and resume again: the run continues from the previous "
+        "checkpoint, or from the start",
         code="checkpoint-damaged",
     )
 
@@ -177,11 +177,11 @@ def _passed_over(error: CheckpointError, good: Checkpoint) -> Finding:
     return Finding(
         "checkpoint-damaged",
         "warning",
-        f"{error.what}; the run goes on from step {good.facts['step']} instead",
+        f"{error.what}; the run continues from step {good.facts['step']} instead",
         where=error.where,
         why=error.why or "the disk was full, or files were removed",
-        fix="nothing to do: the steps in between are computed again, to the same numbers; if it "
-        "happens again, test the disk and the memory of the machine",
+        fix="nothing to do: the steps in between are repeated with identical results; if it "
+        "happens again, test the machine's disk and memory",
     )
 
 

@@ -154,7 +154,7 @@ def joined() -> Iterator[Group]:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UsageError(
-                f"{name} was asked for, and would not be active: each process holds all weights",
+                f"{name} was requested but would not take effect: each process holds all weights",
                 why=f"ACCELERATE_USE_{name} is set, as accelerate launch does",
                 fix="start it with torchrun, or with accelerate launch --multi_gpu",
                 code="sharding",

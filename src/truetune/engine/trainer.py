@@ -264,11 +264,12 @@ class SFTTrainer:
                 Finding(
                     "activations-recomputed",
                     "note",
-                    f"activations are computed twice: a row of {longest:,} tokens would take "
+                    f"activations are recomputed in the backward pass: an example of {longest:,} "
+                    "tokens would need "
                     f"{gib(self.footprint.of(longest))} at once, more than is free",
-                    why="an estimate of the memory that a forward and a backward pass take",
-                    fix="nothing to do: the step is the same, and takes about a third longer; a "
-                    "lower --max-length, or --lora, would do without",
+                    why="this is an estimate of the memory for a forward and a backward pass",
+                    fix="nothing to do: the results are the same, but a step takes about a third "
+                    "longer; a lower --max-length, or --lora, avoids it",
                 )
             )
         return True
@@ -372,7 +373,7 @@ class SFTTrainer:
             raise OutOfMemory(
                 f"a row of {batch.num_computed:,} tokens does not fit in memory",
                 where="rows " + ", ".join(map(str, batch.rows)),
-                why="its activations alone are larger than what is free",
+                why="its activations alone need more memory than is free",
                 fix="--gradient-checkpointing, a lower --max-length, or --lora",
                 rows=batch.rows,
                 code="row-too-large",
@@ -385,7 +386,7 @@ class SFTTrainer:
                     f"{len(batch.rows)} rows, {batch.num_computed:,} tokens at once did not fit in "
                     f"memory: from step {self.step + 1} on at most {limits.rows} rows"
                     + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
-                    why="the batch size is the same, cut into more forward passes",
+                    why="the batch size is unchanged; a batch is split into more forward passes",
                     fix=f"--micro-batch-size {limits.rows} from the start, or "
                     "--gradient-checkpointing",
                 )

@@ -90,7 +90,7 @@ class Settings:
             raise UsageError(
                 f"{samples} samples at temperature 0 are {samples} times the same reply",
                 where="--temperature",
-                fix="leave --temperature out (1), or ask for one sample",
+                fix="leave --temperature out (it becomes 1), or ask for one sample",
                 code="samples-greedy",
             )
         heat = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
@@ -130,20 +130,20 @@ def require_early(models: Sequence[str], data: str | None, settings: Settings) -
     """
     if not models:
         raise UsageError(
-            "no model is named", fix="truetune eval MODEL --data DATA", code="no-model"
+            "no model was given", fix="truetune eval MODEL --data DATA", code="no-model"
         )
     twice = next((name for at, name in enumerate(models) if name in models[:at]), None)
     if twice is not None:
         raise UsageError(
-            f"{twice} is named twice",
-            fix="name each model once",
+            f"{twice} is given twice",
+            fix="pass each model once",
             code="model-twice",
         )
     if not data:
         raise UsageError(
-            "no data is named",
-            why="rows are named by --data, so that a forgotten file is not taken for a model, nor "
-            "a run for rows",
+            "no data was given",
+            why="rows are passed with --data, so that a data file is never mistaken for a model, "
+            "or a run for rows",
             fix="truetune eval MODEL [MORE...] --data DATA",
             code="no-data",
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RESAMPLES = 2000
 _BLOCK = 2**21
-# Rows that must differ between two models before they are told apart: were neither better, six
+# Rows that must differ before two models are called different: if neither were better, six
 # would all point the same way once in 32 times (sign test, two-sided), five once in 16.
 FEWEST_DIFFERENT = 6
 

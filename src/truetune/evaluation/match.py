@@ -46,7 +46,7 @@ class Match:
     """A kind of match.
 
     Attributes:
-        kind: exact: the same text, whitespace aside. contains: the expected text stands in the
+        kind: exact: the same text, except for whitespace. contains: the expected text stands in the
             reply as whole words. number: the last numbers are equal. regex: the expected text is a
             pattern that is found in the reply. json: equal values. none: nothing is compared.
         pattern: of kind regex: the pattern in place of the rows' own. What its first group catches
@@ -79,9 +79,9 @@ class Match:
             )
         if problem := _pattern_problem(self.pattern):
             raise UsageError(
-                f"the pattern is no regular expression: {problem}",
+                f"the pattern is not a valid regular expression: {problem}",
                 where="--pattern",
-                fix="patterns are those of Python's re module",
+                fix="use the syntax of Python's re module",
                 code="match-pattern",
             )
 
@@ -99,8 +99,8 @@ class Match:
             by = "math-verify" if has_math_verify() else "the last number of each text"
             return f"number, by {by}"
         return {
-            "exact": "exact: the same text, whitespace aside",
-            "contains": "contains: the row's answer stands in the reply as whole words",
+            "exact": "exact: the same text, except for whitespace",
+            "contains": "contains: the reply contains the row's answer as whole words",
             "regex": "regex: " + (self.pattern or "the row's answer is the pattern"),
             "json": "json: equal values",
             "none": "none",
@@ -117,9 +117,9 @@ class Match:
         if self.kind == "number" and not is_formula and last_number(expected) is None:
             return "the row's answer has no number"
         if self.kind == "json" and json_value(expected) is None:
-            return "the row's answer is no JSON"
+            return "the row's answer is not valid JSON"
         if self.kind == "regex" and self.pattern is None and _pattern_problem(expected):
-            return "the row's answer is no regular expression"
+            return "the row's answer is not a valid regular expression"
         return ""
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[Judged]:
@@ -175,7 +175,7 @@ class Match:
             why=answer.errors.splitlines()[-1][:300]
             if answer.errors
             else "the pattern backtracks without end on such replies",
-            fix="a pattern without nested repetition, or another --match",
+            fix="use a pattern without nested repetition, or another --match",
             code="match-too-slow",
         )
 

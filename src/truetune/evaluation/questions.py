@@ -173,12 +173,12 @@ class _Shots:
                 same |= self.asking.get(normalised(message["content"]), set())
         if len(self.turns) - len(same) < self.shots:
             raise UsageError(
-                f"--shots {self.shots} needs as many other rows, and there are "
+                f"--shots {self.shots} needs that many other rows, but there are only "
                 f"{len(self.turns) - len(same):,}",
                 where=question.where,
-                why="shots are plain rows of question and answer, without tools, that ask "
-                "something else than the row itself",
-                fix="fewer --shots, or more rows",
+                why="shots are plain rows with a question and an answer, without tools, that ask "
+                "a different question from the row itself",
+                fix="use fewer --shots, or more rows",
                 code="too-few-shots",
             )
         rng = random.Random(f"{self.seed}/shots/{question.asked.key()}")

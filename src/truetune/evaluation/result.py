@@ -131,8 +131,8 @@ class Difference:
     """A measure of one model, less that of the first.
 
     Attributes:
-        word: better, worse or not told apart; longer or shorter of lengths; not comparable where
-            the two count other tokens.
+        word: better, worse or inconclusive; longer or shorter of lengths; not comparable
+            where the two count other tokens.
     """
 
     word: str
@@ -296,7 +296,7 @@ class _Sheet:
 def _told(measure: Measure, value: float, found: Interval | None, num_different: int) -> Difference:
     """The difference in one word."""
     if found is None or not found.excludes_zero() or num_different < FEWEST_DIFFERENT:
-        return Difference("not told apart", value, found)
+        return Difference("inconclusive", value, found)
     if measure.better == 0:
         return Difference("longer" if found.low > 0 else "shorter", value, found)
     return Difference("better" if measure.better * found.low > 0 else "worse", value, found)

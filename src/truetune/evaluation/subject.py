@@ -231,6 +231,6 @@ def _record(name: str) -> dict[str, Any]:
         raise ModelError(
             f"{CONTRACT} cannot be read: {error}",
             where=str(run.file(CONTRACT)),
-            fix="copy the run again, or name its model or adapter folder",
+            fix="copy the run again, or pass its model or adapter folder",
             code="contract-unreadable",
         ) from error

@@ -113,8 +113,8 @@ def lines(found: Evaluation) -> Iterator[str]:
             yield _row(measure.label, [_difference(measure, d) for d in told], _DIFFERENCE)
     yield ""
     yield from _wrapped(
-        "[ ]: 95 % intervals, same rows for all: score intervals of shares, else bootstrap; models "
-        "that differ on fewer than six rows are not told apart"
+        "[ ]: 95 % intervals on the same rows for all models: score intervals for shares, else "
+        "bootstrap intervals; a difference on fewer than six rows is inconclusive"
     )
     for name, model in zip(names, found.models, strict=True):
         for out in model.no_loss:

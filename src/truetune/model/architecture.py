@@ -44,7 +44,7 @@ def causal_config(files: ModelFiles) -> Any:
         raise ModelError(
             f"config.json is not a valid {raw.get('model_type')} config: {first_line(error)}",
             where=where,
-            fix="copy the file again from where the model came from",
+            fix="copy the file again from the source of the model",
             code="model-config-unreadable",
         ) from error
     _require_causal(config, where)
@@ -105,14 +105,14 @@ def _not_sane(what: str, where: str) -> ModelError:
     return ModelError(
         f"config.json describes no model: {what}",
         where=where,
-        why="the file is damaged, or was made to do harm",
-        fix="copy the file again from where the model came from",
+        why="the file is damaged or malicious",
+        fix="copy the file again from the source of the model",
         code="model-config-hostile",
     )
 
 
 def no_config(files: ModelFiles) -> ModelError:
-    """What is told of a folder without config.json."""
+    """The error for a folder without config.json."""
     inner = [name for name in ("model", "adapter") if (files.folder / name).is_dir()]
     return ModelError(
         f"{files.source} is not a model folder: it has no config.json",
@@ -133,8 +133,9 @@ def _require_known_type(raw: Mapping[str, Any], where: str) -> None:
         raise ModelError(
             f"the model ({kind or 'no model_type'}) needs Python code from its own repository",
             where=where,
-            why="auto_map in config.json points at it; code that comes with weights is not run",
-            fix="choose a model whose architecture transformers has itself",
+            why="auto_map in config.json points to it; truetune does not run code that comes "
+            "with weights",
+            fix="choose a model whose architecture is built into transformers",
             code="model-remote-code",
         )
     raise ModelError(
@@ -198,7 +199,7 @@ def meta_model(config: Any) -> Any:
         raise ModelError(
             f"no {config.model_type} model can be built as config.json says: {first_line(error)}",
             why="a value in it is damaged, or from another version of transformers",
-            fix="copy config.json again from where the model came from",
+            fix="copy config.json again from the source of the model",
             code="model-config-unreadable",
         ) from error
     model.tie_weights()
@@ -268,7 +269,7 @@ def shape_mismatch(
         f"{len(wrong)} weights do not have the shape that config.json asks for: {name} is "
         f"{list(stored)}, config.json says {list(asked)}",
         where=where,
-        why="config.json and the weights are of different models, or one of them was edited",
+        why="config.json and the weights belong to different models, or one of them was edited",
         fix=f"use the config.json that came with the weights (affected: "
         f"{listed(name for name, _, _ in wrong)})",
         code="model-shape-mismatch",

@@ -162,7 +162,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
             f"{FINGERPRINT} cannot be used: {error}",
             where=str(path),
             why="it was edited, cut off, or written by a later version of truetune",
-            fix="copy it again from where the adapter came from",
+            fix="copy it again from the source of the adapter",
             code="adapter-fingerprint-unreadable",
         ) from error
 
@@ -188,18 +188,16 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
         ModelError: another base, revision, config or tokenizer, with both values.
     """
     where = str(adapter)
-    fix = (
-        "open it on the base it was trained on: with --base, or base_model_name_or_path of "
-        "adapter_config.json"
-    )
+    fix = "load it on the base that it was trained on: set --base, or base_model_name_or_path in "
+    "adapter_config.json"
     if trained.tokenizer_size != found.tokenizer_size:
         raise ModelError(
             f"the tokenizer has {found.tokenizer_size:,} ids, the adapter was trained with "
             f"{trained.tokenizer_size:,}",
             where=where,
-            why="another tokenizer lies in the adapter's folder, or its own was removed and the "
-            "base's is used",
-            fix="put the tokenizer back that was saved with the adapter",
+            why="the adapter's folder holds a different tokenizer, or its own was removed and "
+            "the base's is used",
+            fix="restore the tokenizer that was saved with the adapter",
             code="adapter-wrong-tokenizer",
         )
     differing = _differing_tensors(trained.tensors, found.tensors)
@@ -221,8 +219,8 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
             f"the base's revision is {found.revision}, the adapter was trained on "
             f"{trained.revision}",
             where=where,
-            why="the revision in adapter_config.json was changed; the bytes sampled are equal, "
-            "but samples cannot show a change of a few rows",
+            why="the revision in adapter_config.json was changed; the sampled bytes are equal, "
+            "but samples cannot reveal a change of a few rows",
             fix=f'set "revision": "{trained.revision}" in adapter_config.json',
             code="adapter-wrong-revision",
         )
@@ -237,11 +235,11 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
             for name in changed[:8]
         )
         raise ModelError(
-            "the base's config.json computes something else than when the adapter was trained: "
-            + listed(changed),
+            "the base's config.json describes a different computation from when the adapter was "
+            "trained: " + listed(changed),
             where=str(found.base),
             why=sides,
-            fix="use the config.json that the base had then",
+            fix="use the config.json that the base had at that time",
             code="adapter-wrong-config",
         )
 

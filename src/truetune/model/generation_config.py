@@ -87,7 +87,7 @@ def _note(dropped: Sequence[str]) -> Finding:
         what=f"the saved generation_config leaves out {', '.join(dropped)}",
         where="generation_config.json",
         count=len(dropped),
-        why="the model's own has them without the switch that makes them count (do_sample, "
-        "num_beams): they never had an effect, and transformers refuses to save them",
-        fix="nothing to do; pass them to the server if they were meant",
+        why="the model's own generation_config sets them without the switch that activates them "
+        "(do_sample, num_beams): they never had an effect, and transformers refuses to save them",
+        fix="nothing to do; pass them to the server if they are intended",
     )

@@ -160,9 +160,9 @@ def _on_disk(files: ModelFiles, config: Any) -> tuple[str | None, int]:
     plain = all(facts.dtype in ("float32", "bfloat16", "float16") for facts in tensors.values())
     if method and tensors and plain and not any("scale" in name for name in tensors):
         raise ModelError(
-            f"config.json says that the weights are quantised ({method}), and they are not",
+            f"config.json says that the weights are quantised ({method}), but they are not",
             where=str(files.folder / "config.json"),
-            why="the config of a quantised model lies beside plain weights",
+            why="the folder holds the config of a quantised model and unquantised weights",
             fix="remove quantization_config from config.json, or use the weights that belong to it",
             code="model-not-quantised",
         )

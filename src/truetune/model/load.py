@@ -259,7 +259,7 @@ def _read_weights(
             f"the model does not fit on {placement.device}",
             where=str(files.folder),
             why=first_line(error),
-            fix="a smaller model, LoRA instead of full training, or another device",
+            fix="use a smaller model, LoRA instead of full training, or another device",
             code="model-too-large",
         ) from error
     except Exception as error:  # whatever a library says of files that it cannot load
@@ -267,7 +267,7 @@ def _read_weights(
             f"the weights cannot be loaded: {first_line(error)}",
             where=str(files.folder),
             why=f"{type(error).__name__} from transformers",
-            fix="check that config.json and weights belong together, or fetch the model again",
+            fix="check that config.json and the weights belong together, or fetch the model again",
             code="model-unloadable",
         ) from error
     if quantised or stored_quantisation(config):
@@ -285,7 +285,7 @@ def _judge_loading(model: Any, info: dict[str, Any], where: str) -> list[Finding
             f"{len(missing)} weights are not in the files: {listed(missing)}",
             where=where,
             why="transformers would fill them with random numbers; the model was saved without "
-            "them, or config.json describes another one",
+            "them, or config.json describes another model",
             fix="fetch the model again; where only the output head is missing and it shares the "
             "input embedding, config.json needs tie_word_embeddings: true",
             code="model-weights-missing",
@@ -297,11 +297,11 @@ def _judge_loading(model: Any, info: dict[str, Any], where: str) -> list[Finding
         Finding(
             code="weights-unused",
             level="warning",
-            what=f"the model has no place for some weights of its files: {listed(unused)}",
+            what=f"some weights in the files do not belong to the model: {listed(unused)}",
             where=where,
             count=len(unused),
-            why="config.json describes a smaller or another model (fewer layers?)",
-            fix="check config.json against the one that came with the weights",
+            why="config.json describes a smaller model (with fewer layers?) or a different one",
+            fix="compare config.json with the one that came with the weights",
         )
     ]
 
@@ -326,9 +326,9 @@ def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[F
             what=what,
             where=str(files.folder),
             count=ids - rows,
-            why="tokens were added to the tokenizer, and the model was not resized",
-            fix="a row that holds one of them cannot be trained: use the tokenizer that came "
-            "with the weights",
+            why="tokens were added to the tokenizer, but the model's embeddings were not resized",
+            fix="rows with these tokens cannot be trained: use the tokenizer that came with the "
+            "weights",
         )
     ]
 
@@ -351,7 +351,7 @@ def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
             f"the adapter is of type {kind}, not LORA",
             where=str(path),
             why="only LoRA adapters are loaded",
-            fix="merge it into its base with the tool that made it, and load the result",
+            fix="merge it into its base with the tool that made it, and load the merged model",
             code="adapter-type",
         )
     return read_headers(weight_files(files))
@@ -391,9 +391,9 @@ def _attach(
     tables = lost & model.state_dict().keys()
     if tables and trainable:
         raise ModelError(
-            f"the adapter brings whole tables of its base: {listed(tables)}",
+            f"the adapter contains whole embedding tables: {listed(tables)}",
             where=str(files.folder),
-            why="they would be frozen in training and lost when the adapter is saved",
+            why="they would be frozen during training and lost when the adapter is saved",
             fix="merge the adapter into its base first, and train the result",
             code="adapter-tables",
         )

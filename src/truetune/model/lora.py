@@ -80,13 +80,13 @@ def add_lora(
 
     Raises:
         UsageError: no target matches, a table is both target and home of new tokens, or the model
-            has an adapter already.
+        already has an adapter.
     """
     if loaded.is_adapter:
         raise UsageError(
-            "the model has an adapter already",
+            "the model already has an adapter",
             where=loaded.source,
-            fix="train that adapter on, or merge it into its base first",
+            fix="continue training that adapter, or merge it into its base first",
             code="lora-twice",
         )
     targets, findings = _targets(loaded.model, settings.target_modules)
@@ -122,8 +122,8 @@ def _refuse_table_twice(targets: Sequence[str], rows: Mapping[str, Any]) -> None
     twice = [t for t in targets for path in rows if path == t or path.endswith(f".{t}")]
     if twice:
         raise UsageError(
-            f"{twice[0]} is a target of LoRA and holds rows of new tokens",
-            why="a LoRA update moves every row of the table, the new ones too",
+            f"{twice[0]} is both a LoRA target and the table that holds new tokens",
+            why="a LoRA update changes every embedding in the table, including the new ones",
             fix=f"leave {twice[0]} out of --target-modules, or --add-token out",
             code="lora-table-twice",
         )
@@ -217,8 +217,9 @@ def _experts_left_out(model: Any) -> list[Finding]:
             what=f"the experts get no adapter: {share:.0%} of the model's weights",
             where=stacked[0][0],
             count=len(stacked),
-            why="they are stacked in one tensor per layer, and LoRA goes on linear layers",
-            fix="nothing to do if attention and shared layers are enough; else train in full",
+            why="they are stacked in one tensor per layer, and LoRA applies only to linear layers",
+            fix="nothing to do if adapting attention and shared layers is enough; otherwise "
+            "train all weights",
         )
     ]
 
@@ -241,7 +242,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise UsageError(
-            f"{type(inner).__name__} has no gradient checkpointing",
+            f"{type(inner).__name__} does not support gradient checkpointing",
             fix="leave --gradient-checkpointing out",
             code="gradient-checkpointing",
         )

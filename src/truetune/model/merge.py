@@ -70,8 +70,8 @@ def merge_adapter(
     files = locate(source, weights=True)
     if not files.is_adapter:
         raise UsageError(
-            f"{source} is no adapter: there is nothing to merge",
-            why="it has no adapter_config.json; a run of all weights is whole already",
+            f"{source} is not an adapter: there is nothing to merge",
+            why="it has no adapter_config.json; a full-training run is already a complete model",
             fix="use the model as it is",
             code="merge-no-adapter",
         )
@@ -170,9 +170,9 @@ def _trained_on_other(bits: str) -> Finding:
     return Finding(
         "merged-onto-other-weights",
         "warning",
-        f"the adapter was trained on {bits}, and merged onto the original weights",
-        why="it learned to correct the rounding too: the merged model is not the one that was "
-        "trained",
+        f"the adapter was trained on {bits}, but merged onto the original weights",
+        why="the adapter also learned to correct rounding errors, so the merged model is not the "
+        "one that was trained",
         fix="--onto dequantised, unless the original scores better on your rows",
     )
 
@@ -201,9 +201,9 @@ def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
     note = Finding(
         "head-untied",
         "note",
-        "output head and input embedding are two matrices in the merged model",
+        "the output head and the input embedding are separate matrices in the merged model",
         where="config.json (tie_word_embeddings: false)",
-        why="they were one, and the adapter changes only one side",
+        why="they were tied, and the adapter changes only one of them",
     )
     return False, [note]
 

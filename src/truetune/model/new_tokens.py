@@ -62,7 +62,7 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[NewToken], li
     if wrong:
         raise UsageError(
             f"{wrong[0]!r} cannot be a token",
-            why="it is empty, or begins or ends with white space",
+            why="it is empty, or begins or ends with whitespace",
             fix="--add-token '<|think_start|>'",
             code="add-token",
         )
@@ -80,8 +80,8 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[NewToken], li
         Finding(
             "token-exists",
             "note",
-            f"{token.text!r} is a token already ({token.id}): its row is trained from the value "
-            "it has",
+            f"{token.text!r} is already a token ({token.id}): its embedding is trained from its "
+            "present value",
         )
         for token in there
     ]
@@ -113,11 +113,11 @@ def grow_for(model: Any, folder: Path, tokenizer_size: int) -> None:
         return
     if max(indices) >= tokenizer_size:
         raise ModelError(
-            f"the adapter has a row for id {max(indices)}, its tokenizer ends at "
+            f"the adapter has an embedding for id {max(indices)}, its tokenizer ends at "
             f"{tokenizer_size - 1}",
             where=str(folder / ADAPTER_CONFIG),
-            why="the tokenizer beside the adapter is not the one it was trained with",
-            fix="put the tokenizer back that was saved with the adapter",
+            why="the tokenizer in the adapter's folder is not the one that it was trained with",
+            fix="restore the tokenizer that was saved with the adapter",
             code="adapter-wrong-tokenizer",
         )
     make_room(model, tokenizer_size)
@@ -279,10 +279,10 @@ def rows_report(
             Finding(
                 "new-row-unmoved",
                 "warning",
-                f"training did not move the rows of {', '.join(map(repr, still))}",
+                f"training did not change the embeddings of {', '.join(map(repr, still))}",
                 count=len(still),
-                why="the token is in no row, or never reached by a gradient",
-                fix="leave it out of --add-token, or write it into the rows",
+                why="the token does not occur in the rows, or no gradient reaches its embedding",
+                fix="remove it from --add-token, or use it in the rows",
             )
         )
     changed = [path for path, same in identical.items() if not same]
@@ -291,7 +291,7 @@ def rows_report(
             Finding(
                 "other-rows-moved",
                 "error",
-                "rows of other tokens changed while only the new ones were to be trained",
+                "embeddings of other tokens changed, although only new tokens were to be trained",
                 where=changed[0],
                 count=len(changed),
                 why="something outside the adapter was trained",
@@ -312,7 +312,7 @@ def require_room(model_rows: int, tokenizer: Any, tokens: Sequence[NewToken]) ->
         raise ModelError(
             f"the tokenizer has ids up to {max(beyond)}, the model has rows up to "
             f"{model_rows - 1}: no token can be added",
-            why="the rows between would be random",
+            why="the embeddings in between would be random",
             fix="use the tokenizer that came with the weights",
             code="tokenizer-beyond-model",
         )

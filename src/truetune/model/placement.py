@@ -125,14 +125,14 @@ def require_device(device: str) -> None:
     kind = device.partition(":")[0]
     why = ""
     if kind == "mps" and (sys.platform != "darwin" or platform.machine() != "arm64"):
-        why = "mps is the GPU of Apple's own processors"
+        why = "mps is the GPU of Apple silicon"
     if kind == "cuda":
         why = _why_no_cuda()
     if why:
         raise UsageError(
-            f"device {device!r} is not there",
+            f"device {device!r} is not available",
             why=why,
-            fix="leave --device auto, or install a torch build for this GPU",
+            fix="use --device auto, or install a torch build for this GPU",
             code="device",
         )
 
@@ -185,9 +185,9 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
     )
     if missing:
         raise UsageError(
-            f"device {device!r} is not there",
+            f"device {device!r} is not available",
             why=f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices",
-            fix="leave --device auto, or install a torch build for this GPU",
+            fix="use --device auto, or install a torch build for this GPU",
             code="device",
         )
     return chosen, Choice("device", device, "as asked")
@@ -206,7 +206,7 @@ def _choose_compute(
         if asked == torch.float16 and purpose != "inference":
             raise UsageError(
                 "training in float16 is not supported",
-                why="its gradients underflow without loss scaling",
+                why="gradients in float16 underflow without loss scaling",
                 fix="--dtype bfloat16, or float32 where the GPU has no bfloat16",
                 code="dtype",
             )

@@ -44,7 +44,7 @@ def require_bitsandbytes(what: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError(
             f"{what} needs bitsandbytes, which is not installed",
-            why="it is an extra: pip install 'truetune[bitsandbytes]'",
+            why="it is an optional extra: pip install 'truetune[bitsandbytes]'",
             fix="pip install bitsandbytes",
             code="extra-missing",
         )
@@ -114,8 +114,8 @@ def dequantised(model: Any, where: str) -> Any:
         raise ModelError(
             f"the weights cannot be dequantised: {first_line(error)}",
             where=where,
-            why="transformers has no way back for this method",
-            fix="name the unquantised model with --base",
+            why="transformers cannot dequantise this method",
+            fix="pass the unquantised model with --base",
             code="merge-quantised",
         ) from error
     # transformers leaves its marks on the object, and save_pretrained acts on them.

@@ -152,10 +152,10 @@ def _bits(value: torch.Tensor) -> torch.Tensor:
 
 def _differs(what: str) -> SaveError:
     return SaveError(
-        f"the saved model does not read back as the one in memory: {what}",
-        why="the disk returned something else than was written, or the model's class renames "
-        "weights in a way that is not known here",
-        fix="try another disk; if it stays, report the model's architecture",
+        f"the saved model differs from the one in memory when it is read back: {what}",
+        why="the disk did not return what was written, or the model's class renames weights in "
+        "an unsupported way",
+        fix="try another disk; if the error remains, report the model's architecture",
         code="save-readback",
     )
 
@@ -191,12 +191,13 @@ def check_prompts(contract: PromptContract, folder: Path) -> list[Finding]:
                 min(len(served), len(wanted)),
             )
             raise SaveError(
-                f"the saved tokenizer and template give other prompt ids than the contract, from "
-                f"token {at} on: {list(served)[at : at + 8]} instead of {wanted[at : at + 8]}",
+                "the saved tokenizer and template give prompt ids that differ from the "
+                f"contract's, from token {at} on: {list(served)[at : at + 8]} instead of "
+                f"{wanted[at : at + 8]}",
                 where=f"probe {probe!r}",
-                why="saving changed the tokenizer, or the template depends on something it does "
-                "not hold (a date, an argument)",
-                fix="report the model: what is trained would not be what is served",
+                why="saving changed the tokenizer, or the template depends on something outside "
+                "it (a date, an argument)",
+                fix="please report the model: what is trained would not be what is served",
                 code="save-prompt-differs",
             )
     return []

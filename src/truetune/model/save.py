@@ -131,9 +131,9 @@ def _failed(error: Exception, folder: Path) -> SaveError:
         f"the model could not be saved: {message}",
         where=str(folder),
         why="the disk is full" if full else f"{type(error).__name__} while writing",
-        fix="free some space, or save to another disk; nothing was left behind"
+        fix="free some space, or save to another disk; no partial files were left behind"
         if full
-        else "nothing was left behind; the model in memory is unharmed",
+        else "no partial files were left behind; the model in memory is unaffected",
         code="save-failed",
     )
 
@@ -215,7 +215,7 @@ def _require_all_trained(model: Any, state: dict[str, torch.Tensor]) -> None:
         raise SaveError(
             f"{len(lost)} trained weights are not part of the adapter: {', '.join(lost[:4])}",
             why="they were made trainable outside peft",
-            fix="name them in modules_to_save, or train and save the full model",
+            fix="list them in modules_to_save, or train and save the full model",
             code="save-incomplete",
         )
 
@@ -241,11 +241,12 @@ def _write_tokenizer(contract: PromptContract, folder: Path) -> list[Finding]:
         Finding(
             code="templates-dropped",
             level="note",
-            what="only the chat templates that were trained are saved; the tokenizer had beside "
-            "them: " + ", ".join(dropped),
+            what="only the chat templates that were trained are saved; the tokenizer also had: "
+            + ", ".join(dropped),
             where="chat_template.jinja",
             count=len(dropped),
-            why="with several, a server picks by the request, and may serve one never trained",
+            why="with several templates, a server chooses one per request, and may use one that "
+            "was never trained",
         )
     ]
 

@@ -96,8 +96,8 @@ def locate_here(source: str | Path) -> ModelFiles | None:
         )
     if extension(path) in READERS and text.count("/") < 2:
         raise ModelError(
-            f"{text} is the name of a data file, and stands where the model should",
-            why="there is no such folder, and no model of the Hub is called so",
+            f"{text} is the name of a data file in the place of the model",
+            why="there is no such folder, and no Hub model has this name",
             fix=f"the model comes first: truetune train MODEL {text} -o RUN",
             code="model-is-file",
         )
@@ -163,7 +163,7 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
         raise failed(
             "no folder has this name, it is not in the local Hub cache, and the Hub cannot be "
             "reached (offline)",
-            fix="give the path of a local folder, or go online",
+            fix="pass the path of a local folder, or go online",
             code="model-offline",
         ) from error
     except (OSError, ValueError) as error:
@@ -194,14 +194,14 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.name} cannot be read: {cause}",
             where=str(path),
             why="the file is damaged or was copied in part",
-            fix="copy the file again from where the model came from",
+            fix="copy the file again from the source of the model",
             code="model-config-unreadable",
         ) from error
     if not isinstance(value, dict):
         raise ModelError(
             f"{path.name} holds no JSON object",
             where=str(path),
-            fix="copy the file again from where the model came from",
+            fix="copy the file again from the source of the model",
             code="model-config-unreadable",
         )
     return value
@@ -228,8 +228,8 @@ def _require_bounded(path: Path) -> None:
     raise ModelError(
         f"{path.name} has {gib(size)}; no model's has more than {gib(most)}",
         where=str(path),
-        why="the folder is damaged, or was made to do harm",
-        fix="copy the file again from where the model came from",
+        why="the folder is damaged or malicious",
+        fix="copy the file again from the source of the model",
         code="model-file-hostile",
     )
 
@@ -242,9 +242,10 @@ def _require_one_value(pairs: list[tuple[str, Any]], path: Path) -> None:
             raise ModelError(
                 f"{path.name} has the key {json.dumps(key[:80])} twice, with two values",
                 where=str(path),
-                why="most programs keep the last value, some the first: they would open two models",
-                fix="keep one of the two lines, or copy the file again from where the model came "
-                "from",
+                why="most programs keep the last value and some the first, so they would load "
+                "different models",
+                fix="keep one of the two lines, or copy the file again from the source of the "
+                "model",
                 code="model-key-twice",
             )
 
@@ -262,7 +263,7 @@ def refuse_pointer(path: Path) -> None:
     except OSError:
         return  # told by whoever reads it
     raise ModelError(
-        f"{path.name} is a Git LFS pointer: it names the file and does not hold it",
+        f"{path.name} is a Git LFS pointer: it points to the file but does not contain it",
         where=str(path),
         why="the repository was cloned without Git LFS",
         fix=f"fetch the files: git -C {path.parent} lfs pull",

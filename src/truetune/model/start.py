@@ -91,7 +91,7 @@ def _reasons(
     if losses is not None:
         reasons.append(
             f"after an answer in its template it ends with probability "
-            f"{np.exp(-losses['stop']):.2f}; answers cost {losses['templated']:.2f} nats a token "
+            f"{np.exp(-losses['stop']):.2f}; answers cost {losses['templated']:.2f} nats per token "
             f"there, {losses['plain']:.2f} in plain form"
         )
     if any(found.trained for found in rows.values()):

@@ -53,7 +53,7 @@ def open_tokenizer(files: ModelFiles) -> Any:
         "the model folder has no tokenizer",
         where=str(files.folder),
         why=f"none of {', '.join(_VOCABULARIES[:4])} is in it",
-        fix="copy tokenizer.json and tokenizer_config.json from the model it was made from",
+        fix="copy tokenizer.json and tokenizer_config.json from the original model",
         code="model-no-tokenizer",
     )
 
@@ -122,7 +122,7 @@ def locate_base(
     if instead is not None:
         name = str(instead)
         revision = None if Path(name).expanduser().is_dir() else revision
-    fix = f"put the base's folder or Hub id into base_model_name_or_path of {path}"
+    fix = f"write the base's folder or Hub id as base_model_name_or_path in {path}"
     if not name:
         raise ModelError(
             "the adapter does not say which base model it belongs to",
@@ -134,7 +134,7 @@ def locate_base(
         base = locate(name, revision, weights=weights)
     except ModelError as error:
         raise ModelError(
-            f"the adapter's base model is not there: {name}",
+            f"the adapter's base model was not found: {name}",
             where=str(path),
             why=error.why or error.what,
             fix=fix,
@@ -144,7 +144,7 @@ def locate_base(
         raise ModelError(
             f"the adapter's base is itself an adapter: {name}",
             where=str(path),
-            fix="merge that adapter into its base first, and name the merged model",
+            fix="merge that adapter into its base first, and use the merged model",
             code="adapter-no-base",
         )
     return base

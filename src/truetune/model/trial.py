@@ -46,8 +46,8 @@ def _tried(path: Path, size: int, changed: int) -> None:
         return ModelError(
             f"the tokenizer cannot be used: {what}",
             where=str(path),
-            why="tokenizer.json is damaged, or was made to do harm",
-            fix="take the tokenizer files from where the model came from",
+            why="tokenizer.json is damaged or malicious",
+            fix="copy the tokenizer files again from the source of the model",
             code="model-tokenizer-hostile",
         )
 

@@ -97,7 +97,7 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(
             f"{index.name} lists no weights",
             where=str(index),
-            fix="copy the file again from where the model came from",
+            fix="copy the file again from the source of the model",
             code="model-config-unreadable",
         )
     names = [name for name in weight_map.values() if _is_name(name)]
@@ -105,7 +105,7 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(
             f"{index.name} names weights outside its folder, or something that is no file name",
             where=str(index),
-            fix="copy the file again from where the model came from",
+            fix="copy the file again from the source of the model",
             code="model-config-unreadable",
         )
     names = list(dict.fromkeys(names))
@@ -130,16 +130,16 @@ def _no_weights(files: ModelFiles, wanted: str) -> ModelError:
     where = str(files.folder)
     if found == "pickle":
         return ModelError(
-            "the weights are pickles (pytorch_model.bin and kin) only",
+            "the weights exist only as pickles (such as pytorch_model.bin)",
             where=where,
-            why="opening a pickle can run any code its author put into it, so it is not opened",
+            why="loading a pickle can run arbitrary code, so truetune does not load it",
             fix="if you trust the author, convert it once: `AutoModelForCausalLM.from_pretrained("
             "FOLDER, use_safetensors=False).save_pretrained(NEW_FOLDER)`, and copy the tokenizer",
             code="model-pickle",
         )
     if found == "gguf":
         return ModelError(
-            "the folder holds GGUF weights only",
+            "the folder contains only GGUF weights",
             where=where,
             why="GGUF is a format for serving; its weights are quantised",
             fix="use the original model in safetensors",
@@ -147,7 +147,7 @@ def _no_weights(files: ModelFiles, wanted: str) -> ModelError:
         )
     if files.is_hub:
         why = "the repository, or its part in the local cache, has no weights in safetensors"
-        fix = "go online if the cache is partial; else choose a model with safetensors"
+        fix = "go online if the cache is incomplete; otherwise choose a model with safetensors"
     elif found == "safetensors":
         why = f"it has safetensors files, but neither {wanted} nor an index that names them"
         fix = f"a single file must be called {wanted}"

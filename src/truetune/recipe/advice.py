@@ -56,9 +56,10 @@ def few_rows(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-few-rows",
             "note",
-            f"{s.num_rows} rows: so few fit into a prompt as examples, which is quicker to try",
-            why="services that fine-tune see clear gains from 50 to 100 rows on (OpenAI's guide)",
-            fix=f"compare with a prompt first; {_PAGE} has more",
+            f"{s.num_rows} rows are few enough to put into a prompt as examples, which is quicker "
+            "to try",
+            why="fine-tuning typically shows clear gains from 50 to 100 rows (OpenAI's guide)",
+            fix=f"try a prompt first; for more see {_PAGE}",
         )
 
 
@@ -71,10 +72,11 @@ def reasoning_rows(s: RunOutline) -> Iterator[Finding]:
         "note",
         f"{s.num_rows:,} reasoning traces on {s.num_parameters / 1e9:.1f} B weights will teach the "
         "format and the kind of problem in them, not a new way of thinking in general",
-        why="817 to 1,000 traces were enough on 32 B weights that could reason already (LIMO, Ye "
+        why="817 to 1,000 traces were enough on 32 B weights that could already reason (LIMO, Ye "
         "et al. 2025; s1, Muennighoff et al. 2025); models up to 3 B learn better from short "
         "traces (Li et al. 2025); DeepSeek-R1's distilled models took 800,000",
-        fix="use them for one skill, as a held-out set, or as seeds for more; short traces first",
+        fix="use them for one skill, as a held-out set, or as seeds for more; start with short "
+        "traces",
     )
 
 
@@ -84,10 +86,11 @@ def base_start(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-base-start",
             "note",
-            f"{s.num_rows:,} rows have to teach a base model to answer, to stop, and their content",
-            why="about 1,000 chosen rows gave a 65 B base the manner of an assistant (LIMA, Zhou "
-            "et al. 2023); an instruct model has it",
-            fix="start from the instruct model of the family, unless its manner is unwanted",
+            f"{s.num_rows:,} rows have to teach a base model to answer and to stop, besides their "
+            "content",
+            why="about 1,000 curated rows taught a 65 B base to respond like an assistant (LIMA, "
+            "Zhou et al. 2023); an instruct model can do that already",
+            fix="start from the instruct model of the family, unless you do not want its style",
         )
 
 
@@ -97,13 +100,12 @@ def text_rows(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-text-knowledge",
             "note",
-            f"{s.num_supervised:,} tokens of plain text teach manner and vocabulary sooner than "
-            "facts",
-            why="new facts are learned late in fine-tuning (Gekhman et al. 2024); told in one "
-            "wording they are stored but not found when asked (Allen-Zhu and Li 2023); retrieval "
-            "beat tuning for knowledge (Ovadia et al. 2023)",
-            fix="for facts: each in many wordings and rows that ask for them, or put the documents "
-            f"into the prompt; {_PAGE} has more",
+            f"{s.num_supervised:,} tokens of plain text teach style and vocabulary before facts",
+            why="new facts are learned late in fine-tuning (Gekhman et al. 2024); facts stated "
+            "in a single wording are stored but not recalled (Allen-Zhu and Li 2023); retrieval "
+            "beat fine-tuning for knowledge (Ovadia et al. 2023)",
+            fix="for facts, state each in many wordings and add rows that ask for them, or put "
+            f"the documents into the prompt; for more see {_PAGE}",
         )
 
 
@@ -114,11 +116,12 @@ def adapter_capacity(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-adapter-capacity",
             "note",
-            f"{s.num_supervised:,} supervised tokens are much for an adapter of "
+            f"{s.num_supervised:,} supervised tokens may exceed the capacity of an adapter of "
             f"{s.num_trainable:,} weights",
-            why="a weight stores about 2 bits (Allen-Zhu and Li 2024) and a token brings about 1; "
-            "past its capacity LoRA learns more slowly than all weights (Schulman et al. 2025)",
-            fix="a larger --lora-r, or all weights",
+            why="a weight stores about 2 bits (Allen-Zhu and Li 2024) and a token carries about "
+            "1; beyond its capacity LoRA learns more slowly than full training (Schulman et al. "
+            "2025)",
+            fix="use a larger --lora-r, or train all weights",
         )
 
 
@@ -129,10 +132,10 @@ def adapter_is_enough(s: RunOutline) -> Iterator[Finding]:
             "advice-adapter-enough",
             "note",
             f"all {s.num_parameters / 1e9:.1f} B weights for {s.num_rows:,} rows: an adapter "
-            "would learn them as well",
-            why="on sets of this size LoRA on all layers equals full training (Schulman et al. "
-            "2025) and forgets less of the rest (Biderman et al. 2024)",
-            fix="--lora, unless the format of the result decides",
+            "would learn them equally well",
+            why="on datasets of this size LoRA on all layers matches full training (Schulman et "
+            "al. 2025) and forgets less of what the model knew (Biderman et al. 2024)",
+            fix="use --lora, unless you need a model without an adapter",
         )
 
 

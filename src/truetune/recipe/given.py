@@ -50,7 +50,7 @@ def recipe_of(
     file = first if first and first.lower().endswith((".yaml", ".yml")) else None
     if file and second:
         raise UsageError(
-            f"two arguments, and the first is a recipe: {file}",
+            f"there are two arguments, but the first is a recipe: {file}",
             fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(second)}",
             code="recipe-with-data",
         )
@@ -74,8 +74,9 @@ def recipe_of(
 def path_of(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(
-            f"a model and data are named by a path or a Hub id, not by a {type(value).__name__}",
-            fix="save the rows as a .jsonl file, the model as a folder, and name those",
+            "the model and the data must be given as a path or a Hub id, not as a "
+            f"{type(value).__name__}",
+            fix="save the rows as a .jsonl file and the model as a folder, and pass their paths",
             code="not-a-path",
         )
     return os.fspath(value)
@@ -88,8 +89,8 @@ def _resumed_recipe(
 
     if has_settings:
         raise UsageError(
-            "--resume takes no other setting than --on-collapse",
-            why="a resumed run goes on with the settings it was started with",
+            "--resume can be combined only with --on-collapse",
+            why="a resumed run continues with its original settings",
             fix=f"truetune train --resume {shlex.quote(resume)}",
             code="resume-with-settings",
         )

@@ -63,13 +63,13 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     """
     import yaml
 
-    example = "write one setting a line, e.g. `learning_rate: 1e-4`"
+    example = "write one setting per line, for example `learning_rate: 1e-4`"
     try:
         loaded = _loaded(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(
-            f"cannot read the recipe: {reason}", where=str(path), fix="give a YAML file"
+            f"cannot read the recipe: {reason}", where=str(path), fix="pass a YAML file"
         ) from error
     except RecursionError as error:
         raise InputError("the recipe is nested too deeply", where=str(path), fix=example) from error
@@ -79,7 +79,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise InputError(
             f"the recipe is not valid YAML: {getattr(error, 'problem', error)}",
             where=f"{path}{line}",
-            fix=f"mend that line; {example}",
+            fix=f"correct that line; {example}",
         ) from error
     if not isinstance(loaded, dict):
         raise InputError("the recipe is not a list of settings", where=str(path), fix=example)
@@ -88,7 +88,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
             f"the recipe is one of {found.tool}",
             where=str(path),
             why=f"key by key:\n{found.table()}",
-            fix="save these lines as a recipe, look at them, and train on it:\n" + found.recipe(),
+            fix="save these lines as a recipe, review them, and train with it:\n" + found.recipe(),
             code="foreign-recipe",
         )
     return loaded

@@ -1,7 +1,7 @@
-"""What is told and recorded of the rows: nothing is lost without a count and a reason.
+"""Report and record what happens to the rows: nothing is lost without a count and a reason.
 
 input   rows as they were read, encoded and fitted to the length limit
-does    turns what befell them into findings, and into data.json's counts
+does    turns what happened to them into findings, and into data.json's counts
 output  findings, errors among them; `data_facts`; `digest` of what is trained
 """
 
@@ -30,84 +30,86 @@ _REMARKS = {
     "stripped": Finding(
         code="answer-stripped",
         level="note",
-        what="the template strips outer whitespace of answers",
+        what="the template strips whitespace around answers",
         why="the model is trained on the answer as the template writes it",
     ),
     "respaced": Finding(
         code="answer-respaced",
         level="note",
-        what="the template sets other whitespace between a think block and the answer than the "
-        "rows",
+        what="the whitespace between a think block and its answer differs between the template "
+        "and the rows",
         why="the model is trained on the answer as the template writes it",
     ),
     "normalised": Finding(
         code="answer-normalised",
         level="note",
-        what="the tokenizer's own normaliser changes characters of answers",
-        why="the model cannot write what its tokenizer has no form for",
+        what="the tokenizer's normaliser changes characters in answers",
+        why="the model cannot write text that its tokenizer cannot represent",
     ),
     "framed": Finding(
         code="answer-framed",
         level="note",
-        what="the template writes markers of its own around answers; the model learns to write "
-        "them",
-        why="a format may name a channel or a recipient before it answers",
+        what="the template adds its own markers around answers; the model learns to write them",
+        why="some chat formats name a channel or a recipient before the answer",
     ),
     "stop-appended": Finding(
         code="answer-stop-appended",
         level="note",
-        what="the template closes answers with nothing; the model's own end token closes them",
-        why="without an end a served answer would go on",
+        what="the template writes nothing at the end of answers; the model's own end token is "
+        "appended",
+        why="without a stop token a served answer would never end",
     ),
     "reasoning-empty": Finding(
         code="answer-reasoning-empty",
         level="note",
-        what="the think block that the prompt opens is closed at once, as --reasoning empty asks",
+        what="the think block that the prompt opens is closed immediately, because of "
+        "--reasoning empty",
         why="the model learns not to think",
     ),
     "thinking-unlearned": Finding(
         code="answer-thinking-unlearned",
         level="note",
-        what="answers without reasoning are trained where the template would have the model think",
-        why="thinking will be unlearned there",
+        what="answers without reasoning are trained where the template lets the model think",
+        why="the model will learn not to think there",
     ),
     "prompt-realigned": Finding(
         code="answer-prompt-realigned",
         level="note",
         what=(
-            "the template renders earlier turns of a finished conversation unlike it serves them; "
-            "the served prompt is trained"
+            "the template renders earlier turns of a complete conversation differently from the "
+            "prompt that it serves; the served prompt is trained"
         ),
-        why="a server sends the prompt",
+        why="a server sends only the prompt",
     ),
     "reordered": Finding(
         code="answer-reordered",
         level="note",
-        what="the template writes the arguments of tool calls in an order of its own",
+        what="the template reorders the arguments of tool calls",
         why="the call is the same; the model learns the template's order",
     ),
     "template-words": Finding(
         code="answer-template-words",
         level="note",
-        what="the template adds words to answers, and they are trained, as --template-words keep "
-        "asks",
-        why="they are in no row: the model learns to write them",
+        what="the template adds words to answers, and they are trained because of "
+        "--template-words keep",
+        why="the rows do not contain them, but the model learns to write them",
     ),
     "history-parsed": Finding(
         code="answer-history-parsed",
         level="note",
         what=(
-            "earlier turns are served as a client sends them back that received reasoning_content; "
-            "without a reasoning parser on the server, later prompts hold the reasoning in another "
-            "form"
+            "later prompts are rendered as for a client that returns reasoning_content; without "
+            "a reasoning parser on the server, they will hold the reasoning in another form"
         ),
-        why="the template treats a field and text in the content differently",
+        why="the template renders reasoning in its own field differently from reasoning inside "
+        "the content",
     ),
     "seam": Finding(
         code="answer-seam",
         level="note",
-        what="prompt and answer would have merged into one token; they are kept apart",
-        why="a server sends the prompt alone, so the answer starts a token of its own",
+        what="the prompt and the answer would have merged into one token; they are tokenized "
+        "separately",
+        why="a server sends the prompt alone, so the answer starts with a token of its own",
     ),
 }
 
@@ -129,11 +131,13 @@ def unused_tokens(tokens: Sequence[NewToken], examples: Sequence[SFTExample]) ->
             Finding(
                 "new-token-untrained",
                 "warning",
-                f"{token.text!r} is in prompts only: the model reads it and never writes it"
+                f"{token.text!r} occurs only in prompts: the model reads it but never writes it"
                 if known
-                else f"{token.text!r} is in no training row",
-                why="its row in the head is never a target" if known else "its row stays as it is",
-                fix="leave --add-token out for it, or write it into the answers",
+                else f"{token.text!r} does not occur in the training rows",
+                why="its output embedding is never a target"
+                if known
+                else "its embedding stays unchanged",
+                fix="remove its --add-token, or use it in the answers",
             )
         )
     return findings
@@ -152,16 +156,16 @@ def bad_rows_told(
     bad = [finding for finding in found if finding.level == "error"]
     others = [finding for finding in found if finding.level != "error"]
     if not bad and not num_left:
-        raise DataError("there is no row to train", where=str(recipe.data))
+        raise DataError("there are no rows to train", where=str(recipe.data))
     if not bad:
         return others, []
     error = BadRows(
         f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
         + ("" if num_left else "; no row is left to train"),
         merged(bad),
-        fix="mend them, or leave them out with --bad-rows drop"
+        fix="correct them, or leave them out with --bad-rows drop"
         if num_left
-        else "mend them, or name the right --schema, --columns or --chat-template",
+        else "correct them, or set the right --schema, --columns or --chat-template",
     )
     if not num_left:
         raise error
@@ -219,9 +223,9 @@ def length_findings(
             Finding(
                 "length-beyond-context",
                 "warning",
-                f"--max-length {limit:,} is beyond the model's context of "
+                f"--max-length {limit:,} exceeds the model's context of "
                 f"{facts.context_length:,} tokens",
-                why="positions that the model never saw",
+                why="the model was never trained on positions beyond its context",
                 fix=f"--max-length {facts.context_length}",
             )
         )
@@ -229,7 +233,7 @@ def length_findings(
     for count, how in counts:
         if count:
             what = {
-                "truncated": "prompts lost their beginning to the length limit",
+                "truncated": "prompts lost their beginning because of the length limit",
                 "split": "plain texts were split into blocks; every token is trained",
             }[how]
             findings.append(Finding(f"rows-{how}", "note", what, str(recipe.data), count))
@@ -268,8 +272,8 @@ def _room_for(needed: int, limit: int, context: int | None) -> str:
     if limit < needed <= most:
         return f"--max-length {needed} keeps 99 % of the rows whole; or "
     if needed > most and limit < most:
-        return f"--max-length {most} is the most that the model takes; split longer rows, "
-    return "split rows that are longer than the model takes, "
+        return f"--max-length {most} is the model's maximum; split longer rows, "
+    return "split rows that exceed the model's context, "
 
 
 def data_facts(

@@ -69,8 +69,8 @@ def save_artifact(
             Finding(
                 "weights-rounded",
                 "note",
-                f"weights were trained in float32 and saved in {report.dtype}, as the model "
-                f"came: the largest rounding is {report.cast_error:.2g}",
+                f"the weights were trained in float32 and saved in {report.dtype}, their original "
+                f"dtype: the largest rounding error is {report.cast_error:.2g}",
             )
         )
     for finding in report.findings:
@@ -105,7 +105,7 @@ def _prove_rows(
         tell(finding)
     if any(finding.level == "error" for finding in findings):
         raise SaveError(
-            "rows of other tokens were trained; the artifact was not written",
+            "embeddings of other tokens were trained; the artifact was not written",
             where=str(run.file("new_tokens.json")),
             code="other-rows-moved",
         )

@@ -162,8 +162,8 @@ def start_differs(judged: StartVerdict, plan: Plan, num_parameters: int) -> Iter
     yield Finding(
         "start-differs",
         "warning" if derived else "note",
-        f"the plan takes the model for {_ARTICLE[plan.start]} model by its template, its weights "
-        f"are those of {_ARTICLE[kind]} one",
+        f"the template suggests {_ARTICLE[plan.start]} model, but the weights are those of "
+        f"{_ARTICLE[kind]} one",
         str(plan.model),
         why="; ".join(judged.reasons),
         fix=f"--learning-rate {words(rate)} --epochs {EPOCHS[kind]:g}",

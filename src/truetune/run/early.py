@@ -79,7 +79,7 @@ def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
         if options:
             raise UsageError(
                 f"not given: data; {', '.join(options)} would be ignored without it",
-                why="without data `check` looks at a finished model and plans no run",
+                why="without data, `check` examines a finished model and plans no run",
                 fix="truetune check MODEL DATA, or leave the options out",
                 code="check-without-data",
             )

@@ -215,8 +215,8 @@ def rows_of(source: str) -> list[Conversation]:
 def _require_folder(output: Path) -> None:
     if output.suffix.lower() == ".gguf":
         raise UsageError(
-            f"{output} names a file, and an export is a folder",
-            why="beside the GGUF file lies its proof",
+            f"{output} names a file, but an export is a folder",
+            why="the folder holds the GGUF file and its verification",
             fix=f"-o {output.with_suffix('')}",
             code="export-folder",
         )

@@ -254,7 +254,7 @@ class Job:
             error.where = ", ".join(self.prepared.rows[row] for row in error.rows)
             raise
         except (KeyboardInterrupt, Stopped) as error:
-            raise self.interrupted("stopped at once", number_of(error)) from None
+            raise self.interrupted("stopped immediately", number_of(error)) from None
 
     def train(self, stop: Stop) -> None:
         """All steps.
@@ -646,8 +646,9 @@ def _best_taken(step: int, steps: int, best: int, loss: float) -> Finding:
         "note",
         f"the model of step {best:,} is saved: its held-out loss, {loss:.4f}, is the lowest of the "
         f"{step:,} steps{early} that were taken",
-        why="--patience asks for it; replies at that step were healthy",
-        fix="nothing to do; a run of as many steps from the start decays its learning rate in time",
+        why="--patience selects the best step; replies at that step were healthy",
+        fix="nothing to do; a new run with that many steps would also decay its learning rate "
+        "fully",
     )
 
 

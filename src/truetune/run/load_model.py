@@ -135,7 +135,7 @@ def _measure_original(prepared: Prepared) -> tuple[Measured | None, list[Finding
             "note",
             "the quantised base was not compared with the original",
             why=error.what,
-            fix="compare answers with `truetune chat RUN --compare base` on a larger machine",
+            fix="on a larger machine, compare answers with `truetune chat RUN --compare base`",
         )
         return None, [note]
 

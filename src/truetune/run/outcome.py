@@ -107,7 +107,7 @@ def summary(answers: Sequence[Answer]) -> str:
         if some
     ]
     ended = sum(a.stopped for a in answers)
-    return f"{', '.join(parts)} as in the rows; {ended} of {len(answers)} ended" if parts else ""
+    return f"{', '.join(parts)} match the rows; {ended} of {len(answers)} ended" if parts else ""
 
 
 def _not_ended(outcome: Outcome) -> Iterator[Finding]:
@@ -118,11 +118,12 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
         yield Finding(
             "answers-do-not-end",
             "warning",
-            f"{len(open_ones)} of {len(asked)} prompts, asked as served, get an answer that does "
-            "not end",
+            f"{len(open_ones)} of {len(asked)} prompts, asked as served, get an answer that never "
+            "stops",
             open_ones[0].where,
             len(open_ones),
-            why=f"the run was too short or too gentle for the model to learn to stop: it writes "
+            why="the run was too short, or its learning rate too low, for the model to learn to "
+            "stop; it writes "
             f"{_quoted(open_ones[0].text)}",
             fix=_more(outcome),
         )
@@ -136,11 +137,11 @@ def _not_learned(outcome: Outcome) -> Iterator[Finding]:
         yield Finding(
             "rows-not-learned",
             "warning",
-            f"{len(wrong)} of {len(asked)} prompts that were trained on get another answer than "
-            "their row's",
+            f"{len(wrong)} of {len(asked)} trained prompts get an answer that differs from the "
+            "row's",
             wrong[0].where,
             len(wrong),
-            why=f"the loss ended at {outcome.last_loss:.2f} nats a token, from "
+            why=f"the loss ended at {outcome.last_loss:.2f} nats per token, from "
             f"{outcome.first_loss:.2f}: on average the model gives the next token of the trained "
             f"answers a probability of {100 * math.exp(-outcome.last_loss):.0f} %; it writes "
             f"{_quoted(wrong[0].text)} for {_quoted(wrong[0].expected)}",
@@ -159,7 +160,7 @@ def _ended_early(outcome: Outcome) -> Iterator[Finding]:
             "held-out-falling",
             "note",
             f"the held-out loss was still falling at the end: {before:.3f}, then {last:.3f}",
-            why="the run ended before it had learned what the rows can teach",
+            why="the run ended before the model had learned what the rows can teach",
             fix=_longer(outcome),
         )
 
@@ -174,9 +175,8 @@ def _went_too_far(outcome: Outcome) -> Iterator[Finding]:
             "held-out-rising",
             "note",
             f"the held-out loss rose from {best[1]:.3f} at step {best[0]:,} to {losses[-1]:.3f}",
-            why="the rows are learned by heart after that step",
-            fix=f"{_shorter(outcome, best[0])}, or a lower --learning-rate; more rows, if there "
-            "are any",
+            why="the model memorises the rows after that step",
+            fix=f"{_shorter(outcome, best[0])}, a lower --learning-rate, or more rows",
         )
 
 

@@ -66,7 +66,7 @@ def _tried(run: RunDir, writes: Sequence[Callable[[], None]]) -> list[Finding]:
                     told.what if told else f"a page of the run could not be written: {error}",
                     told.where if told else str(run.path),
                     why=told.why if told else type(error).__name__,
-                    fix="the run is not affected; `truetune report` writes the page again",
+                    fix="the run is not affected; write the page again with `truetune report`",
                 )
             )
     return found

@@ -55,7 +55,7 @@ def train(
 
     Args:
         recipe: with model, data and output; of the run itself when resuming.
-        listener: is told what happens.
+        listener: receives the events of the run.
         resume: a run directory to continue from its last checkpoint.
 
     Raises:
@@ -181,9 +181,9 @@ def _taken_over(dead: Owner) -> Finding:
     return Finding(
         "run-taken-over",
         "note",
-        f"the process that wrote this run before ended without saying so: {dead}",
-        why="it was killed, or the machine went down",
-        fix="nothing to do: its lock is released, and what it left half-written is removed",
+        f"the process that last wrote this run ended without releasing it: {dead}",
+        why="it was killed, or the machine crashed",
+        fix="nothing to do: its lock is released, and its half-written files are removed",
     )
 
 

@@ -222,9 +222,9 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
 
 def _nothing_to_wait_for(plan: Plan) -> UsageError:
     return UsageError(
-        f"--patience {plan.patience} waits for a lower held-out loss, and no row is held out",
-        why="of fewer than a hundred rows none is held out, unless they are given",
-        fix="name held-out rows with --eval-data",
+        f"--patience {plan.patience} needs a held-out loss, but no rows are held out",
+        why="with fewer than 100 rows none are held out automatically",
+        fix="pass held-out rows with --eval-data",
         code="patience-without-rows",
     )
 

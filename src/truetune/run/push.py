@@ -89,7 +89,7 @@ def _folder(source: str) -> tuple[Path, RunDir | None]:
     run = RunDir(source)
     if run.looks_like_one() and not run.finished:
         raise UsageError(
-            "the run is not finished: there is nothing to push yet",
+            "the run is unfinished: there is nothing to push yet",
             where=source,
             fix=f"truetune train --resume {source}",
             code="push-unfinished",
@@ -152,7 +152,7 @@ def _verified(
     if unverified:
         return False
     raise UsageError(
-        "nothing says that this folder is what was trained; nothing was pushed",
+        "there is no proof that this folder is what was trained; nothing was pushed",
         where=source,
         why="its files were changed since they were verified"
         if hashes
@@ -181,7 +181,7 @@ def _unverified(folder: Path) -> Finding:
     return Finding(
         "pushed-unverified",
         "warning",
-        "nothing says that what is pushed is what was trained",
+        "there is no proof that what is pushed is what was trained",
         str(folder),
         why="--unverified was given",
     )
@@ -191,7 +191,7 @@ def _local_base(base: str) -> Finding:
     return Finding(
         "push-base-local",
         "warning",
-        "the adapter's base is a folder of this machine: nobody else can open the adapter",
+        "the adapter's base is a folder on this machine: nobody else can load the adapter",
         base,
         why="adapter_config.json names it as the base",
         fix="push a merged model: truetune export RUN --merge -o DIR",

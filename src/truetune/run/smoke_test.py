@@ -43,7 +43,7 @@ def smoke_test(prepared: Prepared) -> tuple[list[Finding], dict[str, Any]]:
     """Rehearse a run.
 
     Returns:
-        findings, and numbers: losses in nats a token, seconds, relative differences.
+        findings, and numbers: losses in nats per token, seconds, relative differences.
 
     Raises:
         ModelError: the weights cannot be loaded.
@@ -103,7 +103,7 @@ def chat_losses(loaded: LoadedModel, contract: PromptContract) -> dict[str, floa
     """How well a model predicts conversations in its template, and the same in plain form.
 
     Returns:
-        nats a token: of answers `templated` and `plain`, of the `stop` behind a templated answer,
+        nats per token: of answers `templated` and `plain`, of the `stop` behind a templated answer,
         and of guessing (`vocabulary`); empty where the template takes no plain turns.
     """
     templated, stops, plain = [], [], []
@@ -213,8 +213,8 @@ def _two_ways(
                 "error",
                 f"the first step gives {error.what}",
                 error.where,
-                why="weights or their type: float16 overflows, a damaged file holds NaN",
-                fix="--dtype float32 tells which; then another copy of the weights",
+                why="float16 overflows, or a damaged weight file holds NaN",
+                fix="try --dtype float32; if it still fails, fetch the weights again",
             )
         ]
     with torch.no_grad():
@@ -233,8 +233,8 @@ def _two_ways(
             "error",
             f"the step as it will be taken differs from the same rows one by one: loss by "
             f"{100 * loss:.2g} %, gradient norm by {100 * grad:.2g} %",
-            why="rows see each other when they are packed, or the loss is averaged per forward "
-            "pass instead of over the step",
+            why="packed rows attend to each other, or the loss is averaged per forward pass "
+            "instead of over the step",
             fix="--no-packing",
         )
     ]
@@ -272,9 +272,9 @@ def _one_step(
             f"{len(still):,} of {len(before):,} trained tensors did not move in two steps",
             still[0],
             len(still),
-            why="no gradient reaches them, or the step is below half a unit in the last place of "
-            "their type",
-            fix="look at what is frozen; train in float32",
+            why="no gradient reaches them, or the update is too small for their dtype (below "
+            "half a unit in the last place)",
+            fix="check what is frozen, or train in float32",
         )
     moved = [
         name
@@ -288,14 +288,14 @@ def _one_step(
             f"{len(moved):,} frozen tensors changed",
             moved[0],
             len(moved),
-            why="a trained tensor shares its memory",
-            fix="report it: this is a defect of truetune",
+            why="they share memory with a trained tensor",
+            fix="please report this: it is a bug in truetune",
         )
     if not math.isfinite(second) or second > _OVERSHOT * max(first, 1e-3) + 0.05:
         yield Finding(
             "step-overshoots",
             "warning",
-            f"one step at {prepared.plan.learning_rate:g} makes the loss of its own rows worse: "
+            f"one step at {prepared.plan.learning_rate:g} increases the loss on its own rows: "
             f"{first:.3f} to {second:.3f}",
             why="the learning rate is too high for these weights",
             fix=f"--learning-rate {prepared.plan.learning_rate / 10:g}",
@@ -324,9 +324,9 @@ def _dry_save(
         yield Finding(
             "reload-differs",
             "error",
-            f"the saved model predicts something else than the trained one: logits "
-            f"differ by {apart:.2g}",
-            why="weights were left out, or an embedding was untied on saving",
+            "the saved model's predictions differ from the trained one's: logits differ by "
+            f"{apart:.2g}",
+            why="weights were left out, or a tied embedding was untied when it was saved",
             fix="report it with the model's name: saving reads back every tensor",
         )
 

@@ -84,7 +84,7 @@ class VitalSigns:
 
     def best(self) -> tuple[int, float] | None:
         """The evaluation with the lowest held-out loss of those that found the replies healthy:
-        its step, and the loss in nats a token."""
+        its step, and the loss in nats per token."""
         healthy = set(self._healthy())
         losses = [
             (line["eval_loss"], line["step"])
@@ -250,10 +250,10 @@ class VitalSigns:
             Finding(
                 "keep-text-unreadable",
                 "warning",
-                f"the text that must not be forgotten is not watched: {error}",
+                f"the --keep-text cannot be watched: {error}",
                 where=source,
-                why="training does not need it, and goes on",
-                fix="--keep-text takes a text file, or rows in any format that is trained",
+                why="training continues without it",
+                fix="pass a text file, or rows in any supported format, to --keep-text",
             )
         )
 

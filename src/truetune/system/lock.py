@@ -284,8 +284,8 @@ def _read(descriptor: int) -> Owner | None:
 
 
 def _busy(path: Path, owner: Owner | None, quiet: float | None = None) -> Busy:
-    why = "two processes that write the same run would corrupt it"
-    fix = "wait for it, or stop it; chat, inspect and verify may read meanwhile"
+    why = "two processes writing the same run would corrupt it"
+    fix = "wait for it, or stop it; chat, inspect and verify can be used meanwhile"
     if quiet is not None:
         why = (
             f"it showed a sign of life {max(quiet, 0):.0f} seconds ago; it is taken for dead "

@@ -45,7 +45,7 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
             f"there is no folder {source}",
             where=source,
             why=f"{source} is a file" if os.path.isfile(source) else "",
-            fix="name the folder of a run, a model or an adapter",
+            fix="pass the folder of a run, a model or an adapter",
             code="no-run",
         )
     run = run_of(source)
@@ -53,8 +53,8 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
         raise UsageError(
             f"{source} is neither a run nor a model",
             where=source,
-            why="it holds no recipe.yaml, no manifest.json, no config.json and no weights",
-            fix="name the folder of a run, a model or an adapter",
+            why="it contains no recipe.yaml, manifest.json, config.json or weights",
+            fix="pass the folder of a run, a model or an adapter",
             code="no-run",
         )
     folder = opened(source)
@@ -208,7 +208,7 @@ def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Chec
         return Check(
             "contract",
             "failed",
-            f"the saved model is served otherwise than it was trained: {'; '.join(told)}",
+            f"the saved model is served differently from how it was trained: {'; '.join(told)}",
             numbers,
             fix="put back the tokenizer and generation_config that were saved",
         )

@@ -81,7 +81,7 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
         return Check(
             "files",
             "failed",
-            f"files of the run are not those that were saved; {'; '.join(told)}",
+            f"files of the run differ from those that were saved; {'; '.join(told)}",
             numbers,
             fix="copy the run again, or export an earlier checkpoint"
             if missing or changed
@@ -177,7 +177,7 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
         return Check(
             "record",
             "failed",
-            f"not as it was when it was saved: {'; '.join(told[:_MOST])}"
+            f"changed since it was saved: {'; '.join(told[:_MOST])}"
             + (f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""),
             {"differing": told},
             fix="copy the run again, or take back the change",

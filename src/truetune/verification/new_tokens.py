@@ -96,7 +96,7 @@ def written_findings(counts: Sequence[Written]) -> list[Finding]:
         return []
     kind = "held-out" if counts[0].held_out else "trained"
     shares = ", ".join(f"{c.text!r} in {c.written} of {c.asked}" for c in counts)
-    what = f"answers to {kind} prompts that should hold them: the trained model writes {shares}"
+    what = f"answers to {kind} prompts that should contain them: the trained model writes {shares}"
     if all(count.written for count in counts):
         return [Finding("new-tokens-written", "note", what)]
     return [
@@ -105,8 +105,8 @@ def written_findings(counts: Sequence[Written]) -> list[Finding]:
             "warning",
             what,
             count=sum(not count.written for count in counts),
-            why="the rows were trained, but too few steps or too low a rate: another token is "
-            "likelier wherever the new one should stand",
-            fix="train longer (--epochs) or at a higher --learning-rate, and look at samples.jsonl",
+            why="their embeddings were trained, but for too few steps or at too low a rate: "
+            "another token is more likely wherever the new one should be",
+            fix="train longer (--epochs) or at a higher --learning-rate, and check samples.jsonl",
         )
     ]

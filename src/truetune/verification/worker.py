@@ -62,8 +62,8 @@ def _reread(loaded: LoadedModel, request: dict[str, Any]) -> dict[str, Any]:
     limit = loaded.model.get_input_embeddings().weight.shape[0]
     if any(max(probe.ids) >= limit for probe in probes):
         raise InputError(
-            f"the model has {limit:,} rows of embedding, fewer than it was trained with",
-            fix="put back the config.json and the weights that were saved",
+            f"the model has {limit:,} embeddings, fewer than it was trained with",
+            fix="restore the config.json and the weights that were saved",
             code="verify-failed",
         )
     reading = read(loaded, probes, reference.top)
