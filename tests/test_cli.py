@@ -23,7 +23,7 @@ from truetune.recipe.settings import settings
 
 VERBS = [
     *([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["quickstart"]),
-    *(["lab"], ["lab", "pretrain"], ["lab", "evaluate"], ["lab", "reasoning"]),
+    *(["lab"], ["lab", "pretrain"], ["lab", "evaluate"]),
     *(["lab", "list"], ["lab", "run"], ["lab", "all"]),
 ]
 
@@ -62,7 +62,7 @@ def test_help_imports_nothing_heavy() -> None:
     program = """
 import sys
 from truetune.cli.verbs import main
-for verb in ([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["lab", "reasoning"]):
+for verb in ([], ["train"], ["chat"], ["inspect"], ["export"], ["verify"], ["lab", "run"]):
     for flag in ("-h", "--help"):
         try:
             main([*verb, flag])

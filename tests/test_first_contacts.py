@@ -100,7 +100,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, int]] = {
     "an address": (lambda folder: "https://example.org/rows.jsonl", "curl -LO https://", 2),
     "address of a set": (lambda folder: "https://huggingface.co/datasets/a/b", "give a/b", 2),
     "git lfs": (rows(_POINTER), "Git LFS", 2),
-    "unknown format": (rows(_ROW, "rows.xlsx"), "no format", 2),
+    "unknown format": (rows(_ROW, "rows.xlsx"), "not a supported format", 2),
     "broken json": (rows(f"{_ROW}\n{{'a': 1}}"), "line 2", 2),
     "cut off": (rows(_ROW[:-5]), "ends too early", 2),
     "not utf-8": (rows(b'{"prompt": "\xe9"}'), "not UTF-8", 2),

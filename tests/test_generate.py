@@ -279,7 +279,7 @@ def test_the_context_limits_replies_one_by_one(loaded: LoadedModel) -> None:
     found = replies(loaded, contract, chats("a", nearly, "b"), Sampling(max_new_tokens=20))
     assert [len(reply.ids) for reply in found] == [20, 256 - 242, 20]
     assert found[0] == replies(loaded, contract, chats("a"), Sampling(max_new_tokens=20))[0]
-    with pytest.raises(UsageError, match=r"256 tokens.*context holds 256") as caught:
+    with pytest.raises(UsageError, match=r"256 tokens.*context is 256") as caught:
         replies(loaded, contract, chats("a", full))
     assert (caught.value.where, caught.value.exit_code) == ("conversation 2", 2)
     with pytest.raises(UsageError, match="the model's context is"):

@@ -859,7 +859,7 @@ def push_model(
     screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")
 
 
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="Fine-tune the embedded base in a minute.")
 def quickstart(
     output: Annotated[
         str, typer.Option("-o", "--output", help="Folder of the run.")

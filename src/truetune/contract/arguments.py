@@ -31,7 +31,8 @@ _ADVISED_ROWS = 256
 # Values of one argument that are tried, and values in all: each is tried on the sample of rows.
 _MOST_CANDIDATES = 32
 # Refusals that a template argument may mend.
-_THINKING = ("thinking-only", "thinking-off")
+_OFF = "thinking-off"
+_THINKING = ("thinking-only", _OFF)
 # Refusals under an argument that say no more than the refusal without it.
 _NO_ADVICE = (*_THINKING, "template-refuses")
 _ARGUMENT_ERRORS = frozenset({"target-invented", "target-dropped", *_THINKING})
@@ -116,7 +117,7 @@ class ArgumentSearch(Generic[T]):
                 assert isinstance(result, Refused)
                 if isinstance(found, Encoded):
                     results[index] = replace(result, error=_advised(result.error, argument))
-                elif code in _THINKING and found.error.code not in _NO_ADVICE:
+                elif code == _OFF and found.error.code not in _NO_ADVICE:
                     results[index] = replace(result, error=_under(found.error, argument))
         return results
 
@@ -137,7 +138,7 @@ class ArgumentSearch(Generic[T]):
             argument = " ".join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
             if isinstance(result, Encoded):
                 return argument, candidate
-            if code in _THINKING and result.error.code not in _NO_ADVICE and other[1] is None:
+            if code == _OFF and result.error.code not in _NO_ADVICE and other[1] is None:
                 other = argument, candidate
         return other
 
