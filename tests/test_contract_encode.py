@@ -357,6 +357,10 @@ def test_a_template_that_fails_is_a_refusal_whatever_it_raises() -> None:
         contract = PromptContract.load(byte_level(), tiny.PLAIN + source)
         error = refused(contract, TWO)
         assert "refuses this conversation" in error.what
+    missing = refused(PromptContract.load(byte_level(), tiny.PLAIN + "{{ tone }}{{ x.y }}"), TWO)
+    assert "--template-arg x=VALUE" in missing.fix
+    changing = PromptContract.load(byte_level(), tiny.PLAIN + "{{ messages.append(1) }}")
+    assert "sandbox" in refused(changing, TWO).why
 
 
 def test_many_rows_at_once_are_each_row_alone() -> None:

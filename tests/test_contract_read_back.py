@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from test_contract_proof import CALL, CALLS, TOOL, asked, call, loaded, only, refused, turns
-from tiny_contracts import chat
-from truetune import UnfaithfulTemplate
+from tiny_contracts import byte_level, chat
+from truetune import PromptContract, UnfaithfulTemplate
 from truetune.contract.encoder import Refused
 from truetune.data.conversation import Conversation
 
@@ -346,6 +346,10 @@ PYTHON = (
     "{%- if not loop.last -%}{{- ', ' -}}{%- endif -%}{%- endfor -%}"
     "{{- ')]</calls>' -}}{%- endfor -%}"
 )
+MARKED = (
+    "{%- for c in m.tool_calls or [] -%}{{- '[TOOL_CALLS]' ~ c.function.name ~ '[ARGS]' "
+    "~ (c.function.arguments | tojson) -}}{%- endfor -%}"
+)
 TEXT = "(v if v is string else v | tojson)"
 OSLO = {"city": "Oslo", "days": 3}
 
@@ -415,6 +419,21 @@ WRITTEN = {
     "a key that ends its tag": (PLAIN_TAGS, {"a>b": "q"}),
     "a key that ends its attribute": (with_value(TYPED), {'a"b': "q"}),
     "a key that is no keyword": (with_value(PYTHON, "v | tojson"), {"two words": "w"}),
+    "a text without a key in python": (
+        with_value(PYTHON, "v | tojson").replace("~ '('", "~ '(None, '"), OSLO
+    ),
+    "a space behind a name between markers": (MARKED.replace("'[ARGS]'", "' [ARGS]'"), OSLO),
+    "a number in front of a name between markers": (
+        MARKED.replace("'[TOOL_CALLS]'", "'[TOOL_CALLS]#1 '"), OSLO
+    ),
+    "JSON with escaped single quotes": (
+        MARKED.replace("~ (c.function.arguments | tojson)",
+                       "~ (c.function.arguments | string | tojson | replace('\"', \"'\"))"), OSLO
+    ),
+    "a call between single quotes": (
+        "{%- for c in m.tool_calls or [] -%}{{- \"{'name': '\" ~ c.function.name ~ "
+        "\"', 'arguments': \" ~ (c.function.arguments | tojson) ~ '}' -}}{%- endfor -%}", OSLO
+    ),
 }  # fmt: skip
 
 
@@ -451,3 +470,52 @@ def test_a_word_behind_reasoning_is_no_channel() -> None:
     assert refused(named, said).code == "target-invented"
     plain = loaded(turns(thinks + "{%- endif -%}{{- m.content -}}"))
     assert only(plain, said) == "<think>A plan.</think>\nHello.<|end|>"
+
+
+THINKS = (
+    "{%- if m.reasoning_content -%}{{- '<think>' ~ m.reasoning_content ~ '</think>\\n' -}}"
+    "{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("sign", ["[NOTE] ", "<none>"])
+def test_a_tag_that_nothing_closes_is_no_format(sign: str) -> None:
+    contract = loaded(turns(THINKS + "{{- '" + sign + "' ~ m.content -}}" + CALLS))
+    said = chat("Hi", "Hello.")
+    said[-1]["reasoning_content"] = "A plan."
+    for row in (said, asked(call(sides=6)), asked(call(sides=6), content="Look.")):
+        found = refused(contract, row, tools=[TOOL])
+        assert found.code == "target-invented"
+        assert sign.strip() in found.what
+
+
+def test_a_call_is_closed_where_the_tokenizer_has_the_token_for_it() -> None:
+    template = turns("{{- m.content -}}" + CALLS.replace("</tool_call>", ""))
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    open_still = PromptContract.load(tokenizer, template)
+    assert refused(open_still, asked(call(sides=6)), tools=[TOOL]).code == "target-invented"
+    closed = PromptContract.load(tokenizer, turns("{{- m.content -}}" + CALLS))
+    assert only(closed, asked(call(sides=6), call(sides=8)))
+
+
+def test_tags_and_whitespace_around_a_text_are_remarked() -> None:
+    held = loaded(turns(THINKS + "{{- '<b>' ~ m.content ~ '</b>' if m.content -}}" + CALLS))
+    said = chat("Hi", "Hello.")
+    said[-1]["reasoning_content"] = "A plan."
+    for row in (said, asked(call(sides=6), content="Look.")):
+        assert held.encode(row, [TOOL]).remarks == ("framed",)
+    assert "framed" not in held.encode(asked(call(sides=6)), [TOOL]).remarks
+    for around in ("'  ' ~ m.content", "m.content ~ '\\n'"):
+        padded = loaded(turns("{{- " + around + " -}}"))
+        assert padded.encode(chat("Hi", "Hello.")).remarks == ("respaced",)
+    # Formats of many models have one space there.
+    assert loaded(turns("{{- ' ' ~ m.content -}}")).encode(chat("Hi", "Hello.")).remarks == ()
+
+
+def test_behind_reasoning_a_call_may_hold_its_marker() -> None:
+    contract = loaded(turns(THINKS + "{{- m.content -}}" + CALLS))
+    row = asked(call(text="a</think>b"), reasoning_content="A plan.")
+    assert '"a</think>b"' in only(contract, row)
+    row[-1]["reasoning_content"] = "A </think> plan."
+    assert refused(contract, row, tools=[TOOL]).code == "target-dropped"

@@ -169,6 +169,8 @@ def empties_of(
 
 # Keys without a tag around them: key=value behind a bracket or comma, and key:value.
 _BARE_KEYS = {"=": re.compile(r"[,(]\s*(\w+)\s*="), ":": re.compile(r"[,{]\s*(\w+)\s*:")}
+# An argument without a key in front of one that has a key.
+_POSITIONAL = re.compile(r"\(([^()=,\s]+)\s*,[^()=]*$|,\s*([^=,()\[\]{}\"'\s]+)\s*,\s*$")
 
 
 def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
@@ -183,6 +185,8 @@ def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
         if not isinstance(piece, int) or twin.leaves[piece].kind != "key":
             continue
         before, behind = str(before), str(behind)
+        if behind[:1] == "=" and (alone := _POSITIONAL.search(before)):
+            found.append(alone[1] or alone[2])
         tag = re.search(r"<[^<>]*[^\W\d_][^<>]*>?$", before)
         close = re.match(r"[^<>\w]*>|[\"'](?=[^<>]*>)|</[^<>]+>", behind)
         if tag and close:
@@ -221,10 +225,11 @@ def unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[in
         if not isinstance(piece, int) or twin.leaves[piece].sentinel in found:
             continue
         kind, behind = twin.leaves[piece].kind, str(behind)
-        if (kind == "key" and re.match(r"\\*\"\s*:", behind)) or (
+        # A single quote that is escaped belongs to no notation of a value.
+        if (kind == "key" and re.match(r"\\*\"\s*:|\\+'\s*:", behind)) or (
             kind == "name"
-            and re.search(r"\\*\"\w+\\*\"\s*:\s*\\*\"$", str(before))
-            and re.match(r"\\*\"", behind)
+            and (quote := re.search(r"(\\*[\"'])\w+\1\s*:\s*\1$", str(before)))
+            and behind.startswith(quote[1])
         ):
             bad.append(piece)
     return bad

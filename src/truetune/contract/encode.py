@@ -33,8 +33,7 @@ class Encoded(Sequence[SFTExample]):
         row: where the row came from.
         remarks: what was found on the way, one word each, repeated per turn: "stripped" (the
             template strips outer whitespace of the answer), "respaced" (it sets other whitespace
-            between a think block in the content and the answer), "normalised" (the tokenizer's own
-            normaliser changed it), "seam" (joint encoding would have merged prompt and answer),
+            around it), "normalised" (the tokenizer's own normaliser changed it), "seam" (joint encoding would have merged prompt and answer),
             "framed" (the template writes control tokens around the answer, which are learned),
             "stop-appended" (the template closes answers with nothing: the model's own end does),
             "reasoning-empty" (the block that the prompt opens is closed at once),

@@ -39,6 +39,8 @@ from truetune.contract.words import (
     RESERVED,
     TURNED,
     hollow,
+    is_held,
+    lone_tag,
     markers_in,
     sign_beside,
     unpaired,
@@ -158,7 +160,8 @@ class Proof:
             for marker in (opening,) if thought else (opening, closing):
                 if marker and marker in said:
                     raise cut_at(completion.text.number, "the content", marker)
-            for marker in (opening, closing):
+            # Behind the reasoning of the turn a parser looks for its markers no more.
+            for marker in () if thought else (opening, closing):
                 if marker and marker in str(message.get("tool_calls") or ""):
                     raise cut_at(completion.text.number, "a tool call", marker)
 
@@ -208,6 +211,9 @@ class Proof:
         turn, cut = completion.text.number, self._cut(completion)
         spans = known.spans(completion.written, twin.leaves)
         assert spans is not None
+        error = completion.error
+        if error is not None and error.code == "no-stop" and not _is_missing(known):
+            raise error
         if known.defects:
             raise defective(known.defects[0], twin, completion, message)
         if completion.error is None:
@@ -224,7 +230,8 @@ class Proof:
         tail = cut[spans[-1][2] if spans else 0 :]
         calls = bool(message.get("tool_calls"))
         if calls:
-            self._require_held(known, twin, tail, completion)
+            thoughts = {m for pair in frame.pairs for m in pair if message.get("reasoning_content")}
+            self._require_held(known, twin, tail, completion, thoughts)
             self._require_read(known, spans, twin, cut, completion, message)
         text = known.frame(tail, twin.leaves)
         words = words_in(
@@ -236,13 +243,14 @@ class Proof:
             recipient=frame.recipient,
             own="".join(filter(str.isspace, _texts(message))),
         )
+        between = _between(known, twin, tail)
+        plain = not (calls or message.get("reasoning_content"))
         if calls and not words:
             words = self._sign_beside(known, twin, tail) or words_beside_calls(
-                _between(known, twin, tail),
-                (*self._controls, *frame.marks),
-                completion.text.prompt,
-                frame.recipient,
+                between, (*self._controls, *frame.marks), completion.text.prompt, frame.recipient
             )
+        if not (plain or words):
+            words = lone_tag(between, (*self._controls, *frame.marks), completion.text.prompt)
         for _, closing in frame.pairs:
             # A channel is named behind what opens a turn, and never behind reasoning.
             named = re.search(rf"{re.escape(closing)}\s*([A-Za-z_]+)[ \t]*\n", text)
@@ -273,10 +281,13 @@ class Proof:
             remarks.append("normalised")
         if known.reordered:
             remarks.append("reordered")
-        plain = not (calls or message.get("reasoning_content"))
-        around = text.replace("\x00", "").strip()
-        if plain and around and not words and not completion.text.lead:
+        around = text.replace(PART, "")
+        held = not plain and is_held(between, (*self._controls, *frame.marks))
+        if held or (plain and around.strip() and not words and not completion.text.lead):
             remarks.append("framed")
+        # Many formats have one space in front of an answer; a client gets any other whitespace.
+        elif plain and not around.strip() and around not in ("", " ") and not remarks:
+            remarks.append("respaced")
         return remarks
 
     def _require_paired(
@@ -296,15 +307,15 @@ class Proof:
                 raise UnfaithfulTemplate(
                     f"the template writes {pair!r} into message {completion.text.number}, with "
                     "nothing inside",
-                    why=f"the row has no such part; {would_be(completion)}",
+                    why=f"the row has no such part; {would_be(completion, pair)}",
                     fix="use a template that writes markers only around parts that exist",
                     code="target-invented",
                 )
-        if alone := unpaired(text, self._control, thoughts):
+        if alone := unpaired(text, self._control, thoughts, self._controls):
             raise UnfaithfulTemplate(
                 f"the template writes {alone!r} into message {completion.text.number} without its "
                 "counterpart",
-                why=would_be(completion),
+                why=would_be(completion, alone),
                 fix="use a template that closes the markers that it opens",
                 code="target-invented",
             )
@@ -319,8 +330,13 @@ class Proof:
                     return found
         return ""
 
-    def _require_held(self, known: Skeleton, twin: Twin, tail: str, completion: Completion) -> None:
+    def _require_held(
+        self, known: Skeleton, twin: Twin, tail: str, completion: Completion, thoughts: set[str]
+    ) -> None:
         """No part of a turn with calls may hold a marker of its format: a server cuts there.
+
+        Args:
+            thoughts: markers of reasoning that the turn has closed in front of its calls.
 
         Raises:
             UnfaithfulTemplate: one does.
@@ -335,7 +351,12 @@ class Proof:
                 if sign := uncarried(before, str(leaf.value), behind):
                     raise cut_short(completion.text.number, leaf.label, sign)
         for leaf in twin.leaves:
-            held = next((m for m in markers if isinstance(leaf.value, str) and m in leaf.value), "")
+            own = thoughts if leaf.kind not in ("reasoning", "content") else ()
+            held = (
+                next((m for m in markers if m not in own and m in str(leaf.value or "")), "")
+                if isinstance(leaf.value, str)
+                else ""
+            )
             if held:
                 raise cut_at(completion.text.number, leaf.label, held)
 
@@ -375,7 +396,7 @@ class Proof:
             raise UnfaithfulTemplate(
                 f"the arguments of a call of {name!r} in message {completion.text.number} change "
                 "when they are parsed back",
-                why=would_be(completion),
+                why=would_be(completion, name),
                 fix=AS_THEY_ARE,
                 code="target-dropped",
             )
@@ -429,6 +450,10 @@ def _between(known: Skeleton, twin: Twin, tail: str) -> list[tuple[str, str, str
         for at, piece in enumerate(pieces)
         if isinstance(piece, str)
     ]
+
+
+def _is_missing(known: Skeleton) -> bool:
+    return any(defect.what == "missing" for defect in known.defects)
 
 
 def _mendable(known: Skeleton) -> bool:

@@ -118,7 +118,7 @@ def defective(
         "text": defect.text,
         "label": label,
         "kind": _kind(leaf, defect.text),
-        "body": excerpt(completion.body),
+        "body": around(completion.body, leaf.forms if leaf else (defect.text.strip("'"),)),
     }
     what, why, fix, code = (part.format(**said) for part in _REFUSALS[defect.what])
     return UnfaithfulTemplate(what, why=why, fix=fix, code=code)
@@ -212,8 +212,15 @@ def stop_in_answer(completion: Completion) -> UnfaithfulTemplate:
     )
 
 
-def would_be(completion: Completion) -> str:
-    return _WOULD_BE.format(body=excerpt(completion.body))
+def would_be(completion: Completion, part: str = "") -> str:
+    return _WOULD_BE.format(body=around(completion.body, (part,)))
+
+
+def around(body: str, forms: Sequence[str]) -> str:
+    """The stretch of a completion in which a part stands, its beginning where it stands nowhere."""
+    at = next((at for form in forms if form and (at := body.find(form)) >= 0), 0)
+    # What stands against the part is to be seen too.
+    return "..." + excerpt(body[at - 30 :], 80) if at > 40 else excerpt(body)
 
 
 def _kind(leaf: Leaf | None, text: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -208,10 +209,11 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
             fix=other,
         )
     if kind == "error":
+        why, fix = _refused(str(answer[1]))
         return UnfaithfulTemplate(
             f"the chat template refuses this conversation: {answer[1]}",
-            why="templates may require certain roles, orders of roles, or fields",
-            fix="change the row, or use another template with --chat-template",
+            why=why,
+            fix=fix,
             code="template-refuses",
         )
     if kind == "died":
@@ -233,4 +235,23 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
         why="a template is a program; it runs in a separate process with limited memory and time",
         fix=f"inspect it before you trust it, and {other}",
         code="template-out-of-bounds",
+    )
+
+
+def _refused(said: str) -> tuple[str, str]:
+    """(why, fix) of what a template, or the sandbox around it, says."""
+    if unknown := re.fullmatch(r"'(\w+)' is undefined", said):
+        return (
+            "the template uses a variable that no conversation has",
+            f"set it with --template-arg {unknown[1]}=VALUE, as it will be served, or use another "
+            "template with --chat-template",
+        )
+    if said.endswith("is unsafe."):
+        return (
+            "templates run in a sandbox, in transformers too, that lets them change nothing",
+            "use a template without that call with --chat-template",
+        )
+    return (
+        "templates may require certain roles, orders of roles, or fields",
+        "change the row, or use another template with --chat-template",
     )

@@ -18,6 +18,13 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _ABOUT_KEY = re.compile(r"[\s\"'`:;,.]+")
 
 
+# A name between control tokens (see `bare`) or bracketed markers: a number in front of it, or
+# spaces behind it, are read as a part of it.
+_CONTROL = r"(?:<\x01>|\[/?[A-Z_]+\])"
+_AFTER_CONTROL = re.compile(_CONTROL + r"[^<>\w\"{]*(\d[^<>\w\"{]*)?$")
+_SPACED = re.compile(r"[ \t]+" + _CONTROL)
+
+
 def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
     """(quote, text in front, text behind) of a part in the attribute of a tag that is open in front
     of it, as `<function=NAME>` and `<call name="NAME">`; None where it stands in none."""
@@ -59,6 +66,10 @@ def misshapen(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
             if held is not None and (held[1] or held[2]):
                 yield piece
                 continue
+        if leaf.kind == "name" and (marked := _AFTER_CONTROL.search(before)):
+            if marked[1] or _SPACED.match(behind):
+                yield piece
+            continue
         if leaf.kind not in ("key", "value"):
             continue
         text = before + leaf.sentinel + behind

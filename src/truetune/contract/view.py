@@ -162,7 +162,7 @@ _ROUTE_WORDS = {
 }
 _REMARK_WORDS = {
     "stripped": "the template strips outer whitespace of an answer",
-    "respaced": "the template sets other whitespace between a think block and the answer",
+    "respaced": "the template sets other whitespace around an answer",
     "normalised": "the tokenizer's normaliser changes an answer",
     "seam": "prompt and answer would have merged into one token; they are kept apart",
     "framed": "the template writes control tokens around an answer",

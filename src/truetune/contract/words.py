@@ -131,6 +131,44 @@ def _unknown_tag(text: str, known: Collection[str], calls: bool, empties: bool) 
     return ""
 
 
+def lone_tag(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str) -> str:
+    """A tag in front of the text or the calls of a turn that nothing closes and that neither the
+    tokenizer nor the served prompt knows, "" for none.
+
+    Args:
+        pieces: see `words_beside_calls`.
+        controls: texts of control tokens and think markers.
+    """
+    known = set(controls)
+    stems = [_stem(tag) for _, text, _ in pieces for tag in dict.fromkeys(_TAG.findall(text))]
+    for left, text, right in pieces:
+        if left == "call" or (left and right != "text"):
+            continue
+        tags = list(_TAG.finditer(text))
+        for found, behind in itertools.zip_longest(tags, tags[1:]):
+            tag = found.group()
+            if tag in known or tag in prompt or stems.count(_stem(tag)) > 1:
+                continue
+            # A call begins with its own marker: what stands in front of that one says nothing.
+            first = text[found.end() : behind.start() if behind else len(text)]
+            if not first.strip() and (right == "text" if behind is None else right != ""):
+                return tag
+    return ""
+
+
+def is_held(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str]) -> bool:
+    """Whether two sides of a tag that is no control token hold the text of a turn."""
+    known = set(controls)
+    for (_, before, kind), (_, behind, _) in itertools.pairwise(pieces):
+        tags, closing = list(_TAG.finditer(before.rstrip())), _TAG.match(behind.lstrip())
+        if kind != "text" or not tags or closing is None or tags[-1].end() < len(before.rstrip()):
+            continue
+        opening = tags[-1].group()
+        if opening not in known and _stem(opening) == _stem(closing.group()) != "":
+            return True
+    return False
+
+
 def _stem(tag: str) -> str:
     """The name of a tag, the same for its two sides."""
     name = re.match(r"[^\w]*([\w.:-]+)", tag)
@@ -164,17 +202,22 @@ def hollow(text: str, controls: re.Pattern[str] | None) -> Counter[str]:
     return found
 
 
-def unpaired(text: str, controls: re.Pattern[str] | None, marks: Iterable[str]) -> str:
-    """A marker without its other side, of those that stand in the text with both; "" for none.
+def unpaired(
+    text: str, controls: re.Pattern[str] | None, marks: Iterable[str], tokens: Iterable[str]
+) -> str:
+    """A marker without its other side, of those that stand in the text with both, or of which the
+    tokenizer has both and the text the opening one; "" for none.
 
     Args:
         marks: markers that may stand alone.
+        tokens: the tokenizer's control tokens.
     """
     found = [(marker, *_side(marker)) for marker, _, _ in _markers(text, controls)]
     alone = {"", *(_side(mark)[0] for mark in marks)}
     sides = {(name, side) for _, name, side in found}
+    closing = {_side(token) for token in tokens if token.startswith("</")}
     for name in dict.fromkeys(name for _, name, _ in found if name not in alone):
-        if not {(name, 1), (name, -1)} <= sides:
+        if (name, 1) not in sides or (name, -1) not in sides | closing:
             continue
         deep = 0
         for marker in (m for m in found if m[1] == name):

@@ -36,8 +36,7 @@ _REMARKS = {
     "respaced": Finding(
         code="answer-respaced",
         level="note",
-        what="the whitespace between a think block and its answer differs between the template "
-        "and the rows",
+        what="the template writes other whitespace around answers than the rows have",
         why="the model is trained on the answer as the template writes it",
     ),
     "normalised": Finding(
