@@ -92,7 +92,6 @@ class Served:
     """
 
     name: str
-    findings: tuple[Any, ...] = ()
     context: int | None = None
 
     def prompts(self, questions: Sequence[Question]) -> list[Prompt | str]:
