@@ -1,6 +1,6 @@
 """Sides of a benchmark in turn, each run in a process of its own; prints and writes one table.
 
-    python bench/compare.py [JOB ...] [--sides truetune,trl] [--rounds 2] [--write]
+    python bench/compare.py [JOB ...] [--gpu] [--sides truetune,trl] [--rounds 2] [--write]
 
 A round runs every side of every job once, so that whatever is there when it is stopped is a whole
 table; medians over rounds are compared with truetune's. Seconds on a shared machine mean nothing,
@@ -29,11 +29,13 @@ from typing import Any
 from one_side import SIDES
 from page import put
 from table import Run, table
-from workloads import JOBS, ROOT, SHARED
+from workloads import GPU_JOBS, JOBS, ROOT, SHARED
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- made by make bench -->", "<!-- end -->"
+GPU_BEGIN = "<!-- made by python bench/compare.py --gpu -->"
 DEFAULT = ("truetune", "trl", "trl-kept", "trl-packed", "trainer", "litgpt")
+ON_GPU = ("truetune", "trl", "trl-kept", "trl-packed", "trl-liger")
 RESULTS = "results.jsonl"
 # LitGPT wants another huggingface_hub than the rest: `make .venv-litgpt`.
 INTERPRETERS = {"litgpt": ROOT / ".venv-litgpt" / "bin" / "python"}
@@ -45,7 +47,7 @@ def code() -> str:
     """A digest of what is measured and of what measures."""
     digest = hashlib.sha256()
     rooms = (ROOT / "src" / "truetune" / name for name in ("compute", "engine", "model"))
-    files = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
     for path in (*files, HERE / "one_side.py", HERE / "workloads.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -132,7 +134,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.path = options.models / RESULTS
+        self.path = options.results or options.models / RESULTS
         self.runs = [] if options.fresh else self._of_these_settings()
         self._files: dict[str, Path] = {}
 
@@ -151,7 +153,7 @@ class Bench:
 
     def make(self, job: str, side: str, number: int) -> None:
         interpreter = INTERPRETERS.get(side)
-        facts = {"job": job, "side": side, "round": number, "machine": machine()}
+        facts = {"job": job, "side": side, "round": number, "machine": machine(JOBS[job].device)}
         facts["settings"] = settings_of(job, self.options)
         if interpreter and not interpreter.is_file():
             # Not recorded: it may be installed by the next time.
@@ -177,20 +179,25 @@ class Bench:
 
     def table(self) -> str:
         """Of all that is there: what was measured in other pieces stays in it."""
-        there = {r["job"] for r in self.runs}
-        sides = [*dict.fromkeys((*DEFAULT, *(r["side"] for r in self.runs)))]
-        made = table(self.runs, [job for job in JOBS if job in there], sides)
+        runs = [r for r in self.runs if (r["job"] in GPU_JOBS) == self.options.gpu]
+        there = {r["job"] for r in runs}
+        sides = [*dict.fromkeys((*DEFAULT, *(r["side"] for r in runs)))]
+        made = table(runs, [job for job in JOBS if job in there], sides)
         if not SHARED.is_dir():
             made += " Only the embedded base: the real rows of the other jobs were not there."
         return made
 
     def write(self) -> None:
         if self.options.write:
-            put(self.table(), BEGIN, END)
+            put(self.table(), GPU_BEGIN if self.options.gpu else BEGIN, END)
 
 
-def machine() -> str:
-    """Architecture, cores and memory."""
+def machine(device: str) -> str:
+    """Architecture, cores and memory; the name of the GPU."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"{platform.machine()}, {os.cpu_count()} cores, {pages / 1e9:.0f} GB"
 
@@ -198,23 +205,31 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=", ".join(JOBS))
-    parser.add_argument("--sides", type=lambda text: text.split(","), default=list(DEFAULT))
+    parser.add_argument("--gpu", action="store_true", help="the jobs that need a GPU")
+    parser.add_argument("--sides", type=lambda text: text.split(","))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="measured, instead of each job's own")
     parser.add_argument("--limit", type=float, default=15, help="minutes that a run may take")
     parser.add_argument("--models", type=Path, default=Path("/tmp/truetune-bench"))
+    parser.add_argument("--results", type=Path, help=f"in place of {RESULTS} beside the models")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--fresh", action="store_true", help="measure again what is recorded")
     parser.add_argument("--write", action="store_true", help="put the table into the docs")
     options = parser.parse_args()
+    options.sides = options.sides or list(ON_GPU if options.gpu else DEFAULT)
     unknown = set(options.jobs) - set(JOBS)
     if unknown:
         parser.error(f"no job {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
     unknown = set(options.sides) - set(SIDES)
     if unknown:
         parser.error(f"no side {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
+    if options.gpu or any(JOBS[job].device != "cpu" for job in options.jobs):
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("torch sees no CUDA device")
     options.models.mkdir(parents=True, exist_ok=True)
-    jobs = options.jobs or list(JOBS)
+    jobs = options.jobs or [job for job in JOBS if (job in GPU_JOBS) == options.gpu]
     if not SHARED.is_dir():
         sys.stderr.write(f"{SHARED} is not there: only the embedded base is measured\n")
         jobs = [name for name in jobs if JOBS[name].model == "embedded"]

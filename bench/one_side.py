@@ -27,6 +27,15 @@ from workloads import JOBS, Given, Job, Row, make_model
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = time.perf_counter
 
+
+def device_clock() -> float:
+    """What passes until the device is done."""
+    import torch
+
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 # Tokens of the 0.5B whose activations TRL and transformers can keep on a machine of 24 GB: 7 MB
 # each. A packed step with more is recomputed.
 KEPT_TOKENS = {"0.5b": 2200}
@@ -72,7 +81,7 @@ def truetune(job: Job, folder: Path, rows: list[Row], **changes: Any) -> Measure
     from truetune.model.lora import LoraSettings, add_lora
 
     purpose: Any = "lora" if job.lora else "full"
-    loaded = load_model(folder, purpose=purpose, device="cpu", dtype=job.dtype)
+    loaded = load_model(folder, purpose=purpose, device=job.device, dtype=job.dtype)
     torch.manual_seed(0)
     started = clock()
     if job.lora:
@@ -139,7 +148,7 @@ def _settings(job: Job, steps: int, output: str) -> dict[str, Any]:
         "logging_first_step": True,
         "save_strategy": "no",
         "report_to": [],
-        "use_cpu": True,
+        "use_cpu": job.device == "cpu",
         "disable_tqdm": True,
         "train_sampling_strategy": "sequential",
         "bf16": job.dtype == "bfloat16",
@@ -215,7 +224,8 @@ def _keeping(job: Job) -> tuple[dict[str, Any], str]:
     """Without recomputation, in the faster of two ways: one row after the other, none padded; or
     all rows of a step at once where the model is so small that calls cost more than padding."""
     kept = {"gradient_checkpointing": False}
-    if job.rows_a_step == 1 or job.model == "embedded":
+    # A device has the memory for all rows of a step.
+    if job.rows_a_step == 1 or job.model == "embedded" or job.device != "cpu":
         return kept, ""
     alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job.rows_a_step}
     return {**kept, **alone}, "one row at a time"
@@ -227,6 +237,11 @@ def trl_kept(job: Job, folder: Path, rows: list[Row]) -> Measured:
     measured = trl(job, folder, rows, **changes)
     measured.how = how
     return measured
+
+
+def trl_liger(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """TRL without recomputation, with the kernels of liger-kernel: its best setting on a GPU."""
+    return trl(job, folder, rows, gradient_checkpointing=False, use_liger_kernel=True)
 
 
 def trl_packed(job: Job, folder: Path, rows: list[Row]) -> Measured:
@@ -413,28 +428,41 @@ SIDES: dict[str, Callable[..., Measured]] = {
     "trl": trl,
     "trl-kept": trl_kept,
     "trl-packed": trl_packed,
+    "trl-liger": trl_liger,
     "trainer": trainer,
     "litgpt": litgpt,
 }
 
 
-def matmul_limit(dtype: str) -> float:
-    """Floating-point operations a second of a matrix product of the 0.5B's size."""
+def matmul_limit(dtype: str, device: str) -> float:
+    """Floating-point operations a second of a matrix product of the 0.5B's size, on a GPU of the
+    8B's."""
     import torch
 
-    a = torch.randn(1024, 896).to(getattr(torch, dtype))
-    b = torch.randn(896, 4864).to(getattr(torch, dtype))
+    rows, inner, columns = (1024, 896, 4864) if device == "cpu" else (8192, 4096, 14336)
+    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
+    a, b = torch.randn(rows, inner, **kind), torch.randn(inner, columns, **kind)
     best = float("inf")
     for _ in range(12):
         started = clock()
         a @ b
         best = min(best, clock() - started)
-    return 2 * 1024 * 896 * 4864 / best
+    return 2 * rows * inner * columns / best
+
+
+def peak_mb(device: str) -> float:
+    """Of the process; on a GPU what tensors took there."""
+    import torch
+
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.cuda.max_memory_allocated() / (1 << 20)
 
 
 def out_of_memory(error: BaseException) -> bool:
     text = str(error)
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or "bad_alloc" in text
+    signs = ("DefaultCPUAllocator", "bad_alloc", "CUDA out of memory")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 def main() -> None:
@@ -447,19 +475,20 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=0, help="the most that it may take")
     options = parser.parse_args()
     global clock
-    clock = CLOCKS[options.clock]
-    if options.memory_mb:
+    job = JOBS[options.job]
+    clock = CLOCKS[options.clock] if job.device == "cpu" else device_clock
+    if options.memory_mb and job.device == "cpu":
         # Refused by the system beyond this, so that it kills no other process.
         resource.setrlimit(resource.RLIMIT_DATA, (options.memory_mb << 20,) * 2)
-    job = JOBS[options.job]
     folder = make_model(job.model, options.models)
     rows = [(ids, mask) for ids, mask in Given.read(options.given).rows]
-    limit = matmul_limit(job.dtype)
+    limit = matmul_limit(job.dtype, job.device)
     try:
         measured = SIDES[options.side](job, folder, rows)
     except (MemoryError, RuntimeError) as error:
         if options.memory_mb and out_of_memory(error):
-            raise SystemExit(f"does not fit in {options.memory_mb / 1000:.0f} GB") from error
+            room = f"{options.memory_mb / 1000:.0f} GB" if job.device == "cpu" else "the GPU"
+            raise SystemExit(f"does not fit in {room}") from error
         raise
     import torch
 
@@ -468,7 +497,7 @@ def main() -> None:
         "whole": measured.whole,
         "losses": measured.losses,
         "how": measured.how,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb(job.device),
         "matmul_gflops": limit / 1e9,
         "dtype": job.dtype,
         "threads": torch.get_num_threads(),

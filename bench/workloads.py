@@ -40,6 +40,7 @@ class Job:
             are trained the second one too, beside the optimizer's state.
         learning_rate, schedule, warmup_steps: constant where speed alone is measured.
         whole: the run is a training that somebody would make: its seconds are reported as well.
+        device: where it is trained.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Job:
     schedule: str = "constant"
     warmup_steps: int = 0
     whole: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ def make_model(name: str, folder: Path) -> Path:
             setattr(config, key, value)
         if "num_hidden_layers" in SIZES[name]:
             config.layer_types = ["full_attention"] * config.num_hidden_layers
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        # Random numbers for billions of weights take a processor minutes.
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(path)
         AutoTokenizer.from_pretrained(INSTRUCT).save_pretrained(path)
     return path
@@ -110,6 +114,23 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "vocab_size": 32000,
+    },
+    # The shapes of Qwen2.5-1.5B and Llama-3.1-8B, the latter's head larger than the tokenizer.
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
     },
 }
 
@@ -217,6 +238,22 @@ JOBS: dict[str, Job] = {
         "embedded", False, "float32", 16, quickstart, 149, 1, 3e-4, "cosine", 5, whole=True
     ),
 }
+
+
+def _on_gpu(model: str, lora: bool, rows: Callable[[int], list[Row]], rows_a_step: int) -> Job:
+    # The first steps compile and fetch memory.
+    return Job(model, lora, "bfloat16", rows_a_step, rows, 8, 3, device="cuda")
+
+
+GPU_JOBS: dict[str, Job] = {
+    "gpu-alpaca-8b-lora": _on_gpu("8b", True, alpaca, 32),
+    "gpu-alpaca-8b-full": _on_gpu("8b", False, alpaca, 32),
+    "gpu-long-row-8b-lora": _on_gpu("8b", True, one_long_row, 8),
+    "gpu-reasoning-8b-lora": _on_gpu("8b", True, reasoning_turns, 24),
+    "gpu-alpaca-1.5b-full": _on_gpu("1.5b", False, alpaca, 32),
+    "gpu-alpaca-0.5b-lora": _on_gpu("0.5b", True, alpaca, 64),
+}
+JOBS |= GPU_JOBS
 
 
 def operations(job: Job, folder: Path, rows: list[Row]) -> float:
