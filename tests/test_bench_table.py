@@ -63,6 +63,7 @@ def bench(compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def made(**changes: Any) -> Any:
         options = {"steps": None, "clock": "wall", "rounds": 2}
         options |= {"models": tmp_path, "fresh": False, "write": False, "sides": list(SIDES)}
+        options |= {"gpu": False, "results": None}
         bench = compare.Bench(argparse.Namespace(**{**options, **changes}))
         bench.asked = asked
         return bench
@@ -176,6 +177,18 @@ def test_the_page_has_the_markers(compare: Any) -> None:
         source = (BENCH / f"{name}.py").read_text()
         begin, end = source.split("BEGIN, END = ")[1].splitlines()[0].split(", ")
         assert page.index(begin.strip('"')) < page.index(end.strip('"'))
+    assert compare.GPU_BEGIN in page
+
+
+def test_jobs_for_a_gpu_have_a_table_of_their_own(compare: Any, bench: Any) -> None:
+    made = bench()
+    made.make(JOB, "truetune", 0)
+    other = {**SIDES["truetune"], **made.runs[0], "job": "gpu-alpaca-8b-lora"}
+    made.runs = [*made.runs, other]
+    assert "gpu-alpaca" not in made.table()
+    made.options.gpu = True
+    assert JOB not in made.table()
+    assert "gpu-alpaca-8b-lora" in made.table()
 
 
 def test_a_run_that_takes_too_long_says_so(
