@@ -31,17 +31,8 @@ class Encoded(Sequence[SFTExample]):
         shared: per example the length in tokens of the prefix it shares with its parent.
         turns: per example the message indices that it supervises.
         row: where the row came from.
-        remarks: what was found on the way, one word each, repeated per turn: "stripped" (the
-            template strips outer whitespace of the answer), "respaced" (it sets other whitespace
-            around it), "normalised" (the tokenizer's own normaliser changed it), "seam" (joint encoding would have merged prompt and answer),
-            "framed" (the template writes control tokens around the answer, which are learned),
-            "stop-appended" (the template closes answers with nothing: the model's own end does),
-            "reasoning-empty" (the block that the prompt opens is closed at once),
-            "thinking-unlearned" (an answer without reasoning where the template would think),
-            "prompt-realigned" (the served prompt's earlier part differs from the rendering's),
-            "reordered" (arguments of a call stand in the template's order),
-            "history-parsed" (a later prompt depends on the server's reasoning parser),
-            "template-words" (words of the template are targets, as the run asked).
+        remarks: what was found on the way, one word each, repeated per turn; `remarks.REMARKS` says
+            what each of them means.
         reasons: per example why it is none with the one before: which text of history the template
             wrote anew; "" for a root.
         route: how reasoning reached the template, "" for a row without.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.contract.encode import Encoded
 from truetune.contract.example import SFTExample
+from truetune.contract.remarks import REMARKS
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
@@ -150,7 +151,7 @@ def story(encoded: Encoded) -> list[str]:
         lines.append(
             f"reasoning reaches the template by: {_ROUTE_WORDS.get(encoded.route, encoded.route)}"
         )
-    lines += [_REMARK_WORDS[remark] for remark in dict.fromkeys(encoded.remarks)]
+    lines += [REMARKS[remark].what for remark in dict.fromkeys(encoded.remarks)]
     return lines
 
 
@@ -159,18 +160,4 @@ _ROUTE_WORDS = {
     "filled": "no field; it stands in the block that the template writes empty",
     "inline": "think markers written before the answer, as --reasoning inline asks",
     "markers in content": "think markers inside the content",
-}
-_REMARK_WORDS = {
-    "stripped": "the template strips outer whitespace of an answer",
-    "respaced": "the template sets other whitespace around an answer",
-    "normalised": "the tokenizer's normaliser changes an answer",
-    "seam": "prompt and answer would have merged into one token; they are kept apart",
-    "framed": "the template writes control tokens around an answer",
-    "stop-appended": "the template closes answers with nothing; the model's own end token does",
-    "reasoning-empty": "the think block that the prompt opens is closed immediately",
-    "thinking-unlearned": "an answer without reasoning where the template would think",
-    "reordered": "the template writes arguments of a call in an order of its own",
-    "template-words": "the template adds words to an answer, and they are trained",
-    "history-parsed": "later prompts depend on whether the server has a reasoning parser",
-    "prompt-realigned": "earlier turns are rendered unlike they are served; the prompt stands",
 }

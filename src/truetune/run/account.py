@@ -18,99 +18,13 @@ from truetune.compute.length import Fitted, length_table
 from truetune.contract.contract import PromptContract
 from truetune.contract.encode import Encoded
 from truetune.contract.example import SFTExample
+from truetune.contract.remarks import REMARKS
 from truetune.data.load import Loaded
 from truetune.errors import BadRows, DataError, TruetuneError
 from truetune.findings import Finding, merged
 from truetune.model.inspect import ModelFacts
 from truetune.model.new_tokens import NewToken
 from truetune.recipe.settings import Recipe
-
-# What an encoded row may remark.
-_REMARKS = {
-    "stripped": Finding(
-        code="answer-stripped",
-        level="note",
-        what="the template strips whitespace around answers",
-        why="the model is trained on the answer as the template writes it",
-    ),
-    "respaced": Finding(
-        code="answer-respaced",
-        level="note",
-        what="the template writes other whitespace around answers than the rows have",
-        why="the model is trained on the answer as the template writes it",
-    ),
-    "normalised": Finding(
-        code="answer-normalised",
-        level="note",
-        what="the tokenizer's normaliser changes characters in answers",
-        why="the model cannot write text that its tokenizer cannot represent",
-    ),
-    "framed": Finding(
-        code="answer-framed",
-        level="note",
-        what="the template adds its own markers around answers; the model learns to write them",
-        why="some chat formats name a channel or a recipient before the answer",
-    ),
-    "stop-appended": Finding(
-        code="answer-stop-appended",
-        level="note",
-        what="the template writes nothing at the end of answers; the model's own end token is "
-        "appended",
-        why="without a stop token a served answer would never end",
-    ),
-    "reasoning-empty": Finding(
-        code="answer-reasoning-empty",
-        level="note",
-        what="the think block that the prompt opens is closed immediately, because of "
-        "--reasoning empty",
-        why="the model learns not to think",
-    ),
-    "thinking-unlearned": Finding(
-        code="answer-thinking-unlearned",
-        level="note",
-        what="answers without reasoning are trained where the template lets the model think",
-        why="the model will learn not to think there",
-    ),
-    "prompt-realigned": Finding(
-        code="answer-prompt-realigned",
-        level="note",
-        what=(
-            "the template renders earlier turns of a complete conversation differently from the "
-            "prompt that it serves; the served prompt is trained"
-        ),
-        why="a server sends only the prompt",
-    ),
-    "reordered": Finding(
-        code="answer-reordered",
-        level="note",
-        what="the template reorders the arguments of tool calls",
-        why="the call is the same; the model learns the template's order",
-    ),
-    "template-words": Finding(
-        code="answer-template-words",
-        level="note",
-        what="the template adds words to answers, and they are trained because of "
-        "--template-words keep",
-        why="the rows do not contain them, but the model learns to write them",
-    ),
-    "history-parsed": Finding(
-        code="answer-history-parsed",
-        level="note",
-        what=(
-            "later prompts are rendered as for a client that returns reasoning_content; without "
-            "a reasoning parser on the server, they will hold the reasoning in another form"
-        ),
-        why="the template renders reasoning in its own field differently from reasoning inside "
-        "the content",
-    ),
-    "seam": Finding(
-        code="answer-seam",
-        level="note",
-        what="the prompt and the answer would have merged into one token; they are tokenized "
-        "separately",
-        why="a server sends the prompt alone, so the answer starts with a token of its own",
-    ),
-}
 
 # Tokens of a row beyond which a longer limit is no advice where the model states no context.
 _LONGEST = 262_144
@@ -200,7 +114,7 @@ def remarks(encoded: Sequence[Encoded]) -> list[Finding]:
         for remark in row.remarks:
             first.setdefault(remark, row.row)
     return [
-        dataclasses.replace(_REMARKS[name], where=first[name], count=count)
+        dataclasses.replace(REMARKS[name], where=first[name], count=count)
         for name, count in counts.items()
     ]
 
