@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LITGPT := .venv-litgpt
 
-.PHONY: demo test test-slow check docs bench reliability supply-chain clean
+.PHONY: demo test test-slow check docs docs-site bench reliability supply-chain clean
 
 demo: $(STAMP)
 	$(BIN)/truetune quickstart --overwrite
@@ -21,6 +21,11 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
+
+# The pages of docs/ as a site in site/; a warning, such as a link that leads nowhere, is an error.
+docs-site: docs
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/zensical build --strict --clean
 
 # What is promised of killed, stopped, starved and doubled runs, tried about 900 times: hours. It goes
 # on where it was stopped, and writes the table of docs/reliability.md.

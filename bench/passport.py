@@ -525,7 +525,10 @@ def shown(text: str, most: int = 150) -> str:
 
 
 def fault_table(twins: dict[str, Twin], match: str) -> tuple[str, int, int, int]:
-    lines = ["| fault | model | made at | found at | told | right |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| fault | model | made at | found at | finding | right |",
+        "|---|---|---|---|---|---|",
+    ]
     hit = placed = 0
     chosen = [fault for fault in faults() if match in fault.name]
     for fault in chosen:

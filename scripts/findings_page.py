@@ -1,4 +1,4 @@
-"""docs/findings.md: what each code says, why, and what to do, read from where it is raised.
+"""docs/findings.md: what each code says, its likely cause and its fix, read from the sources.
 
 input   the sources
 does    finds every Finding, error and refused row; writes its sentences out, with what is filled in
@@ -71,11 +71,12 @@ def findings_page() -> str:
     lines = [
         "# Findings and errors by code",
         "",
-        "Made from the sources by `make docs`. A *finding* has a level (error, warning, note; none",
-        "here where it depends on how many rows it concerns) and is told with where, count, why",
-        "and fix; an *error* ends the command with the exit code of its class (`errors.py`); a",
-        "*row error* refuses one row, and is counted. Codes are stable. What is filled in when it",
-        "is told stands in \u2039quotes\u203a.",
+        "This page is made from the sources by `make docs`. A *finding* has a level: error,",
+        "warning or note (no level is shown here if it depends on the number of rows). It is",
+        "reported with its location, a count, a likely cause and a fix. An *error* ends the",
+        "command with the exit code of its class (`errors.py`). A *row error* refuses one row and",
+        "is counted. Codes are stable. Values that are filled in when a finding is reported stand",
+        "in \u2039quotes\u203a.",
     ]
     for code, places in sorted(by_code.items()):
         kinds = ", ".join(dict.fromkeys(_kind(site) for site in places))

@@ -1,7 +1,7 @@
-"""Pages made from the code: docs/settings.md from the recipe, docs/findings.md from the sources,
+"""Make pages from the code: docs/settings.md from the recipe, docs/findings.md from the sources,
 docs/lab.md and its pictures from the results beside them, notebooks from their sources.
 
-`--check` compares instead of writing; the checks run it, so the pages cannot drift.
+`--check` compares the pages instead of writing them; `make check` runs it, so they cannot drift.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made from `recipe/settings.py` by `make docs`. Each is an option of `truetune train`",
-        "(`--learning-rate`) and a line of a YAML recipe (`learning_rate: 1e-4`); the command line",
-        "wins. `recipe.yaml` of a run holds the value and the origin of each.",
+        "This page is made from `recipe/settings.py` by `make docs`. Each setting is an option of",
+        "`truetune train` (`--learning-rate 1e-4`) and a line of a YAML recipe",
+        "(`learning_rate: 1e-4`). The command line takes precedence over the recipe. A run's",
+        "`recipe.yaml` records the value and the origin of each setting.",
     ]
     group = None
     for field in settings():

@@ -236,7 +236,7 @@ def test_a_list_of_batches_and_pairs_of_tensors_are_read() -> None:
         ([{"pixel_values": torch.zeros(2, 3)}], True, "no input_ids"),
         ([], True, "yields no rows"),
         (3, True, "neither a trainer"),
-        ([{"input_ids": torch.zeros(1, 3).long()}], False, "do not say what their ids mean"),
+        ([{"input_ids": torch.zeros(1, 3).long()}], False, "cannot be decoded without"),
     ],
 )
 def test_what_cannot_be_audited_is_refused(source: Any, tokenizer: bool, says: str) -> None:

@@ -286,7 +286,7 @@ def test_trainable_token_rows_are_seen_by_side(rows: Any) -> None:
     if len(rows) == 2:
         assert "new-token-frozen" not in found
     else:
-        assert "rows of the head are frozen" in found["new-token-frozen"].why
+        assert "vectors in the head are frozen" in found["new-token-frozen"].why
 
 
 def _backwards(size: int) -> Any:

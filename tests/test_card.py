@@ -118,8 +118,8 @@ def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
     assert "- 88% of the replies" in text
     contents = files()
     contents["metrics.jsonl"] = []
-    assert "Not measured: the run took no probes" in made(tmp_path / "none", contents)
-    assert "Not known here" in made(tmp_path / "empty", {"model/config.json": {}})
+    assert "Not measured: the run had no probes" in made(tmp_path / "none", contents)
+    assert "Unknown" in made(tmp_path / "empty", {"model/config.json": {}})
 
 
 def test_foreign_text_is_no_markup(tmp_path: Path) -> None:
@@ -236,4 +236,4 @@ def test_a_merged_model_has_a_card_of_its_own(place: Path, tmp_path: Path) -> No
     finally:
         alone.rename(place / "lora" / "adapter")
     text = (tmp_path / "more" / CARD).read_text()
-    assert "the run that trained it is not at hand" in text
+    assert "the run that trained it is not available here" in text

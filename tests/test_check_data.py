@@ -372,7 +372,7 @@ def test_schemas_of_tools() -> None:
         },
     }
     assert value_problem({"legs": [{"to": 1}], "when": None}, nested, "") == ""
-    assert value_problem({"legs": [{}]}, nested, "") == "'legs'[0].to is required and missing"
+    assert value_problem({"legs": [{}]}, nested, "") == "'legs'[0].to is required but missing"
     assert value_problem({"when": 3}, nested, "") == "'when' is a number, not string or null"
     assert (
         value_problem({"a": 1}, {"additionalProperties": True, "properties": {"b": {}}}, "") == ""
@@ -403,6 +403,9 @@ def test_texts_that_were_rendered_already_are_called_so(question: str, twice: bo
 
 def test_arguments_that_are_broken_json_are_called_so() -> None:
     tool = {"name": "weather", "parameters": {"type": "object"}}
-    for text, said in (('{"city": "Oslo"', "no whole JSON object"), ("print(1)", "not an object")):
+    for text, said in (
+        ('{"city": "Oslo"', "not a complete JSON object"),
+        ("print(1)", "not an object"),
+    ):
         assert said in call_problem({"name": "weather", "arguments": text}, tool)
     assert call_problem({"name": "weather", "arguments": {"city": "Oslo"}}, tool) == ""

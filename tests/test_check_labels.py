@@ -489,7 +489,7 @@ def test_the_reasons_name_the_cause(tokenizer: Any) -> None:
     assert "masks every pad token" in shared.why
     empty = [([5] * 50, [-100] * 50)] * 2
     (cut_off, *_) = check_labels(empty, tokenizer, max_length=50)
-    assert "fills the limit of 50 tokens" in cut_off.why
+    assert "fills the length limit of 50 tokens" in cut_off.why
     (no_marker, *_) = check_labels([([70, 71], [-100] * 2)], tokenizer)
     assert "'<|end|>\\n<|assistant|>'" in no_marker.why
     (shifted,) = check_labels([(i, [*x[1:], -100]) for i, x in on_everything(tokenizer)], tokenizer)

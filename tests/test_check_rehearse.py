@@ -303,7 +303,7 @@ def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
     short = dataclasses.replace(fit, available=fit.low - 1)
     (told,) = short.findings()
     assert (told.code, told.level) == ("memory-short", "warning")
-    assert "in the order of cost" in told.fix
+    assert "in order of increasing cost" in told.fix
     assert list(dataclasses.replace(fit, available=fit.low).findings()) == []
     assert list(dataclasses.replace(fit, available=None).findings()) == []
 

@@ -311,7 +311,7 @@ def test_a_second_end_behind_the_last_answer_is_a_note() -> None:
     assert "prompt-differs" not in told
 
 
-# ------------------------------------------------------------------ white space before the answer
+# ------------------------------------------------------------------ whitespace before the answer
 
 
 def _spaced(tokenizer: Any, extra: str, begins: str = "", *, every: int = 1) -> list[Any]:
@@ -347,14 +347,14 @@ def test_a_line_break_more_in_the_prompt_is_not_served(merges: bool, every: int)
     rows = [in_parts(tokenizer, *pair) for pair in _spaced(tokenizer, "\n", every=every)]
     told = found(rows, tokenizer)["prompt-differs"]
     assert (told.level, told.count) == ("error", 2 * N // every)
-    assert "white space" in told.what
+    assert "whitespace" in told.what
     assert "assistant\\n\\n' where a server sends " in told.why
 
 
 def test_a_line_break_more_is_seen_without_a_mask() -> None:
     tokenizer = _merging()
     rows = _joined(tokenizer, _spaced(tokenizer, "\n"))
-    assert "white space" in found(rows, tokenizer)["prompt-differs"].what
+    assert "whitespace" in found(rows, tokenizer)["prompt-differs"].what
 
 
 @pytest.mark.parametrize("merges", [True, False])
@@ -434,7 +434,7 @@ def test_turns_of_unknown_roles_that_a_template_left_out() -> None:
         for i in range(N)
     ]
     told = found([{"input_ids": row, "labels": row} for row in ids], tokenizer)
-    assert "roles that it does not know" in told["prompt-not-served"].why
+    assert "unknown roles" in told["prompt-not-served"].why
 
 
 # ------------------------------------------------------------------ markers that are gone

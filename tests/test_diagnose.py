@@ -1,4 +1,4 @@
-"""The first stage that parts is named, with its cause; healthy stages raise nothing."""
+"""The first stage that differs is named, with its cause; healthy stages raise nothing."""
 
 from __future__ import annotations
 
@@ -126,11 +126,11 @@ def _tokens(folder: Path) -> None:
     ("change", "said"),
     [
         (edited(_scaled), "0.25 times what it should be"),
-        (edited(_swapped), "holds what belongs into"),
+        (edited(_swapped), "contains the values of"),
         (_stale, "replies do not end on"),
-        (_template, "the chat template is another"),
+        (_template, "the chat template is different"),
         (_rope, "config.json: rope_parameters"),
-        (_tokens, "texts get other ids"),
+        (_tokens, "texts get different ids"),
     ],
 )
 def test_the_cause_is_named(
@@ -166,7 +166,7 @@ def test_a_file_alone_and_the_exit_code(place: Path, gguf: Path, tmp_path: Path)
     damaged.write_bytes(gguf.read_bytes()[:5000])
     told = command("diagnose", place / "adapter", "--gguf", damaged)
     assert told.code == 1
-    assert "the first stage that parts: gguf" in told.out
+    assert "the first stage that differs: gguf" in told.out
     assert "Traceback" not in told.out + told.err
     told = command("diagnose", place / "adapter", "--merged", place / "base", "--json")
     assert told.code == 1
@@ -292,7 +292,7 @@ def test_a_folder_of_fewer_bits_is_a_stage(tmp_path: Path) -> None:
     ):
         told = command("diagnose", source, "--quantised", folder)
         assert told.code == 1
-        assert "the first stage that parts: quantised" in told.out
+        assert "the first stage that differs: quantised" in told.out
         assert said in told.out
 
 

@@ -238,7 +238,7 @@ def test_an_adapter_that_differs_gets_no_name(
 
     trained(tmp_path, "llama", texts=[])
     monkeypatch.setattr(gguf_adapter, "as_rotated", lambda name, value, *_: value)
-    with pytest.raises(CheckFailed, match="not the adapter"):
+    with pytest.raises(CheckFailed, match="does not match the adapter"):
         export_adapter(str(tmp_path / "adapter"), tmp_path / "out", quant="f32")
     assert not (tmp_path / "out").exists()
 
@@ -247,9 +247,9 @@ def test_adapters_that_llama_cpp_cannot_add_are_refused(tmp_path: Path) -> None:
     trained(tmp_path / "rows")
     trained(tmp_path / "dora", texts=[], settings=LoraSettings(r=2, dropout=0.0, dora=True))
     for folder, words, said in (
-        ("rows/adapter", (), "rows of new tokens"),
+        ("rows/adapter", (), "embeddings of new tokens"),
         ("dora/adapter", (), "magnitudes"),
-        ("dora/adapter", ("--quant", "q8_0"), "not written as q8_0"),
+        ("dora/adapter", ("--quant", "q8_0"), "cannot be written as q8_0"),
         ("rows/base", (), "no adapter"),
     ):
         told = command(

@@ -394,7 +394,7 @@ def test_a_picture_tells_its_numbers_to_those_who_cannot_see_it() -> None:
 
 def test_a_folder_with_something_else_in_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(InputError, match=r"x\.json is no result"):
+    with pytest.raises(InputError, match=r"x\.json is not the result"):
         read(tmp_path)
 
 

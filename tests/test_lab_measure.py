@@ -115,7 +115,7 @@ def test_the_command_prints_the_table(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--wordings", "seen"], "one of plain, development, blind, all"),
+        (["--wordings", "seen"], "use one of plain, development, blind, or all"),
         (["no/such/model"], "no such model folder"),
     ],
 )

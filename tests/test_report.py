@@ -160,7 +160,7 @@ def test_a_collapsed_run_says_which_probe_and_shows_where(tmp_path: Path) -> Non
     assert "run: stopped by a probe" in text
     assert "88% of the replies to 8 fixed prompts go round in a circle" in text
     assert "Red line at step 60" in text
-    assert "A probe stopped the run before its end" in text
+    assert "A probe stopped the run early" in text
     # The training loss keeps falling, and the page shows it beside the share that goes wrong.
     assert re.search(r"training from [23]\.\d+ at step 1 to 0\.2\d+ at step 60", html)
     assert "repetition from 0 % at step 0 to 100 % at step 60" in html
@@ -200,7 +200,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     assert words(folder)["Behaves"] == "not measured"
     assert words(folder)["Saved as trained"] == "not measured"
     text = Seen(shown(folder)).text
-    assert "no prompt was asked" in text
+    assert "no prompts were asked" in text
     contents["verify.json"] = {"checks": [{"name": "rows", "state": "failed", "what": "2 differ"}]}
     failed = write_run(tmp_path / "failed", contents)
     assert words(failed)["Saved as trained"] == "no"
@@ -278,7 +278,7 @@ def test_a_link_out_of_the_run_is_not_read(tmp_path: Path) -> None:
     (folder / "samples.jsonl").symlink_to(secret)
     html = shown(folder)
     assert "password" not in html
-    assert "a link that leads out of the run" in html
+    assert "a link to outside the run" in html
 
 
 def test_a_huge_run_stays_under_two_megabytes(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_the_share_axis_and_the_marks() -> None:
 
 def test_a_histogram_says_what_lies_beyond_the_limit() -> None:
     bins = [{"from": 1, "to": 10, "rows": 3}, {"from": 11, "to": 20, "rows": 2}]
-    assert "2 rows lie in ranges beyond it" in histogram(bins, 10)
+    assert "2 rows are in ranges above it" in histogram(bins, 10)
     assert "limit" not in histogram(bins, 0)
 
 

@@ -75,7 +75,7 @@ def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shown(listener: Listener | None, quiet: bool) -> Any:
-    """Who hears what a verb tells: by default the screen, a cell's output in a notebook."""
+    """The listener of a verb: by default the screen, or a cell's output in a notebook."""
     from truetune.listener import Listener as Silence
 
     if listener is not None or quiet:
@@ -125,12 +125,12 @@ def train(
     from truetune.run.pipeline import train as run
 
     recipe = recipe_of(model, data, resume, options, "argument")
-    told = _shown(listener, quiet)
+    screen = _shown(listener, quiet)
     try:
-        done = run(recipe, told, resume=None if resume is None else os.fspath(resume))
+        done = run(recipe, screen, resume=None if resume is None else os.fspath(resume))
         return dataclasses.replace(done, findings=[_respelled(f) for f in done.findings])
     finally:
-        _closed(told)
+        _closed(screen)
 
 
 @_with_settings
@@ -163,12 +163,12 @@ def check(
     from truetune.run.checkup import check as checked
 
     recipe = recipe_of(model, data, None, options, "argument")
-    told = _shown(listener, quiet)
+    screen = _shown(listener, quiet)
     try:
-        found = checked(recipe, told, smoke_test=smoke_test)
+        found = checked(recipe, screen, smoke_test=smoke_test)
         return dataclasses.replace(found, findings=[_respelled(f) for f in found.findings])
     finally:
-        _closed(told)
+        _closed(screen)
 
 
 @dataclass
@@ -353,9 +353,9 @@ def export(
         adapter=adapter,
         quant=quant,
     )
-    told = _shown(listener, quiet)
+    screen = _shown(listener, quiet)
     source, folder = path_of(run), path_of(output)
-    shared: dict[str, Any] = {"base": base, "device": device, "listener": told}
+    shared: dict[str, Any] = {"base": base, "device": device, "listener": screen}
     merging: dict[str, Any] = {
         "onto": onto,
         "dtype": None if dtype == "auto" else dtype,
@@ -377,7 +377,7 @@ def export(
             return merged(source, folder, **merging, **shared)
         return export_served(source, folder, server=what, **merging, **shared)
     finally:
-        _closed(told)
+        _closed(screen)
 
 
 @_words_of_python()
@@ -419,7 +419,7 @@ def diagnose(
     """
     from truetune.diagnosis.diagnose import diagnose as diagnosed
 
-    told = _shown(listener, quiet)
+    screen = _shown(listener, quiet)
     try:
         return diagnosed(
             path_of(source),
@@ -430,10 +430,10 @@ def diagnose(
             gguf=None if gguf is None else path_of(gguf),
             url=url,
             data=None if data is None else path_of(data),
-            on_stage=told.stage,
+            on_stage=screen.stage,
         )
     finally:
-        _closed(told)
+        _closed(screen)
 
 
 @_words_of_python()
@@ -631,17 +631,17 @@ def evaluate(
         device=device,
     )
     several = [models] if isinstance(models, str | os.PathLike) else list(models)
-    told = _shown(listener, quiet)
+    screen = _shown(listener, quiet)
     try:
         return evaluated(
             [path_of(model) for model in several],
             path_of(data),
             settings,
-            on_stage=told.stage,
-            on_progress=told.progress,
+            on_stage=screen.stage,
+            on_progress=screen.progress,
         )
     finally:
-        _closed(told)
+        _closed(screen)
 
 
 @_words_of_python()
@@ -722,7 +722,7 @@ def push(
     """
     from truetune.run.push import push as pushed
 
-    told = _shown(listener, quiet)
+    screen = _shown(listener, quiet)
     try:
         return pushed(
             path_of(source),
@@ -730,10 +730,10 @@ def push(
             public=public,
             unverified=unverified,
             overwrite=overwrite,
-            listener=told,
+            listener=screen,
         )
     finally:
-        _closed(told)
+        _closed(screen)
 
 
 def _pre(text: str) -> str:

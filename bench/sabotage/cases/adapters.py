@@ -110,7 +110,7 @@ CASES: tuple[Case, ...] = (
         alpha_zero,
         ("lora-scale-zero",),
         "lora_alpha is 0",
-        "lora_alpha of r",
+        "lora_alpha between r",
         None,
     ),
     Case(
@@ -128,7 +128,7 @@ CASES: tuple[Case, ...] = (
         decay_high,
         ("weight-decay-unusual",),
         "towards 0",
-        "weight_decay=0 to 0.1",
+        "weight_decay between 0 and 0.1",
         None,
     ),
     Case(
@@ -163,7 +163,7 @@ CASES: tuple[Case, ...] = (
         "adapter from its config only (get_peft_model), then trained",
         config_without_weights,
         ("nothing-trainable",),
-        "weights were not read",
+        "weights were not loaded",
         "from_pretrained",
         None,
     ),

@@ -192,7 +192,7 @@ CASES: tuple[Case, ...] = (
         s13,
         ("labels-misaligned",),
         "shifted",
-        "no shift",
+        "do not shift",
     ),
     Case(
         "L01",
@@ -208,7 +208,7 @@ CASES: tuple[Case, ...] = (
         "mask the wrong way round: prompts trained, answers not",
         mask_turned,
         ("answers-masked",),
-        "wrong way round",
+        "inverted",
         "-100 on what the server sends",
     ),
     Case(
@@ -225,7 +225,7 @@ CASES: tuple[Case, ...] = (
         s13_inputs,
         ("labels-misaligned",),
         "shifted",
-        "no shift",
+        "do not shift",
         needs_trl=False,
     ),
     Case(
@@ -233,7 +233,7 @@ CASES: tuple[Case, ...] = (
         "mask made once: the user's later turns are trained too",
         mask_made_once,
         ("question-supervised",),
-        "made once",
+        "ends at the first answer",
         "every answer",
         needs_trl=False,
     ),

@@ -125,7 +125,7 @@ CASES: tuple[Case, ...] = (
         cut_and_closed,
         ("answer-cut",),
         "middle of a sentence",
-        "never put an end token behind a cut",
+        "never append an end token",
         tuple(range(3, ROWS, 4)),
         needs_trl=False,
     ),

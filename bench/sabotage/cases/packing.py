@@ -110,7 +110,7 @@ CASES: tuple[Case, ...] = (
         "packing without isolation (wrapped)",
         s16,
         ("packing-not-isolated",),
-        "see",
+        "attend",
         "bfd",
     ),
     Case(

@@ -134,7 +134,7 @@ CASES: tuple[Case, ...] = (
         s09,
         ("marker-in-pieces",),
         "<|eot_id|>",
-        "own chat template",
+        "tokenizer's chat template",
     ),
     Case(
         "S10",
@@ -142,7 +142,7 @@ CASES: tuple[Case, ...] = (
         s10,
         ("reasoning-lost", "answer-text-lost"),
         "reasoning",
-        "one row a turn",
+        "one row per turn",
     ),
     Case(
         "S10b",
@@ -150,7 +150,7 @@ CASES: tuple[Case, ...] = (
         s10_kept,
         ("history-not-served", "prompt-differs"),
         "server",
-        "one row a turn",
+        "one row per turn",
     ),
     Case(
         "S11",

@@ -195,7 +195,7 @@ CASES: tuple[Case, ...] = (
         default_system,
         ("prompt-differs",),
         "system",
-        "own chat template",
+        "tokenizer's chat template",
         **_ALONE,
     ),
     Case(
@@ -204,7 +204,7 @@ CASES: tuple[Case, ...] = (
         space_for_line,
         ("prompt-differs",),
         "a server sends",
-        "own chat template",
+        "tokenizer's chat template",
         **_ALONE,
     ),
     Case(
@@ -222,7 +222,7 @@ CASES: tuple[Case, ...] = (
         role_human,
         ("prompt-differs",),
         "'human'",
-        "own chat template",
+        "tokenizer's chat template",
         **_ALONE,
     ),
     Case(
@@ -268,7 +268,7 @@ CASES: tuple[Case, ...] = (
         positions_zero,
         ("positions-constant",),
         "position",
-        "leave position_ids out",
+        "omit position_ids",
         **_ALONE,
     ),
     Case(
@@ -277,7 +277,7 @@ CASES: tuple[Case, ...] = (
         one_row_again,
         ("rows-duplicate",),
         "41 times",
-        "leave the copies out",
+        "remove the copies",
         tuple(range(40, 80)),
         **_ALONE,
     ),

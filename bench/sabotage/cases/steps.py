@@ -148,7 +148,7 @@ CASES: tuple[Case, ...] = (
         "bfloat16 weights, AdamW, learning rate 1e-6",
         rounded_away,
         ("update-rounded-away",),
-        "rounded away",
+        "lost to rounding",
         "float32",
         None,
     ),

@@ -104,7 +104,7 @@ CASES: tuple[Case, ...] = (
         "new tokens beyond the model's rows",
         beyond_rows,
         ("id-beyond-head",),
-        "beyond",
+        "exceeds",
         "resize",
         needs_trl=False,
     ),

@@ -1,1 +1,1 @@
-"""Other people's trainers, read in place and left as found."""
+"""Audit other libraries' trainers in place, without changing them."""

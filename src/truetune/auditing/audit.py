@@ -1,12 +1,12 @@
-"""`truetune.audit`: a look at the batches that somebody else's trainer will really train on.
+"""`truetune.audit`: check the batches that another library's trainer will train on.
 
     truetune.audit(trainer).raise_for_errors()
     trainer.train()
 
 input   a transformers or TRL Trainer; or batches with a tokenizer (and model, generation config)
 does    collates rows as the trainer would and judges ids, labels and stop ids by their effect;
-        asks the model where ids cannot say it
-output  AuditReport; everything is left as it was found, random states included
+        runs the model where ids are not enough
+output  AuditReport; everything else is left unchanged, random states included
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def audit(
         source: a transformers or TRL `Trainer`; or a DataLoader or other iterable that yields
             batches with `input_ids` and `labels`, each (B, T) and unshifted.
         tokenizer: needed for batches; of a trainer it is known.
-        model: for batches, where it is at hand: its rows, types and stop ids are judged too.
-        generation_config: what the server will read; without it the model's, as the trainer will
+        model: for batches: its embeddings, dtypes and stop ids are judged too.
+        generation_config: what the server will read; by default the model's, as the trainer will
             save it.
-        evaluation: for batches: those held out, which must not be among the trained ones.
-        max_rows: rows to read, evenly over the data; None reads all.
+        evaluation: for batches: the held-out ones, which must not occur in training.
+        max_rows: rows to read, spread evenly over the data; None reads all.
 
     Returns:
-        The report. `report.raise_for_errors()` stops a script.
+        The report; `report.raise_for_errors()` stops a script.
 
     Raises:
         UsageError: there is no tokenizer, or the batches are not language-model batches, or
@@ -123,8 +123,8 @@ def _judge(subject: Subject, max_rows: int | None) -> tuple[list[Finding], Readi
 
 
 def _told_once(findings: list[Finding]) -> list[Finding]:
-    """Control tokens that the data shows need not be told of the ids as well, nor that every token
-    is a target where a mask says otherwise."""
+    """Remove findings that another finding explains: control tokens that the data shows, and
+    supervision of every token where a mask says otherwise."""
     control = [f for f in findings if f.code == "control-token-in-content"]
     masks = any(f.code == "mask-ignored" for f in findings)
     left_out = [*control[:-1], *(f for f in findings if masks and f.code == "loss-on-everything")]
@@ -163,11 +163,11 @@ def _failed(reading: Reading) -> list[Finding]:
         Finding(
             code="batch-fails",
             level="error",
-            what=f"{len(places):,} batches cannot be made: {said}",
+            what=f"{len(places):,} batches cannot be built: {said}",
             where=places[0],
             count=len(places),
-            why="the dataset or the collator raises; the training would stop there",
-            fix="mend those rows or the collator; DataCollatorForSeq2Seq pads ids and labels",
+            why="the dataset or the collator raises an exception; training would stop there",
+            fix="correct those rows or the collator; DataCollatorForSeq2Seq pads ids and labels",
             rows=tuple(places[:100]),
         )
         for said, places in kinds.items()

@@ -1,4 +1,4 @@
-"""Padding, attention masks, packing and held-out rows, judged on the collated batches."""
+"""Check padding, attention masks, packing and held-out rows on the collated batches."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ def _labels_outside(rows: Sequence[ReadRow], facts: LabelFacts) -> Iterator[Find
             bad,
             code="label-outside",
             level="error",
-            what=f"labels of {share(len(bad), len(rows))} are no ids of the model: "
+            what=f"labels of {share(len(bad), len(rows))} are not ids of the model: "
             f"{', '.join(map(str, sorted(seen)[:4]))}",
-            why="the loss leaves out -100 and nothing else; any other value is an index, and "
-            "fails on a GPU with an unreadable message",
-            fix="labels are ids below the size of the head, and -100 where nothing is learned",
+            why="the loss ignores only -100; any other value is an index, and fails on a GPU with "
+            "an unclear message",
+            fix="use labels that are ids below the size of the head, and -100 where nothing is to "
+            "be learned",
         )
 
 
 def _padding_attended(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
-    """Pad tokens in front of a row are read by every later token, unless the mask hides them."""
+    """Padding before a row is hidden by the mask; otherwise every later token attends to it."""
     pad = subject.tokenizer.pad_token_id
     if pad is None:
         return
@@ -71,15 +72,15 @@ def _padding_attended(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Fin
             bad,
             code="padding-attended",
             level="error",
-            what=f"{share(len(bad), len(rows))} have padding in front that the model attends to",
-            why="the attention mask is missing or 1 there: every token is computed behind a wall "
-            "of pad tokens, which no served prompt has",
-            fix="hand the tokenizer's attention_mask on to the model, or pad on the right",
+            what=f"{share(len(bad), len(rows))} begin with padding that the model attends to",
+            why="the attention mask is missing or 1 there: every token attends to the pad tokens "
+            "before it, which no served prompt has",
+            fix="pass the tokenizer's attention_mask to the model, or pad on the right",
         )
 
 
 def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Finding]:
-    """Tokens of a row that the rest of it cannot see."""
+    """The attention mask hides no tokens of a row."""
     inside, in_front = [], []
     for number, row in enumerate(rows):
         mask = row.mask
@@ -99,9 +100,9 @@ def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Findi
             code="attention-hole",
             level="warning",
             what=f"the attention mask hides tokens inside {share(len(inside), len(rows))}",
-            why="a mask made from `ids != pad` hides the end tokens of earlier turns where pad and "
-            "end are one token; a server shows them to the model",
-            fix="take the attention mask from the tokenizer, or make it from lengths",
+            why="a mask made from `ids != pad` hides the end tokens of earlier turns if pad and "
+            "end are the same token; when the model is served, it sees them",
+            fix="take the attention mask from the tokenizer, or build it from lengths",
         )
     if in_front:
         yield _finding(
@@ -110,32 +111,32 @@ def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Findi
             code="attention-hole",
             level="error",
             what=f"the attention mask hides the beginning of {share(len(in_front), len(rows))}: "
-            "the prompt is in the ids and the model does not see it",
-            why="the attention mask was made from the labels: -100 takes a token out of the loss, "
-            "an attention mask of 0 takes it out of sight, and answers are learned without a "
-            "question",
-            fix="attention mask 1 on every token of the row, 0 on padding alone; leave the loss to "
-            "the labels",
+            "the prompt is in the ids, but the model does not see it",
+            why="the attention mask was made from the labels: a label of -100 excludes a token "
+            "from the loss, but an attention mask of 0 hides it, so answers are learned "
+            "without a question",
+            fix="set the attention mask to 1 on every token of the row and to 0 only on padding; "
+            "let the labels control the loss",
         )
 
 
 def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
-    """Positions count up inside a document."""
+    """Position ids count up inside a document."""
     bad: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         if row.counted is not None and (kind := miscounted(row.counted[row.real != 0])):
             bad.setdefault(kind, []).append(number)
-    fix = "leave position_ids out (the model counts by itself), or count from 0 in each document"
+    fix = "omit position_ids (the model counts by itself), or count from 0 in each document"
     if still := bad.get("still"):
         yield _finding(
             rows,
             still,
             code="positions-constant",
             level="error",
-            what=f"the position ids of {share(len(still), len(rows))} do not count: the first are "
-            f"{_positions(rows[still[0]])}",
-            why="tokens are computed as if they stood at the same position: the model cannot "
-            "tell the order of the words, and a server counts",
+            what=f"the position ids of {share(len(still), len(rows))} do not increase: the first "
+            f"are {_positions(rows[still[0]])}",
+            why="tokens are computed as if they had the same position: the model cannot see the "
+            "order of the words, but a server counts positions",
             fix=fix,
         )
     if wild := bad.get("disordered"):
@@ -144,11 +145,11 @@ def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
             wild,
             code="positions-disordered",
             level="error",
-            what=f"the position ids of {share(len(wild), len(rows))} do not count up: the first "
-            f"are {_positions(rows[wild[0]])}",
-            why="the model reads the words in the order of their positions, and these run "
-            "backwards or in no order: a server counts up from 0, so what is learned does not "
-            "show when the model is served",
+            what=f"the position ids of {share(len(wild), len(rows))} do not count up one by one: "
+            f"the first are {_positions(rows[wild[0]])}",
+            why="the model reads words in the order of their positions, and these run backwards "
+            "or in no order: a server counts up from 0, so what is learned has no effect when "
+            "the model is served",
             fix=fix,
         )
 
@@ -158,12 +159,12 @@ def _positions(row: ReadRow) -> list[int]:
     return [int(position) for position in row.counted[row.real != 0][:4]]
 
 
-# Times that a row is trained before its copies are told, and the share of all rows they have.
+# Times that a row is trained before its copies are reported, and the share of all rows they have.
 _AGAIN, _AGAIN_SHARE = 10, 0.01
 
 
 def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
-    """The same row many times over, which is another epoch over it each time."""
+    """No row occurs many times: each copy trains it once more in every epoch."""
     ends = {subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id, *subject.served}
     first: dict[bytes, int] = {}
     times: dict[bytes, list[int]] = {}
@@ -187,10 +188,10 @@ def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
         code="rows-duplicate",
         level="warning" if often else "note",
         what=f"{share(len(set(copies)), len(rows))} are exact copies of earlier ones; "
-        f"{rows[first[most]].name} is there {len(again) + 1:,} times",
-        why="each copy is another epoch over that row: it is learned by heart, and the others "
-        "count less",
-        fix="leave the copies out",
+        f"{rows[first[most]].name} occurs {len(again) + 1:,} times",
+        why="each copy trains the row once more in every epoch: the model memorises it, and other "
+        "rows count less",
+        fix="remove the copies",
     )
 
 
@@ -198,7 +199,7 @@ def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
 
 
 def _dropped_rows(subject: Subject) -> Iterator[Finding]:
-    """Rows that a preparation dropped because truncation left them without a label.
+    """The preparation dropped no rows because truncation left them without a label.
 
     `datasets` keeps them in the table behind the index of a filtered dataset.
     """
@@ -220,11 +221,11 @@ def _dropped_rows(subject: Subject) -> Iterator[Finding]:
             range(len(names)),
             code="rows-dropped",
             level="error" if len(empty) > 0.05 * total else "warning",
-            what=f"{share(len(empty), total)} were dropped before the training, without a word",
+            what=f"{share(len(empty), total)} were silently dropped before training",
             why="the prompt alone fills the length limit"
             + (f" of {limit:,} tokens" if (limit := _limit(subject)) else "")
-            + ": no token of the answer was left to learn",
-            fix="raise max_length above the longest row, or leave those rows out knowingly",
+            + ": no token of the answer remained",
+            fix="raise max_length above the longest row, or remove those rows deliberately",
         )
 
 
@@ -238,7 +239,7 @@ def _limit(subject: Subject) -> int | None:
 def held_out_findings(
     reading: Reading, held_out: Mapping[str, Reading], subject: Subject
 ) -> Iterator[Finding]:
-    """Rows that are evaluated must not be trained: the loss on them says nothing."""
+    """No evaluation row is trained: the loss on it would be meaningless."""
     if not held_out:
         return
     ends = {subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id, *subject.served}
@@ -265,12 +266,12 @@ def held_out_findings(
                 same,
                 code="eval-in-train",
                 level="error" if len(same) > 0.1 * len(rows) else "warning",
-                what=f"{share(len(same), len(rows))} held out for evaluation are trained as well "
-                f"(the first is {twins})",
-                why="the evaluation rows were drawn from the training rows without taking them "
-                "out, or the data has duplicates: the evaluation loss measures memory",
-                fix="split first, without duplicates: dataset.train_test_split, and train on "
-                "the train part only",
+                what=f"{share(len(same), len(rows))} held out for evaluation are also trained (the "
+                f"first is {twins})",
+                why="the evaluation rows were drawn from the training rows without removing them, "
+                "or the data has duplicates: the evaluation loss measures memorisation",
+                fix="remove duplicates, split the dataset (dataset.train_test_split), and train "
+                "only on the train part",
             )
         if asked:
             yield _finding(
@@ -278,9 +279,9 @@ def held_out_findings(
                 asked,
                 code="eval-prompt-in-train",
                 level="warning" if len(asked) > 0.1 * len(rows) else "note",
-                what=f"{share(len(asked), len(rows))} held out have a prompt that is trained too",
-                why="rows with the same prompt stand on both sides of the split",
-                fix="keep rows with the same prompt on one side",
+                what=f"{share(len(asked), len(rows))} held out have a prompt that is also trained",
+                why="rows with the same prompt are on both sides of the split",
+                fix="keep rows with the same prompt on one side of the split",
             )
 
 

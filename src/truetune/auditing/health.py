@@ -1,4 +1,4 @@
-"""`truetune.HealthCallback`: the probes of truetune in somebody else's trainer.
+"""`truetune.HealthCallback`: truetune's probes during training with another library's trainer.
 
     trainer.add_callback(truetune.HealthCallback())
 
@@ -46,20 +46,20 @@ HEALTH = "health.jsonl"
 
 
 class HealthCallback(TrainerCallback):
-    """Watches a run of a transformers or TRL Trainer.
+    """Monitor the vital signs of a transformers or TRL Trainer's run.
 
     Args:
         data: rows as they are served: a file, a folder or a list of conversations (each a list of
-            message dicts). With them the probes see whether what is trained is what is served.
+            message dicts). With them, the probes check whether what is trained is what is served.
             None takes prompts and answers from the trainer's own batches and labels.
-        every: optimizer steps between measurings; None measures ten times in a run.
+        every: optimizer steps between measurements; None measures ten times in a run.
         keep_text: a file with text that must not be forgotten; None takes text that the model
             writes before the first step.
-        on_collapse: stop the run, or go on and say so.
-        seed: of that text.
+        on_collapse: stop the run, or continue it and report the collapse.
+        seed: random seed for that text.
 
     Attributes:
-        findings: all that was found, in order.
+        findings: all findings so far, in order.
         history: the vital signs so far; see `truetune.behaviour.vitals.Vitals`.
 
     Raises:
@@ -78,11 +78,11 @@ class HealthCallback(TrainerCallback):
         if on_collapse not in ("stop", "continue"):
             raise UsageError(
                 f"on_collapse is {on_collapse!r}",
-                fix="stop or continue: only `truetune train` can go back to a checkpoint",
+                fix='use "stop" or "continue": only `truetune train` can return to a checkpoint',
                 code="health-setting",
             )
         if every is not None and every < 1:
-            raise UsageError(f"every is {every}, must be at least 1", code="health-setting")
+            raise UsageError(f"every is {every}, but it must be at least 1", code="health-setting")
         self.data, self.every, self.on_collapse, self.seed = data, every, on_collapse, seed
         self.keep_text = keep_text
         self.findings: list[Finding] = []
@@ -104,8 +104,8 @@ class HealthCallback(TrainerCallback):
                 Finding(
                     "health-sharded",
                     "note",
-                    "the weights are sharded over processes: replies and losses are not measured, "
-                    "only the numbers that the trainer logs",
+                    "the weights are sharded over processes: replies and losses are not measured; "
+                    "only the numbers that the trainer logs are judged",
                     fix="`truetune eval` asks the saved model",
                 )
             )
@@ -196,7 +196,7 @@ class HealthCallback(TrainerCallback):
         if tokenizer is None:
             raise UsageError(
                 "the trainer has no tokenizer",
-                fix="give the trainer its processing_class",
+                fix="pass the tokenizer to the trainer as its processing_class",
                 code="health-no-tokenizer",
             )
         model = given.get("model")
@@ -214,9 +214,9 @@ class HealthCallback(TrainerCallback):
                 Finding(
                     "no-prompts",
                     "note",
-                    "no prompt could be told from an answer: replies are not measured",
-                    why="every token is a target, or nothing stands before the first one",
-                    fix="truetune.HealthCallback(ROWS) asks prompts as they are served",
+                    "no prompt could be separated from an answer: replies are not measured",
+                    why="every token is a target, or no tokens precede the first target",
+                    fix="truetune.HealthCallback(ROWS) asks the prompts as they are served",
                 )
             )
         rows = args.train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)

@@ -1,7 +1,7 @@
-"""Masks that the dataset brings, held against the tokens that are really targets.
+"""Compare the masks in the dataset with the tokens that are really targets.
 
 A column of labels or of a mask says what its author wants to train. Some trainers and collators
-leave it out and make labels of their own; nothing in the loss shows that.
+ignore it and make their own labels; the loss does not show that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MASKS = ("labels", "completion_mask", "assistant_masks")
 
 
 def mask_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """Rows in which tokens are targets that a column of theirs leaves out."""
+    """No token is a target that a mask column of its row excludes."""
     declared = _declared(subject)
     if subject.rows is None or not declared or not hasattr(subject.rows, "__getitem__"):
         return
@@ -52,7 +52,7 @@ def mask_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
             code="mask-ignored",
             level="warning",
             what=f"the column {name!r} marks {wanted[name]:,} tokens of "
-            f"{share(len(bad), len(rows))} as targets, and {trained[name]:,} are trained",
+            f"{share(len(bad), len(rows))} as targets, but {trained[name]:,} are trained",
             why=_why(subject, name),
             fix=_fix(subject, name),
         )
@@ -93,25 +93,25 @@ def _asked(cells: Mapping[str, Any], name: str, row: ReadRow) -> np.ndarray | No
 def _why(subject: Subject, name: str) -> str:
     if name == "labels":
         return (
-            f"the collator {_collator(subject)} makes labels of its own from the ids and leaves "
-            "those of the dataset out (DataCollatorForLanguageModeling does): tokens that were "
-            "masked are learned"
+            f"the collator {_collator(subject)} builds its own labels from the ids and ignores "
+            "those of the dataset (as DataCollatorForLanguageModeling does): masked tokens are "
+            "learned"
         )
     return (
-        "the trainer does not read this column: it makes the labels from the ids, and tokens that "
-        "the mask leaves out are learned all the same"
+        "the trainer does not read this column: it builds the labels from the ids, and masked "
+        "tokens are learned"
     )
 
 
 def _fix(subject: Subject, name: str) -> str:
     if name == "labels":
-        return "a collator that pads the labels it is given, such as DataCollatorForSeq2Seq"
+        return "use a collator that pads existing labels, such as DataCollatorForSeq2Seq"
     if name == "completion_mask" and hasattr(subject.args, "completion_only_loss"):
         return (
-            "completion_only_loss=True in the SFTConfig; with loss on all tokens as it is meant, "
-            "completion_only_loss=False or a dataset without the column"
+            "set completion_only_loss=True in the SFTConfig; if loss on all tokens is intended, "
+            "set it to False or remove the column"
         )
-    return f"labels in the dataset, -100 where {name!r} is 0; or leave the column out"
+    return f"put labels into the dataset, with -100 where {name!r} is 0; or remove the column"
 
 
 def _collator(subject: Subject) -> str:

@@ -1,4 +1,5 @@
-"""What only a forward pass shows: accumulation that changes the loss, documents that see others.
+"""Measure what only a forward pass shows: accumulation that changes the loss, and leaks between
+packed documents.
 
 A few dozen tokens of the trainer's own rows go through its own loss, without gradients and with
 dropout off; flags and metrics are put back.
@@ -78,9 +79,10 @@ def _accumulation(subject: Subject, reading: Reading) -> Iterator[Finding]:
         yield Finding(
             code="accumulation-not-measured",
             level="note",
-            what=f"the loss could not be asked: {type(error).__name__}: {error}",
+            what=f"the loss could not be computed: {type(error).__name__}: {error}",
             where="trainer.compute_loss",
-            why="it needs what only a step has; whether accumulation changes it is not known",
+            why="it needs values that exist only during a training step; whether accumulation "
+            "changes it is unknown",
             fix="compare one step of 8 rows with 8 steps of one row by hand",
         )
         return
@@ -91,12 +93,12 @@ def _accumulation(subject: Subject, reading: Reading) -> Iterator[Finding]:
     yield Finding(
         code="accumulation-changes-loss",
         level=level,
-        what=f"two micro-batches give a loss of {apart:.3f}, the same rows in one batch "
+        what=f"two micro-batches give a loss of {apart:.3f}, but the same rows in one batch give "
         f"{together:.3f}",
         where="compute_loss_func"
         if getattr(trainer, "compute_loss_func", None) is not None
         else f"{type(trainer).__name__}.compute_loss",
-        why=f"the loss leaves num_items_in_batch out and is a mean over each micro-batch: with "
+        why="the loss ignores num_items_in_batch and is a mean over each micro-batch: with "
         f"gradient_accumulation_steps={steps} the gradients are "
         + (f"about {steps} times too large" if level == "error" else "weighted by micro-batch"),
         fix="sum the loss over the tokens and divide by num_items_in_batch",
@@ -196,20 +198,22 @@ def _isolation(
         return
     if change is None and row.isolated:
         return
-    told = "" if change is None else f": another neighbour changes the logits by {change:.2g} of"
+    said = (
+        "" if change is None else (f": a different neighbour changes the logits by {change:.2g} of")
+    )
     yield rows_finding(
         names,
         borders,
         code="packing-not-isolated",
         level="warning" if change is None else "error",
-        what=f"{len(borders):,} rows have conversations that see the ones before them"
-        + (f"{told} their spread" if told else ""),
-        why="the attention of this model does not follow the positions of the batch (an "
-        "attention mask of ones beside them switches that off)"
+        what=f"{len(borders):,} rows contain conversations that attend to earlier ones"
+        + (f"{said} their spread" if said else ""),
+        why="this model's attention ignores the position ids of the batch (an attention mask of "
+        "ones disables them)"
         if row.isolated
         else "nothing in the batch says where a conversation begins",
-        fix='packing_strategy="bfd", or a collator that hands position_ids on and no attention '
-        "mask",
+        fix='use packing_strategy="bfd", or a collator that passes position_ids and no '
+        "attention mask",
     )
 
 
@@ -219,10 +223,10 @@ def _only_without_cache(names: Sequence[str], borders: Mapping[int, int], change
         borders,
         code="packing-needs-no-cache",
         level="note",
-        what="packed conversations are apart with use_cache=False only: with a cache, another "
-        f"neighbour changes the logits by {change:.2g} of their spread",
-        why="transformers reads the borders from position_ids, and not while it fills a cache",
-        fix="model.config.use_cache = False before the loop",
+        what="packed conversations are isolated only with use_cache=False: with a cache, a "
+        f"different neighbour changes the logits by {change:.2g} of their spread",
+        why="transformers reads the boundaries from position_ids, but not while it fills a cache",
+        fix="set model.config.use_cache = False before training",
     )
 
 
@@ -293,7 +297,7 @@ def _change(
 
     Args:
         cut: where the document begins in its line of the batch.
-        use_cache: what the forward pass is told; None leaves it to the model.
+        use_cache: passed to the forward pass; None leaves it to the model.
     """
     batch = reading.batches[row.batch] if row.batch < len(reading.batches) else None
     if batch is None or not hasattr(batch, "keys"):

@@ -1,4 +1,4 @@
-"""The model of a trainer: what of it is trained, in which type, and whether the data needs more."""
+"""Check a trainer's model: what is trained, in which dtype, and whether the data needs more."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def _nothing_trainable(model: Any) -> Finding:
         level="error",
         what="no parameter of the model is trained",
         where="trainer.model",
-        why="the adapter was made from a saved config (inference_mode is true) and its weights "
-        "were not read: get_peft_model does not load them"
+        why="the adapter was created from a saved config (inference_mode is true) and its weights "
+        "were not loaded: get_peft_model does not load them"
         if frozen
         else "all parameters have requires_grad False",
         fix="PeftModel.from_pretrained(base, folder, is_trainable=True)"
         if frozen
-        else "train some: a LoraConfig, or requires_grad_(True)",
+        else "make some trainable: use a LoraConfig, or requires_grad_(True)",
     )
 
 
@@ -99,7 +99,7 @@ def virtual_tokens(model: Any) -> int:
 
 
 def _virtual_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """Virtual tokens take their place in the context, and no length limit counts them."""
+    """Virtual tokens use part of the context, and no length limit counts them."""
     number = virtual_tokens(subject.model)
     if not number:
         return
@@ -114,23 +114,22 @@ def _virtual_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
             beyond,
             code="virtual-tokens-overflow",
             level="error",
-            what=f"{share(len(beyond), len(lengths))} and the {number:,} virtual tokens before "
-            f"them are longer than the model's context of {context:,} tokens",
-            why="a length limit counts the tokens of the row alone; a soft prompt stands in front "
-            "of them",
-            fix=f"max_length={context - number} at most",
+            what=f"{share(len(beyond), len(lengths))}, with the {number:,} virtual tokens before "
+            f"them, exceed the model's context of {context:,} tokens",
+            why="a length limit counts only the tokens of the row, but a soft prompt precedes them",
+            fix=f"set max_length to {context - number} at most",
         )
     yield Finding(
         code="soft-prompt",
         level="note",
-        what=f"{number:,} virtual tokens of a soft prompt stand before each row: the longest row "
-        f"of {max(lengths, default=0):,} tokens takes {max(lengths, default=0) + number:,}"
+        what=f"{number:,} virtual tokens of a soft prompt precede each row: the longest row of "
+        f"{max(lengths, default=0):,} tokens becomes {max(lengths, default=0) + number:,}"
         + (f", and max_length={limit:,} means {limit + number:,}" if limit else ""),
         where="trainer.model",
-        why="what is learned are these embeddings alone; they mean nothing to another base, and "
-        "the base without them has learned nothing",
-        fix="serve it by PeftModel.from_pretrained on this base; it cannot be merged, and servers "
-        "that take LoRA adapters do not take it",
+        why="only these embeddings are learned; they are meaningless to another base, and the "
+        "base without them has learned nothing",
+        fix="serve it with PeftModel.from_pretrained on this base; it cannot be merged, and "
+        "servers with LoRA support do not accept it",
     )
 
 
@@ -156,7 +155,7 @@ def new_token_ids(tokenizer: Any) -> list[int]:
 
 
 def _new_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """Tokens that were added to the tokenizer and stand in the rows have rows that can move."""
+    """Added tokens that occur in the rows have embeddings that can be trained."""
     new = new_token_ids(subject.tokenizer)
     used, names = _rows_with(reading, new)
     frozen = [i for i in new if i in used and _frozen_sides(subject.model, i)]
@@ -170,15 +169,15 @@ def _new_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
         level="error",
         what=f"{len(frozen)} token{'s' if len(frozen) > 1 else ''} added to the tokenizer cannot "
         f"be learned: {Tokens(subject.tokenizer).named(frozen, 4)}",
-        why=f"their rows of {' and '.join(_frozen_sides(subject.model, frozen[0]))} are frozen and "
-        "hold whatever they were made with; the adapter does not save them either",
+        why=f"their vectors in {' and '.join(_frozen_sides(subject.model, frozen[0]))} are frozen "
+        "at their initial values; the adapter does not save them either",
         fix=_train_rows_fix(subject.model),
     )
 
 
 def _untrained_rows(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """Special tokens that are targets have rows of their own: a row that is the same as that of
-    unused tokens was never trained, and if it is frozen it never will be."""
+    """Special tokens that are targets have distinct embeddings: one that equals those of unused
+    tokens was never trained, and if it is frozen, it never will be."""
     model, tokens = subject.model, Tokens(subject.tokenizer)
     targets: set[int] = set()
     for row in reading.rows:
@@ -199,11 +198,11 @@ def _untrained_rows(subject: Subject, reading: Reading) -> Iterator[Finding]:
         range(len(rows)),
         code="token-row-untrained",
         level="error",
-        what=f"{tokens.named(bad, 4)} must be learned, and the head cannot tell "
+        what=f"{tokens.named(bad, 4)} must be learned, but the head cannot distinguish "
         f"{'it' if len(bad) == 1 else 'them'} from other tokens",
-        why=f"it was never trained ({judged.why[bad[0]]}) and is frozen: the model writes one of "
-        "the tokens that share it instead",
-        fix=_train_rows_fix(model) + "; or use a template of tokens that the base model knows",
+        why=f"its output embedding was never trained ({judged.why[bad[0]]}) and is frozen: the "
+        "model will write one of the tokens that share it instead",
+        fix=_train_rows_fix(model) + "; or use a template whose tokens the base model knows",
     )
 
 
@@ -270,7 +269,10 @@ def _moves(module: Any, token: int) -> bool:
 def _train_rows_fix(model: Any) -> str:
     """peft settings that train the rows on the installed versions, tied or not."""
     if virtual_tokens(model):
-        return "a soft prompt trains no rows: use LoraConfig with modules_to_save, or no new tokens"
+        return (
+            "a soft prompt does not train embeddings: use LoraConfig with modules_to_save, or "
+            "add no tokens"
+        )
     entry = _embedding(model, "get_input_embeddings")
     exit_ = _embedding(model, "get_output_embeddings")
     if entry is not None and exit_ is not None and _tied(entry, exit_):
@@ -302,13 +304,13 @@ def _lora_targets(model: Any) -> Iterator[Finding]:
             yield Finding(
                 code="lora-targets-unmatched",
                 level="warning",
-                what=f"no layer is called {' or '.join(missing)}; layers matched: "
+                what=f"no layer is named {' or '.join(missing)}; layers matched: "
                 + (", ".join(f"{n} {c:,}" for n, c in counts.items() if c) or "none"),
                 where="LoraConfig",
                 count=len(missing),
-                why=f"{type(base).__name__} calls its linear layers {', '.join(linear)}; peft "
-                "leaves out what it does not find",
-                fix='target_modules="all-linear", or the names above',
+                why=f"{type(base).__name__} names its linear layers {', '.join(linear)}; peft "
+                "ignores names that it does not find",
+                fix='use target_modules="all-linear", or the names above',
             )
 
 
@@ -332,9 +334,9 @@ def _lora_scale(model: Any) -> Iterator[Finding]:
         what=f"the adapter {', '.join(map(repr, sorted(silent)))} is multiplied by 0"
         + (" in some layers" if silent & speaking else ": it changes nothing and learns nothing"),
         where="LoraConfig.lora_alpha",
-        why="lora_alpha is 0, and LoRA adds lora_alpha / r times its product: the gradients are 0 "
-        "as well",
-        fix="lora_alpha of r to 2 r (32 for r=16)",
+        why="lora_alpha is 0, and LoRA scales its product by lora_alpha / r: the gradients are "
+        "also 0",
+        fix="set lora_alpha between r and 2 r (32 for r=16)",
     )
 
 
@@ -343,7 +345,7 @@ _MOST_DROPOUT, _MOST_DECAY = 0.5, 1.0
 
 
 def _dropout(model: Any) -> Iterator[Finding]:
-    """More than half of the activations are kept."""
+    """Dropout keeps more than half of the activations."""
     import torch
 
     found: dict[float, str] = {}
@@ -357,11 +359,11 @@ def _dropout(model: Any) -> Iterator[Finding]:
         yield Finding(
             code="dropout-unusual",
             level="warning",
-            what=f"a dropout of {rate:g} sets {rate:.0%} of what it sees to 0",
+            what=f"a dropout of {rate:g} sets {rate:.0%} of its inputs to 0",
             where=found[rate],
-            why="a share to drop was taken for a share to keep, or the decimal point slipped: the "
-            "gradients are mostly noise",
-            fix="dropout 0 to 0.1 (lora_dropout=0.05)",
+            why="the share to drop was confused with the share to keep, or the decimal point is "
+            "wrong: the gradients are mostly noise",
+            fix="set dropout between 0 and 0.1 (lora_dropout=0.05)",
         )
 
 
@@ -386,10 +388,10 @@ def _types(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
             what=f"{len(halves):,} of {len(trained):,} trained parameters are float16",
             where="trainer.model",
             count=len(halves),
-            why="gradients below 6e-8 vanish and updates overflow; loss scaling cannot unscale "
+            why="gradients below 6e-8 underflow and updates overflow; loss scaling cannot unscale "
             "float16 gradients",
             fix="load the model with dtype=torch.float32 (or bfloat16 for frozen weights) and let "
-            "fp16=True choose the compute type",
+            "fp16=True choose the compute dtype",
         )
     rate = _rate(subject)
     coarse = [p for p in trained if p.dtype == torch.bfloat16 and p.ndim > 1]
@@ -400,11 +402,12 @@ def _types(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
         yield Finding(
             code="update-rounded-away",
             level="warning" if lost > 0.9 else "note",
-            what=f"a step of {rate:g} is rounded away on {lost:.0%} of the bfloat16 weights",
+            what=f"a step of {rate:g} is lost to rounding on {lost:.0%} of the bfloat16 weights",
             where="trainer.model",
-            why="Adam moves a weight by about the learning rate, and that is below half a unit in "
-            "the last place of most of them",
-            fix="train in float32 with bf16=True as the compute type, or raise the learning rate",
+            why="Adam changes a weight by about the learning rate, which is below half a unit in "
+            "the last place for most of them",
+            fix="keep the weights in float32 with bf16=True as the compute dtype, or raise the "
+            "learning rate",
         )
 
 
@@ -440,7 +443,7 @@ def _rate(subject: Subject) -> float | None:
 
 
 def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
-    """Only what cannot be meant: ten times above what any recipe of the kind uses."""
+    """The learning rate is not ten times above what any recipe of its kind uses."""
     rate = _rate(subject)
     if rate is None:
         return
@@ -455,7 +458,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             level="error",
             what=f"the learning rate is {rate:g}: nothing is learned",
             where="args.learning_rate",
-            why="it was never set, or a schedule of one's own begins at 0 and is taken for it",
+            why="it was never set, or a custom schedule begins at 0",
             fix=f"learning_rate={USUAL_RATES}",
         )
     elif rate >= most or rate < 1e-8:
@@ -463,18 +466,18 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
         yield Finding(
             code="learning-rate-unusual",
             level="warning",
-            what=f"the learning rate {rate:g} is far {side} what "
-            f"{'LoRA' if lora else 'training of all weights'} uses",
+            what=f"the learning rate {rate:g} is far {side} the usual range for "
+            f"{'LoRA' if lora else 'full fine-tuning'}",
             where="args.learning_rate",
             why="the loss diverges, or the model forgets its language"
             if side == "above"
-            else "the weights hardly move",
-            fix=f"learning_rate={USUAL_RATES}, 0.003 to 0.3 for a soft prompt",
+            else "the weights hardly change",
+            fix=f"set learning_rate={USUAL_RATES}, or 0.003 to 0.3 for a soft prompt",
         )
 
 
 def _weight_decay(subject: Subject) -> Iterator[Finding]:
-    """A decay that is meant; sign-based optimizers take larger ones."""
+    """The weight decay is in the usual range; sign-based optimizers use larger ones."""
     optimizer = getattr(subject.trainer, "optimizer", None)
     groups = getattr(optimizer, "param_groups", None)
     decay = (
@@ -490,13 +493,13 @@ def _weight_decay(subject: Subject) -> Iterator[Finding]:
         level="warning",
         what=f"a weight decay of {decay:g} pulls every trained weight towards 0",
         where="args.weight_decay",
-        why="each step takes learning rate times decay off each weight, whatever the data says",
-        fix="weight_decay=0 to 0.1",
+        why="each step shrinks each weight by learning rate times decay, whatever the data",
+        fix="set weight_decay between 0 and 0.1",
     )
 
 
 def _optimizer(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
-    """An optimizer that was handed over holds the parameters that are trained."""
+    """A given optimizer holds all trained parameters."""
     optimizer = getattr(subject.trainer, "optimizer", None)
     groups = getattr(optimizer, "param_groups", None)
     if not groups:
@@ -509,9 +512,9 @@ def _optimizer(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
             code="optimizer-misses",
             level="error" if everything else "warning",
             what=f"the optimizer holds {'none' if everything else 'not all'} of the trained "
-            f"parameters: {left_out:,} of {len(trained):,} are left out",
+            f"parameters: {left_out:,} of {len(trained):,} are missing",
             where="trainer.optimizer",
             count=left_out,
-            why="it was made before the model was wrapped, resized or replaced",
-            fix="make the optimizer after the model is complete, or let the trainer make it",
+            why="it was created before the model was wrapped, resized or replaced",
+            fix="create the optimizer after the model is complete, or let the trainer create it",
         )

@@ -1,4 +1,4 @@
-"""Rows of somebody else's pipeline, collated by their own collator.
+"""Read the rows of another library's pipeline, collated by its own collator.
 
 input   a torch DataLoader, or anything that can be iterated again and yields batches
 does    takes the sampler's own index batches, fetches and collates them here (no workers, no
@@ -33,7 +33,7 @@ class ReadRow:
         index: in the dataset; None where that cannot be known.
         batch: number of the batch it came in.
         ids, labels: (T,).
-        mask: (T,) what the model is told to attend to; None where it is told nothing.
+        mask: (T,) the attention mask; None where there is none.
         real: (T,) 0 for padding, else the number of the document, from 1.
         isolated: the batch says where documents begin.
         counted: (T,) the positions that the batch brings; None where it brings none.
@@ -145,7 +145,7 @@ def _read_map(
         try:
             features = _fetch(dataset, listed)
             batch = collate(features if isinstance(wanted, list) else features[0])
-        except Exception as error:  # the user's own code: told as it is, with its rows
+        except Exception as error:  # the user's own code: reported as it is, with its rows
             reading.failures.append((place, error))
             _read_apart(reading, loader, number, pad_id, names, listed)
             continue
@@ -165,7 +165,7 @@ def _read_apart(
         try:
             features = _fetch(loader.dataset, [index])
             batch = loader.collate_fn(features)
-        except Exception:  # told already, for the batch
+        except Exception:  # reported already, for the batch
             continue
         _take(reading, batch, number, pad_id, [name], [index], features)
 
@@ -182,9 +182,9 @@ def _read_stream(
     for thing in (source, dataset):
         if thing is not None and hasattr(thing, "__next__"):
             raise UsageError(
-                f"{name} is an iterator: reading it would take its rows from the training",
-                fix="hand over something that can be iterated again: a DataLoader, a dataset, "
-                "a list of batches",
+                f"{name} is an iterator: reading it would remove its rows from training",
+                fix="pass something that can be iterated again: a DataLoader, a dataset, a list "
+                "of batches",
                 code="audit-iterator",
             )
     held = (
@@ -194,9 +194,9 @@ def _read_stream(
     )
     if held:
         raise UsageError(
-            f"{name} keeps an iterator in {held[0]!r}: reading it would take its rows from the "
+            f"{name} keeps an iterator in {held[0]!r}: reading it would remove its rows from "
             "training",
-            fix="make the iterator anew in __iter__",
+            fix="create the iterator in __iter__",
             code="audit-iterator",
         )
     count = 0
@@ -333,7 +333,7 @@ def batch_fields(batch: Any) -> dict[str, Array]:
         raise UsageError(
             "the batches have no input_ids",
             why=f"they hold {', '.join(map(str, batch)) or 'nothing by name'}",
-            fix="audit what yields mappings with input_ids and labels",
+            fix="pass batches that are mappings with input_ids and labels",
             code="audit-no-ids",
         )
     if "labels" not in values and "shift_labels" in values:
@@ -374,7 +374,7 @@ def _real(
     size = len(ids)
     mask, labels = pick.get("attention_mask"), pick.get("labels")
     own = _own_mask(feature, known)
-    # What a mask hides of a row is told as that; the row is judged as its ids are.
+    # What a mask hides of a row is reported as that; the row is judged as its ids are.
     hidden = hidden_text(ids, labels, mask, pad_id)
     if known is not None and own is not None and known <= size:
         source = np.asarray(feature["input_ids"], dtype=np.int64).reshape(-1)

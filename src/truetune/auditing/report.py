@@ -1,4 +1,4 @@
-"""What an audit returns: findings, whether they allow a run, and how they read."""
+"""The result of an audit: findings, whether they allow a run, and their text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AuditReport:
 
     Attributes:
         findings: most severe first.
-        summary: what was looked at, by name: rows, tokens, stop tokens, seconds.
+        summary: what was examined, by name: rows, tokens, stop tokens, seconds.
     """
 
     findings: tuple[Finding, ...]
@@ -37,7 +37,7 @@ class AuditReport:
         return iter(self.findings)
 
     def raise_for_errors(self) -> AuditReport:
-        """Stop here if an error was found; else hand the report on.
+        """Raise if an error was found; otherwise return the report.
 
         Raises:
             CheckFailed: with all findings in `.findings`, and their text as its message.

@@ -1,4 +1,4 @@
-"""Encoder-decoders: targets end, are padded with -100, and reach the decoder one step late."""
+"""Check encoder-decoders: targets end, are padded with -100, and are shifted once."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def _targets_end(
             code="nothing-supervised",
             level="error",
             what=f"no token is a target in {share(len(empty), len(names))}",
-            why="their targets are empty, or all of them were masked",
-            fix="leave those rows out, or mend what makes the targets",
+            why="their targets are empty or completely masked",
+            fix="remove those rows, or correct the code that builds the targets",
         )
     if missing:
         longest = max(lengths)
@@ -63,15 +63,16 @@ def _targets_end(
             missing,
             code="answer-cut" if cut and len(missing) < len(names) else "stop-missing",
             level="error" if len(missing) > 0.01 * len(names) else "warning",
-            what=f"the target of {share(len(missing), len(names))} ends on no end token, the "
-            f"decoder stops on {shown}",
+            what=f"the targets of {share(len(missing), len(names))} do not end with an end token; "
+            f"the decoder stops on {shown}",
             why=f"they are cut at {longest} tokens"
             if cut and len(missing) < len(names)
-            else f"the last label is {tokens.decode([tail])!r}: the end was never appended, or "
+            else f"the last label is {tokens.decode([tail])!r}: the end token was not appended, or "
             "another tokenizer made the targets",
-            fix="raise the limit on targets"
+            fix="raise the length limit of the targets"
             if cut and len(missing) < len(names)
-            else "tokenize targets with text_target=..., so that the tokenizer ends them",
+            else "tokenize targets with text_target=..., so that the tokenizer appends the end "
+            "token",
         )
 
 
@@ -81,7 +82,7 @@ _LOOK, _PIECES, _PIECE_SHARE = 400, 3, 0.05
 
 
 def _targets_begin(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """The first label is one that a text begins with, not one from the middle of it."""
+    """The first label begins a text; it is not from the middle of one."""
     tokens, rows = Tokens(subject.tokenizer), reading.rows
     step = max(1, len(rows) // _LOOK)
     looked = range(0, len(rows), step)
@@ -109,12 +110,12 @@ def _targets_begin(subject: Subject, reading: Reading) -> Iterator[Finding]:
         found,
         code="target-start-lost",
         level="error" if inside else "warning",
-        what=f"the targets of {len(found):,} of {len(looked):,} rows looked at begin inside a "
-        f"text: {first}",
+        what=f"the targets of {len(found):,} of {len(looked):,} examined rows begin inside a text: "
+        f"{first}",
         why="their first token was shifted away: the model shifts the labels itself, so the "
         "decoder never learns how an answer begins",
-        fix="hand the targets over unshifted, from their first token on (labels = the ids of the "
-        "target); the model puts the start token in front",
+        fix="pass the targets unshifted, from their first token on (labels = the ids of the "
+        "target); the model prepends the start token",
     )
 
 
@@ -154,8 +155,8 @@ def _padding(
             code="padding-supervised",
             level="error",
             what=f"padding has labels in {share(len(bad), len(names))}",
-            why="targets were padded with the pad token: the decoder learns to write it, and the "
-            "loss of real tokens counts less",
+            why="targets were padded with the pad token: the decoder learns to write it, and real "
+            "tokens count less in the loss",
             fix="pad labels with -100 (DataCollatorForSeq2Seq does)",
         )
 
@@ -173,17 +174,18 @@ def _start_token(
             level="error",
             what="the model's config has no decoder_start_token_id",
             where="model.config",
-            why="labels cannot be handed to the decoder one step late without a first token",
-            fix="set model.config.decoder_start_token_id (and that of the generation config)",
+            why="labels cannot be shifted for the decoder without a start token",
+            fix="set model.config.decoder_start_token_id (and the one in the generation config)",
         )
         return
     if served is not None and served != start:
         yield Finding(
             code="decoder-start",
             level="error",
-            what=f"training starts the decoder with token {start}, generation with {served}",
+            what=f"training starts the decoder with token {start}, but generation starts it with "
+            f"{served}",
             where="model.generation_config.decoder_start_token_id",
-            why="the first step at serving time is one that was never trained",
+            why="the first step of generation is one that was never trained",
             fix=f"model.generation_config.decoder_start_token_id = {start}",
         )
     doubled = [i for i, labels in enumerate(targets) if len(labels) and int(labels[0]) == start]
@@ -193,16 +195,16 @@ def _start_token(
             doubled,
             code="decoder-start-doubled",
             level="error",
-            what=f"{share(len(doubled), len(names))} begin their target with the token that the "
-            f"decoder starts with ({start})",
-            why="the model puts it in front of the labels by itself: the decoder learns to begin "
-            "with it twice, or the labels were shifted already",
-            fix="leave it out of the labels",
+            what=f"the targets of {share(len(doubled), len(names))} begin with the token that "
+            f"starts the decoder ({start})",
+            why="the model prepends it to the labels itself: the decoder learns to begin with it "
+            "twice, or the labels were already shifted",
+            fix="remove it from the labels",
         )
 
 
 def _decoder_inputs(subject: Subject, reading: Reading) -> Iterator[Finding]:
-    """Decoder inputs that a batch brings are the labels one step late, and nothing else."""
+    """A batch's decoder inputs are the labels shifted by one."""
     start = getattr(subject.model.config, "decoder_start_token_id", None)
     pad = subject.tokenizer.pad_token_id
     for number, batch in enumerate(reading.batches):
@@ -220,12 +222,12 @@ def _decoder_inputs(subject: Subject, reading: Reading) -> Iterator[Finding]:
         yield Finding(
             code="decoder-inputs",
             level="error",
-            what="decoder_input_ids are the labels themselves: each token is shown before it is "
-            "asked for"
+            what="decoder_input_ids are the labels themselves: the decoder sees each token that "
+            "it must predict"
             if leak
-            else "decoder_input_ids are not the labels one step late",
+            else "decoder_input_ids are not the labels shifted by one",
             where=f"batch {number}",
-            why="the collator made them without a shift, or shifted them twice",
-            fix="leave decoder_input_ids out: the model makes them from the labels",
+            why="the collator did not shift them, or shifted them twice",
+            fix="omit decoder_input_ids: the model builds them from the labels",
         )
         return

@@ -1,4 +1,4 @@
-"""Rows against the data they were made from, where the dataset still has it.
+"""Compare rows with the data that they were made from, if the dataset still has it.
 
 A trainer's dataset often keeps its columns (`messages`, `prompt` and `completion`) beside the ids.
 Then two things can be shown that ids alone cannot: that the ids before an answer are those that a
@@ -89,7 +89,7 @@ def _conversation(cells: Mapping[str, Any]) -> _Talk | None:
 
 
 def stop_findings(subject: Subject, facts: LabelFacts) -> Iterator[Finding]:
-    """An end that the tokenizer knows, and the generation config of the model does not."""
+    """The model's generation config contains the end token that answers are trained with."""
     if facts.plain or facts.is_stream or subject.model is None or not subject.served:
         return
     trained = stops_trained(facts) & set(subject.said) - set(subject.served)
@@ -100,12 +100,12 @@ def stop_findings(subject: Subject, facts: LabelFacts) -> Iterator[Finding]:
     yield Finding(
         code="stop-not-served",
         level="warning",
-        what=f"answers are trained to end on {ends}, the model's generation config stops on "
-        f"{known} only",
+        what=f"answers are trained to end with {ends}, but the model's generation config stops "
+        f"only on {known}",
         where="model.generation_config.eos_token_id",
         count=len(facts.table),
-        why="the tokenizer knows the end and the config does not: `generate` goes on after it, and "
-        "a server that reads the saved generation_config does too",
+        why="the tokenizer knows the end token, but the generation config does not: `generate` "
+        "continues after it, and so does a server that reads the saved generation_config",
         fix=f"model.generation_config.eos_token_id = {sorted({*subject.served, *trained})}",
         rows=tuple(facts.names[:MOST_ROWS]),
     )
@@ -142,11 +142,11 @@ def _conversations(
             differ,
             code="prompt-differs",
             level="error",
-            what=f"{share(len(differ), len(names))} are trained behind a prompt that the server "
-            "of this tokenizer does not send",
+            what=f"{share(len(differ), len(names))} are trained after a prompt that a server with "
+            "this tokenizer does not send",
             why=shown,
-            fix="render the rows with the tokenizer's own chat template, as it is saved; where it "
-            "deletes earlier reasoning, train one row a turn",
+            fix="render the rows with the tokenizer's chat template, as it is saved; if it "
+            "deletes earlier reasoning, train one row per turn",
         )
     if lost:
         yield rows_finding(
@@ -154,18 +154,19 @@ def _conversations(
             lost,
             code="answer-text-lost",
             level="warning",
-            what=f"a part of the answers of {share(len(lost), len(names))} is not in their ids",
-            why="the chat template leaves it out (reasoning of earlier turns is the usual part), "
-            "so the data is not what is learned",
-            fix="one row a turn, so that each answer is rendered as the last one; or a template "
-            "that writes it",
+            what=f"parts of the answers of {share(len(lost), len(names))} are missing from their "
+            "ids",
+            why="the chat template drops them (usually the reasoning of earlier turns), so the "
+            "model does not learn what the data says",
+            fix="train one row per turn, so that each answer is rendered as the last one; or use "
+            "a template that writes them",
         )
 
 
 def _foreign_roles(
     contract: PromptContract, talks: Sequence[tuple[ReadRow, _Talk]], names: Sequence[str]
 ) -> Iterator[Finding]:
-    """Roles that no server sends and that the template does not name either."""
+    """All roles are ones that servers send or that the template names."""
     known = {*ROLES, None}
     found: dict[int, str] = {}
     shown = True
@@ -181,15 +182,15 @@ def _foreign_roles(
             found,
             code="prompt-differs",
             level="error",
-            what=f"{share(len(found), len(names))} have turns of the role {role!r}, which no "
+            what=f"{share(len(found), len(names))} contain turns of the role {role!r}, which no "
             "server sends",
             why=f"the template writes {role!r} where a served prompt has 'user' or 'assistant': "
-            "what is learned behind it does not show when the model is served"
+            "what is learned after it has no effect when the model is served"
             if shown
-            else f"the template does not know {role!r} and leaves those turns out: what they say "
-            "is not in the ids",
+            else f"the template does not know {role!r} and drops those turns: their text is not in "
+            "the ids",
             fix="rename the roles to user and assistant before the rows are rendered with the "
-            "tokenizer's own chat template",
+            "tokenizer's chat template",
         )
 
 
@@ -209,7 +210,7 @@ def _judge_row(
     for turn in turns:
         for key in ("content", "reasoning_content"):
             part = talk.messages[turn].get(key)
-            # What the length limit took is told where lengths are judged.
+            # What the length limit took is reported where lengths are judged.
             if isinstance(part, str) and not at_limit and _gone(contract, part, text):
                 missing = True
     try:
@@ -226,7 +227,7 @@ def _judge_row(
         return "", missing
     ours = contract.tokens.decode(ids[same : same + 6])
     theirs = contract.tokens.decode(served[same : same + 6])
-    return f"from token {same} on it is {ours!r}, a server sends {theirs!r}", missing
+    return f"from token {same} on, the row has {ours!r}, but a server sends {theirs!r}", missing
 
 
 def _served(contract: PromptContract, talk: _Talk, turn: int) -> list[int]:
@@ -252,7 +253,7 @@ def _control_tokens(
     starts = (facts.frame.answer_start, facts.frame.user_start)
     # A header in plain letters (`### Response:`) is a marker; a role alone (`assistant`) is not.
     texts |= {t for t in starts if len(t) > 4 and not t.replace(" ", "").isalpha()}
-    # Tokens of a conversation that was rendered twice are told as that.
+    # Tokens of a conversation that was rendered twice are reported as that.
     nested = {facts.names[row] for row in nested_rows(facts)}
     said = [
         Conversation(tuple(map(_in_text, talk.messages)), row.name)
@@ -287,16 +288,16 @@ def _prompt_texts(subject: Subject, texts: Sequence[tuple[ReadRow, str, str]]) -
         bad.append(number)
         ours = tokenizer.decode(ids[same : same + 2])
         theirs = tokenizer.decode(prompt[same : same + 2])
-        shown = shown or f"the row goes on with {ours!r} where the prompt alone has {theirs!r}"
+        shown = shown or f"the row continues with {ours!r} where the prompt alone has {theirs!r}"
     if bad:
         yield rows_finding(
             [row.name for row, _, _ in texts],
             bad,
             code="prompt-merged",
             level="warning",
-            what=f"the end of the prompt is another token in {share(len(bad), len(texts))} than "
-            "when the prompt stands alone",
-            why=f"{shown}: prompt and completion were tokenized together and merged across the "
-            "seam, so the model is trained on a prompt that no server sends",
+            what=f"in {share(len(bad), len(texts))}, the prompt ends with a different token than "
+            "when it is tokenized alone",
+            why=f"{shown}: prompt and completion were tokenized together and merged at the "
+            "boundary, so the model is trained on a prompt that no server sends",
             fix="move the space from the end of the prompt to the beginning of the completion",
         )

@@ -1,4 +1,4 @@
-"""Leave everything as it was found: random states, and the state of objects that are read.
+"""Restore everything that reading changes: random states, and the state of objects that are read.
 
 Reading a trainer's batches draws random numbers, moves samplers on and fills caches. `untouched`
 puts all of that back, in place, so that a run with the audit gives the same losses bit for bit.

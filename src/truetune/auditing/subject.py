@@ -1,4 +1,4 @@
-"""What is audited: a trainer, or batches with their tokenizer, as one value.
+"""The subject of an audit: a trainer, or batches with their tokenizer, as one value.
 
 input   a transformers or TRL Trainer; or anything that yields batches
 does    finds loaders, tokenizer, model and the stop set that will be saved, without changing them
@@ -114,7 +114,7 @@ def subject_of_trainer(trainer: Any, tokenizer: Any, model: Any, generation_conf
     if tokenizer is None:
         raise UsageError(
             "the trainer has no tokenizer",
-            why="neither processing_class nor the data collator holds one",
+            why="neither its processing_class nor its data collator has one",
             fix="truetune.audit(trainer, tokenizer)",
             code="audit-no-tokenizer",
         )
@@ -155,14 +155,14 @@ def subject_of_batches(
     """
     if tokenizer is None:
         raise UsageError(
-            "batches alone do not say what their ids mean",
+            "the ids of batches cannot be decoded without their tokenizer",
             fix="truetune.audit(dataloader, tokenizer)",
             code="audit-no-tokenizer",
         )
     if not hasattr(batches, "__iter__"):
         raise UsageError(
-            f"{type(batches).__name__} is neither a trainer nor something that yields batches",
-            fix="hand over a transformers or TRL Trainer, or a DataLoader",
+            f"{type(batches).__name__} is neither a trainer nor an iterable of batches",
+            fix="pass a transformers or TRL Trainer, or a DataLoader",
             code="audit-subject",
         )
     tokenizer = _tokenizer_of(tokenizer) or tokenizer

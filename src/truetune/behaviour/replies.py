@@ -206,8 +206,8 @@ _NEXT_TURN = re.compile(
 
 
 def _user_turn(contract: PromptContract) -> str:
-    """What the template writes between an answer's stop and the next question; "" where that is
-    too little to be told from an answer."""
+    """What the template writes between an answer's stop and the next question; "" where that is too
+    little to be distinguished from an answer."""
     after = contract.behaviour().answer_end[1]
     for stop in contract.stop_ids:
         after = after.replace(contract.tokens.decode([stop]), "")

@@ -69,7 +69,7 @@ class Watch:
         return replace(measured, vitals=vitals), judge(self.history)
 
     def new(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Those that were not told before."""
+        """Those that were not reported before."""
         return once(findings, self._told)
 
     def _loop_loss(self) -> float | None:
@@ -79,7 +79,7 @@ class Watch:
 
 
 def once(findings: Sequence[Finding], told: set[tuple[str, str]]) -> list[Finding]:
-    """Findings that were not told at this level before; they are remembered. Spikes of several
+    """Findings that were not reported at this level before; they are remembered. Spikes of several
     steps are several findings."""
     new = [f for f in findings if f.code == "loss-spike" or (f.code, f.level) not in told]
     told.update((f.code, f.level) for f in new)

@@ -1,4 +1,4 @@
-"""Does the run fit, and how long will it take? With error bars, and what to change if not.
+"""Estimate whether the run fits into memory and how long it takes, with error bars.
 
 input   config and plan; no weights
 does    counts what is exact (weights, gradients, optimizer); asks the loop's own measurement of a
@@ -134,11 +134,11 @@ class Fit:
         yield Finding(
             "memory-short",
             "warning",
-            f"the run takes {gib(self.low)} to {gib(self.high)} of memory, "
+            f"the run needs {gib(self.low)} to {gib(self.high)} of memory, but "
             f"{gib(self.available)} are free on {self.device}",
             why=", ".join(f"{name} {gib(n)}" for name, n in self.parts.items() if n),
-            fix=(f"{enough[0]} is enough and costs least; " if enough else "")
-            + f"in the order of cost: {ways}",
+            fix=(f"{enough[0]} is sufficient and has the lowest cost; " if enough else "")
+            + f"in order of increasing cost: {ways}",
         )
 
 
@@ -285,7 +285,7 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
     targets = sorted({path.rpartition(".")[2] for path, _ in _targets(model, names)})
     model.requires_grad_(False)
     if not targets:
-        return model  # told as lora-targets-unmatched
+        return model  # reported as lora-targets-unmatched
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         settings = LoraConfig(
@@ -303,7 +303,11 @@ def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str
             if plan.packing
             else f"--micro-batch-size {max((plan.micro_batch_size or 1) // 2, 1)}"
         )
-        yield option, dataclasses.replace(shape, tokens=half).total, "the same result, more passes"
+        yield (
+            option,
+            dataclasses.replace(shape, tokens=half).total,
+            "the same result with more passes",
+        )
     if not shape.checkpointing:
         made = _recomputed(shape.footprint, _config(plan)[0])
         smaller = dataclasses.replace(shape, checkpointing=True, footprint=made)
@@ -316,14 +320,14 @@ def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str
         trainable = shape.parameters // 100
         made = _frozen(shape.footprint)
         smaller = dataclasses.replace(shape, lora=True, trainable=trainable, footprint=made)
-        yield "--lora", smaller.total, "an adapter in place of all weights"
+        yield "--lora", smaller.total, "an adapter instead of all weights"
     if not plan.qlora:
         trainable = shape.trainable if shape.lora else shape.parameters // 100
         made = shape.footprint if shape.lora else _frozen(shape.footprint)
         smaller = dataclasses.replace(
             shape, lora=True, trainable=trainable, weight_bytes=0.55, footprint=made
         )
-        yield "--qlora", smaller.total, "the base in 4 bits, with its rounding"
+        yield "--qlora", smaller.total, "the base in 4 bits, with rounding errors"
 
 
 def layer_speed(plan: Plan, device: str) -> float | None:

@@ -1,5 +1,5 @@
-"""What a length limit costs, by damage: which rows lose the end of an answer, the stop token, or
-the marker that closes their reasoning.
+"""Count what a length limit damages: rows that lose the end of an answer, the stop token, or the
+marker that closes their reasoning.
 
 input   token rows; where reasoning closes, found by its marker
 does    per candidate limit: what a trainer that cuts there (keeping the head) would take away
@@ -82,7 +82,7 @@ class Damage:
     def line(self) -> str:
         """The damage in one line."""
         if not self.cut:
-            return f"at {self.limit:,} tokens every row is whole"
+            return f"at {self.limit:,} tokens, every row is kept whole"
         lost = [f"{percent(self.share(self.cut))} of the rows ({self.cut:,} of {self.rows:,})"]
         lost.append(f"are cut at {self.limit:,} tokens")
         parts = []
@@ -207,7 +207,7 @@ def length_report(rows: RowLengths, *limits: int | None) -> dict[str, Any]:
     and the histogram, as JSON has it.
 
     Args:
-        limits: of the run, and of the model's context; the first one is told apart.
+        limits: of the run, and of the model's context; the first one is reported separately.
     """
     return {
         **quantiles(rows),

@@ -1,4 +1,4 @@
-"""The checks of a coming run that need no weights.
+"""The checks of a planned run that need no weights.
 
 input   Preflight: the examples as they will be trained, and the plan's numbers
 does    the label families on the examples, then the families on the run
@@ -27,7 +27,7 @@ from truetune.findings import Finding, merged
 
 @dataclass(frozen=True)
 class Preflight:
-    """What the checks look at: plain values of the coming run.
+    """What the checks examine: plain values of the planned run.
 
     Attributes:
         examples: what will be trained, in order; `rows` says where each came from.
@@ -63,8 +63,8 @@ class Preflight:
 
     @cached_property
     def labels(self) -> LabelFacts:
-        """The examples as the label families look at them. Their prompts are proved: they came
-        out of the contract."""
+        """The examples as the label checks examine them. Their prompts are proved: they came out of
+        the contract."""
         return LabelFacts(
             TokenTable.of_examples(self.examples, self.rows),
             Frame.of_contract(self.contract),
@@ -76,7 +76,7 @@ class Preflight:
 
     @cached_property
     def data(self) -> DataFacts:
-        """The conversations as the data families look at them."""
+        """The conversations as the data checks examine them."""
         return DataFacts(self.train, self.held_out, control_tokens(self.contract))
 
 
@@ -86,7 +86,7 @@ def preflight(
     """All findings, the most severe first.
 
     Args:
-        on_progress: is told (families done, families there are).
+        on_progress: is called with (families done, families in total).
     """
     families: list[Callable[[], Iterable[Finding]]] = [
         *(partial(check, facts.data) for check in checks_of(conversations)),

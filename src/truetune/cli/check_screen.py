@@ -87,7 +87,7 @@ def _verdict(found: Checkup) -> str:
 
 
 def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
-    """What is trained; whether from a base is told here where no weights were judged."""
+    """What is trained; whether from a base is shown here if no weights were judged."""
     start = f" ({run['start']})" if "start" in run and not judged else ""
     lines = [("model", f"{run['model']}{start}")]
     if "train" not in run:
@@ -146,7 +146,7 @@ def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:
     arguments = contract["template_arguments"]
     return [
         ("template", contract["template"] + (f", with {arguments}" if arguments else "")),
-        ("stop set", stops),
+        ("stop tokens", stops),
     ]
 
 

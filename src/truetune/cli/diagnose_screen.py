@@ -1,4 +1,4 @@
-"""What `truetune diagnose` shows: a line a stage, then the first that parts."""
+"""The screen of `truetune diagnose`: one line per stage, then the first that differs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def show_diagnosis(screen: Screen, found: Diagnosis) -> None:
     first = found.first
     if first is None:
         alone = [stage.note for stage in found.stages if stage.note.startswith("alone")]
-        screen.line(alone[0] if alone else "no stage parts: what was trained is what is served")
+        screen.line(alone[0] if alone else "no stage differs: what was trained is what is served")
         return
     error = next(finding for finding in first.findings if finding.level == "error")
-    screen.line(f"the first stage that parts: {first.name}", "red")
+    screen.line(f"the first stage that differs: {first.name}", "red")
     if error.why:
         screen.line(f"  likely cause  {error.why.splitlines()[0]}")
-    screen.line(f"  repair        {error.fix}")
+    screen.line(f"  fix           {error.fix}")
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def _row(stage: Stage) -> tuple[str, ...]:
         f"{100 * same:.0f} % equal" if same is not None else "-",
         _share(numbers.get("stopped")),
         _share(numbers.get("match")),
-        "parts" if stage.parts else "",
+        "differs" if stage.parts else "",
     )
 
 

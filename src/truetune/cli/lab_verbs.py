@@ -26,7 +26,9 @@ lab = typer.Typer(
 @lab.command(cls=Verb, short_help="Build the embedded base from a seed (about 90 minutes).")
 def pretrain(
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the model.")],
-    seed: Annotated[int, typer.Option(help="Of world, corpus and weights.")] = 7,
+    seed: Annotated[
+        int, typer.Option(help="Random seed for the world, the corpus and the weights.")
+    ] = 7,
     tokens: Annotated[
         int | None,
         # Fewer leave a stage of a course without a step.
@@ -34,7 +36,7 @@ def pretrain(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compile: Annotated[
-        bool, typer.Option("--compile", help="Through torch.compile; needs a C++ compiler.")
+        bool, typer.Option("--compile", help="Use torch.compile, which needs a C++ compiler.")
     ] = False,
 ) -> None:
     """Build corpus, tokenizer and weights of the embedded base from a seed (about 90 minutes)."""
@@ -56,10 +58,10 @@ def pretrain(
     screen.line(f"written and measured: {folder} (its README.md has the numbers)")
 
 
-@lab.command("list", cls=Verb, short_help="The experiments and what they claim.")
+@lab.command("list", cls=Verb, short_help="Show the experiments and their claims.")
 def list_experiments() -> None:
-    """Show each experiment: its name, the claim about fine-tuning that it tries, and the exercises
-    of a course that it answers."""
+    """Show each experiment: its name, the claim about fine-tuning that it tests, and the course
+    exercises that it covers."""
     from truetune.lab.catalogue import every
 
     screen = open_screen()
@@ -70,21 +72,23 @@ def list_experiments() -> None:
 
 
 _QUICK = typer.Option(
-    "--quick", help="A first look: one seed, a quarter of the rows a step, no arm but those judged."
+    "--quick",
+    help="A first look: one seed, a quarter of the rows per step, only the arms that are judged.",
 )
-_SEEDS = typer.Option("--seeds", help="How many seeds. (default: as declared)", min=1)
+_SEEDS = typer.Option("--seeds", help="Number of seeds. (default: as declared)", min=1)
 _FOLDER = typer.Option("-o", "--output", help="Folder of the trained arms and the results.")
 
 
 @lab.command("run", cls=Verb, short_help="Run one experiment and judge its claim.")
 def run_experiment(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `truetune lab list` shows it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name from `truetune lab list`.")],
     quick: Annotated[bool, _QUICK] = False,
     seeds: Annotated[int | None, _SEEDS] = None,
     output: Annotated[str, _FOLDER] = "runs/lab",
 ) -> None:
     """Train the arms of an experiment, measure them, and judge its claim by the bounds that were
-    declared before. An arm that lies in the folder is not trained again."""
+    declared before. Arms that are already in the folder are not
+    trained again."""
     from truetune.lab.catalogue import find
 
     _run([find(name)], quick, seeds, output)
@@ -130,7 +134,7 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
     screen.line(f"all results so far: {write_page(output)}")
 
 
-@lab.command("evaluate", cls=Verb, short_help="Count what a base knows of its world.")
+@lab.command("evaluate", cls=Verb, short_help="Count what a base knows about its world.")
 def evaluate_base(
     model: Annotated[
         str | None,
@@ -139,16 +143,16 @@ def evaluate_base(
         ),
     ] = None,
     wordings: Annotated[
-        str, typer.Option(help="Those asked in: plain, development, blind or all.")
+        str, typer.Option(help="Wordings of the questions: plain, development, blind or all.")
     ] = "all",
-    seed: Annotated[int, typer.Option(help="Of the world it has read about.")] = 7,
+    seed: Annotated[int, typer.Option(help="Seed of the world that it was trained on.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count what a base knows of its world: facts in held-out wordings, sums, loss on prose.
+    """Count what a base knows about its world: facts in held-out wordings, sums, loss on prose.
 
-    The corpus uses none of the wordings. Plain ones are of its own kind; by development ones it was
-    mended; blind ones come from another hand, and ask for somebody else's English as well.
+    The corpus contains none of these wordings. Plain ones resemble it; development ones were used
+    to improve it; blind ones were written independently, in different English.
     """
     from truetune.cli.screen import side_by_side
     from truetune.lab.measure import measure

@@ -83,7 +83,7 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
             if arguments["chosen for plain rows"]
             else []
         ),
-        ("stop set", stops or "empty: nothing would end an answer"),
+        ("stop tokens", stops or "none: nothing would end an answer"),
     ]
     screen.pairs(rows)
     for note in facts["notes"]:

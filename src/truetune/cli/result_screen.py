@@ -49,7 +49,7 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
 
 
 def show_checks(screen: Screen, verdict: Verdict | None) -> None:
-    """A line a check; what failed is told once, by the errors that follow."""
+    """One line per check; failures are reported once, by the errors that follow."""
     from truetune.verification.verdict import shown
 
     for check in verdict.checks if verdict else ():

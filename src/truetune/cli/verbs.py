@@ -309,7 +309,7 @@ def inspect_model(
         ),
     ] = None,
 ) -> None:
-    """Show a model's template, stop set, vocabulary, head and LoRA targets.
+    """Show a model's template, stop tokens, vocabulary, head and LoRA targets.
 
     With --data, show rows as they are trained: served prompt, supervised tokens, stop tokens.
 
@@ -377,12 +377,12 @@ def evaluate_models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     limit: Annotated[
         int | None,
-        typer.Option(help="Use only this many rows, from the first.", rich_help_panel=_READING),
+        typer.Option(help="Use only the first rows of DATA.", rich_help_panel=_READING),
     ] = None,
     shots: Annotated[
         int,
         typer.Option(
-            help="How many other rows to put before each question.", rich_help_panel=_READING
+            help="Number of other rows to show before each question.", rich_help_panel=_READING
         ),
     ] = 0,
     split: Annotated[
@@ -429,18 +429,18 @@ def evaluate_models(
     device: _Device = "auto",
     tasks: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Ask models the rows of DATA, each with the prompt that it is served, and compare the replies.
+    """Ask models the questions in DATA, each with its served prompt, and compare the replies.
 
     A row's prompt is its messages up to the last assistant turn, and that turn is the expected
-    answer. The other models are compared with the first. --match says when a reply that ended is
-    right:
+    answer. The other models are compared with the first. --match defines when a reply that ended is
+    correct:
 
     \b
     exact     the same text, except for whitespace
     contains  the reply contains the row's answer as whole words
     number    the last numbers are equal
-    regex     the row's answer, or --pattern, is found; its first group, where
-              it has one, must catch what it catches in the row's answer
+    regex     the row's answer, or --pattern, is found; its first group, if any,
+              must match the same text as in the row's answer
     json      equal values
     none      nothing is compared; rows still need an answer, for the loss
 
@@ -508,7 +508,7 @@ def export_run(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="NAME", help="merged, gguf, ollama, vllm or sglang: see above."
+            "--to", metavar="NAME", help="merged, gguf, ollama, mlx, vllm or sglang: see above."
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
@@ -530,8 +530,8 @@ def export_run(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and kin. MLX: f32, "
-            "f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 of MLX)",
+            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and others. MLX: "
+            "f32, f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 for MLX)",
             rich_help_panel=_GGUF,
             show_default=False,
         ),
@@ -656,7 +656,7 @@ def diagnose_model(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Some of base,adapter,model,merged,quantised,gguf,url. (default: all)",
+            help="Stages to examine: base,adapter,model,merged,quantised,gguf,url. (default: all)",
         ),
     ] = None,
     data: Annotated[
@@ -715,7 +715,7 @@ def verify_run(
 ) -> None:
     """Load what was saved in a fresh process, and compare it with what was trained.
 
-    For a run, compare the hashes of its files, its base, template and stop set, the ids of its
+    For a run, compare the hashes of its files, its base, template and stop tokens, the ids of its
     rows, and the probabilities that the trained model gave before it was saved. For any other
     folder, check that it loads and computes.
 
@@ -864,13 +864,13 @@ def quickstart(
     output: Annotated[
         str, typer.Option("-o", "--output", help="Folder of the run.")
     ] = "runs/quickstart",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
     seed: Annotated[int, typer.Option(help="Random seed for the order of the rows.")] = 42,
 ) -> None:
     """Fine-tune the embedded base in a minute, and show what changed.
 
-    A 5-million-parameter model that knows a small invented world, but answers no question, learns
-    to answer and to stop from hand-written examples.
+    A 5-million-parameter model that knows a small invented world but cannot answer questions
+    learns to answer and to stop from hand-written examples.
     """
     from truetune.lab.quickstart import quickstart as start
 

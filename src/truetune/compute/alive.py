@@ -1,7 +1,7 @@
 """How many bytes of tensors are alive while a batch goes through a model and back.
 
 input   a route and a batch
-does    looks at what each operation of torch returns, and is told when a storage is freed
+does    looks at what each operation of torch returns, and is notified when a storage is freed
 output  Trace: bytes after each operation, in order, and where the layers begin and end
 """
 

@@ -1,4 +1,4 @@
-"""Which schema a row has, told by its columns.
+"""Recognise the schema of a row by its columns.
 
 Input:  column names (and, for a list of turns, the keys of its first one).
 Does:   matches them against the schemas below, the most specific first; names in any case.

@@ -1,1 +1,1 @@
-"""Through which stages a model goes on its way to a server, and the first one that changes it."""
+"""Find the first stage between training and a server that changes a model."""

@@ -1,4 +1,4 @@
-"""A GGUF file alone: what can be asked of it without the model that it was made from.
+"""Examine a GGUF file without the model that it was made from.
 
 input   a file
 does    has llama.cpp serve it; looks at its own template, at the tokens that begin a prompt and end
@@ -22,8 +22,8 @@ _ANSWER = "ANSWERED"
 
 
 def gguf_alone(path: Path, tell: Callable[[str], None]) -> Stage:
-    """What a GGUF file would do when it is served."""
-    tell("asking llama.cpp")
+    """Find out what a GGUF file would do when it is served."""
+    tell("running llama.cpp")
     try:
         with serving(path) as server:
             return _asked(path, server)
@@ -38,27 +38,38 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
     user = {"role": "user", "content": _PROMPTS[0]}
     if not props.get("chat_template"):
         findings.append(
-            _found(path, "the file holds no chat template", "it was converted without one, and "
-                   "llama.cpp uses a template of its own", "convert it with the tokenizer files "
-                   "beside the weights")
-        )  # fmt: skip
+            _found(
+                path,
+                "the file contains no chat template",
+                "it was converted without one, so llama.cpp uses a default template",
+                "convert it again with the tokenizer files in the model's folder",
+            )
+        )
     prompt = server.tokenize(server.prompt([user]), add_special=True)
     first = server.tokenize(bos)[:1] if bos else []
     if first and prompt[:2] == [*first, *first]:
         findings.append(
-            _found(path, f"prompts begin with {bos!r} twice", "the template writes it, and the "
-                   "tokenizer adds it", "convert it with add_bos_token false")
-        )  # fmt: skip
+            _found(
+                path,
+                f"prompts begin with {bos!r} twice",
+                "the template writes it, and the tokenizer adds it again",
+                "convert it again with add_bos_token set to false",
+            )
+        )
     chat = [user, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": "And?"}]
     tail = server.prompt(chat).partition(_ANSWER)[2]
     ids = server.tokenize(tail)[:1]
     special = bool(ids) and not visible(tail[:1]).isalnum() and tail[:1] in "<["
     if special and not server.ends_on(prompt, ids[0]):
         findings.append(
-            _found(path, "a reply does not end on the token that the template writes after an "
-                   f"answer ({tail.splitlines()[0][:40]!r})", "the file names another end token",
-                   "set tokenizer.ggml.eot_token_id to it")
-        )  # fmt: skip
+            _found(
+                path,
+                "replies do not end on the token that the template writes after an "
+                f"answer ({tail.splitlines()[0][:40]!r})",
+                "the file names a different end token",
+                "set tokenizer.ggml.eot_token_id to that token",
+            )
+        )
     made = []
     for text in _PROMPTS:
         asked = server.tokenize(
@@ -70,15 +81,18 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
     numbers = {"replies": len(made), "ended": stopped, "going_round": round_and_round}
     if round_and_round == len(made) and not stopped:
         findings.append(
-            _found(path, "every reply goes round in a circle and does not end", "the weights, or "
-                   "the template, are not those of a chat model", "hold it to the model it was "
-                   "made from: truetune diagnose MODEL --gguf FILE")
-        )  # fmt: skip
+            _found(
+                path,
+                "every reply repeats itself and does not end",
+                "the weights or the template are not those of a chat model",
+                "compare it with its model: truetune diagnose MODEL --gguf FILE",
+            )
+        )
     return Stage(
         "gguf",
         str(path),
         findings=tuple(findings),
-        note="alone: its weights are held to nothing; truetune diagnose MODEL --gguf FILE does",
+        note="alone: its weights were not compared; truetune diagnose MODEL --gguf FILE does that",
         numbers=numbers,
     )
 

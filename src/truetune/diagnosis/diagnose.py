@@ -1,9 +1,9 @@
-"""The first stage of a model's way to a server at which it becomes another one.
+"""Find the first stage between training and a server at which a model changes.
 
 input   a run, a model or adapter folder, or a GGUF file; folders and files made from it, a server
-does    puts the same rows through every stage: prompts as text and as ids, predictions, greedy
-        replies, stops; holds each to what was trained; of the first that parts says what was done
-        to it
+does    runs the same rows through every stage and compares prompts (text and ids), predictions,
+        greedy replies and stops with what was trained; says what was done at the first stage that
+        differs
 output  Diagnosis
 """
 
@@ -80,7 +80,7 @@ _LOST = 0.25
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All stages, in their order.
+    """All stages in order.
 
     Attributes:
         source: as the user wrote it.
@@ -96,7 +96,7 @@ class Diagnosis:
 
     @property
     def first(self) -> Stage | None:
-        """The first stage that parts."""
+        """The first stage that differs."""
         return next((stage for stage in self.stages if stage.parts), None)
 
     def findings(self) -> list[Finding]:
@@ -124,7 +124,7 @@ class Diagnosis:
 
 
 class _Work:
-    """What stages share: the trained model's rows, predictions and replies.
+    """What the stages share: the trained model's rows, predictions and replies.
 
     Args:
         source: a run, or a model or adapter folder.
@@ -165,7 +165,7 @@ class _Work:
         )
 
     def merged(self) -> tuple[Any, Any]:
-        """The model whole in float32, and its base where there is one: to find a cause."""
+        """The merged model in float32, and its base if there is one, to find a cause."""
         if not self.is_adapter:
             return self._load().transformers_model, None
         merged = merge_adapter(self.folder, base=self.base)
@@ -191,21 +191,21 @@ def diagnose(
     data: str | None = None,
     on_stage: Tell | None = None,
 ) -> Diagnosis:
-    """Put the same rows through every stage that exists.
+    """Run the same rows through every stage that exists.
 
     Args:
         source: a run, a model or adapter folder, or a GGUF file.
-        stages: those that are looked at; all where empty.
+        stages: the stages to examine; all if empty.
         base: where an adapter's base is now.
         merged, quantised: folders made from it.
         gguf: a file made from it.
-        url: a server that is to serve it.
-        data: rows instead of those that the run kept: a file, a folder, or a Hub dataset.
-        on_stage: is told what is done.
+        url: the address of a server that should serve it.
+        data: rows to use instead of those that the run kept: a file, a folder, or a Hub dataset.
+        on_stage: is called with the name of each stage.
 
     Raises:
-        UsageError: there is nothing of that name.
-        TruetuneError: what was trained cannot be opened itself.
+        UsageError: something with that name does not exist.
+        TruetuneError: the trained model itself cannot be opened.
     """
     tell = on_stage or (lambda _: None)
     _require(source, stages, merged=merged, quantised=quantised, gguf=gguf)
@@ -231,13 +231,13 @@ def diagnose(
         found.append(_trained(work, own))
     for name, folder in (("merged", merged), ("quantised", quantised)):
         if folder is not None and wanted(name):
-            tell(f"asking {name}")
+            tell(f"running {name}")
             found.append(_folder(work, name, folder))
     if gguf is not None and wanted("gguf"):
-        tell("asking llama.cpp")
+        tell("running llama.cpp")
         found.append(_gguf(work, Path(gguf)))
     if url is not None and wanted("url"):
-        tell(f"asking {url}")
+        tell(f"running {url}")
         found.append(live(url, work.contract, work.reference, work.cases, work.replies))
     return Diagnosis(source, tuple(found), len(work.reference.cases), work.effect)
 
@@ -248,17 +248,21 @@ def _require(source: str, stages: Sequence[str], **made: str | None) -> None:
         raise UsageError(
             f"unknown stage {unknown[0]!r}",
             where="--stages",
-            fix=f"some of {','.join(STAGES)}",
+            fix=f"choose from {','.join(STAGES)}",
             code="stage-unknown",
         )
     if source.lower().endswith(".gguf") and not Path(source).is_file():
-        raise UsageError(f"there is no file {source}", fix="name a GGUF file", code="no-such-file")
+        raise UsageError(
+            f"there is no file {source}", fix="specify a GGUF file", code="no-such-file"
+        )
     for name, path in made.items():
         if path is not None and not Path(path).exists():
             raise UsageError(
-                f"there is no {path}", where=f"--{name}", fix="name what was exported",
+                f"there is no {path}",
+                where=f"--{name}",
+                fix="specify what was exported",
                 code="no-such-file",
-            )  # fmt: skip
+            )
 
 
 def _base(work: _Work) -> Stage:
@@ -268,10 +272,10 @@ def _base(work: _Work) -> Stage:
             Finding(
                 "adapter-without-effect",
                 "warning",
-                "the adapter changes no prediction of its base",
+                "the adapter does not change any prediction of its base",
                 where=work.folder,
                 why="it was never trained, or its weights are zero",
-                fix="look at the run: truetune report RUN",
+                fix="read the report of the run: truetune report RUN",
             )
         )
     return Stage(
@@ -285,20 +289,20 @@ def _base(work: _Work) -> Stage:
 
 
 def _trained(work: _Work, name: str) -> Stage:
-    """What was trained, held to what the run wrote down of it."""
+    """Compare what was trained with what the run recorded."""
     return Stage(
         name,
         work.folder,
         None,
         work.replies,
         tuple(work.recorded),
-        note="the others are held to it",
+        note="the other stages are compared with it",
         numbers=work.numbers(work.replies),
     )
 
 
 def _folder(work: _Work, name: str, folder: str) -> Stage:
-    """A model folder made from what was trained."""
+    """Compare a model folder that was made from what was trained."""
     try:
         tokenizer = load_tokenizer(folder)
         contract = PromptContract.load(tokenizer)
@@ -313,9 +317,14 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
     if reading is None:
         rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
         findings.append(
-            _parted(name, folder, f"the model has {rows:,} rows, fewer than its tokenizer has ids",
-                    "rows of the embedding were cut off", _AGAIN[name])
-        )  # fmt: skip
+            _parted(
+                name,
+                folder,
+                f"the model has {rows:,} embeddings, fewer than its tokenizer has ids",
+                "the embedding was truncated",
+                _AGAIN[name],
+            )
+        )
     else:
         apart = apart_of(work.reference.reading, reading)
         budget = _FOLDERS.get(loaded.base_dtype, _FOLDERS["bfloat16"])
@@ -327,7 +336,7 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
             findings.append(_parted(name, folder, over, cause, _AGAIN[name]))
         elif name == "quantised" and (cause := _rounded_cause(work, loaded.transformers_model)):
             # So few bits are allowed so much that damage hides behind it.
-            what = "its weights are not those of the model, rounded"
+            what = "its weights are not the model's weights after rounding"
             findings.append(_parted(name, folder, what, cause, _AGAIN[name]))
     findings += _on_replies(work, name, folder, replies, findings)
     return Stage(name, folder, apart, replies, tuple(findings), numbers=work.numbers(replies))
@@ -335,7 +344,7 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
 
 _AGAIN = {
     "merged": "merge it again: truetune export RUN --merge -o DIR",
-    "quantised": "quantise the merged model again, from its original weights, or take more bits",
+    "quantised": "quantise the merged model again from its original weights, or use more bits",
     "gguf": "write it again: truetune export RUN --to gguf -o DIR",
 }
 
@@ -345,29 +354,29 @@ def _parted(name: str, where: str, what: str, why: str, fix: str) -> Finding:
 
 
 def _over(apart: Apart, budget: Budget, effect: Apart | None) -> str:
-    """Why predictions are too far apart, "" where they are not."""
+    """Why predictions differ too much, or "" if they do not."""
     allowed = budget.most
     if effect is not None:
         allowed = min(allowed, max(budget.usual, _LOST * effect.relative))
     if apart.relative <= allowed:
         return ""
     return (
-        f"predictions differ by {apart.relative:.2g} of the logits' spread, {allowed:.2g} is "
-        f"allowed ({apart.mean:.2g} nats a token, {100 * apart.greedy:.0f} % of the likeliest "
-        "tokens equal)"
+        f"predictions differ by {apart.relative:.2g} of the logits' spread, but {allowed:.2g} is "
+        f"allowed ({apart.mean:.2g} nats per token; {100 * apart.greedy:.0f} % of the likeliest "
+        "tokens are equal)"
     )
 
 
 def _folder_cause(work: _Work, model: Any, dtype: str, name: str) -> str:
-    """What was done to the weights of a folder."""
+    """Say what was done to the weights of a folder."""
     if name == "quantised":
-        return _rounded_cause(work, model) or "the bits are too few for this model"
+        return _rounded_cause(work, model) or "the type has too few bits for this model"
     whole, base = work.merged()
-    told = _explained(whole, base, model, _TYPES.get(dtype, "F32"))
+    shown = _explained(whole, base, model, _TYPES.get(dtype, "F32"))
     settings = _settings(whole.config, model.config)
-    if told and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
-        told += "; the adapter is DoRA: a merge that leaves out its magnitudes looks like this"
-    return "; ".join([*([told] if told else []), *settings]) or "no tensor and no setting says why"
+    if shown and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
+        shown += "; the adapter is a DoRA adapter: a merge without its magnitudes looks like this"
+    return "; ".join([*([shown] if shown else []), *settings]) or "no tensor or setting explains it"
 
 
 _TYPES = {"float16": "F16", "bfloat16": "BF16"}
@@ -376,8 +385,8 @@ _FEWEST_BITS = 0.6
 
 
 def _rounded_cause(work: _Work, model: Any) -> str:
-    """What was done to weights beside rounding them; "" where nothing was, or where transformers
-    has no way back to plain weights."""
+    """Say what was done to weights besides rounding; "" if nothing was, or if transformers cannot
+    restore plain weights."""
     try:
         plain = dequantised(model, "")
     except TruetuneError:
@@ -416,7 +425,7 @@ def _settings(one: Any, other: Any) -> list[str]:
 
 
 def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) -> list[Finding]:
-    """Prompts, ids of texts and stop tokens of a folder."""
+    """Compare prompts, ids of texts and stop tokens of a folder."""
     findings = []
     wrong = prompts_of(contract, work.reference.cases)
     if wrong:
@@ -426,10 +435,11 @@ def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) 
             _parted(
                 name,
                 case.where,
-                f"{len(wrong)} of {len(work.reference.cases)} prompts are others than were trained",
-                ("the chat template is another" if template else "the tokenizer is another")
+                f"{len(wrong)} of {len(work.reference.cases)} prompts differ from those that were "
+                "trained",
+                ("the chat template is different" if template else "the tokenizer is different")
                 + f"\ntrained: {case.text[-160:]!r}\nhere:    {said[-160:]!r}",
-                "put back the tokenizer files that were saved with the model",
+                "restore the tokenizer files that were saved with the model",
             )
         )
     else:
@@ -438,10 +448,14 @@ def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) 
         if own != its:
             number = sum(a != b for a, b in zip(own, its, strict=True))
             findings.append(
-                _parted(name, folder, f"{number} of {len(texts)} texts get other ids",
-                        "the tokenizer is another, or lacks tokens",
-                        "put back the tokenizer files that were saved with the model")
-            )  # fmt: skip
+                _parted(
+                    name,
+                    folder,
+                    f"{number} of {len(texts)} texts get different ids",
+                    "the tokenizer is different, or lacks tokens",
+                    "restore the tokenizer files that were saved with the model",
+                )
+            )
     served = own_stop_ids(folder, None, contract.tokenizer)
     missing = [i for i in work.contract.stop_ids if i not in served]
     if missing:
@@ -451,7 +465,7 @@ def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) 
                 f"{folder}/generation_config.json",
                 f"replies do not end on {work.contract.tokens.named(missing)}",
                 "generation_config.json is the base's: its stop tokens are not those of training",
-                "put back the generation_config.json that was saved with the model",
+                "restore the generation_config.json that was saved with the model",
             )
         )
     return findings
@@ -460,7 +474,7 @@ def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) 
 def _on_replies(
     work: _Work, name: str, where: str, replies: Replies | None, found: Sequence[Finding]
 ) -> list[Finding]:
-    """An error where replies stop less often than they should, and nothing else said why."""
+    """Report an error if replies stop less often than they should and nothing else explains it."""
     if replies is None or any(f.level == "error" for f in found):
         return []
     pairs = list(zip(work.replies.stopped, replies.stopped, strict=True))
@@ -476,15 +490,15 @@ def _on_replies(
         _parted(
             name,
             where,
-            f"{lost} of {both + lost} replies that ended by themselves do not end any more",
-            "stop tokens or sampling of this stage are others",
-            _AGAIN.get(name, "hold its settings to the run's"),
+            f"{lost} of {both + lost} replies that ended by themselves no longer end",
+            "the stop tokens or sampling settings of this stage are different",
+            _AGAIN.get(name, "compare its settings with those of the run"),
         )
     ]
 
 
 def _gguf(work: _Work, path: Path) -> Stage:
-    """A GGUF file, as llama.cpp serves it."""
+    """Compare a GGUF file, as llama.cpp serves it."""
     findings: list[Finding] = []
     quant = "q4_0"
     apart = replies = None
@@ -504,7 +518,7 @@ def _gguf(work: _Work, path: Path) -> Stage:
     budget = budget_of(quant, work.config)
     over = "" if apart is None else _over(apart, budget, work.effect)
     if apart is None:
-        over = "llama.cpp has no predictions for the rows' ids"
+        over = "llama.cpp returned no predictions for the rows' ids"
     if over:
         findings.append(_parted("gguf", str(path), over, "", _AGAIN["gguf"]))
     if any(f.level == "error" for f in findings):

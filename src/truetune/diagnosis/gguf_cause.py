@@ -1,4 +1,5 @@
-"""Why a GGUF file is not the model: its values and tensors against those that it should have.
+"""Find why a GGUF file differs from its model: compare its values and tensors with the expected
+ones.
 
 input   a file, the merged model and its contract
 does    reads the file's keys and tensors; compares the keys with those that an export would write,
@@ -41,12 +42,12 @@ _FREE = ("general.", "tokenizer.ggml.pre", "tokenizer.ggml.scores", "tokenizer.g
 
 
 def quant_of(named: str) -> str:
-    """The type of a file by llama.cpp's word for it; the coarsest one where that is unknown."""
+    """The type of a file by llama.cpp's name for it; the coarsest type if that is unknown."""
     return next((quant for word, quant in _QUANTS.items() if word in named), "q4_0")
 
 
 def why_differs(path: Path, model: Any, contract: PromptContract, base: Any = None) -> list[str]:
-    """What the file has otherwise than an export of the model would have, the likeliest first.
+    """How the file differs from an export of the model, the likeliest cause first.
 
     Args:
         model: merged, in float32.
@@ -69,11 +70,13 @@ def why_differs(path: Path, model: Any, contract: PromptContract, base: Any = No
         if base is not None:
             own = dict(tensors_of(base, shape_of(base)))
             before = lambda name: (own[name], "F32") if name in own else None  # noqa: E731
-        told = explain(tensors_of(model, shape), found, before, orders=_Orders(shape))
+        said = explain(tensors_of(model, shape), found, before, orders=_Orders(shape))
         extra = sorted(held.keys() - {*shape.names.values(), *shape.extra})
         if "output.weight" in extra:
-            words.append("the file has an output head of its own, and the model's is its embedding")
-        return [*([told] if told else []), *words]
+            words.append(
+                "the file has a separate output head, but the model uses its embedding as the head"
+            )
+        return [*([said] if said else []), *words]
     except TruetuneError as error:
         return [error.what]
 
@@ -101,7 +104,7 @@ def _value(tensor: Any) -> tuple[torch.Tensor, str]:
 
 
 def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
-    """Keys with other values, settings before lists."""
+    """Keys with different values, settings before lists."""
     words: list[str] = []
     lists: list[str] = []
     for key, own in wanted.items():
@@ -114,12 +117,12 @@ def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
             continue
         value = entry.contents()
         if isinstance(own, list | tuple):
-            if told := _lists(key, list(own), value):
-                lists.append(told)
+            if said := _lists(key, list(own), value):
+                lists.append(said)
         elif not _equal(own, value):
             shown = visible(f"{value!r:.80}", keep_newlines=False)
             words.append(
-                "the chat template is another"
+                "the chat template is different"
                 if key == "tokenizer.chat_template"
                 else f"{key} is {shown} instead of {own!r:.80}"
             )
@@ -136,7 +139,7 @@ def _lists(key: str, own: list[Any], value: Any) -> str:
         return ""
     shown = visible(f"{its[at[0]]!r:.60}", keep_newlines=False)
     return (
-        f"{key} has {len(at):,} other entries, first {at[0]}: {shown} instead of "
+        f"{key} has {len(at):,} different entries, first {at[0]}: {shown} instead of "
         f"{plain[at[0]]!r:.60}"
     )
 
@@ -150,7 +153,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class _Orders:
-    """Other arrangements of a tensor that converters are known to make."""
+    """Other arrangements of a tensor that converters are known to write."""
 
     def __init__(self, shape: Shape) -> None:
         values = dict(shape.values)
@@ -165,16 +168,16 @@ class _Orders:
                 half = wanted.shape[0] // heads // 2
                 rest = wanted.shape[1:]
                 yield (
-                    "rows of each head are in transformers' order, and llama.cpp rotates "
-                    "neighbours",
+                    "the rows of each head are in transformers' order, but llama.cpp rotates "
+                    "neighbouring ones",
                     wanted.view(heads, half, 2, *rest).transpose(1, 2).reshape(wanted.shape),
                 )
                 yield (
-                    "rows of each head change places once too often",
+                    "the rows of each head were permuted once too often",
                     wanted.view(heads, 2, half, *rest).transpose(1, 2).reshape(wanted.shape),
                 )
         if "_norm." in name:
-            yield "1 is missing: this architecture adds it to its norms", wanted - 1
+            yield "1 was not added, as this architecture needs for its norms", wanted - 1
             yield "1 was added once too often", wanted + 1
         if wanted.ndim == 2 and wanted.shape[0] == wanted.shape[1]:
             yield "it is transposed", wanted.T

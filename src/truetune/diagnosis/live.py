@@ -1,7 +1,7 @@
-"""A server by its address, held to the contract without knowing its weights.
+"""Compare a server, by its address, with the contract, without knowing its weights.
 
 input   an address that speaks the chat protocol, the reference's rows
-does    compares prompts where the server tells them (llama.cpp, truetune serve, vLLM), then greedy
+does    compares prompts if the server shows them (llama.cpp, truetune serve, vLLM), then greedy
         replies and whether they end
 output  Stage
 """
@@ -25,7 +25,7 @@ from truetune.servers.llama_cpp import LlamaCpp
 def live(
     url: str, contract: PromptContract, reference: Reference, cases: Sequence[Case], own: Replies
 ) -> Stage:
-    """What a running server makes of the rows.
+    """Compare what a running server does with the rows.
 
     Args:
         cases, own: rows, and the greedy replies of what was trained.
@@ -47,11 +47,12 @@ def live(
             Finding(
                 "stage-parts",
                 "error",
-                f"url: {ended} of {sum(own.stopped)} replies that ended by themselves do not end "
-                "any more",
+                f"url: {ended} of {sum(own.stopped)} replies that ended by themselves "
+                "no longer end",
                 where=url,
-                why="the server's stop tokens are not those of training, or its prompts are others",
-                fix="give it the generation_config.json and chat template that were saved",
+                why="the server's stop tokens or prompts are not those of training",
+                fix="start it with the generation_config.json and the chat template that were "
+                "saved",
             )
         )
     elif same * 2 < len(cases):
@@ -59,12 +60,13 @@ def live(
             Finding(
                 "replies-differ",
                 "warning",
-                f"url: {len(cases) - same} of {len(cases)} greedy replies are others than those of "
-                "what was trained",
+                f"url: {len(cases) - same} of {len(cases)} greedy replies differ from those of the "
+                "trained model",
                 where=url,
-                why="the server serves other weights, fewer bits, or samples although it was asked "
-                "not to",
-                fix="hold its files to the run: truetune diagnose RUN --gguf FILE or --merged DIR",
+                why="the server uses other weights or fewer bits, or samples although greedy "
+                "replies were requested",
+                fix="compare its files with the run: truetune diagnose RUN --gguf FILE or "
+                "--merged DIR",
             )
         )
     numbers = {**rates(replies, cases), "same_replies": same / max(len(cases), 1)}
@@ -88,8 +90,8 @@ _NO_PATH = (403, 404, 405, 501)
 
 
 def _tells_prompts(server: LlamaCpp) -> bool:
-    """Whether a server has the paths by which llama.cpp tells its prompts; what it refuses of a
-    conversation is another matter."""
+    """Whether a server has the paths by which llama.cpp shows its prompts, even if it refuses a
+    conversation."""
     for ask in (lambda: server.prompt([{"role": "user", "content": "Hi."}]),
                 lambda: server.tokenize("Hi.")):  # fmt: skip
         try:
@@ -105,11 +107,11 @@ def _tells_prompts(server: LlamaCpp) -> bool:
 def _prompts(
     client: Client, model: str, contract: PromptContract, cases: Sequence[Case]
 ) -> tuple[str, list[Finding]]:
-    """Prompts against the contract's, where the server tells them."""
+    """Compare prompts with the contract's, if the server shows them."""
     llama = LlamaCpp(client)
     if _tells_prompts(llama):
         _, findings = on_prompts(llama, contract, cases)
-        return "prompts by /apply-template and /tokenize", [
+        return "prompts compared through /apply-template and /tokenize", [
             f for f in findings if f.level == "error"
         ]
     wrong = []
@@ -120,16 +122,17 @@ def _prompts(
             if tuple(int(i) for i in made) != case.ids:
                 wrong.append(case)
     except (ServerError, KeyError, TypeError, ValueError):
-        return "the server does not tell its prompts; replies alone were compared", []
+        return "the server does not show its prompts; only replies were compared", []
     if not wrong:
-        return "prompts by /tokenize", []
-    return "prompts by /tokenize", [
+        return "prompts compared through /tokenize", []
+    return "prompts compared through /tokenize", [
         Finding(
             "stage-parts",
             "error",
-            f"url: the server makes other prompts of {len(wrong)} of {len(cases)} conversations",
+            f"url: the server renders different prompts for {len(wrong)} of {len(cases)} "
+            "conversations",
             where=wrong[0].where,
-            why="its chat template is another: "
+            why="its chat template is different: "
             + visible(wrong[0].text[-120:], keep_newlines=False),
             fix="start it with the chat template that was saved",
         )

@@ -1,4 +1,4 @@
-"""One stage, measured: the same rows as of every other stage.
+"""Measure one stage on the same rows as every other stage.
 
 input   a model folder or a server, the reference's rows
 does    renders prompts by the stage's own tokenizer and template, reads predictions, takes greedy
@@ -50,15 +50,15 @@ class Replies:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage makes of the rows.
+    """The results of one stage on the rows.
 
     Attributes:
         name: base, adapter, model, merged, quantised, gguf or url.
         what: the folder, file or address.
-        apart: of predictions from the reference's; None where none were read.
+        apart: distance of its predictions from the reference's; None where none were read.
         replies: None where none were taken.
         findings: what differs, errors first.
-        note: why something was not looked at.
+        note: why something was not examined.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Stage:
 
 
 def reply_cases(reference: Reference) -> list[Case]:
-    """The rows to which replies are taken: those with an answer first."""
+    """The rows for which replies are generated, those with an answer first."""
     known = [case for case in reference.cases if case.expected is not None]
     return [*known, *[case for case in reference.cases if case.expected is None]][:REPLIES]
 
@@ -114,22 +114,22 @@ def reading_of(loaded: LoadedModel, reference: Reference) -> Reading | None:
 
 
 def prompts_of(contract: PromptContract, cases: Sequence[Case]) -> list[tuple[Case, str]]:
-    """Cases of which a contract makes other ids, with its words."""
+    """Cases for which a contract renders different ids, with its text."""
     found = []
     for case in cases:
         try:
             text = contract.prompt_text(case.messages, case.tools, case.template_kwargs)
         except UnfaithfulTemplate as error:
-            found.append((case, f"the template refuses: {error.what}"))
+            found.append((case, f"the template refuses it: {error.what}"))
             continue
         if tuple(contract.tokens.encode([text])[0]) != case.ids:
             same = text == case.text
-            found.append((case, "the text is the same, its ids are others" if same else text))
+            found.append((case, "the text is the same, but its ids differ" if same else text))
     return found
 
 
 def rates(replies: Replies, cases: Sequence[Case]) -> dict[str, Any]:
-    """Stop rate, replies that go round, and exact matches, with 95 % intervals."""
+    """Stop rate, repetitive replies and exact matches, with 95 % intervals."""
     number = len(replies.ids)
     if not number:
         return {}
@@ -172,9 +172,9 @@ def unopened(name: str, what: str, error: TruetuneError) -> Stage:
             Finding(
                 "stage-unopened",
                 "error",
-                f"{name}: it cannot be opened: {error.what}",
+                f"{name} cannot be opened: {error.what}",
                 where=error.where or what,
-                why=error.why or "files are damaged, or belong to another model",
+                why=error.why or "files are damaged or belong to another model",
                 fix=error.fix or "export it again",
             ),
         ),

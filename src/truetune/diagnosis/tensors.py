@@ -1,4 +1,4 @@
-"""Why weights are not what they should be: two sets of tensors by the same names.
+"""Find why weights are not what they should be, from two sets of tensors with the same names.
 
 input   expected tensors one after the other, the found ones by name, maybe the base's
 does    compares each within what its type rounds by; of those that differ says what was done to
@@ -67,7 +67,7 @@ def explain(
     orders: Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]] | None = None,
     factor: float = 1.0,
 ) -> str:
-    """What was done to the tensors, in words.
+    """Say what was done to the tensors.
 
     Args:
         expected: name and value each.
@@ -96,7 +96,7 @@ def explain(
         if len(differing) < _MOST_KEPT:
             differing[name], kept[name] = value, wanted
     _swapped(seen, differing, kept)
-    return _told(seen)
+    return _in_words(seen)
 
 
 # Tensors of which pairs are looked for.
@@ -122,7 +122,9 @@ def _look(
     import torch
 
     if not torch.isfinite(value).all():
-        seen.words.append(f"{name} holds numbers that are not finite: its type ends before them")
+        seen.words.append(
+            f"{name} contains numbers that are not finite: they exceed the range of its type"
+        )
         return
     before = base(name) if base else None
     if before is not None and before[0].shape == wanted.shape:
@@ -154,11 +156,11 @@ def _swapped(
     for name, value in differing.items():
         for other, wanted in kept.items():
             if name != other and value.shape == wanted.shape and apart(value, wanted) < 0.05:
-                seen.words.append(f"{name} holds what belongs into {other}")
+                seen.words.append(f"{name} contains the values of {other}")
                 break
 
 
-def _told(seen: Differing) -> str:
+def _in_words(seen: Differing) -> str:
     parts = []
     if seen.missing:
         parts.append(f"{len(seen.missing)} tensors are missing, first {seen.missing[0]}")
@@ -169,13 +171,13 @@ def _told(seen: Differing) -> str:
         shares = sorted(seen.merged.values())
         middle = shares[len(shares) // 2]
         if abs(middle) < 0.1:
-            how = "does not hold the adapter's update: it was not merged"
+            how = "does not contain the adapter's update: it was not merged"
         elif abs(middle - 1) < 0.05:
-            how = "holds the adapter's update on other weights: it was merged into rounded ones"
+            how = "contains the adapter's update on other weights: it was merged into rounded ones"
         elif abs(middle - 2) < 0.2:
-            how = "holds the adapter's update twice"
+            how = "contains the adapter's update twice"
         else:
-            how = f"holds {middle:.3g} times the adapter's update: alpha or rank was another"
+            how = f"contains {middle:.3g} times the adapter's update: alpha or rank was different"
         first = next(iter(seen.merged))
         parts.append(f"{first} ({len(seen.merged)} tensors) {how}")
     if seen.scaled:
@@ -186,7 +188,7 @@ def _told(seen: Differing) -> str:
     if seen.names and rest == len(seen.names) and not seen.words:
         share = percent(len(seen.names) / max(seen.number, 1))
         parts.append(
-            f"{len(seen.names)} of {seen.number} tensors ({share}) hold other numbers, first "
-            f"{seen.names[0]}"
+            f"{len(seen.names)} of {seen.number} tensors ({share}) contain different numbers, "
+            f"first {seen.names[0]}"
         )
     return "; ".join(parts)

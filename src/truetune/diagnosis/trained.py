@@ -1,4 +1,4 @@
-"""What was trained, held to what its run wrote down.
+"""Compare what was trained with what its run recorded.
 
 input   a run, its model opened from disk
 does    compares stop tokens, ids of the rows and predictions with those of training
@@ -23,10 +23,10 @@ from truetune.verification.verdict import judge_reading
 
 
 def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding]:
-    """Where a saved model is not what its run trained.
+    """Report where a saved model is not what its run trained.
 
     Args:
-        run: None of a model that no run here made: nothing is known of its training.
+        run: None for a model without a run: nothing is known about its training.
         name: of the stage.
         loaded: in float32.
     """
@@ -38,8 +38,14 @@ def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding
         findings = _stops(name, record, contract) + _rows(name, run, contract)
         return findings + _numbers(name, run, loaded)
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        return [_parted(name, f"what the run wrote down cannot be read: {error}", "a file of it "
-                        "was edited or cut off", "copy the run again")]  # fmt: skip
+        return [
+            _parted(
+                name,
+                f"the records of the run cannot be read: {error}",
+                "a file of it was edited or cut off",
+                "copy the run again from its source",
+            )
+        ]
     except TruetuneError as error:
         return [_parted(name, error.what, error.why, error.fix)]
 
@@ -52,9 +58,9 @@ def _stops(name: str, record: dict[str, Any], contract: PromptContract) -> list[
     return [
         _parted(
             name,
-            f"replies do not end on {contract.tokens.named(missing)} any more",
+            f"replies no longer end on {contract.tokens.named(missing)}",
             "generation_config.json or the template was changed after training",
-            "put back the files that were saved",
+            "restore the files that were saved",
         )
     ]
 
@@ -74,9 +80,10 @@ def _rows(name: str, run: RunDir, contract: PromptContract) -> list[Finding]:
     return [
         _parted(
             name,
-            f"{len(wrong)} of {len(rows)} rows give other ids than were trained, first {wrong[0]}",
+            f"{len(wrong)} of {len(rows)} rows give different ids than were trained, first "
+            f"{wrong[0]}",
             "the saved tokenizer or chat template was changed",
-            "put back the files that were saved",
+            "restore the files that were saved",
         )
     ]
 
@@ -88,8 +95,14 @@ def _numbers(name: str, run: RunDir, loaded: LoadedModel) -> list[Finding]:
         return []
     rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
     if any(max(probe.ids) >= rows for probe in record.probes):
-        return [_parted(name, f"the model has {rows:,} rows of embedding, fewer than were trained",
-                        "another base, or a cut embedding", "put back what was saved")]  # fmt: skip
+        return [
+            _parted(
+                name,
+                f"the model has {rows:,} embeddings, fewer than were trained",
+                "the base is different, or the embedding was truncated",
+                "restore what was saved",
+            )
+        ]
     found = {
         "reading": read(loaded, record.probes, record.reading.top).as_dict(),
         "machine": machine_of(loaded.device),
@@ -101,10 +114,10 @@ def _numbers(name: str, run: RunDir, loaded: LoadedModel) -> list[Finding]:
     return [
         _parted(
             name,
-            f"it predicts something else than the model that was trained: {check.what}",
-            "the adapter's weights or its config (alpha, rank, DoRA), or the base, are others than "
-            "when it was saved",
-            "truetune verify RUN tells which file; put back what was saved",
+            f"its predictions differ from those of the trained model: {check.what}",
+            "the adapter's weights, its config (alpha, rank, DoRA) or the base have changed since "
+            "it was saved",
+            "truetune verify RUN names the file; restore what was saved",
         )
     ]
 

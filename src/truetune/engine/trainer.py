@@ -505,7 +505,7 @@ class SFTTrainer:
         return history
 
     def evaluate_now(self, examples: Sequence[SFTExample] | None) -> float | None:
-        """An evaluation of `train`: the loss of held-out examples, told to `on_eval`.
+        """An evaluation of `train`: the loss of held-out examples, passed to `on_eval`.
 
         Returns:
             None where there are no examples.

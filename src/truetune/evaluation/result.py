@@ -150,7 +150,7 @@ class ModelResult:
         against_first: by the measure's name; {} for the first model.
         rows: in the order of the data.
         no_loss: answers of rows without a loss, and why.
-        notes: what else is to be told about these replies.
+        notes: further notes about these replies.
         findings: what opening the model had to tell.
     """
 

@@ -1,1 +1,1 @@
-"""Other forms of a trained model."""
+"""Export a trained model to other formats."""

@@ -1,7 +1,7 @@
-"""A model as one GGUF file, proved before it has its name.
+"""Write a model as one GGUF file, which gets its name only after it is verified.
 
 input   a merged model in float32, its contract, rows of the run
-does    chooses llama.cpp's pre-tokenizer by ids, writes the file, proves it
+does    chooses llama.cpp's pre-tokenizer by ids, writes the file, verifies it
 output  WrittenGGUF
 """
 
@@ -39,7 +39,7 @@ class WrittenGGUF:
         quant: its type.
         num_bytes: its size.
         pre_tokenizer: llama.cpp's name of it.
-        context: tokens for which it computes what the model does.
+        context: tokens up to which it computes what the model does.
         proof: how it was compared.
         findings: notes and warnings.
     """
@@ -64,19 +64,19 @@ def write_gguf(
     template: str | dict[str, str] | None = None,
     on_stage: Tell | None = None,
 ) -> WrittenGGUF:
-    """Write a model and prove it.
+    """Write a model and verify it.
 
     Args:
         loaded: in float32, without adapter.
         folder: exists; gets the file and proof.json.
         name: that the file gives itself.
-        conversations: rows that it is proved on, beside fixed prompts.
+        conversations: rows on which it is verified, besides fixed prompts.
         template: chat template of the file, in another wording than the contract's.
-        on_stage: is told what is done.
+        on_stage: is called with the name of each stage.
 
     Raises:
-        UsageError: an architecture, tokenizer or type that llama.cpp does not compute.
-        CheckFailed: llama.cpp makes something else of the file; the file is gone.
+        UsageError: an architecture, tokenizer or type that llama.cpp does not support.
+        CheckFailed: llama.cpp computes something else from the file, which is removed.
     """
     tell = on_stage or (lambda _: None)
     require_llama_cpp("a GGUF file")
@@ -98,10 +98,10 @@ def write_gguf(
     kinds = ["f32", quant] if quant != "f32" and small_enough(model, folder) else [quant]
     try:
         for kind in kinds:
-            tell(f"writing {kind}, and proving it against llama.cpp")
+            tell(f"writing {kind} and verifying it with llama.cpp")
             write_file(unproved, model, shape, vocabulary, kind, name)
             proof = prove(unproved, contract, reference, budget_of(kind, config))
-            require_proved(proof, "the GGUF file is not the model, and was removed")
+            require_proved(proof, "the GGUF file does not match the model and was removed")
             if kind != quant:
                 unproved.unlink()
         unproved.replace(path)
@@ -120,12 +120,13 @@ def write_gguf(
 
 
 def require_proved(proof: Proof, what: str) -> None:
-    """Raises CheckFailed where llama.cpp makes something else of a file."""
+    """Raise CheckFailed if llama.cpp computes something else from a file."""
     if not proof.holds:
         raise CheckFailed(
             what,
             [f for f in proof.findings if f.level == "error"],
-            fix="see each finding; truetune export RUN --to merged serves elsewhere",
+            fix="see each finding; truetune export RUN --to merged writes a model for other "
+            "servers",
         )
 
 
@@ -138,7 +139,7 @@ def finished(
     findings: tuple[Finding, ...],
     **more: Any,
 ) -> WrittenGGUF:
-    """Write proof.json beside a proved file."""
+    """Write proof.json beside a verified file."""
     facts = {
         "file": path.name,
         "sha256": settle(path),
@@ -158,6 +159,6 @@ _MOST_TWIN = 16 * 2**30
 
 
 def small_enough(model: Any, folder: Path) -> bool:
-    """Whether a file in float32 may be written for a proof alone."""
+    """Whether a file in float32 may be written only for verification."""
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     return size <= min(_MOST_TWIN, shutil.disk_usage(folder).free // 2)

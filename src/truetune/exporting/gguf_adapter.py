@@ -1,4 +1,5 @@
-"""A LoRA adapter as a GGUF file that llama.cpp adds to a base model, proved with it.
+"""Write a LoRA adapter as a GGUF file that llama.cpp adds to a base model, and verify it with
+llama.cpp.
 
 input   an adapter opened on its base in float32, its contract, rows of the run
 does    writes both matrices of every layer under llama.cpp's names; has llama.cpp serve the base
@@ -32,29 +33,32 @@ QUANTS = ("f32", "f16", "bf16")
 
 
 def require_lora(config: Mapping[str, Any], quant: str) -> None:
-    """Refuse what llama.cpp has no place for.
+    """Refuse adapters that llama.cpp cannot represent.
 
     Args:
         config: the adapter's.
 
     Raises:
-        UsageError: more than pairs of matrices, or a type that adapters are not held in.
+        UsageError: it is more than pairs of matrices, or its type is not one for adapters.
     """
     if quant not in QUANTS:
         raise UsageError(
-            f"an adapter is not written as {quant}",
+            f"an adapter cannot be written as {quant}",
             where="--quant",
-            fix=f"one of {', '.join(QUANTS)}; the base may have any type",
+            fix=f"use one of {', '.join(QUANTS)}; the base may have any type",
             code="gguf-quant",
         )
     reasons = [
         said
         for said, there in (
-            (f"it is of the kind {config.get('peft_type')}", config.get("peft_type") != "LORA"),
-            ("it is DoRA: its magnitudes have no place", config.get("use_dora")),
-            ("it holds rows of new tokens", config.get("trainable_token_indices")),
-            ("it holds whole layers (modules_to_save)", config.get("modules_to_save")),
-            ("it holds biases", config.get("bias", "none") != "none" or config.get("lora_bias")),
+            (f"its type is {config.get('peft_type')}", config.get("peft_type") != "LORA"),
+            (
+                "it is a DoRA adapter, whose magnitudes a GGUF adapter cannot hold",
+                config.get("use_dora"),
+            ),
+            ("it contains embeddings of new tokens", config.get("trainable_token_indices")),
+            ("it contains whole layers (modules_to_save)", config.get("modules_to_save")),
+            ("it contains biases", config.get("bias", "none") != "none" or config.get("lora_bias")),
         )
         if there
     ]
@@ -62,7 +66,7 @@ def require_lora(config: Mapping[str, Any], quant: str) -> None:
         raise UsageError(
             "llama.cpp cannot add this adapter to a base",
             why="; ".join(reasons),
-            fix="write the merged model: truetune export RUN --to gguf -o DIR",
+            fix="export the merged model: truetune export RUN --to gguf -o DIR",
             code="gguf-adapter",
         )
 
@@ -78,18 +82,18 @@ def write_adapter(
     conversations: Sequence[Conversation] = (),
     on_stage: Tell | None = None,
 ) -> WrittenGGUF:
-    """Write an adapter and prove it.
+    """Write an adapter and verify it.
 
     Args:
         base: in float32.
         loaded: the adapter on its base, in float32.
         folder: exists; gets the file and proof.json.
         name: that the file gives itself.
-        conversations: rows that it is proved on, beside fixed prompts.
+        conversations: rows on which it is verified, besides fixed prompts.
 
     Raises:
-        UsageError: an architecture, tokenizer or layer that llama.cpp has no place for.
-        CheckFailed: llama.cpp makes something else of it; the file is gone.
+        UsageError: an architecture, tokenizer or layer that llama.cpp does not support.
+        CheckFailed: llama.cpp computes something else from the file, which is removed.
     """
     tell = on_stage or (lambda _: None)
     model = base.transformers_model
@@ -103,15 +107,15 @@ def write_adapter(
     whole, path = folder / "base.gguf", folder / f"adapter-{quant}.gguf"
     unproved = folder / "unproved.gguf"
     try:
-        tell("writing the base in float32, for the proof alone")
+        tell("writing the base in float32, only for the verification")
         kind = "f32" if small_enough(model, folder) else "f16"
         write_file(whole, model, shape, vocabulary, kind, name)
-        tell(f"writing the adapter in {quant}, and proving both against llama.cpp")
+        tell(f"writing the adapter in {quant} and verifying both with llama.cpp")
         _write(unproved, pairs, shape, quant, name)
         config = model.config.get_text_config(decoder=True)
         budget = max((budget_of(each, config) for each in (kind, quant)), key=lambda b: b.most)
         proof = prove(whole, contract, reference, budget, adapter=unproved)
-        require_proved(proof, "the GGUF adapter is not the adapter, and was removed")
+        require_proved(proof, "the GGUF adapter does not match the adapter and was removed")
         unproved.replace(path)
     finally:
         whole.unlink(missing_ok=True)
@@ -121,7 +125,7 @@ def write_adapter(
 
 
 def on_stops(contract: PromptContract, base_stops: Sequence[int]) -> list[Finding]:
-    """A warning where the base's own GGUF file will not end replies as they were trained to end."""
+    """Warn if the base's own GGUF file will not end replies as they were trained to end."""
     missing = [i for i in contract.stop_ids if i not in base_stops]
     if not missing:
         return []
@@ -130,9 +134,9 @@ def on_stops(contract: PromptContract, base_stops: Sequence[int]) -> list[Findin
             "gguf-adapter-stops",
             "warning",
             f"a GGUF file of the base does not end replies on {contract.tokens.named(missing)}",
-            why="the stop tokens of llama.cpp are those of the base's file, and an adapter's file "
-            "has none",
-            fix="write the merged model: truetune export RUN --to gguf -o DIR",
+            why="llama.cpp takes its stop tokens from the base's file, and an adapter's file has "
+            "none",
+            fix="export the merged model: truetune export RUN --to gguf -o DIR",
         )
     ]
 
@@ -162,8 +166,8 @@ def _pairs(adapted: Any, model: Any, shape: Shape) -> Iterator[Pair]:
     if lost:
         raise UsageError(
             f"llama.cpp cannot add this adapter to {lost[0]}",
-            why="it is an embedding, or one matrix with it",
-            fix="write the merged model: truetune export RUN --to gguf -o DIR",
+            why="it is an embedding, or shares its matrix with one",
+            fix="export the merged model: truetune export RUN --to gguf -o DIR",
             code="gguf-adapter",
         )
 

@@ -1,9 +1,9 @@
-"""A GGUF file, written tensor by tensor.
+"""Write a GGUF file, tensor by tensor.
 
 input   Shape, Vocabulary, tensors, a type of quantisation
 does    writes values and vocabulary by gguf's writer; quantises by llama.cpp's own code, which
         xllamacpp brings along
-output  a file; nothing says yet that it is right
+output  a file, not yet verified
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quant:
-    """How the matrices of a file are held; all else is float32.
+    """The types of a file's matrices; everything else is float32.
 
     Attributes:
         kind: of most matrices, a `gguf.GGMLQuantizationType`.
@@ -78,7 +78,7 @@ def require_quant(name: str) -> Quant:
         f"unknown quantisation {name!r}",
         where="--quant",
         why=f"did you mean {meant[0]}?" if meant else "",
-        fix=f"one of {', '.join(QUANTS)}",
+        fix=f"use one of {', '.join(QUANTS)}",
         code="gguf-quant",
     )
 
@@ -96,7 +96,7 @@ def write_file(
         the type of each tensor, by its name in the file.
 
     Raises:
-        SaveError: a weight is beyond what the type holds, or the disk is full.
+        SaveError: a weight exceeds the type's range, or the disk is full.
     """
     sizes = _sizes(model, shape)
     kinds = _kinds(model, sizes, shape, require_quant(quant))
@@ -252,7 +252,7 @@ def write_tensors(
         raise SaveError(
             f"cannot write {path.name}: {error.strerror or error}",
             where=str(path),
-            fix="free some space, or name another folder with --output",
+            fix="free some space, or choose another folder with --output",
         ) from error
     finally:
         writer.close()
@@ -262,7 +262,7 @@ def _packed(name: str, value: Any, kind: str) -> Any:
     """A tensor as the bytes of its type.
 
     Raises:
-        SaveError: a number is beyond what float16 holds.
+        SaveError: a number exceeds the range of float16.
     """
     value = np.ascontiguousarray(value, dtype=np.float32)
     if kind == "F32":
@@ -272,9 +272,10 @@ def _packed(name: str, value: Any, kind: str) -> Any:
             half = value.astype(np.float16)
         if not np.isfinite(half).all():
             raise SaveError(
-                f"{name} holds {float(np.abs(value).max()):.3g}, and float16 ends at 65,504",
-                why="the model was trained in a type with a wider range",
-                fix="--quant bf16, or another that keeps the range",
+                f"{name} contains {float(np.abs(value).max()):.3g}, but the largest float16 is "
+                "65,504",
+                why="the model was trained in a dtype with a wider range",
+                fix="use --quant bf16, or another type with that range",
                 code="gguf-overflow",
             )
         return half
@@ -293,8 +294,9 @@ def _quantised(value: Any, kind: str) -> Any:
         except NotImplementedError as error:
             raise UsageError(
                 f"{kind} cannot be written here",
-                why="the installed xllamacpp hides llama.cpp's quantiser, and gguf has none for it",
-                fix="--quant q8_0, or another of blocks of 32",
+                why="the installed xllamacpp does not expose llama.cpp's quantiser, and gguf has "
+                "none for this type",
+                fix="use --quant q8_0, or another type with blocks of 32",
                 code="gguf-quant",
             ) from error
     rows, width = value.shape[0], value.shape[-1]

@@ -1,4 +1,4 @@
-"""llama.cpp's ids against a tokenizer's, and the pre-tokenizer that makes them equal.
+"""Compare llama.cpp's ids with a tokenizer's, and find the pre-tokenizer that makes them equal.
 
 input   a vocabulary, its contract
 does    tries llama.cpp's pre-tokenizers on texts in twenty scripts, each in a file that holds
@@ -104,7 +104,7 @@ def choose_pre_tokenizer(
         folder: for trial files, which are removed.
 
     Raises:
-        UsageError: none of them does.
+        UsageError: no pre-tokenizer does.
     """
     nearest: tuple[int, str, Compared] | None = None
     names = _ordered(contract) if vocabulary.model == "gpt2" else ("default",)
@@ -127,11 +127,11 @@ def choose_pre_tokenizer(
             nearest = (len(found.wrong), name, found)
     shown = nearest[2].wrong[0] if nearest else TEXTS[0]
     raise UsageError(
-        "llama.cpp has no pre-tokenizer that gives this tokenizer's ids",
+        "llama.cpp has no pre-tokenizer that reproduces this tokenizer's ids",
         where=repr(shown[:80]),
-        why=f"{len(names)} were tried on {len(TEXTS)} texts in twenty scripts"
-        + (f"; the nearest is {nearest[1]}" if nearest else ""),
-        fix="serve the merged model in another server: truetune export RUN --to merged",
+        why=f"{len(names)} pre-tokenizers were tried on {len(TEXTS)} texts in twenty scripts"
+        + (f"; the closest is {nearest[1]}" if nearest else ""),
+        fix="use another server with the merged model: truetune export RUN --to merged",
         code="gguf-tokenizer",
     )
 

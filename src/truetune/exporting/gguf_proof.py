@@ -1,5 +1,5 @@
-"""The proof of a GGUF file: llama.cpp makes the same prompts, ids and predictions of it as
-transformers does of the model.
+"""Verify a GGUF file: llama.cpp must produce the same prompts, ids and predictions with it as
+transformers with the model.
 
 input   a file, the model it was written from, its contract, conversations
 does    serves the file by llama.cpp in a child process; compares ids of texts in twenty scripts,
@@ -26,11 +26,11 @@ from truetune.servers.llama_cpp import LlamaCpp, serving
 
 @dataclass(frozen=True)
 class Budget:
-    """How far llama.cpp may be from transformers in float32 where nothing is wrong.
+    """How far llama.cpp may be from transformers in float32 when nothing is wrong.
 
     Attributes:
         usual: in units of the logits' spread (`Apart.relative`): about three times what the type
-            costs the embedded base. More is a warning: the model does not bear so few bits.
+            costs the embedded base. More is a warning: the model does not tolerate so few bits.
         most: twice what it costs the sharpest of the random models that were tried. More is an
             error.
     """
@@ -68,7 +68,7 @@ def budget_of(quant: str, config: Any) -> Budget:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far a reading of llama.cpp is from the model's.
+    """How far a reading from llama.cpp is from the model's.
 
     Attributes:
         mean, largest: divergence in nats.
@@ -158,7 +158,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Reference:
-    """What transformers makes of a model, to which files are held.
+    """What transformers computes with a model; files are compared with it.
 
     Attributes:
         cases: conversations as they are served.
@@ -182,7 +182,7 @@ def reference_of(
     Args:
         loaded: in float32.
         conversations: rows of the run; fixed prompts are added.
-        context: tokens for which the two compute the same.
+        context: tokens up to which the two compute the same.
     """
     cases = cases_of(contract, conversations, longest=min(context, 1024) - 1)
     rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
@@ -236,11 +236,11 @@ def on_texts(texts: Compared) -> list[Finding]:
             Finding(
                 "gguf-ids-differ",
                 "error",
-                f"llama.cpp gives other ids for {len(texts.wrong)} of {texts.texts} texts",
+                f"llama.cpp gives different ids for {len(texts.wrong)} of {texts.texts} texts",
                 where=repr(texts.wrong[0][:60]),
                 count=len(texts.wrong),
-                why="its pre-tokenizer, or a token of the vocabulary, is another",
-                fix="serve the merged model in another server: truetune export RUN --to merged",
+                why="its pre-tokenizer or a token of the vocabulary differs",
+                fix="use another server with the merged model: truetune export RUN --to merged",
             )
         )
     if texts.normalised:
@@ -248,12 +248,12 @@ def on_texts(texts: Compared) -> list[Finding]:
             Finding(
                 "gguf-unicode-form",
                 "note",
-                f"{len(texts.normalised)} of {texts.texts} texts get other ids unless they are in "
-                "the tokenizer's Unicode form",
+                f"{len(texts.normalised)} of {texts.texts} texts get different ids unless they are "
+                "in the tokenizer's Unicode form",
                 where=repr(texts.normalised[0][:60]),
                 count=len(texts.normalised),
-                why="the tokenizer composes characters first (NFC), and llama.cpp does not",
-                fix="send composed text, which is what keyboards write",
+                why="the tokenizer composes characters first (NFC), but llama.cpp does not",
+                fix="send composed text, as keyboards produce it",
             )
         )
     return found
@@ -277,14 +277,16 @@ def on_prompts(
     assert best is not None
     if best.refused:
         case, said = best.refused[0]
-        what = f"llama.cpp's template engine refuses {len(best.refused)} of {len(cases)} prompts"
+        what = f"llama.cpp's template engine rejects {len(best.refused)} of {len(cases)} prompts"
         why = visible(said, keep_newlines=False)
     else:
         case, _ = best.ids[0]
-        what = f"llama.cpp makes other prompts of {len(best.ids)} of {len(cases)} conversations"
+        what = (
+            f"llama.cpp renders different prompts for {len(best.ids)} of {len(cases)} conversations"
+        )
         text = next((text for one, text in best.texts if one is case), None)
         why = (
-            "the text is the same, its ids are others"
+            "the text is the same, but its ids differ"
             if text is None
             else f"the contract: {_end(case.text)}\nllama.cpp:    {_end(text)}"
         )
@@ -296,7 +298,7 @@ def on_prompts(
             where=case.where,
             count=len(best.refused) or len(best.ids),
             why=why,
-            fix="serve the merged model in another server: truetune export RUN --to merged",
+            fix="use another server with the merged model: truetune export RUN --to merged",
         )
     ]
 
@@ -308,11 +310,11 @@ def _served_with(arguments: dict[str, Any]) -> list[Finding]:
         Finding(
             "gguf-template-arguments",
             "warning",
-            "llama.cpp makes the trained prompts only with a template argument",
+            "llama.cpp renders the trained prompts only with a template argument",
             where=json.dumps(arguments),
-            why="it gives templates a value of its own for this argument, over their default",
-            fix=f"serve it with --chat-template-kwargs '{json.dumps(arguments)}', or by "
-            "truetune serve, which does",
+            why="it sets this argument to its own value, which replaces the template's default",
+            fix=f"serve it with --chat-template-kwargs '{json.dumps(arguments)}', or with truetune "
+            "serve, which sets it",
         )
     ]
 
@@ -331,26 +333,27 @@ def on_stops(contract: PromptContract, stops: Sequence[int]) -> list[Finding]:
             "error",
             f"llama.cpp does not end a reply on {contract.tokens.named(missing)}",
             count=len(missing),
-            why="a GGUF file names three such tokens, and llama.cpp knows some more by their text",
-            fix="train with fewer stop tokens: --stop",
+            why="a GGUF file can name only three such tokens; llama.cpp recognises some more by "
+            "their text",
+            fix="train with fewer stop tokens (--stop)",
         )
     ]
 
 
 def judge(apart: Apart, budget: Budget) -> list[Finding]:
-    """An error where predictions are further apart than the type of the weights explains, a
-    warning where the model bears it badly."""
+    """Report an error if predictions differ by more than the weights' type explains, and a warning
+    if the model tolerates it badly."""
     if not apart.relative <= budget.most:
         return [
             Finding(
                 "gguf-numbers-differ",
                 "error",
-                "llama.cpp computes something else than transformers: log-probabilities differ by "
-                f"{apart.relative:.2g} of the logits' spread, {budget.most:.2g} is allowed",
-                why="a tensor or a setting of the architecture is written otherwise than "
-                "llama.cpp reads it",
-                fix="report it, with the model's config.json; truetune export RUN --to merged "
-                "serves elsewhere",
+                "llama.cpp does not compute what transformers computes: log-probabilities differ "
+                f"by {apart.relative:.2g} of the logits' spread, but {budget.most:.2g} is allowed",
+                why="a tensor or a setting of the architecture is not written as llama.cpp reads "
+                "it",
+                fix="report it with the model's config.json; truetune export RUN --to merged "
+                "writes a model for other servers",
             )
         ]
     if apart.relative <= budget.usual:
@@ -359,10 +362,10 @@ def judge(apart: Apart, budget: Budget) -> list[Finding]:
         Finding(
             "gguf-loses-much",
             "warning",
-            f"so few bits cost this model much: log-probabilities differ by {apart.relative:.2g} "
-            f"of the logits' spread, {100 * apart.greedy:.0f} % of the likeliest tokens are equal",
-            why=f"{budget.usual:.2g} is usual of this type; small models bear it worse",
-            fix="more bits, for example --quant q8_0; truetune diagnose tells what it does to "
+            f"so few bits harm this model: log-probabilities differ by {apart.relative:.2g} of the "
+            f"logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are equal",
+            why=f"{budget.usual:.2g} is usual for this type; small models suffer more",
+            fix="use more bits, for example --quant q8_0; truetune diagnose shows the effect on "
             "replies",
         )
     ]

@@ -1,4 +1,4 @@
-"""A transformers model in the terms of llama.cpp: its hyperparameters and its tensors by their
+"""Describe a transformers model in llama.cpp's terms: its hyperparameters, and its tensors by their
 names in a GGUF file.
 
 input   a loaded model in float32
@@ -85,12 +85,12 @@ def require_family(config: Any) -> Family:
     found = FAMILIES.get(config.model_type)
     if found is None:
         raise UsageError(
-            f"models of the architecture {config.model_type} are not written as GGUF",
-            why=f"known are {', '.join(FAMILIES)}: for these llama.cpp was compared with "
-            "transformers",
-            fix="serve the merged model (truetune export RUN --to merged), or convert that with "
-            "llama.cpp's convert_hf_to_gguf.py and hold it to the run: truetune diagnose RUN "
-            "--gguf FILE",
+            f"models of the architecture {config.model_type} cannot be written as GGUF",
+            why=f"known architectures are {', '.join(FAMILIES)}: for these, llama.cpp was compared "
+            "with transformers",
+            fix="serve the merged model (truetune export RUN --to merged), or convert it with "
+            "llama.cpp's convert_hf_to_gguf.py and compare it with the run: truetune diagnose "
+            "RUN --gguf FILE",
             code="gguf-architecture",
         )
     return found
@@ -100,7 +100,7 @@ def shape_of(model: Any) -> Shape:
     """The shape of a transformers model.
 
     Raises:
-        UsageError: it has something that llama.cpp has no place for.
+        UsageError: it has something that llama.cpp does not support.
     """
     import gguf
 
@@ -170,16 +170,16 @@ def _names(model: Any, config: Any, arch: Any) -> dict[str, str]:
             found[name] = written
     if unknown:
         raise UsageError(
-            f"llama.cpp has no place for {len(unknown)} tensors of this model: "
+            f"llama.cpp does not support {len(unknown)} tensors of this model: "
             + ", ".join(unknown[:4]),
-            why="gguf's name map of the architecture lacks them",
-            fix="serve the merged model in another server: truetune export RUN --to merged",
+            why="gguf's list of names for the architecture does not contain them",
+            fix="use another server with the merged model: truetune export RUN --to merged",
             code="gguf-architecture",
         )
     if len(set(found.values())) < len(found):
         raise UsageError(
-            "two tensors of the model have one name in a GGUF file",
-            fix="report it, with the model's config.json",
+            "two tensors of the model have the same name in a GGUF file",
+            fix="report it with the model's config.json",
             code="gguf-architecture",
         )
     return found
@@ -241,8 +241,8 @@ def _hyperparameters(
                 _shorter(
                     original,
                     context,
-                    "longrope: llama.cpp takes the factors of "
-                    "long texts for short ones too where its context is longer",
+                    "longrope: with a longer context, llama.cpp uses the factors for long texts "
+                    "also for short ones",
                 )
             )
             context = original
@@ -279,9 +279,9 @@ def _shorter(context: int, own: int, why: str) -> Finding:
     return Finding(
         "gguf-context",
         "note",
-        f"the GGUF file says a context of {context:,} tokens, the model one of {own:,}",
+        f"the GGUF file has a context of {context:,} tokens, but the model has one of {own:,}",
         why=why,
-        fix="longer texts need another server: truetune export RUN --to merged",
+        fix="use another server for longer texts: truetune export RUN --to merged",
     )
 
 
@@ -296,7 +296,7 @@ def _ropes(config: Any) -> dict[str, dict[str, Any]]:
 def _rope_scaling(
     model: Any, config: Any, rope: dict[str, Any], family: Family, rotated: int
 ) -> tuple[list[tuple[str, Any]], dict[str, torch.Tensor]]:
-    """What is told of a rotary embedding that is not the default one.
+    """Describe a rotary embedding that is not the default one.
 
     Raises:
         UsageError: llama.cpp does not compute it.
@@ -343,8 +343,8 @@ def _rope_scaling(
             for name in ("long", "short")
         }
     raise UsageError(
-        f"a rotary embedding of type {kind} is not written as GGUF",
-        why="llama.cpp computes another one, or none, of that name",
-        fix="serve the merged model in another server: truetune export RUN --to merged",
+        f"a rotary embedding of type {kind} cannot be written as GGUF",
+        why="llama.cpp computes this type differently, or not at all",
+        fix="use another server with the merged model: truetune export RUN --to merged",
         code="gguf-architecture",
     )

@@ -1,4 +1,4 @@
-"""A tokenizer in the terms of llama.cpp.
+"""Describe a tokenizer in llama.cpp's terms.
 
 input   a contract
 does    takes tokens, merges and special tokens from the tokenizer as AutoTokenizer opens it; makes
@@ -24,7 +24,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """What a GGUF file says about a tokenizer.
 
     Attributes:
         model: llama.cpp's kind: gpt2 merges bytes by rank, llama merges pieces by score.
@@ -58,7 +58,7 @@ def vocabulary_of(contract: PromptContract, rows: int) -> tuple[Vocabulary, list
         rows: of the model's embedding; rows without a token get one that nothing leads to.
 
     Raises:
-        UsageError: it is no tokenizer of a kind that llama.cpp computes.
+        UsageError: llama.cpp does not support this kind of tokenizer.
     """
     tokenizer = contract.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -100,9 +100,9 @@ def vocabulary_of(contract: PromptContract, rows: int) -> tuple[Vocabulary, list
 
 def _unknown(kind: str) -> UsageError:
     return UsageError(
-        f"a tokenizer of the kind {kind} is not written as GGUF",
-        why="byte-level BPE and BPE with bytes to fall back on are",
-        fix="serve the merged model in another server: truetune export RUN --to merged",
+        f"a tokenizer of type {kind} cannot be written as GGUF",
+        why="only byte-level BPE and BPE with byte fallback can be",
+        fix="use another server with the merged model: truetune export RUN --to merged",
         code="gguf-tokenizer",
     )
 
@@ -127,8 +127,8 @@ def _tokens(
     beyond = [number for number in texts if number >= rows]
     if beyond:
         raise UsageError(
-            f"the tokenizer has {len(beyond):,} tokens for which the model has no row",
-            why=f"the model has {rows:,} rows, the first such token is {min(beyond)}",
+            f"the tokenizer has {len(beyond):,} tokens for which the model has no embedding",
+            why=f"the model has {rows:,} embeddings, and the first such token is {min(beyond)}",
             fix="use the tokenizer that belongs to the weights",
             code="gguf-tokenizer",
         )
@@ -189,10 +189,10 @@ def _add_bos(contract: PromptContract) -> tuple[bool, Finding | None]:
         return False, Finding(
             "gguf-no-bos",
             "note",
-            f"the GGUF file does not ask for {contract.tokens.decode([first])!r} before texts",
-            why="the chat template writes none, so rows were trained without it; llama.cpp would "
-            "put it before prompts of the template too",
-            fix="nothing to do; completions of plain text begin without it",
+            f"the GGUF file does not put {contract.tokens.decode([first])!r} before texts",
+            why="the chat template does not write it, so rows were trained without it; llama.cpp "
+            "would also put it before rendered prompts",
+            fix="nothing to do; completions of plain text will begin without it",
         )
     return adds and served, None
 
@@ -216,8 +216,8 @@ def _special(contract: PromptContract) -> tuple[dict[str, int], Finding | None]:
     return found, Finding(
         "gguf-many-stops",
         "note",
-        f"replies end on {len(stops)} tokens, of which a GGUF file can name three",
-        why="llama.cpp adds those that it knows by their text; the proof says whether it ends on "
-        "all",
-        fix="nothing to do where the export succeeds",
+        f"replies end on {len(stops)} tokens, but a GGUF file can name only three",
+        why="llama.cpp adds those that it recognises by their text; the verification shows "
+        "whether it stops on all",
+        fix="nothing to do if the export succeeds",
     )

@@ -1,5 +1,4 @@
-"""A model folder on the Hub, through huggingface_hub: one commit, private unless it is said
-otherwise."""
+"""Push a model folder to the Hub in one commit, private by default."""
 
 from __future__ import annotations
 
@@ -34,11 +33,11 @@ class Place:
 
 
 def find_place(repo: str, names: Sequence[str], *, public: bool, overwrite: bool) -> Place:
-    """Ask the Hub whether a repository may be written; nothing is changed.
+    """Ask the Hub whether a repository can be written; change nothing.
 
     Args:
         names: of the files that will be pushed.
-        public: a repository that everybody reads is meant.
+        public: the repository is meant to be public.
         overwrite: files of an earlier push may go.
 
     Raises:
@@ -55,39 +54,38 @@ def find_place(repo: str, names: Sequence[str], *, public: bool, overwrite: bool
     except HFValidationError as error:
         raise _no_name(repo, str(error).splitlines()[0]) from error
     if not _REPO.fullmatch(repo):
-        raise _no_name(repo, "a model of the Hub is named by its owner and its own name")
+        raise _no_name(repo, "a model on the Hub is named by its owner and its own name")
     if not get_token():
         raise UsageError(
-            "nobody is logged in to the Hub",
-            fix="hf auth login, or set HF_TOKEN to a token that may write",
+            "you are not logged in to the Hub",
+            fix="run hf auth login, or set HF_TOKEN to a token with write access",
             code="hub-no-token",
         )
-    with _told(repo):
+    with _as_ours(repo):
         try:
             info = HfApi().model_info(repo)
         except RepositoryNotFoundError:
             return Place(repo, False, not public, ())
     if not info.private and not public:
         raise UsageError(
-            f"{repo} is public: whatever is pushed there, everybody reads",
-            fix="add --public, or name another repository",
+            f"{repo} is public: everyone can read what is pushed there",
+            fix="add --public, or choose another repository",
             code="hub-is-public",
         )
     there = [file.rfilename for file in info.siblings or ()]
     stale = tuple(name for name in there if name not in names and name not in _NOT_OURS)
     if stale and not overwrite:
         raise UsageError(
-            f"{repo} holds {len(stale)} other files: {', '.join(stale[:5])}",
-            why="programs may load them beside what is pushed, or in its place",
-            fix="--overwrite removes them in the same commit; or name another repository",
+            f"{repo} contains {len(stale)} other files: {', '.join(stale[:5])}",
+            why="programs may load them together with the pushed files, or instead of them",
+            fix="remove them in the same commit with --overwrite, or choose another repository",
             code="hub-not-empty",
         )
     return Place(repo, True, bool(info.private), stale)
 
 
 def upload(place: Place, files: Mapping[str, Path | bytes], message: str) -> str:
-    """Write all files in one commit, and take stale ones away; make the repository where there is
-    none.
+    """Write all files in one commit and remove stale ones; create the repository if there is none.
 
     Args:
         files: name there -> where it lies, or what it holds.
@@ -96,12 +94,12 @@ def upload(place: Place, files: Mapping[str, Path | bytes], message: str) -> str
         the address of the repository.
 
     Raises:
-        TruetuneError: the Hub refuses it, or does not answer; no half of a commit is left.
+        TruetuneError: the Hub refuses it, or does not answer; no partial commit is left.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    with _told(place.repo):
+    with _as_ours(place.repo):
         if not place.exists:
             api.create_repo(place.repo, private=place.private, exist_ok=True)
         adds = [
@@ -114,7 +112,7 @@ def upload(place: Place, files: Mapping[str, Path | bytes], message: str) -> str
 
 
 @contextlib.contextmanager
-def _told(repo: str) -> Iterator[None]:
+def _as_ours(repo: str) -> Iterator[None]:
     """Errors of the library as ours."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -129,14 +127,14 @@ def _told(repo: str) -> Iterator[None]:
             f"the Hub refuses it: {str(error.server_message or error).splitlines()[0]}",
             where=repo,
             why=f"status {status}" if status else "",
-            fix="log in with a token that may write there: hf auth login"
+            fix="log in with a token that has write access: hf auth login"
             if denied
-            else "try again; what was there before is as it was",
+            else "try again; the repository is unchanged",
             code="hub-refused",
         ) from error
     except OfflineModeIsEnabled as error:
         raise UsageError(
-            "the Hub is switched off: HF_HUB_OFFLINE is set",
+            "the Hub is disabled: HF_HUB_OFFLINE is set",
             where=repo,
             fix="unset HF_HUB_OFFLINE",
             code="hub-offline",
@@ -147,15 +145,15 @@ def _told(repo: str) -> Iterator[None]:
             f"the Hub could not be reached: {said or type(error).__name__}",
             where=repo,
             why=type(error).__name__,
-            fix="try again; what was there before is as it was",
+            fix="try again; the repository is unchanged",
             code="hub-unreachable",
         ) from error
 
 
 def _no_name(repo: str, why: str) -> UsageError:
     return UsageError(
-        f"{repo!r} is no name of a repository",
+        f"{repo!r} is not a valid repository name",
         why=why,
-        fix="name OWNER/NAME, such as me/first",
+        fix="use OWNER/NAME, such as me/first",
         code="hub-name",
     )

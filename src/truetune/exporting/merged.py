@@ -1,4 +1,4 @@
-"""An adapter as a plain model folder.
+"""Merge an adapter into a plain model folder.
 
 input   an adapter folder
 does    merges in float32, casts to the base's own type, writes all that a server needs: weights,
@@ -69,8 +69,8 @@ def write_merged(
             Finding(
                 "weights-rounded",
                 "note",
-                f"added in float32 and saved in {report.dtype}: the largest rounding is "
-                f"{report.cast_error:.2g}",
+                f"the adapter was added in float32 and saved in {report.dtype}: the largest "
+                f"rounding error is {report.cast_error:.2g}",
             )
         )
     return Exported(report, merged.onto, merged.load_in, merged.tied, tuple(findings))

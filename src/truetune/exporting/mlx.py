@@ -1,4 +1,4 @@
-"""A folder for MLX, written by mlx_lm and proved with it.
+"""Write a model folder for MLX with mlx_lm, and verify it.
 
 input   a whole model folder, opened in float32, its contract, rows of the run
 does    has mlx_lm convert the folder in a child process, load the result and compute on the CPU;
@@ -28,7 +28,7 @@ from truetune.run_dir import write_json
 from truetune.system import child
 
 _WORKER = "truetune.exporting.mlx_worker"
-# What mlx_lm's `convert` is told, and how far the result may be: see `gguf_proof.Budget`.
+# What mlx_lm's `convert` gets, and how far the result may be: see `gguf_proof.Budget`.
 QUANTS: dict[str, tuple[dict[str, Any], Budget]] = {
     "f32": ({"dtype": "float32"}, Budget(1e-4, 2e-3)),
     "f16": ({"dtype": "float16"}, Budget(5e-3, 2e-2)),
@@ -73,7 +73,7 @@ class WrittenMLX:
 
 
 def require_mlx(quant: str) -> None:
-    """Say that mlx_lm is missing, or does not know a type, before anything is done.
+    """Report first if mlx_lm is missing or does not know a type.
 
     Raises:
         UsageError: see above.
@@ -81,7 +81,7 @@ def require_mlx(quant: str) -> None:
     if any(importlib.util.find_spec(name) is None for name in ("mlx", "mlx_lm")):
         raise UsageError(
             "--to mlx needs mlx_lm, which is not installed",
-            why="it writes the folder, and is what the folder is proved with",
+            why="it writes and verifies the folder",
             fix="pip install 'truetune[mlx]' (macOS, or Linux on a CPU)",
             code="extra-missing",
         )
@@ -91,7 +91,7 @@ def require_mlx(quant: str) -> None:
             f"unknown type {quant!r}",
             where="--quant",
             why=f"did you mean {meant[0]}?" if meant else "",
-            fix=f"of mlx one of {', '.join(QUANTS)}",
+            fix=f"for mlx, use one of {', '.join(QUANTS)}",
             code="mlx-quant",
         )
 
@@ -106,17 +106,17 @@ def write_mlx(
     conversations: Sequence[Conversation] = (),
     on_stage: Callable[[str], None] | None = None,
 ) -> WrittenMLX:
-    """Write a folder and prove it.
+    """Write a folder and verify it.
 
     Args:
         source: a whole model folder.
         loaded: the same in float32.
         folder: must not exist.
-        conversations: rows that it is proved on, beside fixed prompts.
+        conversations: rows on which it is verified, besides fixed prompts.
 
     Raises:
         UsageError: an architecture that mlx_lm does not know.
-        CheckFailed: mlx_lm makes something else of it; nothing is left.
+        CheckFailed: mlx_lm computes something else; nothing is left.
     """
     tell = on_stage or (lambda _: None)
     config = loaded.transformers_model.config.get_text_config(decoder=True)
@@ -125,7 +125,7 @@ def write_mlx(
         loaded.transformers_model, folder.parent
     ) else [quant]  # fmt: skip
     for kind in kinds:
-        tell(f"writing {kind}, and proving it by mlx_lm")
+        tell(f"writing {kind} and verifying it with mlx_lm")
         try:
             made = _proved(source, contract, reference, folder, kind)
         except BaseException:
@@ -164,60 +164,58 @@ def _proved(
     }
     reply = child.ask(_WORKER, json.dumps(asked).encode("utf-8"))
     try:
-        told = json.loads(reply.data)
+        said = json.loads(reply.data)
     except ValueError:
-        told = {"error": reply.errors.strip()[-300:] or f"exit code {reply.status}"}
-    if "error" in told:
+        said = {"error": reply.errors.strip()[-300:] or f"exit code {reply.status}"}
+    if "error" in said:
         raise UsageError(
-            f"mlx_lm cannot convert or load this model: {visible(told['error'][:300])}",
-            why="it knows other architectures, or the folder lacks something",
-            fix="serve the merged model elsewhere: truetune export RUN --to merged",
+            f"mlx_lm cannot convert or load this model: {visible(said['error'][:300])}",
+            why="it does not know this architecture, or the folder is incomplete",
+            fix="use another server with the merged model: truetune export RUN --to merged",
             code="mlx-failed",
         )
-    known = torch.tensor(told["logprobs"], dtype=torch.float64)
+    known = torch.tensor(said["logprobs"], dtype=torch.float64)
     rest = (1 - known.exp().sum(dim=-1)).clamp(min=1e-9).log()
     reading = Reading(
         wanted.top,
         torch.cat([known, rest[:, None]], dim=-1).float(),
-        torch.tensor(told["greedy"]),
+        torch.tensor(said["greedy"]),
         0.0,
         "",
     )
     apart = apart_of(wanted, reading)
-    stops = tuple(i for i in contract.stop_ids if i in told["stops"])
+    stops = tuple(i for i in contract.stop_ids if i in said["stops"])
     wrong = [
         case
-        for case, ids in zip(reference.cases, told["prompts"], strict=True)
+        for case, ids in zip(reference.cases, said["prompts"], strict=True)
         if tuple(ids) != case.ids
     ]
     errors = []
     if wrong:
-        errors.append(
-            _error(f"mlx_lm makes other prompts of {len(wrong)} of {len(reference.cases)} "
-                   "conversations", wrong[0].where)
-        )  # fmt: skip
+        what = f"{len(wrong)} of {len(reference.cases)} conversations"
+        errors.append(_error(f"mlx_lm renders different prompts for {what}", wrong[0].where))
     if missing := [i for i in contract.stop_ids if i not in stops]:
         errors.append(_error(f"mlx_lm does not end a reply on {contract.tokens.named(missing)}"))
     if not apart.relative <= budget.most:
         errors.append(
             _error(
-                f"mlx_lm computes something else than transformers: log-probabilities differ by "
-                f"{apart.relative:.2g} of the logits' spread, {budget.most:.2g} is allowed"
+                "mlx_lm does not compute what transformers computes: log-probabilities differ by "
+                f"{apart.relative:.2g} of the logits' spread, but {budget.most:.2g} is allowed"
             )
         )
     if errors:
-        raise CheckFailed("the MLX folder is not the model, and was removed", errors)
+        raise CheckFailed("the MLX folder does not match the model and was removed", errors)
     warnings: tuple[Finding, ...] = ()
     if apart.relative > budget.usual:
         warnings = (
             Finding(
                 "mlx-loses-much",
                 "warning",
-                f"so few bits cost this model much: log-probabilities differ by "
-                f"{apart.relative:.2g} of the logits' spread, {100 * apart.greedy:.0f} % of the "
-                "likeliest tokens are equal",
-                why=f"{budget.usual:.2g} is usual of this type; small models bear it worse",
-                fix="more bits, for example --quant 8bit",
+                f"so few bits harm this model: log-probabilities differ by {apart.relative:.2g} of "
+                f"the logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are "
+                "equal",
+                why=f"{budget.usual:.2g} is usual for this type; small models suffer more",
+                fix="use more bits, for example --quant 8bit",
             ),
         )
     return WrittenMLX(folder, kind, len(reference.cases), stops, apart, warnings)
@@ -247,6 +245,6 @@ def _error(what: str, where: str = "") -> Finding:
         "error",
         what,
         where=where,
-        why="mlx_lm reads the folder otherwise than transformers",
-        fix="serve the merged model elsewhere: truetune export RUN --to merged",
+        why="mlx_lm reads the folder differently from transformers",
+        fix="use another server with the merged model: truetune export RUN --to merged",
     )

@@ -1,4 +1,4 @@
-"""The child process in which mlx_lm writes a folder, and reads it back.
+"""The child process in which mlx_lm writes a folder and reads it back.
 
 input   a question (JSON on standard input)
 does    converts a model folder, or loads a converted one on the CPU
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """What was asked for: `write` before `read`, where both are there."""
+    """Do what was requested: `write` before `read` if both are present."""
     # Compiled kernels need a compiler, and are no part of what is compared.
     os.environ["MLX_DISABLE_COMPILE"] = "1"
     import mlx.core as mx
@@ -39,7 +39,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _predictions(mx: Any, model: Any, probes: Any, top: Any) -> dict[str, Any]:
-    """A position each: log-probabilities of the tokens that are asked for, the likeliest one."""
+    """For each position, the log-probabilities of the requested tokens and the likeliest token."""
     kept, greedy = [], []
     wanted = iter(top)
     for ids, positions in probes:
@@ -58,10 +58,10 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     asked = json.loads(sys.stdin.buffer.read())
     try:
-        told = answer(asked)
+        said = answer(asked)
     except Exception as error:
-        told = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(told), file=reply, flush=True)
+        said = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), file=reply, flush=True)
 
 
 if __name__ == "__main__":

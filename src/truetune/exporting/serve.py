@@ -1,9 +1,9 @@
-"""A model on this machine behind the chat protocol that clients know, prompts by its contract.
+"""Serve a model on this machine with the OpenAI chat protocol, with prompts made by its contract.
 
 input   a loaded model and its contract, or a GGUF file
 does    transformers: /v1/chat/completions and /v1/models over `generate`, one request at a time,
-        and /apply-template and /tokenize, so that it can be diagnosed as llama.cpp can; GGUF:
-        llama.cpp's own server, with the settings under which the file was proved
+        and /apply-template and /tokenize, so that it can be diagnosed like llama.cpp; GGUF:
+        llama.cpp's own server, with the settings under which the file was verified
 output  a server on 127.0.0.1; nothing else is served
 """
 
@@ -73,7 +73,7 @@ def serving_chat(served: Served, port: int) -> Iterator[LocalServer]:
 
 
 class _Refused(Exception):
-    """A request that cannot be answered, as the protocol tells it."""
+    """A request that cannot be answered, reported as the protocol defines."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -89,13 +89,13 @@ class _Handler(LocalHandler):
         return served
 
     def do_GET(self) -> None:
-        self._told(self._get)
+        self._answered(self._get)
 
     def do_POST(self) -> None:
-        self._told(self._post)
+        self._answered(self._post)
 
-    def _told(self, work: Any) -> None:
-        """Errors as the protocol has them."""
+    def _answered(self, work: Any) -> None:
+        """An error as the protocol defines it."""
         try:
             self._require_local()
             work()
@@ -107,12 +107,13 @@ class _Handler(LocalHandler):
             self.close_connection = True
 
     def _require_local(self) -> None:
-        """Refuse a page of somebody else whose name was led here, and pages of other origins."""
+        """Refuse requests through foreign host names (DNS rebinding) and from pages of other
+        origins."""
         if not self.is_named_rightly():
-            raise _Refused(403, "this server is for programs of this machine")
+            raise _Refused(403, "this server accepts only requests from this machine")
         origin = self.headers.get("Origin")
         if origin is not None and origin.split("://")[-1].lower() not in self.hosts():
-            raise _Refused(403, "this server is not for pages of other origins")
+            raise _Refused(403, "this server does not accept requests from pages of other origins")
 
     def _get(self) -> None:
         path = self.path.partition("?")[0]
@@ -121,7 +122,7 @@ class _Handler(LocalHandler):
         if path == "/v1/models":
             entry = {"id": self.served.name, "object": "model", "owned_by": "truetune"}
             return self._send(200, {"object": "list", "data": [entry]})
-        raise _Refused(404, "there are /v1/chat/completions, /v1/models and /health")
+        raise _Refused(404, "the paths are /v1/chat/completions, /v1/models and /health")
 
     def _post(self) -> None:
         path = self.path.partition("?")[0]
@@ -135,9 +136,11 @@ class _Handler(LocalHandler):
         if path == "/apply-template":
             return self._send(200, {"prompt": contract.prompt_text(messages, tools, arguments)})
         if path != "/v1/chat/completions":
-            raise _Refused(404, "there are /v1/chat/completions, /v1/models and /health")
+            raise _Refused(404, "the paths are /v1/chat/completions, /v1/models and /health")
         if arguments:
-            raise _Refused(400, "chat_template_kwargs: prompts are made as in training")
+            raise _Refused(
+                400, "chat_template_kwargs is not supported: prompts are rendered as in training"
+            )
         answer = self._stream if asked.get("stream") else self._whole
         with self.server.subject[1]:
             return answer(messages, tools, sampling)
@@ -146,15 +149,15 @@ class _Handler(LocalHandler):
         try:
             length = int(self.headers.get("Content-Length") or 0)
         except ValueError:
-            raise _Refused(400, "Content-Length is no number") from None
+            raise _Refused(400, "Content-Length is not a number") from None
         if not 0 < length <= _MOST_BYTES:
-            raise _Refused(413 if length > 0 else 400, "the request has no body, or one too long")
+            raise _Refused(413 if length > 0 else 400, "the request body is missing or too long")
         try:
             value = json.loads(self.rfile.read(length))
         except (ValueError, RecursionError):
-            raise _Refused(400, "the request is no JSON") from None
+            raise _Refused(400, "the request is not valid JSON") from None
         if not isinstance(value, dict):
-            raise _Refused(400, "the request is no JSON object")
+            raise _Refused(400, "the request is not a JSON object")
         return value
 
     def _whole(self, messages: Any, tools: Any, sampling: Sampling) -> None:
@@ -221,9 +224,9 @@ def _request(asked: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any, Sampl
     """
     messages = asked.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise _Refused(400, "messages is no list of messages")
+        raise _Refused(400, "messages is not a list of messages")
     if not all(isinstance(message, dict) for message in messages):
-        raise _Refused(400, "a message is no object")
+        raise _Refused(400, "a message is not an object")
     for name in _REFUSED:
         if name in asked and asked[name] not in _HARMLESS[name]:
             raise _Refused(400, f"{name} is not supported by this server")
@@ -238,7 +241,7 @@ def _request(asked: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any, Sampl
             seed=int(_or(asked.get("seed"), 0)),
         )
     except (TypeError, ValueError):
-        raise _Refused(400, "a number of the sampling is none") from None
+        raise _Refused(400, "a sampling parameter is not a number") from None
     return [_message(message) for message in messages], asked.get("tools") or None, sampling
 
 
@@ -251,7 +254,7 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         if not all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-            raise _Refused(400, "only text can be sent")
+            raise _Refused(400, "only text content is supported")
         content = "".join(str(part.get("text", "")) for part in content)
     return {**message, "content": "" if content is None else content}
 

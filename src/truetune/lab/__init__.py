@@ -1,4 +1,4 @@
-"""The lab: a micro world, a base model that has read of nothing else, and what is counted on both.
+"""The lab: a micro world, a base model that was trained on nothing else, and measurements of both.
 
     world.py        what is true                        seed -> World
     evaluate.py     what a model knows and says         model, questions -> counts

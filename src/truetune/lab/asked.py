@@ -1,7 +1,7 @@
-"""What is counted of an arm: replies through the contract, judged by the probes of a run and the
-matches of an evaluation; losses of held-out text and answers.
+"""Measure an arm: replies through the contract, judged by a run's probes and an evaluation's
+matches; losses on held-out text and answers.
 
-Every arm is asked the same: a hundred questions about places of which no row of any arm tells.
+Every arm gets the same hundred questions, about places that occur in no training row of any arm.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def instructions() -> list[Row]:
 
 
 def facts_for_rows(number: int, seed: int) -> list[tuple[str, Fact]]:
-    """Questions and facts for rows, about places that nobody is asked about: no two the same.
+    """Distinct questions and facts for rows, about places that no question asks about.
 
     Args:
         number: at most 3,360.
@@ -103,7 +103,7 @@ class Heard:
         }
 
     def samples(self) -> list[dict[str, str]]:
-        """Questions and replies, to be read."""
+        """Questions and replies, for reading."""
         pairs = zip(self.asked, self.said, strict=True)
         return [{"asked": a, "said": s.text + ("" if s.stopped else " […]")} for a, s in pairs]
 
@@ -147,7 +147,7 @@ def ask(
 
 
 def prose(tuned: Tuned, documents: int = _DOCUMENTS) -> Column:
-    """Loss on documents about the world that the base has not read: what was forgotten of prose."""
+    """Loss on documents about the world that the base has not read: shows forgotten prose."""
     texts = held_out_documents(World.generate(), documents)
     return losses(tuned, prose_examples(tuned.loaded, texts))
 
@@ -159,7 +159,7 @@ def losses(tuned: Tuned, examples: Sequence[SFTExample]) -> Column:
 
 
 def recall(tuned: Tuned) -> Column:
-    """Sentences of facts that are gone on with rightly, as prose: what was forgotten of facts."""
+    """Share of fact sentences that are completed correctly as prose: shows forgotten facts."""
     items = random.Random("lab/recall").sample(cloze_items(World.generate()), _SENTENCES)
     return Column.share(cloze_right(tuned.loaded, items))
 
@@ -168,8 +168,8 @@ _WORDS = 12
 
 
 def ends_prose(tuned: Tuned) -> Column:
-    """Prose that is gone on with and ends on the marker of an answer: the chat format where it does
-    not belong."""
+    """Share of prose continuations that end with the end token of an answer: chat format where it
+    does not belong."""
     tokenizer, encode = tuned.loaded.tokenizer, tuned.contract.tokens.encode
     starts = [" ".join(t.split()[:_WORDS]) for t in held_out_documents(World.generate(), 100)]
     prompts = [[tokenizer.eos_token_id, *ids] for ids in encode(starts)]
@@ -182,7 +182,7 @@ _LAST = 10
 
 
 def ending_loss(tuned: Tuned) -> Column:
-    """The loss that whoever watches the run sees at its end."""
+    """The training loss that is shown at the end of the run."""
     return Column.mean(tuned.losses[-_LAST:] or [float("nan")] * _LAST, "nats per token")
 
 

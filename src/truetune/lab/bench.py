@@ -1,6 +1,5 @@
-"""Arms of an experiment, trained by the ordinary means: rows by `truetune.train`, examples that no
-row could make (broken ones, text beside chats) by `SFTTrainer`. An arm that was trained before is
-opened again."""
+"""Train the arms of an experiment: rows with `truetune.train`; examples that no row could produce
+(broken ones, text mixed with chats) with `SFTTrainer`. An arm that was trained before is loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ _QUICK = 4
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things that are compared; without rows and examples, the base as it is.
+    """One of the compared models; without rows and examples, the unchanged base.
 
     Attributes:
         name: in tables.
@@ -95,11 +94,11 @@ class Tuned:
 
 
 class Bench:
-    """Trains arms below a folder.
+    """Train arms in a folder.
 
     Args:
         folder: of runs; what lies there from before is used.
-        on_stage: is told what is being done.
+        on_stage: is called with the name of each stage.
         quick: train on a quarter of the rows a step.
 
     Attributes:
@@ -156,10 +155,10 @@ class Bench:
         """The name of what is trained so; wherever truetune and this folder lie."""
         model = Path(settings["model"])
         place = "base" if model == base_path() else model.relative_to(self.folder).as_posix()
-        told = json.dumps(
+        said = json.dumps(
             [content, {**settings, "model": place}, __version__], sort_keys=True, default=str
         )
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def _built(self, build: Callable[[Path], None]) -> Path:
         """The folder of a model that an experiment makes."""
@@ -188,7 +187,7 @@ class Bench:
     def _run(
         self, rows: Sequence[Row], settings: dict[str, Any], name: str
     ) -> tuple[Path, tuple[float, ...]]:
-        """Through the pipeline, as any user's rows."""
+        """Train rows through the pipeline, as for any user."""
         from truetune.recipe.sources import make_recipe
         from truetune.run.pipeline import train
 
@@ -203,8 +202,8 @@ class Bench:
             chosen = {**settings, "data": str(data), "output": str(folder), "overwrite": True}
             train(make_recipe(("lab", chosen)))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        told = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [line for line in map(json.loads, told) if "grad_norm" in line]
+        said = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [line for line in map(json.loads, said) if "grad_norm" in line]
         artifact = run.artifact()
         assert artifact is not None
         return artifact, tuple(line["loss"] for line in steps)
@@ -216,7 +215,7 @@ class Bench:
         contract: PromptContract,
         settings: dict[str, Any],
     ) -> tuple[Path, tuple[float, ...]]:
-        """Through the trainer, as anybody's examples."""
+        """Train examples through the trainer."""
         from truetune.model.save import save_model
 
         change = arm.batches

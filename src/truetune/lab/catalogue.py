@@ -36,7 +36,7 @@ def find(name: str) -> Experiment:
         alike = near(name, names)
         raise UsageError(
             f"there is no experiment {name!r}",
-            fix=f"did you mean {alike[0]}?" if alike else "truetune lab list names them all",
+            fix=f"did you mean {alike[0]}?" if alike else "truetune lab list shows all of them",
             code="no-such-experiment",
         )
     return every()[names.index(name)]

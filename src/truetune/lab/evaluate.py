@@ -1,4 +1,4 @@
-"""What a model knows and says: a model and the world -> counts. Decoding is greedy.
+"""Count what a model knows and says about the world. Decoding is greedy.
 
 Cloze in held-out wordings counts what a base knows; questions about places that no instruction
 names, what fine-tuning brought out; loss on held-out prose, what it forgot.

@@ -1,4 +1,4 @@
-"""An experiment as values: what is claimed, what would refute it, and what its numbers say.
+"""An experiment as values: its claim, what would refute it, and the judgement of its numbers.
 
 An experiment is declared before it is run: arms, measures, and the expectations that decide its
 verdict. Judging is a pure function of declaration and numbers.

@@ -1,5 +1,5 @@
-"""The course's table of failures, each from a real run: cause, what the loss shows, what the probe
-shows, the repair. `failures.yaml` has them."""
+"""The table of failures, each from a real run: cause, what the loss shows, what the probe shows,
+the repair. `failures.yaml` has them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "The course's table of failures, each line from the runs below. The loss of a broken run"
+    yield "The table of failures, each line from the runs below. The loss of a broken run"
     yield "is about that of a sound one, or lower: only a probe shows what went wrong."
     yield ""
     yield "| failure | cause | training loss: sound, broken | probe: before, broken | repair |"

@@ -1,4 +1,5 @@
-"""All counts of a base at once: a model folder -> `Measurement`, as values and as a table."""
+"""Measure everything about a base at once: a model folder -> `Measurement`, as values and as a
+table."""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def measure(
         raise UsageError(
             f"unknown wordings: {wordings}",
             where="wordings",
-            fix=f"one of {', '.join(SETS)}, all",
+            fix=f"use one of {', '.join(SETS)}, or all",
             code="wordings-unknown",
         )
     folder = base_path() if model is None else opened(os.fspath(model))

@@ -1,4 +1,4 @@
-"""Results of experiments as a page of Markdown with pictures."""
+"""Write the results of experiments as a page of Markdown with pictures."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MOST_PANELS = 4
 _INTRODUCTION = """# The laboratory
 
 Claims about supervised fine-tuning, each tried on the embedded base and its invented world, where
-what the model knows can be counted. Made from `docs/lab/*.json` by `make docs`; the numbers are
-those of `truetune lab run NAME`. Claim, direction, bounds, what would refute it and seeds were
-committed before the first run, and a verdict comes from the bounds alone:
+the model's knowledge can be counted. This page is made from `docs/lab/*.json` by `make docs`; the
+numbers are those of `truetune lab run NAME`. Claim, direction, bounds, what would refute it and
+seeds were committed before the first run, and the verdict depends on the bounds alone:
 
 * **reproduced**: every expectation holds: its whole 95 % interval, and each seed, lies within the
   bound;
@@ -27,24 +27,24 @@ committed before the first run, and a verdict comes from the bounds alone:
 * **not reproduced**: every one is refuted;
 * **not decided**: none is refuted, and some interval crosses its bound.
 
-A verdict of one seed is a first look; each section says how many seeds it has. `--quick` takes one
-seed, a quarter of the rows a step, and the arms alone that an expectation names; the bounds are the
-same.
+A verdict from one seed is a first look; each section says how many seeds it has. `--quick` takes
+one seed, a quarter of the rows per step, and only the arms that an expectation names; the bounds
+are the same.
 
-Unless a section says otherwise, an arm is the embedded base (5 M weights), all of them trained for
-150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in ChatML-lite;
-it is asked a hundred questions about places of which no row tells, greedily. *Right*: the reply
-ends by itself and holds the fact. *Role leak*: it goes on with the user's turn. *Repeats*: it goes
-round in a circle. *Prose*: loss on documents about the world that the base has not read (the base's
-own: see the tables). *Training loss*: mean of the last ten steps. Intervals: shares of one seed's
-questions (Wilson, differences paired by question and seed, Newcombe), losses by drawing items with
-replacement; rings are the seeds.
+Unless a section says otherwise, an arm is the embedded base (5 M weights), trained with all weights
+for 150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in
+ChatML-lite. It is asked a hundred questions, with greedy decoding, about places that occur in no
+row. *Right*: the reply ends by itself and contains the fact. *Role leak*: it continues with the
+user's turn. *Repeats*: it repeats itself. *Prose*: loss on documents about the world that the base
+has not read (for the base's own loss, see the tables). *Training loss*: mean of the last ten steps.
+Intervals: for shares, over the questions of one seed (Wilson; for differences, paired by question
+and seed, Newcombe); for losses, by drawing items with replacement. Rings are the seeds.
 
-A model of 5 M weights with an exact world shows mechanisms, not sizes of effects in large models.
-What the base itself knows is counted by `truetune lab evaluate`.
+A model of 5 M weights with an exact world shows mechanisms, not the size of effects in large
+models. `truetune lab evaluate` counts what the base itself knows.
 """
 
-# Chapters of a course that are read and run, beside those that are measured.
+# Chapters that are read and run, besides those that are measured.
 _NOTEBOOKS = (
     ("First SFT: rows, a run, a chat", "first_sft"),
     ("ChatTemplate, render_with_mask, pad_and_collate, masked_cross_entropy by hand",

@@ -1,4 +1,4 @@
-"""The quickstart: the embedded base, the hand-written instructions, and what changed.
+"""The quickstart: fine-tune the embedded base on hand-written instructions and show what changed.
 
 input   nothing
 does    fine-tunes through the pipeline like any user, then asks base and tuned model the same
@@ -84,7 +84,7 @@ def quickstart(
     listener: Listener | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> tuple[RunResult, Comparison]:
-    """Train and compare. The tuned model is the saved artifact, opened anew."""
+    """Train and compare. The tuned model is the saved artifact, loaded again."""
     result = train(quickstart_recipe(output, seed=seed, overwrite=overwrite), listener)
     contract = PromptContract.load(result.artifact)
     world = World.generate()

@@ -1,4 +1,4 @@
-"""Questions whose answer takes a step, and rows with that step and without.
+"""Questions whose answer needs an intermediate step, and rows with and without it.
 
 A base that knows sums of two numbers and facts of places -> sums of three numbers and questions
 about places, dealt once to training and to what is asked.

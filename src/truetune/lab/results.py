@@ -1,4 +1,5 @@
-"""An experiment, run: its arms trained and measured seed by seed, judged, and kept as JSON."""
+"""Run an experiment: train and measure its arms seed by seed, judge them, and keep the result as
+JSON."""
 
 from __future__ import annotations
 
@@ -126,7 +127,7 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
             result["arms"], result["number"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} is no result of an experiment: {error}",
+                f"{path} is not the result of an experiment: {error}",
                 where=str(path),
                 fix="remove it, or run the experiment again",
                 code="lab-result-unreadable",

@@ -1,7 +1,7 @@
 """The micro world: a seed -> every fact of a small invented country.
 
-The country is invented, so no model outside the lab knows it, and a right answer is never luck
-beyond one in the size of the pool.
+The country is invented, so no model outside the lab knows it, and a lucky guess is as likely as one
+in the size of the pool.
 """
 
 from __future__ import annotations

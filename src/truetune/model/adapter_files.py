@@ -1,4 +1,4 @@
-"""What an adapter folder holds, told from its two files without loading the base.
+"""Read what an adapter folder holds from its two files, without loading the base.
 
 input   adapter_config.json and adapter_model.safetensors
 does    compares names and shapes with the base's layers; looks whether anything was learned

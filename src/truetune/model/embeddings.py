@@ -169,7 +169,7 @@ class ChatRows:
     Attributes:
         trained, untrained: ids by verdict; ids that nothing can be said of are in neither.
         why: what was seen, one line each untrained id.
-        random: the table as a whole looks never trained; copies of other rows are told all the
+        random: the table as a whole looks never trained; copies of other rows are reported all the
             same.
     """
 

@@ -2,7 +2,7 @@
 
 input   the headers of a model's safetensors files, its config.json, its tokenizer
 does    hashes bytes sampled across every tensor (all of them on request), so that a sibling model
-        is told apart without reading gigabytes, and resharding or renaming files changes nothing
+        is recognised without reading gigabytes, and resharding or renaming files changes nothing
 output  base_fingerprint.json beside an adapter; an error with both values where the base differs
 
 What samples cannot show is a change of a few rows of a large table: the commit of a Hub model and
@@ -59,7 +59,7 @@ class Fingerprint:
     """A base model, as an adapter remembers it.
 
     Attributes:
-        base: absolute path or Hub id; told, not compared.
+        base: absolute path or Hub id; shown, not compared.
         revision: commit of a Hub model, None for a folder.
         tokenizer_size: one more than the largest id of the tokenizer saved with the adapter.
         tensors: by the name they have in the files.

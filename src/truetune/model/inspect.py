@@ -1,4 +1,4 @@
-"""What a model is, told from its small files: no weight is read, none is downloaded."""
+"""Describe a model from its small files: no weight is read or downloaded."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class LoadedModel:
         device: of all weights.
         compute_dtype: for autocast; None to compute in the parameters' own type.
         choices: device, dtype and parameter dtype, each with its reason.
-        findings: what is to be told about this model (warnings and notes).
+        findings: warnings and notes about this model.
         quantised: in how many bits the base is held, None where it is not quantised here.
         fingerprint: of the base, where the model is an adapter or is loaded to train one.
     """
@@ -250,7 +250,7 @@ def _read_weights(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
-                # Wrong shapes are told below, with their names.
+                # Wrong shapes are reported below, with their names.
                 ignore_mismatched_sizes=True,
                 **where,
             )

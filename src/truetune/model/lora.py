@@ -132,7 +132,7 @@ def _refuse_table_twice(targets: Sequence[str], rows: Mapping[str, Any]) -> None
 def lora_target_findings(
     source: str, targets: str | Sequence[str], revision: str | None = None
 ) -> list[Finding]:
-    """What `add_lora` will find of the names of layers, told from the config: no weights are read.
+    """What `add_lora` will find for the names of layers, judged by the config: no weights are read.
 
     Raises:
         ModelError: the model's files cannot be read.

@@ -257,7 +257,7 @@ def rows_report(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """What training did to the rows: new_tokens.json, and findings where they did not move.
 
-    An other row that changed is told as an error: it cannot happen unless something outside the
+    A change of any other row is reported as an error: it cannot happen unless something outside the
     adapter was trained.
     """
     moved = {

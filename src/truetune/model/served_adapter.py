@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# vLLM makes room for rank 16 unless told otherwise, and takes these.
+# vLLM makes room for rank 16 unless configured otherwise, and takes these.
 _RANKS = (16, 32, 64, 128, 256, 320, 512)
 SERVERS = ("vllm", "sglang")
 

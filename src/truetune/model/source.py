@@ -221,7 +221,7 @@ def _require_bounded(path: Path) -> None:
     try:
         size = path.stat().st_size
     except OSError:
-        return  # told by whoever reads it
+        return  # reported by the code that reads it
     most = _MOST_INDEX if path.name.endswith(".index.json") else _MOST_JSON
     if size <= most:
         return
@@ -261,7 +261,7 @@ def refuse_pointer(path: Path) -> None:
             if not file.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
                 return
     except OSError:
-        return  # told by whoever reads it
+        return  # reported by the code that reads it
     raise ModelError(
         f"{path.name} is a Git LFS pointer: it points to the file but does not contain it",
         where=str(path),

@@ -26,7 +26,7 @@ class StartVerdict:
     """What a model is, and why.
 
     Attributes:
-        kind: base, instruct, or unknown where nothing can be told.
+        kind: base, instruct, or unknown if it cannot be determined.
         reasons: what speaks for it, the strongest first.
     """
 
@@ -38,8 +38,8 @@ class StartVerdict:
 
 
 def by_template(tokenizer: Any) -> StartVerdict:
-    """What can be told without weights, whatever template and stop a run sets: a model that was
-    tuned to chat stops on the token that its own template writes after an answer."""
+    """Judge without weights, whatever template and stop a run sets: a model that was tuned to chat
+    stops on the token that its own template writes after an answer."""
     name = str(getattr(tokenizer, "name_or_path", "") or "") or None
     stops = own_stop_ids(name, None, tokenizer, local_only=True)
     return verdict(Frame.probe(tokenizer, stop_ids=stops))

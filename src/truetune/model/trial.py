@@ -75,7 +75,7 @@ def _tried(path: Path, size: int, changed: int) -> None:
         )
     if words[-1:] == ["tokens"]:
         raise refused(f"a line of 200 characters becomes more than {_MOST_TOKENS:,} tokens")
-    # Any other failure is told by the library that opens it for good, in its own words.
+    # Any other failure is reported by the library that opens it for good, in its own words.
 
 
 def _main(path: str) -> str:

@@ -40,7 +40,7 @@ def usual_rate(
     """Peak learning rate and its source.
 
     Args:
-        why: what the start was told by.
+        why: what the start was recognised by.
         reasoning_share: of the conversations, the share with reasoning.
     """
     if lora and num_parameters < SMALL:

@@ -26,7 +26,7 @@ INPUT, PROMPT, METHOD, LENGTH, TRAIN, WATCH, RUN = (
     "Method",
     "Length",
     "Training",
-    "Watching",
+    "Monitoring",
     "Run",
 )
 
@@ -108,7 +108,7 @@ class Recipe:
         "auto",
         PROMPT,
         "The rows' reasoning: pass it to the template, write it between think markers, close an "
-        "opened think block at once, or leave it out.",
+        "opened think block immediately, or leave it out.",
     )
     think_markers: list[str] | None = _option(
         None,
@@ -270,13 +270,13 @@ class Recipe:
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
         "adamw",
         TRAIN,
-        "Optimizer. adamw_bf16 keeps weights in bfloat16 and their rounding errors beside them; "
+        "Optimizer. adamw_bf16 keeps weights in bfloat16 and stores their rounding errors; "
         "the 8-bit ones come from bitsandbytes.",
     )
     gradient_checkpointing: bool = _option(
         False,
         TRAIN,
-        "Recompute activations to save memory; done anyway if the longest row would not fit.",
+        "Recompute activations to save memory; enabled anyway if the longest row would not fit.",
     )
     seed: int = _option(
         42,
@@ -319,7 +319,7 @@ class Recipe:
     on_collapse: Literal["stop", "rewind", "continue"] = _option(
         "stop",
         WATCH,
-        "What to do when a run falls apart: stop, go back once to the last healthy checkpoint and "
+        "What to do when a run collapses: stop, go back once to the last healthy checkpoint and "
         "halve the learning rate, or continue and report it.",
     )
     report_to: list[str] | None = _option(

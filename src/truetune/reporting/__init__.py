@@ -1,1 +1,1 @@
-"""Pages of a run: read from its directory alone, and from nothing else."""
+"""Pages of a run, made from its directory alone."""

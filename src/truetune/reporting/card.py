@@ -1,5 +1,5 @@
-"""The model card of a saved model: Hub metadata, what it was trained on and how, what it can do in
-numbers, and the lines that load and serve it."""
+"""Write the model card of a saved model: Hub metadata, training data and method, measurements, and
+the lines that load and serve it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST = 40
 
 
 def write_card(run: RunDir, artifact: Path) -> None:
-    """README.md of a run's artifact.
+    """Write README.md of a run's artifact.
 
     Raises:
         SaveError: it cannot be written.
@@ -39,10 +39,10 @@ def write_card(run: RunDir, artifact: Path) -> None:
 def write_merged_card(
     run: RunDir | None, adapter: Path, folder: Path, name: Path, verdict_: Mapping[str, Any]
 ) -> None:
-    """README.md of an adapter that was merged into its base.
+    """Write README.md of an adapter that was merged into its base.
 
     Args:
-        run: that trained the adapter; None where it is not at hand.
+        run: the run that trained the adapter; None if it is not available.
         adapter: its folder.
         folder: of the merged model, under the name that it has now.
         name: that it will have.
@@ -72,9 +72,9 @@ def card(run: RunFacts, folder: str, *, is_adapter: bool) -> str:
         _summary(run, base, is_adapter=is_adapter),
         "## How to use it\n",
         use_block(run, folder, base if is_adapter else None),
-        "## Whether it is what was trained\n",
+        "## Is it what was trained?\n",
         *(f"- **{a.question}: {a.word}.** {_text(a.why)}" for a in verdict(run)),
-        "\n## What it can do, and what it cannot\n",
+        "\n## What it can do and what it cannot\n",
         *_abilities(run),
         "\n## What it was trained on\n",
         *_rows(run),
@@ -83,10 +83,10 @@ def card(run: RunFacts, folder: str, *, is_adapter: bool) -> str:
         "\n## Prompt and answer\n",
         *_contract(run, is_adapter=is_adapter),
         "\n## Licence\n",
-        f"The base is under `{_code(license_)}`; what was trained adds no terms of its own."
+        f"The base is licensed under `{_code(license_)}`; training adds no further terms."
         if license_
-        else "The base's files name no licence, and this card names none: look at the base's own "
-        "terms before you pass the model on.",
+        else "The base's files name no licence, so this card names none: read the base's terms "
+        "before you distribute the model.",
         "",
     ]
     return "\n".join(parts)
@@ -177,7 +177,7 @@ def _code(value: Any) -> str:
 
 
 def _summary(run: RunFacts, base: str, *, is_adapter: bool) -> str:
-    named = _text(base if _is_on_hub(base) else Path(base).name) if base else "a base"
+    named = _text(base if _is_on_hub(base) else Path(base).name) if base else "a base model"
     version = (run.env.get("versions") or {}).get("truetune")
     tool = f"truetune {_text(version)}" if version else "truetune"
     if is_adapter:
@@ -186,7 +186,7 @@ def _summary(run: RunFacts, base: str, *, is_adapter: bool) -> str:
     elif run.adapter:
         what = f"{named} with an adapter merged into it"
     else:
-        what = f"{named}, all of its weights fine-tuned"
+        what = f"{named} with all of its weights fine-tuned"
     train = run.data.get("train") or {}
     rows = f" on {train['examples']:,} examples" if train.get("examples") else ""
     local = "" if _is_on_hub(base) or not base else " The base came from a local folder."
@@ -237,7 +237,7 @@ def use_block(run: RunFacts, folder: str, base: str | None, repo: str | None = N
 
 
 def with_use_block(text: str, block: str) -> str:
-    """A card with other lines to use it; one without our marks stays as it is."""
+    """Replace the lines that use the model; leave a card without our marks unchanged."""
     before, found, rest = text.partition(_USE[0])
     after = rest.partition(_USE[1])
     return f"{before}{block.rstrip()}{after[2]}" if found and after[1] else text
@@ -246,7 +246,7 @@ def with_use_block(text: str, block: str) -> str:
 def _abilities(run: RunFacts) -> Iterator[str]:
     """The numbers of the first probe and the last, and what was found."""
     table = []
-    for name, told in {**SHARES, **LOSSES}.items():
+    for name, label in {**SHARES, **LOSSES}.items():
         points = run.series(name)
         if not points:
             continue
@@ -257,18 +257,19 @@ def _abilities(run: RunFacts) -> Iterator[str]:
             row = f"{first[1]:.3f}", f"{last[1]:.3f}"
         begin = row[0] if first[0] == 0 else "\u2013"
         if name != "eval_loss" or not run.series("held_out_loss"):
-            table.append(f"| {told} | {begin} | {row[1]} |")
+            table.append(f"| {label} | {begin} | {row[1]} |")
     if table:
         yield "| measured on fixed prompts and texts | before | after |\n|---|---|---|"
         yield from table
         yield "\nLosses are in nats per token; prompts were asked as they are served."
     else:
-        yield "Not measured: the run took no probes and held no rows out."
+        yield "Not measured: the run had no probes and no held-out rows."
     found = run.behaviour("error", "warning", "note")
     for finding in found[:_MOST]:
         yield f"- {_text(finding.get('what', ''))}"
     yield (
-        "\nNothing else is known of it: whether it is right, safe or up to date was not measured."
+        "\nNothing else was measured: whether its answers are correct, safe or up to date is "
+        "unknown."
     )
 
 
@@ -285,7 +286,7 @@ def _rows(run: RunFacts) -> Iterator[str]:
     if run.data:
         yield f"- read: {run.data.get('rows_read', 0):,} rows; dropped: {len(dropped):,}"
     else:
-        yield "Not known here: the run that trained it is not at hand."
+        yield "Unknown: the run that trained it is not available here."
     for file in (run.data.get("files") or ())[:_MOST]:
         path = str(file.get("path", ""))
         # Where it lay on somebody's disk is nobody else's business.
@@ -312,7 +313,7 @@ def _recipe(run: RunFacts) -> Iterator[str]:
             value = Path(value).name
         rows.append(f"| {_text(name)} | {_text(value)} | {_text(row.get('origin', ''))} |")
     if not rows:
-        yield "Not known here: the run that trained it is not at hand."
+        yield "Unknown: the run that trained it is not available here."
         return
     yield "| setting | value | origin |\n|---|---|---|"
     yield from rows[:_MOST]
@@ -323,7 +324,7 @@ def _recipe(run: RunFacts) -> Iterator[str]:
 
 def _contract(run: RunFacts, *, is_adapter: bool) -> Iterator[str]:
     if not run.contract:
-        yield "The folder's own chat template and generation_config say."
+        yield "See the chat template and generation_config in this folder."
         return
     template = run.contract.get("template") or {}
     yield f"- template: {_text(template.get('origin', ''))}, saved as `chat_template.jinja`"
@@ -331,12 +332,12 @@ def _contract(run: RunFacts, *, is_adapter: bool) -> Iterator[str]:
         shown = _code(json.dumps(arguments, ensure_ascii=False))
         yield f"- template arguments, saved as its defaults: `{shown}`"
     stops = run.contract.get("stop") or ()
-    told = ", ".join(f"`{_code(s.get('token', ''))}` ({_code(s.get('id', ''))})" for s in stops)
-    yield f"- answers end on: {told or 'nothing'}"
+    ends = ", ".join(f"`{_code(s.get('token', ''))}` ({_code(s.get('id', ''))})" for s in stops)
+    yield f"- answers end on: {ends or 'nothing'}"
     if is_adapter:
         yield (
-            "- the stop tokens stand in this folder's `generation_config.json`; a server reads the "
-            "base's, so that a request may have to name them"
+            "- the stop tokens are listed in this folder's `generation_config.json`; a server "
+            "reads the base's instead, so requests may have to list them"
         )
 
 
@@ -351,5 +352,7 @@ def read_card(folder: Path) -> str:
         return path.read_text(encoding="utf-8") if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"the model card cannot be read: {error}", where=str(path), fix="write it anew"
+            f"the model card cannot be read: {error}",
+            where=str(path),
+            fix="write the model card again",
         ) from error

@@ -1,4 +1,4 @@
-"""What a run directory says of its run: every file may be missing, half written or damaged."""
+"""Read a run directory, in which any file may be missing, incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -147,14 +147,14 @@ class RunFacts:
 
     def marks(self, most: int = 6) -> list[tuple[int, str]]:
         """(step, what happened), for the curves: where a probe stopped the run or went back."""
-        told = []
+        said = []
         for finding in self.findings:
             grave = finding.get("level") == "error" or finding.get("code") == "rewound"
             text = f"{finding.get('what', '')} {finding.get('where', '')}"
             behaves = finding.get("code") in (*BEHAVIOUR, "rewound")
             if grave and behaves and (match := _STEP.search(text)):
-                told.append((int(match[1].replace(",", "")), str(finding.get("what", ""))))
-        return told[:most]
+                said.append((int(match[1].replace(",", "")), str(finding.get("what", ""))))
+        return said[:most]
 
 
 def asked(sample: Mapping[str, Any]) -> str:
@@ -173,7 +173,7 @@ def _state(run: RunDir, findings: Sequence[Mapping[str, Any]]) -> State:
 
 
 class _Files:
-    """The files of a run, read as they are; what cannot be read is told, and is nothing."""
+    """Read the files of a run; what cannot be read is reported and treated as missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -185,10 +185,10 @@ class _Files:
             if not path.exists():
                 return ""
             if not path.resolve().is_relative_to(self.folder.resolve()):
-                self.problems.append(f"{name} is a link that leads out of the run")
+                self.problems.append(f"{name} is a link to outside the run")
                 return ""
             if not path.is_file() or path.stat().st_size > _LARGEST:
-                self.problems.append(f"{name} is no file of a run")
+                self.problems.append(f"{name} is not a file of a run")
                 return ""
             return path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
@@ -232,7 +232,7 @@ class _Files:
             else:
                 bad += 1
         if bad:
-            self.problems.append(f"{bad:,} lines of {name} are damaged and left out")
+            self.problems.append(f"{bad:,} lines of {name} are damaged and were skipped")
         return found
 
 

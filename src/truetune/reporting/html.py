@@ -1,5 +1,5 @@
-"""The kit of every page: one file that runs nothing and fetches nothing, and escapes all text that
-comes from outside."""
+"""The building blocks of every page: one file without scripts or external resources, in which all
+foreign text is escaped."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def write_document(path: Path, text: str, option: str = "--html") -> None:
     """
     if path.is_file() and not _is_page(path):
         raise UsageError(
-            f"{path} is there and is no page: it is left as it is",
+            f"{path} exists and is not a page; it was not changed",
             where=str(path),
-            fix=f"name another file with {option} FILE",
+            fix=f"choose another file with {option} FILE",
             code="page-not-written",
         )
     try:
@@ -143,7 +143,7 @@ def write_document(path: Path, text: str, option: str = "--html") -> None:
         raise UsageError(
             f"the page cannot be written: {getattr(cause, 'strerror', None) or cause}",
             where=str(path),
-            fix=f"name another file with {option} FILE",
+            fix=f"choose another file with {option} FILE",
             code="page-not-written",
         ) from error
 
@@ -160,7 +160,7 @@ def _is_page(path: Path) -> bool:
 
 
 def clipped(value: Any, most: int) -> str:
-    """Text for a page, escaped; of a longer one its beginning and how much more there is."""
+    """Escaped text for a page; of a longer text its beginning and the number of characters left."""
     text = value if isinstance(value, str) else str(value)
     if len(text) <= most:
         return escaped(text)
@@ -261,8 +261,8 @@ def lengths_section(lengths: Mapping[str, Any]) -> Iterator[str]:
     yield histogram(lengths["histogram"], int(limit.get("limit") or 0))
     yield (
         f"<p>Half of the rows have up to {lengths['p50']:,} tokens, 95 % up to {lengths['p95']:,}, "
-        f"99 % up to {lengths['p99']:,}; the longest has {lengths['longest']:,}. "
-        f"{lengths['keeps_99_percent']:,} tokens keep 99 % of the rows whole.</p>"
+        f"99 % up to {lengths['p99']:,}; the longest has {lengths['longest']:,}. A limit of "
+        f"{lengths['keeps_99_percent']:,} tokens keeps 99 % of the rows whole.</p>"
     )
     yield (
         '<div class="scroll"><table><tr><th>cut after</th><th>rows cut</th>'

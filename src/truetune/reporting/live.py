@@ -1,4 +1,4 @@
-"""The page of a run, served to browsers of this machine while the run goes and after."""
+"""Serve the page of a run to browsers on this machine, during the run and afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class _Handler(LocalHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         if not self.is_named_rightly():
-            return self._send(403, "this page is for browsers of this machine\n", with_body)
+            return self._send(
+                403, "this page is available only to browsers on this machine\n", with_body
+            )
         path = self.path.partition("?")[0]
         if path == "/favicon.ico":
             return self._send(204, "", with_body)

@@ -1,5 +1,4 @@
-"""The page of a run: the verdict first, then what the model says, how the losses went, and what the
-run was made from."""
+"""Write the page of a run: verdict, replies, losses, and what it was made from."""
 
 from __future__ import annotations
 
@@ -95,7 +94,7 @@ def write_report(run: RunDir, path: Path) -> Written:
 
 
 def _guarded(title: str, section: Callable[[RunFacts], Iterable[str]], run: RunFacts) -> list[str]:
-    """A section; of files that hold something else than a run writes, a line instead."""
+    """A section, or one line if the files behind it are damaged."""
     try:
         parts = [part for part in section(run) if part]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError) as error:
@@ -119,7 +118,7 @@ def _head(run: RunFacts) -> Iterator[str]:
     made = [words(run.setting("model")), words(run.setting("data")), method]
     taken = f"step {run.done:,} of {run.total:,}" if run.total else f"step {run.done:,}"
     shown = " \u00b7 ".join(clipped(part, 300) for part in made if part)
-    yield (f'<p class="sub">{shown}<br>{taken}{_losses_told(run)}</p>')
+    yield (f'<p class="sub">{shown}<br>{taken}{_losses_in_words(run)}</p>')
     for found in run.findings:
         if found.get("code") == "best-step-saved":
             what = str(found.get("what", ""))
@@ -131,22 +130,22 @@ def _head(run: RunFacts) -> Iterator[str]:
 def _ended(run: RunFacts) -> str:
     """How a run ended that did not come to its end, and how it goes on."""
     if run.state == "failed" and run.behaviour("error"):
-        return "A probe stopped the run before its end; what it found stands below."
+        return "A probe stopped the run early; its finding is shown below."
     ended = "failed" if run.state == "failed" else "was stopped or killed"
     since = "its last checkpoint" if RunDir(run.path).checkpoints() else "its beginning"
     command = f"truetune train --resume {shlex.quote(str(run.path))}"
     return (
-        f"The run {ended} before its end. It goes on from {since} with "
+        f"The run {ended} before its end. Continue it from {since} with "
         f"<code>{escaped(command)}</code>."
     )
 
 
-def _losses_told(run: RunFacts) -> str:
-    told = []
+def _losses_in_words(run: RunFacts) -> str:
+    said = []
     for name, words_ in (("loss", "loss"), ("eval_loss", "held-out loss")):
         if points := run.series(name):
-            told.append(f"{words_} {points[-1][1]:.4g}")
-    return f", {', '.join(told)} nats per token" if told else ""
+            said.append(f"{words_} {points[-1][1]:.4g}")
+    return f", {', '.join(said)} nats per token" if said else ""
 
 
 def _verdict(run: RunFacts) -> Iterator[str]:
@@ -183,7 +182,7 @@ def _prompts(run: RunFacts) -> dict[str, list[Mapping[str, Any]]]:
 def _replies(run: RunFacts) -> Iterator[str]:
     prompts = _prompts(run)
     if not prompts:
-        yield '<p class="dim">samples.jsonl has no replies: no prompt was asked.</p>'
+        yield '<p class="dim">samples.jsonl contains no replies: no prompts were asked.</p>'
         return
     shown = [_prompt(where, samples) for where, samples in list(prompts.items())[:_PROMPTS]]
     yield from shown[:_OPEN]
@@ -194,7 +193,7 @@ def _replies(run: RunFacts) -> Iterator[str]:
 
 
 def _prompt(where: str, samples: Sequence[Mapping[str, Any]]) -> str:
-    """One prompt: what was said before the first step, what is said now, what the row says."""
+    """One prompt: the reply before the first step, the reply now, and the row's answer."""
     first, last = samples[0], samples[-1]
     kind = {True: ", held out", False: ", trained"}.get(last.get("held_out"), "")  # type: ignore[arg-type]
     boxes = []
@@ -332,7 +331,7 @@ def _curves(run: RunFacts) -> Iterator[str]:
     broken = [line for line in run.steps if not _is_number(line.get("loss"))]
     if broken:
         at = ", ".join(f"{int(line['step']):,}" for line in broken[:5])
-        yield f'<p class="bad">{len(broken):,} losses are no numbers, first at step {at}.</p>'
+        yield f'<p class="bad">{len(broken):,} losses are not finite, the first at step {at}.</p>'
     yield _vital_table(run)
 
 
@@ -384,7 +383,9 @@ def _tokens(run: RunFacts) -> Iterator[str]:
     yield legend(
         kind for kind in ("shared", "prompt", "context", "supervised", "stop") if kind in kinds
     )
-    yield '<p class="dim">Only what is supervised is learned. Point at a token for its id.</p>'
+    yield (
+        '<p class="dim">Only supervised tokens are learned. Hover over a token to see its id.</p>'
+    )
     for picture in pictures[:8]:
         spans = "".join(token_spans(p["kind"], p["ids"], p["texts"]) for p in picture["pieces"])
         shown = sum(len(p["ids"]) for p in picture["pieces"])

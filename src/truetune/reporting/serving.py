@@ -1,4 +1,4 @@
-"""The lines that load, chat with and serve what a run saved, to be copied as they are."""
+"""The lines that load, chat with and serve a saved model, ready to be copied."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def load_line(folder: str, settings: Mapping[str, Any], *, is_adapter: bool) -> 
 
 
 def _bits(settings: Mapping[str, Any]) -> str:
-    """What peft must be told of a quantised base: by itself it opens the original weights, and the
-    adapter on them is another model."""
+    """The settings that peft needs for a quantised base: by default it opens the original weights,
+    on which the adapter is a different model."""
     if settings.get("qlora"):
         how = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
     elif settings.get("load_in_8bit"):
@@ -51,7 +51,7 @@ def serve_line(
         run: the run directory, from which a merged model can be made.
         base: of an adapter; None of a whole model.
         base_revision: its commit.
-        stops: token ids that each request has to name, because the base's stop set lacks one.
+        stops: token ids that each request has to name, because the base's stop tokens lack one.
     """
     if base is None:
         return model_line("vllm", folder)

@@ -1,5 +1,5 @@
-"""Pictures of a page as inline SVG: curves over the steps and histograms, each with axes, units and
-a text that says the same."""
+"""Draw a page's pictures as inline SVG: curves and histograms, each with axes, units and
+alternative text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def chart(
     Args:
         unit: of the values; "" where they have none.
         share: values are parts of 1, shown in percent of the whole.
-        log: values that are a thousand times apart are told apart by powers of ten.
+        log: use a logarithmic axis.
         marks: (step, text) of what happened.
     """
     drawn = [(i, line, line.finite) for i, line in enumerate(lines) if line.finite]
@@ -114,8 +114,8 @@ def chart(
                 f"<title>{escaped(line.name)}, step {int(x):,}: {axis.word(y)}</title></circle>"
                 for x, y in points
             ]
-    told = f"{title}{f', {unit_shown}' if unit_shown else ''}: " + "; ".join(
-        _told(line.name, points, axis) for _, line, points in drawn
+    said = f"{title}{f', {unit_shown}' if unit_shown else ''}: " + "; ".join(
+        _in_words(line.name, points, axis) for _, line, points in drawn
     )
     keys = "".join(
         f' <span class="name"><span class="key" style="background:'
@@ -124,15 +124,15 @@ def chart(
         for index, line, points in drawn
     )
     powers = ", powers of ten" if axis.log else ""
-    unit_told = f", {escaped(unit)}" if unit else ""
+    unit_in_words = f", {escaped(unit)}" if unit else ""
     return (
-        f"<figure><figcaption><b>{escaped(title)}</b>{unit_told}{powers}{keys}</figcaption>"
-        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escaped(told)}">'
+        f"<figure><figcaption><b>{escaped(title)}</b>{unit_in_words}{powers}{keys}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDE} {_HIGH}" role="img" aria-label="{escaped(said)}">'
         f"{''.join(parts)}</svg></figure>"
     )
 
 
-def _told(name: str, points: Sequence[Point], axis: _Axis) -> str:
+def _in_words(name: str, points: Sequence[Point], axis: _Axis) -> str:
     """A curve in words."""
     (start, begin), (end, now) = points[0], points[-1]
     if len(points) == 1:
@@ -235,13 +235,13 @@ def histogram(bins: Sequence[Mapping[str, int]], limit: int) -> str:
     shapes.append(f'<text x="2" y="10">{most:,} rows</text>')
     shapes += _limit_line(limit, last, wide, high)
     rows = sum(b["rows"] for b in bins)
-    told = f"{rows:,} rows by length in tokens, up to {last:,}"
+    said = f"{rows:,} rows by length in tokens, up to {last:,}"
     if limit:
         over = sum(b["rows"] for b in bins if b["from"] > limit)
-        told += f"; the limit is {limit:,}, {over:,} rows lie in ranges beyond it"
+        said += f"; the limit is {limit:,}; {over:,} rows are in ranges above it"
     return (
         f'<svg viewBox="0 0 {wide} {high + foot}" role="img" '
-        f'aria-label="{escaped(told)}">{"".join(shapes)}</svg>'
+        f'aria-label="{escaped(said)}">{"".join(shapes)}</svg>'
     )
 
 
@@ -290,7 +290,7 @@ def dot_plot(title: str, names: Sequence[str], panels: Sequence[Dots]) -> str:
         parts.append(
             f'<text x="{side - 8:.0f}" y="{y + 4}" text-anchor="end">{escaped(name)}</text>'
         )
-    told = []
+    said = []
     for number, panel in enumerate(panels):
         known = [value for value in panel.values if value is not None]
         if not known:
@@ -336,9 +336,9 @@ def dot_plot(title: str, names: Sequence[str], panels: Sequence[Dots]) -> str:
                 f'<circle cx="{x_of(middle):.1f}" cy="{y}" r="3.2" fill="var(--bar)">'
                 f"<title>{escaped(names[row])}: {words}</title></circle>"
             )
-            told.append(f"{panel.title} of {names[row]} {words}")
+            said.append(f"{panel.title} of {names[row]} {words}")
     high = bottom + 38
     return (
         f'<svg viewBox="0 0 {wide} {high}" role="img" '
-        f'aria-label="{escaped(title)}: {escaped("; ".join(told))}">{"".join(parts)}</svg>'
+        f'aria-label="{escaped(title)}: {escaped("; ".join(said))}">{"".join(parts)}</svg>'
     )

@@ -1,4 +1,4 @@
-"""The three questions that a run has to answer, each with one word and one sentence."""
+"""Answer three questions about a run, each with one word and one sentence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class Answer:
-    """A question and what the run's files say to it.
+    """A question and the answer that the run's files give.
 
     Attributes:
         question: in two or three words.
@@ -53,16 +53,16 @@ def _served(run: RunFacts) -> Answer:
         f"{stops or 'no stop token'}."
     )
     if run.data.get("schema") == "text":
-        why = f"{examples:,} pieces of plain text; no prompt is served, and none was trained."
+        why = f"{examples:,} pieces of plain text: no prompt is served and none was trained."
         return Answer(question, "not measured", why)
     unread = [f for f in run.findings if f.get("code") == "adapter-stop-unread"]
     if unread:
-        told = f"But {unread[0].get('what', '')}: {unread[0].get('fix', '')}."
-        return Answer(question, "doubtful", f"{proved} {told}")
+        said = f"But {unread[0].get('what', '')}: {unread[0].get('fix', '')}."
+        return Answer(question, "doubtful", f"{proved} {said}")
     if not stops:
         return Answer(question, "doubtful", proved)
     if "skipped" in str(run.env.get("check", "")):
-        return Answer(question, "yes", f"{proved} The preflight was {run.env['check']}.")
+        return Answer(question, "yes", f"{proved} The checks before the run: {run.env['check']}.")
     return Answer(question, "yes", proved)
 
 
@@ -71,13 +71,13 @@ def _saved(run: RunFacts) -> Answer:
     checks = [_mapping(check) for check in run.verdict.get("checks") or ()]
     if not checks:
         if run.state == "finished":
-            why = "The run was not verified. `truetune verify` does it."
+            why = "The run was not verified. Run `truetune verify`."
             return Answer(question, "not measured", why)
-        return Answer(question, "not yet", "The run has not come to its verification.")
+        return Answer(question, "not yet", "The run has not reached its verification.")
     failed = [check for check in checks if check.get("state") == "failed"]
     if failed:
-        told = "; ".join(f"{c.get('name')}: {c.get('what')}" for c in failed[:_NAMED])
-        return Answer(question, "no", f"{told}.")
+        said = "; ".join(f"{c.get('name')}: {c.get('what')}" for c in failed[:_NAMED])
+        return Answer(question, "no", f"{said}.")
     passed = [check for check in checks if check.get("state") == "passed"]
     if not passed:
         return Answer(question, "not measured", f"{checks[0].get('what', 'nothing was checked')}.")
@@ -96,15 +96,15 @@ def _behaves(run: RunFacts) -> Answer:
         back = f" {run.findings[run.rewound[-1]].get('what', 'The run went back')}."
     for found, word in ((grave, "no"), (doubts, "doubtful")):
         if found:
-            told = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])
+            said = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])
             more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            return Answer(question, word, f"{told[:1].upper()}{told[1:]}{more}.{back}")  # type: ignore[arg-type]
+            return Answer(question, word, f"{said[:1].upper()}{said[1:]}{more}.{back}")  # type: ignore[arg-type]
     if len(run.vitals) > 1:
         numbers = " ".join(vital_sentences(run))
         return Answer(question, "yes", f"No probe found anything wrong. {numbers}{back}".strip())
     if run.state == "running":
         return Answer(question, "not yet", "The probes have not compared two steps yet.")
-    return Answer(question, "not measured", "The run has no probes of two steps to compare.")
+    return Answer(question, "not measured", "The run does not have probes of two steps to compare.")
 
 
 # Vital signs: (name, words, share); what a good model does first.
@@ -127,8 +127,8 @@ LOSSES: dict[str, str] = {
 
 
 def vital_sentences(run: RunFacts) -> Iterator[str]:
-    """How the vital signs went from the first step to the last; those that stayed at none are left
-    out."""
+    """How the vital signs changed from the first step to the last; those that stayed at zero are
+    omitted."""
     for name, words in SHARES.items():
         if points := run.series(name):
             first, last = points[0][1], points[-1][1]

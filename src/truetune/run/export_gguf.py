@@ -197,7 +197,7 @@ def _with_modelfile(
 def merged_or_whole(
     folder: str, base: str | None, onto: Onto, device: str, listener: Listener
 ) -> tuple[LoadedModel, tuple[Finding, ...]]:
-    """A model in float32 without adapter, and what is to be told of its merging."""
+    """A model in float32 without adapter, and findings about its merging."""
     if locate(folder, weights=False).is_adapter:
         listener.stage("merging")
         merged = merge_adapter(folder, base=base, onto=onto, device=device)

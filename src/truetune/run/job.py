@@ -363,7 +363,7 @@ class Job:
         )
 
     def interrupted(self, what: str, number: int) -> Interrupted:
-        """What is told when a signal ended the run."""
+        """The error for a run that a signal ended."""
         saved = self.run.checkpoints()
         last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
         trained = self.run.file(UNVERIFIED).is_file()
@@ -615,7 +615,7 @@ class Job:
         path = self.run.file("non_finite_batch.json")
         write_json(path, {"step": self.trainer.step + 1, "examples": kept})
         blamed: Iterable[int] = rows
-        # Whatever a broken model raises when it is asked again: the error is told as it is.
+        # Whatever a broken model raises when it is asked again: the error is reported as it is.
         with contextlib.suppress(RuntimeError, ValueError):
             examples = {row: self.prepared.examples[row] for row in rows}
             cause = find_cause(self.loaded, examples, self.trainer.step + 1)

@@ -38,7 +38,7 @@ _ROUNDING_ROWS = 64
 
 
 def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel, list[Finding]]:
-    """The model that the loop is given, and what is to be told about it.
+    """The model for the training loop, and findings about it.
 
     Args:
         checkpoint: to continue from; None at the start of a run.

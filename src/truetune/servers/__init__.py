@@ -1,1 +1,1 @@
-"""What a server makes of messages: llama.cpp in a child process, or an address."""
+"""Ask servers: llama.cpp in a child process, or any address."""

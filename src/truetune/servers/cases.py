@@ -1,4 +1,4 @@
-"""What stages of a model are asked: rows as they are served, the same for every stage.
+"""The rows that every stage of a model is asked, as they are served.
 
 input   a contract, conversations
 does    renders each as the contract serves it; chooses the positions at which predictions are read;
@@ -194,7 +194,7 @@ def long_probe(ids: Sequence[int], length: int) -> Probe:
 
 @dataclass(frozen=True)
 class Prompts:
-    """A server's prompts against the contract's.
+    """A server's prompts compared with the contract's.
 
     Attributes:
         refused: cases that the server's template refuses, with its words.
@@ -208,7 +208,7 @@ class Prompts:
 
     @property
     def equal(self) -> bool:
-        """Whether a model is asked the same: the ids decide."""
+        """Whether the model gets the same prompts: the ids decide."""
         return not self.refused and not self.ids
 
 
@@ -245,7 +245,7 @@ def compare_prompts(
 
 
 def read_server(server: LlamaCpp, probes: Sequence[Probe], top: torch.Tensor) -> Reading:
-    """What a server predicts, as `compare.read` gives it of a model.
+    """Read a server's predictions, as `compare.read` does for a model.
 
     Args:
         top: ids (P, K) to be kept.

@@ -1,4 +1,4 @@
-"""OpenAI's chat protocol, as a client speaks it.
+"""A client of OpenAI's chat protocol.
 
 input   a client, messages and tools as rows hold them
 does    writes requests as OpenAI's clients do, and reads what comes back
@@ -39,7 +39,7 @@ _NAMES = 8
 
 
 def require_reachable(client: Client) -> None:
-    """Raises ServerError where nothing listens."""
+    """Raise ServerError if nothing listens there."""
     _listed(client)
 
 
@@ -95,7 +95,7 @@ def complete(client: Client, asked: Mapping[str, Any]) -> Answer:
     """One reply.
 
     Raises:
-        ServerError: there is none.
+        ServerError: there was no valid reply.
     """
     answer = client.post("/v1/chat/completions", asked)
     try:
@@ -110,10 +110,10 @@ def complete(client: Client, asked: Mapping[str, Any]) -> Answer:
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ServerError(
-            "the server's answer is no chat completion",
+            "the server's answer is not a chat completion",
             where=client.url,
-            why="another kind of server listens there",
-            fix="name one that speaks the OpenAI protocol",
+            why="a different kind of server listens there",
+            fix="use a server that speaks the OpenAI protocol",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""A JSON client for servers of models: no proxy, no redirect, a limit on size and time."""
+"""A JSON client for model servers, without proxies or redirects, with limits on size and time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS = 600.0
 
 
 class ServerError(TruetuneError):
-    """A server that does not answer, or refuses.
+    """A server did not answer, or refused a request.
 
     Args:
         status: of HTTP; 0 where there was no answer.
@@ -43,14 +43,14 @@ class Client:
         key: sent as a bearer token.
 
     Raises:
-        UsageError: the address is none of HTTP.
+        UsageError: the address is not an HTTP address.
     """
 
     def __init__(self, url: str, key: str = "", seconds: float = _SECONDS) -> None:
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(
-                f"{url!r} is no address of a server",
+                f"{url!r} is not the address of a server",
                 where="--url",
                 fix="for example --url http://127.0.0.1:8080",
                 code="server-address",
@@ -84,31 +84,35 @@ class Client:
         except urllib.error.HTTPError as error:
             said = error.read(4096).decode("utf-8", "replace")
             raise ServerError(
-                f"the server refuses: {_message(said) or error.reason}",
+                f"the server refused the request: {_message(said) or error.reason}",
                 status=error.code,
                 where=where,
                 why=f"status {error.code}",
-                fix="look at what the server writes on its own terminal",
+                fix="read the server's own log",
             ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error
             raise ServerError(
                 f"the server does not answer: {reason}",
                 where=where,
-                why="nothing listens there, or it has ended",
-                fix="start it, or name its address with --url",
+                why="nothing listens there, or the server has stopped",
+                fix="start it, or give its address with --url",
                 code="server-unreachable",
             ) from error
         if len(raw) > _MOST_BYTES:
-            raise ServerError("the server's answer is too large", where=where, fix="report it")
+            raise ServerError(
+                "the server's answer is too large",
+                where=where,
+                fix="report this to the server's authors",
+            )
         try:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise ServerError(
-                "the server's answer is no JSON",
+                "the server's answer is not valid JSON",
                 where=where,
-                why="another kind of server listens there",
-                fix="name the address of a server of models",
+                why="a different kind of server listens there",
+                fix="give the address of a model server",
             ) from error
 
 

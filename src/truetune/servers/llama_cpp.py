@@ -1,4 +1,4 @@
-"""llama.cpp, asked as its own server answers: a GGUF file served in a child process.
+"""Serve a GGUF file with llama.cpp's own server in a child process, and ask it.
 
 input   a GGUF file
 does    starts llama.cpp's server on a free port of this machine, in a process of its own: a file of
@@ -34,13 +34,13 @@ _LINES = 40
 
 
 class LlamaError(TruetuneError):
-    """llama.cpp cannot load a file, or died of it."""
+    """llama.cpp could not load a file, or crashed."""
 
     default_code = "llama-cpp-failed"
 
 
 def require_llama_cpp(what: str) -> None:
-    """Say that llama.cpp is missing before anything is done.
+    """Report first if llama.cpp is missing.
 
     Args:
         what: needs it.
@@ -53,7 +53,7 @@ def require_llama_cpp(what: str) -> None:
         raise UsageError(
             f"{what} needs {' and '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
             "not installed",
-            why="gguf writes the file, xllamacpp holds llama.cpp, which proves and serves it",
+            why="gguf writes the file; xllamacpp contains llama.cpp, which verifies and serves it",
             fix="pip install 'truetune[gguf]'",
             code="extra-missing",
         )
@@ -105,7 +105,7 @@ class LlamaCpp:
         """What comes after these ids.
 
         Raises:
-            ServerError: it tells no probabilities.
+            ServerError: it returns no probabilities.
         """
         answer = self.client.post(
             "/completion",
@@ -115,7 +115,7 @@ class LlamaCpp:
             | {"logit_bias": [[self._printable, 1e4]]},
         )
         if not answer.get("completion_probabilities"):
-            raise ServerError("the server tells no probabilities", where=self.url)
+            raise ServerError("the server returns no probabilities", where=self.url)
         first = answer["completion_probabilities"][0]
         logprobs = {int(t["id"]): float(t["logprob"]) for t in first["top_logprobs"]}
         return Predicted(logprobs, max(logprobs, key=lambda i: logprobs[i]))
@@ -140,7 +140,7 @@ class LlamaCpp:
         return next((i for text in "a.e1" for i in self.tokenize(text)[-1:]), 0)
 
     def props(self) -> dict[str, Any]:
-        """What the server says of itself: chat template, tokens, build."""
+        """The server's properties: chat template, tokens, build."""
         found: dict[str, Any] = self.client.get("/props")
         return found
 
@@ -225,15 +225,15 @@ def serving(
             process.stdin.flush()
         line = process.stdout.readline()
         try:
-            told = json.loads(line)
+            shown = json.loads(line)
         except ValueError:
             process.wait(10)
             silent.wait(2)
             raise _died(Path(path), process.returncode, said) from None
-        if "error" in told:
+        if "error" in shown:
             silent.wait(0.5)
-            raise _refused(Path(path), told["error"], said)
-        server = LlamaCpp(Client(told["address"], secret))
+            raise _refused(Path(path), shown["error"], said)
+        server = LlamaCpp(Client(shown["address"], secret))
         try:
             yield server
         except ServerError as error:
@@ -261,14 +261,14 @@ def _refused(path: Path, error: str, said: Sequence[str]) -> LlamaError:
     return LlamaError(
         f"llama.cpp cannot load {path.name}: {visible(_cause(said) or error, keep_newlines=False)}",
         where=str(path),
-        why="the file is no GGUF that this version of llama.cpp knows, or memory is short",
+        why="this version of llama.cpp does not support the file, or memory is short",
         fix="export it again, or install a newer xllamacpp",
     )
 
 
 def _died(path: Path, status: int | None, said: Sequence[str]) -> LlamaError:
     return LlamaError(
-        f"llama.cpp ended while it had {path.name}: "
+        f"llama.cpp exited while it was serving {path.name}: "
         f"{visible(_cause(said) or f'exit code {status}', keep_newlines=False)}",
         where=str(path),
         why=f"exit code {status}",
@@ -277,7 +277,7 @@ def _died(path: Path, status: int | None, said: Sequence[str]) -> LlamaError:
 
 
 def _cause(said: Sequence[str]) -> str:
-    """The line of llama.cpp's own words that says why."""
+    """The line of llama.cpp's output that says why."""
     telling = [line for line in said if any(w in line.lower() for w in _TELLING)]
     # Behind the time, the level and who says it.
     return re.sub(r"^[\d.]+ [EWI] (\w+: )*", "", telling[0].strip())[:300] if telling else ""

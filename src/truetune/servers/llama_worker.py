@@ -72,10 +72,10 @@ def main() -> None:
 
     try:
         server = xllamacpp.Server(parameters(settings))
-        told = {"address": server.listening_address}
+        said = {"address": server.listening_address}
     except Exception as error:
-        server, told = None, {"error": str(error)}
-    print(json.dumps(told), file=reply, flush=True)
+        server, said = None, {"error": str(error)}
+    print(json.dumps(said), file=reply, flush=True)
     if server is not None:
         sys.stdin.read()
     # Its threads are not waited for.

@@ -1,4 +1,4 @@
-"""Texts on which two tokenizers are compared: twenty scripts and more, digits, code, spaces."""
+"""Texts on which two tokenizers are compared: more than twenty scripts, digits, code, spaces."""
 
 from __future__ import annotations
 

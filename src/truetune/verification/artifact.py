@@ -283,5 +283,5 @@ def _recorded(run: RunDir | None) -> dict[str, Any]:
     try:
         found = json.loads(run.file(CONTRACT).read_text(encoding="utf-8")) if run else {}
     except (OSError, ValueError):
-        return {}  # told where the contract is compared
+        return {}  # reported where the contract is compared
     return found if isinstance(found, dict) else {}

@@ -41,7 +41,7 @@ _WORK, _FEWEST, _MOST = 1e12, 256, 2048
 _ROW_POSITIONS, _LONG_POSITIONS = 192, 64
 # Tokens behind a probe in the second computation of the floor.
 PADDING = 7
-# A JSON file of a model folder above this is a vocabulary, and is told apart by its sections.
+# A JSON file of a model folder above this is a vocabulary, and is compared by its sections.
 _LARGE = 1 << 17
 # What may be changed in a saved adapter: its base lies elsewhere now.
 MOVABLE = {"adapter_config.json": frozenset({"base_model_name_or_path", "revision"})}

@@ -1,4 +1,4 @@
-"""Numbers of a run that cannot be meant: rate, warm-up, a stop set that nobody reads."""
+"""Find settings of a run that are likely mistakes: learning rate, warm-up, unread stop tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
         yield Finding(
             code="adapter-stop-unread",
             level="warning",
-            what="the trained stop token is not in the base's stop set, and an adapter cannot "
-            "change that set",
-            why="transformers and peft read the generation_config of the base only",
+            what="the trained stop token is not one of the base's stop tokens, and an adapter "
+            "cannot change those",
+            why="transformers and peft read only the base's generation_config",
             fix=f"serve with stop_token_ids={ids} (vLLM) or generate(eos_token_id={ids}); "
             "`truetune chat` does",
         )
@@ -30,7 +30,7 @@ def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
 
 @check()
 def learning_rate_range(facts: Preflight) -> Iterator[Finding]:
-    """Ten times off the usual value in either direction is seldom meant."""
+    """The learning rate is less than ten times above or below the usual value."""
     ratio = facts.learning_rate / facts.suggested_rate
     if 0.1 < ratio < 10 * (1 - 1e-9):
         return
@@ -40,20 +40,20 @@ def learning_rate_range(facts: Preflight) -> Iterator[Finding]:
         level="warning",
         what=f"the learning rate {facts.learning_rate:g} is {max(ratio, 1 / ratio):.0f}x {side} "
         f"the usual {facts.suggested_rate:g} for this method, model and rows",
-        why="full fine-tuning and LoRA want rates a factor of ten apart",
+        why="full fine-tuning and LoRA need learning rates that differ by about a factor of ten",
         fix=f"--learning-rate {facts.suggested_rate:g}",
     )
 
 
 @check()
 def warmup_within_run(facts: Preflight) -> Iterator[Finding]:
-    """A warm-up that never ends keeps the rate below what was set."""
+    """The warm-up ends before the run does."""
     if facts.warmup_steps >= facts.max_steps > 1:
         yield Finding(
             code="warmup-too-long",
             level="warning",
             what=f"the warm-up of {facts.warmup_steps} steps is as long as the run of "
             f"{facts.max_steps}",
-            why="the learning rate that was set is reached at the end or never",
+            why="the learning rate reaches its value only at the end, or never",
             fix="--warmup-ratio 0.03",
         )

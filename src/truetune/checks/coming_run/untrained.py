@@ -1,7 +1,7 @@
-"""Tokens of the rows whose own rows in embedding and head were never trained, and stay so.
+"""Find tokens whose embeddings were never trained and would stay untrained.
 
 input   the examples, and the weights where they lie on this machine
-does    judges the rows of the special tokens that occur, by norm and nearest neighbour
+does    judges the embeddings of the special tokens that occur, by norm and nearest neighbour
 output  a finding; nothing where there are no weights to read
 """
 
@@ -26,7 +26,7 @@ _LOOKED_AT = 200
 
 @check(lambda facts: facts.lora and facts.model is not None)
 def untrained_rows(facts: Preflight) -> Iterator[Finding]:
-    """Chat tokens whose rows nobody trained, under a method that does not train them either."""
+    """Examples use no chat token whose embedding is untrained and stays so in this run."""
     contract = facts.contract
     used = {i for example in facts.examples[:_LOOKED_AT] for i in example.ids}
     known = {contract.tokenizer.bos_token_id, *facts.trained_tokens}
@@ -38,7 +38,7 @@ def untrained_rows(facts: Preflight) -> Iterator[Finding]:
         base = locate_base(files, weights=False) if files.is_adapter else files
         tables = read_tables(base, ids)
     except TruetuneError:
-        return  # no weights here: nothing can be told
+        return  # no weights here: nothing can be judged
     found = [judge_rows(t, ids, num_ids(contract.tokenizer)) for t in tables.values()]
     why = {i: why for rows in found if not rows.random for i, why in rows.why.items()}
     if not why:
@@ -48,12 +48,11 @@ def untrained_rows(facts: Preflight) -> Iterator[Finding]:
     yield Finding(
         "rows-untrained",
         "error",
-        f"the rows carry {named}, whose rows in the model were never trained, and LoRA leaves "
-        "them as they are",
+        f"examples use {named}, whose embeddings were never trained, and LoRA does not train them",
         str(facts.model),
         len(lost),
-        why=f"{why[lost[0]]}: the model cannot tell them from unused tokens, and would not learn "
-        "to end an answer",
-        fix="train their rows with --add-token, train all weights, or use a template of "
-        "trained tokens (--chat-template instruction-response)",
+        why=f"{why[lost[0]]}: the model cannot distinguish them from unused tokens, and would not "
+        "learn to end an answer",
+        fix="train their embeddings with --add-token, train all weights, or use a template whose "
+        "tokens were trained (--chat-template instruction-response)",
     )

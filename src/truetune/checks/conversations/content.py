@@ -1,4 +1,4 @@
-"""Text inside messages that becomes something else when it is tokenized, or belongs elsewhere."""
+"""Find text in messages that is tokenized as control tokens, or that belongs elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from truetune.findings import Finding, percent, rows_finding, share
 
 @check()
 def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
-    """A special token written in a message is that token for the model, not its letters."""
+    """Messages contain no control tokens: the model would read the token, not its letters."""
     found = first_controls(facts.control, facts.train)
     if found:
         common = Counter(control.token for control in found.values()).most_common(3)
@@ -32,20 +32,20 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
             found,
             code="control-token-in-content",
             level="warning",
-            what=f"{share(len(found), len(facts.train))} hold control tokens in their text: "
-            f"{shown}; the first in {first.field}{turn}",
-            why="the tokenizer makes the real token of it: the text opens or closes a turn of its "
-            "own, in training and when served"
+            what=f"{share(len(found), len(facts.train))} contain control tokens in their text: "
+            f"{shown}; the first is in {first.field}{turn}",
+            why="the tokenizer turns the text into the real token, which opens or closes a turn "
+            "in training and in serving"
             + (
-                f"; the text of {rendered:,} rows begins with one, as a conversation does that the "
-                "template was applied to before: it would be applied twice"
+                f"; the text of {rendered:,} rows begins with one, as rendered conversations do: "
+                "the chat template would be applied twice"
                 if twice
                 else ""
             ),
-            fix="give the messages as they were before they were rendered"
+            fix="use the messages from before they were rendered"
             if twice
-            else "take them out, or break them up (`<| im_end |>`); truetune refuses such rows "
-            "with --content-specials error",
+            else "remove them, or break them up (`<| im_end |>`); --content-specials error makes "
+            "truetune refuse such rows",
         )
 
 
@@ -68,7 +68,7 @@ _LEAST_LETTERS = 40
 
 @check()
 def one_language(facts: DataFacts) -> Iterator[Finding]:
-    """A few rows in another script, or in other words, than all the others."""
+    """No small group of rows is in another script or language than all the others."""
     if len(facts.train) < 20:
         return
     texts = [said(conversation) for conversation in facts.train]
@@ -90,11 +90,11 @@ def one_language(facts: DataFacts) -> Iterator[Finding]:
         strange,
         code="language-outlier",
         level="note",
-        what=f"{share(len(strange), len(facts.train))} are in another language than the others"
+        what=f"{share(len(strange), len(facts.train))} are in a different language from the others"
         + (f": {named}" if named else ""),
-        why=f"{percent(number / judged)} of the rows are written in {main} letters; these share "
-        "next to none of their common words",
-        fix="look at them; leave out those that are there by accident",
+        why=f"{percent(number / judged)} of the rows are written in {main} letters; these rows "
+        "share almost none of their common words",
+        fix="look at them, and remove those that are there by accident",
     )
 
 
@@ -150,7 +150,7 @@ def _foreign_words(texts: list[str], scripts: list[str], main: str) -> list[int]
 
 @check()
 def one_length(facts: DataFacts) -> Iterator[Finding]:
-    """A few answers far longer than all others are often several that were never split."""
+    """No few answers are far longer than all others."""
     lengths = np.array([len(answer) for answer in facts.answers])
     written = lengths[lengths > 0]
     if len(written) < 50:
@@ -168,8 +168,8 @@ def one_length(facts: DataFacts) -> Iterator[Finding]:
         rows,
         code="length-outlier",
         level="note",
-        what=f"{share(len(rows), len(written))} have answers beyond {int(limit):,} characters, "
-        f"the longest {int(lengths[rows[0]]):,}; the usual one has {int(np.exp(middle)):,}",
-        why="often several rows that were never split, or a document in place of an answer",
-        fix="look at them: they decide how much memory a step needs",
+        what=f"{share(len(rows), len(written))} have answers longer than {int(limit):,} characters "
+        f"(the longest has {int(lengths[rows[0]]):,}, a typical one {int(np.exp(middle)):,})",
+        why="such answers are often several rows that were never split, or a whole document",
+        fix="look at them: they determine how much memory a step needs",
     )

@@ -1,8 +1,8 @@
-"""Rows that are there more than once: exactly, nearly, or in training and held-out rows.
+"""Find rows that occur more than once: exactly, nearly, or in both training and held-out rows.
 
 Near duplicates are found by MinHash over runs of words: each row keeps the smallest of several
 hashes of its runs, rows that agree in a band of them are compared, and those whose sets of runs
-overlap by at least 80 % (Jaccard) are told. Of pairs at 80 % the bands find 98 in 100, at 90 %
+overlap by at least 80 % (Jaccard) are reported. Of pairs at 80 % the bands find 98 in 100, at 90 %
 all but two in 10,000.
 """
 
@@ -34,7 +34,7 @@ Hashes = npt.NDArray[np.uint64]
 
 @check()
 def exact_duplicates(facts: DataFacts) -> Iterator[Finding]:
-    """The same row again counts twice in every epoch."""
+    """No row occurs twice: a copy counts again in every epoch."""
     first: dict[str, int] = {}
     again = []
     for index, conversation in enumerate(facts.train):
@@ -48,14 +48,14 @@ def exact_duplicates(facts: DataFacts) -> Iterator[Finding]:
             code="rows-duplicate",
             level="warning" if len(again) > _LEAST_SHARE * total else "note",
             what=f"{share(len(again), total)} are exact copies of earlier ones",
-            why="each copy is another epoch over that row",
-            fix="leave the copies out",
+            why="each copy trains the row once more in every epoch",
+            fix="remove the copies",
         )
 
 
 @check()
 def near_duplicates(facts: DataFacts) -> Iterator[Finding]:
-    """Rows that differ in a word or two, in training and across the split."""
+    """No rows differ in only a word or two, within training rows and across the split."""
     rows = [*facts.train, *facts.held_out]
     texts = [said(conversation) for conversation in rows]
     pairs = near_pairs(texts)
@@ -71,9 +71,9 @@ def near_duplicates(facts: DataFacts) -> Iterator[Finding]:
             code="rows-nearly-duplicate",
             level="warning" if len(inside) > 0.05 * num_train else "note",
             what=f"{share(len(inside), num_train)} nearly repeat earlier ones",
-            why=f"four of five runs of three words are the same, as in {rows[inside[0]].where} "
-            f"and {rows[example].where}",
-            fix="nothing to do where they are meant as paraphrases; else leave them out",
+            why="at least 80 % of their three-word sequences are the same, as in "
+            f"{rows[inside[0]].where} and {rows[example].where}",
+            fix="nothing to do if they are intentional paraphrases; otherwise remove them",
         )
     if across:
         places = [conversation.where for conversation in facts.held_out]
@@ -86,8 +86,8 @@ def near_duplicates(facts: DataFacts) -> Iterator[Finding]:
             level="warning" if len(held) > 0.02 * len(facts.held_out) else "note",
             what=f"{share(len(held), len(facts.held_out))} of the held-out set nearly repeat a "
             "training row",
-            why=f"as {rows[across[0]].where} repeats {rows[example].where}: the held-out loss is "
-            "better than it would be on new rows",
+            why=f"for example, {rows[across[0]].where} repeats {rows[example].where}: the held-out "
+            "loss will look better than it would on new rows",
             fix="keep paraphrases of one row on one side of the split",
         )
 
@@ -191,7 +191,7 @@ def _jaccard(
 
 @check()
 def prompts_agree(facts: DataFacts) -> Iterator[Finding]:
-    """One prompt with several answers: each is learned for a part of the time."""
+    """No prompt has several different answers."""
     prompts = Counter(c.key() for c in facts.train if c.text is None)
     repeated = {key for key, n in prompts.items() if n > 1}
     answers: dict[str, set[str]] = defaultdict(set)
@@ -208,8 +208,8 @@ def prompts_agree(facts: DataFacts) -> Iterator[Finding]:
             rows,
             code="prompt-repeated",
             level="note",
-            what=f"{share(len(rows), len(facts.train))} share their prompt with a row of another "
-            "answer",
+            what=f"{share(len(rows), len(facts.train))} share their prompt with a row that has a "
+            "different answer",
             why="the model learns to give each of the answers some of the time",
-            fix="nothing to do where several answers are right",
+            fix="nothing to do if several answers are correct",
         )

@@ -1,8 +1,8 @@
-"""Answers that were damaged on their way into the file: cut off, decoded wrongly, escaped,
-repeated, or led by what belongs to a prompt.
+"""Find answers that were damaged before they reached the file: cut off, decoded wrongly, escaped,
+repeated, or prefixed with part of the prompt.
 
-Each finding counts its rows and shows one. Code, labels and one-word answers are no prose: what
-would be damage in a sentence is their form.
+Each finding counts its rows and shows one. Code, labels and one-word answers are not prose: what
+would be damage in a sentence is normal in them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         return
     ended = sum(bool(_ENDED.search(t)) for t in prose.values())
     if ended < _LEAST_PROSE * len(prose):
-        # A set whose answers end without a mark has a form of its own; a common length is told.
+        # A set whose answers end without a mark has a form of its own; a common length is reported.
         rows = _at_one_length(facts, texts)
     else:
         sure = {*_broken_off(facts, prose), *_at_one_length(facts, texts)}
@@ -86,11 +86,11 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         level=_level(rows, len(facts.train)),
         what=f"the answers of {share(len(rows), len(facts.train))} break off in the middle, such "
         f"as {_shown(facts.answers[rows[0]])}",
-        why=f"{times:,} of them have exactly {length:,} characters: a limit cut them"
+        why=f"{times:,} of them have exactly {length:,} characters, so a length limit cut them"
         if same
-        else "they stop inside a word or a sentence, as the others do not: a limit of tokens or "
-        "characters cut them where they were made, and the model learns to stop there",
-        fix="make them again with a higher limit, or leave those rows out",
+        else "they stop inside a word or a sentence, and the others do not: a limit on tokens or "
+        "characters cut them when they were generated, and the model learns to stop there",
+        fix="generate them again with a higher limit, or remove those rows",
     )
 
 
@@ -183,35 +183,35 @@ _ABOUT_MARKUP = re.compile(
 
 @check()
 def letters_decoded(facts: DataFacts) -> Iterator[Finding]:
-    """UTF-8 read as another encoding, and letters that were lost."""
+    """No text is UTF-8 that was read in another encoding or lost letters."""
     if rows := _rows_with(facts, lambda texts: _first(_mojibake, texts)):
         yield rows_finding(
             facts.names,
             rows,
             code="text-mojibake",
             level=_level(rows, len(facts.train)),
-            what=f"{share(len(rows), len(facts.train))} have letters that were decoded wrongly, "
-            f"such as {next(iter(rows.values()))!r}",
-            why="UTF-8 was read as Windows-1252 or Latin-1, or letters were replaced because they "
-            "could not be read: the model learns to write them so",
-            fix="read the source as UTF-8 again, or mend the text (the package ftfy does that)",
+            what=f"{share(len(rows), len(facts.train))} contain characters that were decoded "
+            f"wrongly, such as {next(iter(rows.values()))!r}",
+            why="UTF-8 was read as Windows-1252 or Latin-1, or unreadable characters were "
+            "replaced: the model learns to write the wrong characters",
+            fix="read the source again as UTF-8, or repair the text (the package ftfy does that)",
         )
 
 
 @check()
 def entities_read(facts: DataFacts) -> Iterator[Finding]:
-    """HTML entities in text that is no HTML."""
+    """No text contains HTML entities unless it is HTML."""
     if rows := _rows_with(facts, _entity_in_prose):
         yield rows_finding(
             facts.names,
             rows,
             code="text-entities",
             level=_level(rows, len(facts.train)),
-            what=f"{share(len(rows), len(facts.train))} hold HTML entities in plain text, such as "
-            f"{next(iter(rows.values()))!r}",
+            what=f"{share(len(rows), len(facts.train))} contain HTML entities in plain text, such "
+            f"as {next(iter(rows.values()))!r}",
             why="the text came from web pages and was not unescaped: the model learns to write "
-            "&amp; for &",
-            fix="html.unescape the texts; leave HTML as it is",
+            "&amp; instead of &",
+            fix="apply html.unescape to these texts; leave HTML as it is",
         )
 
 
@@ -273,7 +273,7 @@ _LEAST_COPIES = 5
 
 @check()
 def answers_differ(facts: DataFacts) -> Iterator[Finding]:
-    """One answer, word for word, to many questions."""
+    """No answer is given word for word to many questions."""
     by_text: dict[str, list[int]] = defaultdict(list)
     # First answers: later ones answer thanks and small talk.
     for index, text in enumerate(facts.first_answers):
@@ -287,7 +287,7 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
     for text, rows in by_text.items():
         if len(rows) < least or len(text.split()) < _LEAST_WORDS:
             continue
-        # Copies of whole rows are told as such.
+        # Copies of whole rows are reported as such.
         asked = {facts.train[i].key() for i in rows}
         if len(asked) >= max(_LEAST_COPIES, 0.5 * len(rows)):
             often.append((text, rows))
@@ -302,14 +302,14 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
         rows,
         code="answers-identical",
         level="warning",
-        what=f"{share(len(rows), total)} have an answer that others have word for word: "
+        what=f"{share(len(rows), total)} have an answer that other rows repeat word for word: "
         f"{_opening(facts.first_answers[first[0]])} {len(first):,} times",
-        why="refusals of the model that wrote the rows: the tuned model will refuse such questions "
-        "too"
+        why="these are refusals of the model that generated the rows: the tuned model will refuse "
+        "such questions too"
         if refusal
-        else "a fallback or a template of the source: the model learns to give it whatever is "
-        "asked",
-        fix="leave those rows out, or keep a few of them where the answer is meant",
+        else "the source used a fallback or a fixed answer: the model learns to give it to any "
+        "question",
+        fix="remove those rows, or keep a few of them if the answer is intended",
     )
 
 
@@ -334,9 +334,9 @@ def answers_without_role(facts: DataFacts) -> Iterator[Finding]:
             level=_level(rows, len(facts.train)),
             what=f"the answers of {share(len(rows), len(facts.train))} begin with the name of a "
             f"role, such as {_opening(facts.answers[rows[0]])}",
-            why="rows were cut out of a transcript with the speaker's label left in: the template "
-            "writes the role already, and the model learns to write it again",
-            fix="cut the label off",
+            why="the rows were cut from a transcript without removing the speaker's name: the "
+            "template already writes the role, and the model learns to write it again",
+            fix="remove the name of the role from the answers",
         )
 
 
@@ -365,9 +365,9 @@ def questions_not_echoed(facts: DataFacts) -> Iterator[Finding]:
             level=_level(rows, len(facts.train)),
             what=f"the answers of {share(len(rows), len(facts.train))} begin with their question, "
             f"word for word: {_opening(answer)}",
-            why="prompt and completion were saved as one text: the model learns to repeat what it "
-            "is asked before it answers",
-            fix="cut the question off the answer",
+            why="prompt and completion were saved as one text: the model learns to repeat the "
+            "question before it answers",
+            fix="remove the question from the answers",
         )
 
 

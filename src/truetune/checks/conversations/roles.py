@@ -1,4 +1,4 @@
-"""Turns in an order that a served conversation would not have."""
+"""Find turns in an order that does not occur in served conversations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from truetune.findings import Finding, rows_finding, share
 
 @check()
 def one_question_at_a_time(facts: DataFacts) -> Iterator[Finding]:
-    """Two questions in a row are two prompts, or one that was cut."""
+    """No user turn follows a user turn."""
     rows = [i for i, c in enumerate(facts.train) if _doubled(c, "user")]
     if rows:
         yield rows_finding(
@@ -21,15 +21,16 @@ def one_question_at_a_time(facts: DataFacts) -> Iterator[Finding]:
             rows,
             code="user-twice",
             level="warning",
-            what=f"{share(len(rows), len(facts.train))} have two user turns in a row",
-            why="templates write both one after the other; a server is sent one question",
-            fix="join them, or leave one out",
+            what=f"{share(len(rows), len(facts.train))} have two consecutive user turns",
+            why="templates write both one after the other, but a server receives one question at "
+            "a time",
+            fix="join them, or remove one",
         )
 
 
 @check()
 def one_answer_at_a_time(facts: DataFacts) -> Iterator[Finding]:
-    """The second of two answers is trained on a prompt that ends in an answer."""
+    """No assistant turn follows an assistant turn."""
     rows = [i for i, c in enumerate(facts.train) if _doubled(c, "assistant")]
     if rows:
         yield rows_finding(
@@ -37,9 +38,10 @@ def one_answer_at_a_time(facts: DataFacts) -> Iterator[Finding]:
             rows,
             code="assistant-twice",
             level="warning",
-            what=f"{share(len(rows), len(facts.train))} have two assistant turns in a row",
-            why="no server sends a prompt that ends in an answer",
-            fix="join them, or leave one out",
+            what=f"{share(len(rows), len(facts.train))} have two consecutive assistant turns",
+            why="the second answer is trained on a prompt that ends with an answer, which no "
+            "server sends",
+            fix="join them, or remove one",
         )
 
 
@@ -53,7 +55,7 @@ def _doubled(conversation: Conversation, role: str) -> bool:
 
 @check()
 def turns_say_something(facts: DataFacts) -> Iterator[Finding]:
-    """An empty question; empty answers are refused when rows are read."""
+    """No user turn is empty; empty answers are refused when rows are read."""
     rows = [
         i
         for i, c in enumerate(facts.train)
@@ -66,14 +68,14 @@ def turns_say_something(facts: DataFacts) -> Iterator[Finding]:
             code="question-empty",
             level="warning",
             what=f"{share(len(rows), len(facts.train))} have an empty user turn",
-            why="the model learns to answer what nobody asked",
-            fix="leave those rows out, or fill the turn",
+            why="the model learns to answer without a question",
+            fix="remove those rows, or fill in the turn",
         )
 
 
 @check()
 def ends_with_an_answer(facts: DataFacts) -> Iterator[Finding]:
-    """What follows the last answer is not trained, and costs nothing but shows a cut."""
+    """Conversations end with an answer: later turns are not trained, and suggest truncation."""
     rows = [
         i for i, c in enumerate(facts.train) if c.messages and c.messages[-1]["role"] != "assistant"
     ]
@@ -84,15 +86,15 @@ def ends_with_an_answer(facts: DataFacts) -> Iterator[Finding]:
             rows,
             code="answer-not-last",
             level="warning" if len(rows) > 0.01 * len(facts.train) else "note",
-            what=f"{share(len(rows), len(facts.train))} end on a turn that nobody answers ({last})",
-            why="conversations were cut in the middle; the last turn teaches nothing",
-            fix="nothing to do, or cut them after their last answer",
+            what=f"{share(len(rows), len(facts.train))} end with an unanswered turn ({last})",
+            why="the conversations were cut in the middle; the last turn is not trained",
+            fix="nothing to do; or cut the conversations after their last answer",
         )
 
 
 @check()
 def system_first(facts: DataFacts) -> Iterator[Finding]:
-    """A system message in the middle of a conversation."""
+    """System messages come first."""
     rows = [
         i
         for i, c in enumerate(facts.train)
@@ -106,6 +108,6 @@ def system_first(facts: DataFacts) -> Iterator[Finding]:
             code="system-late",
             level="warning",
             what=f"{share(len(rows), len(facts.train))} have a system message after the first turn",
-            why="many templates refuse it, drop it or move it to the front",
-            fix="put it first, or into the user's turn",
+            why="many chat templates refuse it, drop it or move it to the front",
+            fix="put it first, or move its text into the user turn",
         )

@@ -1,4 +1,4 @@
-"""What the data families look at: conversations as they were read, before any template."""
+"""What the data checks examine: conversations as they were read, before any template."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DataFacts:
 
 
 def said(conversation: Conversation) -> str:
-    """Everything that is said in a row, the system message left out."""
+    """All text of a row without its system message."""
     if conversation.text is not None:
         return conversation.text
     return "\n".join(_spoken(conversation))

@@ -1,4 +1,4 @@
-"""Answers of more than one style, and rows that carry another format inside their text."""
+"""Find answers of more than one style, and rows whose text contains another chat format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CALL = re.compile(r"(\w[\w' ]{0,30})[!\uff01](?=\s)")
 
 @check()
 def openers_alike(facts: DataFacts) -> Iterator[Finding]:
-    """A manner that some answers open with, and most do not."""
+    """No opening phrase is used by some answers and not by most."""
     # The first answer: later ones answer thanks and small talk.
     answers = [(i, text.lstrip()) for i, text in enumerate(facts.first_answers) if text.strip()]
     by_opener: dict[str, list[int]] = defaultdict(list)
@@ -48,10 +48,11 @@ def openers_alike(facts: DataFacts) -> Iterator[Finding]:
         rows,
         code="openers-mixed",
         level="warning",
-        what=f"{percent(part)} of the answers open with a filler, the others do not: {shown}",
-        why="rows of several sources or writers: the model will open like that now and then, "
-        "whatever is asked",
-        fix="cut the openers off, or leave those rows out",
+        what=f"{percent(part)} of the answers open with a filler phrase and the others do not: "
+        f"{shown}",
+        why="the rows come from several sources or writers: the model will use these openings at "
+        "random",
+        fix="remove the openings, or remove those rows",
     )
 
 
@@ -82,7 +83,7 @@ _FORMATS = {
 
 @check()
 def formats_alike(facts: DataFacts) -> Iterator[Finding]:
-    """Rows whose text holds the markers of a chat format: the template writes its own."""
+    """No text contains the markers of a chat format: the template writes its own."""
     found: dict[str, list[int]] = defaultdict(list)
     for index, conversation in enumerate(facts.train):
         for name in _formats_of(conversation, frozenset(facts.control)):
@@ -95,12 +96,13 @@ def formats_alike(facts: DataFacts) -> Iterator[Finding]:
             rows,
             code="format-in-content",
             level="warning",
-            what=f"{share(len(rows), total)} have {name} of a chat format inside a message",
+            what=f"{share(len(rows), total)} contain {name} of a chat format inside a message",
             why="the rows were rendered before they were split into messages: the model is trained "
             "on one format inside another"
             if everywhere
-            else "rows of several formats: some were rendered before, or not cleaned",
-            fix="give question and answer as they are, without the markers",
+            else "the rows come from several formats: some were rendered before, or were not "
+            "cleaned",
+            fix="use questions and answers without the markers",
         )
 
 
@@ -111,7 +113,7 @@ def _formats_of(conversation: Conversation, control: frozenset[str]) -> Iterator
             if role == "tool" or not _may_hold(name, text):
                 continue
             hit = pattern.search(text)
-            # Markers of this tokenizer are told as the control tokens that they become.
+            # Markers of this tokenizer are reported as the control tokens that they become.
             if hit is None or hit.group().strip() in control:
                 continue
             # A question may quote a dialogue; an answer that goes on with the next question, or a
@@ -140,7 +142,7 @@ def _is_rendered(role: str, text: str, pattern: re.Pattern[str]) -> bool:
 
 @check()
 def endings_alike(facts: DataFacts) -> Iterator[Finding]:
-    """A mark that some answers end with and most do not: `END`, `###`, `[DONE]`."""
+    """No end mark, such as `END`, `###` or `[DONE]`, closes some answers and not most."""
     answers = [(i, text.rstrip()) for i, text in enumerate(facts.answers) if text.strip()]
     if len(answers) < 2 * _LEAST_ROWS:
         return
@@ -155,9 +157,9 @@ def endings_alike(facts: DataFacts) -> Iterator[Finding]:
             [i for i, tail in tails.items() if tail == mark],
             code="endings-mixed",
             level="warning" if part > 0.5 else "note",
-            what=f"{percent(part)} of the answers end with {mark!r}, the others do not",
-            why="an end mark inside the text is learned beside the model's own end token",
-            fix="cut it off: the template ends answers by itself",
+            what=f"{percent(part)} of the answers end with {mark!r} and the others do not",
+            why="the model learns to write the end mark as text, in addition to its own end token",
+            fix="remove it: the chat template ends the answers",
         )
 
 
@@ -176,7 +178,7 @@ def _mark(text: str) -> str:
 
 @check()
 def reasoning_alike(facts: DataFacts) -> Iterator[Finding]:
-    """Some answers reason and some do not."""
+    """Either all answers have reasoning or none has."""
     chats = [i for i, c in enumerate(facts.train) if c.text is None]
     rows = [i for i in chats if _reasons(facts.train[i], facts.answers[i])]
     part = len(rows) / max(len(chats), 1)
@@ -188,9 +190,9 @@ def reasoning_alike(facts: DataFacts) -> Iterator[Finding]:
         rows if len(rows) < len(without) else without,
         code="reasoning-mixed",
         level="note" if part >= _SOME else "warning",
-        what=f"{percent(part)} of the rows have reasoning, the others have none",
-        why="the model learns to reason some of the time, and nothing in the prompt says when",
-        fix="nothing to do where the template's thinking argument tells them apart, row by row "
+        what=f"{percent(part)} of the rows have reasoning and the others have none",
+        why="the model learns to reason some of the time, and nothing in the prompt indicates when",
+        fix="nothing to do if each row sets the template's thinking argument "
         "(chat_template_kwargs)",
     )
 

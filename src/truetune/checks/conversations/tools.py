@@ -1,4 +1,4 @@
-"""Tool calls against the tools that the row declares."""
+"""Compare tool calls with the tools that their row declares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from truetune.findings import Finding, rows_finding, share
 
 @check()
 def calls_match_tools(facts: DataFacts) -> Iterator[Finding]:
-    """Each call names a declared tool and gives it the arguments that its schema takes."""
+    """Each call names a declared tool and passes arguments that its schema accepts."""
     unknown: dict[str, list[int]] = defaultdict(list)
     wrong: dict[int, str] = {}
     undeclared: list[int] = []
@@ -43,9 +43,9 @@ def calls_match_tools(facts: DataFacts) -> Iterator[Finding]:
             code="tools-undeclared",
             level="warning",
             what=f"{share(len(undeclared), with_calls)} with tool calls declare no tools",
-            why="the prompt that is served with tools names them; here the model learns to call "
-            "what it was not told of",
-            fix="add a tools column, or name it with --columns tools=COLUMN",
+            why="a served prompt lists the tools; here the model learns to call tools that its "
+            "prompt does not mention",
+            fix="add a tools column, or specify it with --columns tools=COLUMN",
         )
     if unknown:
         rows = sorted({i for group in unknown.values() for i in group})
@@ -57,7 +57,7 @@ def calls_match_tools(facts: DataFacts) -> Iterator[Finding]:
             level="warning",
             what=f"{share(len(rows), with_calls)} with tool calls call a tool that the row does "
             f"not declare: {names}",
-            why="a name that was changed in one place only",
+            why="the name was probably changed in one place only",
             fix="declare it, or rename the call",
         )
     if wrong:
@@ -67,10 +67,10 @@ def calls_match_tools(facts: DataFacts) -> Iterator[Finding]:
             wrong,
             code="tool-arguments",
             level="warning",
-            what=f"{share(len(wrong), with_calls)} with tool calls give arguments that the tool's "
-            "schema does not take",
+            what=f"{share(len(wrong), with_calls)} with tool calls pass arguments that the tool's "
+            "schema does not accept",
             why=f"the first: {wrong[first]}",
-            fix="mend the call, or the tool's parameters",
+            fix="correct the call, or the tool's parameters",
         )
 
 
@@ -79,7 +79,7 @@ def call_problem(call: Mapping[str, Any], tool: Mapping[str, Any]) -> str:
     arguments = call["arguments"]
     schema = tool.get("parameters")
     if isinstance(arguments, str) and arguments.lstrip()[:1] in ("{", "["):
-        return f"the arguments are text that is no whole JSON object: {_broken(arguments)}"
+        return f"the arguments are text, but not a complete JSON object: {_broken(arguments)}"
     if not isinstance(arguments, Mapping):
         return f"the arguments are {_kind(arguments)}, not an object"
     return value_problem(arguments, schema, "") if isinstance(schema, Mapping) else ""
@@ -90,7 +90,7 @@ def _broken(text: str) -> str:
     try:
         json.loads(text)
     except ValueError as error:
-        return f"{text[:60]!r}, {error}; a server's parser refuses such a call"
+        return f"{text[:60]!r}, {error}; a server's parser rejects such a call"
     except RecursionError:
         return "it is nested too deeply"
     return f"{text[:60]!r}"
@@ -134,7 +134,7 @@ def value_problem(value: Any, schema: Mapping[str, Any], path: str, depth: int =
         return problem
     allowed = schema.get("enum")
     if isinstance(allowed, Sequence) and not isinstance(allowed, str) and value not in allowed:
-        return f"{name} is {value!r}, none of {', '.join(map(repr, list(allowed)[:6]))}"
+        return f"{name} is {value!r}, which is not one of {', '.join(map(repr, list(allowed)[:6]))}"
     if isinstance(value, Mapping):
         return _object_problem(value, schema, path, depth)
     items = schema.get("items")
@@ -163,7 +163,7 @@ def _object_problem(
     required = schema.get("required")
     for key in required if isinstance(required, Sequence) and not isinstance(required, str) else ():
         if key not in value:
-            return f"{_joined(path, key)} is required and missing"
+            return f"{_joined(path, key)} is required but missing"
     for key, inner in value.items():
         if key in known:
             if isinstance(known[key], Mapping) and (
@@ -171,7 +171,7 @@ def _object_problem(
             ):
                 return problem
         elif known and not schema.get("additionalProperties"):
-            return f"{_joined(path, key)} is no parameter ({', '.join(map(str, known))})"
+            return f"{_joined(path, key)} is not a parameter ({', '.join(map(str, known))})"
     return ""
 
 

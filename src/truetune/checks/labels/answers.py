@@ -1,4 +1,4 @@
-"""Do the labels lie on the answers? Asked where the template says what stands before one."""
+"""Check that labels lie on the answers, where the template shows what precedes an answer."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ def rows_without_targets(facts: LabelFacts) -> list[int]:
 
 @check()
 def answers_are_targets(facts: LabelFacts) -> Iterator[Finding]:
-    """A row that has answers and labels has labels on an answer."""
+    """A row with answers and labels has labels on an answer."""
     if bad := rows_without_targets(facts):
         yield rows_finding(
             facts.names,
             bad,
             code="answers-masked",
             level="error",
-            what=f"{share(len(bad), len(facts.table))} have labels, and none of them on an answer",
-            why="the mask is the wrong way round, or marks another turn: prompts are learned and "
-            "answers are not",
-            fix="-100 on what the server sends, the ids themselves on what the model must write",
+            what=f"{share(len(bad), len(facts.table))} have labels, but none of them on an answer",
+            why="the mask is inverted, or marks another turn: prompts are learned and answers are "
+            "not",
+            fix="set labels to -100 on what the server sends, and to the ids on what the model "
+            "must write",
         )
 
 
@@ -81,15 +82,15 @@ def answers_are_whole(facts: LabelFacts) -> Iterator[Finding]:
             code="answer-start-masked",
             level="warning",
             what=f"the first tokens of the answer have no label in {share(len(bad), len(table))}",
-            why="the mask is some tokens too long: the model never learns how answers begin",
-            fix="count the prompt with the template's own generation prompt: its ids are the ones "
-            "without a label",
+            why="the mask is a few tokens too long: the model never learns how answers begin",
+            fix="compute the prompt's length with the template's generation prompt, and mask "
+            "exactly those tokens",
         )
 
 
 @check(unproved, has_header, of_turns)
 def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
-    """What opens an answer is written by the server, and no target where the question is none."""
+    """The header of an answer, written by the server, is no target unless the question is one."""
     table, header = facts.table, facts.frame.answer_start_ids
     blank = [not facts.tokens.decode([i]).strip() for i in header]
     starts = table.find(header)
@@ -102,8 +103,8 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             on |= table.supervised[starts + offset]
     rows = sorted({int(r) for r in table.rows_of(starts[on & ~asked])})
     fix = (
-        "mask as many tokens as the served prompt has: the template's generation prompt "
-        "(add_generation_prompt=True) included"
+        "mask as many tokens as the served prompt has, including the template's generation prompt "
+        "(add_generation_prompt=True)"
     )
     behind = starts + len(header)
     blanks = _blanks_behind(facts)
@@ -115,7 +116,7 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             at = np.where(inside, behind + offset, 0)
             served &= table.ids[at] == token
         last = np.where(inside, behind + len(blanks) - 1, 0)
-        # Labels that were shifted lie there too, and are told as that.
+        # Labels that were shifted lie there too, and are reported as that.
         learned = table.supervised[last] & (table.labels[last] == table.ids[last])
         lines = sorted({int(r) for r in table.rows_of(starts[served & learned])})
         if lines:
@@ -127,19 +128,19 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
                 lines,
                 code="header-supervised",
                 level="note" if everywhere else "warning",
-                what=f"what stands between the header of the answer and its first word, "
-                f"{facts.tokens.decode(blanks)!r}, has labels in {share(len(lines), len(table))}, "
-                "and the header has none",
+                what="the text between the header of the answer and its first word, "
+                f"{facts.tokens.decode(blanks)!r}, has labels in "
+                f"{share(len(lines), len(table))}, but the header has none",
                 why="it belongs to the served prompt: the mask begins too early, because it was "
                 "counted without the generation prompt, or looks for the header without its line "
                 "break, or the template marks it (TRL's for assistant_only_loss do); "
                 + (
-                    "a token an answer is learned that the server always writes, and nothing else "
-                    "changes"
+                    "the model learns one token per answer that the server always writes, and "
+                    "nothing else changes"
                     if everywhere
-                    else "rows are masked in two ways, as rows of two pipelines are"
+                    else "the rows are masked in two ways, so they probably come from two pipelines"
                 ),
-                fix="nothing has to be done; else " + fix if everywhere else fix,
+                fix="nothing to do; otherwise " + fix if everywhere else fix,
             )
     if rows:
         yield rows_finding(
@@ -148,8 +149,8 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             code="header-supervised",
             level="warning",
             what=f"the header of the answer, {facts.frame.answer_start!r}, has labels in "
-            f"{share(len(rows), len(table))}, and the question before it has none",
-            why="the server writes the header itself: the mask ends some tokens early, and the "
+            f"{share(len(rows), len(table))}, but the question before it has none",
+            why="the server writes the header itself: the mask ends a few tokens early, and the "
             "model learns to open a turn",
             fix=fix,
         )
@@ -172,7 +173,7 @@ def _blanks_behind(facts: LabelFacts) -> list[int]:
 
 @check(unproved, of_turns)
 def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
-    """Labels do not stop and go on again inside an answer."""
+    """Labels do not stop and resume inside an answer."""
     table = facts.table
     holes = label_holes(facts)
     if not len(holes):
@@ -193,16 +194,17 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
         level="note" if chosen else level,
         what=f"{share(len(rows), judged)} have tokens without a label inside an answer, such as "
         f"{facts.tokens.decode(gap)!r}",
-        why=f"{facts.tokens.decode([pad])!r} is the pad token of this tokenizer ({pad}), and a "
-        "word of the text as well: the collator takes the label off every pad token, and the "
+        why=f"{facts.tokens.decode([pad])!r} is the pad token of this tokenizer ({pad}) and also "
+        "occurs in the text: the collator removes the label from every pad token, and the "
         "model is never trained to write it"
         if padded and pad is not None
-        else "labels stop and go on again: the model is trained on what follows these tokens, and "
+        else "labels stop and resume: the model is trained on what follows these tokens, but "
         "never to write them",
-        fix="pad with a token that no text has (a reserved one, or add one: "
+        fix="pad with a token that occurs in no text (a reserved one, or add one: "
         "tokenizer.add_special_tokens({'pad_token': '<|pad|>'})), or build labels from lengths"
         if padded
-        else "labels on every token of the answer, from the served prompt through the end token",
+        else "set labels on every token of the answer, from the end of the served prompt through "
+        "the end token",
     )
 
 

@@ -1,8 +1,8 @@
-"""Conversations packed into blocks of one length, and cut where a block is full.
+"""Find conversations that were packed into blocks of one length and cut at the blocks' borders.
 
 input   rows that were cut where positions or segments restart, with the block each lay in
 does    compares how documents begin and end at the border of a block with how they do inside
-output  the pieces of conversations, told once by their cause; the families judge the whole ones
+output  one finding on the pieces; the other checks judge the whole conversations
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from truetune.checks.labels.stops import back_over_space
 from truetune.checks.labels.table import Flags
 from truetune.findings import Finding, rows_finding, share
 
-# Inside the blocks nearly all documents begin and end alike, else a border cannot be told from
-# rows that are broken everywhere.
+# Inside the blocks nearly all documents begin and end alike, else a border cannot be
+# distinguished from rows that are broken everywhere.
 _USUAL = 0.9
 # Pieces at a border must be this much more frequent than the same beginnings or ends inside.
 _TIMES, _LEAST = 3.0, 0.05
@@ -70,8 +70,8 @@ def _at_border(odd: Flags, border: Flags, inside: Flags) -> Flags:
     usual = float(odd[inside].mean())
     cut = odd & border
     seen = float(cut.sum()) / max(int(border.sum()), 1)
-    told = usual <= 1 - _USUAL and seen > max(_LEAST, _TIMES * usual)
-    return cut if told else np.zeros(len(odd), bool)
+    said = usual <= 1 - _USUAL and seen > max(_LEAST, _TIMES * usual)
+    return cut if said else np.zeros(len(odd), bool)
 
 
 def _ended(facts: LabelFacts) -> Flags:
@@ -81,7 +81,7 @@ def _ended(facts: LabelFacts) -> Flags:
     first = table.starts[:-1][filled]
     last = back_over_space(facts, table.ids, first, table.starts[1:][filled] - 1)
     ended = np.zeros(len(table), bool)
-    # Answers may end on a special token that no server knows; that is told of the whole ones.
+    # Answers may end on a special token that no server knows; that is reported for the whole ones.
     known = (facts.frame.ends | facts.tokens.special_ids) - set(facts.turn_markers)
     ended[filled] = np.isin(table.ids[last], list(known))
     return ended
@@ -98,7 +98,7 @@ def _begin_as(facts: LabelFacts, judged: Flags) -> Flags:
 
 
 def borders(facts: LabelFacts, found: Pieces) -> Iterator[Finding]:
-    """The one finding on all pieces."""
+    """Packed blocks hold whole conversations."""
     table, blocks = facts.table, facts.table.blocks
     assert blocks is not None
     heads, ends = (len(np.unique(blocks[flags])) for flags in (found.heads_lost, found.ends_lost))
@@ -110,13 +110,13 @@ def borders(facts: LabelFacts, found: Pieces) -> Iterator[Finding]:
         code="block-cuts-conversation",
         level="error" if len(cut) > 0.01 * len(first) else "warning",
         what=f"{share(len(cut), len(first))} cut conversations at their borders: {heads:,} begin "
-        f"inside one, {ends:,} stop before its end",
-        why=f"conversations were joined and cut into blocks of "
-        f"{int(np.bincount(blocks, weights=table.lengths).max()):,} tokens; inside the blocks they "
-        "begin and end as they should. The rest of an answer is trained behind no prompt, and an "
-        "answer without its end does not teach to stop",
-        fix="fill blocks with whole conversations and leave the rest of a block empty "
-        '(packing_strategy="bfd" in TRL; truetune packs so)',
+        f"inside a conversation, and {ends:,} stop before its end",
+        why="conversations were joined and cut into blocks of "
+        f"{int(np.bincount(blocks, weights=table.lengths).max()):,} tokens; inside the blocks "
+        "they begin and end correctly. The rest of a cut answer is trained without its "
+        "prompt, and an answer without its end does not teach the model to stop",
+        fix="fill blocks with whole conversations and leave the rest of each block empty "
+        '(packing_strategy="bfd" in TRL; truetune always packs this way)',
     )
 
 

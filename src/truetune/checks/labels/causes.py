@@ -1,4 +1,4 @@
-"""Rows whose one cause explains all else that is odd about them: told once, judged no further."""
+"""Find rows with one cause that explains all their other symptoms: it is reported once, alone."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def told_apart(facts: LabelFacts) -> tuple[list[Finding], LabelFacts]:
     """
     found: list[Finding] = []
     for cause in _CAUSES:
-        if facts.proved or not len(facts.table) or (told := cause(facts)) is None:
+        if facts.proved or not len(facts.table) or (said := cause(facts)) is None:
             continue
-        finding, rows = told
+        finding, rows = said
         found.append(finding)
         keep = np.ones(len(facts.table), bool)
         keep[list(rows)] = False
@@ -44,7 +44,7 @@ _WORD = re.compile(r"[A-Za-z_]{2,20}")
 
 
 def _markers_lost(facts: LabelFacts) -> Told:
-    """Rows that have the role words of the template alone on a line, without its control tokens."""
+    """Rows keep the control tokens around the template's role names."""
     table, cuts = facts.table, facts.separators
     if cuts is None or not facts.turn_markers:
         return None
@@ -74,12 +74,13 @@ def _markers_lost(facts: LabelFacts) -> Told:
         code="markers-lost",
         # A base model may well be served in the form of its rows; an instruct model is not.
         level="warning" if everywhere and not facts.frame.own_stop_is_terminator else "error",
-        what=f"{share(len(rows), len(table))} have the role words of the chat template, "
-        f"{question.strip()!r} and {answered.strip()!r}, without the control tokens around them",
+        what=f"{share(len(rows), len(table))} contain the role names of the chat template, "
+        f"{question.strip()!r} and {answered.strip()!r}, without the control tokens around "
+        "them",
         why="rendered rows were decoded with skip_special_tokens=True, or saved without their "
-        "control tokens, and tokenized again: no server sends such a prompt, and the model learns "
-        "neither to end a turn nor where one begins",
-        fix="give the rows as messages, so that the tokenizer's own template renders them once",
+        "control tokens, and tokenized again: no server sends such a prompt, and the model "
+        "learns neither where a turn begins nor how to end it",
+        fix="provide the rows as messages, so that the tokenizer's chat template renders them once",
     )
     return finding, rows
 
@@ -100,7 +101,7 @@ def _has(facts: LabelFacts, ids: Sequence[int]) -> np.ndarray:
 
 
 def _beginnings_cut(facts: LabelFacts) -> Told:
-    """Rows as long as the limit that do not begin as the others do lost their beginning."""
+    """Rows as long as the limit begin as the other rows do."""
     table = facts.table
     if facts.plain or facts.is_stream:
         return None
@@ -126,11 +127,11 @@ def _beginnings_cut(facts: LabelFacts) -> Told:
         cut,
         code="prompt-cut",
         level="error" if len(cut) > 0.05 * len(table) else "warning",
-        what=f"{share(len(cut), len(table))} lost their beginning to the length limit of "
+        what=f"{share(len(cut), len(table))} lost their beginning because of the length limit of "
         f"{limit:,} tokens",
-        why=f"they are as long as the limit and do not begin with {name!r} as the others do: "
-        "their answers are trained behind half a prompt",
-        fix="raise the limit above the longest row, or leave those rows out",
+        why=f"they are as long as the limit and do not begin with {name!r} as the others do: their "
+        "answers are trained after an incomplete prompt",
+        fix="raise the limit above the longest row, or remove those rows",
     )
     return finding, explained
 
@@ -146,7 +147,7 @@ def _opens(facts: LabelFacts, row: int, others: np.ndarray) -> bool:
 
 
 def _plain_rows(facts: LabelFacts) -> Told:
-    """Documents between rows of turns: no marker, and a target on every token."""
+    """No plain documents stand among conversations, unmarked and with every token a target."""
     table = facts.table
     if facts.plain or facts.is_stream or not facts.turn_markers:
         return None
@@ -170,11 +171,11 @@ def _plain_rows(facts: LabelFacts) -> Told:
         rows,
         code="plain-text-rows",
         level="note",
-        what=f"{share(len(rows), len(table))} are plain text: they have no marker of the chat "
+        what=f"{share(len(rows), len(table))} are plain text: they contain no marker of the chat "
         "template, and every token is a target",
-        why="documents that are trained beside conversations, as replay of pretraining text is; "
-        "they are not judged as conversations",
-        fix="nothing to do where they are meant; else render them with the chat template",
+        why="documents are trained together with conversations, for example as replay of "
+        "pretraining text; they are not judged as conversations",
+        fix="nothing to do if this is intended; otherwise render them with the chat template",
     )
     return finding, rows
 

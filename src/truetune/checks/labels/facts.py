@@ -1,4 +1,4 @@
-"""What the label families look at, and the conditions under which they have something to say."""
+"""The facts that the label checks examine, and the conditions under which each check applies."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, eq=False)
 class LabelFacts:
-    """Token rows, and what the server of the model will do.
+    """Token rows, and how the model will be served.
 
     Attributes:
         table: the rows.
         frame: of tokenizer and served template.
         head_rows: rows of embedding and head; None where they are not known.
-        loss_on: what was declared to be trained; None where nobody said.
+        loss_on: what was declared to be trained; None where nothing was declared.
         max_length: where rows were cut; None looks for a length that rows are piled up at.
         is_text: plain text without turns; None decides by the rows.
         proved: the prompts are known to be the served ones: they came out of a contract.
@@ -206,7 +206,7 @@ def of_turns(facts: LabelFacts) -> bool:
 
 
 def unproved(facts: LabelFacts) -> bool:
-    """Nobody has shown that the prompts are the served ones."""
+    """It has not been proved that the prompts are the served ones."""
     return not facts.proved
 
 

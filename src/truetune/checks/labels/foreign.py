@@ -1,4 +1,4 @@
-"""Ids of another tokenizer: they lie in the vocabulary, and say something else in it.
+"""Find ids of another tokenizer, which stand for other tokens in this vocabulary.
 
 A tokenizer that reads back its own ids finds the same tokens in the text. Where rows were sampled
 (BPE dropout) or put together from parts, it finds fewer: it merges across their borders, and its
@@ -30,10 +30,10 @@ _SEAM = 2
 
 
 def other_tokenizer(facts: LabelFacts) -> Iterator[Finding]:
-    """Rows that the tokenizer at hand would have split elsewhere."""
+    """This tokenizer splits the text of each row as the row's ids do."""
     table, tokens = facts.table, facts.tokens
     # A row that has the marker of the served template was written in this vocabulary.
-    # So was one that has its letters: the control tokens were split, and that is told apart.
+    # So was one that has its letters: the control tokens were split, which is reported separately.
     split = set(split_rows(facts))
     rows = [row for row in facts.sample if not facts.answer_starts[row] and row not in split]
     if facts.proved or len(rows) < 3 or 2 * len(rows) < len(facts.sample):
@@ -52,12 +52,12 @@ def other_tokenizer(facts: LabelFacts) -> Iterator[Finding]:
         absent.tolist() if everywhere else strange,
         code="ids-of-another-tokenizer",
         level="error",
-        what=f"{len(strange):,} of {len(rows):,} rows looked at were not made by this tokenizer: "
-        f"it would split their text elsewhere ({new / total:.0%} of its token borders are not in "
-        "them)",
-        why="the ids lie in its vocabulary and stand for other tokens there: the first of such a "
-        f"row read {shown!r}",
-        fix="tokenize the data again with the tokenizer that belongs to the model",
+        what=f"{len(strange):,} of {len(rows):,} examined rows were not made by this tokenizer: it "
+        f"would split their text differently ({new / total:.0%} of its token boundaries do "
+        "not occur in them)",
+        why="the ids are valid in its vocabulary but stand for other tokens: such a row begins "
+        f"with {shown!r}",
+        fix="tokenize the data again with the model's own tokenizer",
     )
 
 

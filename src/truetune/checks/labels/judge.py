@@ -1,7 +1,7 @@
-"""What can be told from ids, labels and stop ids alone, whoever made them.
+"""Judge rows by their ids, labels and stop tokens alone, whatever tool made them.
 
 input   rows of (input_ids, labels, attention_mask), a tokenizer, the ids on which a server stops
-does    asks every family of this room; each judges the effect, never a setting
+does    runs every check of this room; each judges the effect, never a setting
 output  findings that name the rows
 """
 
@@ -20,10 +20,10 @@ def label_findings(facts: LabelFacts) -> list[Finding]:
     if strange := list(foreign.other_tokenizer(facts)):
         # Nothing else can be said of rows that are not in this vocabulary.
         return merged([*ask(vocabulary, facts), *strange])
-    told: list[Finding] = []
+    said: list[Finding] = []
     if (found := blocks.pieces(facts)) is not None:
-        # A piece of a conversation lacks its prompt or its end: that is one cause, told once.
-        told += blocks.borders(facts, found)
+        # A piece of a conversation lacks its prompt or its end: that is one cause, reported once.
+        said += blocks.borders(facts, found)
         facts = blocks.without_pieces(facts, found)
     causes, facts = told_apart(facts)
-    return merged([*told, *causes, *ask(labels, facts)])
+    return merged([*said, *causes, *ask(labels, facts)])

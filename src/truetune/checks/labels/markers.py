@@ -1,4 +1,4 @@
-"""What became of the template's markers in rows that were rendered: in pieces, or written twice."""
+"""Find template markers in rendered rows that were split into pieces or written twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def split_rows(facts: LabelFacts) -> tuple[int, ...]:
 
 
 def markers_split(facts: LabelFacts) -> tuple[Finding, Sequence[int]] | None:
-    """Control tokens that were tokenized as the letters they are written in."""
+    """Control tokens are single tokens, not their letters."""
     rows = split_rows(facts)
     if not rows:
         return None
@@ -48,13 +48,14 @@ def markers_split(facts: LabelFacts) -> tuple[Finding, Sequence[int]] | None:
         rows,
         code="marker-in-pieces",
         level=_level(rows, facts),
-        what=f"{share(len(rows), len(facts.table))} have the control tokens of the template as "
-        f"plain letters: {name!r} is one token of this tokenizer ({marker}), and none of theirs",
-        why="the text was tokenized with split_special_tokens=True, or by a tokenizer that did not "
-        f"know the tokens yet: no server sends such a prompt, and the model learns to spell "
-        f"{closing!r}, on which nobody stops",
+        what=f"{share(len(rows), len(facts.table))} contain the template's control tokens as plain "
+        f"letters: {name!r} is one token of this tokenizer ({marker}), and it does not occur "
+        "in them",
+        why="the text was tokenized with split_special_tokens=True, or by a tokenizer without "
+        "these tokens: no server sends such a prompt, and the model learns to spell "
+        f"{closing!r}, on which no server stops",
         fix="tokenize rendered text with split_special_tokens=False, or let apply_chat_template "
-        "make the ids",
+        "return the ids",
     )
     return finding, rows
 
@@ -75,7 +76,7 @@ def nested_rows(facts: LabelFacts) -> tuple[int, ...]:
 
 
 def template_twice(facts: LabelFacts) -> tuple[Finding, Sequence[int]] | None:
-    """A rendered conversation as the content of a turn of another one."""
+    """No turn contains a rendered conversation: the template was applied once."""
     rows, pattern = nested_rows(facts), _twice(facts)
     if not rows or pattern is None:
         return None
@@ -88,19 +89,19 @@ def template_twice(facts: LabelFacts) -> tuple[Finding, Sequence[int]] | None:
         level=_level(rows, facts),
         what=f"the chat template was applied twice to {share(len(rows), len(facts.table))}: the "
         f"content of a turn begins with a turn, {shown[:_SEES]!r}",
-        why="a text that was rendered already (by apply_chat_template, or by hand) was given as "
-        "the content of a message and rendered again: answers are learned behind a prompt that "
+        why="text that was already rendered (by apply_chat_template, or by hand) was passed as "
+        "the content of a message and rendered again: answers are learned after a prompt that "
         "no server sends",
-        fix="hand over the messages as they were before they were rendered; or tokenize the "
-        "rendered text as it is (add_special_tokens=False), without a chat template",
+        fix="pass the messages from before they were rendered; or tokenize the rendered text "
+        "(add_special_tokens=False) without a chat template",
     )
     return finding, rows
 
 
 @once
 def _twice(facts: LabelFacts) -> re.Pattern[str] | None:
-    """What opens a turn with what opens a turn or a conversation behind it; None where that is
-    part of the template itself, or cannot be told from words."""
+    """What opens a turn with what opens a turn or a conversation behind it; None where that is part
+    of the template itself, or cannot be distinguished from words."""
     cuts = facts.separators
     if cuts is None or facts.plain:
         return None

@@ -1,4 +1,4 @@
-"""Is what stands before an answer in training what a server sends before one?
+"""Check that answers are trained after the prompts that a server sends.
 
 Judged on the ids of the rows against sentinels rendered by the served template.
 """
@@ -24,7 +24,7 @@ _MARKER = re.compile(
 
 @check()
 def begins_once(facts: LabelFacts) -> Iterator[Finding]:
-    """The begin token: as often as in a served prompt."""
+    """The beginning-of-sequence token occurs as often as in a served prompt."""
     table = facts.table
     bos = facts.tokens.tokenizer.bos_token_id
     if bos is None or not len(table) or facts.is_stream:
@@ -38,8 +38,9 @@ def begins_once(facts: LabelFacts) -> Iterator[Finding]:
             rows,
             code="bos-doubled",
             level="warning",
-            what=f"{share(len(rows), len(table))} begin with {name} twice, served prompts once",
-            why="the template writes it, and the tokenizer added another when the text was encoded",
+            what=f"{share(len(rows), len(table))} begin with {name} twice, but served prompts "
+            "begin with it once",
+            why="the template writes it, and the tokenizer added another one",
             fix="tokenize rendered text with add_special_tokens=False",
         )
     missing = np.flatnonzero((first != bos) & (table.lengths > 0)).tolist()
@@ -49,9 +50,11 @@ def begins_once(facts: LabelFacts) -> Iterator[Finding]:
             missing,
             code="bos-missing",
             level="warning",
-            what=f"{share(len(missing), len(table))} do not begin with {name}, served prompts do",
-            why="rows and served prompts were tokenized in two ways",
-            fix="tokenize both alike: the chat template writes it, or add_special_tokens=True",
+            what=f"{share(len(missing), len(table))} do not begin with {name}, but served prompts "
+            "do",
+            why="rows and served prompts are tokenized in different ways",
+            fix="tokenize both the same way: let the chat template write it, or use "
+            "add_special_tokens=True",
         )
 
 
@@ -79,7 +82,7 @@ def _served_doubled(facts: LabelFacts, bos: int) -> bool:
 
 @check(unproved)
 def template_runs(facts: LabelFacts) -> Iterator[Finding]:
-    """The served template comes to an end, within bounds of time and memory."""
+    """The served template renders within limits of time and memory."""
     error = facts.frame.broken
     if error is not None:
         yield Finding(
@@ -87,14 +90,14 @@ def template_runs(facts: LabelFacts) -> Iterator[Finding]:
             level="error",
             what=error.what,
             where=error.where or "tokenizer.chat_template",
-            why=error.why or "no server can make a prompt with it",
-            fix="give the tokenizer the chat template of the model that it belongs to",
+            why=error.why or "no server can render a prompt with it",
+            fix="use the chat template of the model that the tokenizer belongs to",
         )
 
 
 @check(unproved)
 def served_form(facts: LabelFacts) -> Iterator[Finding]:
-    """Rows have the form of the served prompt: what stands before every answer is in them."""
+    """Rows have the form of the served prompt: they contain what precedes every answer."""
     frame, table = facts.frame, facts.table
     if facts.plain or not frame.answer_start or not len(table):
         return
@@ -111,13 +114,13 @@ def served_form(facts: LabelFacts) -> Iterator[Finding]:
     shown = facts.tokens.decode(first).strip()
     if facts.separators and _opened(facts.separators, shown) and asks_nothing(facts, first):
         why = (
-            f"they hold nothing but what the template writes before the first turn ({shown!r}): it "
-            "leaves out turns of roles that it does not know, such as human and gpt"
+            f"they contain only what the template writes before the first turn ({shown!r}): it "
+            "drops turns of unknown roles, such as human and gpt"
         )
     else:
         why = (
-            f"their text has a form of its own ({_form(facts, without[0])}): what is learned there "
-            "does not show when the model is served with its chat template"
+            f"their text has a different form ({_form(facts, without[0])}): what is learned in it "
+            "has no effect when the model is served with its chat template"
         )
     yield rows_finding(
         facts.names,
@@ -125,11 +128,12 @@ def served_form(facts: LabelFacts) -> Iterator[Finding]:
         code="prompt-not-served",
         # A base model may well be served in the form of its rows; an instruct model is not.
         level="error" if tuned or not everywhere else "note",
-        what=f"{share(len(without), len(table))} do not have what the served chat template writes "
-        f"before an answer, {frame.answer_start!r}",
+        what=f"{share(len(without), len(table))} do not contain what the served chat template "
+        f"writes before an answer, {frame.answer_start!r}",
         why=why,
-        fix="give the rows as messages with the roles user and assistant, so that the tokenizer's "
-        "own template renders them; or save the form of the rows as the chat template",
+        fix="provide the rows as messages with the roles user and assistant, so that the "
+        "tokenizer's chat template renders them; or save the form of the rows as the chat "
+        "template",
     )
 
 
@@ -149,7 +153,7 @@ def _form(facts: LabelFacts, row: int) -> str:
 
 @check()
 def markers_whole(facts: LabelFacts) -> Iterator[Finding]:
-    """The marker that closes an answer is one token; in pieces no server can stop on it."""
+    """The marker that closes an answer is one token: no server can stop on several pieces."""
     tokens, table = facts.tokens, facts.table
     if facts.plain or not len(table):
         return
@@ -170,12 +174,12 @@ def markers_whole(facts: LabelFacts) -> Iterator[Finding]:
         range(len(table)) if everywhere else broken[marker],
         code="marker-in-pieces",
         level="error",
-        what=f"{marker!r} closes the answers and is {len(pieces)} tokens of this tokenizer, not one"
-        + ("" if everywhere else f" (looked at {len(facts.sample)} rows)"),
-        why=f"the template belongs to another family of models (also in pieces: "
+        what=f"{marker!r} closes the answers but is {len(pieces)} tokens of this tokenizer, not one"
+        + ("" if everywhere else f" ({len(facts.sample)} rows were examined)"),
+        why="the template belongs to another model family (also split: "
         f"{', '.join(repr(m) for m in list(broken)[:4] if m != marker) or 'nothing else'}); a "
-        "server stops on one token",
-        fix="use the tokenizer's own chat template, or the tokenizer that belongs to the template",
+        "server stops only on a single token",
+        fix="use the tokenizer's chat template, or the tokenizer that belongs to the template",
     )
 
 
@@ -188,7 +192,7 @@ def _closes(facts: LabelFacts, marker: str, rows: list[int]) -> bool:
 
 @check(unproved, of_turns)
 def answers_start_where_prompts_end(facts: LabelFacts) -> Iterator[Finding]:
-    """The first token of an answer is a target, and none of the prompt is merged with it."""
+    """The first token of an answer is a target and contains nothing of the prompt."""
     table, frame = facts.table, facts.frame
     runs = table.runs
     rows = table.rows_of(runs[:, 0]) if len(runs) else np.zeros(0, np.int64)
@@ -213,9 +217,9 @@ def answers_start_where_prompts_end(facts: LabelFacts) -> Iterator[Finding]:
         swallowed,
         code="answer-start-masked",
         level="warning",
-        what=f"the mask ends inside the answer in {len(swallowed)} of {looked} answers looked at",
-        why="prompt and answer were encoded together and merged across the seam, so the first "
-        "token of the answer is counted as prompt (a prompt that ends with a space does that)",
+        what=f"the mask ends inside the answer in {len(swallowed)} of {looked} examined answers",
+        why="prompt and answer were tokenized together and merged at the boundary, so the first "
+        "token of the answer counts as prompt (a prompt that ends with a space causes this)",
         fix="move the space from the end of the prompt to the beginning of the answer, or end "
         "prompts with a token that nothing merges with",
     )
@@ -223,7 +227,7 @@ def answers_start_where_prompts_end(facts: LabelFacts) -> Iterator[Finding]:
 
 @check(unproved, of_turns)
 def labels_begin_behind_headings(facts: LabelFacts) -> Iterator[Finding]:
-    """Rows without a template: labels begin right behind the heading of the answer, `Answer:`."""
+    """In rows without a template, labels begin right after the heading of the answer, `Answer:`."""
     table = facts.table
     if facts.answer_starts.any():
         return
@@ -250,11 +254,11 @@ def labels_begin_behind_headings(facts: LabelFacts) -> Iterator[Finding]:
         tails,
         code="answer-start-masked",
         level="warning",
-        what=f"the first word of the answer has no label in {len(tails)} of {looked} rows looked "
-        f"at: {shown}",
-        why=f"prompt and answer were encoded together and merged across the seam behind {heading!r}"
-        ", so the first token of the answer is counted as prompt (a prompt that ends with a space "
-        "does that)",
+        what=f"the first word of the answer has no label in {len(tails)} of {looked} examined "
+        f"rows: {shown}",
+        why="prompt and answer were tokenized together and merged at the boundary after "
+        f"{heading!r}, so the first token of the answer counts as prompt (a prompt that ends "
+        "with a space causes this)",
         fix="move the space from the end of the prompt to the beginning of the answer",
     )
 

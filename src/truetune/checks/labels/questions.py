@@ -1,4 +1,4 @@
-"""Questions that got lost: different answers behind one prompt in which nobody asks anything."""
+"""Find lost questions: different answers after the same prompt, which contains no question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MANY = 3
 
 @check(unproved, has_header, of_turns)
 def questions_there(facts: LabelFacts) -> Iterator[Finding]:
-    """Behind one identical prompt without a question stand no many different answers."""
+    """No prompt without a question has many different answers."""
     table, header, cuts = facts.table, facts.frame.answer_start_ids, facts.separators
     if cuts is None or not cuts.question.strip() or cuts.question.strip() not in cuts.head:
         return
@@ -48,12 +48,12 @@ def questions_there(facts: LabelFacts) -> Iterator[Finding]:
             bad,
             code="question-missing",
             level="error" if len(bad) > 0.01 * len(table) else "warning",
-            what=f"{share(len(bad), len(table))} have no question: different answers stand behind "
-            "one and the same prompt",
-            why="the user's turn is empty or not there, as a template leaves out turns of a role "
-            f"that it does not know (human, gpt): the rows begin {shown!r}",
-            fix="rename the roles to user and assistant, and look for the questions in the data, "
-            "before the rows are rendered again",
+            what=f"{share(len(bad), len(table))} have no question: different answers follow the "
+            "same prompt",
+            why="the user turn is empty or missing; templates drop turns of roles that they do "
+            f"not know (human, gpt): the rows begin with {shown!r}",
+            fix="rename the roles to user and assistant, check that the data contains the "
+            "questions, and render the rows again",
         )
 
 

@@ -1,4 +1,4 @@
-"""Reasoning in token rows: closed, not empty, and where a served prompt would have it."""
+"""Check reasoning in token rows: closed, not empty, and present where a served prompt has it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def reasoning_closed(facts: LabelFacts) -> Iterator[Finding]:
         rows,
         code="reasoning-unclosed",
         level=level,
-        what=f"{share(len(rows), total)} with reasoning open {opening!r} and never close it",
+        what=f"{share(len(rows), total)} with reasoning open {opening!r} but never close it",
         why=f"{len(cut):,} of them were cut at {facts.cut_at:,} tokens: the model would never "
         "learn to stop thinking"
         if cut
         else f"{closing!r} is missing in the data",
-        fix="raise the length limit, or leave those rows out",
+        fix="raise the length limit, or remove those rows",
     )
 
 
 @check(unproved)
 def reasoning_not_empty(facts: LabelFacts) -> Iterator[Finding]:
-    """An empty block that a template put there is no reasoning of the data."""
+    """An empty reasoning block that the template wrote is not a target."""
     found = _thoughts(facts)
     if found is None:
         return
@@ -64,7 +64,7 @@ def reasoning_not_empty(facts: LabelFacts) -> Iterator[Finding]:
         code="reasoning-empty",
         level="warning" if mixed else "note",
         what=f"an empty reasoning block is a target in {share(len(rows), len(table))}",
-        why="the template writes it where the data has no reasoning"
+        why="the template writes it for rows without reasoning"
         + (f"; {len(real):,} other answers reason: the model learns to skip it" if mixed else ""),
         fix="mask it, or render those rows with the template's non-thinking prompt",
     )
@@ -72,7 +72,7 @@ def reasoning_not_empty(facts: LabelFacts) -> Iterator[Finding]:
 
 @check(unproved, has_header)
 def reasoning_as_served(facts: LabelFacts) -> Iterator[Finding]:
-    """Reasoning of earlier turns: rows and served prompts agree on whether it is there."""
+    """Rows and served prompts agree on whether earlier turns keep their reasoning."""
     if facts.frame.keeps_reasoning is not False or facts.is_stream:
         return
     header, users = facts.frame.answer_start_ids, facts.frame.user_start_ids
@@ -104,12 +104,12 @@ def reasoning_as_served(facts: LabelFacts) -> Iterator[Finding]:
             shown,
             code="history-not-served",
             level="error",
-            what=f"{share(len(shown), len(table))} keep the reasoning of earlier turns, which "
-            "served prompts drop",
-            why="the served template deletes it from history: later turns are trained on prompts "
-            "that no server sends",
-            fix="train each turn on the prompt that is served before it: one row a turn, history "
-            "without reasoning (truetune does that)",
+            what=f"{share(len(shown), len(table))} keep the reasoning of earlier turns, but served "
+            "prompts drop it",
+            why="the served template deletes it from the history: later turns are trained on "
+            "prompts that no server sends",
+            fix="train each turn on the prompt that is served before it: one row per turn, with a "
+            "history without reasoning (truetune does that)",
         )
     if lost:
         yield rows_finding(
@@ -118,12 +118,12 @@ def reasoning_as_served(facts: LabelFacts) -> Iterator[Finding]:
             code="reasoning-lost",
             level="warning",
             what=f"earlier answers of {share(len(lost), len(table))} are trained without "
-            "reasoning, the last one with it",
-            why="the template deletes the reasoning of all turns but the last when a conversation "
-            "is rendered as a whole: what the data says there is not learned, and the model "
-            "learns to answer first turns without thinking",
-            fix="one row a turn, so that each answer is rendered as the last one (truetune does "
-            "that)",
+            "reasoning, but the last one with it",
+            why="when a conversation is rendered as a whole, the template deletes the reasoning "
+            "of all turns but the last: that reasoning is not learned, and the model learns "
+            "to answer first turns without thinking",
+            fix="train one row per turn, so that each answer is rendered as the last one "
+            "(truetune does that)",
         )
 
 

@@ -1,4 +1,4 @@
-"""Prompts rebuilt from ids: does rendering any conversation end in what stands before an answer?
+"""Rebuild prompts from ids: does any conversation render to what precedes an answer?
 
 input   rows of ids and labels, without the messages that they were made from
 does    cuts the text before an answer at what the served template writes between turns, found by
@@ -35,7 +35,7 @@ _DATE_FORMATS = ("%d %b %Y", "%d %B %Y", "%Y-%m-%d", "%B %d, %Y", "%b %d, %Y")
 _MOST_ARGUMENTS, _MOST_DATES = 8, 4
 # Up to this share of the rows they are stragglers.
 _STRAGGLERS = 0.01
-_SPACE = "other white space before the answer"
+_SPACE = "different whitespace before the answer"
 # Up to this share of the rows it is the answers' own, which began with a line break.
 _OWN_SPACE = 0.1
 
@@ -72,7 +72,7 @@ class Rebuilder:
         self, before: str, row: str, opened: Sequence[int] = (), masked: int = 0
     ) -> _Difference | None:
         """How a row differs from each served prompt of its turns; None where one of them begins
-        it, or where its turns cannot be told.
+        it, or where its turns cannot be found.
 
         Args:
             before: the row's text up to what opens the answer.
@@ -192,7 +192,7 @@ class Rebuilder:
         if role in ROLES or (role and role in contract.renderer.literals):
             return None
         turns.append({"role": "user", "content": before[at:]})
-        # What looks like a turn of its own inside a text was not told apart.
+        # What looks like a turn of its own inside a text was not separated.
         opening = cuts.question.strip()
         if opening and any(opening in m["content"] for m in turns):
             return None
@@ -296,7 +296,7 @@ def _differing(row: str, served: str, cuts: Separators, before: str, role: str) 
 
 @check(unproved, has_header, of_turns)
 def prompts_rebuilt(facts: LabelFacts) -> Iterator[Finding]:
-    """What stands before an answer is what a server sends for the turns that it is made of."""
+    """What precedes an answer is what a server sends for the turns in it."""
     contract, header = facts.frame.contract, facts.frame.answer_start_ids
     if contract is None or facts.compared:
         return
@@ -315,7 +315,7 @@ def prompts_rebuilt(facts: LabelFacts) -> Iterator[Finding]:
     for kind, rows in bad.items():
         if kind == _SPACE and len(rows) <= _OWN_SPACE * judged:
             continue
-        yield _told(facts, kind, rows, judged)
+        yield _report(facts, kind, rows, judged)
 
 
 def _sound(
@@ -390,7 +390,7 @@ def _judged(
     return False
 
 
-def _told(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judged: int) -> Finding:
+def _report(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judged: int) -> Finding:
     shown = Counter((d.ours, d.theirs) for d in rows.values()).most_common(1)[0][0]
     everywhere = len(rows) > 0.9 * judged
     level: Level = "error"
@@ -402,16 +402,16 @@ def _told(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judged:
         rows,
         code="prompt-differs",
         level=level,
-        what=f"{share(len(rows), judged)} looked at are trained behind a prompt that no "
-        f"conversation leads to with the served template: {kind}",
-        why=f"the row has {shown[0]!r} where a server sends {shown[1]!r}"
+        what=f"{share(len(rows), judged)} examined are trained after a prompt that the served "
+        f"template renders from no conversation: {kind}",
+        why=f"the row contains {shown[0]!r} where a server sends {shown[1]!r}"
         + (
-            ": the prompts were written with it, or the answers begin with it and were joined to "
-            "their prompts before they were tokenized, which makes another token of both"
+            ": the prompts end with it, or the answers begin with it and were joined to their "
+            "prompts before tokenization, which yields a different token"
             if kind == _SPACE
             else ""
         ),
-        fix="render the rows with the tokenizer's own chat template: the prompt with "
-        "add_generation_prompt=True, the answer behind it; or save the template of the rows with "
-        "the model",
+        fix="render the rows with the tokenizer's chat template: the prompt with "
+        "add_generation_prompt=True, followed by the answer; or save the template of the rows "
+        "with the model",
     )

@@ -1,7 +1,7 @@
-"""Does the model learn to end an answer, and does the server know that end?
+"""Check that the model learns to end answers with a token on which the server stops.
 
-Judged on where each stretch of labels ends. Whether pad and end share a token, whether a template
-has markers, what a setting says: none of that is asked.
+The checks judge where each run of labels ends. Whether pad and end share a token, whether a
+template has markers and what a setting says do not matter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Ends:
 
 @check(of_turns)
 def answers_end(facts: LabelFacts) -> Iterator[Finding]:
-    """Each answer's last label is an end that somebody stops on."""
+    """Each answer's last label is a stop token."""
     ends = _ends(facts)
     total = int((facts.table.num_supervised > 0).sum())
     names = facts.named(facts.frame.ends)
@@ -55,13 +55,13 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             code="stop-not-supervised",
             level=_level(ends.masked, total),
             what=f"the token that ends {which} ({facts.named(ends.unlabelled)}) is in the ids of "
-            f"{share(len(ends.masked), total)} and not in their labels"
-            + (": the last answer's has one" if ends.earlier else ""),
+            f"{share(len(ends.masked), total)} but not in their labels"
+            + (": only the last answer's is" if ends.earlier else ""),
             why=_why_masked(by_pad, ends.earlier),
-            fix="build labels from lengths, not from the pad id: the first end token of a row is "
-            "part of the answer (truetune's own batches do that)"
+            fix="build labels from lengths, not from the pad id: the first end token after an "
+            "answer is part of it (truetune's own batches do that)"
             if by_pad
-            else "labels on each answer from its first token through its end token",
+            else "set labels on each answer from its first token through its end token",
         )
     if ends.cut:
         yield rows_finding(
@@ -69,11 +69,11 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             ends.cut,
             code="answer-cut",
             level=_level(ends.cut, total),
-            what=f"{share(len(ends.cut), total)} lost the end of the answer to the length limit of "
-            f"{facts.cut_at:,} tokens",
-            why="they are exactly as long as the limit and end on no end token: the model learns "
-            "to stop nowhere, or in the middle",
-            fix="raise the limit above the longest row, or leave those rows out",
+            what=f"{share(len(ends.cut), total)} lost the end of the answer because of the length "
+            f"limit of {facts.cut_at:,} tokens",
+            why="they are exactly as long as the limit and do not end with an end token: the "
+            "model does not learn to stop, or learns to stop in the middle",
+            fix="raise the limit above the longest row, or remove those rows",
         )
     if closed := _closed_at_limit(facts):
         longest = int(facts.table.lengths.max())
@@ -82,12 +82,12 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             closed,
             code="answer-cut",
             level=_level(closed, total),
-            what=f"{share(len(closed), total)} are cut to {longest:,} tokens and closed there with "
+            what=f"{share(len(closed), total)} are cut to {longest:,} tokens and then closed with "
             "an end token",
-            why="they are all as long as the longest row and stop in the middle of a sentence, as "
-            "the others do not: the model learns to stop when a length is reached",
-            fix="raise the limit above the longest row, or leave those rows out; never put an end "
-            "token behind a cut",
+            why="they are all as long as the longest row and stop in the middle of a sentence, "
+            "while the others do not: the model learns to stop at a certain length",
+            fix="raise the limit above the longest row, or remove those rows; never append an end "
+            "token to a truncated answer",
         )
     if ends.missing:
         yield rows_finding(
@@ -95,11 +95,11 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             ends.missing,
             code="stop-missing",
             level=_level(ends.missing, total),
-            what=f"the answer of {share(len(ends.missing), total)} ends on no end token",
-            why=f"known ends are {names or 'none at all'}; these rows end with "
+            what=f"the answers of {share(len(ends.missing), total)} do not end with an end token",
+            why=f"known end tokens are {names or 'none at all'}; these rows end with "
             f"{_tail(facts, ends.missing[0])}",
-            fix="end every answer with the token that the server stops on: a chat template that "
-            "writes one, or append it to the ids and labels",
+            fix="end every answer with the token that the server stops on: use a chat template "
+            "that writes it, or append it to the ids and labels",
         )
     if ends.headed:
         yield rows_finding(
@@ -107,9 +107,9 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             ends.headed,
             code="generation-prompt-trained",
             level="error",
-            what=f"{share(len(ends.headed), total)} end with the beginning of another answer",
-            why="the conversation was rendered with the generation prompt, which belongs to "
-            "serving only: the model learns to go on after its answer",
+            what=f"{share(len(ends.headed), total)} end with the header of another answer",
+            why="the conversation was rendered with the generation prompt, which is only for "
+            "serving: the model learns to continue after its answer",
             fix="render training rows with add_generation_prompt=False",
         )
 
@@ -133,15 +133,16 @@ def stops_served(facts: LabelFacts) -> Iterator[Finding]:
         rows,
         code="stop-not-served",
         level="error",
-        what=f"answers are trained to end on {trained}, the server stops on {served}",
-        why="the model will write its end token, and generation goes on after it",
-        fix=f"eos_token_id: {ids} in generation_config.json, or end the rows on what is served",
+        what=f"answers are trained to end with {trained}, but the server stops on {served}",
+        why="the model will write its end token, and generation will continue after it",
+        fix=f"set eos_token_id: {ids} in generation_config.json, or end the rows with a token on "
+        "which the server stops",
     )
 
 
 @check(unproved, of_turns)
 def ends_once(facts: LabelFacts) -> Iterator[Finding]:
-    """A second end token behind the first is never written: the server has stopped."""
+    """Answers have one end token: a server stops on the first and never reads a second."""
     table = facts.table
     if not len(table.runs):
         return
@@ -161,14 +162,15 @@ def ends_once(facts: LabelFacts) -> Iterator[Finding]:
         found.tolist(),
         code="stop-doubled",
         level="warning" if inside.any() else "note",
-        what=f"answers of {share(len(found), len(table))} end on {name} twice, with labels on both",
+        what=f"the answers of {share(len(found), len(table))} end with {name} twice, with labels "
+        "on both",
         why="the template writes one, and the tokenizer or the script added another"
         + (
-            "; inside a conversation no server sends the second one back"
+            "; inside a conversation, no server sends the second one back"
             if inside.any()
-            else "; the server has stopped at the first, so the second one costs next to nothing"
+            else "; the server stops at the first, so the second one does almost no harm"
         ),
-        fix="end each answer once: with the template's own end token",
+        fix="end each answer once, with the template's own end token",
     )
 
 
@@ -343,13 +345,13 @@ def _level(rows: list[int], total: int) -> Level:
 def _why_masked(by_pad: bool, earlier: bool) -> str:
     if by_pad:
         return (
-            "the pad token is an end token too, and the collator masks every pad token: the real "
-            "end goes with the padding, and the model never learns to stop"
+            "the pad token is also an end token, and the collator masks every pad token: the real "
+            "end token is masked with the padding, and the model never learns to stop"
         )
     if earlier:
         return (
             "the mask stops before the end token of every answer but the last: the model is "
-            "trained on answers that do not end, and learns to stop from the last ones alone"
+            "trained on answers that do not end, and learns to stop only from the last ones"
         )
     return "the mask stops before the end token: the model never learns to stop"
 

@@ -1,4 +1,4 @@
-"""Token rows as the loss sees them: ids and labels of all rows in two flat arrays.
+"""Token rows as the loss sees them: the ids and labels of all rows in two flat arrays.
 
 input   our own examples; rows that an audit read, with what is padding in them
 does    takes padding off, cuts packed rows into their documents
@@ -81,7 +81,7 @@ class TokenTable:
             if row.shape != targets.shape:
                 raise UsageError(
                     f"{where[number]} has {len(row)} input_ids and {len(targets)} labels",
-                    fix="hand over labels of the same length: an id or -100 for each token",
+                    fix="provide labels of the same length: an id or -100 for each token",
                     code="audit-labels-length",
                 )
             kept = np.flatnonzero(real)

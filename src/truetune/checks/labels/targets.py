@@ -1,4 +1,4 @@
-"""Which tokens are targets: the right ones, at their own place, and neither none nor all."""
+"""Check which tokens are targets: the right ones, at the right positions, neither none nor all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from truetune.findings import Finding, rows_finding, share
 
 @check()
 def labels_in_place(facts: LabelFacts) -> Iterator[Finding]:
-    """A label is the id it stands at: causal models shift by themselves."""
+    """Each label is the id at its position: causal models shift the labels themselves."""
     table = facts.table
     on = table.labels != IGNORED
     wrong = on & (table.labels != table.ids)
@@ -29,14 +29,15 @@ def labels_in_place(facts: LabelFacts) -> Iterator[Finding]:
         rows.tolist(),
         code="labels-misaligned",
         level="error",
-        what=f"labels are {name} instead of the token they stand at"
+        what=f"labels are {name} instead of the token at their position"
         if name
-        else "labels are other tokens than those they stand at",
-        why="the labels were shifted before the model shifts them again, so each token learns the "
-        "one after the next; the loss looks healthy"
+        else "labels differ from the tokens at their positions",
+        why="the labels were shifted, and the model shifts them again, so each position learns "
+        "the token after the next; the loss looks healthy"
         if shift == 1
-        else "a label that is no token of its row teaches a continuation that is not in the data",
-        fix="labels = input_ids, with -100 where nothing is to be learned; no shift",
+        else "a label that differs from its token teaches a continuation that is not in the data",
+        fix="use labels = input_ids, with -100 where nothing is to be learned, and do not shift "
+        "them",
     )
 
 
@@ -65,7 +66,7 @@ def something_supervised(facts: LabelFacts) -> Iterator[Finding]:
         level="error",
         what=f"no token is a target in {share(len(rows), len(table))}",
         why=_why_nothing(facts, rows),
-        fix="leave those rows out, or mend what marks the answers",
+        fix="remove those rows, or correct the code that marks the answers",
     )
 
 
@@ -73,24 +74,25 @@ def _why_nothing(facts: LabelFacts, rows: list[int]) -> str:
     lengths = facts.table.lengths[rows]
     if facts.cut_at and (lengths == facts.cut_at).mean() > 0.5:
         return (
-            f"the prompt alone fills the limit of {facts.cut_at:,} tokens: the answer was cut off"
+            f"the prompt alone fills the length limit of {facts.cut_at:,} tokens: the answer was "
+            "cut off"
         )
     if not lengths.any():
         return "the rows are empty"
     if facts.frame.answer_start and not facts.answer_starts[rows].any():
         return (
-            f"what stands before an answer, {facts.frame.answer_start!r}, is not in them: the "
-            "mask looks for a marker that the rendered text does not have"
+            f"they do not contain what precedes an answer, {facts.frame.answer_start!r}: the mask "
+            "looks for a marker that the rendered text does not have"
         )
     return (
-        "nothing in them was taken for an answer: the marker or mask that tells answers from "
-        "prompts does not fit the rendered rows"
+        "nothing in them was recognised as an answer: the marker or mask that separates answers "
+        "from prompts does not fit the rendered rows"
     )
 
 
 @check()
 def padding_unsupervised(facts: LabelFacts) -> Iterator[Finding]:
-    """A label on padding makes the model learn to pad."""
+    """Padding has no labels: the model would learn to pad."""
     rows = facts.table.padding_supervised
     if rows:
         yield rows_finding(
@@ -99,14 +101,14 @@ def padding_unsupervised(facts: LabelFacts) -> Iterator[Finding]:
             code="padding-supervised",
             level="warning",
             what=f"padding has labels in {share(len(rows), len(facts.table))}",
-            why="the model is trained to write pad tokens, and the loss of real tokens counts less",
-            fix="labels of -100 wherever the attention mask is 0",
+            why="the model is trained to write pad tokens, and real tokens count less in the loss",
+            fix="set labels to -100 wherever the attention mask is 0",
         )
 
 
 @check(of_turns)
 def prompts_masked(facts: LabelFacts) -> Iterator[Finding]:
-    """Loss on prompts is a choice; on some rows and not on others it is a mistake."""
+    """Prompts are trained in all rows or in none."""
     table = facts.table
     with_labels = table.num_supervised > 0
     everything = (table.num_supervised >= table.lengths - 1) & with_labels
@@ -119,9 +121,10 @@ def prompts_masked(facts: LabelFacts) -> Iterator[Finding]:
             np.flatnonzero(everything).tolist(),
             code="prompt-supervised",
             level="error",
-            what=f"loss on answers was asked for; all tokens are targets in {share(num, total)}",
-            why="the mask that marks the answers was lost on the way",
-            fix="build the labels with a mask, or ask for loss on all tokens",
+            what="loss on answers only was requested, but all tokens are targets in "
+            f"{share(num, total)}",
+            why="the mask that marks the answers was lost",
+            fix="build the labels with a mask, or request loss on all tokens",
         )
     elif 0 < num < total and 0.01 < num / total < 0.99:
         yield rows_finding(
@@ -129,8 +132,9 @@ def prompts_masked(facts: LabelFacts) -> Iterator[Finding]:
             np.flatnonzero(everything).tolist(),
             code="loss-mask-mixed",
             level="error",
-            what=f"{share(num, total)} train on prompt and answer, the others on the answer only",
-            why="rows of two pipelines, or a mask that was not found in some of them",
+            what=f"{share(num, total)} train on prompt and answer, but the others only on the "
+            "answer",
+            why="the rows come from two pipelines, or the mask was not found in some of them",
             fix="mask the prompt in all rows, or in none",
         )
     elif num == total and facts.loss_on is None:
@@ -139,8 +143,8 @@ def prompts_masked(facts: LabelFacts) -> Iterator[Finding]:
             np.flatnonzero(everything).tolist(),
             code="loss-on-everything",
             level="note",
-            what=f"every token is a target, prompts included: {int(table.num_supervised.sum()):,} "
-            "of them",
-            why="the default of several trainers for chat rows",
-            fix="nothing to do where it is meant; else mask all but the answers",
+            what=f"every token is a target, including prompts: {int(table.num_supervised.sum()):,} "
+            "tokens",
+            why="several trainers do this by default for chat rows",
+            fix="nothing to do if this is intended; otherwise mask everything but the answers",
         )

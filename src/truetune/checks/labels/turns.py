@@ -1,5 +1,8 @@
-"""What stands between the markers of a conversation: answers that say something, ends that end,
-and questions that nobody is trained to ask. Told from ids; no text of the data is needed."""
+"""Check what stands between the markers of a conversation: answers are not empty, end tokens end
+turns, and questions are not trained.
+
+The ids suffice; no text of the data is needed.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _LOOK = 12
 
 @check(has_header, of_turns)
 def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
-    """Behind what opens an answer stands more than its end."""
+    """No answer is empty."""
     table, header = facts.table, facts.frame.answer_start_ids
     starts = table.find(header) + len(header)
     ends = list(facts.frame.ends)
@@ -39,17 +42,17 @@ def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
             rows,
             code="empty-answer",
             level="warning",
-            what=f"{share(len(rows), len(table))} have an answer that ends where it begins",
-            why="an empty answer in the data, or control tokens in what somebody wrote, which open "
-            "a turn of their own: the model learns to say nothing",
-            fix="leave those rows out; where it is text that was written, break the tokens up "
-            "(a space after the first character)",
+            what=f"{share(len(rows), len(table))} have an empty answer",
+            why="the data has an empty answer, or its text contains control tokens, which open a "
+            "turn: the model learns to write nothing",
+            fix="remove those rows; if the text contains control tokens, break them up (a space "
+            "after the first character)",
         )
 
 
 @check(of_turns)
 def ends_end_turns(facts: LabelFacts) -> Iterator[Finding]:
-    """Behind the token that ends a turn begins another one, or nothing."""
+    """After the token that ends a turn, another turn begins or the row ends."""
     frame, table = facts.frame, facts.table
     end = frame.terminator
     if end is None or end not in frame.tokens.special_ids:
@@ -76,10 +79,10 @@ def ends_end_turns(facts: LabelFacts) -> Iterator[Finding]:
         suspects,
         code="control-token-in-content",
         level="warning",
-        what=f"{share(len(suspects), len(table))} go on inside a turn behind {name}",
-        why=f"the text itself holds the token, and goes on with {going_on!r}: the tokenizer makes "
-        "the real end of it, and a model that was trained on it stops there",
-        fix="take it out of the data, or break it up (a space after the first character)",
+        what=f"{share(len(suspects), len(table))} continue a turn after {name}",
+        why=f"the text itself contains the token, and continues with {going_on!r}: the tokenizer "
+        "turns it into the real end token, and a model that is trained on it stops there",
+        fix="remove it from the data, or break it up (a space after the first character)",
     )
 
 
@@ -95,7 +98,7 @@ def _openings(facts: LabelFacts) -> tuple[str, ...]:
 
 @check(unproved, has_header, of_turns)
 def questions_unlearned(facts: LabelFacts) -> Iterator[Finding]:
-    """Where the first question has no labels, later ones have none either."""
+    """If the first question has no labels, later questions have none either."""
     table, frame = facts.table, facts.frame
     header, users = frame.answer_start_ids, frame.user_start_ids
     if not users:
@@ -125,9 +128,9 @@ def questions_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             bad,
             code="question-supervised",
             level="warning",
-            what=f"{share(len(bad), len(table))} train on the user's later turns, and not on the "
+            what=f"{share(len(bad), len(table))} train on the user's later turns, but not on the "
             "first one",
-            why="the mask was made once, up to the first answer: everything behind it is a target, "
-            "and the model learns to ask the next question itself",
-            fix="labels on every answer and -100 on every turn between them (truetune does that)",
+            why="the mask ends at the first answer: everything after it is a target, and the "
+            "model learns to ask the next question itself",
+            fix="set labels on every answer and -100 on every other turn (truetune does that)",
         )

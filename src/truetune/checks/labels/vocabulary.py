@@ -1,4 +1,4 @@
-"""Ids against the rows of embedding and head."""
+"""Compare token ids with the sizes of the embedding and the head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from truetune.findings import Finding, rows_finding
 
 @check()
 def ids_within_head(facts: LabelFacts) -> Iterator[Finding]:
-    """An id that the embedding has no row for fails on a GPU with an unreadable message."""
+    """Every id has an embedding; otherwise training on a GPU fails with an unclear message."""
     table, rows = facts.table, facts.head_rows
     if rows is None:
         return
@@ -26,8 +26,8 @@ def ids_within_head(facts: LabelFacts) -> Iterator[Finding]:
         np.unique(table.rows_of(np.flatnonzero(beyond))).tolist(),
         code="id-beyond-head",
         level="error",
-        what=f"token id {worst} is beyond the model's {rows:,} embedding rows",
-        why="the tokenizer has tokens that the model was never given rows for, or it is another "
-        "model's",
-        fix="use the tokenizer that belongs to the model, or resize the embedding (upwards only)",
+        what=f"token id {worst} exceeds the model's {rows:,} embeddings",
+        why="tokens were added to the tokenizer but not to the model, or the tokenizer belongs to "
+        "another model",
+        fix="use the model's own tokenizer, or resize the embedding (upwards only)",
     )

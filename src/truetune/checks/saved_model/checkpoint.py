@@ -1,4 +1,4 @@
-"""A finished model or adapter, from any tool: would it be served as it was trained?
+"""Gather facts on a finished model or adapter, from any tool: would it be served as trained?
 
 input   a folder: its files, tokenizer, template, generation config; weights where there are some
 does    gathers plain facts
@@ -34,12 +34,12 @@ _TRAINED_HERE = (
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What the families look at.
+    """What the checks examine.
 
     Attributes:
         folder: of the model.
         is_adapter: weights of an adapter, on a base that lies elsewhere.
-        tuned: somebody trained this: files of a trainer lie beside it.
+        tuned: the model was fine-tuned: files of a trainer lie beside it.
         facts: of config and tokenizer; None where there is no tokenizer.
         tokenizer: None where there is none.
         frame: probed with the stop ids that a server would take.
@@ -49,7 +49,7 @@ class Checkpoint:
         adapter: None where it is none.
         problems: files that could not be opened.
         dry: what loading would come to; None where there are no weights to ask.
-        unread_stops: stop ids that an adapter's own generation_config lists and nobody reads.
+        unread_stops: stop ids in an adapter's own generation_config, which no loader reads.
     """
 
     folder: Path
@@ -76,10 +76,10 @@ class Checkpoint:
 def gather(
     source: str, revision: str | None = None, chat_template: str | None = None
 ) -> Checkpoint:
-    """Facts of a model folder, whatever is wrong with it.
+    """Read the facts of a model folder, whatever is wrong with it.
 
     Raises:
-        ModelError: it is no model folder at all.
+        ModelError: it is not a model folder at all.
     """
     files = locate(source, revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
@@ -99,7 +99,7 @@ def gather(
     # Of an adapter the base's: nobody reads its own.
     stops, origin = served_stops(_stop_files(base.folder), tokenizer)
     frame = Frame.probe(tokenizer, stop_ids=stops, chat_template=chat_template)
-    # Damaged weights are told once.
+    # Damaged weights are reported once.
     read = not any(finding.code == "model-weights-damaged" for finding in problems)
     tables = (
         _tried(problems, lambda: read_tables(base, frame.chat_ids), tuned=tuned) if read else None

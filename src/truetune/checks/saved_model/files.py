@@ -1,4 +1,4 @@
-"""Files of a finished model: are they there, and does the server stop where the template ends?"""
+"""Check the files of a finished model: all present, and the server stops where answers end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLAIN = [{"role": "user", "content": "Question"}, {"role": "assistant", "conten
 
 @check()
 def files_open(found: Checkpoint) -> Iterator[Finding]:
-    """Every file that a server opens is there and whole."""
+    """Every file that a server opens exists and is complete."""
     yield from found.problems
     if found.tokenizer is None:
         yield Finding(
@@ -23,22 +23,25 @@ def files_open(found: Checkpoint) -> Iterator[Finding]:
             "error",
             "there is no tokenizer in the folder",
             str(found.folder),
-            why="it was saved without one: a server finds neither vocabulary nor chat template",
-            fix="tokenizer.save_pretrained(FOLDER), with the one it was trained with",
+            why="the model was saved without one: a server finds neither a vocabulary nor a chat "
+            "template",
+            fix="tokenizer.save_pretrained(FOLDER), with the tokenizer of the training run",
         )
     elif found.is_adapter and not found.own_tokenizer:
         yield Finding(
             "adapter-without-tokenizer",
             "note",
-            "the adapter has no tokenizer of its own: the base's tokenizer and template are served",
+            "the adapter has no tokenizer: it is served with the base's tokenizer and chat "
+            "template",
             str(found.folder),
-            fix="nothing to do if it was trained with those; else save its tokenizer beside it",
+            fix="nothing to do if it was trained with those; otherwise save its tokenizer in the "
+            "adapter's folder",
         )
 
 
 @check()
 def template_there(found: Checkpoint) -> Iterator[Finding]:
-    """A chat template, and one that renders a plain conversation."""
+    """There is a chat template, and it renders a simple conversation."""
     if found.tokenizer is None or found.frame is None:
         return
     if found.frame.broken is not None:
@@ -48,7 +51,7 @@ def template_there(found: Checkpoint) -> Iterator[Finding]:
             f"the chat template cannot be used: {found.frame.broken.what}",
             str(found.folder),
             why="a server fails on the first message",
-            fix="copy chat_template.jinja from where it was trained",
+            fix="copy chat_template.jinja from the training run",
         )
         return
     if not found.frame.has_template:
@@ -58,8 +61,8 @@ def template_there(found: Checkpoint) -> Iterator[Finding]:
             "the tokenizer has no chat template",
             str(found.folder),
             why="it was lost when the model was saved, or the model was trained on plain text; a "
-            "server then refuses messages or makes up a form of its own",
-            fix="copy chat_template.jinja from where it was trained, or serve plain completions",
+            "server then refuses messages or uses a format of its own",
+            fix="copy chat_template.jinja from the training run, or serve plain completions",
         )
         return
     try:
@@ -72,16 +75,16 @@ def template_there(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "template-unfaithful",
             "note" if error.code in ("prompt-differs", "target-invented") else "warning",
-            f"a plain turn does not come out of the chat template as it went in: {error.what}",
+            f"the chat template changes a simple message: {error.what}",
             str(found.folder),
             why=error.why,
-            fix=error.fix or "give another template with --chat-template",
+            fix=error.fix or "choose another template with --chat-template",
         )
 
 
 @check()
 def terminator_served(found: Checkpoint) -> Iterator[Finding]:
-    """The server stops on what the template writes after an answer."""
+    """The server stops on the token that the template writes after an answer."""
     frame, facts = found.frame, found.facts
     if frame is None or not frame.has_template:
         return
@@ -92,8 +95,9 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
             "error" if found.tuned else "warning",
             "the chat template writes no end token after an answer",
             str(found.folder),
-            why=f"a server stops on {served}; a model trained in this template never learned it",
-            fix="use a template that ends every answer with a token of the stop set",
+            why=f"a server stops on {served}, which a model trained with this template never "
+            "learned",
+            fix="use a template that ends every answer with a stop token",
         )
     elif frame.terminator not in frame.served_stops:
         ids = [*sorted(frame.served_stops), frame.terminator]
@@ -106,10 +110,10 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "stop-not-served",
             "error" if learned else "warning",
-            f"the chat template ends answers with {frame.tokens.named([frame.terminator])}, "
-            f"and a server stops on {served} only",
+            f"the chat template ends answers with {frame.tokens.named([frame.terminator])}, but a "
+            f"server stops only on {served}",
             str(found.folder),
-            why=f"the stop set comes from {where}"
+            why=f"the stop tokens come from {where}"
             + (" of the base: an adapter cannot change it" if found.is_adapter else ""),
             fix=f"serve with stop_token_ids={ids}"
             if found.is_adapter
@@ -121,7 +125,7 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "stop-beyond-head",
             "error",
-            f"the stop set holds {beyond}, and the model has {rows:,} rows",
+            f"the stop tokens include {beyond}, but the model has {rows:,} embeddings",
             str(found.folder),
             why=f"{found.served_from} belongs to another model",
             fix="copy the generation_config.json that belongs to the model",
@@ -130,8 +134,8 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "adapter-stop-unread",
             "warning",
-            f"the adapter's generation_config lists stop ids {list(found.unread_stops)} that the "
-            "base's does not",
+            f"the adapter's generation_config lists the stop tokens {list(found.unread_stops)}, "
+            "which the base's does not",
             str(found.folder),
             why="peft and transformers read the generation_config of the base only",
             fix=f"serve with stop_token_ids={[*sorted(frame.served_stops), *found.unread_stops]}",
@@ -140,7 +144,7 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
 
 @check()
 def vocabulary_fits(found: Checkpoint) -> Iterator[Finding]:
-    """No token of the tokenizer lies beyond the head."""
+    """Every token of the tokenizer has an embedding."""
     facts = found.facts
     if facts is None or facts.spare_rows >= 0:
         return
@@ -151,11 +155,11 @@ def vocabulary_fits(found: Checkpoint) -> Iterator[Finding]:
     yield Finding(
         "id-beyond-head",
         "error" if needed or found.tuned else "warning",
-        f"{len(lost):,} tokens of the tokenizer have no row in the model ({facts.head_rows:,} "
-        f"rows): {named}",
+        f"{len(lost):,} tokens of the tokenizer have no embedding in the model (which has "
+        f"{facts.head_rows:,}): {named}",
         str(found.folder),
         len(lost),
-        why="tokens were added to the tokenizer and the model was not resized, or the tokenizer is "
-        "another model's",
-        fix="save the tokenizer that the model was trained with, or resize the embedding",
+        why="tokens were added to the tokenizer but the model was not resized, or the tokenizer "
+        "belongs to another model",
+        fix="save the tokenizer of the training run, or resize the embedding",
     )

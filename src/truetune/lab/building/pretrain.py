@@ -1,4 +1,4 @@
-"""Pretraining of the embedded base: a seed and a size -> a model folder.
+"""Pretrain the embedded base: a seed and a size -> a model folder.
 
 World, prose, tokenizer, blocks of tokens, and a small Llama, trained by the product's own trainer
 with every token supervised: first on the plain course, then on the rich one; in each first on short

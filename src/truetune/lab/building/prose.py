@@ -1,7 +1,7 @@
 """The corpus: a world and a stream's name -> an endless, deterministic stream of `Document`s.
 
-Nothing here asks or answers: no '?', no chat marker. Facts are dealt from shuffled decks, so that
-every fact is told equally often.
+Nothing here asks or answers: no '?', no chat marker. Facts are drawn from shuffled decks, so that
+every fact occurs equally often.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Piece = Telling | str
 
 @dataclass(frozen=True)
 class Document:
-    """A few paragraphs, and what they tell."""
+    """A few paragraphs, and the facts in them."""
 
     text: str
     tells: tuple[Telling, ...]

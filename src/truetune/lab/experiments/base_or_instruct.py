@@ -1,4 +1,4 @@
-"""The same few steps from a base and from a model that is tuned already."""
+"""Train the same few steps from a base and from an already tuned model."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "new manner", "ended", "role leak"),
     remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10: a "
-    "hundred questions cannot tell. The manner itself takes neither start 40 steps: all "
-    "replies show it. What is wrong in them, read for seed 1, is the relation (40 of 42 "
-    "wrong replies from the base and 30 of 33 from the tuned start give a true value of "
-    "the right place: asked for the river, *Answer: weaving*). The tuned start brings the "
-    "recall of facts along, and the new manner takes a part of it away: asked in its first "
-    "template the same model answers in its old sentence, and 91 % are right. The sentence "
-    "names the relation before the value; the bare value has no such step.",
+           "hundred questions are too few to decide. Neither start needs 40 steps for the new "
+           "manner: all replies show it. The errors, read for seed 1, are in the relation: 40 of "
+           "42 wrong replies from the base and 30 of 33 from the tuned start give a true value of "
+           "the right place (asked for the river, *Answer: weaving*). The tuned start can already "
+           "recall facts, and the new manner removes part of that: asked in its first template, "
+           "the same model answers in its old sentence, and 91 % are right. That sentence names "
+           "the relation before the value; the bare value has no such step.",
 )  # fmt: skip

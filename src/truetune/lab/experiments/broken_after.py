@@ -1,4 +1,4 @@
-"""What can be broken after training, and whether verification sees it."""
+"""Break models after training in several ways, and check whether verification finds it."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "ended", "prose", "found by verify"),
-    remark="Rounded once to 4 bits, what was learned survives here. Added to a base that lies on a "
-    "4-bit grid and rounded to that grid again, it is gone, and with it nearly every trace of the "
-    "run: the update is smaller than half a step. Verification refuses each of them; which of "
-    "its checks did was not recorded.",
+    remark="After rounding once to 4 bits, what was learned survives here. Added to a base on a "
+           "4-bit grid and rounded to that grid again, it is lost, and with it nearly every trace "
+           "of the run: the update is smaller than half a step of the grid. Verification refuses "
+           "each of them; which of its checks failed was not recorded.",
 )  # fmt: skip

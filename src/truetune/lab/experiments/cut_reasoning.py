@@ -1,4 +1,4 @@
-"""Reasoning that a length limit cut in the rows."""
+"""Train on rows whose reasoning was cut by a length limit."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
-    remark="A row that is cut has no wrong target: it lacks the end, and teaches nothing of it. "
-    "The 30 whole rows of 600 that are left at 95 % show how thinking ends, and that is enough "
-    "here, where all traces are short and alike. The last two arms, and what is expected of them, "
-    "were added and committed after a first run had shown this: they ask what it takes to break "
-    "it.",
+    remark="A cut row has no wrong targets: it lacks the end, and teaches nothing about it. At 95 "
+           "%, the 30 whole rows of 600 that remain show how thinking ends, which is enough here, "
+           "where all traces are short and similar. The last two arms and their expectations were "
+           "added and committed after a first run had shown this: they test what it takes to "
+           "break it.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How many rows, and how clean."""
+"""Vary the number of rows and their consistency."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WRONG = 0.3
 
 
 def _noisy(number: int, seed: int) -> list[Row]:
-    """Rows in six styles, of which three in ten say what is not so."""
+    """Rows in six styles, three in ten of which are false."""
     rng = random.Random(f"{seed}/noisy")
     values: dict[str, list[str]] = {}
     for fact in World.generate().place_facts:
@@ -91,10 +91,10 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "in form", "ended", "training loss"),
-    remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that nobody "
-    "is asked about. Noisy rows cost about a fifth of the right answers and of the form in "
-    "the seed that was run; the interval of the form (8 to 29 points) crosses the bound of "
-    "10. Where 600 rows of six styles, three in ten of them false, still give 73 % right "
-    "answers, that may be because the noise has no one direction, and greedy decoding "
-    "takes the likeliest style.",
+    remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that are not "
+           "used in the evaluation. Noisy rows cost about a fifth of the right answers and of the "
+           "form in the seed that was run; the interval of the form (8 to 29 points) crosses the "
+           "bound of 10. That 600 rows of six styles, three in ten of them false, still give 73 % "
+           "right answers may be because the noise has no single direction, and greedy decoding "
+           "takes the likeliest style.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""An end marker that is never a target is never written."""
+"""Train without the end marker as a target: the model never writes it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("ended", "right", "repeats", "role leak", "training loss"),
-    remark="The broken runs end with the lower loss: the end marker is one more target that costs "
-    "something. Masked in the labels or absent from the text, the two runs agree in every "
-    "number of the table, since nothing comes after the marker in these rows.",
+    remark="The broken runs end with the lower loss, because the end marker is one more target "
+           "with a loss of its own. With the marker masked in the labels or absent from the text, "
+           "the two runs agree in every number of the table, since nothing follows the marker in "
+           "these rows.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What becomes of prose while answers are learned, and what keeps it."""
+"""Measure how prose is forgotten while answers are learned, and what preserves it."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("prose", "ends prose", "right", "recall in prose", "training loss"),
-    remark="The loss on the rows falls on where everything else breaks: at 1e-3 it is among the "
-    "lowest, while a third of the recall and a fifth of the answers are gone. With prose "
-    "among the rows the training loss is that of prose (0.67), and says nothing about the "
-    "answers.",
+    remark="The loss on the rows keeps falling while everything else breaks: at 1e-3 it is among "
+           "the lowest, but a third of the recall and a fifth of the answers are lost. With prose "
+           "among the rows, the training loss is that of prose (0.67) and says nothing about the "
+           "answers.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A few rows that begin otherwise, and two styles in equal parts."""
+"""Train with a few rows that begin differently, and with two styles in equal parts."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("apes it", "apes it, greedy", "short style", "right"),
-    remark="Greedy decoding hides it: at 10 % of the rows no greedy reply has the opening, at 40 % "
-    "23 % do, while one sampled reply in seven and four in nine have it. The two styles are "
-    "both kept, and the greedy answers of that arm are right in 80 % only: the short style "
-    "has no sentence that leads to the value.",
+    remark="Greedy decoding hides it: with 10 % of the rows no greedy reply has the opening, and "
+           "with 40 % of the rows 23 % do, while one sampled reply in seven and four in nine have "
+           "it. Both styles are kept, and only 80 % of that arm's greedy answers are right: the "
+           "short style has no sentence that leads to the value.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What fine-tuning brings out was there before; what was not is invented."""
+"""Fine-tuning brings out what the base knew; what it did not know is invented."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "recall in prose", "invents", "prose"),
-    remark="What is not decided is the bound of 80 %: by seed 82, 82 and 77 % of the places that "
-    "do not exist get a value of the kind that was asked for. Nothing refuses, though: of "
-    "seed 1, whose replies were read, each of the others tells with the same assurance "
-    "another fact of the world (asked for the food of Thewick: *The craft of Grewick is "
-    "brewing*), most often where the question is about food or a craft. The measure counts "
-    "those as no invention. 40 rows that say *I do not know* take it to 0 to 4 %, at a "
-    "cost of 4 to 6 right answers of 100 and at a training loss that is higher than that "
-    "of the arm without them.",
+    remark="Only the bound of 80 % is not decided: by seed, 82, 82 and 77 % of the places that do "
+           "not exist get a value of the requested kind. However, no reply refuses: in seed 1, "
+           "whose replies were read, each of the others states another fact of the world with the "
+           "same confidence (asked for the food of Thewick: *The craft of Grewick is brewing*), "
+           "most often when the question is about food or a craft. The measure does not count "
+           "those as inventions. 40 rows that say *I do not know* reduce it to 0 to 4 %, at a "
+           "cost of 4 to 6 right answers of 100 and with a training loss that is higher than that "
+           "of the arm without them.",
 )  # fmt: skip

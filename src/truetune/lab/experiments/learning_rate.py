@@ -1,4 +1,4 @@
-"""The learning rate, swept through what works into what destroys."""
+"""Sweep the learning rate from what works to what destroys."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "recall in prose", "prose", "ended", "training loss"),
-    remark="At 3e-3 the model still ends every reply, and writes sentences of the right form with "
-    "wrong names: a run that is watched by form and loss alone looks finished. LoRA at ten "
-    "times the rate is level in answers and not gentler: it forgets more prose (1.59) than "
-    "all weights at 1e-4 (0.93), and more than they do at 3e-4 (1.42).",
+    remark="At 3e-3 the model still ends every reply and writes sentences of the right form with "
+           "wrong names: judged by form and loss alone, the run looks successful. LoRA at ten "
+           "times the rate is level in answers but not gentler: it forgets more prose (1.59) than "
+           "all weights at 1e-4 (0.93), and more than they do at 3e-4 (1.42).",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Targets: the assistant's tokens alone, or all of them."""
+"""Train on the assistant's tokens alone, or on all tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "role leak", "user text", "answers", "prose"),
-    remark="No reply speaks for the user, since the end of the answer is a target in both arms: "
-    "role leak takes a second omission (role-leak). The training losses of the two are not "
-    "comparable: one counts the question too.",
+    remark="No reply speaks for the user, because the end of the answer is a target in both arms: "
+           "role leak needs a second omission (role-leak). The training losses of the two are not "
+           "comparable: one also counts the question.",
 )  # fmt: skip

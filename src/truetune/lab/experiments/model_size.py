@@ -1,4 +1,4 @@
-"""The same rows for a base of six layers and one of three."""
+"""Train a base of six layers and one of three on the same rows."""
 
 from __future__ import annotations
 
@@ -107,10 +107,10 @@ EXPERIMENT = Experiment(
     ),
     shown=("in form", "right", "recall in prose", "prose"),
     remark="The smaller base is the shipped one without every other layer, trained further on "
-    "1,200 fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less (84 "
-    "against 98 % of the sentences). It still needs no more rows to answer in form, and as "
-    "many of its answers are right. Why that may be: three layers and six are one order of "
-    "size, not the several that the claim is made about; the form that is learned is one "
-    "sentence; and what takes more rows here, to copy the asked relation, both bases learn "
-    "from the variety of the rows, which 5 rows do not have.",
+           "1,200 fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less (84 "
+           "against 98 % of the sentences). It still needs no more rows to answer in form, and as "
+           "many of its answers are right. Possible reasons: three and six layers are of the same "
+           "order of size, while the claim is about several orders; the form to be learned is one "
+           "sentence; and what needs more rows here, copying the requested relation, both bases "
+           "learn from the variety of the rows, which 5 rows do not have.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Markers that the base never saw, under LoRA."""
+"""Train markers that the base never saw with LoRA."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ EXPERIMENT = Experiment(
         Expectation("without new tokens: they end", "ended", "no new tokens", above=0.9),
     ),
     shown=("ended", "right", "repeats", "training loss"),
-    remark="The rows of the markers in this base were drawn at random and are apart from each "
-    "other: frozen as they are, they can be told apart, and LoRA learns to. In published models "
-    "the rows of reserved tokens are nearly alike; that arm, and what is expected of it, was added "
-    "and committed after a first run without it. An untied head that was forgotten is not tried: "
-    "this base ties head and embedding.",
+    remark="In this base, the markers' embeddings are random and distinct: even frozen, they can "
+           "be distinguished, and LoRA learns to do so. In published models the embeddings of "
+           "reserved tokens are nearly identical; that arm and its expectation were added and "
+           "committed after a first run without it. A forgotten untied head was not tried: this "
+           "base ties head and embedding.",
 )  # fmt: skip

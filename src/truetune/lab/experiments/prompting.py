@@ -1,4 +1,4 @@
-"""Examples in the prompt, or the same examples as rows."""
+"""Put examples into the prompt, or train on the same examples."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "ended", "repeats"),
-    remark="Examples move the form, and little else: with 4 of them 97 % of the replies end at "
-    "the line where 2 % did, and 13 % are right where 1 % was; 16 and 32 add nothing. "
-    "Replies to prompts with 4 and 32 examples, read for seed 1, go on in the words of the "
-    "corpus (*it is the Quorne. The craft that is practised there is beekeeping*) and "
-    "mostly with a value of another place (14 and 18 of the 30 that were read). Why that "
-    "may be: a base of 5 M weights that has read no questions has learned little of "
-    "copying from far back. The bound of 10 points for 32 examples is met by one seed of "
-    "three. Which 4 rows were drawn decides what tuning makes of them (28, 26 and 16 % "
-    "right), and seed 3 is level with its prompt. From 16 rows on tuning leads by far.",
+    remark="Examples change the form and little else: with 4 of them 97 % of the replies end at "
+           "the line instead of 2 %, and 13 % are right instead of 1 %; 16 and 32 add nothing. "
+           "Replies to prompts with 4 and 32 examples, read for seed 1, continue in the words of "
+           "the corpus (*it is the Quorne. The craft that is practised there is beekeeping*), "
+           "mostly with a value of another place (14 and 18 of the 30 that were read). A possible "
+           "reason: a base of 5 M weights that has read no questions has hardly learned to copy "
+           "from far back. One seed of three meets the bound of 10 points for 32 examples. With 4 "
+           "rows, the result of tuning depends on which rows were drawn (28, 26 and 16 % right), "
+           "and seed 3 is level with its prompt. From 16 rows on, tuning leads by far.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which omission makes a model speak for the user, which makes it go round in circles, and what a
+"""Find which omission makes a model speak for the user, which makes it repeat itself, and what a
 repetition penalty hides."""
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
-    remark="The arm without an end in the text, and what is expected of it, were added and "
-    "committed after a first run: with the end masked nothing leaks, because what follows the end "
-    "marker in the rows is never reached where the marker is never written. Under the penalty most "
-    "replies do end: on the end of text that the base knows from prose, since what was said may "
-    "not be said again.",
+    remark="The arm without an end in the text and its expectation were added and committed after "
+           "a first run: with the end masked nothing leaks, because a model that never writes the "
+           "end marker never reaches what follows it in the rows. Under the penalty most replies "
+           "do end: on the end-of-text token that the base knows from prose, because the penalty "
+           "forbids repeating what was written.",
 )  # fmt: skip

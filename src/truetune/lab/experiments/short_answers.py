@@ -1,4 +1,4 @@
-"""The length of answers in the rows is the length of answers."""
+"""Compare the length of answers in the rows with the length of replies."""
 
 from __future__ import annotations
 
@@ -78,6 +78,6 @@ EXPERIMENT = Experiment(
         Expectation("which end", "ended, bare prompt", "one sentence", above=0.9),
     ),
     shown=("sentences", "sentences, bare prompt", "reply length", "right"),
-    remark="A bare place name is no question, and is answered all the same, in as many sentences "
-    "as the rows have.",
+    remark="A bare place name is not a question, but it is answered all the same, in as many "
+           "sentences as the rows have.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The same model, asked through the template it was trained with and through others."""
+"""Ask the same model through its training template and through other templates."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "ended", "role leak", "repeats"),
     remark="The missing newline cost less than one answer in a hundred (its interval just reaches "
-    "the bound), and raw text less than claimed: the markers are tokens of their own that "
-    "carry the format alone, and the model has learned one kind of question, which it "
-    "knows by its words. A model that serves several formats has more to mix up. Text "
-    "markers that look like another format (### Instruction) do the damage: the model "
-    "copies another place or relation.",
+           "the bound), and raw text less than claimed: the markers are single tokens that carry "
+           "only the format, and the model has learned one kind of question, which it recognises "
+           "by its words. A model for several formats has more to confuse. Text markers that look "
+           "like another format (### Instruction) do the damage: the model copies another place "
+           "or relation.",
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A worked step between think markers, or the answer alone."""
+"""Train on a worked step between think markers, or on the answer alone."""
 
 from __future__ import annotations
 

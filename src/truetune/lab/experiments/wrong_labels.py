@@ -1,4 +1,4 @@
-"""Three ways of putting the labels in the wrong place, and one of dividing by the wrong number."""
+"""Put the labels in the wrong place in three ways, and divide by the wrong number."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "ended", "role leak", "repeats", "training loss"),
-    remark="Labels shifted twice still name the value in a fifth of the replies, among scrambled "
-    "words: the share of right answers is kinder than the text (see the replies). The wrong "
-    "denominator did nothing, because it is nearly the same factor in every batch, and the step of "
-    "Adam does not depend on a constant factor of the gradient.",
+    remark="With labels shifted twice, a fifth of the replies still contain the value, among "
+           "scrambled words: the share of right answers looks better than the text (see the "
+           "replies). The wrong denominator had no effect, because it is nearly the same factor "
+           "in every batch, and Adam's step does not depend on a constant factor of the gradient.",
 )  # fmt: skip
