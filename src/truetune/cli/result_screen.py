@@ -84,7 +84,7 @@ def show_comparison(screen: Screen, found: Comparison) -> None:
                 f"{100 * found.tuned.finished / total:.0f} %",
             ],
             [
-                "exact facts",
+                "answers that contain the fact",
                 f"{100 * found.base.correct / total:.0f} %",
                 f"{100 * found.tuned.correct / total:.0f} %",
             ],
