@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
         raise SaveError(
             f"cannot write {path.name}: {error.strerror}",
             where=str(path),
-            fix="free some space, or name another folder with --output",
+            fix="free some space, or choose another folder with --output",
         ) from error
 
 
@@ -440,7 +440,7 @@ def _alone_in(folder: Path, lock: str) -> Iterator[Owner | None]:
             raise OutputExists(
                 f"{there} is a file or a broken link, so {folder} cannot be a folder",
                 where=str(folder),
-                fix="name another folder with --output",
+                fix="choose another folder with --output",
             ) from error
         except OSError as error:
             raise UsageError(
@@ -468,8 +468,8 @@ def named_at_last(folder: Path) -> Iterator[Path]:
     def require_absent() -> None:
         if os.path.lexists(folder):
             raise OutputExists(
-                f"{folder} exists already",
-                fix="name another folder with --output",
+                f"{folder} already exists",
+                fix="choose another folder with --output",
                 code="output-exists",
             )
 

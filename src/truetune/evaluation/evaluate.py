@@ -90,7 +90,7 @@ class Settings:
             raise UsageError(
                 f"{samples} samples at temperature 0 are {samples} times the same reply",
                 where="--temperature",
-                fix="leave --temperature out (it becomes 1), or ask for one sample",
+                fix="omit --temperature (it becomes 1), or request one sample",
                 code="samples-greedy",
             )
         heat = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
@@ -100,7 +100,8 @@ class Settings:
             value = getattr(made, name)
             if value is not None and value < least:
                 raise UsageError(
-                    f"--{name} is {value}, must be at least {least}", code="evaluation-setting"
+                    f"--{name} is {value}, but it must be at least {least}",
+                    code="evaluation-setting",
                 )
         return made
 

@@ -51,9 +51,9 @@ def require_served(name: str, chat_template: str | None) -> None:
     """
     if chat_template is not None:
         raise UsageError(
-            f"--chat-template does not reach {name}",
-            why="a server and a GGUF file have a template of their own",
-            fix="leave --chat-template out, or name the model's folder",
+            f"--chat-template has no effect on {name}",
+            why="servers and GGUF files use their own templates",
+            fix="omit --chat-template, or pass the model's folder",
             code="subject-unsupported",
         )
     if name.lower().endswith(".gguf") and "://" not in name:
@@ -67,8 +67,8 @@ def require_served(name: str, chat_template: str | None) -> None:
         return
     if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
         raise UsageError(
-            f"{name} is no address of a server, and no model",
-            why="a model is a run, a folder, a Hub id, a GGUF file, or an address of HTTP",
+            f"{name} is neither the address of a server nor a model",
+            why="a model is a run, a folder, a Hub id, a GGUF file, or an HTTP address",
             fix="for example http://127.0.0.1:8000",
             code="subject-unsupported",
         )

@@ -66,7 +66,7 @@ def _crashed(code: int, said: str, folder: str) -> VerifyError:
         why = last or f"it said nothing ({died})"
         fix = "run `truetune verify` again; report it if the error remains"
     return VerifyError(
-        f"the process that was to load it ended with {code}",
+        f"the process that loads the model ended with {code}",
         where=folder,
         why=why,
         fix=fix,

@@ -140,7 +140,7 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
                     if everywhere
                     else "the rows are masked in two ways, so they probably come from two pipelines"
                 ),
-                fix="nothing to do; otherwise " + fix if everywhere else fix,
+                fix="nothing to do, or " + fix if everywhere else fix,
             )
     if rows:
         yield rows_finding(

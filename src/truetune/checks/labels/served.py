@@ -403,7 +403,7 @@ def _report(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judge
         code="prompt-differs",
         level=level,
         what=f"{share(len(rows), judged)} examined are trained after a prompt that the served "
-        f"template renders from no conversation: {kind}",
+        f"template never renders: {kind}",
         why=f"the row contains {shown[0]!r} where a server sends {shown[1]!r}"
         + (
             ": the prompts end with it, or the answers begin with it and were joined to their "
