@@ -116,7 +116,7 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
 
 @check(of_turns)
 def stops_served(facts: LabelFacts) -> Iterator[Finding]:
-    """The end that is trained is one that the server stops on."""
+    """The trained end token is one on which the server stops."""
     frame = facts.frame
     ends = _ends(facts)
     known = np.array(sorted(frame.served_stops), np.int64)
