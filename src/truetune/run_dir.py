@@ -176,7 +176,7 @@ class RunDir:
             OutputExists: it holds a finished run, an unfinished one or a stranger's files.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise OutputExists(f"{self.path} is a file", fix="name a folder with --output")
+            raise OutputExists(f"{self.path} is a file", fix="choose a folder with --output")
         if self._entries() and not self._never_started():
             self._refuse(overwrite)
 
@@ -208,7 +208,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(
-                f"cannot make the output folder: {error}", where=str(self.path)
+                f"cannot create the output folder: {error}", where=str(self.path)
             ) from error
 
     def discard(self) -> None:

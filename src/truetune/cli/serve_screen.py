@@ -44,4 +44,4 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
 
 def _told(screen: Screen, address: str, name: str) -> None:
     screen.close()
-    screen.line(f"{address}/v1  (model {name}; Ctrl-C ends it)")
+    screen.line(f"{address}/v1  (model {name}; press Ctrl-C to stop)")

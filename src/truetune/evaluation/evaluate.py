@@ -350,13 +350,13 @@ def _notes(
     notes = []
     if cut := sum(reply.would_be_right for reply in replies):
         notes.append(
-            f"{cut:,} replies hold what is expected and did not end: they do not match; "
-            "--max-new-tokens gives them room"
+            f"{cut:,} replies contain the expected answer but did not end, so they do not match; a "
+            "higher --max-new-tokens gives them room"
         )
     if short:
         notes.append(
-            f"{short:,} prompts leave less than {most:,} tokens of the context to the reply"
+            f"{short:,} prompts leave fewer than {most:,} tokens of the context for the reply"
         )
     if slow := sum(reply.slow for reply in replies):
-        notes.append(f"{slow:,} replies took too long to compare: they do not match")
+        notes.append(f"{slow:,} replies took too long to compare, so they do not match")
     return tuple(notes)

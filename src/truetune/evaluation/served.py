@@ -34,7 +34,7 @@ from truetune.servers.llama_cpp import require_llama_cpp, serving
 _THINKING = Thinking(False, (("<think>", "</think>"),))
 # Seconds in which a server says that it is there.
 _FIRST = 10.0
-_NO_LOSS = "a server does not tell the loss of an answer"
+_NO_LOSS = "a server does not return the loss of an answer"
 
 
 def is_served(name: str) -> bool:
@@ -113,7 +113,7 @@ class Served:
         Raises:
             ServerError: it does not answer; it names the row.
         """
-        asking.stage(f"asking {self.name}")
+        asking.stage(f"generating replies with {self.name}")
         total = len(prompts) * asking.samples
         said: list[Said] = []
         shown: list[str] = []
