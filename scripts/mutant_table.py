@@ -35,23 +35,23 @@ CELLS = {
 }
 INTRO = """# Mutants of chat templates
 
-Made by `python scripts/mutant_table.py`. A second judge, the oracle in `tests/oracle.py`, shares no
-code with truetune: it renders with transformers' `apply_chat_template` alone, demands that the
-trained sequence begins with the served prompt of every trained turn, and reads the supervised text
-back into reasoning, content and calls: every part of the row, in order, exactly once, and nothing
-else but the words of the format. Here it judges what truetune makes of templates that were spoilt
-on purpose, and of those that were not.
+`python scripts/mutant_table.py` makes this page. A second judge, the oracle in `tests/oracle.py`,
+shares no code with truetune. It renders only with transformers' `apply_chat_template`, requires
+that the trained sequence begins with the served prompt of every trained turn, and parses the
+supervised text back into reasoning, content and calls: every part of the row, in order, exactly
+once, and nothing else but the words of the format. Here it judges what truetune does with
+deliberately broken templates and with unchanged ones.
 
 | cell | the row is |
 |---|---|
 | e | trained, and exact |
 | r | refused |
 | f | refused, although the template's own rendering of it is exact |
-| WRONG | trained wrongly, and nothing said so |
-| CRASH | stopped by an error of the program |
+| WRONG | trained wrongly, without any message |
+| CRASH | stopped by an error in the program |
 
-A change may leave a kind of conversation as it was: those are exact. The order of the keys inside
-the arguments of a call carries no meaning and may change."""
+A change may have no effect on a kind of conversation; such rows are exact. The order of the keys in
+the arguments of a call has no meaning and may change."""
 Outcomes = Mapping[str, judged.Outcome]
 
 

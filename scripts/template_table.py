@@ -34,27 +34,28 @@ SHORT = {
 }
 INTRO = """# Chat templates
 
-Made by `python scripts/template_table.py` from what the code does. Each template meets each kind of
-conversation, with the template arguments that `fit` chooses for that row alone. *exact*: each
-trained turn follows, token for token, what a server sends, and ends on the first stop; *n* is the
-number of sequences where the template writes history anew (a tree that shares its prefixes), 1 is
-one sequence with all turns. A letter names the template argument that was chosen. Where no faithful
-completion exists the row is refused:
+`python scripts/template_table.py` makes this page by running the code. Each template renders each
+kind of conversation, with the template arguments that `fit` chooses for that row alone. A number
+means that the row is exact: each trained turn follows, token for token, what a server sends, and
+ends on the first stop token. The number counts the sequences: 1 is one sequence with all turns;
+more are needed if the template rewrites history (they form a tree that shares its prefixes). A
+letter names the template argument that was chosen. If no faithful completion exists, the row is
+refused:
 
 | word | code | what the template does |
 |---|---|---|
 | drops | `target-dropped` | leaves reasoning or a tool call out |
 | behind stop | `target-behind-stop` | ends the turn before all of it is written |
-| refuses | `template-refuses` | raises an error of its own |
+| refuses | `template-refuses` | raises an error |
 | thinks | `thinking-only` | opens a think block before an answer without reasoning |
 | off | `thinking-off` | closes the think block before an answer with reasoning |
 | invents | `target-invented` | writes something that is not in the data |
-| no stop | `no-stop` | ends the turn on nothing |
-| differs | `prompt-differs` | serves another beginning than it renders |
+| no stop | `no-stop` | does not end the turn |
+| differs | `prompt-differs` | serves a different beginning from the one that it renders |
 
-Two of them have a way out by choice: reasoning that is dropped goes between markers with
-`--reasoning inline` or is left out with `--reasoning drop`; a template that thinks or invents a
-block takes plain rows with `--reasoning empty`."""
+Some refusals can be avoided with an option. `--reasoning inline` writes dropped reasoning between
+markers, and `--reasoning drop` removes it from the rows. `--reasoning empty` trains rows without
+reasoning if the template opens or invents a think block."""
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,6 @@ def test_inspect_a_template_that_is_not_faithful(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", tokenizer=tiny_tokenizer(rewriting))
     shown = command("inspect", folder)
     assert shown.code == 0
-    assert "a plain turn has no faithful completion:" in shown.out
+    assert "a simple turn has no faithful completion:" in shown.out
     assert "the template rewrites the answer" in shown.out
     assert "refused" in json.loads(command("inspect", folder, "--json").out)["one_turn"]

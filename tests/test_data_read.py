@@ -248,7 +248,7 @@ def test_ragged_csv(tmp_path, row):
     path = write(tmp_path / "a.csv", f"a,b\nc,d\n{row}\n")
     error = refused(path, "ragged-csv")
     assert error.where == f"{path}:3"
-    assert f"{row.count(',') + 1} cells, the header has 2" in error.what
+    assert f"{row.count(',') + 1} cells, but the header has 2" in error.what
 
 
 @pytest.mark.parametrize(

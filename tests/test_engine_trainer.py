@@ -98,7 +98,7 @@ def token_mean(model: torch.nn.Module, examples: list[SFTExample]) -> float:
         ({"max_seq_len": 1}, "max_seq_len"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
         ({"micro_batch_size": -1}, "micro_batch_size"),
-        ({"epochs": 1, "max_steps": 4}, "epochs=1 ends after 3 steps, max_steps is 4"),
+        ({"epochs": 1, "max_steps": 4}, "epochs=1 ends after 3 steps, but max_steps is 4"),
         ({"optim": "adam"}, "adamw, adamw_bf16, adamw_8bit, paged_adamw_8bit, sgd"),
         ({"lr_scheduler_type": "Cosine"}, "cosine, linear, constant"),
     ],

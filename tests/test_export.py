@@ -426,7 +426,7 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(
                 output.mkdir()
                 (output / "precious").write_text("somebody's")
 
-    with pytest.raises(OutputExists, match="exists already"):
+    with pytest.raises(OutputExists, match="already exists"):
         export(str(tmp_path / "adapter"), output, listener=Appears())
     assert [path.name for path in output.iterdir()] == ["precious"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]

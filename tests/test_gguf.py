@@ -67,7 +67,7 @@ def test_an_adapter_is_merged_quantised_and_told(tmp_path: Path) -> None:
         "export", tmp_path / "adapter", "--to", "gguf", "--quant", "q8_0", "-o", tmp_path / "out"
     )
     assert told.code == 0, told.err
-    assert "proved with llama.cpp" in told.out
+    assert "verified with llama.cpp" in told.out
     assert "llama-server -m" in told.out
     found = facts(tmp_path / "out")
     assert found["proved_in_float32"]

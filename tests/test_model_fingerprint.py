@@ -161,7 +161,7 @@ def test_another_tokenizer_beside_the_adapter(adapter: Path) -> None:
     tokenizer.save_pretrained(adapter)
     error = refused(adapter)
     assert error.code == "adapter-wrong-tokenizer"
-    assert "has 262 ids, the adapter was trained with 261" in error.what
+    assert "has 262 ids, but the adapter was trained with 261" in error.what
 
 
 def test_an_adapter_whose_tokenizer_was_removed_opens_on_an_equal_one(adapter: Path) -> None:

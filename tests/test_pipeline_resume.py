@@ -552,7 +552,7 @@ def test_a_checkpoint_under_another_name_is_passed_over(place: Place, tmp_path: 
     last.rename(last.with_name("step-00000005"))
     shown = resume(run.path)
     assert shown.code == 0
-    assert "the checkpoint is of step 4, which its folder's name does not say" in shown.out
+    assert "the checkpoint is of step 4, which differs from its folder's name" in shown.out
     assert_same(run, place.uninterrupted("full"))
 
 

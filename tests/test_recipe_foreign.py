@@ -161,7 +161,7 @@ def test_the_command_line_prints_the_translation(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(AXOLOTL, sort_keys=False))
     shown = command("train", path)
     assert shown.code == 2
-    assert "error[foreign-recipe]: the recipe is one of Axolotl" in shown.err
+    assert "error[foreign-recipe]: the recipe was written for Axolotl" in shown.err
     assert "adapter: qlora" in shown.err
     assert "qlora: true" in shown.err
     assert "did you mean" not in shown.err

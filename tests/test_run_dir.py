@@ -132,7 +132,7 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SaveError, match="cannot make the output folder"):
+    with pytest.raises(SaveError, match="cannot create the output folder"):
         RunDir(tmp_path / "file" / "run").make()
 
 

@@ -202,8 +202,8 @@ def test_another_template(run: Path) -> None:
     verdict = verify(str(run))
     failed = {check.name: check.what for check in verdict.checks if check.state == "failed"}
     assert list(failed) == ["contract", "rows"]
-    assert "its chat template is another" in failed["contract"]
-    assert "6 of 6 rows give other ids" in failed["rows"]
+    assert "its chat template is different" in failed["contract"]
+    assert "6 of 6 rows give different ids" in failed["rows"]
 
 
 def test_another_stop_set(run: Path) -> None:
@@ -395,7 +395,7 @@ def test_from_the_command_line_through_a_fresh_process(
     shown = command("verify", place / "model")
     assert shown.code == 0, shown.err
     assert "passed       opens" in shown.out
-    assert "reloaded against the trained model in memory at" in shown.out
+    assert "reloaded model compared with the trained one in memory at" in shown.out
     assert "positions; equal to the last bit" in shown.out
     # A process that dies, as one without memory does.
     monkeypatch.setattr(sys, "executable", "/bin/false")

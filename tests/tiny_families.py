@@ -33,16 +33,16 @@ MORE: dict[str, dict[str, Any]] = {
 
 # Families whose rows must not be packed, and what the probe sees.
 APART: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({}, "does not take a packed sequence"),
+    "bloom": ({}, "does not accept a packed sequence"),
     "mamba2": (
         {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8},
-        "packed and apart differs",
+        "packed and unpacked",
     ),
     "llama4_text": (
         {"attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 48},
-        "a layer's mask shows other tokens",
+        "a layer's mask does not match",
     ),
-    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "packed and apart differs"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"]}, "packed and unpacked"),
 }
 
 

@@ -394,8 +394,8 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
     """
     rise = found.loss - found.reference_loss
     what = (
-        f"in {bits} the untrained base has a loss of {found.loss:.3f} on {num_rows} rows, "
-        f"{found.reference_loss:.3f} as it is stored, and takes the same token at "
+        f"in {bits} the untrained base has a loss of {found.loss:.3f} on {num_rows} rows, compared "
+        f"with {found.reference_loss:.3f} as it is stored, and predicts the same token at "
         f"{100 * found.greedy:.1f} % of {found.num_positions:,} positions"
     )
     if rise <= _MOST_LOSS and found.greedy >= _LEAST_GREEDY:

@@ -113,7 +113,7 @@ def replies_to_ids(
     """
     sampling = sampling or Sampling()
     if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}, must be at least 1", code="sampling")
+        raise UsageError(f"batch_size is {batch_size}, but it must be at least 1", code="sampling")
     limits = [_limit(loaded, sampling, ids, row) for row, ids in enumerate(prompts)]
     tokens = Tokens(contract.tokenizer)
     found: dict[int, Reply] = {}

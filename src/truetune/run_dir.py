@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
         raise SaveError(
             f"cannot write {path.name}: {error.strerror}",
             where=str(path),
-            fix="free some space, or name another folder with --output",
+            fix="free some space, or choose another folder with --output",
         ) from error
 
 
@@ -176,7 +176,7 @@ class RunDir:
             OutputExists: it holds a finished run, an unfinished one or a stranger's files.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise OutputExists(f"{self.path} is a file", fix="name a folder with --output")
+            raise OutputExists(f"{self.path} is a file", fix="choose a folder with --output")
         if self._entries() and not self._never_started():
             self._refuse(overwrite)
 
@@ -208,7 +208,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SaveError(
-                f"cannot make the output folder: {error}", where=str(self.path)
+                f"cannot create the output folder: {error}", where=str(self.path)
             ) from error
 
     def discard(self) -> None:
@@ -440,7 +440,7 @@ def _alone_in(folder: Path, lock: str) -> Iterator[Owner | None]:
             raise OutputExists(
                 f"{there} is a file or a broken link, so {folder} cannot be a folder",
                 where=str(folder),
-                fix="name another folder with --output",
+                fix="choose another folder with --output",
             ) from error
         except OSError as error:
             raise UsageError(
@@ -468,8 +468,8 @@ def named_at_last(folder: Path) -> Iterator[Path]:
     def require_absent() -> None:
         if os.path.lexists(folder):
             raise OutputExists(
-                f"{folder} exists already",
-                fix="name another folder with --output",
+                f"{folder} already exists",
+                fix="choose another folder with --output",
                 code="output-exists",
             )
 

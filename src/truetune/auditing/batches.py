@@ -15,7 +15,7 @@ from truetune.findings import Finding, rows_finding, share
 
 
 def batch_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
-    """What the table of unpadded rows cannot show."""
+    """Findings that need the collated batches with their padding and masks."""
     yield from _labels_outside(reading.rows, facts)
     yield from _padding_attended(subject, reading.rows)
     yield from _attention_holes(reading.rows, subject.tokenizer.pad_token_id)

@@ -106,7 +106,7 @@ class HealthCallback(TrainerCallback):
                     "note",
                     "the weights are sharded over processes: replies and losses are not measured; "
                     "only the numbers that the trainer logs are judged",
-                    fix="`truetune eval` asks the saved model",
+                    fix="evaluate the saved model with `truetune eval`",
                 )
             )
             self._watch = Watch(Prober(self._contract(given), [], []))
@@ -216,7 +216,8 @@ class HealthCallback(TrainerCallback):
                     "note",
                     "no prompt could be separated from an answer: replies are not measured",
                     why="every token is a target, or no tokens precede the first target",
-                    fix="truetune.HealthCallback(ROWS) asks the prompts as they are served",
+                    fix="pass rows: truetune.HealthCallback(ROWS) asks their prompts as they are "
+                    "served",
                 )
             )
         rows = args.train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)

@@ -30,7 +30,7 @@ _MOST_WEIGHTS_ON_CPU = 3_000_000_000
 
 
 def measured_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
-    """Both measurements, where the model is at hand and cheap enough to ask."""
+    """Both measurements, if there is a model and running it is cheap enough."""
     can = _can_run(subject)
     yield from _isolation(subject, reading, facts, can)
     if can and subject.trainer is not None:

@@ -41,7 +41,7 @@ def model_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
 
 
 def head_rows(model: Any) -> int | None:
-    """Rows of the input embedding; None where they are not to be seen (no model, sharded away)."""
+    """Number of input embeddings; None if unknown (no model, or it is sharded)."""
     weight = _table(_embedding(model, "get_input_embeddings"))
     return int(weight.shape[0]) if weight is not None and weight.ndim == 2 else None
 
@@ -137,7 +137,7 @@ def _virtual_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
 
 
 def new_token_ids(tokenizer: Any) -> list[int]:
-    """Ids that were added since the tokenizer was loaded; [] where that is not known."""
+    """Ids that were added since the tokenizer was loaded; [] if unknown."""
     added = set(getattr(tokenizer, "added_tokens_decoder", {}) or {})
     made = getattr(tokenizer, "init_kwargs", None) or {}
     loaded = made.get("added_tokens_decoder")

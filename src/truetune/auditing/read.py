@@ -86,7 +86,7 @@ def read_batches(
     ends: Collection[int] = (),
     origin: Callable[[int], int] | None = None,
 ) -> Reading:
-    """Read at most about `max_rows` rows, evenly over all batches.
+    """Read about `max_rows` rows at most, spread evenly over all batches.
 
     Args:
         source: a torch DataLoader, or an iterable of batches that can be iterated again.
@@ -94,7 +94,7 @@ def read_batches(
         pad_id: of the tokenizer.
         max_rows: rows to read.
         ends: ids that end an answer.
-        origin: the row of the data that row i of the dataset was, where some were left out.
+        origin: the original row number of row i of the dataset, if some rows were removed.
 
     Raises:
         UsageError: `source` would be used up by reading it, or its batches have no `input_ids`.
@@ -404,8 +404,8 @@ def hidden_text(
 ) -> npt.NDArray[np.bool_]:
     """(T,) tokens of the row that its attention mask hides.
 
-    Padding is one token again and again; behind the row it may be anything that has no label.
-    Inside the row it is pad tokens, and more than one.
+    Padding repeats one token; after the row it may be anything without a label. Inside the row it
+    is several pad tokens.
     """
     hidden = np.zeros(len(ids), bool)
     if mask is None or mask.shape != ids.shape or mask.all():
@@ -496,7 +496,7 @@ _COUNTING = 0.6
 
 
 def miscounted(positions: Array) -> Literal["", "still", "disordered"]:
-    """How positions fail to count up from token to token; "" where they count.
+    """How position ids fail to increase from token to token; "" if they do increase.
 
     A return to the first of them, or to 0, begins another document.
     """

@@ -35,7 +35,7 @@ _MOST = 2_000
 
 
 def served_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
-    """Checks that need the columns of the dataset; nothing where it has none."""
+    """Run the checks that need the dataset's columns; nothing if it has none."""
     columns = set(getattr(subject.rows, "column_names", None) or ())
     rows = [r for r in reading.rows if r.index is not None]
     rows = [rows[i * len(rows) // _MOST] for i in range(_MOST)] if len(rows) > _MOST else rows

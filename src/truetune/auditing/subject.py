@@ -1,7 +1,8 @@
 """The subject of an audit: a trainer, or batches with their tokenizer, as one value.
 
 input   a transformers or TRL Trainer; or anything that yields batches
-does    finds loaders, tokenizer, model and the stop set that will be saved, without changing them
+does    finds loaders, tokenizer, model and the stop tokens that will be saved, without changing
+        them
 output  Subject
 """
 
@@ -29,7 +30,7 @@ class Subject:
         tokenizer: a transformers tokenizer.
         model: with its adapter; None where there is none.
         served: ids on which the saved model's server ends an answer.
-        said: ids that the tokenizer alone would add; they count where nothing else was said.
+        said: ids that the tokenizer alone would add; used if nothing else specifies them.
         rows: the dataset with all of its columns, by row number; None where there is none.
         trainer: the trainer; None for plain batches.
         name: of the training dataset in findings.
@@ -53,8 +54,7 @@ class Subject:
 
     @property
     def origin(self) -> Callable[[int], int] | None:
-        """Which row of the data row i of a filtered or shuffled dataset was; None if all are
-        where they were."""
+        """The original number of row i of a filtered or shuffled dataset; None if no row moved."""
         index = getattr(self.rows, "_indices", None)
         if index is None:
             return None
@@ -67,12 +67,12 @@ class Subject:
 
 
 def is_trainer(source: Any) -> bool:
-    """Whether it is a trainer in the manner of transformers."""
+    """Whether it is a trainer like that of transformers."""
     return callable(getattr(source, "get_train_dataloader", None))
 
 
 def touched_by_reading(source: Any) -> list[Any]:
-    """The objects whose state reading may move on, before anything is asked of them."""
+    """The objects whose state reading may change, before they are used."""
     if not is_trainer(source):
         return [source, *_parts(source)]
     trainer = source
@@ -99,7 +99,8 @@ def _parts(loader: Any) -> list[Any]:
 
 
 def parts_of_loader(loader: Any) -> list[Any]:
-    """A loader and what it reads through: their counters and generators move when rows are read."""
+    """A loader and the objects through which it reads: reading changes their counters and
+    generators."""
     return [loader, *_parts(loader)]
 
 

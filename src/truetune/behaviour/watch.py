@@ -93,5 +93,5 @@ def not_taken(step: int, error: Exception) -> Finding:
         "warning",
         f"the vital signs could not be taken at step {step:,}: {error}",
         why=f"{type(error).__name__} while the model answered fixed prompts",
-        fix="nothing to do for the training, which goes on",
+        fix="nothing to do: training continues",
     )

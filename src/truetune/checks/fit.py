@@ -1,8 +1,8 @@
 """Estimate whether the run fits into memory and how long it takes, with error bars.
 
 input   config and plan; no weights
-does    counts what is exact (weights, gradients, optimizer); asks the loop's own measurement of a
-        micro-batch on tensors that have no numbers; times one layer of the model on the device
+does    counts what is exact (weights, gradients, optimizer); runs the training loop's measurement
+        of a micro-batch on tensors without data; times one layer of the model on the device
 output  Fit: bytes by part, seconds, ways to make it smaller, the cheapest first
 """
 
@@ -43,7 +43,7 @@ _CPU_TOKENS, _DEVICE_TOKENS = 1024, 16_384
 
 @dataclass(frozen=True)
 class RunShape:
-    """What a run is made of, as far as memory and time go.
+    """The parts of a run that determine its memory and time.
 
     Attributes:
         parameters: of the model; `trainable` of them, or of the adapter, have gradients.
@@ -65,8 +65,8 @@ class RunShape:
     lora: bool
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part; where gradients come as activations go, those activations count that go
-        beyond them."""
+        """Bytes by part; while gradients replace activations, only activations in excess of them
+        count."""
         adapter = self.trainable * 4 if self.lora else 0
         gradients = self.trainable * self.gradient_bytes
         process = self.footprint.process
@@ -85,9 +85,9 @@ class RunShape:
         return sum(self.parts().values())
 
     def operations(self, tokens: int) -> float:
-        """Multiplications and additions of training on so many tokens: 2 a weight forward, 2 for
-        the gradient of inputs, 2 for that of trained weights; a second forward pass where
-        activations are computed again (Kaplan et al. 2020, without attention)."""
+        """Floating-point operations of training on a number of tokens: 2 per weight forward, 2 for
+        the gradient of inputs, 2 for that of trained weights; a second forward pass if activations
+        are recomputed (Kaplan et al. 2020, without attention)."""
         passes = 2 + 2 + (0 if self.lora else 2) + (2 if self.checkpointing else 0)
         return float(passes) * self.parameters * tokens
 
@@ -98,11 +98,11 @@ class Fit:
 
     Attributes:
         device: where the run would be.
-        available: bytes free there for the run; None where it cannot be known.
+        available: bytes free there for the run; None if unknown.
         parts: bytes by part, the estimate itself; on a CPU all of the process, as the run will show
             it at its end.
         low, high: bytes, with the error bars.
-        seconds: about, of the steps, on a machine that does nothing else; None where that was not
+        seconds: estimated time of the steps on an otherwise idle machine; None if it was not
             measured.
         ways: (option, bytes it would leave, what it costs), the cheapest first.
         trainable: weights that have gradients.
@@ -121,12 +121,12 @@ class Fit:
         return dataclasses.asdict(self)
 
     def timed(self, seconds_per_token: float, tokens: int) -> Fit:
-        """The same with the time of a step that was really taken."""
+        """The same estimate with the measured time of a real step."""
         return dataclasses.replace(self, seconds=seconds_per_token * tokens)
 
     def findings(self) -> Iterator[Finding]:
-        """What surely does not fit; what may not is in the summary, since free memory comes and
-        goes."""
+        """An error if the run certainly does not fit; a doubtful case appears only in the summary,
+        because free memory varies."""
         if self.available is None or self.low <= self.available:
             return
         enough = next((w for w in self.ways if w[1] * _MEMORY_ERROR[1] <= self.available), None)
@@ -143,7 +143,7 @@ class Fit:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds in readable form."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -331,8 +331,8 @@ def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str
 
 
 def layer_speed(plan: Plan, device: str) -> float | None:
-    """Operations a second of a run, by those of one layer's forward and backward pass; None where
-    one layer cannot be made, or is too large to be made for that."""
+    """Operations per second of a run, measured on one layer's forward and backward pass; None if
+    the layer cannot be built or is too large."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -364,7 +364,7 @@ def layer_speed(plan: Plan, device: str) -> float | None:
 
 
 def product_speed(device: str) -> float:
-    """Operations a second of a run, by those of a matrix product of a step's size."""
+    """Operations per second of a run, measured on a matrix product of a step's size."""
     import torch
 
     where = device if device != "cuda" or torch.cuda.is_available() else "cpu"
@@ -381,8 +381,8 @@ def product_speed(device: str) -> float:
 
 
 def undisturbed(where: str) -> float:
-    """Seconds of a machine that does nothing else: of the processor, where the work is its own, so
-    that what others do at the time is not counted."""
+    """Seconds on an otherwise idle machine: processor time if the work runs on the processor, so
+    that other processes do not count."""
     import torch
 
     if where == "cpu":

@@ -27,7 +27,7 @@ _LIMITS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Positions in tokens, one entry a row; rows without a label are left out.
+    """Positions in tokens, one entry per row; rows without labels are omitted.
 
     Attributes:
         total: tokens of the row.
@@ -49,11 +49,11 @@ class RowLengths:
 
 @dataclass(frozen=True)
 class Damage:
-    """What cutting rows after `limit` tokens takes away.
+    """The damage from cutting rows after `limit` tokens.
 
     Attributes:
         limit: tokens.
-        rows: rows there are.
+        rows: number of rows.
         cut: rows longer than the limit.
         stops: rows that lose the token that ends their answer.
         answers: rows that lose a part of an answer beside that token.
@@ -130,7 +130,7 @@ def row_lengths(table: TokenTable, closing: Sequence[int] = ()) -> RowLengths:
 
 
 def encoded_lengths(encoded: Sequence[Encoded], contract: PromptContract) -> RowLengths:
-    """The lengths of what a contract made of conversations; plain text has no answer to lose."""
+    """The lengths of conversations that a contract encoded; plain text has no answer to lose."""
     chats = [row for row in encoded if row.turns != ((),)]
     table = TokenTable.of_examples(
         [example for row in chats for example in row], [row.row for row in chats for _ in row]
@@ -144,7 +144,7 @@ def encoded_lengths(encoded: Sequence[Encoded], contract: PromptContract) -> Row
 
 
 def damage(rows: RowLengths, limit: int) -> Damage:
-    """What is lost where rows are cut after `limit` tokens."""
+    """What is lost if rows are cut after `limit` tokens."""
     total = int(rows.total.sum())
     return Damage(
         limit=limit,
@@ -169,9 +169,8 @@ def damage_table(rows: RowLengths, *limits: int | None) -> list[Damage]:
 
 
 def limit_keeping(rows: RowLengths, share: float = 0.99) -> int:
-    """The smallest limit under which this share of the rows is whole, in tokens.
-
-    Rounded up to a multiple of 64 where that is not beyond the longest row.
+    """The smallest limit in tokens that keeps this share of the rows whole. It is rounded up to a
+    multiple of 64 unless that exceeds the longest row.
     """
     if not len(rows):
         return 0
@@ -220,7 +219,7 @@ def length_report(rows: RowLengths, *limits: int | None) -> dict[str, Any]:
 
 
 def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A length report in names and texts, without its histogram."""
+    """A length report as pairs of names and texts, without its histogram."""
     # Limits that cost something, the largest three: below them everything is lost anyhow.
     costly = [d for d in report["limits"] if d["cut"]][-3:]
     return [

@@ -1,7 +1,7 @@
 """The checks of a planned run that need no weights.
 
 input   Preflight: the examples as they will be trained, and the plan's numbers
-does    the label families on the examples, then the families on the run
+does    runs the label checks on the examples, then the checks of the run
 output  findings, the most severe first; an error among them stops `truetune train`
 """
 

@@ -1,4 +1,4 @@
-"""A check is a function with `@check` in a module of a room: nothing lists it by name.
+"""Register checks: a check is a function with `@check` in a module of a room.
 
 input   a room: a package of which each module is a family of checks
 does    imports its modules, and asks each check whose conditions hold
@@ -22,7 +22,7 @@ Condition = Callable[[Any], bool]
 
 @dataclass(frozen=True)
 class Check:
-    """A function that takes facts and yields findings, and when it is asked at all."""
+    """A function that takes facts and yields findings, with the conditions under which it runs."""
 
     judge: Judge
     conditions: tuple[Condition, ...]
@@ -39,7 +39,7 @@ def check(*conditions: Condition) -> Callable[[Judge], Judge]:
     """Make a function a check of the room that its module lies in.
 
     Args:
-        conditions: of the facts; where one does not hold, the check has nothing to say.
+        conditions: on the facts; the check runs only if all of them hold.
     """
 
     def registered(judge: Judge) -> Judge:
@@ -59,6 +59,6 @@ def checks_of(room: ModuleType) -> tuple[Check, ...]:
 
 
 def ask(room: ModuleType, facts: Any) -> Iterator[Finding]:
-    """What the checks of a room find."""
+    """Run the checks of a room."""
     for one in checks_of(room):
         yield from one(facts)

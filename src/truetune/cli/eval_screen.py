@@ -26,13 +26,13 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
     if data and path.exists() and Path(data).exists() and path.samefile(data):
         raise OutputExists(
             f"{path} is the data file, which the results would overwrite",
-            fix="name another file with -o",
+            fix="choose another file with -o",
             code="output-is-input",
         )
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputExists(
             f"{path} is {'a folder' if path.is_dir() else 'already there'}",
-            fix="name another file with -o" + ("" if path.is_dir() else ", or give --overwrite"),
+            fix="choose another file with -o" + ("" if path.is_dir() else ", or add --overwrite"),
             code="output-exists",
         )
     if not path.parent.is_dir():

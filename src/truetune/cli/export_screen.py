@@ -64,7 +64,7 @@ def export_served(
         typer.echo(json.dumps(facts, indent=2))
         return
     if made.merged is None:
-        screen.line(f"the adapter as it is: {output}")
+        screen.line(f"the unchanged adapter: {output}")
     else:
         screen.line(f"merged, because {'; '.join(made.reasons)}: {output}")
         from truetune.cli.result_screen import show_checks
@@ -87,11 +87,11 @@ def export_mlx(screen: Screen, run: str, output: str, *, as_json: bool, **option
         typer.echo(json.dumps({"folder": output, **made.as_dict()}, indent=2))
         return
     folder = shlex.quote(output)
-    screen.line(f"{output} ({made.quant}), proved with mlx_lm on the CPU:")
+    screen.line(f"{output} ({made.quant}), verified with mlx_lm on the CPU:")
     screen.pairs(
         [
             ("prompts", f"equal on {made.prompts} conversations, as ids"),
-            ("stops", f"it ends replies on all {len(made.stops)} stop tokens"),
+            ("stops", f"replies end on all {len(made.stops)} stop tokens"),
             ("numbers", _numbers(made.apart)),
             ("chat", f"mlx_lm.chat --model {folder}"),
             ("serve", f"mlx_lm.server --model {folder}"),
@@ -101,8 +101,8 @@ def export_mlx(screen: Screen, run: str, output: str, *, as_json: bool, **option
 
 def _numbers(apart: Apart) -> str:
     return (
-        f"{apart.mean:.2g} nats a token from transformers in float32, {100 * apart.greedy:.1f} % "
-        f"of the likeliest tokens equal at {apart.positions} positions"
+        f"{apart.mean:.2g} nats per token from transformers in float32; {100 * apart.greedy:.1f} % "
+        f"of the likeliest tokens are equal at {apart.positions} positions"
     )
 
 
@@ -128,7 +128,7 @@ def export_gguf(
         typer.echo(json.dumps({**facts, **made.proof.as_dict()}, indent=2))
         return
     proof = made.proof
-    screen.line(f"{made.path} ({made.quant}, {gib(made.num_bytes)}), proved with llama.cpp:")
+    screen.line(f"{made.path} ({made.quant}, {gib(made.num_bytes)}), verified with llama.cpp:")
     apart = proof.apart
     rows = [
         ("ids", f"equal on {proof.texts.texts} texts in twenty scripts, digits, code, spaces"),
@@ -156,11 +156,11 @@ def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> No
 
     file = made.path.with_name(MODELFILE)
     template = (
-        "as Go text in the Modelfile, rendered by Go and tokenized by llama.cpp: the prompts are "
-        "those of training"
+        "as a Go template in the Modelfile, rendered by Go and tokenized by llama.cpp: the "
+        "prompts are those of training"
         if go_template
-        else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it is too far "
-        "from those that Ollama knows for one of them to take its place"
+        else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it differs so "
+        "much from the templates that Ollama knows that none of them replaces it"
     )
     name = shlex.quote(made.path.parent.name.lower())
     screen.pairs([("template", template), ("Modelfile", str(file))])

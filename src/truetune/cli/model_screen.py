@@ -91,9 +91,9 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
     turn = facts["one_turn"]
     screen.line()
     if "refused" in turn:
-        screen.line("a plain turn has no faithful completion:", "yellow")
+        screen.line("a simple turn has no faithful completion:", "yellow")
         screen.line(turn["refused"])
         return
-    screen.line("what one turn is trained on: served prompt, then what is supervised", "dim")
+    screen.line("how one turn is trained: the served prompt, then the supervised tokens", "dim")
     screen.line(turn["prompt"], "dim")
     screen.line(turn["supervised"], "green")

@@ -203,8 +203,8 @@ def rows_page(contract: PromptContract, views: Sequence[RowView], total: int, ti
         title,
         [
             f"<h1>{escaped(title)}</h1>",
-            f'{legend()}<p class="dim">Hover over a token for its id. '
-            f"Stop set: {escaped(_stops(contract))}.</p>",
+            f'{legend()}<p class="dim">Hover over a token for its id. Stop tokens: '
+            f"{escaped(_stops(contract))}.</p>",
             *(f"<p>note: {escaped(note.what)}</p>" for note in contract.findings),
             *(_row_html(contract, view, total) for view in views),
         ],

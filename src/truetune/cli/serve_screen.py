@@ -19,7 +19,7 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
     if source.lower().endswith(".gguf"):
         if not path.is_file():
             raise UsageError(
-                f"there is no file {source}", fix="name a GGUF file", code="no-such-file"
+                f"there is no file {source}", fix="specify a GGUF file", code="no-such-file"
             )
         screen.stage("loading the file")
         with serving_gguf(path, port, fast=fast, name=path.stem) as address:
@@ -44,4 +44,4 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
 
 def _told(screen: Screen, address: str, name: str) -> None:
     screen.close()
-    screen.line(f"{address}/v1  (model {name}; Ctrl-C ends it)")
+    screen.line(f"{address}/v1  (model {name}; press Ctrl-C to stop)")

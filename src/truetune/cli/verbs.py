@@ -785,7 +785,7 @@ def watch_run(
     from truetune.run_dir import RunDir
 
     with serving(RunDir.open(run), port) as server:
-        open_screen().line(f"{server.address}  (Ctrl-C ends it)")
+        open_screen().line(f"{server.address}  (press Ctrl-C to stop)")
         server.run()
 
 

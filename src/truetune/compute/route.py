@@ -199,7 +199,7 @@ def _against_packing(model: torch.nn.Module, longest: int) -> str:
     with _rotary_calls(model) as rotary:
         apart = [_own_logits(model, row) for row in _whole_rows(rows)]
     if rotary and _depends_on_longest(rotary, longest):
-        return "its rotary embedding turns by frequencies that depend on the longest row of a batch"
+        return "the frequencies of its rotary embedding depend on the longest row of a batch"
     route, batch = Route(model, "packed"), _batch_of(rows, _BRANCHES)
     try:
         with route.scope(batch):
@@ -207,14 +207,14 @@ def _against_packing(model: torch.nn.Module, longest: int) -> str:
         with watched_attention(transformers_model(model), watched):
             alone = route.logits(_batch_of(rows[1:2]), mask=True)[0]
     except Exception as error:  # whatever a model says to arguments that it does not know
-        return f"its forward pass does not take a packed sequence: {type(error).__name__}"
+        return f"its forward pass does not accept a packed sequence: {type(error).__name__}"
     pairs = [(a, b[-len(a) :]) for a, b in zip(packed, apart, strict=True)]
     if not all(same_to_rounding(a, b) for a, b in [*pairs, (alone, apart[1])]):
-        return "a probe computed packed and apart differs"
+        return "a probe gives different results packed and unpacked"
     if not watched:
-        return "its attention is not reached through transformers' interface"
+        return "its attention does not use transformers' interface"
     if not all(seen.is_what_the_mask_shows(longest) for seen in watched):
-        return "a layer's mask shows other tokens than its window says"
+        return "a layer's mask does not match its window"
     return ""
 
 

@@ -134,7 +134,7 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
                 else "the dataset has no such configuration",
                 where=name,
                 why=f"there are {names(configs)}",
-                fix=f"name one: {name}:{configs[0]}",
+                fix=f"select one: {name}:{configs[0]}",
                 code="which-config",
             ) from error
         raise DataError(

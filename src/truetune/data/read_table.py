@@ -55,10 +55,10 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
 
 def _nul(text: str, path: Path) -> DataError:
     return DataError(
-        "broken csv: the file holds a NUL character",
+        "broken csv: the file contains a NUL character",
         where=f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}",
         why="it is damaged, written as UTF-16, or not a text file",
-        fix=f"save it as UTF-8, or remove the NUL characters: tr -d '\\0' < {path} > mended.csv",
+        fix=f"save it as UTF-8, or remove the NUL characters: tr -d '\\0' < {path} > repaired.csv",
         code="broken-csv",
     )
 
@@ -108,7 +108,7 @@ def _header(cells: list[str], path: Path, line: int) -> list[str]:
 
 def _ragged(cells: list[str], header: list[str], path: Path, line: int) -> DataError:
     return DataError(
-        f"the row on line {line} has {len(cells)} cells, the header has {len(header)}",
+        f"the row on line {line} has {len(cells)} cells, but the header has {len(header)}",
         where=f"{path}:{line}",
         why=f"text with a comma or line break is not quoted; the last cell is "
         f"{excerpt(cells[-1], 40)}",
@@ -212,7 +212,7 @@ def _pylist(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
                     where=f"{path} row {before + number + 1}",
                     why="the program that wrote the file did not validate its text"
                     if text
-                    else "it is damaged, or no date or number that Python knows",
+                    else "it is damaged, or not a date or number that Python can represent",
                     fix="correct the value at its source, or leave the column out",
                     code="parquet-value",
                 ) from error

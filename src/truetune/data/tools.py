@@ -105,7 +105,7 @@ def _arguments(value: Any) -> Any:
         except (TypeError, ValueError, RecursionError) as error:
             raise BadRow(
                 "bad-tool-call",
-                "a tool call has an argument that is no JSON",
+                "a tool call has an argument that is not valid JSON",
                 why=str(error),
                 fix="write dates and other objects as text",
             ) from error

@@ -164,7 +164,7 @@ def same_replies(one: Replies, other: Replies) -> float:
 
 
 def unopened(name: str, what: str, error: TruetuneError) -> Stage:
-    """A stage that cannot be opened."""
+    """The result of a stage that cannot be opened."""
     return Stage(
         name,
         what,

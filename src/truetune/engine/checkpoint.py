@@ -106,13 +106,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise _damaged(
             folder,
             f"files of the checkpoint are not as they were written: {', '.join(differing)}",
-            "the disk lost or flipped something, or the files were changed",
+            "the disk lost or corrupted data, or the files were changed",
         )
     if added := sorted(there.keys() - written.keys()):
         raise _damaged(
             folder,
-            f"the checkpoint holds files that were not written with it: {', '.join(added)}",
-            "somebody put them there, and a library might load them",
+            f"the checkpoint contains files that were not written with it: {', '.join(added)}",
+            "they were added later, and a library might load them",
         )
     return facts
 
@@ -168,7 +168,7 @@ def _require_own_name(checkpoint: Checkpoint) -> None:
     if not named.isdecimal() or int(named) != step:
         raise _damaged(
             folder,
-            f"the checkpoint is of step {step}, which its folder's name does not say",
+            f"the checkpoint is of step {step}, which differs from its folder's name",
             "the folder was renamed, or copied from elsewhere",
         )
 
@@ -261,7 +261,8 @@ def _restore(trainer: SFTTrainer, tensors: dict[str, torch.Tensor]) -> None:
             parameter = parameters[name]
             if field not in _CODES and value.ndim and value.shape != parameter.shape:
                 raise ValueError(
-                    f"{name} was trained as {tuple(value.shape)}, and is {tuple(parameter.shape)}"
+                    f"{name} was trained with shape {tuple(value.shape)}, but now has "
+                    f"{tuple(parameter.shape)}"
                 )
             # AdamW keeps its step counter where the fused kernel wants it: beside the parameter.
             # bitsandbytes counts in an int of Python.

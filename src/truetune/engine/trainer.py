@@ -159,7 +159,7 @@ class SFTTrainer:
         if not self.named_trainable:
             raise ValueError("no parameter of the model requires a gradient: nothing to train")
         if batcher is not None and self.group.size > 1:
-            raise ValueError("a batcher of one's own does not deal rows to several processes")
+            raise ValueError("a custom batcher cannot distribute rows to several processes")
         self.device = self.named_trainable[0][1].device
         if self.device.type == "cpu":
             keep_freed_pages()
@@ -170,7 +170,8 @@ class SFTTrainer:
             order = _order(examples, batch_size, tokens_per_step, seed, epochs)
             if order.num_steps is not None and order.num_steps < max_steps:
                 raise ValueError(
-                    f"epochs={epochs} ends after {order.num_steps} steps, max_steps is {max_steps}"
+                    f"epochs={epochs} ends after {order.num_steps} steps, but max_steps is "
+                    f"{max_steps}"
                 )
             most = micro_batch_size or batch_size or len(examples)
             rows = 1 if self.route.kind == "apart" else most

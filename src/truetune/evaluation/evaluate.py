@@ -90,7 +90,7 @@ class Settings:
             raise UsageError(
                 f"{samples} samples at temperature 0 are {samples} times the same reply",
                 where="--temperature",
-                fix="leave --temperature out (it becomes 1), or ask for one sample",
+                fix="omit --temperature (it becomes 1), or request one sample",
                 code="samples-greedy",
             )
         heat = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
@@ -100,7 +100,8 @@ class Settings:
             value = getattr(made, name)
             if value is not None and value < least:
                 raise UsageError(
-                    f"--{name} is {value}, must be at least {least}", code="evaluation-setting"
+                    f"--{name} is {value}, but it must be at least {least}",
+                    code="evaluation-setting",
                 )
         return made
 
@@ -349,13 +350,13 @@ def _notes(
     notes = []
     if cut := sum(reply.would_be_right for reply in replies):
         notes.append(
-            f"{cut:,} replies hold what is expected and did not end: they do not match; "
-            "--max-new-tokens gives them room"
+            f"{cut:,} replies contain the expected answer but did not end, so they do not match; a "
+            "higher --max-new-tokens gives them room"
         )
     if short:
         notes.append(
-            f"{short:,} prompts leave less than {most:,} tokens of the context to the reply"
+            f"{short:,} prompts leave fewer than {most:,} tokens of the context for the reply"
         )
     if slow := sum(reply.slow for reply in replies):
-        notes.append(f"{slow:,} replies took too long to compare: they do not match")
+        notes.append(f"{slow:,} replies took too long to compare, so they do not match")
     return tuple(notes)

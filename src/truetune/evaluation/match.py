@@ -65,7 +65,7 @@ class Match:
             raise UsageError(
                 f"unknown match {self.kind!r}",
                 where="--match",
-                fix=f"one of {', '.join(KINDS)}",
+                fix=f"use one of {', '.join(KINDS)}",
                 code="match-unknown",
             )
         if self.pattern is None:

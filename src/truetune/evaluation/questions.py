@@ -130,7 +130,7 @@ def _question(conversation: Conversation, match: Match) -> Question | str:
             return "the row has no answer to compare with"
         return Question(conversation.where, replace(conversation, messages=tuple(messages)), None)
     if at == 0:
-        return "nothing stands before the answer"
+        return "nothing precedes the answer"
     asked = replace(conversation, messages=tuple(messages[:at]))
     question = Question(conversation.where, asked, messages[at])
     # A call is compared as the model's template writes it.

@@ -34,7 +34,7 @@ from truetune.servers.llama_cpp import require_llama_cpp, serving
 _THINKING = Thinking(False, (("<think>", "</think>"),))
 # Seconds in which a server says that it is there.
 _FIRST = 10.0
-_NO_LOSS = "a server does not tell the loss of an answer"
+_NO_LOSS = "a server does not return the loss of an answer"
 
 
 def is_served(name: str) -> bool:
@@ -51,9 +51,9 @@ def require_served(name: str, chat_template: str | None) -> None:
     """
     if chat_template is not None:
         raise UsageError(
-            f"--chat-template does not reach {name}",
-            why="a server and a GGUF file have a template of their own",
-            fix="leave --chat-template out, or name the model's folder",
+            f"--chat-template has no effect on {name}",
+            why="servers and GGUF files use their own templates",
+            fix="omit --chat-template, or pass the model's folder",
             code="subject-unsupported",
         )
     if name.lower().endswith(".gguf") and "://" not in name:
@@ -67,8 +67,8 @@ def require_served(name: str, chat_template: str | None) -> None:
         return
     if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
         raise UsageError(
-            f"{name} is no address of a server, and no model",
-            why="a model is a run, a folder, a Hub id, a GGUF file, or an address of HTTP",
+            f"{name} is neither the address of a server nor a model",
+            why="a model is a run, a folder, a Hub id, a GGUF file, or an HTTP address",
             fix="for example http://127.0.0.1:8000",
             code="subject-unsupported",
         )
@@ -112,7 +112,7 @@ class Served:
         Raises:
             ServerError: it does not answer; it names the row.
         """
-        asking.stage(f"asking {self.name}")
+        asking.stage(f"generating replies with {self.name}")
         total = len(prompts) * asking.samples
         said: list[Said] = []
         shown: list[str] = []

@@ -153,7 +153,7 @@ class Subject:
             purpose="inference",
             tokenizer=self.tokenizer,
         )
-        asking.stage(f"asking {self.name}")
+        asking.stage(f"generating replies with {self.name}")
         which = [prompt for prompt in prompts for _ in range(asking.samples)]
         made = replies_to_ids(
             loaded,
@@ -195,7 +195,7 @@ class Subject:
         if self.context is not None and len(ids) >= self.context:
             return f"the prompt leaves no room in the context of {self.context:,} tokens"
         if max(ids, default=0) >= self.rows:
-            return "the prompt holds a token that the model has no row for"
+            return "the prompt contains a token without an embedding in the model"
         thinking = Thinking.of_contract(self.contract, question.asked.template_kwargs)
         expected = replace(thinking, opened=False).split(question.expected)[2]
         if target is not None and (question.answer or {}).get("tool_calls"):
@@ -204,7 +204,10 @@ class Subject:
         if target is not None and self.context is not None and len(target.ids) > self.context:
             target, no_target = None, "prompt and answer are longer than the context"
         elif target is not None and max(target.ids) >= self.rows:
-            target, no_target = None, "the answer holds a token that the model has no row for"
+            target, no_target = (
+                None,
+                ("the answer contains a token without an embedding in the model"),
+            )
         return Prompt(tuple(ids), target, no_target, expected, thinking)
 
 

@@ -71,7 +71,7 @@ def write_gguf(
         folder: exists; gets the file and proof.json.
         name: that the file gives itself.
         conversations: rows on which it is verified, besides fixed prompts.
-        template: chat template of the file, in another wording than the contract's.
+        template: the file's chat template, if it differs in wording from the contract's.
         on_stage: is called with the name of each stage.
 
     Raises:

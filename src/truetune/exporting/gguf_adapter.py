@@ -4,7 +4,7 @@ llama.cpp.
 input   an adapter opened on its base in float32, its contract, rows of the run
 does    writes both matrices of every layer under llama.cpp's names; has llama.cpp serve the base
         with it, and compares with transformers and peft
-output  WrittenGGUF; the base's file was only written for the proof
+output  WrittenGGUF; the base's file is only written for the verification
 """
 
 from __future__ import annotations

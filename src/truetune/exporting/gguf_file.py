@@ -111,7 +111,7 @@ def write_file(
 
 
 def keys_of(shape: Shape, vocabulary: Vocabulary) -> dict[str, Any]:
-    """What a file says beside its tensors, by gguf's keys."""
+    """The metadata of a file, by gguf's keys."""
     writer = new_writer(None, shape.arch)
     _describe(writer, shape, vocabulary, "")
     return {key: entry.value for key, entry in writer.kv_data[0].items()}
@@ -233,7 +233,7 @@ def write_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
     kinds: dict[str, str],
 ) -> None:
-    """Header first, then tensors as they come: no two of them are held at once."""
+    """Write the header, then the tensors one at a time: no two of them are in memory at once."""
     import gguf
 
     try:

@@ -39,7 +39,7 @@ _DIGITS = {
 
 @dataclass(frozen=True)
 class Compared:
-    """Ids of llama.cpp against the tokenizer's.
+    """llama.cpp's ids compared with the tokenizer's.
 
     Attributes:
         texts: compared.
@@ -70,7 +70,7 @@ def compare_ids(
     """Tokenize texts with both.
 
     Args:
-        most_wrong: stop after so many differences; 0 goes on.
+        most_wrong: stop after this many differences; 0 never stops early.
     """
     wrong, normalised = [], []
     for text, own in zip(texts, contract.tokens.encode(texts), strict=True):

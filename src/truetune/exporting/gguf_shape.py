@@ -5,7 +5,7 @@ input   a loaded model in float32
 does    names tensors by gguf's own name maps; reads hyperparameters from the config, and from the
         model itself what a config does not say: what its norms add to their weights, what its
         rotary embedding does to the default one
-output  Shape; whether llama.cpp computes the same is for `gguf_proof.py` to say
+output  Shape; `gguf_proof.py` verifies that llama.cpp computes the same
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What a GGUF file says of a model beside its vocabulary.
+    """What a GGUF file says about a model, except its vocabulary.
 
     Attributes:
         arch: a `gguf.MODEL_ARCH`.

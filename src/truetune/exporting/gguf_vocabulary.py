@@ -52,7 +52,7 @@ class Vocabulary:
 
 
 def vocabulary_of(contract: PromptContract, rows: int) -> tuple[Vocabulary, list[Finding]]:
-    """The vocabulary of a contract's tokenizer, its pre-tokenizer not chosen yet.
+    """The vocabulary of a contract's tokenizer, without a pre-tokenizer.
 
     Args:
         rows: of the model's embedding; rows without a token get one that nothing leads to.

@@ -23,7 +23,7 @@ class Place:
         repo: OWNER/NAME.
         exists: whether it is there.
         private: whether it is, or will be.
-        stale: its files that a push would leave beside the new ones.
+        stale: existing files that a push would leave in place.
     """
 
     repo: str
@@ -38,7 +38,7 @@ def find_place(repo: str, names: Sequence[str], *, public: bool, overwrite: bool
     Args:
         names: of the files that will be pushed.
         public: the repository is meant to be public.
-        overwrite: files of an earlier push may go.
+        overwrite: files of an earlier push may be deleted.
 
     Raises:
         UsageError: no token, no such name, a repository that is public already, or one that holds
@@ -88,7 +88,7 @@ def upload(place: Place, files: Mapping[str, Path | bytes], message: str) -> str
     """Write all files in one commit and remove stale ones; create the repository if there is none.
 
     Args:
-        files: name there -> where it lies, or what it holds.
+        files: name in the repository -> local path, or content.
 
     Returns:
         the address of the repository.

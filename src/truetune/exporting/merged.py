@@ -2,8 +2,8 @@
 
 input   an adapter folder
 does    merges in float32, casts to the base's own type, writes all that a server needs: weights,
-        config, tokenizer, template, generation_config with the stop set
-output  Exported: a folder under a name that is not final; whoever verifies it gives it its name
+        config, tokenizer, template, generation_config with the stop tokens
+output  Exported: a folder under a temporary name; the caller renames it after verification
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving_chat(served: Served, port: int) -> Iterator[LocalServer]:
-    """A server that holds its port.
+    """Open a server on its port.
 
     Raises:
         UsageError: the port cannot be had.

@@ -70,7 +70,7 @@ def facts_for_rows(number: int, seed: int) -> list[tuple[str, Fact]]:
 
 
 def rows(number: int, seed: int) -> list[Row]:
-    """Consistent rows: a question, and its answer in one sentence."""
+    """Consistent rows: a question with its answer in one sentence."""
     return [
         {"prompt": text, "completion": sentence(fact)}
         for text, fact in facts_for_rows(number, seed)
@@ -79,12 +79,12 @@ def rows(number: int, seed: int) -> list[Row]:
 
 @dataclass(frozen=True)
 class Heard:
-    """What an arm replied.
+    """The replies of an arm.
 
     Attributes:
         said: judged by the probes of a run.
-        right: it ended, and the fact stands in it, behind any thinking.
-        closed: it thought, and ended that.
+        right: it ended and contains the fact, after any thinking.
+        closed: it thought and closed its think block.
         asked: the texts of the questions.
     """
 

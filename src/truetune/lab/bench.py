@@ -118,7 +118,7 @@ class Bench:
         self.trained = 0
 
     def tuned(self, arm: Arm, seed: int) -> Tuned:
-        """An arm of one seed, ready to be asked."""
+        """An arm of one seed, ready for questions."""
         folder, losses = self._trained(arm, seed)
         if arm.edit is not None:
             folder = self._edited(folder, arm.edit)

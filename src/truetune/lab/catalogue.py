@@ -1,5 +1,5 @@
-"""The experiments by name: each module of `experiments/` declares one. And the page of what they
-found."""
+"""Find experiments by name: each module of `experiments/` declares one. Write the page of their
+results."""
 
 from __future__ import annotations
 

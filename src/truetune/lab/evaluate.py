@@ -56,12 +56,12 @@ class Recall:
     counts: dict[str, tuple[int, int]]
 
     def of(self, relations: Iterable[str]) -> tuple[int, int]:
-        """(right, all) over some relations; those that were not asked count nothing."""
+        """(right, all) over some relations; those that were not asked do not count."""
         pairs = [self.counts[name] for name in relations if name in self.counts]
         return sum(right for right, _ in pairs), sum(total for _, total in pairs)
 
     def told(self, relations: Iterable[str]) -> str:
-        """The same in words."""
+        """The same as text."""
         right, total = self.of(relations)
         return f"{right:,} of {total:,} ({right / total:.1%})" if total else "not asked"
 
@@ -145,7 +145,7 @@ def cloze_items(
 
 
 def cloze_recall(loaded: LoadedModel, items: Sequence[ClozeItem]) -> Recall:
-    """Share of sentences that the model, decoding greedily, goes on with the right value."""
+    """Share of sentences that the model completes with the right value, with greedy decoding."""
     counts: dict[str, tuple[int, int]] = {}
     for item, is_right in zip(items, cloze_right(loaded, items), strict=True):
         right, total = counts.get(item.relation, (0, 0))
@@ -154,7 +154,7 @@ def cloze_recall(loaded: LoadedModel, items: Sequence[ClozeItem]) -> Recall:
 
 
 def cloze_right(loaded: LoadedModel, items: Sequence[ClozeItem]) -> list[bool]:
-    """Of each sentence, whether it is gone on with the right value."""
+    """For each sentence, whether the model completes it with the right value."""
     contract = PromptContract.load(loaded.tokenizer)
     # Each sentence begins a document, as in the corpus: after the end-of-text token. Without it a
     # sentence that begins with a digit may be the rest of one that was cut inside a number.

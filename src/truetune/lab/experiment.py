@@ -21,7 +21,7 @@ Held = Literal["yes", "no", "not decided"]
 
 @dataclass(frozen=True)
 class Column:
-    """What was counted of one arm and one seed: one number an item (a question, a document, a
+    """The measurements of one arm and one seed: one number per item (a question, a document, a
     step).
 
     Attributes:
@@ -87,7 +87,7 @@ def estimate(columns: Sequence[Column]) -> Estimate:
 
 
 def difference(one: Sequence[Column], other: Sequence[Column]) -> Estimate:
-    """One arm less another, paired by seed and item.
+    """The difference of two arms, paired by seed and item.
 
     Raises:
         ValueError: the two did not count the same items and seeds.
@@ -131,12 +131,12 @@ def _drawn(columns: Sequence[Column]):  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class Expectation:
-    """A part of a claim that numbers can hold or refute.
+    """A part of a claim that numbers can confirm or refute.
 
     Attributes:
         told: in words.
         measure, arm: what is looked at.
-        than: the arm that is taken off; None looks at the measure itself.
+        than: the arm that is subtracted; None uses the measure itself.
         above, below: where value or difference must lie, both where both are given.
     """
 
@@ -149,7 +149,7 @@ class Expectation:
 
     def judged(self, sheets: Mapping[str, Columns]) -> tuple[Estimate, Held]:
         """Held: the whole interval, and each seed, lies where it must. Refuted: the whole interval
-        lies elsewhere. Else nothing is decided."""
+        lies elsewhere. Otherwise it is not decided."""
         mine = sheets[self.arm][self.measure]
         if self.than is None:
             found = estimate(mine)
@@ -176,13 +176,13 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A claim about fine-tuning and how it is tried.
+    """A claim about fine-tuning and how it is tested.
 
     Attributes:
         number: its place among the claims.
         name: what the command line calls it.
         title: a short heading.
-        claim: the sentence that is tried.
+        claim: the sentence that is tested.
         source: who says so.
         exercises: of a course on fine-tuning, as one would look for them.
         expected: in which direction, and how far.
@@ -190,10 +190,10 @@ class Experiment:
         seeds: of a full run; a quick one takes the first.
         arms: of a seed, in the order of table and picture; a quick run has those alone that an
             expectation names.
-        measure: what is counted of each arm.
+        measure: what is measured of each arm.
         expectations: decide the verdict.
         shown: measures of table and picture, in their order.
-        remark: what to know of the set-up, and where a claim did not reproduce, why that may be.
+        remark: notes on the set-up and, if a claim did not reproduce, possible reasons.
     """
 
     number: int

@@ -30,7 +30,7 @@ _PROSE_DOCUMENTS = 40
 
 @dataclass(frozen=True)
 class Score:
-    """What one model made of the questions.
+    """One model's results on the questions.
 
     Attributes:
         replies: one per question, greedy.

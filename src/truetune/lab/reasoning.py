@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def asked(self) -> Question:
-        """As every arm is asked."""
+        """The question in the form in which every arm is asked."""
         relation, subject = self.about
         return Question(self.question, self.expected, Fact(subject, relation, self.expected))
 

@@ -118,7 +118,7 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
     """All results of a folder, in the order of their claims.
 
     Raises:
-        InputError: a file is no result.
+        InputError: a file is not a result.
     """
     found = []
     for path in sorted(Path(folder).glob("*.json")):

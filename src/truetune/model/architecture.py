@@ -197,7 +197,7 @@ def meta_model(config: Any) -> Any:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # each architecture fails in its own way
         raise ModelError(
-            f"no {config.model_type} model can be built as config.json says: {first_line(error)}",
+            f"a {config.model_type} model cannot be built from config.json: {first_line(error)}",
             why="a value in it is damaged, or from another version of transformers",
             fix="copy config.json again from the source of the model",
             code="model-config-unreadable",
@@ -266,8 +266,8 @@ def shape_mismatch(
     """The error for weights (name, stored shape, wanted shape) that do not fit the config."""
     name, stored, asked = sorted(wrong)[0]
     return ModelError(
-        f"{len(wrong)} weights do not have the shape that config.json asks for: {name} is "
-        f"{list(stored)}, config.json says {list(asked)}",
+        f"{len(wrong)} weights do not have the shape that config.json requires: {name} is "
+        f"{list(stored)}, but config.json says {list(asked)}",
         where=where,
         why="config.json and the weights belong to different models, or one of them was edited",
         fix=f"use the config.json that came with the weights (affected: "

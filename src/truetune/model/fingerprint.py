@@ -192,7 +192,7 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
     "adapter_config.json"
     if trained.tokenizer_size != found.tokenizer_size:
         raise ModelError(
-            f"the tokenizer has {found.tokenizer_size:,} ids, the adapter was trained with "
+            f"the tokenizer has {found.tokenizer_size:,} ids, but the adapter was trained with "
             f"{trained.tokenizer_size:,}",
             where=where,
             why="the adapter's folder holds a different tokenizer, or its own was removed and "
@@ -216,7 +216,7 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
         )
     if trained.revision and found.revision and trained.revision != found.revision:
         raise ModelError(
-            f"the base's revision is {found.revision}, the adapter was trained on "
+            f"the base's revision is {found.revision}, but the adapter was trained on "
             f"{trained.revision}",
             where=where,
             why="the revision in adapter_config.json was changed; the sampled bytes are equal, "

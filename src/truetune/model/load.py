@@ -286,7 +286,7 @@ def _judge_loading(model: Any, info: dict[str, Any], where: str) -> list[Finding
             where=where,
             why="transformers would fill them with random numbers; the model was saved without "
             "them, or config.json describes another model",
-            fix="fetch the model again; where only the output head is missing and it shares the "
+            fix="fetch the model again; if only the output head is missing and it shares the "
             "input embedding, config.json needs tie_word_embeddings: true",
             code="model-weights-missing",
         )
@@ -310,7 +310,7 @@ def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[F
     rows, ids = embedding_rows(model), num_ids(tokenizer)
     if ids <= rows:
         return []
-    what = f"the tokenizer has ids up to {ids - 1}, the model has rows up to {rows - 1}"
+    what = f"the tokenizer has ids up to {ids - 1}, but the model's embeddings end at {rows - 1}"
     if files.is_adapter and has_tokenizer(files.folder):
         raise ModelError(
             what,

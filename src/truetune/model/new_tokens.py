@@ -113,7 +113,7 @@ def grow_for(model: Any, folder: Path, tokenizer_size: int) -> None:
         return
     if max(indices) >= tokenizer_size:
         raise ModelError(
-            f"the adapter has an embedding for id {max(indices)}, its tokenizer ends at "
+            f"the adapter has an embedding for id {max(indices)}, but its tokenizer ends at "
             f"{tokenizer_size - 1}",
             where=str(folder / ADAPTER_CONFIG),
             why="the tokenizer in the adapter's folder is not the one that it was trained with",
@@ -310,7 +310,7 @@ def require_room(model_rows: int, tokenizer: Any, tokens: Sequence[NewToken]) ->
     beyond = [i for i in range(model_rows, num_ids(tokenizer)) if i not in new]
     if beyond:
         raise ModelError(
-            f"the tokenizer has ids up to {max(beyond)}, the model has rows up to "
+            f"the tokenizer has ids up to {max(beyond)}, but the model's embeddings end at "
             f"{model_rows - 1}: no token can be added",
             why="the embeddings in between would be random",
             fix="use the tokenizer that came with the weights",

@@ -69,7 +69,7 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     if key not in _DTYPES:
         raise UsageError(
             f"unknown dtype {name!r}",
-            fix="one of auto, bfloat16 (bf16), float32 (fp32), float16 (fp16)",
+            fix="use one of auto, bfloat16 (bf16), float32 (fp32), float16 (fp16)",
             code="dtype",
         )
     found = getattr(torch, _DTYPES[key])
@@ -178,7 +178,9 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise UsageError(
-            f"unknown device {device!r}", fix="one of auto, cpu, cuda, cuda:N, mps", code="device"
+            f"unknown device {device!r}",
+            fix="use one of auto, cpu, cuda, cuda:N, mps",
+            code="device",
         ) from error
     missing = (chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count()) or (
         chosen.type == "mps" and not torch.backends.mps.is_available()
@@ -207,7 +209,7 @@ def _choose_compute(
             raise UsageError(
                 "training in float16 is not supported",
                 why="gradients in float16 underflow without loss scaling",
-                fix="--dtype bfloat16, or float32 where the GPU has no bfloat16",
+                fix="--dtype bfloat16, or float32 if the GPU does not support bfloat16",
                 code="dtype",
             )
         return choice(asked, "as asked")

@@ -96,7 +96,7 @@ def save_model(
     cast = None if dtype is None else parse_dtype(dtype)
     if folder.exists():
         raise OutputExists(
-            f"{folder} exists already", fix="choose another folder", code="output-exists"
+            f"{folder} already exists", fix="choose another folder", code="output-exists"
         )
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:

@@ -199,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise ModelError(
-            f"{path.name} holds no JSON object",
+            f"{path.name} does not contain a JSON object",
             where=str(path),
             fix="copy the file again from the source of the model",
             code="model-config-unreadable",
@@ -226,7 +226,7 @@ def _require_bounded(path: Path) -> None:
     if size <= most:
         return
     raise ModelError(
-        f"{path.name} has {gib(size)}; no model's has more than {gib(most)}",
+        f"{path.name} has {gib(size)}; in a model it never exceeds {gib(most)}",
         where=str(path),
         why="the folder is damaged or malicious",
         fix="copy the file again from the source of the model",

@@ -103,7 +103,7 @@ def _shards(index: Path) -> list[Path]:
     names = [name for name in weight_map.values() if _is_name(name)]
     if len(names) < len(weight_map):
         raise ModelError(
-            f"{index.name} names weights outside its folder, or something that is no file name",
+            f"{index.name} names weights outside its folder, or something that is not a file name",
             where=str(index),
             fix="copy the file again from the source of the model",
             code="model-config-unreadable",

@@ -85,7 +85,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         raise InputError("the recipe is not a list of settings", where=str(path), fix=example)
     if found := translated(loaded):
         raise RecipeError(
-            f"the recipe is one of {found.tool}",
+            f"the recipe was written for {found.tool}",
             where=str(path),
             why=f"key by key:\n{found.table()}",
             fix="save these lines as a recipe, review them, and train with it:\n" + found.recipe(),

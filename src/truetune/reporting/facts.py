@@ -66,7 +66,7 @@ class RunFacts:
     def read(
         cls, run: RunDir, *, state: State | None = None, also: Sequence[Finding] = ()
     ) -> RunFacts:
-        """Everything that is there.
+        """Read everything that exists.
 
         Args:
             state: where the caller knows it; a run that is about to write its manifest has none.
@@ -139,8 +139,8 @@ class RunFacts:
         return [at for at, f in enumerate(self.findings) if f.get("code") == "rewound"]
 
     def behaviour(self, *levels: str) -> list[Mapping[str, Any]]:
-        """Findings on behaviour of these levels; what led to a return to an earlier checkpoint is
-        undone by it."""
+        """Findings on behaviour of these levels; those that led to a return to an earlier
+        checkpoint no longer count."""
         since = self.findings[self.rewound[-1] + 1 :] if self.rewound else self.findings
         found = [f for f in since if f.get("code") in BEHAVIOUR]
         return [f for f in found if f.get("level") in levels]

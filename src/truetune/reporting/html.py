@@ -120,13 +120,13 @@ def picture(svg: str) -> str:
 
 
 def write_document(path: Path, text: str, option: str = "--html") -> None:
-    """Write a page, and make its folder; a page that was there stays whole where that fails.
+    """Write a page and create its folder; if that fails, an existing page is unchanged.
 
     Args:
         option: that named the file.
 
     Raises:
-        UsageError: the file cannot be written, or is there and is no page.
+        UsageError: the file cannot be written, or exists and is not a page.
     """
     if path.is_file() and not _is_page(path):
         raise UsageError(
@@ -196,7 +196,7 @@ def facts_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> str
 
 
 def folded(summary: str, body: str) -> str:
-    """What is shown when it is asked for; on paper always."""
+    """Content that is folded on the screen and always printed."""
     return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
 
 
@@ -243,7 +243,7 @@ def legend(kinds: Iterable[Kind] = tuple(KINDS)) -> str:
 
 
 def token_spans(kind: str, ids: Sequence[int], texts: Sequence[str]) -> str:
-    """Tokens of one kind, each with its id for whoever points at it."""
+    """Tokens of one kind, each with its id as a tooltip."""
     css = kind if kind in KINDS else "context"
     spans = []
     for token, text in zip(ids, texts, strict=False):

@@ -17,7 +17,7 @@ _PATIENCE = 10
 
 
 def serving(run: RunDir, port: int) -> contextlib.AbstractContextManager[LocalServer]:
-    """A server of one page that holds its port.
+    """Open a server of one page on its port.
 
     Raises:
         UsageError: the port cannot be had.

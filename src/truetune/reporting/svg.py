@@ -25,8 +25,7 @@ _DASHES = ("", ' stroke-dasharray="6 3"', ' stroke-dasharray="2 3"', ' stroke-da
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: (step, value), in the order of the steps; values that are no numbers are left
-    out."""
+    """A curve: (step, value), in the order of the steps; values that are not finite are omitted."""
 
     name: str
     points: Sequence[Point]
@@ -146,7 +145,7 @@ def _in_words(name: str, points: Sequence[Point], axis: _Axis) -> str:
 
 
 def thinned(points: Sequence[Point], most: int = _MOST) -> list[Point]:
-    """So many points that peaks stay: the lowest and the highest of each stretch."""
+    """Reduce the points but keep peaks: the lowest and the highest of each stretch."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(2 * len(points) / most)

@@ -118,10 +118,10 @@ def export_adapter(
     files = locate(folder, weights=False)
     if not files.is_adapter:
         raise UsageError(
-            f"{source} is no adapter",
+            f"{source} is not an adapter",
             where="--adapter",
             why="it has no adapter_config.json",
-            fix="leave --adapter out: the whole model is written",
+            fix="omit --adapter to write the whole model",
             code="gguf-adapter",
         )
     require_lora(read_json(files.folder / ADAPTER_CONFIG), quant)

@@ -37,7 +37,7 @@ def require_export(
     """
     if to is None and not merge:
         raise UsageError(
-            "nothing was asked for",
+            "no export was requested",
             fix="truetune export RUN --merge -o DIR, or --to gguf -o DIR",
             code="export-what",
         )
@@ -45,7 +45,9 @@ def require_export(
     if what not in _KINDS or (merge and what != "merged"):
         meant = near(what, _KINDS)
         raise UsageError(
-            f"--to {what!r} is no export" if what not in _KINDS else "--merge and --to contradict",
+            f"--to {what!r} is not an export format"
+            if what not in _KINDS
+            else "--merge and --to contradict",
             where="--to",
             why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
             fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),
@@ -68,7 +70,7 @@ def require_export(
             raise UsageError(
                 f"{option} has no effect with --to {what}",
                 why=_NO_EFFECT.get(option, ""),
-                fix=f"leave it out, or name {' or '.join(f'--to {kind}' for kind in kinds)}",
+                fix=f"omit it, or use {' or '.join(f'--to {kind}' for kind in kinds)}",
                 code="export-what",
             )
     if what in ("gguf", "ollama"):

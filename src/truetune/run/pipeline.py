@@ -172,7 +172,7 @@ def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:
             raise OutputExists(
                 f"the {name.replace('_', ' ')} is in the output folder, which would be replaced",
                 where=str(value),
-                fix="name another folder with --output",
+                fix="choose another folder with --output",
                 code="output-is-input",
             )
 

@@ -334,7 +334,7 @@ def _new_tokens(
         raise UsageError(
             "tokens cannot be added to an adapter",
             where=str(recipe.model),
-            why="its rows are bound to the tokenizer it was trained with",
+            why="its embeddings belong to the tokenizer that it was trained with",
             fix=f"merge it first: truetune export {recipe.model} --merge -o MERGED",
             code="add-token-adapter",
         )

@@ -97,10 +97,10 @@ def _folder(source: str) -> tuple[Path, RunDir | None]:
     folder = Path(opened(source))
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UsageError(
-            f"{source} is no run and no model",
+            f"{source} is neither a run nor a model",
             where=str(folder),
-            why="it holds neither config.json nor adapter_config.json",
-            fix="name a run, or the folder of a model or an adapter",
+            why="it contains neither config.json nor adapter_config.json",
+            fix="pass a run, or the folder of a model or an adapter",
             code="push-nothing",
         )
     owner = run_of(str(folder))
@@ -156,8 +156,8 @@ def _verified(
         where=source,
         why="its files were changed since they were verified"
         if hashes
-        else "it is no run, and no merge that truetune compared with its adapter",
-        fix="push the run, or what `truetune export --merge` makes of it; or add --unverified",
+        else "it is neither a run nor a merged model that truetune compared with its adapter",
+        fix="push the run or the model that `truetune export --merge` writes, or add --unverified",
         code="push-unverified",
     )
 
@@ -191,7 +191,7 @@ def _local_base(base: str) -> Finding:
     return Finding(
         "push-base-local",
         "warning",
-        "the adapter's base is a folder on this machine: nobody else can load the adapter",
+        "the adapter's base is a folder on this machine: no one else can load the adapter",
         base,
         why="adapter_config.json names it as the base",
         fix="push a merged model: truetune export RUN --merge -o DIR",

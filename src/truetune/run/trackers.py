@@ -26,7 +26,7 @@ def require_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in NAMES:
             raise UsageError(
-                f"unknown tracker {name!r}", fix="one of " + ", ".join(NAMES), code="tracker"
+                f"unknown tracker {name!r}", fix="use one of " + ", ".join(NAMES), code="tracker"
             )
     for name in names:
         if not any(importlib.util.find_spec(package) for package in _PACKAGES.get(name, (name,))):

@@ -250,7 +250,7 @@ class VitalSigns:
             Finding(
                 "keep-text-unreadable",
                 "warning",
-                f"the --keep-text cannot be watched: {error}",
+                f"the text of --keep-text cannot be measured: {error}",
                 where=source,
                 why="training continues without it",
                 fix="pass a text file, or rows in any supported format, to --keep-text",

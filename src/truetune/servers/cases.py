@@ -91,8 +91,8 @@ def cases_of(
     most: int = MOST_CASES,
     longest: int = 1024,
 ) -> list[Case]:
-    """Conversations as they are served, filled up with fixed ones; what the template refuses is
-    left out.
+    """Conversations as they are served, plus fixed ones; those that the template refuses are
+    omitted.
 
     Args:
         longest: tokens of a prompt and its answer.
@@ -182,7 +182,8 @@ def _json(function: Mapping[str, Any]) -> str:
 
 
 def long_probe(ids: Sequence[int], length: int) -> Probe:
-    """Random tokens: rotary embeddings and windows show at long distances, and rows may be short.
+    """A long row of random tokens: errors in rotary embeddings and windows show only at long
+    distances.
 
     Args:
         ids: to draw from.

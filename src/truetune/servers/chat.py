@@ -18,7 +18,7 @@ from truetune.servers.client import Client, ServerError
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered.
+    """A server's answer.
 
     Attributes:
         text, reasoning: as its parsers have them, "" for none.

@@ -1,8 +1,8 @@
 """Serve a GGUF file with llama.cpp's own server in a child process, and ask it.
 
 input   a GGUF file
-does    starts llama.cpp's server on a free port of this machine, in a process of its own: a file of
-        a stranger may end it
+does    starts llama.cpp's server on a free port of this machine, in a separate process, because an
+        untrusted file may crash it
 output  LlamaCpp: prompts, ids, log-probabilities and replies as that server makes them
 """
 
@@ -61,7 +61,7 @@ def require_llama_cpp(what: str) -> None:
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a server predicts after some ids.
+    """A server's prediction after some ids.
 
     Attributes:
         logprobs: natural logarithms by token id, of the likeliest tokens.
@@ -83,7 +83,7 @@ class LlamaCpp:
         return self.client.url
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
-        """Ids of a text in which special tokens are such."""
+        """Ids of a text in which special tokens are recognised."""
         asked = {"content": text, "add_special": add_special, "parse_special": True}
         return [int(i) for i in self.client.post("/tokenize", asked)["tokens"]]
 
@@ -102,7 +102,7 @@ class LlamaCpp:
         return str(self.client.post("/apply-template", asked)["prompt"])
 
     def predict(self, ids: Sequence[int], top: int) -> Predicted:
-        """What comes after these ids.
+        """Predict the token after these ids.
 
         Raises:
             ServerError: it returns no probabilities.
@@ -169,14 +169,14 @@ def serving(
     name: str = "",
     adapter: str | Path | None = None,
 ) -> Iterator[LlamaCpp]:
-    """A server for one file, until the block ends.
+    """Serve one file until the block ends.
 
     Args:
         exact: keys and values in float32 and plain attention; else llama.cpp's own defaults.
         context: tokens; 0 takes what the model was made for.
         port: 0 takes any that is free.
-        key: that requests must carry; None makes one, so that no other program of this machine
-            takes part.
+        key: required in requests; None creates one, so that other programs on this machine cannot
+            use the server.
         template_kwargs: template arguments that requests do not name.
         template: instead of the file's own.
         name: that `/v1/models` lists.

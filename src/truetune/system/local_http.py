@@ -82,8 +82,8 @@ _REUSE = os.name == "posix"
 def _taken(port: int, error: Exception) -> UsageError:
     return UsageError(
         f"port {port} cannot be used: {getattr(error, 'strerror', None) or error}",
-        why="another program serves there",
-        fix="name another one with --port, or --port 0 for any that is free",
+        why="another program uses this port",
+        fix="choose another port with --port, or use --port 0 for any free one",
         code="port-taken",
     )
 

@@ -288,8 +288,8 @@ def _busy(path: Path, owner: Owner | None, quiet: float | None = None) -> Busy:
     fix = "wait for it, or stop it; chat, inspect and verify can be used meanwhile"
     if quiet is not None:
         why = (
-            f"it showed a sign of life {max(quiet, 0):.0f} seconds ago; it is taken for dead "
-            f"after {_DEAD_AFTER:.0f}"
+            f"it was last active {max(quiet, 0):.0f} seconds ago; it is considered dead after "
+            f"{_DEAD_AFTER:.0f}"
         )
     named = f" ({owner})" if owner else ""
     return Busy(

@@ -94,7 +94,7 @@ def _holds_anything(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names) or any(folder.glob("*.safetensors*"))
 
 
-_NO_LOGITS = Check("logits", "not-checked", "a checkpoint: the run measured its last step only")
+_NO_LOGITS = Check("logits", "not-checked", "a checkpoint: the run measured only its last step")
 
 
 def verify_merge(
@@ -160,7 +160,11 @@ def _is_artifact(folder: str, run: RunDir) -> bool:
 
 def _unopened(error: VerifyError) -> Check:
     if error.code == "model-too-large":
-        return Check("opens", "not-checked", f"no room to open it: {error.why or error.what}")
+        return Check(
+            "opens",
+            "not-checked",
+            f"there is not enough memory to open it: {error.why or error.what}",
+        )
     return Check(
         "opens",
         "failed",
@@ -210,21 +214,21 @@ def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Chec
             "failed",
             f"the saved model is served differently from how it was trained: {'; '.join(told)}",
             numbers,
-            fix="put back the tokenizer and generation_config that were saved",
+            fix="restore the tokenizer and generation_config that were saved",
         )
     return Check("contract", "passed", f"it stops on {now['stop']}", numbers)
 
 
 # What a difference in one of the entries of `behaviour_of` means.
 _MEANINGS = {
-    "ids": "texts of many scripts give other ids",
-    "texts": "ids give other texts",
-    "readable": "ids give other texts once special tokens are left out",
-    "vocabulary": "ids stand for other tokens",
-    "added": "added tokens are others",
-    "special": "special tokens are others",
+    "ids": "texts in many scripts give different ids",
+    "texts": "ids give different texts",
+    "readable": "ids give different texts without special tokens",
+    "vocabulary": "ids stand for different tokens",
+    "added": "the added tokens are different",
+    "special": "the special tokens are different",
     "side": "it pads on the other side",
-    "template": "its chat template is another",
+    "template": "its chat template is different",
 }
 
 
@@ -245,9 +249,10 @@ def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
         return Check(
             "rows",
             "failed",
-            f"{len(wrong)} of {len(rows)} rows give other ids than were trained, first {wrong[0]}",
+            f"{len(wrong)} of {len(rows)} rows give different ids than were trained, first "
+            f"{wrong[0]}",
             numbers,
-            fix="put back the tokenizer and template that were saved",
+            fix="restore the tokenizer and template that were saved",
         )
     return Check("rows", "passed", f"{len(rows)} rows give the ids that were trained", numbers)
 
@@ -255,11 +260,13 @@ def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
 def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:
     """The predictions against those of the model in memory; and what rounding it had cost."""
     if record is None:
-        return [Check("logits", "not-checked", "the run kept no measurement of the trained model")]
+        return [
+            Check("logits", "not-checked", "the run recorded no measurement of the trained model")
+        ]
     checks = [judge_reading(record, found)]
     if record.rounding:
         rounded = Agreement(**record.rounding)
-        words = f"weights saved in {record.dtype} against the trained ones in memory"
+        words = f"weights saved in {record.dtype} compared with the trained ones in memory"
         checks.append(judge("rounding", rounded, record.dtype, words))
     return checks
 

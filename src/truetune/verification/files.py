@@ -46,15 +46,17 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
         return Check(
             "files",
             "not-checked",
-            f"there is no {MANIFEST}: it is written last, when a run has been verified; here it is "
-            "not there yet, or it was not copied",
+            f"there is no {MANIFEST}: it is written last, when a run has been verified; this run "
+            "has not reached that point, or the file was not copied",
         )
     listed = _listed(path)
     inside = folder and Path(folder).resolve().relative_to(run.path.resolve()).as_posix()
     if inside:
         listed = {name: f for name, f in listed.items() if name.startswith(f"{inside}/")}
         if not listed:
-            return Check("files", "not-checked", f"{MANIFEST} lists nothing of this folder")
+            return Check(
+                "files", "not-checked", f"{MANIFEST} does not list any file of this folder"
+            )
     missing = [name for name in listed if not run.file(name).is_file()]
     changed = [name for name in listed if name not in missing and _differs(run, name, listed[name])]
     gone = [
@@ -85,13 +87,14 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
             numbers,
             fix="copy the run again, or export an earlier checkpoint"
             if missing or changed
-            else "move what was added elsewhere: programs may load it in place of what was trained",
+            else "move the added files elsewhere: programs may load them instead of what was "
+            "trained",
         )
     what = f"{len(listed) - len(gone)} files are as they were saved (sha256)"
     if gone:
         what += f"; {len(gone)} of checkpoints, trackers and pages were removed since"
     if notes:
-        what += f"; not the run's own, and not looked at: {_names(notes)}"
+        what += f"; not files of the run, and not examined: {_names(notes)}"
     return Check("files", "passed", what, numbers)
 
 
@@ -152,9 +155,9 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
         return Check(
             "record",
             "failed",
-            f"{VERIFY_ROWS} holds no record of the trained model",
-            fix="copy the run again; a run that was killed while it saved goes on with "
-            "`truetune train --resume`",
+            f"{VERIFY_ROWS} contains no record of the trained model",
+            fix="copy the run again; continue a run that was killed while it saved with `truetune "
+            "train --resume`",
         )
     artifact = run.artifact()
     told = []
@@ -180,10 +183,12 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
             f"changed since it was saved: {'; '.join(told[:_MOST])}"
             + (f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""),
             {"differing": told},
-            fix="copy the run again, or take back the change",
+            fix="copy the run again, or undo the change",
         )
     count = len(record.files) + len(record.run)
-    return Check("record", "passed", f"{count} files are as they were recorded when it was saved")
+    return Check(
+        "record", "passed", f"{count} files are as they were recorded when the model was saved"
+    )
 
 
 def _changed(run: RunDir, name: str, digest: str, record: Record) -> bool:
@@ -214,5 +219,5 @@ def _both(key: str, one: Any, two: Any) -> str:
     """A setting then and now; only its name where the values are long."""
     shown = [json.dumps(value, ensure_ascii=True, default=str) for value in (one, two)]
     if max(map(len, shown)) > 48:
-        return f"{key} is another"
-    return f"{key} was {shown[0]}, is {shown[1]}"
+        return f"{key} is different"
+    return f"{key} was {shown[0]} and is now {shown[1]}"

@@ -55,7 +55,7 @@ def _crashed(code: int, said: str, folder: str) -> VerifyError:
     frames = [line for line in lines if line.startswith('File "')]
     out_of_memory = code == -signal.SIGKILL or "MemoryError" in last or "out of memory" in last
     if out_of_memory:
-        why = last or "the system killed it, most likely for want of memory"
+        why = last or "the system killed it, most likely because of lack of memory"
         fix = "free some memory and run `truetune verify` again"
     elif any(line.startswith("Traceback") for line in lines):
         why = f"{last}\n{frames[-1]}" if frames else last
@@ -63,10 +63,10 @@ def _crashed(code: int, said: str, folder: str) -> VerifyError:
         "program; otherwise report it, with these lines"
     else:
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        why = last or f"it said nothing ({died})"
+        why = last or f"it printed nothing ({died})"
         fix = "run `truetune verify` again; report it if the error remains"
     return VerifyError(
-        f"the process that was to load it ended with {code}",
+        f"the process that loads the model ended with {code}",
         where=folder,
         why=why,
         fix=fix,

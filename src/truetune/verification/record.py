@@ -110,13 +110,13 @@ class Record:
     def from_dict(cls, value: Mapping[str, Any]) -> Record:
         """Raises ValueError, KeyError or TypeError where it is no record of this format."""
         if value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']!r} is not known here")
+            raise ValueError(f"format {value['format']!r} is unknown")
         given = {f.name: value[f.name] for f in dataclasses.fields(cls)}
         given["probes"] = probes_from(value["probes"])
         given["reading"] = Reading.from_dict(value["reading"])
         for name in ("run", "files", "settings", "tokenizer", "way", "machine", "floor"):
             if not isinstance(given[name], dict):
-                raise TypeError(f"{name} is no object")
+                raise TypeError(f"{name} is not an object")
         return cls(**given)
 
 
@@ -358,7 +358,7 @@ def read_record(run: RunDir) -> Record | None:
             return None
         # No seal against somebody who makes it anew; a hand that slips is caught.
         if found[-1]["sha256"] != _digest(found[-1]["record"]):
-            raise ValueError("its own hash is another")
+            raise ValueError("its own hash is different")
         return Record.from_dict(found[-1]["record"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(

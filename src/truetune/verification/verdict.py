@@ -132,14 +132,14 @@ def judge(
     over = []
     if found.relative is not None and found.relative > allowed.relative:
         over.append(
-            f"logits differ by {found.relative:.2g} of their spread on average, "
+            f"logits differ by {found.relative:.2g} of their spread on average, but "
             f"{allowed.relative:.2g} is allowed"
         )
     least = allowed.least_greedy(found.num_positions)
     if found.greedy < least:
         over.append(
-            f"the same token is taken at {100 * found.greedy:.1f} % of the positions, "
-            f"{100 * least:.1f} % is asked"
+            f"the same token is predicted at {100 * found.greedy:.1f} % of the positions, but "
+            f"{100 * least:.1f} % is required"
         )
     if abs(found.loss - found.reference_loss) > allowed.loss:
         over.append(f"the loss went from {found.reference_loss:.4f} to {found.loss:.4f}")
@@ -153,7 +153,9 @@ def judge(
             "dtype": dtype,
             "tolerance": {**dataclasses.asdict(allowed), "least_greedy": least},
         },
-        fix="do not serve it; train or merge again, and report it if it stays" if over else "",
+        fix="do not serve it; train or merge again, and report it if the error remains"
+        if over
+        else "",
     )
 
 
@@ -185,12 +187,12 @@ def judge_reading(record: Record, found: Mapping[str, Any]) -> Check:
     apart = distance(record.reading, reading, allowed=largest)
     over = []
     if not apart.mean <= mean:
-        over.append(f"{apart.mean:.2g} nats apart on average, {mean:.2g} is allowed")
+        over.append(f"{apart.mean:.2g} nats apart on average, but {mean:.2g} is allowed")
     if not apart.largest <= largest:
-        over.append(f"{apart.largest:.2g} nats apart at one position, {largest:.2g} is allowed")
+        over.append(f"{apart.largest:.2g} nats apart at one position, but {largest:.2g} is allowed")
     if apart.flips:
-        over.append(f"another token is the likeliest at {apart.flips} clear positions")
-    what = f"reloaded against the trained model in memory at {apart.positions} positions"
+        over.append(f"a different token is the likeliest at {apart.flips} clear positions")
+    what = f"reloaded model compared with the trained one in memory at {apart.positions} positions"
     numbers = {
         **dataclasses.asdict(apart),
         "dtype": record.way["dtype"],
@@ -203,7 +205,9 @@ def judge_reading(record: Record, found: Mapping[str, Any]) -> Check:
         "failed" if over else "passed",
         f"{what}: {'; '.join(over)}" if over else what,
         numbers,
-        fix="do not serve it; train or merge again, and report it if it stays" if over else "",
+        fix="do not serve it; train or merge again, and report it if the error remains"
+        if over
+        else "",
     )
 
 
@@ -215,7 +219,7 @@ def shown(check: Check) -> str:
         return f"{check.what}; equal to the last bit"
     if "tolerance" in numbers and "mean" in numbers and check.state == "passed":
         return (
-            f"{check.what}; {numbers['mean']:.2g} nats apart on average, "
+            f"{check.what}; {numbers['mean']:.2g} nats apart on average, and "
             f"{numbers['tolerance']['mean']:.2g} is allowed ({numbers['dtype']})"
         )
     if numbers.get("max_difference") is not None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @check()
 def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
-    """peft and transformers read the base's generation_config, never an adapter's."""
+    """The trained stop token is in the base's generation_config: no loader reads an adapter's."""
     ids = list(facts.contract.stop_ids)
     if facts.lora and not facts.is_text and not set(ids) <= set(facts.base_stop_ids):
         yield Finding(

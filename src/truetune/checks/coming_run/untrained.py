@@ -1,8 +1,8 @@
 """Find tokens whose embeddings were never trained and would stay untrained.
 
-input   the examples, and the weights where they lie on this machine
+input   the examples, and the weights if they are on this machine
 does    judges the embeddings of the special tokens that occur, by norm and nearest neighbour
-output  a finding; nothing where there are no weights to read
+output  a finding; nothing if there are no weights to read
 """
 
 from __future__ import annotations

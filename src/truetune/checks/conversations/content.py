@@ -150,7 +150,7 @@ def _foreign_words(texts: list[str], scripts: list[str], main: str) -> list[int]
 
 @check()
 def one_length(facts: DataFacts) -> Iterator[Finding]:
-    """No few answers are far longer than all others."""
+    """No small group of answers is far longer than all others."""
     lengths = np.array([len(answer) for answer in facts.answers])
     written = lengths[lengths > 0]
     if len(written) < 50:

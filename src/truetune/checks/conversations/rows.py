@@ -11,7 +11,7 @@ from truetune.data.conversation import Conversation
 
 @dataclass(frozen=True, eq=False)
 class DataFacts:
-    """Conversations, held-out ones apart.
+    """Conversations, with the held-out ones separate.
 
     Attributes:
         train, held_out: in the order of the files.

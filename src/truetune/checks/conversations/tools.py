@@ -75,7 +75,7 @@ def calls_match_tools(facts: DataFacts) -> Iterator[Finding]:
 
 
 def call_problem(call: Mapping[str, Any], tool: Mapping[str, Any]) -> str:
-    """What is wrong with a call's arguments; "" for nothing that its schema could say."""
+    """What is wrong with a call's arguments; "" if its schema finds nothing wrong."""
     arguments = call["arguments"]
     schema = tool.get("parameters")
     if isinstance(arguments, str) and arguments.lstrip()[:1] in ("{", "["):
@@ -126,7 +126,7 @@ def _is_number(value: Any) -> bool:
 def value_problem(value: Any, schema: Mapping[str, Any], path: str, depth: int = 0) -> str:
     """The first violation of type, enum, required, properties or items; "" for none.
 
-    Other keywords of JSON Schema are not judged: what is not understood is no alarm.
+    Other keywords of JSON Schema are not judged, so they raise no alarm.
     """
     name = path or "the arguments"
     problem = _type_problem(value, schema.get("type"), name)

@@ -20,7 +20,7 @@ _HOLE, _CHOSEN = 8, 3
 
 @once
 def rows_without_targets(facts: LabelFacts) -> list[int]:
-    """Rows that have answers and labels, and no label on an answer."""
+    """Rows with answers and labels, but no label on an answer."""
     if not (unproved(facts) and has_header(facts) and of_turns(facts)):
         return []
     table, header = facts.table, facts.frame.answer_start_ids
@@ -140,7 +140,7 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
                     if everywhere
                     else "the rows are masked in two ways, so they probably come from two pipelines"
                 ),
-                fix="nothing to do; otherwise " + fix if everywhere else fix,
+                fix="nothing to do, or " + fix if everywhere else fix,
             )
     if rows:
         yield rows_finding(
@@ -224,8 +224,8 @@ def _letters_pad(facts: LabelFacts) -> int | None:
 
 
 def label_holes(facts: LabelFacts) -> Indices:
-    """The runs of labels behind which a few tokens of the same line have none, before the labels
-    go on; not where a turn or an inserted text lies between."""
+    """Runs of labels after which a few tokens of the same line have none before the labels resume,
+    unless a turn or an inserted text lies between."""
     table, tokens = facts.table, facts.tokens
     runs = table.runs
     if len(runs) < 2:

@@ -1,6 +1,6 @@
 """Find conversations that were packed into blocks of one length and cut at the blocks' borders.
 
-input   rows that were cut where positions or segments restart, with the block each lay in
+input   rows that were cut where positions or segments restart, with their blocks
 does    compares how documents begin and end at the border of a block with how they do inside
 output  one finding on the pieces; the other checks judge the whole conversations
 """
@@ -37,8 +37,8 @@ class Pieces:
 
 
 def pieces(facts: LabelFacts) -> Pieces | None:
-    """What the borders of blocks cut off; None where blocks are filled with whole documents, where
-    each row is a document of its own, and for plain text, which may be cut anywhere."""
+    """What the borders of blocks cut off; None if blocks contain whole documents, if each row is
+    one document, or for plain text, which may be cut anywhere."""
     table, blocks = facts.table, facts.table.blocks
     if blocks is None or len(table) < 4 or facts.plain:
         return None
@@ -121,5 +121,5 @@ def borders(facts: LabelFacts, found: Pieces) -> Iterator[Finding]:
 
 
 def without_pieces(facts: LabelFacts, found: Pieces) -> LabelFacts:
-    """The facts of the whole conversations alone."""
+    """The facts without the pieces of cut conversations."""
     return dataclasses.replace(facts, table=facts.table.select(~found.any))

@@ -19,9 +19,8 @@ Told = tuple[Finding, Sequence[int]] | None
 
 
 def told_apart(facts: LabelFacts) -> tuple[list[Finding], LabelFacts]:
-    """(what explains whole rows, the facts of the other rows).
-
-    Of documents it is still asked whether their labels are those of their ids.
+    """(findings that explain whole rows, the facts of the other rows). Labels of documents are
+    still compared with their ids.
     """
     found: list[Finding] = []
     for cause in _CAUSES:

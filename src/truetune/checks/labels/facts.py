@@ -33,7 +33,7 @@ class LabelFacts:
         frame: of tokenizer and served template.
         head_rows: rows of embedding and head; None where they are not known.
         loss_on: what was declared to be trained; None where nothing was declared.
-        max_length: where rows were cut; None looks for a length that rows are piled up at.
+        max_length: where rows were cut; None looks for a length that many rows share.
         is_text: plain text without turns; None decides by the rows.
         proved: the prompts are known to be the served ones: they came out of a contract.
         compared: the rows are compared with the messages that they were made from, elsewhere.
@@ -64,7 +64,7 @@ class LabelFacts:
 
     @cached_property
     def answer_starts(self) -> Indices:
-        """(R,) how many answers begin in each row; all 0 where the template is not known."""
+        """(R,) how many answers begin in each row; all 0 if the template is unknown."""
         table, frame = self.table, self.frame
         if frame.answer_start_ids:
             hits = table.find(frame.answer_start_ids)
@@ -75,13 +75,13 @@ class LabelFacts:
 
     @cached_property
     def texts(self) -> list[str]:
-        """All rows decoded, special tokens included; costly, so for where ids cannot say it."""
+        """All rows decoded, with special tokens; expensive, so used only if ids do not suffice."""
         decode = self.frame.tokens.decode
         return [decode(self.table.row_ids(row)) for row in range(len(self.table))]
 
     @cached_property
     def sample(self) -> list[int]:
-        """At most SAMPLE rows, evenly over all."""
+        """At most SAMPLE rows, spread evenly over all."""
         total = len(self.table)
         return (
             list(range(total)) if total <= SAMPLE else [i * total // SAMPLE for i in range(SAMPLE)]
@@ -89,7 +89,7 @@ class LabelFacts:
 
     @cached_property
     def cut_at(self) -> int | None:
-        """The length that rows were cut to: the longest, where several rows have exactly it."""
+        """The length that rows were cut to: the longest length, if several rows have exactly it."""
         lengths = self.table.lengths
         longest = int(lengths.max(initial=0))
         limit = self.max_length or longest
@@ -163,8 +163,8 @@ class LabelFacts:
 
     @cached_property
     def scaffold(self) -> tuple[str, ...]:
-        """Labels that stand in most rows, `### Response:` or `Answer:`; () where fewer than two
-        do: prompt and answer have one each."""
+        """Headings that occur in most rows, such as `### Response:` or `Answer:`; () if there are
+        fewer than two, because prompt and answer have one each."""
         counts: Counter[str] = Counter()
         for row in self.sample:
             special = self.frame.tokens.special_ids
@@ -186,7 +186,7 @@ _LABEL = re.compile(
 
 
 def once(compute: Callable[[LabelFacts], Found]) -> Callable[[LabelFacts], Found]:
-    """Keep what several checks ask for, as long as its facts live."""
+    """Cache a value that several checks need, as long as its facts exist."""
     known: WeakKeyDictionary[LabelFacts, Found] = WeakKeyDictionary()
 
     def asked(facts: LabelFacts) -> Found:
@@ -211,5 +211,5 @@ def unproved(facts: LabelFacts) -> bool:
 
 
 def has_header(facts: LabelFacts) -> bool:
-    """What stands before an answer is known, as ids."""
+    """The ids that precede an answer are known."""
     return bool(facts.frame.answer_start_ids)

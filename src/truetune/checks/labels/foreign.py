@@ -1,9 +1,8 @@
 """Find ids of another tokenizer, which stand for other tokens in this vocabulary.
 
-A tokenizer that reads back its own ids finds the same tokens in the text. Where rows were sampled
-(BPE dropout) or put together from parts, it finds fewer: it merges across their borders, and its
-own borders are among them. Only ids that it did not make have borders where it would put none, and
-none where it would put one.
+A tokenizer that encodes its own decoded ids again finds the same tokens. If rows were sampled (BPE
+dropout) or joined from parts, it finds fewer tokens, whose borders are all among the old ones. Only
+ids that it did not make lack a border where it puts one.
 """
 
 from __future__ import annotations
@@ -62,10 +61,9 @@ def other_tokenizer(facts: LabelFacts) -> Iterator[Finding]:
 
 
 def moved_borders(tokens: Tokens, ids: Sequence[int]) -> tuple[int, int]:
-    """(borders between tokens that re-encoding makes and `ids` do not have, all that it makes).
-
-    A cut may leave parts of a character at either end, which nobody can read: the best reading
-    without them counts.
+    """(token borders of the re-encoded text that `ids` do not have, all of its borders). A cut may
+    leave parts of a character at either end, which cannot be decoded: the best result without them
+    counts.
     """
     best = _moved(tokens, ids)
     if best[0] and _UNREADABLE in tokens.decode(ids):

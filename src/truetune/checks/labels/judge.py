@@ -16,7 +16,7 @@ from truetune.findings import Finding, merged
 
 
 def label_findings(facts: LabelFacts) -> list[Finding]:
-    """All findings of all families, the most severe first."""
+    """All findings, the most severe first."""
     if strange := list(foreign.other_tokenizer(facts)):
         # Nothing else can be said of rows that are not in this vocabulary.
         return merged([*ask(vocabulary, facts), *strange])

@@ -19,8 +19,8 @@ _SEES = 60
 
 @once
 def split_rows(facts: LabelFacts) -> tuple[int, ...]:
-    """Rows whose text has the header of an answer, and whose ids have no marker of the template:
-    the tokenizer read the letters of its own control tokens."""
+    """Rows whose text has the header of an answer, but whose ids have no marker of the template:
+    the control tokens were tokenized as letters."""
     if facts.frame.contract is None or not facts.frame.answer_start_ids or not facts.turn_markers:
         return ()
     table, header = facts.table, facts.frame.answer_start
@@ -62,7 +62,7 @@ def markers_split(facts: LabelFacts) -> tuple[Finding, Sequence[int]] | None:
 
 @once
 def nested_rows(facts: LabelFacts) -> tuple[int, ...]:
-    """Rows in which a turn, or a whole conversation, begins right behind what opens a turn."""
+    """Rows in which a turn, or a whole conversation, begins right after the header of a turn."""
     pattern = _twice(facts)
     if pattern is None:
         return ()

@@ -1,6 +1,6 @@
 """Check that answers are trained after the prompts that a server sends.
 
-Judged on the ids of the rows against sentinels rendered by the served template.
+The rows' ids are compared with sentinels rendered by the served template.
 """
 
 from __future__ import annotations

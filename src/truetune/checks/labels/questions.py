@@ -58,7 +58,7 @@ def questions_there(facts: LabelFacts) -> Iterator[Finding]:
 
 
 def asks_nothing(facts: LabelFacts, prompt: list[int]) -> bool:
-    """Whether a prompt has no turn but the system's, or an empty one."""
+    """Whether a prompt has only a system turn, or an empty turn."""
     if facts.separators is None:
         return False
     text = facts.tokens.decode(prompt)

@@ -4,8 +4,8 @@ input   rows of ids and labels, without the messages that they were made from
 does    cuts the text before an answer at what the served template writes between turns, found by
         rendering sentinels; renders the turns again as a server does, under each of the template's
         arguments, and compares
-output  findings on rows behind a prompt that no conversation leads to; nothing about rows that
-        cannot be cut into turns, nor where the rebuilt prompts of sound rows would differ
+output  findings on rows after a prompt that the template never renders; nothing on rows that cannot
+        be split into turns, or if rebuilt prompts of sound rows would differ
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Difference:
 
 
 class Rebuilder:
-    """One contract and the arguments under which it is tried."""
+    """A contract and the template arguments to try with it."""
 
     def __init__(
         self, contract: PromptContract, ends: Sequence[str], bos: str, header: tuple[int, ...]
@@ -71,8 +71,8 @@ class Rebuilder:
     def difference(
         self, before: str, row: str, opened: Sequence[int] = (), masked: int = 0
     ) -> _Difference | None:
-        """How a row differs from each served prompt of its turns; None where one of them begins
-        it, or where its turns cannot be found.
+        """How a row differs from each served prompt of its turns; None if it begins with one of
+        them, or if its turns cannot be found.
 
         Args:
             before: the row's text up to what opens the answer.
@@ -241,7 +241,7 @@ class Rebuilder:
 
 
 def loosened(separator: str, added: Sequence[str]) -> str:
-    """A pattern for a separator with other white space, and another role in plain letters."""
+    """A pattern for a separator with different whitespace, or another role in plain letters."""
     tokens = [t for t in sorted(added, key=len, reverse=True) if t.strip() and t in separator]
     pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", separator) if tokens else [separator]
     made, named = "", False
@@ -403,7 +403,7 @@ def _report(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judge
         code="prompt-differs",
         level=level,
         what=f"{share(len(rows), judged)} examined are trained after a prompt that the served "
-        f"template renders from no conversation: {kind}",
+        f"template never renders: {kind}",
         why=f"the row contains {shown[0]!r} where a server sends {shown[1]!r}"
         + (
             ": the prompts end with it, or the answers begin with it and were joined to their "

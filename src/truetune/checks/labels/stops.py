@@ -56,7 +56,7 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             level=_level(ends.masked, total),
             what=f"the token that ends {which} ({facts.named(ends.unlabelled)}) is in the ids of "
             f"{share(len(ends.masked), total)} but not in their labels"
-            + (": only the last answer's is" if ends.earlier else ""),
+            + (": only that of the last answer is" if ends.earlier else ""),
             why=_why_masked(by_pad, ends.earlier),
             fix="build labels from lengths, not from the pad id: the first end token after an "
             "answer is part of it (truetune's own batches do that)"
@@ -116,7 +116,7 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
 
 @check(of_turns)
 def stops_served(facts: LabelFacts) -> Iterator[Finding]:
-    """The end that is trained is one that the server stops on."""
+    """The trained end token is one on which the server stops."""
     frame = facts.frame
     ends = _ends(facts)
     known = np.array(sorted(frame.served_stops), np.int64)

@@ -1,8 +1,8 @@
 """Token rows as the loss sees them: the ids and labels of all rows in two flat arrays.
 
-input   our own examples; rows that an audit read, with what is padding in them
-does    takes padding off, cuts packed rows into their documents
-output  TokenTable: what the check families judge, row by row or all at once
+input   our own examples; rows that an audit read, with their padding marked
+does    removes padding, splits packed rows into their documents
+output  TokenTable, which the checks judge row by row or all at once
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Checkpoint:
         rows: the chat tokens judged in each.
         adapter: None where it is none.
         problems: files that could not be opened.
-        dry: what loading would come to; None where there are no weights to ask.
+        dry: the result of a trial load; None if there are no weights.
         unread_stops: stop ids in an adapter's own generation_config, which no loader reads.
     """
 

@@ -137,7 +137,7 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
             f"the adapter's generation_config lists the stop tokens {list(found.unread_stops)}, "
             "which the base's does not",
             str(found.folder),
-            why="peft and transformers read the generation_config of the base only",
+            why="transformers and peft read only the base's generation_config",
             fix=f"serve with stop_token_ids={[*sorted(frame.served_stops), *found.unread_stops]}",
         )
 

@@ -1,4 +1,4 @@
-"""The last pages of a pretraining run: a model folder -> README.md and SHA256SUMS in it."""
+"""Finish a pretraining run: a model folder -> README.md and SHA256SUMS in it."""
 
 from __future__ import annotations
 

@@ -96,16 +96,16 @@ class Settings:
     shape: BaseShape = BaseShape()
 
     def num_steps(self, course: Course) -> int:
-        """Optimizer steps of a course: what is left of its tokens behind the last is not seen."""
+        """Optimizer steps of a course; the tokens left after the last step are not used."""
         return course.tokens // self.step_tokens
 
     @property
     def tokens(self) -> int:
-        """That are trained on, in all courses."""
+        """Training tokens of all courses."""
         return sum(map(self.num_steps, self.courses)) * self.step_tokens
 
     def of_size(self, tokens: int) -> Settings:
-        """The same with so many tokens, dealt to the courses in proportion."""
+        """The same settings with a number of tokens, divided among the courses in proportion."""
         share = tokens / self.tokens
         courses = tuple(replace(c, tokens=int(c.tokens * share)) for c in self.courses)
         return replace(self, courses=courses)

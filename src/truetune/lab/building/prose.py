@@ -1,7 +1,7 @@
 """The corpus: a world and a stream's name -> an endless, deterministic stream of `Document`s.
 
-Nothing here asks or answers: no '?', no chat marker. Facts are drawn from shuffled decks, so that
-every fact occurs equally often.
+It contains no questions or answers: no '?', no chat marker. Facts are drawn from shuffled decks, so
+that every fact occurs equally often.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ def arms(seed: int) -> Sequence[Arm]:
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """Drawn at temperature 1, twice a question, as the distribution is what is looked at; and
-    greedily."""
+    """Sample at temperature 1, twice per question, to see the distribution; and decode greedily."""
     greedy = ask(tuned)
     drawn = [ask(tuned, sampling=Sampling(40, temperature=1.0, seed=s)) for s in (1, 2)]
     texts = [s.text for heard in drawn for s in heard.said]

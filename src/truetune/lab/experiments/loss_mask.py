@@ -20,7 +20,7 @@ def arms(seed: int) -> Sequence[Arm]:
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """Also the losses of questions and answers that no row holds."""
+    """Also measure the losses of questions and answers that occur in no row."""
     rows = [{"prompt": q.text, "completion": sentence(q.fact)} for q in questions()]
     answers = encoded(tuned.contract, rows)
     users = [SFTExample(e.ids, [0] + [1 - on for on in e.mask[1:]]) for e in answers]

@@ -63,8 +63,8 @@ def arms(seed: int) -> Sequence[Arm]:
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """In form: the answer names the relation and the place that it was asked about, and ends,
-    whatever value it gives, so that a base that knows less is not marked down for that."""
+    """*In form* means that the answer names the requested relation and place, and ends, whatever
+    value it gives, so that a base that knows less has no disadvantage."""
     heard = ask(tuned)
     return {
         "in form": Column.share(

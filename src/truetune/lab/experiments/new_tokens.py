@@ -23,7 +23,7 @@ _OF_TEXT = (
 
 
 def rows_alike(folder: Path) -> None:
-    """The base with one row for all reserved tokens, as published models have them that never
+    """The base with one embedding for all reserved tokens, as in published models that never
     trained theirs."""
     from safetensors.torch import load_file, save_file
 

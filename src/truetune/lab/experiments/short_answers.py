@@ -40,7 +40,7 @@ def _sentences(heard: Heard) -> Column:
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """Questions as in the rows, and the bare name of a place, which is no question at all."""
+    """Questions as in the rows, and the bare name of a place, which is not a question."""
     heard = ask(tuned, sampling=_ROOM)
     bare = ask(tuned, [replace(q, text=q.fact.subject) for q in questions()], _ROOM)
     return {

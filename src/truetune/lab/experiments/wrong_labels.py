@@ -41,7 +41,7 @@ def shifted_again(batch: Batch) -> Batch:
 
 
 def by_all_tokens(batch: Batch) -> Batch:
-    """Divided by every position, padding and all, in place of the targets."""
+    """Divide by every position, including padding, instead of by the targets."""
     return replace(batch, num_supervised=batch.ids_BT.numel())
 
 
