@@ -49,7 +49,7 @@ _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
 # What one reply may cost of a short run, in tokens that go forward, and the tokens it has all the
 # same: a trained token counts three, a step of a reply (eight prompts at once) as many as a small
 # model on a CPU computes in that time.
-_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.1, 24, 3, 120
+_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.03, 24, 3, 120
 # Measurings between the first and the last of a run whose --eval-steps somebody chose.
 _CHOSEN = 10
 
