@@ -353,8 +353,24 @@ def _vital_table(run: RunFacts) -> str:
     left = max(len(run.vitals) - _ROWS, 0)
     more = f'<p class="dim">{left:,} more, in metrics.jsonl</p>' if left else ""
     return folded(
-        "the probes in numbers (losses in nats per token)",
+        f"the probes in numbers (losses in nats per token{_time(run)})",
         f'<div class="scroll"><table>{"".join(rows)}</table></div>{more}',
+    )
+
+
+def _time(run: RunFacts) -> str:
+    """What the vital signs cost, where both were timed."""
+    probing, training = (
+        [float(line["seconds"]) for line in lines if _is_number(line.get("seconds"))]
+        for lines in (run.vitals, run.steps)
+    )
+    if not (probing and training):
+        return ""
+    # Not every step has a line.
+    whole = sum(training) / len(training) * max(int(line["step"]) for line in run.steps)
+    share = percent(sum(probing) / whole) if whole else ""
+    return (
+        f"; measured {len(probing):,} times, in {share} of the time of the steps" if share else ""
     )
 
 
@@ -474,7 +490,12 @@ def _json(value: Any) -> str:
 
 
 def _checks(run: RunFacts) -> Iterator[str]:
-    checks = run.verdict.get("checks") or ()
+    # The page is written before the manifest, with which files are compared.
+    checks = [
+        check
+        for check in run.verdict.get("checks") or ()
+        if (check.get("name"), check.get("state")) != ("files", "not-checked")
+    ]
     if checks:
         yield facts_table(
             (
