@@ -503,3 +503,17 @@ def test_files_that_the_manifest_came_after_are_not_called_unchecked(tmp_path: P
     failed = {"name": "files", "state": "failed", "what": "model.safetensors was changed"}
     contents["verify.json"]["checks"].append(failed)
     assert "model.safetensors was changed" in shown(write_run(tmp_path / "late", contents))
+
+
+def test_curves_of_a_running_run_have_every_evaluation_and_one_axis(tmp_path: Path) -> None:
+    contents = files()
+    lines = [line for line in contents["metrics.jsonl"] if not line.get("probe")]
+    lines = [line for line in lines if "eval_loss" not in line]
+    told = [{"step": step, "eval_loss": 4 - step / 50} for step in range(0, 101, 10)]
+    contents["metrics.jsonl"] = [vitals(0, 0.0), *lines, *told]
+    html = shown(write_run(tmp_path / "run", contents))
+    assert "held-out from 4 at step 0 to 2 at step 100" in html
+    # The stop rate was measured at step 0 alone: its axis is that of the run all the same.
+    assert "; measured once, in" in html
+    stops = html.split('aria-label="Replies that end by themselves')[1].split("</svg>")[0]
+    assert ">100</text>" in stops

@@ -3,6 +3,7 @@ run was made from."""
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections import Counter
@@ -278,10 +279,14 @@ def _spread(values: Sequence[Any], most: int) -> list[Any]:
 
 def _curves(run: RunFacts) -> Iterator[str]:
     series, marks = run.series, run.marks()
-    held = series("held_out_loss") or series("eval_loss")  # the probes begin before the first step
+    # Not each evaluation asks the probes.
+    held = max(series("eval_loss"), series("held_out_loss"), key=len)
+    draw = functools.partial(
+        chart, marks=marks, until=max((step for step, _ in series("loss")), default=0)
+    )
     nats = "nats per token"
     figures = [
-        chart(
+        draw(
             "Loss",
             nats,
             [
@@ -290,17 +295,15 @@ def _curves(run: RunFacts) -> Iterator[str]:
                 Line("trained rows as served", series("trained_loss")),
             ],
             log=run.state == "failed",
-            marks=marks,
         ),
-        chart("Text to keep", nats, [Line("loss", series("keep_loss"))], marks=marks),
-        chart(
+        draw("Text to keep", nats, [Line("loss", series("keep_loss"))]),
+        draw(
             "Replies that end by themselves",
             "",
             [Line("stop rate", series("stop_rate"))],
             share=True,
-            marks=marks,
         ),
-        chart(
+        draw(
             "Replies that go wrong",
             "",
             [
@@ -309,18 +312,16 @@ def _curves(run: RunFacts) -> Iterator[str]:
                 if name != "stop_rate" and (name == "repetition" or any(y for _, y in series(name)))
             ],
             share=True,
-            marks=marks,
         ),
-        chart("Stop tokens", nats, [Line("loss", series("stop_loss"))], marks=marks),
-        chart("Length of replies", "tokens", [Line("mean", series("reply_tokens"))], marks=marks),
-        chart(
+        draw("Stop tokens", nats, [Line("loss", series("stop_loss"))]),
+        draw("Length of replies", "tokens", [Line("mean", series("reply_tokens"))]),
+        draw(
             "Gradient norm",
             "",
             [Line("before clipping", series("grad_norm"))],
             log=True,
-            marks=marks,
         ),
-        chart("Learning rate", "", [Line("rate", series("learning_rate"))], marks=marks),
+        draw("Learning rate", "", [Line("rate", series("learning_rate"))]),
     ]
     drawn = [figure for figure in figures if figure]
     if not drawn:
@@ -364,14 +365,12 @@ def _time(run: RunFacts) -> str:
         [float(line["seconds"]) for line in lines if _is_number(line.get("seconds"))]
         for lines in (run.vitals, run.steps)
     )
-    if not (probing and training):
+    if not probing or not sum(training):
         return ""
     # Not every step has a line.
     whole = sum(training) / len(training) * max(int(line["step"]) for line in run.steps)
-    share = percent(sum(probing) / whole) if whole else ""
-    return (
-        f"; measured {len(probing):,} times, in {share} of the time of the steps" if share else ""
-    )
+    times = "once" if len(probing) == 1 else f"{len(probing):,} times"
+    return f"; measured {times}, in {percent(sum(probing) / whole)} of the time of the steps"
 
 
 def _cell(name: str, value: Any) -> str:

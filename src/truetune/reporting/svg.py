@@ -44,6 +44,7 @@ def chart(
     share: bool = False,
     log: bool = False,
     marks: Sequence[tuple[int, str]] = (),
+    until: float = 0,
 ) -> str:
     """Curves over the steps in one figure; empty where there is no point.
 
@@ -52,12 +53,13 @@ def chart(
         share: values are parts of 1, shown in percent of the whole.
         log: values that are a thousand times apart are told apart by powers of ten.
         marks: (step, text) of what happened.
+        until: the last step of the run, which a curve may not have come to yet.
     """
     drawn = [(i, line, line.finite) for i, line in enumerate(lines) if line.finite]
     if not drawn:
         return ""
     every = [point for _, _, points in drawn for point in points]
-    last = max([x for x, _ in every] + [step for step, _ in marks])
+    last = max([until, *(x for x, _ in every), *(step for step, _ in marks)])
     first = min(x for x, _ in every)
     axis = _Axis.of([y for _, y in every], share=share, log=log)
     right = last if last > first else first + 1
