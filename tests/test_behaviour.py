@@ -17,7 +17,7 @@ from truetune.behaviour.replies import Judge, ask, shares
 from truetune.behaviour.schedule import SHARE, is_due
 from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
 from truetune.behaviour.text import goes_round, other_script, says_again
-from truetune.behaviour.vitals import Vitals, judge
+from truetune.behaviour.vitals import Vitals, is_suspect, judge
 from truetune.contract.contract import PromptContract
 from truetune.generate import Reply
 
@@ -439,6 +439,32 @@ def test_a_run_goes_back_once_with_half_the_rate(tmp_path: Path) -> None:
     assert shown.code == 1
     rates = [v["learning_rate"] for v in lines(run / "metrics.jsonl") if "learning_rate" in v]
     assert max(rates) <= 1.5
+
+
+def test_a_short_run_is_looked_at_in_the_middle_and_where_its_held_out_loss_is_suspect(
+    tmp_path: Path,
+) -> None:
+    model = write_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", sums(120))
+    words = ["train", model, rows, "--max-steps", 20, "--batch-size", 8, "--no-check"]
+    words += ["--any-learning-rate", "--learning-rate"]
+    well = command(*words, "1e-3", "-o", tmp_path / "well")
+    assert well.code == 0, well.err
+    # Ten evaluations, but three measurings cost more than 3 % of such a run as it is.
+    assert [line["step"] for line in _probes(tmp_path / "well")] == [0, 10, 20]
+    bad = command(*words, "3", "-o", tmp_path / "bad")
+    assert bad.code == 1
+    assert [line["step"] for line in _probes(tmp_path / "bad")] == [0, 2]
+
+
+def test_a_held_out_loss_that_is_suspect() -> None:
+    assert not is_suspect([])
+    assert not is_suspect([3.0])
+    assert not is_suspect([3.0, 3.4])
+    assert is_suspect([3.0, 3.5])
+    assert not is_suspect([3.0, 1.0, 1.6])
+    assert is_suspect([3.0, 1.0, 1.8])
+    assert not is_suspect([3.0, 1.8, 1.0])
 
 
 def test_a_gentle_run_raises_nothing_and_keeps_its_numbers_when_it_is_resumed(

@@ -30,7 +30,7 @@ from truetune.behaviour.measure import (
 )
 from truetune.behaviour.replies import Asked, ask
 from truetune.behaviour.schedule import LEAST, is_due
-from truetune.behaviour.vitals import Vitals, judge
+from truetune.behaviour.vitals import Vitals, is_suspect, judge
 from truetune.behaviour.watch import Watch
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
@@ -50,7 +50,8 @@ _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
 # same: a trained token counts three, a step of a reply (eight prompts at once) as many as a small
 # model on a CPU computes in that time.
 _SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.03, 24, 3, 120
-# Measurings between the first and the last of a run whose --eval-steps somebody chose.
+# Measurings between the first and the last of a run whose --eval-steps somebody chose, or that
+# goes back to one of them.
 _CHOSEN = 10
 
 
@@ -96,6 +97,10 @@ class VitalSigns:
         found = min((pair for pair in losses if pair[1] in healthy and pair[1]), default=None)
         return None if found is None else (found[1], found[0])
 
+    def _held_out_losses(self) -> list[float]:
+        lines = self.run.lines(METRICS)
+        return [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+
     def waited(self) -> int:
         """Evaluations since the best one."""
         best = self.best()
@@ -104,12 +109,19 @@ class VitalSigns:
 
     def due(self, step: int, loss: float | None) -> bool:
         """Whether they are taken at the evaluation of a step: where the step may be the one that is
-        saved, and where `is_due` says so."""
+        saved, where the held-out loss alone is reason to look closer, and where `is_due` says
+        so."""
         plan = self.prepared.plan
+        if loss is not None and is_suspect([*self._held_out_losses(), loss]):
+            return True
         if plan.patience and loss is not None:
             best = self.best()
             if best is None or loss < best[1]:
                 return True
+        # Who goes back loses what came after the last healthy step.
+        is_chosen = plan.on_collapse == "rewind" or not plan.origin("eval_steps").startswith(
+            "default"
+        )
         places = math.ceil(plan.max_steps / plan.eval_steps)
         place = places if step >= plan.max_steps else step // plan.eval_steps
         history = self._history()
@@ -120,7 +132,7 @@ class VitalSigns:
             history[-1].step // plan.eval_steps if history else 0,
             [vitals.seconds for vitals in history],
             plan.max_steps * statistics.median(steps) if steps else 0.0,
-            LEAST if plan.origin("eval_steps").startswith("default") else _CHOSEN,
+            _CHOSEN if is_chosen else LEAST,
         )
 
     @functools.cached_property
