@@ -177,7 +177,7 @@ def test_a_run_that_went_back_and_recovered(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", contents)
     (answer,) = verdict(RunFacts.read(RunDir(folder)))[2:]
     assert answer.word == "yes"
-    assert "went back to step 20" in answer.why
+    assert ". The run went back to step 20" in answer.why
     assert "Red line at step 40" in Seen(shown(folder)).text
     # What comes after the return counts.
     contents["findings.jsonl"].append(finding("stops-lost", "error", "again at step 60"))
@@ -493,6 +493,14 @@ def test_a_page_that_cannot_be_written_fails_no_run(
     assert "report  " not in told.out
     codes = [line["code"] for line in lines(out / "findings.jsonl")]
     assert "report-not-written" in codes
+
+
+def test_the_command_is_a_line_to_copy(tmp_path: Path) -> None:
+    contents = files()
+    contents["env.json"]["command"] = ["/opt/bin/truetune", "train", "my rows.jsonl", "--lora"]
+    assert "<td>truetune train &#x27;my rows.jsonl&#x27; --lora</td>" in shown(
+        write_run(tmp_path / "run", contents)
+    )
 
 
 def test_files_that_the_manifest_came_after_are_not_called_unchecked(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"the loss on text outside the training data rose by {more:.2f} nats per token by "
             f"{_at(history)} "
             f"({losses[0]:.2f} to {losses[-1]:.2f}): on average each token is "
-            f"{math.exp(more):.0f} times less likely",
+            f"{math.exp(more):,.0f} times less likely",
             why=f"the rows were very unlike what the model knew ({rows[0]:.1f} nats per token "
             "before the first step): learning them displaces earlier knowledge"
             if foreign

@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from truetune.findings import LEVELS, escaped, percent
@@ -525,6 +525,9 @@ def _environment(run: RunFacts) -> Iterator[str]:
     for name, value in run.env.items():
         if name == "choices":
             rows += [(c.get("name"), f"{c.get('value')} ({c.get('reason')})") for c in value]
+        elif name == "command" and isinstance(value, list) and value:
+            start, *rest = map(str, value)
+            rows.append((name, shlex.join([PurePath(start).name, *rest])))
         else:
             rows.append((name.replace("_", " "), value))
     if rows:
