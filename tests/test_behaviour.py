@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune.behaviour.replies import Judge, ask, shares
+from truetune.behaviour.schedule import SHARE, is_due
 from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
 from truetune.behaviour.text import goes_round, other_script, says_again
-from truetune.behaviour.vitals import Vitals, judge
+from truetune.behaviour.vitals import Vitals, is_suspect, judge
 from truetune.contract.contract import PromptContract
 from truetune.generate import Reply
 
@@ -201,6 +204,45 @@ def test_a_spike_names_the_rows_that_stood_in_two() -> None:
 
 
 # ------------------------------------------------------------------------------- vital signs
+
+
+def _taken(first: float, once: float, training: float, places: int = 10, **least: int) -> list[int]:
+    """Evaluations at which vital signs of such a cost are taken."""
+    costs, taken = [first], [0]
+    for place in range(1, places + 1):
+        if is_due(place, places, taken[-1], costs, training, **least):
+            costs.append(once)
+            taken.append(place)
+    return taken
+
+
+def test_vital_signs_are_taken_as_often_as_they_cost_little() -> None:
+    # Eleven times are a thousandth of an hour; of a minute they are too much.
+    assert _taken(1.0, 0.4, 3600) == list(range(11))
+    assert _taken(1.0, 0.4, 15) == [0, 5, 10]
+    assert _taken(1.0, 1.0, 140) == [0, 3, 6, 10]
+    assert _taken(0.1, 0.1, 15, places=1) == [0, 1]
+    # Without a step that was timed nothing is known.
+    assert not is_due(1, 10, 0, [1.0], 0.0)
+    # What somebody asked for is taken, up to that number.
+    assert _taken(1.0, 0.4, 5, places=5, least=10) == list(range(6))
+    assert len(_taken(1.0, 0.4, 5, places=100, least=10)) == 12
+
+
+def test_the_share_holds_for_any_cost_and_length() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        once, training = rng.uniform(0.01, 3), rng.uniform(10, 5000)
+        first, places = once * rng.uniform(1, 3), rng.randrange(2, 30)
+        taken = _taken(first, once, training, places)
+        assert taken[0] == 0
+        assert taken[-1] == places
+        assert len(taken) >= 3
+        cost = first + (len(taken) - 1) * once
+        assert len(taken) == 3 or cost <= SHARE * training
+        # Never is half of the run unseen.
+        assert max(b - a for a, b in itertools.pairwise(taken)) <= (places + 1) // 2
+
 
 START = Vitals(
     step=0, held_out_loss=3.0, trained_loss=3.0, stop_loss=6.0, keep_loss=1.0, stop_rate=0.0,
@@ -397,6 +439,32 @@ def test_a_run_goes_back_once_with_half_the_rate(tmp_path: Path) -> None:
     assert shown.code == 1
     rates = [v["learning_rate"] for v in lines(run / "metrics.jsonl") if "learning_rate" in v]
     assert max(rates) <= 1.5
+
+
+def test_a_short_run_is_looked_at_in_the_middle_and_where_its_held_out_loss_is_suspect(
+    tmp_path: Path,
+) -> None:
+    model = write_model(tmp_path / "model")
+    rows = write_rows(tmp_path / "rows.jsonl", sums(120))
+    words = ["train", model, rows, "--max-steps", 20, "--batch-size", 8, "--no-check"]
+    words += ["--any-learning-rate", "--learning-rate"]
+    well = command(*words, "1e-3", "-o", tmp_path / "well")
+    assert well.code == 0, well.err
+    # Ten evaluations, but three measurings cost more than 3 % of such a run as it is.
+    assert [line["step"] for line in _probes(tmp_path / "well")] == [0, 10, 20]
+    bad = command(*words, "3", "-o", tmp_path / "bad")
+    assert bad.code == 1
+    assert [line["step"] for line in _probes(tmp_path / "bad")] == [0, 2]
+
+
+def test_a_held_out_loss_that_is_suspect() -> None:
+    assert not is_suspect([])
+    assert not is_suspect([3.0])
+    assert not is_suspect([3.0, 3.4])
+    assert is_suspect([3.0, 3.5])
+    assert not is_suspect([3.0, 1.0, 1.6])
+    assert is_suspect([3.0, 1.0, 1.8])
+    assert not is_suspect([3.0, 1.8, 1.0])
 
 
 def test_a_gentle_run_raises_nothing_and_keeps_its_numbers_when_it_is_resumed(

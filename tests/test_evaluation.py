@@ -551,7 +551,7 @@ def test_hostile_replies_do_not_reach_the_terminal(tmp_path: Path) -> None:
         (["yes", "--data", "rows.jsonl", "--max-new-tokens", "0"], "sampling"),
         (["yes", "--data", "rows.jsonl", "-o", "none/out.jsonl"], "output-not-writable"),
         (["yes", "--data", "rows.jsonl", "-o", "yes"], "output-exists"),
-        (["yes", "--data", "rows.jsonl", "--tasks", "mmlu"], "tasks-unsupported"),
+        (["yes", "--data", "rows.jsonl", "--tasks", "mmlu"], "evaluation-setting"),
         (["yes", "--data", "rows.jsonl", "--chat-template", "none.jinja"], "no-such-template"),
         (["yes", "--data", "rows.jsonl", "--shots", "30"], "too-few-shots"),
         (["yes", "--data", "rows.jsonl", "--match", "json"], "nothing-to-ask"),

@@ -97,6 +97,20 @@ def test_a_pipe_gets_a_row_of_steps_each_few_seconds(time: Clock) -> None:
     assert half[-2:] == ["1:38", "1:42"]
 
 
+def test_what_is_left_after_a_run_went_back_is_reckoned_anew(time: Clock) -> None:
+    shown, out = console(False)
+    steps = Steps(shown)
+    for step in (1, 2, 3, 4, 1, 2, 3):
+        time.now += 10
+        steps.step(facts(step, seconds=10.0), 5)
+    rows = out.getvalue().splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["1/5", "2/5", "3/5", "4/5", "1/5", "2/5", "3/5"]
+    left = ["0:40", "0:30", "0:20", "0:10", "0:40", "0:30", "0:20"]
+    assert [row.split()[-1] for row in rows] == left
+    # The time since the start goes on.
+    assert [row.split()[-2] for row in rows][-1] == "1:10"
+
+
 def test_many_steps_fit_too(time: Clock) -> None:
     shown, out = console(False)
     steps = Steps(shown)

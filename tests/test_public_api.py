@@ -25,6 +25,7 @@ NAMES = [
     "check",
     "diagnose",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "inspect",
     "masked_cross_entropy",

@@ -147,6 +147,7 @@ def test_every_curve_has_axes_units_and_words(tmp_path: Path) -> None:
     assert html.count("optimizer step</text>") == 8
     # The probes in numbers stand there too.
     assert "stop rate</th>" in html
+    assert "; measured 11 times, in 18.3 % of the time of the steps)" in html
     assert "held-out from 3.4 at step 0 to 0.5545 at step 100" in html
 
 
@@ -176,7 +177,7 @@ def test_a_run_that_went_back_and_recovered(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", contents)
     (answer,) = verdict(RunFacts.read(RunDir(folder)))[2:]
     assert answer.word == "yes"
-    assert "went back to step 20" in answer.why
+    assert ". The run went back to step 20" in answer.why
     assert "Red line at step 40" in Seen(shown(folder)).text
     # What comes after the return counts.
     contents["findings.jsonl"].append(finding("stops-lost", "error", "again at step 60"))
@@ -492,3 +493,35 @@ def test_a_page_that_cannot_be_written_fails_no_run(
     assert "report  " not in told.out
     codes = [line["code"] for line in lines(out / "findings.jsonl")]
     assert "report-not-written" in codes
+
+
+def test_the_command_is_a_line_to_copy(tmp_path: Path) -> None:
+    contents = files()
+    contents["env.json"]["command"] = ["/opt/bin/truetune", "train", "my rows.jsonl", "--lora"]
+    assert "<td>truetune train &#x27;my rows.jsonl&#x27; --lora</td>" in shown(
+        write_run(tmp_path / "run", contents)
+    )
+
+
+def test_files_that_the_manifest_came_after_are_not_called_unchecked(tmp_path: Path) -> None:
+    contents = files()
+    early = {"name": "files", "state": "not-checked", "what": "there is no manifest.json"}
+    contents["verify.json"]["checks"].append(early)
+    assert "there is no manifest.json" not in shown(write_run(tmp_path / "early", contents))
+    failed = {"name": "files", "state": "failed", "what": "model.safetensors was changed"}
+    contents["verify.json"]["checks"].append(failed)
+    assert "model.safetensors was changed" in shown(write_run(tmp_path / "late", contents))
+
+
+def test_curves_of_a_running_run_have_every_evaluation_and_one_axis(tmp_path: Path) -> None:
+    contents = files()
+    lines = [line for line in contents["metrics.jsonl"] if not line.get("probe")]
+    lines = [line for line in lines if "eval_loss" not in line]
+    told = [{"step": step, "eval_loss": 4 - step / 50} for step in range(0, 101, 10)]
+    contents["metrics.jsonl"] = [vitals(0, 0.0), *lines, *told]
+    html = shown(write_run(tmp_path / "run", contents))
+    assert "held-out from 4 at step 0 to 2 at step 100" in html
+    # The stop rate was measured at step 0 alone: its axis is that of the run all the same.
+    assert "; measured once, in" in html
+    stops = html.split('aria-label="Replies that end by themselves')[1].split("</svg>")[0]
+    assert ">100</text>" in stops

@@ -30,6 +30,7 @@ _HOMES = {
     "export": "truetune.facade",
     "inspect": "truetune.facade",
     "evaluate": "truetune.facade",
+    "evaluate_tasks": "truetune.facade",
     "report": "truetune.facade",
     "watch": "truetune.facade",
     "push": "truetune.facade",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from truetune.facade import check as check
     from truetune.facade import diagnose as diagnose
     from truetune.facade import evaluate as evaluate
+    from truetune.facade import evaluate_tasks as evaluate_tasks
     from truetune.facade import export as export
     from truetune.facade import inspect as inspect
     from truetune.facade import push as push

@@ -115,12 +115,39 @@ def measure(
 _PASS_TOKENS, _PASS_LOGITS = 4096, 2**26
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What a model says of one row's targets, every one of them.
+
+    Attributes:
+        losses: cross-entropy of each target, in nats.
+        greedy: whether each target is the likeliest token at its place.
+    """
+
+    losses: tuple[float, ...] = ()
+    greedy: bool = True
+
+    @property
+    def loss(self) -> float:
+        """Summed over the targets."""
+        return sum(self.losses)
+
+
 def row_losses(
     loaded: LoadedModel,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """Summed cross-entropy in nats of each row's targets, every one of them; rows as of `measure`.
+    """Summed cross-entropy in nats of each row's targets, as `row_scores` finds them."""
+    return [scored.loss for scored in row_scores(loaded, rows, on_progress)]
+
+
+def row_scores(
+    loaded: LoadedModel,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Scored]:
+    """Score every target of each row; rows as of `measure`.
 
     Rows of similar length share a forward pass, padded right: attention is causal, so no target
     sees the padding. The model is left in the mode it was in.
@@ -132,7 +159,7 @@ def row_losses(
 
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row][0]), row))
     targets = [[i for i, on in enumerate(mask) if on and i] for _, mask in rows]
-    sums = [0.0] * len(rows)
+    found = [Scored()] * len(rows)
     done = 0
     with evaluating(loaded.model):
         for batch in _passes(loaded, rows, targets, order):
@@ -147,11 +174,12 @@ def row_losses(
                     gold = torch.tensor([rows[row][0][i] for i in targets[row]])
                     gold = gold.to(chosen_PV.device)
                     losses = torch.nn.functional.cross_entropy(chosen_PV, gold, reduction="none")
-                    sums[row] = float(losses.double().sum())
+                    greedy = bool((chosen_PV.argmax(dim=-1) == gold).all())
+                    found[row] = Scored(tuple(losses.double().tolist()), greedy)
             done += len(batch)
             if on_progress:
                 on_progress(done, len(rows))
-    return sums
+    return found
 
 
 def _passes(

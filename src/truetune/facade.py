@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
     from truetune.diagnosis.diagnose import Diagnosis
     from truetune.evaluation.table import Evaluation
+    from truetune.evaluation.tasks import TaskEvaluation
     from truetune.exporting.gguf import WrittenGGUF
     from truetune.exporting.mlx import WrittenMLX
     from truetune.findings import Finding
@@ -630,11 +631,10 @@ def evaluate(
         revision=revision,
         device=device,
     )
-    several = [models] if isinstance(models, str | os.PathLike) else list(models)
     screen = _shown(listener, quiet)
     try:
         return evaluated(
-            [path_of(model) for model in several],
+            [path_of(model) for model in _several(models)],
             path_of(data),
             settings,
             on_stage=screen.stage,
@@ -642,6 +642,67 @@ def evaluate(
         )
     finally:
         _closed(screen)
+
+
+@_words_of_python()
+def evaluate_tasks(
+    models: Pathlike | Sequence[Pathlike],
+    tasks: Pathlike | Sequence[Pathlike],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    chat_template: str | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+    listener: Listener | None = None,
+) -> TaskEvaluation:
+    """Ask models tasks of lm-evaluation-harness, as served and by the raw prompt, as `truetune eval
+    --tasks` does; needs the extra `eval`.
+
+        found = truetune.evaluate_tasks(["Qwen/Qwen2.5-0.5B", "runs/first"], "arc_easy", limit=200)
+
+    Args:
+        models: one or several runs, model or adapter folders, or Hub ids. The others are compared
+            with the first.
+        tasks: names of the harness's tasks, or YAML files of your own.
+        shots: worked examples before each question; by default what the task says.
+        limit: use only this many documents of each task, from the first.
+        seed: random seed for shots, sampling and intervals.
+        chat_template: template for all models; by default each model's own.
+        revision: revision of Hub models.
+        device: auto, cuda, mps or cpu.
+        quiet, listener: as in `train`.
+
+    Returns:
+        The table: `.metrics`; `.models` with `.scores`; `.as_dict()` and `.rows()` for programs.
+
+    Raises:
+        TruetuneError: a model or a task cannot be used.
+    """
+    from truetune.evaluation.tasks import evaluate_tasks as evaluated
+
+    screen = _shown(listener, quiet)
+    try:
+        return evaluated(
+            [path_of(model) for model in _several(models)],
+            [path_of(task) for task in _several(tasks)],
+            shots=shots,
+            limit=limit,
+            seed=seed,
+            chat_template=chat_template,
+            revision=revision,
+            device=device,
+            on_stage=screen.stage,
+            on_progress=screen.progress,
+        )
+    finally:
+        _closed(screen)
+
+
+def _several(given: Pathlike | Sequence[Pathlike]) -> list[Pathlike]:
+    return [given] if isinstance(given, str | os.PathLike) else list(given)
 
 
 @_words_of_python()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from truetune.auditing.state import untouched
 from truetune.auditing.subject import parts_of_loader
 from truetune.behaviour.measure import PROMPTS, Prober, own_samples, spread, text_pieces, whole
 from truetune.behaviour.replies import Asked, ask
+from truetune.behaviour.schedule import is_due
 from truetune.behaviour.steps import StepFacts, usual_probes
 from truetune.behaviour.watch import Watch, not_taken
 from truetune.contract.contract import PromptContract
@@ -40,7 +42,7 @@ from truetune.model.load import LoadedModel
 _LOG = logging.getLogger("truetune")
 # Rows that are read from the trainer's own batches.
 _ROWS = 64
-# Measurings of a run, where nobody says how many.
+# Measurings of a run at most, where nobody says how many.
 _TIMES = 10
 HEALTH = "health.jsonl"
 
@@ -52,7 +54,8 @@ class HealthCallback(TrainerCallback):
         data: rows as they are served: a file, a folder or a list of conversations (each a list of
             message dicts). With them, the probes check whether what is trained is what is served.
             None takes prompts and answers from the trainer's own batches and labels.
-        every: optimizer steps between measurements; None measures ten times in a run.
+        every: optimizer steps between measurements; None measures at most ten times in a run, and
+            only as often as costs under 3 % of it.
         keep_text: a file with text that must not be forgotten; None takes text that the model
             writes before the first step.
         on_collapse: stop the run, or continue it and report the collapse.
@@ -89,6 +92,9 @@ class HealthCallback(TrainerCallback):
         self._watch: Watch | None = None
         self._file: Path | None = None
         self._measured: set[int] = set()
+        # Seconds of each measuring, and when training began.
+        self._costs: list[float] = []
+        self._since = 0.0
 
     @property
     def history(self) -> list[Any]:
@@ -112,6 +118,7 @@ class HealthCallback(TrainerCallback):
             self._watch = Watch(Prober(self._contract(given), [], []))
             return
         self._file = Path(args.output_dir) / HEALTH
+        self._since = time.perf_counter()
         model, loader = given["model"], given.get("train_dataloader")
         with untouched(parts_of_loader(loader) if loader is not None else []):
             try:
@@ -119,7 +126,7 @@ class HealthCallback(TrainerCallback):
             except TruetuneError as error:
                 self._found(error.finding)
                 return
-        self._measure(args, state, control, given)
+        self._measure(args, state, control, given, self._since)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
         if self._watch is None or not logs or "loss" not in logs:
@@ -139,7 +146,7 @@ class HealthCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         every = self.every or max(math.ceil(state.max_steps / _TIMES), 1)
-        if state.global_step % every == 0:
+        if state.global_step % every == 0 and (self.every or self._is_due(state, every)):
             self._measure(args, state, control, given)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -147,10 +154,34 @@ class HealthCallback(TrainerCallback):
 
     # --------------------------------------------------------------------------------- its work
 
-    def _measure(self, args: Any, state: Any, control: Any, given: Mapping[str, Any]) -> None:
+    def _is_due(self, state: Any, every: int) -> bool:
+        step = int(state.global_step)
+        trained = time.perf_counter() - self._since - sum(self._costs)
+        return is_due(
+            step // every,
+            math.ceil(state.max_steps / every),
+            max(self._measured, default=0) // every,
+            self._costs,
+            trained / step * state.max_steps,
+        )
+
+    def _measure(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        given: Mapping[str, Any],
+        began: float | None = None,
+    ) -> None:
+        """Take the vital signs, once a step.
+
+        Args:
+            began: when choosing what is asked began; now where None.
+        """
         step = int(state.global_step)
         if self._file is None or self._watch is None or step in self._measured:
             return
+        began = time.perf_counter() if began is None else began
         self._measured.add(step)
         try:
             with untouched([]):
@@ -160,6 +191,8 @@ class HealthCallback(TrainerCallback):
         except Exception as error:  # whatever a model raises that answers: training goes on
             self._found(not_taken(step, error))
             return
+        finally:
+            self._costs.append(time.perf_counter() - began)
         self._write({**measured.vitals.as_dict(), "samples": measured.samples})
         self._judged(self._watch.new(findings), control)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from truetune.behaviour.replies import Asked, Judge, Said, shares
 from truetune.behaviour.vitals import Vitals
-from truetune.compare import row_losses
+from truetune.compare import row_losses, row_scores
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.data.conversation import Conversation
@@ -31,7 +31,6 @@ EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
 _PIECES, PIECE_TOKENS = 16, 64
-KEEP_TOKENS = _PIECES * PIECE_TOKENS
 _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
 # Tokens that such a piece has at least, on average; and the share of the nats of guessing above
 # which a model knows nothing.
@@ -85,7 +84,6 @@ class Prober:
         self.judge = Judge(contract)
         self.reply_tokens = reply_tokens
         self.trained, self.held_out = _few(trained), _few(held_out)
-        self.stops = [only for e in self.trained if (only := _stop_alone(e, contract.stop_ids))]
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
         """Ask the prompts, read the losses, and put the numbers together; the model is left in the
@@ -133,19 +131,29 @@ class Prober:
         sets = {
             "trained_loss": self.trained,
             "held_out_loss": self.held_out,
-            "stop_loss": self.stops,
             "keep_loss": self.keep,
         }
         rows = [example for examples in sets.values() for example in examples]
-        summed = iter(row_losses(loaded, [(example.ids, example.mask) for example in rows]))
-        found = {}
-        for name, examples in sets.items():
-            total = sum(next(summed) for _ in examples)
-            targets = sum(example.num_supervised for example in examples)
-            # Of a loss that is no number the loop itself says what has to be said.
-            if targets and math.isfinite(total):
-                found[name] = total / targets
-        return found
+        scored = iter(row_scores(loaded, [(example.ids, example.mask) for example in rows]))
+        found = {name: [next(scored).losses for _ in examples] for name, examples in sets.items()}
+        # The stop token that ends an answer is the last of its targets.
+        found["stop_loss"] = [
+            losses[-1:]
+            for example, losses in zip(self.trained, found["trained_loss"], strict=True)
+            if _ends_on(example, self.contract.stop_ids)
+        ]
+        means = {
+            name: _mean([loss for losses in each for loss in losses])
+            for name, each in found.items()
+        }
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def _mean(losses: Sequence[float]) -> float | None:
+    """None of nothing, and of what is no number: of that the loop itself says what has to be
+    said."""
+    total = sum(losses)
+    return total / len(losses) if losses and math.isfinite(total) else None
 
 
 def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
@@ -162,14 +170,10 @@ def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
     return chosen
 
 
-def _stop_alone(example: SFTExample, stops: Sequence[int]) -> SFTExample | None:
-    """An example whose only target is the stop token that ends its last answer."""
+def _ends_on(example: SFTExample, stops: Sequence[int]) -> bool:
+    """Whether the last of several targets is a stop token."""
     targets = [at for at, on in enumerate(example.mask) if on]
-    if len(targets) < 2 or example.ids[targets[-1]] not in stops:
-        return None
-    mask = [0] * len(example.mask)
-    mask[targets[-1]] = 1
-    return SFTExample(example.ids, mask)
+    return len(targets) > 1 and example.ids[targets[-1]] in stops
 
 
 def whole(ids: Sequence[int]) -> SFTExample:

@@ -104,7 +104,7 @@ _WORSE, _WORSE_NATS = 1.10, 0.15
 def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
     for name, of in (("held_out_loss", "held-out rows"), ("trained_loss", "trained rows")):
         losses = _numbers(history, name)
-        if len(losses) > 1 and losses[-1] > _WORSE * losses[0] + _WORSE_NATS:
+        if len(losses) > 1 and _is_worse(losses):
             yield Finding(
                 "worse-than-untrained",
                 "error",
@@ -122,9 +122,24 @@ def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
 _UNLEARNED, _UNLEARNED_NATS = 1.3, 0.4
 
 
+def _is_worse(losses: Sequence[float]) -> bool:
+    """Whether the last one is above the first by too much."""
+    return losses[-1] > _WORSE * losses[0] + _WORSE_NATS
+
+
+def _is_unlearned(losses: Sequence[float]) -> bool:
+    """Whether the last one is above the lowest by too much."""
+    return losses[-1] > _UNLEARNED * min(losses) + _UNLEARNED_NATS
+
+
+def is_suspect(losses: Sequence[float]) -> bool:
+    """Whether losses of held-out rows alone, the last one last, are reason to look closer."""
+    return bool(losses) and (_is_worse(losses) or _is_unlearned(losses))
+
+
 def _unlearned(history: Sequence[Vitals]) -> Iterator[Finding]:
     losses = _numbers(history, "trained_loss")
-    if len(losses) > 1 and losses[-1] > _UNLEARNED * min(losses) + _UNLEARNED_NATS:
+    if len(losses) > 1 and _is_unlearned(losses):
         yield Finding(
             "unlearned",
             "error",
@@ -208,7 +223,7 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"the loss on text outside the training data rose by {more:.2f} nats per token by "
             f"{_at(history)} "
             f"({losses[0]:.2f} to {losses[-1]:.2f}): on average each token is "
-            f"{math.exp(more):.0f} times less likely",
+            f"{math.exp(more):,.0f} times less likely",
             why=f"the rows were very unlike what the model knew ({rows[0]:.1f} nats per token "
             "before the first step): learning them displaces earlier knowledge"
             if foreign

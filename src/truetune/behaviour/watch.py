@@ -53,15 +53,24 @@ class Watch:
         self._losses.append((loss, targets))
 
     def take(
-        self, loaded: LoadedModel, step: int, held_out_loss: float | None = None
+        self,
+        loaded: LoadedModel,
+        step: int,
+        held_out_loss: float | None = None,
+        before: float = 0.0,
     ) -> tuple[Measured, list[Finding]]:
         """Take the vital signs after a step, 0 before the first, and judge them.
 
         Args:
             held_out_loss: where it is measured elsewhere, in nats per token.
+            before: seconds that choosing what is asked took.
         """
         measured = self.prober.measure(loaded, step)
-        vitals = replace(measured.vitals, loop_loss=self._loop_loss())
+        vitals = replace(
+            measured.vitals,
+            loop_loss=self._loop_loss(),
+            seconds=round(measured.vitals.seconds + before, 4),
+        )
         if held_out_loss is not None:
             vitals = replace(vitals, held_out_loss=held_out_loss)
         self._losses.clear()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from truetune.cli.screen import Screen
 from truetune.errors import OutputExists, UsageError
 from truetune.evaluation.result import Judgement
 from truetune.evaluation.table import Evaluation, lines, short_names
+from truetune.evaluation.tasks import TaskEvaluation
 from truetune.run_dir import write_text
 
 # Characters of a prompt, an answer or a reply that are shown; the file of -o has all of them.
@@ -44,9 +43,18 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
         )
 
 
-def write_rows(path: Path, found: Evaluation) -> None:
+def write_rows(path: Path, found: Evaluation | TaskEvaluation) -> None:
     """A row and a model a line, whole or not at all."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in found.rows()))
+
+
+def show_tasks(screen: Screen, found: TaskEvaluation) -> None:
+    """Warnings, and the table."""
+    for model in found.models:
+        for finding in model.findings:
+            screen.finding(finding)
+    for line in found.lines():
+        screen.line(line)
 
 
 def show_evaluation(screen: Screen, found: Evaluation, worst: int) -> None:
@@ -84,20 +92,3 @@ def _beginning(text: str) -> str:
 def _ending(text: str) -> str:
     """The end of a prompt is the question."""
     return text if len(text) <= _MOST else f"\u2026{text[-_MOST:]}"
-
-
-def require_no_tasks(models: Sequence[str], tasks: str | None) -> None:
-    """Refuse what other evaluators take.
-
-    Raises:
-        UsageError: tasks of lm-evaluation-harness.
-    """
-    if tasks is not None:
-        raise UsageError(
-            "lm-evaluation-harness tasks are not supported",
-            where=f"--tasks {tasks}",
-            why="models are evaluated on rows with a question and an answer",
-            fix=f"truetune eval {shlex.join(models)} --data DATA, with the task's rows as a file "
-            "or a Hub dataset",
-            code="tasks-unsupported",
-        )

@@ -121,6 +121,7 @@ class Steps:
         self._losses: list[float] = []
         self._reply = ""
         self._first: tuple[int, float, float] | None = None
+        self._last = 0
         self._shown = -_EVERY
 
     def step(self, facts: StepFacts, total: int) -> None:
@@ -129,6 +130,11 @@ class Steps:
             self._first = facts.step, now, now - facts.seconds
             if not self.console.is_terminal:
                 self.console.print(Text(_heads(total)))
+        elif facts.step <= self._last:
+            # The run went back: what was trained before says nothing of the time that is left.
+            self._first = facts.step, now, self._first[2]
+            self._losses.clear()
+        self._last = facts.step
         self._measure(facts)
         self._losses.append(facts.loss)
         if self.console.is_terminal:

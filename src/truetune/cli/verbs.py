@@ -342,6 +342,7 @@ _READING, _SAMPLING = "Rows", "Replies"
 
 @app.command("eval", cls=Verb, short_help="Compare models on rows, side by side.")
 def evaluate_models(
+    context: typer.Context,
     models: Annotated[
         list[str],
         typer.Argument(
@@ -427,7 +428,14 @@ def evaluate_models(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
     device: _Device = "auto",
-    tasks: Annotated[str | None, typer.Option(hidden=True)] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,FILE.yaml",
+            help="Tasks of lm-evaluation-harness, in place of --data.",
+            rich_help_panel=_READING,
+        ),
+    ] = None,
 ) -> None:
     """Ask models the questions in DATA, each with its served prompt, and compare the replies.
 
@@ -447,16 +455,28 @@ def evaluate_models(
     \b
     truetune eval runs/first --data held_out.jsonl
     truetune eval Qwen/Qwen2.5-0.5B-Instruct runs/first --data rows.jsonl --match number --show 5
+    truetune eval Qwen/Qwen2.5-0.5B-Instruct runs/first --tasks arc_easy,mine.yaml --limit 200
     """
-    from truetune.cli.eval_screen import (
-        require_no_tasks,
-        require_writable,
-        show_evaluation,
-        write_rows,
-    )
+    from truetune.cli.eval_screen import require_writable, show_evaluation, write_rows
+
+    if tasks is not None:
+        _evaluate_tasks(
+            context,
+            models,
+            tasks,
+            output=output,
+            overwrite=overwrite,
+            as_json=as_json,
+            shots=shots,
+            limit=limit,
+            seed=seed,
+            chat_template=chat_template,
+            revision=revision,
+            device=device,
+        )
+        return
     from truetune.evaluation.evaluate import Settings, evaluate
 
-    require_no_tasks(models, tasks)
     settings = Settings.of(
         match=match,
         pattern=pattern,
@@ -496,6 +516,64 @@ def evaluate_models(
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
         show_evaluation(screen, found, show)
+
+
+# Options of `eval` that hold for tasks too; a task says the others itself.
+_OF_TASKS = {
+    *("models", "tasks", "output", "overwrite", "as_json", "shots", "limit"),
+    *("seed", "chat_template", "revision", "device"),
+}
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _evaluate_tasks(
+    context: typer.Context,
+    models: list[str],
+    tasks: str,
+    *,
+    output: str | None,
+    overwrite: bool,
+    as_json: bool,
+    shots: int,
+    **settings: Any,
+) -> None:
+    from truetune.cli.eval_screen import require_writable, show_tasks, write_rows
+    from truetune.evaluation.tasks import evaluate_tasks
+
+    given = {name for name in context.params if _was_given(context, name)}
+    if idle := sorted(given.difference(_OF_TASKS)):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise UsageError(
+            f"{named} and --tasks cannot be used together",
+            why="a task names its data, and says itself how models are asked and judged",
+            fix="leave one of them out",
+            code="evaluation-setting",
+        )
+    if output is not None:
+        require_writable(Path(output), "", overwrite=overwrite)
+    screen = open_screen()
+    moves = screen.console.is_terminal and not as_json
+    try:
+        found = evaluate_tasks(
+            models,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            shots=shots if "shots" in given else None,
+            on_stage=screen.stage if moves else None,
+            on_progress=screen.progress if moves else None,
+            **settings,
+        )
+    finally:
+        screen.close()
+    if output is not None:
+        write_rows(Path(output), found)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_tasks(screen, found)
 
 
 _GGUF = "GGUF and MLX"

@@ -28,7 +28,14 @@ from truetune.evaluation.result import (
     values_of,
 )
 from truetune.evaluation.served import Served, is_served, require_served
-from truetune.evaluation.subject import Asking, Prompt, Said, Subject, require_subject
+from truetune.evaluation.subject import (
+    Asking,
+    Prompt,
+    Said,
+    Subject,
+    require_each_once,
+    require_subject,
+)
 from truetune.evaluation.table import Evaluation
 from truetune.generate import Sampling
 from truetune.model.placement import require_device
@@ -129,17 +136,7 @@ def require_early(models: Sequence[str], data: str | None, settings: Settings) -
     Raises:
         UsageError, InputError: the first thing that is not there.
     """
-    if not models:
-        raise UsageError(
-            "no model was given", fix="truetune eval MODEL --data DATA", code="no-model"
-        )
-    twice = next((name for at, name in enumerate(models) if name in models[:at]), None)
-    if twice is not None:
-        raise UsageError(
-            f"{twice} is given twice",
-            fix="pass each model once",
-            code="model-twice",
-        )
+    require_each_once(models, "truetune eval MODEL --data DATA")
     if not data:
         raise UsageError(
             "no data was given",

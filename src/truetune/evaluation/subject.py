@@ -19,7 +19,7 @@ from truetune.compare import row_losses
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.contract.example import SFTExample
-from truetune.errors import ModelError, UnfaithfulTemplate
+from truetune.errors import ModelError, UnfaithfulTemplate, UsageError
 from truetune.evaluation.questions import Question
 from truetune.findings import Finding
 from truetune.generate import Sampling, replies_to_ids
@@ -209,6 +209,19 @@ class Subject:
                 ("the answer contains a token without an embedding in the model"),
             )
         return Prompt(tuple(ids), target, no_target, expected, thinking)
+
+
+def require_each_once(models: Sequence[str], usage: str) -> None:
+    """Refuse no model, and a model that is given twice.
+
+    Raises:
+        UsageError: it is so.
+    """
+    if not models:
+        raise UsageError("no model was given", fix=usage, code="no-model")
+    twice = next((name for at, name in enumerate(models) if name in models[:at]), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is given twice", fix="pass each model once", code="model-twice")
 
 
 def require_subject(name: str) -> None:

@@ -87,15 +87,15 @@ class Evaluation:
 def lines(found: Evaluation) -> Iterator[str]:
     """The whole: how the models were asked, what was left out, measures, differences, notes."""
     names = short_names([model.name for model in found.models])
-    yield from _wrapped(f"{found.num_rows:,} rows of {found.data}; {_asked(found)}")
+    yield from wrapped(f"{found.num_rows:,} rows of {found.data}; {_asked(found)}")
     if found.settings["match"] != "none":
-        yield from _wrapped(f"match: {found.settings['compared_by']}")
+        yield from wrapped(f"match: {found.settings['compared_by']}")
     for out in found.left_out:
         by = f" ({out.model})" if out.model else ""
-        yield from _wrapped(f"left out: {out.count:,}: {out.reason}{by}, first {out.where}")
+        yield from wrapped(f"left out: {out.count:,}: {out.reason}{by}, first {out.where}")
     for name, model in zip(names, found.models, strict=True):
         if name != model.name:
-            yield from _wrapped(f"{name} is {model.name}")
+            yield from wrapped(f"{name} is {model.name}")
     for first in range(0, len(names), 3):
         yield ""
         shown = range(first, min(first + 3, len(names)))
@@ -112,17 +112,17 @@ def lines(found: Evaluation) -> Iterator[str]:
             told = [found.models[at].against_first.get(measure.name) for at in shown]
             yield _row(measure.label, [_difference(measure, d) for d in told], _DIFFERENCE)
     yield ""
-    yield from _wrapped(
+    yield from wrapped(
         "[ ]: 95 % intervals on the same rows for all models: score intervals for shares, else "
         "bootstrap intervals; a difference on fewer than six rows is inconclusive"
     )
     for name, model in zip(names, found.models, strict=True):
         for out in model.no_loss:
-            yield from _wrapped(
+            yield from wrapped(
                 f"{name}: no loss on {out.count:,} rows: {out.reason} (first {out.where})"
             )
         for note in model.notes:
-            yield from _wrapped(f"{name}: {note}")
+            yield from wrapped(f"{name}: {note}")
 
 
 def _asked(found: Evaluation) -> str:
@@ -140,7 +140,7 @@ def _asked(found: Evaluation) -> str:
     return ", ".join(parts)
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 

@@ -295,7 +295,12 @@ class Recipe:
     )
 
     eval_steps: int | None = _option(
-        None, WATCH, "Steps between evaluations.", shown="10 per run", minimum=1
+        None,
+        WATCH,
+        "Steps between evaluations. By default vital signs are measured at as many of them as cost "
+        "under 3 % of the run, otherwise at each, up to ten.",
+        shown="10 per run",
+        minimum=1,
     )
     save_steps: int | None = _option(
         None, WATCH, "Steps between checkpoints.", shown="4 per run", minimum=1

@@ -58,6 +58,7 @@ th{color:var(--dim);font-weight:500;font-size:.86rem}
 th:first-child,td:first-child,table.facts td,table.facts th{text-align:left}
 tr.now td{font-weight:600}
 table.facts td{overflow-wrap:anywhere}table.facts td:first-child{color:var(--dim);width:11rem}
+table.facts td:nth-child(2){min-width:6.5rem}
 .scroll{overflow-x:auto}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 figure{margin:0;min-width:0}figcaption{font-size:.88rem;color:var(--dim);margin-bottom:.3rem}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from truetune.findings import LEVELS, escaped, percent
@@ -277,10 +278,14 @@ def _spread(values: Sequence[Any], most: int) -> list[Any]:
 
 def _curves(run: RunFacts) -> Iterator[str]:
     series, marks = run.series, run.marks()
-    held = series("held_out_loss") or series("eval_loss")  # the probes begin before the first step
+    # Not each evaluation asks the probes.
+    held = max(series("eval_loss"), series("held_out_loss"), key=len)
+    draw = functools.partial(
+        chart, marks=marks, until=max((step for step, _ in series("loss")), default=0)
+    )
     nats = "nats per token"
     figures = [
-        chart(
+        draw(
             "Loss",
             nats,
             [
@@ -289,17 +294,15 @@ def _curves(run: RunFacts) -> Iterator[str]:
                 Line("trained rows as served", series("trained_loss")),
             ],
             log=run.state == "failed",
-            marks=marks,
         ),
-        chart("Text to keep", nats, [Line("loss", series("keep_loss"))], marks=marks),
-        chart(
+        draw("Text to keep", nats, [Line("loss", series("keep_loss"))]),
+        draw(
             "Replies that end by themselves",
             "",
             [Line("stop rate", series("stop_rate"))],
             share=True,
-            marks=marks,
         ),
-        chart(
+        draw(
             "Replies that go wrong",
             "",
             [
@@ -308,18 +311,16 @@ def _curves(run: RunFacts) -> Iterator[str]:
                 if name != "stop_rate" and (name == "repetition" or any(y for _, y in series(name)))
             ],
             share=True,
-            marks=marks,
         ),
-        chart("Stop tokens", nats, [Line("loss", series("stop_loss"))], marks=marks),
-        chart("Length of replies", "tokens", [Line("mean", series("reply_tokens"))], marks=marks),
-        chart(
+        draw("Stop tokens", nats, [Line("loss", series("stop_loss"))]),
+        draw("Length of replies", "tokens", [Line("mean", series("reply_tokens"))]),
+        draw(
             "Gradient norm",
             "",
             [Line("before clipping", series("grad_norm"))],
             log=True,
-            marks=marks,
         ),
-        chart("Learning rate", "", [Line("rate", series("learning_rate"))], marks=marks),
+        draw("Learning rate", "", [Line("rate", series("learning_rate"))]),
     ]
     drawn = [figure for figure in figures if figure]
     if not drawn:
@@ -352,9 +353,23 @@ def _vital_table(run: RunFacts) -> str:
     left = max(len(run.vitals) - _ROWS, 0)
     more = f'<p class="dim">{left:,} more, in metrics.jsonl</p>' if left else ""
     return folded(
-        "the probes in numbers (losses in nats per token)",
+        f"the probes in numbers (losses in nats per token{_time(run)})",
         f'<div class="scroll"><table>{"".join(rows)}</table></div>{more}',
     )
+
+
+def _time(run: RunFacts) -> str:
+    """What the vital signs cost, where both were timed."""
+    probing, training = (
+        [float(line["seconds"]) for line in lines if _is_number(line.get("seconds"))]
+        for lines in (run.vitals, run.steps)
+    )
+    if not probing or not sum(training):
+        return ""
+    # Not every step has a line.
+    whole = sum(training) / len(training) * max(int(line["step"]) for line in run.steps)
+    times = "once" if len(probing) == 1 else f"{len(probing):,} times"
+    return f"; measured {times}, in {percent(sum(probing) / whole)} of the time of the steps"
 
 
 def _cell(name: str, value: Any) -> str:
@@ -475,7 +490,12 @@ def _json(value: Any) -> str:
 
 
 def _checks(run: RunFacts) -> Iterator[str]:
-    checks = run.verdict.get("checks") or ()
+    # The page is written before the manifest, with which files are compared.
+    checks = [
+        check
+        for check in run.verdict.get("checks") or ()
+        if (check.get("name"), check.get("state")) != ("files", "not-checked")
+    ]
     if checks:
         yield facts_table(
             (
@@ -506,6 +526,9 @@ def _environment(run: RunFacts) -> Iterator[str]:
     for name, value in run.env.items():
         if name == "choices":
             rows += [(c.get("name"), f"{c.get('value')} ({c.get('reason')})") for c in value]
+        elif name == "command" and isinstance(value, list) and value:
+            start, *rest = map(str, value)
+            rows.append((name, shlex.join([PurePath(start).name, *rest])))
         else:
             rows.append((name.replace("_", " "), value))
     if rows:

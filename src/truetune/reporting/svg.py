@@ -43,6 +43,7 @@ def chart(
     share: bool = False,
     log: bool = False,
     marks: Sequence[tuple[int, str]] = (),
+    until: float = 0,
 ) -> str:
     """Curves over the steps in one figure; empty where there is no point.
 
@@ -51,12 +52,13 @@ def chart(
         share: values are parts of 1, shown in percent of the whole.
         log: use a logarithmic axis.
         marks: (step, text) of what happened.
+        until: the last step of the run, which a curve may not have come to yet.
     """
     drawn = [(i, line, line.finite) for i, line in enumerate(lines) if line.finite]
     if not drawn:
         return ""
     every = [point for _, _, points in drawn for point in points]
-    last = max([x for x, _ in every] + [step for step, _ in marks])
+    last = max([until, *(x for x, _ in every), *(step for step, _ in marks)])
     first = min(x for x, _ in every)
     axis = _Axis.of([y for _, y in every], share=share, log=log)
     right = last if last > first else first + 1
@@ -213,12 +215,13 @@ def _ticks(low: float, high: float, about: int, *, outside: bool = False) -> lis
 
 def histogram(bins: Sequence[Mapping[str, int]], limit: int) -> str:
     """Rows by their length; those beyond the limit in another colour."""
-    wide, high, foot = 760, 170, 36
+    # No wider than a curve: on a telephone its words are as large as theirs.
+    wide, high, foot = _WIDE, 150, 36
     most = max((b["rows"] for b in bins), default=0) or 1
     step = wide / max(len(bins), 1)
     shapes = []
     for index, part in enumerate(bins):
-        tall = (high - 28) * part["rows"] / most
+        tall = (high - 32) * part["rows"] / most
         colour = "var(--cut)" if limit and part["from"] > limit else "var(--bar)"
         shapes.append(
             f'<rect x="{index * step + 1:.1f}" y="{high - tall:.1f}" width="{step - 2:.1f}" '
@@ -239,7 +242,7 @@ def histogram(bins: Sequence[Mapping[str, int]], limit: int) -> str:
         over = sum(b["rows"] for b in bins if b["from"] > limit)
         said += f"; the limit is {limit:,}; {over:,} rows are in ranges above it"
     return (
-        f'<svg viewBox="0 0 {wide} {high + foot}" role="img" '
+        f'<svg viewBox="0 0 {wide} {high + foot}" style="max-width:36rem" role="img" '
         f'aria-label="{escaped(said)}">{"".join(shapes)}</svg>'
     )
 
@@ -252,7 +255,7 @@ def _limit_line(limit: int, last: int, wide: int, high: int) -> Iterator[str]:
     place = f'x="{at - 4:.1f}" text-anchor="end"' if at > wide - 90 else f'x="{at + 4:.1f}"'
     yield (
         f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{high}" stroke="var(--error)" '
-        f'stroke-dasharray="4 3"/><text {place} y="10">limit {limit:,}</text>'
+        f'stroke-dasharray="4 3"/><text {place} y="24">limit {limit:,}</text>'
     )
 
 

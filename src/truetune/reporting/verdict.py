@@ -93,7 +93,8 @@ def _behaves(run: RunFacts) -> Answer:
     doubts = run.behaviour("warning")
     back = ""
     if run.rewound:
-        back = f" {run.findings[run.rewound[-1]].get('what', 'The run went back')}."
+        what = str(run.findings[run.rewound[-1]].get("what", "the run went back"))
+        back = f" {what[:1].upper()}{what[1:]}."
     for found, word in ((grave, "no"), (doubts, "doubtful")):
         if found:
             said = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])

@@ -246,6 +246,8 @@ class Job:
             self.run.append("findings.jsonl", error.finding.as_dict())
             error.where = error.where or str(self.run.path)
             path = shlex.quote(str(self.run.path))
+            if self.run.file(REWOUND).is_file():
+                error.why += "; the run went back once before, and goes back no second time"
             error.fix += (
                 f"; to go on all the same: `truetune train --resume {path} --on-collapse continue`"
             )

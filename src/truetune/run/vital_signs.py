@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from truetune.behaviour.measure import (
-    EXAMPLES,
-    KEEP_TOKENS,
     PIECE_TOKENS,
     PROMPTS,
     REPLY_TOKENS,
@@ -27,12 +28,12 @@ from truetune.behaviour.measure import (
     text_pieces,
     whole,
 )
-from truetune.behaviour.replies import MORE, ROOM, Asked, ask
-from truetune.behaviour.vitals import Vitals, judge
+from truetune.behaviour.replies import Asked, ask
+from truetune.behaviour.schedule import LEAST, is_due
+from truetune.behaviour.vitals import Vitals, is_suspect, judge
 from truetune.behaviour.watch import Watch
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
-from truetune.contract.example import SFTExample
 from truetune.data.load import load
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
@@ -45,11 +46,13 @@ METRICS = "metrics.jsonl"
 _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
 
 
-# What vital signs may cost of a run. In tokens that go forward: a trained one counts three, a step
-# of a reply (eight prompts at once) as many as a small model on a CPU computes in that time.
-_SHARE, _PASSES, _STEP = 0.03, 3, 120
-# What one reply may cost of a short run, and the tokens it has all the same.
-_SHORT_SHARE, _FEWEST_TOKENS = 0.1, 24
+# What one reply may cost of a short run, in tokens that go forward, and the tokens it has all the
+# same: a trained token counts three, a step of a reply (eight prompts at once) as many as a small
+# model on a CPU computes in that time.
+_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.03, 24, 3, 120
+# Measurings between the first and the last of a run whose --eval-steps somebody chose, or that
+# goes back to one of them.
+_CHOSEN = 10
 
 
 class VitalSigns:
@@ -94,6 +97,10 @@ class VitalSigns:
         found = min((pair for pair in losses if pair[1] in healthy and pair[1]), default=None)
         return None if found is None else (found[1], found[0])
 
+    def _held_out_losses(self) -> list[float]:
+        lines = self.run.lines(METRICS)
+        return [line["eval_loss"] for line in lines if line.get("eval_loss") is not None]
+
     def waited(self) -> int:
         """Evaluations since the best one."""
         best = self.best()
@@ -101,61 +108,55 @@ class VitalSigns:
         return sum(step > best[0] for step in steps) if best else 0
 
     def due(self, step: int, loss: float | None) -> bool:
-        """Whether they are taken at the evaluation of a step: before the first, after the last,
-        where the step may be the one that is saved, and at as many between as cost little beside
-        the training."""
+        """Whether they are taken at the evaluation of a step: where the step may be the one that is
+        saved, where the held-out loss alone is reason to look closer, and where `is_due` says
+        so."""
         plan = self.prepared.plan
+        if loss is not None and is_suspect([*self._held_out_losses(), loss]):
+            return True
         if plan.patience and loss is not None:
             best = self.best()
             if best is None or loss < best[1]:
                 return True
-        if not step or step >= plan.max_steps:
-            return True
-        return step // plan.eval_steps % self.evaluations_apart == 0
-
-    @functools.cached_property
-    def evaluations_apart(self) -> int:
-        """Every which evaluation takes them: from the tokens of the run alone, so that a resumed
-        run does as one that was never stopped."""
-        plan, examples = self.prepared.plan, self.prepared.examples
-        replies = max((min(_room(e), self.reply_tokens) for e in examples), default=0)
-        once = 2 * EXAMPLES * self._mean_length + KEEP_TOKENS
-        once += 0 if self.prepared.is_text else replies * _STEP
-        evaluations = max(plan.max_steps // plan.eval_steps, 1)
-        for apart in range(1, evaluations):
-            if (evaluations / apart + 1) * once <= _SHARE * self._trained:
-                return apart
-        # Twice on the way, whatever it costs.
-        return max(evaluations // 3, 1)
+        # Who goes back loses what came after the last healthy step.
+        is_chosen = plan.on_collapse == "rewind" or not plan.origin("eval_steps").startswith(
+            "default"
+        )
+        places = math.ceil(plan.max_steps / plan.eval_steps)
+        place = places if step >= plan.max_steps else step // plan.eval_steps
+        history = self._history()
+        steps = [line["seconds"] for line in self.run.lines(METRICS) if "loss" in line]
+        return is_due(
+            place,
+            places,
+            history[-1].step // plan.eval_steps if history else 0,
+            [vitals.seconds for vitals in history],
+            plan.max_steps * statistics.median(steps) if steps else 0.0,
+            _CHOSEN if is_chosen else LEAST,
+        )
 
     @functools.cached_property
     def reply_tokens(self) -> int:
-        """The longest reply that is asked: a run of a few steps is not to wait longer for replies
-        than for its steps."""
-        return max(min(int(_SHORT_SHARE * self._trained / _STEP), REPLY_TOKENS), _FEWEST_TOKENS)
-
-    @functools.cached_property
-    def _mean_length(self) -> float:
-        lengths = [len(example.ids) for example in self.prepared.examples]
-        return sum(lengths) / max(len(lengths), 1)
-
-    @functools.cached_property
-    def _trained(self) -> float:
-        """Tokens that the steps of the run take forward, or what costs as much."""
+        """The longest reply that is asked, from the tokens of the run alone: a run of a few steps
+        is not to wait longer for replies than for its steps."""
         plan = self.prepared.plan
-        per_step = plan.tokens_per_step or (plan.batch_size or 1) * self._mean_length
-        return _PASSES * plan.max_steps * per_step
+        lengths = [len(example.ids) for example in self.prepared.examples]
+        mean = sum(lengths) / max(len(lengths), 1)
+        trained = plan.max_steps * (plan.tokens_per_step or (plan.batch_size or 1) * mean)
+        fits = int(_SHORT_SHARE * _PASSES * trained / _STEP)
+        return max(min(fits, REPLY_TOKENS), _FEWEST_TOKENS)
 
     def take(
         self, loaded: LoadedModel, step: int, held_out_loss: float | None
     ) -> tuple[Measured, list[Finding]]:
         """Take and judge them; the prompts are chosen when it is done first, before the first step
         or when a run is resumed."""
+        began = time.perf_counter()
         if self.prober is None:
             self.prober = self._chosen(loaded, at_start=not step)
         if self.watch is None:
             self.watch = self._begun()
-        return self.watch.take(loaded, step, held_out_loss)
+        return self.watch.take(loaded, step, held_out_loss, time.perf_counter() - began)
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """A step that is written to metrics.jsonl."""
@@ -267,8 +268,3 @@ class VitalSigns:
         if not pieces:
             raise ValueError("it holds no text")
         return pieces
-
-
-def _room(example: SFTExample) -> int:
-    """New tokens that a reply to an example's prompt is given."""
-    return ROOM * example.num_supervised + MORE
