@@ -347,7 +347,7 @@ def _notes(
     notes = []
     if cut := sum(reply.would_be_right for reply in replies):
         notes.append(
-            f"{cut:,} replies contain the expected answer but did not end, so they do not match; a "
+            f"replies that contain the expected answer but did not end do not match: {cut:,}; a "
             "higher --max-new-tokens gives them room"
         )
     if short:
