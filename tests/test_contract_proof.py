@@ -647,7 +647,9 @@ def test_words_are_no_format(frame: str, calls: bool) -> None:
 
 
 def test_a_label_that_the_prompt_announces_and_a_recipient_are_format() -> None:
-    assert words_in("Action:\n```json\n[\x00]```", (), calls=True, prompt="Write 'Action:' then")
+    fenced = "Action:\n```json\n[\x00]```"
+    assert words_in(fenced, (), calls=True)
+    assert not words_in(fenced, (), calls=True, prompt="Write 'Action:' then")
     assert not words_in("Action: \x00", (), calls=True, prompt="Write 'Action:' and then")
     assert not words_in("all\n\x00", (), calls=False, recipient="\n")
     assert not words_in("all\n\n  \x00", (), calls=False, recipient="\n")

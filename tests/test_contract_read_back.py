@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from test_contract_proof import CALL, CALLS, TOOL, asked, call, loaded, only, refused, turns
-from tiny_contracts import byte_level, chat
+from tiny_contracts import byte_level, chat, supervised_texts
 from truetune import PromptContract, UnfaithfulTemplate
 from truetune.contract.encoder import Refused
 from truetune.data.conversation import Conversation
@@ -430,6 +430,26 @@ WRITTEN = {
         MARKED.replace("~ (c.function.arguments | tojson)",
                        "~ (c.function.arguments | string | tojson | replace('\"', \"'\"))"), OSLO
     ),
+    "a name without quotes in JSON": (
+        json_call("c.function.arguments | tojson").replace("\"name\": \"'", "\"name\": '")
+        .replace("'\", \"arguments", "', \"arguments"), OSLO
+    ),
+    "a tag that is closed by another": (
+        json_call("c.function.arguments | tojson").replace("<tool_call>", "<toolcall>"), OSLO
+    ),
+    "a call that is closed and not opened": (
+        json_call("c.function.arguments | tojson").replace("<tool_call>", ""), OSLO
+    ),
+    "a function that is not closed": (PLAIN_TAGS.replace("</function>\\n", ""), OSLO),
+    "a value that is not closed": (with_value(GLM).replace("</arg_value>", ""), OSLO),
+    "texts as JSON beside Python's True": (
+        tags("v | tojson if v is string else v"), {"city": "Oslo", "on": True}
+    ),
+    "true as a text in a typed tag": (
+        with_value(TYPED).replace("('true' if v is string else 'false')",
+                                  "('true' if v is string or v is boolean else 'false')"),
+        {"city": "Oslo", "on": True},
+    ),
     "a call between single quotes": (
         "{%- for c in m.tool_calls or [] -%}{{- \"{'name': '\" ~ c.function.name ~ "
         "\"', 'arguments': \" ~ (c.function.arguments | tojson) ~ '}' -}}{%- endfor -%}", OSLO
@@ -470,6 +490,47 @@ def test_a_word_behind_reasoning_is_no_channel() -> None:
     assert refused(named, said).code == "target-invented"
     plain = loaded(turns(thinks + "{%- endif -%}{{- m.content -}}"))
     assert only(plain, said) == "<think>A plan.</think>\nHello.<|end|>"
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "'<think>\\n' ~ R ~ '\\n\\n' ~ C",
+        "'<think>\\n' ~ R ~ '\\n</thinking>\\n' ~ C",
+        "'<think>\\n' ~ R ~ C ~ '\\n</think>\\n'",
+        "'<think>\\n' ~ R ~ '\\n<think>\\n' ~ C",
+        "'</think>\\n' ~ R ~ '\\n<think>\\n' ~ C",
+        "'<think>\\n' ~ R ~ '\\n</think>\\n' ~ C ~ '</think>'",
+    ],
+)
+@pytest.mark.parametrize("calls", [False, True])
+def test_reasoning_stands_between_its_markers(block: str, calls: bool) -> None:
+    called = (
+        '(\'<tool_call>{"name": "\' ~ m.tool_calls[0].function.name ~ \'", "arguments": \' '
+        "~ (m.tool_calls[0].function.arguments | tojson) ~ '}</tool_call>')"
+    )
+    written = block.replace("R", "m.reasoning_content").replace(
+        "C", called if calls else "m.content"
+    )
+    shown = "{%- if m.reasoning_content -%}{{- " + written + " -}}{%- else -%}"
+    # The markers are known of the tokenizer, as of most models that think.
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    template = turns(shown + "{{- m.content -}}{%- endif -%}")
+    row = asked(call(sides=6)) if calls else chat("Hi", "Hello.")
+    row[-1]["reasoning_content"] = "A plan."
+    contract = PromptContract.load(tokenizer, template)
+    if calls:
+        assert refused(contract, row, tools=[TOOL]).code.startswith("target-")
+        return
+    try:
+        encoded = contract.encode(row)
+    except UnfaithfulTemplate as error:
+        assert error.code.startswith("target-")  # noqa: PT017
+        return
+    # Where the field of reasoning does not serve, the block may stand in the content.
+    assert encoded.route == "markers in content"
+    assert supervised_texts(contract, encoded)[-1].count("</think>") == 1
 
 
 THINKS = (
@@ -519,3 +580,31 @@ def test_behind_reasoning_a_call_may_hold_its_marker() -> None:
     assert '"a</think>b"' in only(contract, row)
     row[-1]["reasoning_content"] = "A </think> plan."
     assert refused(contract, row, tools=[TOOL]).code == "target-dropped"
+
+
+def test_arguments_that_are_text_inside_json_are_remarked() -> None:
+    twice = loaded(turns(HELD + json_call("c.function.arguments | tojson | tojson")))
+    assert twice.encode(asked(call(**OSLO)), [TOOL]).remarks == ("arguments-as-text",)
+    once = loaded(turns(HELD + json_call("c.function.arguments | tojson")))
+    assert once.encode(asked(call(**OSLO)), [TOOL]).remarks == ()
+
+
+REACT = (
+    "{%- for c in m.tool_calls or [] -%}{{- '\\nAction: ' ~ c.function.name ~ '\\nAction Input: ' "
+    "~ (c.function.arguments | tojson) -}}{%- endfor -%}"
+)
+FENCED = (
+    "{%- for c in m.tool_calls or [] -%}{{- '\\n```json\\n' -}}{{- '{\"name\": \"' ~ "
+    "c.function.name ~ '\", \"arguments\": ' ~ (c.function.arguments | tojson) ~ '}\\n```' -}}"
+    "{%- endfor -%}"
+)
+
+
+def test_formats_of_agents_are_taken_where_the_prompt_announces_them() -> None:
+    asking = [{"role": "system", "content": "Write Action: a tool, then Action Input: its JSON."}]
+    contract = loaded(turns(HELD + REACT))
+    row = asked(call(**OSLO))
+    assert only(contract, [*asking, *row]).startswith("\nAction: roll\nAction Input: {")
+    assert refused(contract, row, tools=[TOOL]).code == "target-invented"
+    fenced = loaded(turns(HELD + FENCED))
+    assert "```json" in only(fenced, asked(call(**OSLO), content="Look."))

@@ -228,8 +228,8 @@ def unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[in
         # A single quote that is escaped belongs to no notation of a value.
         if (kind == "key" and re.match(r"\\*\"\s*:|\\+'\s*:", behind)) or (
             kind == "name"
-            and (quote := re.search(r"(\\*[\"'])\w+\1\s*:\s*\1$", str(before)))
-            and behind.startswith(quote[1])
+            and re.search(r"(\\*[\"'])\w+\1\s*:\s*(?:\\*[\"'])?$", str(before))
+            and re.match(r"\\*[\"']|\s*[,}]", behind)
         ):
             bad.append(piece)
     return bad

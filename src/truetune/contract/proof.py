@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from truetune.contract.around import bare
+from truetune.contract.enclosed import loose_reasoning
 from truetune.contract.encode import Completion
 from truetune.contract.held import is_call, is_same, json_objects, values_in
 from truetune.contract.refusals import (
@@ -25,6 +26,7 @@ from truetune.contract.refusals import (
     cut_at,
     cut_short,
     defective,
+    loose,
     unlike,
     worded,
     would_be,
@@ -264,6 +266,17 @@ class Proof:
             words = words or "a control character"
         if words and not frame.keep_words:
             raise worded(turn, words, tail.strip().startswith(words), calls)
+        wrong = loose_reasoning(
+            [*known.pieces[:-1], tail],
+            twin.leaves,
+            completion.text.prompt,
+            frame.pairs,
+            frame.marks,
+            self._control,
+            str(message.get("content") or ""),
+        )
+        if wrong:
+            raise loose(wrong, completion)
         self._require_paired(known, text, completion, frame)
         for opening, closing in frame.pairs:
             # A think block without a part of the row in it, empty or with words.
@@ -281,6 +294,8 @@ class Proof:
             remarks.append("normalised")
         if known.reordered:
             remarks.append("reordered")
+        if known.as_text:
+            remarks.append("arguments-as-text")
         around = text.replace(PART, "")
         held = not plain and is_held(between, (*self._controls, *frame.marks))
         if held or (plain and around.strip() and not words and not completion.text.lead):
@@ -311,9 +326,11 @@ class Proof:
                     fix="use a template that writes markers only around parts that exist",
                     code="target-invented",
                 )
-        if alone := unpaired(text, self._control, thoughts, self._controls):
+        calls = bool(known.in_json)
+        if alone := unpaired(text, self._control, thoughts, self._controls, calls=calls):
+            shown = alone.replace(PART, "\u2026")
             raise UnfaithfulTemplate(
-                f"the template writes {alone!r} into message {completion.text.number} without its "
+                f"the template writes {shown!r} into message {completion.text.number} without its "
                 "counterpart",
                 why=would_be(completion, alone),
                 fix="use a template that closes the markers that it opens",

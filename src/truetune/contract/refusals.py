@@ -258,3 +258,15 @@ def cut_short(turn: int, label: str, sign: str) -> UnfaithfulTemplate:
         fix="rename it in the row, or use a template that writes arguments as JSON",
         code="target-dropped",
     )
+
+
+def loose(wrong: str, completion: Completion) -> UnfaithfulTemplate:
+    """Reasoning that a server's parser does not find where the row has it."""
+    return UnfaithfulTemplate(
+        f"the reasoning of message {completion.text.number} does not stand between its markers: "
+        f"{wrong}",
+        why=f"{would_be(completion)}: a server that cuts there returns other reasoning and another "
+        "answer",
+        fix="use a template that closes its think block in front of the answer and the calls",
+        code="target-dropped",
+    )

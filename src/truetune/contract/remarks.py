@@ -64,6 +64,12 @@ REMARKS = {
         what="the template reorders the arguments of tool calls",
         why="the call is the same; the model learns the template's order",
     ),
+    "arguments-as-text": Finding(
+        code="answer-arguments-as-text",
+        level="note",
+        what="the template writes the arguments of tool calls as JSON text inside JSON",
+        why="a server whose parser expects an object there returns them as text",
+    ),
     "template-words": Finding(
         code="answer-template-words",
         level="note",

@@ -24,8 +24,9 @@ from truetune.contract.defects import (
     unreadable,
     without_section,
 )
+from truetune.contract.enclosed import mixed
 from truetune.contract.held import between_tags, is_written, values_in
-from truetune.contract.structure import broken, emptied, misshapen, moved, split
+from truetune.contract.structure import broken, emptied, is_text, misshapen, moved, split
 from truetune.contract.twin import FILLER, MOST_FLIPS, Leaf, Node, Small, Twin, argument_values
 from truetune.contract.words import PART
 
@@ -42,6 +43,7 @@ class Skeleton:
         empties: of brackets and pairs of markers with nothing between them, how many stand for an
             empty value of the row; None where that cannot be asked.
         in_json: of each call, whether its arguments are written as one JSON object.
+        as_text: whether arguments are written as JSON text inside JSON.
     """
 
     pieces: tuple[str | int, ...]
@@ -50,6 +52,7 @@ class Skeleton:
     reach: tuple[int, int] = (0, 0)
     empties: Mapping[str, int] | None = None
     in_json: tuple[bool, ...] = ()
+    as_text: bool = False
 
     def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
         """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
@@ -211,6 +214,8 @@ def skeleton(
         defects += [Defect("whole", n) for n in misshapen(twin, shown) if n not in wrong]
         defects += [Defect("unreadable", None, text) for text in broken(twin, written, shown)]
         defects += [Defect("called", n) for n in split(twin, pieces)]
+        apart = mixed(twin.leaves, pieces)
+        defects += [Defect("glued", apart)] if apart is not None else []
     reader = _Reader(twin, pieces, places, written, flips, controls)
     if not defects:
         defects = reader.order()
@@ -218,7 +223,15 @@ def skeleton(
         defects = [Defect("moved") for _ in moved(twin, written)]
     empties = empties_of(twin, written, others, controls)
     in_json = tuple(in_objects(twin, written, others))
-    return Skeleton(tuple(pieces), tuple(defects), reader.reordered, reader.reach, empties, in_json)
+    return Skeleton(
+        tuple(pieces),
+        tuple(defects),
+        reader.reordered,
+        reader.reach,
+        empties,
+        in_json,
+        is_text(twin, written),
+    )
 
 
 class _Reader:
@@ -371,7 +384,7 @@ class _Reader:
         elif (
             (form != str(value.value) and self.in_python(piece, before))
             or glued(leaf, before, behind, quoted=in_quotes(self.pieces, piece, offset))
-            or self.misread(before, form, behind, value.value)
+            or self.misread(before, form, behind, value.value, written[:start])
         ):
             self.defects.append(Defect("glued", None, repr(value.value)))
         self.found(piece, offset + len(form))
@@ -401,13 +414,17 @@ class _Reader:
             at -= length
         return len(self.pieces) - 1, 0
 
-    def misread(self, before: str, form: str, behind: str, value: Any) -> bool:
-        """Whether what stands between tags around a small value is no value of the row."""
+    def misread(self, before: str, form: str, behind: str, value: Any, whole: str) -> bool:
+        """Whether what stands between tags around a small value is no value of the row.
+
+        Args:
+            whole: all that stands in front of it.
+        """
         before, behind = bare(before, self.controls), bare(behind, self.controls)
         text = between_tags(before + form + behind, len(before), len(before) + len(form))
         if text is None or (self.twin.names and self.twin.names.search(text)):
             return False
-        typed = is_typed(without_section(before), text, value)
+        typed = is_typed(without_section(bare(whole, self.controls)), text, value)
         if typed is not None and text.strip() == form:
             return not typed
         values = (v for whole, _ in argument_values(self.twin.message) for v in values_in(whole))

@@ -29,7 +29,7 @@ def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
     """(quote, text in front, text behind) of a part in the attribute of a tag that is open in front
     of it, as `<function=NAME>` and `<call name="NAME">`; None where it stands in none."""
     opened = before[before.rfind("<") + 1 :] if "<" in before else ">"
-    if ">" in opened or "=" not in opened or not re.match(r"/?[A-Za-z]", opened):
+    if ">" in opened or "=" not in opened or not re.match(r"[/\uff5c|]*[A-Za-z]", opened):
         return None
     lead = opened[opened.rfind("=") + 1 :]
     quote = lead[:1] if lead[:1] in ("'", '"') else ""
@@ -149,12 +149,13 @@ def moved(twin: Twin, written: str) -> Iterator[int]:
                 continue
             if held in [v for v in values_in(arguments) if v is not arguments]:
                 continue
-            if not is_call(held, arguments) and not any(_reads(v, arguments) for v in beside):
+            if not is_call(held, arguments) and not any(reads(v, arguments) for v in beside):
                 yield number
                 break
 
 
-def _reads(value: Any, arguments: Any) -> bool:
+def reads(value: Any, arguments: Any) -> bool:
+    """Whether a value is some arguments, or their text as JSON."""
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
@@ -184,6 +185,18 @@ def emptied(written: str, full: str) -> bool:
     items = [item for held in json_objects(full) for item in held.items()]
     if any(isinstance(value, list) and FILLER in value for _, value in items):
         return True
-    keys = {key for key, value in items if _reads(value, whole)}
+    keys = {key for key, value in items if reads(value, whole)}
     written_as = [held[key] for held in json_objects(written) for key in keys if key in held]
     return any(value is None or (not value and value not in ({}, "")) for value in written_as)
+
+
+def is_text(twin: Twin, written: str) -> bool:
+    """Whether the arguments of a call stand as JSON text inside JSON."""
+    given = [call["function"].get("arguments") for call in twin.message.get("tool_calls") or []]
+    texts = [v for held in json_objects(written) for v in held.values() if isinstance(v, str)]
+    return any(
+        isinstance(arguments, dict) and reads(text, arguments)
+        for arguments in given
+        for text in texts
+        if text.startswith("{")
+    )

@@ -195,38 +195,75 @@ def hollow(text: str, controls: re.Pattern[str] | None) -> Counter[str]:
     """Brackets and pairs of markers with nothing between them, counted."""
     found = Counter("".join(pair.split()) for pair in _HOLLOW.findall(text))
     for (one, _, end), (other, start, _) in itertools.pairwise(_markers(text, controls)):
-        name, side = _side(one)
-        pair = name and PART not in one and side > 0 and _side(other) == (name, -1)
+        name, side = side_of(one)
+        pair = name and PART not in one and side > 0 and side_of(other) == (name, -1)
         if pair and not _HOLLOW.sub("", text[end:start]).strip():
             found[one + other] += 1
     return found
 
 
+# A tag that has two sides wherever a format writes it.
+_TWO_SIDED = re.compile(r"</?[A-Za-z\uff5c\x00][^<>|]*>")
+
+
 def unpaired(
-    text: str, controls: re.Pattern[str] | None, marks: Iterable[str], tokens: Iterable[str]
+    text: str,
+    controls: re.Pattern[str] | None,
+    marks: Iterable[str],
+    tokens: Collection[str],
+    *,
+    calls: bool,
 ) -> str:
-    """A marker without its other side, of those that stand in the text with both, or of which the
-    tokenizer has both and the text the opening one; "" for none.
+    """A marker without its other side, "" for none: of those that stand in the text with both, and
+    in a turn with calls of tags, and of tokens of which the tokenizer has both sides.
 
     Args:
         marks: markers that may stand alone.
         tokens: the tokenizer's control tokens.
     """
-    found = [(marker, *_side(marker)) for marker, _, _ in _markers(text, controls)]
-    alone = {"", *(_side(mark)[0] for mark in marks)}
+    found = [(marker, *side_of(marker)) for marker in markers_of(text, controls)]
+    alone = {"", *(side_of(mark)[0] for mark in marks)}
     sides = {(name, side) for _, name, side in found}
-    closing = {_side(token) for token in tokens if token.startswith("</")}
-    for name in dict.fromkeys(name for _, name, _ in found if name not in alone):
-        if (name, 1) not in sides or (name, -1) not in sides | closing:
+    known = {side_of(token) for token in tokens}
+    for name in dict.fromkeys(name for _, name, side in found if name not in alone and side):
+        if not {(name, 1), (name, -1)} <= sides:
+            first = next(m for m, other, _ in found if other == name)
+            both = {(name, 1), (name, -1)} <= known
+            if calls and (both or (first not in tokens and _lacks(first, text, sides))):
+                return first
             continue
         deep = 0
-        for marker in (m for m in found if m[1] == name):
-            deep += marker[2]
+        for marker, _, side in (m for m in found if m[1] == name):
+            deep += side
             if deep < 0:
-                return marker[0]
+                return marker
         if deep:
             return next(m for m, other, _ in reversed(found) if other == name)
     return ""
+
+
+def _lacks(tag: str, text: str, sides: Collection[tuple[str, int]]) -> bool:
+    """Whether a tag that stands in a text with one side should have two: a closing one, one with an
+    attribute, and one in front of a value where others are closed. Some formats have a tag in front
+    of a call alone."""
+    if not _TWO_SIDED.fullmatch(tag):
+        return False
+    closes = any((name, -side) in sides for name, side in sides)
+    return (
+        side_of(tag)[1] < 0
+        or re.search(r"[=\s]", tag) is not None
+        or (closes and tag + PART in text)
+    )
+
+
+def markers_of(text: str, controls: re.Pattern[str] | None) -> list[str]:
+    """The control tokens and tags in a text."""
+    return [marker for marker, _, _ in _markers(text, controls)]
+
+
+def is_tag(text: str) -> bool:
+    """Whether a text is one tag or bracketed marker, of which the other side has a slash."""
+    return re.fullmatch(r"</?[A-Za-z][^<>|]*>|\[/?[A-Z][A-Z0-9_ ]*\]", text) is not None
 
 
 def _markers(text: str, controls: re.Pattern[str] | None) -> Iterator[tuple[str, int, int]]:
@@ -236,7 +273,7 @@ def _markers(text: str, controls: re.Pattern[str] | None) -> Iterator[tuple[str,
         yield found.group(), found.start(), found.end()
 
 
-def _side(marker: str) -> tuple[str, int]:
+def side_of(marker: str) -> tuple[str, int]:
     """(the name of a marker, the same for both sides; 1 where it opens, -1 where it closes)."""
     bare = marker.strip("<>[]|\uff5c/ ")
     named = re.match(r"[^\s=\"'<>]+", bare)
@@ -256,9 +293,13 @@ _BEHIND = re.compile(rf"[{_SIGN})\]}}`]+|[\"'](?!\s*[,}}])")
 _BRACKETED = re.compile(r"\[/?[\w:.-]+\]")
 
 
+# A block of code around a call.
+_FENCE = re.compile(r"(?:^|(?<=\n)|(?<=: ))```[\w-]*(?=\n|$)")
+
+
 def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> str:
     """A sign between a text and what stands around it, "" where there is none."""
-    for marker in (controls, _TAG, _BRACKETED):
+    for marker in (controls, _TAG, _BRACKETED, _FENCE):
         if marker:
             before, behind = marker.sub(_MARK, before), marker.sub(_MARK, behind)
     found = _BEFORE.search(before.rstrip()) or _BEHIND.match(behind.lstrip())
@@ -295,7 +336,7 @@ def words_beside_calls(
         masked = re.sub(TURNED, _MARK, text)
         for control in known:
             masked = masked.replace(control, _MARK)
-        masked = _NAMED_BRACKET.sub(_MARK, _TAG.sub(_MARK, masked))
+        masked = _FENCE.sub(_MARK, _NAMED_BRACKET.sub(_MARK, _TAG.sub(_MARK, masked)))
         segments = masked.split(_MARK)
         begins = left != "call" and (right == "call" or (not right and not has_leaf))
         found = []
@@ -343,9 +384,17 @@ def _is_mark(control: str) -> bool:
     return bool(bare) and not (_STOPPED.search(bare) or _SENTENCE.search(bare))
 
 
+# A label at the beginning of a line, and the keys of a call in YAML.
+_LABEL = re.compile(
+    r"(^|\n)[ \t]*(?:-[ \t]+)?([^\s\x00-\x02:{}\[\]\"'][^\n\x00-\x02:{}\[\]\"']{0,30}:)"
+)
+
+
 def _is_format(
     stretch: str, left: str, right: str, calls: bool, prompt: str, recipient: str
 ) -> bool:
+    if calls:
+        stretch = _LABEL.sub(lambda m: m[1] if _announced(m[2], prompt) else m[0], stretch)
     if not stretch.isascii():
         return False
     whole = left + stretch + right
