@@ -247,7 +247,7 @@ class Job:
             error.where = error.where or str(self.run.path)
             path = shlex.quote(str(self.run.path))
             error.fix += (
-                f"; to go on all the same: `truetune train --resume {path} --on-collapse continue`"
+                f"; to continue anyway: `truetune train --resume {path} --on-collapse continue`"
             )
             raise
         except OutOfMemory as error:
@@ -367,7 +367,7 @@ class Job:
         saved = self.run.checkpoints()
         last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
         trained = self.run.file(UNVERIFIED).is_file()
-        go_on = "verify it" if trained else f"go on from step {last} of {self.plan.max_steps}"
+        go_on = "verify it" if trained else f"continue from step {last} of {self.plan.max_steps}"
         return Interrupted(
             what,
             where=str(self.run.path),
