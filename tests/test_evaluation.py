@@ -435,7 +435,7 @@ def test_a_reply_that_does_not_end_is_never_right_and_told(tmp_path: Path) -> No
     data = write_rows(tmp_path / "r.jsonl", [{"prompt": "a", "completion": "yyyy"}])
     found = truetune.evaluate(model, data, max_new_tokens=4, quiet=True)
     assert found.models[0].values["match"].value == 0
-    assert "1 replies hold what is expected and did not end" in found.models[0].notes[0]
+    assert "1 replies contain the expected answer but did not end" in found.models[0].notes[0]
 
 
 def test_empty_and_copied_replies_are_counted(tmp_path: Path) -> None:
