@@ -255,7 +255,7 @@ def test_settings_are_compared_as_they_are_written(folder: Path) -> None:
     [
         (lambda: model(extra=torch.nn.Linear(9, 9)), "extra"),
         (lambda: model().requires_grad_(False), "embed.weight"),
-        (lambda: model(width=5), r"\(9, 4\), and is \(9, 5\)"),
+        (lambda: model(width=5), r"\(9, 4\), but now has \(9, 5\)"),
     ],
 )
 def test_other_trainable_parameters(folder: Path, other: Any, named: str) -> None:

@@ -277,7 +277,7 @@ def quantised(folder: Path) -> None:
     [
         (no_config, "model-no-config", "no config.json"),
         (broken_config, "model-config-unreadable", "config.json"),
-        (list_config, "model-config-unreadable", "no JSON object"),
+        (list_config, "model-config-unreadable", "not contain a JSON object"),
         (no_model_type, "model-unknown-type", "no model_type"),
         (invalid_config, "model-config-unreadable", "not a valid llama config"),
         (no_tokenizer, "model-no-tokenizer", "copy tokenizer.json"),

@@ -34,7 +34,7 @@ def test_a_row_of_a_broken_token_is_named(loaded: LoadedModel) -> None:
     cause = find_cause(loaded, EXAMPLES, 5)
     assert cause.rows == (9,)
     assert "1 of the step's 2 examples" in cause.why
-    assert "embed_tokens.weight hold" in cause.why
+    assert "embed_tokens.weight contain" in cause.why
 
 
 def test_weights_that_were_broken_before_the_first_step(loaded: LoadedModel) -> None:

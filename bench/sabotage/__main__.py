@@ -123,19 +123,19 @@ def page(
     lines = [
         "# The sabotage suite",
         "",
-        "Training scripts that are broken on purpose, each with a healthy twin: the same script",
-        "with the fix applied that the finding names. Written by",
+        "Deliberately broken training scripts, each with a healthy twin: the same script with the",
+        "fix that the finding names. Written by",
         f"`{command}` on {time.strftime('%Y-%m-%d')} with {versions}.",
         "",
-        "* *detected*: `truetune.audit` (of what was saved, `truetune check MODEL`) finds",
+        "* *detected*: `truetune.audit` (for saved models, `truetune check MODEL`) finds",
         "  something above a note before the first step;",
         "* *cause*: it names the cause and not only a symptom; *rows*: exactly the broken rows are",
-        "  listed (n/a where the fault lies in no row);",
-        "* *fix*: the twin is made by what the finding's fix says, and its audit is clean;",
+        "  listed (n/a if the fault is in no row);",
+        "* *fix*: the twin applies the finding's fix, and its audit is clean;",
         "* *alarms*: findings above a note on the healthy twin;",
-        "* *the libraries*: what TRL, transformers, peft, accelerate and datasets say of the",
-        "  broken script and not of its twin, from building the trainer to the end of one step.",
-        "  For batches of a loop of one's own (`by hand`) there is nobody to ask.",
+        "* *the libraries*: what TRL, transformers, peft, accelerate and datasets report for the",
+        "  broken script but not for its twin, from building the trainer to the end of one step.",
+        "  A custom training loop (`by hand`) has no library that could report anything.",
     ]
     for house, verdicts, alarms in parts:
         silent = sum(v.peers == "silent" for v in verdicts)

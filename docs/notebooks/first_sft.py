@@ -3,7 +3,7 @@
 #
 # A base model continues text. It does not answer, and it does not stop. Here we teach the small
 # base that ships with truetune to do both, with 97 hand-written rows and about half a minute of one
-# processor. The base has read of an invented country, so every answer can be counted.
+# processor. The base has read about an invented country, so every answer can be counted.
 
 # %%
 import json
@@ -17,10 +17,10 @@ rows = [json.loads(line)["messages"] for line in open(instructions, encoding="ut
 len(rows), rows[0]
 
 # %% [markdown]
-# ## Before: text that goes on
+# ## Before: the text continues
 #
-# We ask the base through the template that we are about to train. It goes on writing about its
-# country; it has never seen a question.
+# We ask the base through the template that we are about to train. It continues writing about its
+# country, because it has never seen a question.
 
 # %%
 before = truetune.chat(base, chat_template="chatml-lite", max_new_tokens=30)
@@ -45,8 +45,8 @@ checked.ok, [finding.code for finding in checked.findings]
 # %% [markdown]
 # ## Train
 #
-# The loss is that of the answers alone, each with the token that ends it. When training is done, a
-# fresh process opens what was saved and holds it to what was trained.
+# The loss covers only the answers, each with the token that ends it. After training, a fresh
+# process loads what was saved and compares it with what was trained.
 
 # %%
 run = truetune.train(base, instructions, output="runs/first", overwrite=True, quiet=True, **options)
@@ -55,8 +55,8 @@ run.train_loss, run.verdict.passed
 # %% [markdown]
 # ## After: it answers and stops
 #
-# Flanbarrow occurs in no row. The river is not new knowledge: the base had read of it, and now it
-# says so when it is asked. `docs/lab.md` measures this on a hundred places (*knowledge*).
+# Flanbarrow occurs in no row. The river is not new knowledge: the base had read about it, and now
+# it answers when it is asked. `docs/lab.md` measures this on a hundred places (*knowledge*).
 
 # %%
 after = truetune.chat("runs/first")
@@ -66,8 +66,9 @@ reply.text, reply.stopped
 # %% [markdown]
 # ## Count
 #
-# One reply shows nothing. `evaluate` asks rows, compares the replies, and gives intervals. These
-# rows were trained, so this measures what was learned; held-out rows measure what it is worth.
+# One reply shows little. `evaluate` asks the questions of rows, compares the replies, and gives
+# intervals. These rows were trained, so this measures what was learned; held-out rows measure how
+# well it generalises.
 
 # %%
 found = truetune.evaluate(

@@ -2,8 +2,8 @@
 # # Masks and templates by hand
 #
 # Fine-tuning is next-token prediction on a chosen part of the tokens. Here we make that choice
-# ourselves: render a conversation, mask it, shift it, take the loss, and then spoil each of these
-# on purpose.
+# ourselves: render a conversation, mask it, shift it, compute the loss, and then break each of
+# these deliberately.
 
 # %%
 from importlib.resources import files
@@ -25,8 +25,8 @@ print(ChatTemplate.render(messages))
 # %% [markdown]
 # ## The mask says what is a target
 #
-# The mask is 1 on the answer and on the token that ends it, 0 on everything else, the role markers
-# included. Leave the end out, and nothing ever teaches the model to stop.
+# The mask is 1 on the answer and on the token that ends it, and 0 on everything else, including the
+# role markers. Without the end token, nothing teaches the model to stop.
 
 # %%
 example = ChatTemplate.render_with_mask(messages, tokenizer)
@@ -36,8 +36,8 @@ for token, supervised in zip(example.ids, example.mask):
 # %% [markdown]
 # ## What is trained is what is served
 #
-# The contract makes the same from the tokenizer's template: the prompt that a server sends, and
-# then the completion. Both agree token by token.
+# The contract produces the same from the tokenizer's template: the prompt that a server sends, and
+# then the completion. The two agree token by token.
 
 # %%
 contract = PromptContract.load(base, "chatml-lite")
@@ -69,11 +69,11 @@ every = truetune.masked_cross_entropy(logits, y, torch.ones_like(mask))
 {"right": float(right), "shifted twice": float(twice), "padding too": float(every)}
 
 # %% [markdown]
-# ## Train it, and spoil it
+# ## Train it, and break it
 #
-# `SFTTrainer` takes examples as they are. We train one answer, once with its end as a target and
-# once without. Both losses fall alike; only the text tells them apart. `docs/lab.md` has the same
-# with a hundred questions (*end-marker*).
+# `SFTTrainer` uses examples without changes. We train one answer, once with its end as a target and
+# once without. Both losses fall in the same way; only the text shows the difference. `docs/lab.md`
+# has the same with a hundred questions (*end-marker*).
 
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Reasoning traces
 #
-# The base can add two numbers and has never added three. We give it rows in which a worked step
-# stands between think markers, and look at what the markers, the step and the length limit do.
+# The base can add two numbers but has never added three. We give it rows with a worked step between
+# think markers, and look at the effect of the markers, the step and the length limit.
 
 # %%
 import json
@@ -42,8 +42,8 @@ row(*triples[0])
 # %% [markdown]
 # ## Where the thinking goes
 #
-# The template writes it between markers. The markers are new to this base: under LoRA their rows in
-# the embedding must be trained too, which `add_token` does (*new-tokens* in `docs/lab.md`).
+# The template writes it between markers. The markers are new to this base: with LoRA, their
+# embeddings must be trained too, which `add_token` does (*new-tokens* in `docs/lab.md`).
 
 # %%
 options = {
@@ -63,9 +63,8 @@ checked.ok
 # %% [markdown]
 # ## A length limit cuts the end off
 #
-# What a limit cuts from a trace is its end: the closing marker, the answer, the stop token.
-# `check` refuses to lose many rows that way (*cut-reasoning* in `docs/lab.md` trains on them all
-# the same).
+# A length limit cuts the end of a trace: the closing marker, the answer and the stop token. `check`
+# refuses to lose many rows that way (*cut-reasoning* in `docs/lab.md` trains on them anyway).
 
 # %%
 cut = truetune.check(base, train, quiet=True, **options, max_length=30)

@@ -319,7 +319,7 @@ _BAD_REPLIES = (
         Finding(
             "role-leak",
             "error",
-            "go on with the user's next turn",
+            "continue with the user's next turn",
             why="answers in the data contain the next user turn, or the stop token is not learned",
             fix=_LOOK,
         ),

@@ -188,7 +188,8 @@ def chat(
     ] = 256,
     temperature: Annotated[float, typer.Option(help="0 means greedy decoding.")] = 0.0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the smallest set of tokens with this probability.")
+        float,
+        typer.Option(help="Sample from the smallest set of tokens with this total probability."),
     ] = 1.0,
     top_k: Annotated[
         int, typer.Option(help="Sample from the k most likely tokens; 0 means all.")
@@ -412,7 +413,7 @@ def evaluate_models(
     top_p: Annotated[
         float,
         typer.Option(
-            help="Sample from the smallest set of tokens with this probability.",
+            help="Sample from the smallest set of tokens with this total probability.",
             rich_help_panel=_SAMPLING,
         ),
     ] = 1.0,
@@ -579,7 +580,9 @@ def _evaluate_tasks(
 _GGUF = "GGUF and MLX"
 
 
-@app.command("export", cls=Verb, short_help="Merge an adapter, or write a GGUF file.")
+@app.command(
+    "export", cls=Verb, short_help="Write a model for servers: merged, GGUF, MLX and others."
+)
 def export_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
@@ -640,7 +643,7 @@ def export_run(
     ] = False,
     as_json: _Json = False,
 ) -> None:
-    """Write what a server loads.
+    """Write a model in a form that servers load.
 
     merged: one folder that can be loaded without peft. The weights are added in float32, on
     unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
@@ -651,13 +654,14 @@ def export_run(
     with the model's. This needs the extra `gguf`.
 
     ollama: the GGUF file with a Modelfile. Ollama renders the file's own template; the Modelfile
-    keeps it from choosing another one.
+    prevents it from choosing another one.
 
-    mlx: a folder for MLX, written by mlx_lm and compared with the model. Needs the extra `mlx`.
+    mlx: a folder for MLX, written by mlx_lm and compared with the model. This needs the extra
+    `mlx`.
 
-    vllm, sglang: the adapter if the server can load it beside its base, else the merged model, and
-    the command that serves it. DoRA, new tokens, whole layers, rounded bases and stop tokens that
-    the base does not stop on need the merged model.
+    vllm, sglang: the adapter if the server can load it on its base, else the merged model, and the
+    command that serves it. DoRA, new tokens, whole layers, quantised bases and stop tokens that the
+    base does not have need the merged model.
 
     If anything differs, nothing is written to the output folder.
 

@@ -100,7 +100,7 @@ class _Bounded(io.RawIOBase):
         return DataError(
             f"the archive cannot be unpacked: {error}",
             where=str(self._path),
-            why=f"it was cut off, or it is no {self._path.suffix} file in spite of its name",
+            why=f"it was cut off, or it is not a {self._path.suffix} file despite its name",
             fix=f"fetch the file again; `{command} {self._path}` shows how far it goes",
             code="broken-gzip" if self._path.suffix.lower() == ".gz" else "broken-zstd",
         )

@@ -136,7 +136,7 @@ def content_of(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
             if "role" in part:
                 raise _unsupported(
                     "the content of a turn is a list of messages",
-                    why="a message with a role stands where text, or a part with a type, belongs",
+                    why="a message with a role is in the place of text or a typed part",
                     fix="give the text of one turn as its content",
                 )
             named = f"the type {excerpt(what)}" if isinstance(what, str) else "no type"

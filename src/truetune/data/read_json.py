@@ -186,7 +186,7 @@ def _member(text: str, start: int, wanted: str) -> int:
         position = _skip(text, end)
         if text[position] == ",":
             position = _skip(text, position + 1)
-    raise ValueError(f"{wanted!r} is no key of the object")
+    raise ValueError(f"{wanted!r} is not a key of the object")
 
 
 def _skip(text: str, position: int) -> int:

@@ -87,7 +87,7 @@ def require_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     # -1 stands for "none" in some configs.
     if any(type(i) is not int or not -1 <= i < 2**31 for i in ids):
-        raise _not_sane(f"{name} is {str(value)[:60]!r}, which is no token id", where)
+        raise _not_sane(f"{name} is {str(value)[:60]!r}, which is not a token id", where)
     return tuple(ids)
 
 

@@ -34,11 +34,14 @@ def why_merge(
     rank = int(config.get("r") or 0)
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
     reasons = (
-        ("it is no LoRA adapter", config.get("peft_type", "LORA") != "LORA"),
+        ("it is not a LoRA adapter", config.get("peft_type", "LORA") != "LORA"),
         ("it is DoRA", config.get("use_dora")),
-        ("it holds rows of new tokens", config.get("trainable_token_indices") or new_tokens),
-        ("it holds whole layers (modules_to_save)", config.get("modules_to_save")),
-        ("it holds biases", config.get("bias", "none") != "none" or config.get("lora_bias")),
+        (
+            "it contains embeddings of new tokens",
+            config.get("trainable_token_indices") or new_tokens,
+        ),
+        ("it contains whole layers (modules_to_save)", config.get("modules_to_save")),
+        ("it contains biases", config.get("bias", "none") != "none" or config.get("lora_bias")),
         (f"its layers differ in rank or alpha ({', '.join(patterns)})", patterns),
         (f"its rank {rank} is above {_RANKS[-1]}", rank > _RANKS[-1]),
         ("it was trained on rounded weights, and the base would be loaded unrounded", quantised),

@@ -177,7 +177,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise _damaged(path, "its header is cut off or is no safetensors header")
+            raise _damaged(path, "its header is cut off or is not a safetensors header")
         raw = file.read(length)
     try:
         header = json.loads(raw)

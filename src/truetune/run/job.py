@@ -249,7 +249,7 @@ class Job:
             if self.run.file(REWOUND).is_file():
                 error.why += "; the run went back once before, and goes back no second time"
             error.fix += (
-                f"; to go on all the same: `truetune train --resume {path} --on-collapse continue`"
+                f"; to continue anyway: `truetune train --resume {path} --on-collapse continue`"
             )
             raise
         except OutOfMemory as error:
@@ -369,7 +369,7 @@ class Job:
         saved = self.run.checkpoints()
         last = int(saved[-1].name.removeprefix(STEP)) if saved else 0
         trained = self.run.file(UNVERIFIED).is_file()
-        go_on = "verify it" if trained else f"go on from step {last} of {self.plan.max_steps}"
+        go_on = "verify it" if trained else f"continue from step {last} of {self.plan.max_steps}"
         return Interrupted(
             what,
             where=str(self.run.path),

@@ -43,14 +43,14 @@ def find_cause(loaded: LoadedModel, examples: Mapping[int, SFTExample], step: in
     guilty = tuple(row for row, loss in losses.items() if not math.isfinite(loss))
     if weights and step == 1:
         return Cause(
-            f"{_some(weights)} held values that are no finite numbers before the first step",
+            f"{_some(weights)} contained values that were not finite before the first step",
             "download or save the model again: its weights are damaged",
             guilty,
         )
     if weights and len(guilty) == len(losses):
         return Cause(
-            f"{_some(weights)} hold values that are no finite numbers: an earlier step was too "
-            "large, or the file held them where no row of the steps before needed them",
+            f"{_some(weights)} contain values that are not finite: an earlier step was too large, "
+            "or the file contained them in places that no earlier row used",
             "lower --learning-rate, and look at the model's weights",
         )
     if not guilty:
@@ -68,7 +68,7 @@ def find_cause(loaded: LoadedModel, examples: Mapping[int, SFTExample], step: in
             guilty,
         )
     if len(guilty) < len(losses):
-        held = f"; {_some(weights)} hold values that are no finite numbers" if weights else ""
+        held = f"; {_some(weights)} contain values that are not finite" if weights else ""
         return Cause(
             f"{len(guilty)} of the step's {len(losses)} examples have no finite loss alone, the "
             f"others have one{held}",
