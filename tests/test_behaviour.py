@@ -437,6 +437,7 @@ def test_a_run_goes_back_once_with_half_the_rate(tmp_path: Path) -> None:
     assert codes.count("rewound") == 1
     # Half of such a rate is still too high: it does not go back twice.
     assert shown.code == 1
+    assert "had already returned to a checkpoint, which it does only once" in shown.err
     rates = [v["learning_rate"] for v in lines(run / "metrics.jsonl") if "learning_rate" in v]
     assert max(rates) <= 1.5
 

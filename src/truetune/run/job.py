@@ -247,7 +247,9 @@ class Job:
             error.where = error.where or str(self.run.path)
             path = shlex.quote(str(self.run.path))
             if self.run.file(REWOUND).is_file():
-                error.why += "; the run went back once before, and goes back no second time"
+                error.why += (
+                    "; the run had already returned to a checkpoint, which it does only once"
+                )
             error.fix += (
                 f"; to continue anyway: `truetune train --resume {path} --on-collapse continue`"
             )
