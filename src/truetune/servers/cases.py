@@ -132,9 +132,12 @@ def _case(
     messages = conversation.messages[:end]
     if not messages:
         return None
-    asked = (messages, conversation.tools, conversation.template_kwargs)
+    tools = conversation.tools
     try:
-        text = contract.prompt_text(*asked)
+        text = contract.prompt_text(messages, tools, conversation.template_kwargs)
+        if tools and text == contract.prompt_text(messages, None, conversation.template_kwargs):
+            # The template does not render them, and a server may refuse to lose them.
+            tools = None
         sent = contract.policy.past(contract.prepared(messages))
     except UnfaithfulTemplate:
         return None
@@ -155,7 +158,7 @@ def _case(
     return Case(
         conversation.where,
         tuple(_sent(message) for message in sent),
-        conversation.tools,
+        tools,
         conversation.template_kwargs,
         text,
         tuple(ids),
