@@ -20,6 +20,7 @@ import pytest
 from terminal import at_terminal
 from tiny_models import write_model
 from tiny_runs import command
+from truetune.contract.contract import PromptContract
 from truetune.diagnosis.diagnose import diagnose
 from truetune.errors import UsageError
 from truetune.exporting.serve import Served, serving_chat, serving_gguf
@@ -228,6 +229,37 @@ def test_it_refuses_what_it_would_lose(
     assert error["param"] == param
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+WITH_TOOLS = """{%- for tool in tools or [] %}[{{ tool.function.name }}]{% endfor -%}
+{%- for m in messages %}{% if m.role != 'developer' %}<|{{ m.role }}|>{{ m.content }}
+{%- for call in m.tool_calls or [] %}({{ call.function.name }}){% endfor %}
+{%- if m.role == 'assistant' %}<|end|>{% endif %}
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def test_tools_reach_a_template_that_has_them(served: Served) -> None:
+    tokenizer = served.contract.tokenizer
+    contract = PromptContract.load(tokenizer, WITH_TOOLS)
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        *ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "ok"},
+    ]
+    with (
+        serving_chat(Served("base", served.model, contract), 0) as server,
+        running(server) as address,
+    ):
+        asked = {"model": "base", "messages": turns, "tools": [TOOL], "max_tokens": 1}
+        made = openai_client(address).chat.completions.create(**asked)
+        prompt = contract.prompt_ids(turns, [TOOL])
+        assert made.usage.prompt_tokens == len(prompt)
+        # What this template does not render.
+        other = [{"role": "developer", "content": "Be brief."}, *ASKED]
+        status, error = error_of(address, {"messages": other})
+        assert (status, error["param"]) == (400, "messages[0]")
+        assert "role developer" in error["message"]
 
 
 @pytest.mark.parametrize(

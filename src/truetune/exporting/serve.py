@@ -33,11 +33,12 @@ from truetune.servers.llama_cpp import LlamaCpp, serving
 from truetune.servers.protocol import (
     LLAMA_CPP,
     ChatRequest,
+    Messages,
     Refused,
     no_such_path,
     read_chat,
     read_messages,
-    tools_lost,
+    require_rendered,
 )
 from truetune.system.local_http import LocalHandler, LocalServer, require_port, serving_here
 from truetune.system.threads import begin
@@ -284,10 +285,7 @@ class _OwnHandler(_Handler):
                 "chat_template_kwargs is not supported: prompts are rendered as in training",
                 param="chat_template_kwargs",
             )
-        if request.tools:
-            prompt = contract.prompt_text(request.messages, request.tools)
-            if prompt == contract.prompt_text(request.messages):
-                raise tools_lost()
+        require_rendered(contract.prompt_text, request.messages, request.tools)
         with self.model.lock:
             served = self.model.served
             pieces = stream(
@@ -374,8 +372,7 @@ class _LlamaHandler(_Handler):
         if self.where == _CHAT:
             asked = self._object(raw)
             request = read_chat(asked, self.model.names, LLAMA_CPP)
-            if request.tools and self._loses_tools(asked):
-                raise tools_lost()
+            self._require_rendered(request)
             made = _for_llama(asked, request, self.model.names[0])
             if request.stream and request.stops:
                 # llama.cpp loses what it holds back of a stream that ends at the limit.
@@ -385,15 +382,13 @@ class _LlamaHandler(_Handler):
             raw = json.dumps(made).encode("utf-8")
         self._hand_on("POST", raw, cut)
 
-    def _loses_tools(self, asked: Mapping[str, Any]) -> bool:
-        given = asked["messages"], asked["tools"], asked.get("chat_template_kwargs")
-        try:
-            return self.model.llama.prompt(*given) == self.model.llama.prompt(
-                given[0], None, given[2]
-            )
-        except ServerError:
-            # Why it refuses the conversation is the answer to the request itself.
-            return False
+    def _require_rendered(self, request: ChatRequest) -> None:
+        def render(messages: Messages, tools: Any) -> str:
+            return self.model.llama.prompt(messages, tools, request.arguments)
+
+        # Why llama.cpp refuses a conversation is its answer to the request itself.
+        with contextlib.suppress(ServerError):
+            require_rendered(render, request.messages, request.tools)
 
     def _hand_on(self, method: str, body: bytes | None, cut: ChatRequest | None = None) -> None:
         """Pass on a request, and its answer as it comes.

@@ -6,13 +6,15 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from truetune.errors import UsageError
+from truetune.errors import TruetuneError, UsageError
 from truetune.findings import near, visible
 from truetune.model.draw import Sampling
+
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 # New tokens if a request does not limit them.
 TOKENS = 1024
@@ -167,13 +169,75 @@ def read_messages(
     return [_message(message, i) for i, message in enumerate(messages)], tools, arguments
 
 
-def tools_lost() -> Refused:
-    """Tools that the prompt does not mention would be lost without a word."""
-    return Refused(
-        "the model's chat template does not render tools, so the model would not see them: leave "
-        "tools out, or describe them in a message",
-        param="tools",
-    )
+def lost(
+    render: Callable[[Messages, Any], str], messages: Messages, tools: Any
+) -> dict[str, tuple[int, ...]]:
+    """What of a conversation does not reach the prompt, with the messages concerned: `tools`,
+    `tool_calls`, or a role. Users and assistants are taken to reach it.
+
+    Args:
+        render: makes the prompt of messages and tools.
+
+    Raises:
+        TruetuneError: the conversation has no prompt.
+    """
+    calls = tuple(i for i, message in enumerate(messages) if message.get("tool_calls"))
+    places: dict[str, list[int]] = {}
+    for i, message in enumerate(messages):
+        if message.get("content") and message["role"] not in ("user", "assistant"):
+            places.setdefault(message["role"], []).append(i)
+    if not (tools or calls or places):
+        return {}
+    whole = render(messages, tools)
+
+    def is_lost(changed: Messages, its: Any) -> bool:
+        try:
+            return render(changed, its) == whole
+        except TruetuneError:
+            return False
+
+    found: dict[str, tuple[int, ...]] = {}
+    if tools and is_lost(messages, None):
+        found["tools"] = ()
+    if calls and is_lost([_other_calls(message) for message in messages], tools):
+        found["tool_calls"] = calls
+    for role, its in places.items():
+        changed = [
+            {**message, "content": f"{message['content']}x"} if i in its else message
+            for i, message in enumerate(messages)
+        ]
+        if is_lost(changed, tools):
+            found[role] = tuple(its)
+    return found
+
+
+def require_rendered(
+    render: Callable[[Messages, Any], str], messages: Messages, tools: Any
+) -> None:
+    """Refuse what the model would not see.
+
+    Raises:
+        Refused: something of the request does not reach the prompt.
+        TruetuneError: as `lost`.
+    """
+    for what, places in lost(render, messages, tools).items():
+        subject = what if what in ("tools", "tool_calls") else f"messages with the role {what}"
+        raise Refused(
+            f"the model's chat template does not render {visible(subject, keep_newlines=False)}, "
+            "so the model would not see them: leave them out, or write them into a user message",
+            param=f"messages[{places[0]}]" if places else what,
+        )
+
+
+def _other_calls(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose calls have other names."""
+    made = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            call = {**call, "function": {**function, "name": f"{function.get('name')}x"}}
+        made.append(call)
+    return {**message, "tool_calls": made} if made else message
 
 
 def _message(message: Any, index: int) -> dict[str, Any]:
