@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -318,7 +319,7 @@ def test_the_model_has_a_name_and_others(either: str) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4", messages=ASKED)
     assert caught.value.code == "model_not_found"
-    assert "this server serves base" in str(caught.value)
+    assert "this server serves" in str(caught.value)
 
 
 def test_paths_that_it_does_not_have(address: str, gguf: str) -> None:
@@ -405,9 +406,31 @@ def test_a_gguf_file_answers_with_the_same_greedy_text(tmp_path: Path) -> None:
 
 @needs_llama
 @pytest.mark.skipif(sys.platform == "win32", reason="no such terminal")
+def test_llama_cpp_that_ends_ends_the_server_with_the_reason(tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil", reason="psutil is missing")
+    write_model(tmp_path / "model")
+    made = export_gguf(str(tmp_path / "model"), tmp_path / "out", quant="f16")
+    words = [sys.executable, "-m", "truetune", "serve", str(made.path), "--port", "0"]
+    with at_terminal(words) as terminal:
+        address = terminal.until(r"(http://127\.0\.0\.1:\d+)/v1")[1]
+        (worker,) = psutil.Process(terminal.process.pid).children(recursive=True)
+        worker.kill()
+        # Its parent has not asked for its end yet.
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
+        status, error = error_of(address, {"messages": ASKED})
+        assert (status, error["type"]) == (502, "server_error")
+        assert terminal.wait(20) == 1
+    assert "error[llama-cpp-failed]: llama.cpp exited while it was serving" in terminal.text
+    assert "SIGKILL" in terminal.text
+
+
+@needs_llama
+@pytest.mark.skipif(sys.platform == "win32", reason="no such terminal")
 def test_it_ends_as_it_is_asked_and_says_so(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     made = export_gguf(str(tmp_path / "model"), tmp_path / "out", quant="f16")
+    busy: list[http.client.HTTPConnection] = []
     for source, number in (
         (made.path, signal.SIGINT),
         (tmp_path / "model", signal.SIGINT),
@@ -417,6 +440,13 @@ def test_it_ends_as_it_is_asked_and_says_so(tmp_path: Path) -> None:
         with at_terminal(words) as terminal:
             address = terminal.until(r"(http://127\.0\.0\.1:\d+)/v1")[1]
             assert Client(address).get("/v1/models")["data"]
+            # Also while it writes, and somebody waits behind that.
+            for _ in range(2):
+                body = {"messages": ASKED, "max_tokens": 4000, "temperature": 1.5, "stream": True}
+                connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+                connection.request("POST", "/v1/chat/completions", json.dumps(body))
+                busy.append(connection)
+            assert busy[-2].getresponse().read1(10)
             if number == signal.SIGINT:
                 terminal.press("\x03")
             else:

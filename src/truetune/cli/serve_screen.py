@@ -15,7 +15,7 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
     require_port(port)
     path = Path(source)
     # What clients may call it besides the name that is listed.
-    aliases = tuple(dict.fromkeys((source, path.name, str(path.resolve()))))
+    aliases = tuple(dict.fromkeys((source, path.name, str(path.absolute()))))
     if source.lower().endswith(".gguf"):
         if not path.is_file():
             raise UsageError(

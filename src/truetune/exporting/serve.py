@@ -17,7 +17,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from truetune.servers.protocol import (
     ChatRequest,
     Messages,
     Refused,
+    no_such_model,
     no_such_path,
     read_chat,
     read_messages,
@@ -47,6 +48,8 @@ from truetune.system.threads import begin
 _MOST_BYTES = 16 * 2**20
 # A client that says nothing for so many seconds is let go.
 _PATIENCE = 60
+# Seconds that a token may take when the server ends.
+_LAST = 10
 _CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 # What llama.cpp takes for "any seed" is the number after these.
 _SEEDS = 2**32 - 1
@@ -75,9 +78,15 @@ def serving_chat(served: Served, port: int) -> Iterator[LocalServer]:
     Raises:
         UsageError: the port cannot be had.
     """
-    subject = _OwnModel((served.name, *served.aliases), served, threading.Lock(), int(time.time()))
+    subject = _OwnModel((served.name, *served.aliases), served)
     with serving_here(_OwnHandler, port, subject) as server:
-        yield server
+        try:
+            yield server
+        finally:
+            # torch ends the process noisily while another thread is at work.
+            subject.ending.set()
+            if subject.lock.acquire(timeout=_LAST):
+                subject.lock.release()
 
 
 @contextlib.contextmanager
@@ -115,8 +124,9 @@ class _OwnModel:
     names: tuple[str, ...]
     served: Served
     # One request at a time is answered.
-    lock: threading.Lock
-    created: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ending: threading.Event = field(default_factory=threading.Event)
+    created: int = field(default_factory=lambda: int(time.time()))
 
 
 @dataclass
@@ -203,13 +213,7 @@ class _Handler(LocalHandler):
         """The model of the list, asked for by a name."""
         name = urllib.parse.unquote(self.where.removeprefix(f"{_MODELS}/"))
         if name not in names:
-            raise Refused(
-                f"the model {visible(name[:80], keep_newlines=False)} does not exist here: this "
-                f"server serves {names[0]}",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
+            raise no_such_model(name, names)
         self._send(200, entry)
 
     def _raw(self) -> bytes:
@@ -297,7 +301,8 @@ class _OwnHandler(_Handler):
                 stop_texts=request.stops,
             )
             with contextlib.closing(pieces):
-                (self._stream if request.stream else self._whole)(pieces, request)
+                answer = self._stream if request.stream else self._whole
+                answer(_until(self.model.ending, pieces), request)
 
     def _whole(self, pieces: Generator[str, None, Reply], request: ChatRequest) -> None:
         while True:
@@ -359,6 +364,12 @@ class _LlamaHandler(_Handler):
         model: _LlamaModel = self.server.subject
         return model
 
+    def _answered(self, work: Any) -> None:
+        super()._answered(work)
+        if self.model.failed:
+            # The command ends with the reason.
+            begin(self.server.shutdown)
+
     def _get(self) -> None:
         if self.where.startswith(f"{_MODELS}/"):
             (entry,) = self.model.llama.client.get(_MODELS)["data"]
@@ -399,9 +410,7 @@ class _LlamaHandler(_Handler):
         try:
             answer = self.model.llama.client.raw(method, self.path, body)
         except ServerError as error:
-            # The command ends with the reason.
             self.model.failed = error
-            begin(self.server.shutdown)
             raise Refused("llama.cpp has ended; the terminal says why", status=502) from error
         with contextlib.closing(answer):
             kept = ("Content-Type", "Content-Length")
@@ -415,6 +424,18 @@ class _LlamaHandler(_Handler):
             while piece := answer.read1(65536):
                 self.wfile.write(piece)
                 self.wfile.flush()
+
+
+def _until(
+    ending: threading.Event, pieces: Generator[str, None, Reply]
+) -> Generator[str, None, Reply]:
+    while not ending.is_set():
+        try:
+            yield next(pieces)
+        except StopIteration as end:
+            reply: Reply = end.value
+            return reply
+    raise Refused("the server is being stopped", status=503)
 
 
 def _until_stop(lines: Iterable[bytes], request: ChatRequest) -> Iterator[str]:

@@ -97,6 +97,15 @@ def no_such_path(method: str, path: str) -> Refused:
     )
 
 
+def no_such_model(name: str, names: Sequence[str]) -> Refused:
+    return Refused(
+        f"the model {_shown(name)} does not exist here: this server serves {_shown(names[0])}",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
+
+
 @dataclass(frozen=True)
 class ChatRequest:
     """What a chat request asks for.
@@ -280,12 +289,7 @@ def _require_model(model: Any, names: Sequence[str]) -> None:
     if not isinstance(model, str):
         raise _wrong("model", model, "a text")
     if model not in names:
-        raise Refused(
-            f"the model {_shown(model)} does not exist here: this server serves {names[0]}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+        raise no_such_model(model, names)
 
 
 def _require_known(asked: Mapping[str, Any], more: Iterable[str]) -> None:
