@@ -214,8 +214,11 @@ def test_the_lines_at_the_end_can_be_pasted(place: Path, tmp_path: Path) -> None
     found = {
         line.split()[0]: line.strip().partition(" ")[2].strip()
         for line in shown.out.splitlines()
-        if line.startswith(("  chat ", "  serve ", "  load "))
+        if line.startswith(("  chat ", "  serve ", "  load ", "  merge ", "  verify "))
     }
+    assert shlex.split(found["verify"]) == ["truetune", "verify", str(run)]
+    assert shlex.split(found["merge"])[2:] == [str(run), "--merge", "-o", f"{run}-merged"]
+    assert found["merge"].endswith(f"'{run}-merged'")
     assert shlex.split(found["chat"]) == ["truetune", "chat", str(run)]
     assert command(*shlex.split(found["chat"])[1:], "--prompt", "x").code == 0
     serve = shlex.split(found["serve"])

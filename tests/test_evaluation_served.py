@@ -174,11 +174,18 @@ def test_what_is_refused_before_anything_is_asked(
 
 def test_a_model_answers_behind_its_server_as_it_does_without(tmp_path: Path) -> None:
     speaker = open_speaker(str(base_path()), "chatml-lite", None, "cpu")
-    data = rows(tmp_path / "rows.jsonl", ("Who is the ruler of Stowick?", "Jailette"))
+    asked = {"prompt": "Who is the ruler of Stowick?", "completion": "Jailette"}
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps(asked))
+    with_tools = rows(tmp_path / "tools.jsonl", ("Who is the ruler of Stowick?", "Jailette"))
     with serving_chat(Served("base", speaker.model, speaker.contract), 0) as server:
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         behind = truetune.evaluate(server.address, data, max_new_tokens=16).models[0]
+        # The template has no tools: the server does not lose them silently.
+        with pytest.raises(ServerError, match="does not render tools") as caught:
+            truetune.evaluate(server.address, with_tools, max_new_tokens=16)
+        assert "tools.jsonl:1" in caught.value.where
         server.stop()
         thread.join()
     alone = truetune.evaluate(

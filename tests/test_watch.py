@@ -161,7 +161,8 @@ def test_a_port_that_is_taken(run: Path) -> None:
     assert "error[no-run]" in told.err
 
 
-def test_ctrl_c_ends_it_and_the_port_is_free_again(run: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_the_port_is_free_again(run: Path, number: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "truetune", "watch", str(run), "--port", "0"],
         stdout=subprocess.PIPE,
@@ -175,9 +176,9 @@ def test_ctrl_c_ends_it_and_the_port_is_free_again(run: Path) -> None:
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     link.request("GET", "/")
     assert link.getresponse().status == 200
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (0, "")
+    assert (process.returncode, err) == (128 + number, "interrupted\n")
     with serving(RunDir(run), port):
         pass
 

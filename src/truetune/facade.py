@@ -453,7 +453,8 @@ def serve(source: Pathlike, *, port: int = 8420, fast: bool = False, device: str
     from truetune.cli.serve_screen import serve as served
     from truetune.cli.verb import open_screen
 
-    served(open_screen(), path_of(source), port, fast=fast, device=device)
+    with contextlib.suppress(KeyboardInterrupt):
+        served(open_screen(), path_of(source), port, fast=fast, device=device)
 
 
 class Facts(dict[str, Any]):
@@ -750,7 +751,8 @@ def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
 
     with serving(RunDir.open(path_of(run)), port) as server:
         _shown(None, quiet).stage(server.address)
-        server.run()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run()
 
 
 @_words_of_python()

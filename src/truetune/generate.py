@@ -28,6 +28,7 @@ from truetune.model.draw import Draw, Sampling
 from truetune.model.inspect import describe
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.mode import evaluating
+from truetune.model.stop_texts import StopTexts
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
 from truetune.system.threads import begin
@@ -136,11 +137,16 @@ def stream(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     prefix: str = "",
+    stop_texts: Sequence[str] = (),
 ) -> Generator[str, None, Reply]:
     """One reply in pieces of printable text, as they come.
 
     A character of several tokens is held back until it is whole. Closing the generator stops the
     model. The generator returns the Reply, whose text is all pieces together.
+
+    Args:
+        stop_texts: the first of them that is written ends the reply, and is no part of its text;
+            its tokens are among the Reply's ids.
 
     Raises:
         UsageError: the prompt leaves no room in the model's context.
@@ -150,6 +156,7 @@ def stream(
     limit = _limit(loaded, sampling, prompt, 0)
     worker = _Worker()
     writer = _Writer(Tokens(contract.tokenizer), prompt)
+    stops = StopTexts(stop_texts)
     ids: list[int] = []
     stopped = False
     pieces: list[str] = []
@@ -163,13 +170,15 @@ def stream(
             if token in contract.stop_ids:
                 stopped = True
                 break
-            if piece := writer.add(token):
+            if piece := stops.add(writer.add(token)):
                 pieces.append(piece)
                 yield piece
-        if piece := writer.finish():
+            if stops.found:
+                break
+        if not stops.found and (piece := stops.add(writer.finish()) + stops.finish()):
             pieces.append(piece)
             yield piece
-    return Reply("".join(pieces), tuple(ids), stopped, len(prompt))
+    return Reply("".join(pieces), tuple(ids), stopped or stops.found, len(prompt))
 
 
 def _prompt(

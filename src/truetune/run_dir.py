@@ -359,8 +359,8 @@ class RunDir:
             raise OutputExists(
                 "the output folder contains an unfinished run",
                 where=str(self.path),
-                fix=f"continue it with `truetune train --resume {self.path}`, or start again with "
-                "--overwrite",
+                fix="continue it with `truetune train --resume "
+                f"{shlex.quote(str(self.path))}`, or start again with --overwrite",
                 code="run-unfinished",
             )
 
@@ -542,7 +542,7 @@ def opened(source: str) -> str:
         raise UsageError(
             "the run has not saved an artifact or a checkpoint yet",
             where=source,
-            fix=f"truetune train --resume {source}",
+            fix=f"truetune train --resume {shlex.quote(str(source))}",
             code="run-empty",
         )
     return str(artifact)

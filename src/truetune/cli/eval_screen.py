@@ -38,7 +38,7 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
         raise UsageError(
             f"no such folder: {path.parent}",
             where=f"-o {path}",
-            fix=f"mkdir -p {path.parent}",
+            fix=f"mkdir -p {shlex.quote(str(path.parent))}",
             code="output-not-writable",
         )
 

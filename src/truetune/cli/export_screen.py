@@ -164,10 +164,9 @@ def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> No
     )
     name = shlex.quote(made.path.parent.name.lower())
     screen.pairs([("template", template), ("Modelfile", str(file))])
-    folder = shlex.quote(str(made.path.parent))
     screen.pairs(
         [
-            ("create", f"ollama create {name} -f {folder}/{MODELFILE}"),
+            ("create", f"ollama create {name} -f {shlex.quote(str(file))}"),
             ("look", f"ollama show {name} --template"),
             ("chat", f"ollama run {name}"),
         ]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
     """What was made, and the lines that load, chat with and serve it."""
     run = shlex.quote(str(result.run.path))
-    merge = [("merge", f"truetune export {run} --merge -o {run}-merged")]
+    merged = shlex.quote(f"{result.run.path}-merged")
+    merge = [("merge", f"truetune export {run} --merge -o {merged}")]
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
     screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from pathlib import Path
 
 from truetune.cli.screen import Screen
 from truetune.errors import UsageError
 from truetune.exporting.serve import Served, serving_chat, serving_gguf
-from truetune.system.local_http import require_port
+from truetune.system.local_http import LocalServer, require_port
 
 
 def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) -> None:
-    """Serve until Ctrl-C."""
+    """Serve until it is interrupted."""
     require_port(port)
     path = Path(source)
+    # What clients may call it besides the name that is listed.
+    aliases = tuple(dict.fromkeys((source, path.name, str(path.absolute()))))
     if source.lower().endswith(".gguf"):
         if not path.is_file():
             raise UsageError(
                 f"there is no file {source}", fix="specify a GGUF file", code="no-such-file"
             )
         screen.stage("loading the file")
-        with serving_gguf(path, port, fast=fast, name=path.stem) as address:
-            _told(screen, address, path.stem)
-            # The server is a process of its own, which ends with this one.
-            with contextlib.suppress(KeyboardInterrupt):
-                threading.Event().wait()
+        with serving_gguf(path, port, fast=fast, name=path.stem, aliases=aliases) as server:
+            _run(screen, server, path.stem)
         return
     if fast:
         raise UsageError(
@@ -36,12 +33,12 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
 
     screen.stage("loading the weights")
     speaker = open_speaker(source, None, None, device)
-    name = path.name or source
-    with serving_chat(Served(name, speaker.model, speaker.contract), port) as server:
-        _told(screen, server.address, name)
-        server.run()
+    name = path.name or path.resolve().name
+    with serving_chat(Served(name, speaker.model, speaker.contract, aliases), port) as server:
+        _run(screen, server, name)
 
 
-def _told(screen: Screen, address: str, name: str) -> None:
+def _run(screen: Screen, server: LocalServer, name: str) -> None:
     screen.close()
-    screen.line(f"{address}/v1  (model {name}; press Ctrl-C to stop)")
+    screen.line(f"{server.address}/v1  (model {name}; press Ctrl-C to stop)")
+    server.run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -995,6 +996,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with signals.raised():
             code = app(args=words, prog_name="truetune", standalone_mode=False)
+        if code == 128 + signal.SIGINT:
+            # What typer makes of Ctrl-C.
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.stderr.write("interrupted\n")

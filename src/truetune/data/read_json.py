@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,7 +248,7 @@ def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataErr
         f"near {excerpt(text[start : error.pos + 20])}",
         where=f"{path}:{line}",
         why=_cause(error, text, first_line),
-        fix=f"correct the line: sed -n {line}p {path}",
+        fix=f"correct the line: sed -n {line}p {shlex.quote(str(path))}",
         code="broken-json",
     )
 

@@ -80,7 +80,7 @@ def _asked(model: str, case: Case) -> dict[str, Any]:
 
 
 def _reply(client: Client, model: str, case: Case) -> tuple[str, bool]:
-    asked = {**_asked(model, case), **request(case.messages, case.tools)}
+    asked = {**_asked(model, case), **request(case.seen, case.seen_tools)}
     answer = complete(client, {**asked, "temperature": 0, "max_tokens": TOKENS})
     return answer.text, answer.ended
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -266,7 +267,7 @@ def refuse_pointer(path: Path) -> None:
         f"{path.name} is a Git LFS pointer: it points to the file but does not contain it",
         where=str(path),
         why="the repository was cloned without Git LFS",
-        fix=f"fetch the files: git -C {path.parent} lfs pull",
+        fix=f"fetch the files: git -C {shlex.quote(str(path.parent))} lfs pull",
         code="git-lfs-pointer",
     )
 

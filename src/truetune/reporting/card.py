@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def use_block(run: RunFacts, folder: str, base: str | None, repo: str | None = N
     unread = any(f.get("code") == "adapter-stop-unread" for f in run.findings)
     unread = unread or "skipped" in str(run.env.get("check", ""))
     stops = [s.get("id") for s in run.contract.get("stop") or ()] if unread and base else []
-    lines = [f"hf download {repo} --local-dir {folder}"] if repo else []
+    lines = [f"hf download {repo} --local-dir {shlex.quote(folder)}"] if repo else []
     lines += [
         serve_line(
             folder,
@@ -215,7 +216,7 @@ def use_block(run: RunFacts, folder: str, base: str | None, repo: str | None = N
             base_revision=run.adapter.get("revision"),
             stops=stops,
         ),
-        f"truetune chat {folder}",
+        f"truetune chat {shlex.quote(folder)}",
     ]
     kind = "AutoPeftModelForCausalLM" if base else "AutoModelForCausalLM"
     home = "peft" if base else "transformers"

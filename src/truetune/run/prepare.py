@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -335,7 +336,8 @@ def _new_tokens(
             "tokens cannot be added to an adapter",
             where=str(recipe.model),
             why="its embeddings belong to the tokenizer that it was trained with",
-            fix=f"merge it first: truetune export {recipe.model} --merge -o MERGED",
+            fix="merge it first: truetune export "
+            f"{shlex.quote(str(recipe.model))} --merge -o MERGED",
             code="add-token-adapter",
         )
     tokens, findings = add_tokens(tokenizer, recipe.add_token)

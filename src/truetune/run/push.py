@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _folder(source: str) -> tuple[Path, RunDir | None]:
         raise UsageError(
             "the run is unfinished: there is nothing to push yet",
             where=source,
-            fix=f"truetune train --resume {source}",
+            fix=f"truetune train --resume {shlex.quote(source)}",
             code="push-unfinished",
         )
     folder = Path(opened(source))

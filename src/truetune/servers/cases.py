@@ -21,6 +21,7 @@ from truetune.data.conversation import Conversation
 from truetune.errors import UnfaithfulTemplate
 from truetune.servers.client import ServerError
 from truetune.servers.llama_cpp import LlamaCpp
+from truetune.servers.protocol import lost
 from truetune.servers.scripts import SCRIPTS
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Case:
         probe: the prompt, and the row's answer behind it, with the positions that are read.
         expected: the row's answer; None where there is none.
         room: new tokens that a reply needs.
+        seen, seen_tools: messages and tools without those that the template does not render, which
+            a server may refuse to lose; the prompt is the same.
     """
 
     where: str
@@ -82,6 +85,8 @@ class Case:
     probe: Probe
     expected: str | None
     room: int
+    seen: tuple[Mapping[str, Any], ...]
+    seen_tools: tuple[dict[str, Any], ...] | None
 
 
 def cases_of(
@@ -132,10 +137,10 @@ def _case(
     messages = conversation.messages[:end]
     if not messages:
         return None
-    asked = (messages, conversation.tools, conversation.template_kwargs)
     try:
-        text = contract.prompt_text(*asked)
+        text = contract.prompt_text(messages, conversation.tools, conversation.template_kwargs)
         sent = contract.policy.past(contract.prepared(messages))
+        seen, seen_tools = _seen(contract, sent, conversation)
     except UnfaithfulTemplate:
         return None
     (ids,) = contract.tokens.encode([text])
@@ -162,7 +167,29 @@ def _case(
         probe,
         expected,
         room,
+        tuple(_sent(message) for message in seen),
+        seen_tools,
     )
+
+
+def _seen(
+    contract: PromptContract, sent: Sequence[Mapping[str, Any]], conversation: Conversation
+) -> tuple[list[dict[str, Any]], tuple[dict[str, Any], ...] | None]:
+    """Messages and tools without those that the template does not render."""
+
+    def render(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
+        return contract.prompt_text(messages, tools, conversation.template_kwargs)
+
+    found = lost(render, sent, conversation.tools)
+    left = [
+        {key: value for key, value in message.items() if key not in found}
+        for message in sent
+        if message["role"] not in found
+    ]
+    tools = None if "tools" in found else conversation.tools
+    if found and render(left, tools) != render(sent, conversation.tools):
+        return [dict(message) for message in sent], conversation.tools
+    return left, tools
 
 
 def _sent(message: Mapping[str, Any]) -> dict[str, Any]:

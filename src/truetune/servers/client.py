@@ -72,14 +72,42 @@ class Client:
         """What the server answers to a value; raises as `get`."""
         return self._ask(path, json.dumps(value).encode("utf-8"))
 
-    def _ask(self, path: str, data: bytes | None) -> Any:
+    def raw(self, method: str, path: str, data: bytes | None) -> http.client.HTTPResponse:
+        """The server's answer as it comes, errors too; the caller closes it.
+
+        Raises:
+            ServerError: there is none.
+        """
+        try:
+            return self._open(method, path, data)
+        except urllib.error.HTTPError as error:
+            # It reads like the answer that it was made of, and closes that when it goes.
+            return error  # type: ignore[return-value]
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._unreachable(path, error) from error
+
+    def _open(self, method: str, path: str, data: bytes | None) -> http.client.HTTPResponse:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url + path, data, headers)
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
+        answer: http.client.HTTPResponse = self._opener.open(request, timeout=self.seconds)
+        return answer
+
+    def _unreachable(self, path: str, error: Exception) -> ServerError:
+        reason = getattr(error, "reason", None) or error
+        return ServerError(
+            f"the server does not answer: {reason}",
+            where=self.url + path,
+            why="nothing listens there, or the server has stopped",
+            fix="start it, or give its address with --url",
+            code="server-unreachable",
+        )
+
+    def _ask(self, path: str, data: bytes | None) -> Any:
         where = self.url + path
         try:
-            with self._opener.open(request, timeout=self.seconds) as answer:
+            with self._open("GET" if data is None else "POST", path, data) as answer:
                 raw = answer.read(_MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
             said = error.read(4096).decode("utf-8", "replace")
@@ -91,14 +119,7 @@ class Client:
                 fix="read the server's own log",
             ) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None) or error
-            raise ServerError(
-                f"the server does not answer: {reason}",
-                where=where,
-                why="nothing listens there, or the server has stopped",
-                fix="start it, or give its address with --url",
-                code="server-unreachable",
-            ) from error
+            raise self._unreachable(path, error) from error
         if len(raw) > _MOST_BYTES:
             raise ServerError(
                 "the server's answer is too large",

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -267,12 +268,20 @@ def _refused(path: Path, error: str, said: Sequence[str]) -> LlamaError:
 
 
 def _died(path: Path, status: int | None, said: Sequence[str]) -> LlamaError:
+    ended = f"exit code {status}"
+    if status and status < 0:
+        with contextlib.suppress(ValueError):
+            ended = f"signal {signal.Signals(-status).name}"
+    cause = visible(_cause(said), keep_newlines=False)
     return LlamaError(
-        f"llama.cpp exited while it was serving {path.name}: "
-        f"{visible(_cause(said) or f'exit code {status}', keep_newlines=False)}",
+        f"llama.cpp exited while it was serving {path.name}" + (f": {cause}" if cause else ""),
         where=str(path),
-        why=f"exit code {status}",
-        fix="export it again, or install a newer xllamacpp",
+        why=f"{ended}, which is how the system ends a process if memory runs out"
+        if ended.endswith("SIGKILL")
+        else ended,
+        fix="free some memory and try again"
+        if ended.endswith("SIGKILL")
+        else "export it again, or install a newer xllamacpp",
     )
 
 

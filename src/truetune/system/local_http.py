@@ -26,9 +26,8 @@ class LocalServer:
         return f"http://{HOST}:{self._server.server_port}"
 
     def run(self) -> None:
-        """Answer until Ctrl-C."""
-        with contextlib.suppress(KeyboardInterrupt):
-            self._server.serve_forever(poll_interval=0.2)
+        """Answer until `stop`, or an exception as Ctrl-C and SIGTERM raise it."""
+        self._server.serve_forever(poll_interval=0.2)
 
     def stop(self) -> None:
         """End `run`, from another thread."""
