@@ -14,6 +14,7 @@ import pytest
 from test_export import trained
 from tiny_models import edit_json, write_model
 from tiny_runs import command, sums, write_rows
+from truetune.contract.contract import PromptContract
 from truetune.diagnosis import tensors
 from truetune.diagnosis.diagnose import Diagnosis, diagnose
 from truetune.errors import UsageError
@@ -183,10 +184,10 @@ def _tokens(folder: Path) -> None:
         (_short, "max_position_embeddings is 8 instead of"),
         (_activation, "hidden_act is 'gelu' instead of 'silu'"),
         (edited(_one_percent), "down_proj.weight is 1.01 times what it should be"),
-        (edited(_two_rows), "1 of 26 tensors"),
+        (edited(_two_rows), "embed_tokens.weight"),
         (edited(_nan), "numbers that are not finite"),
         (_stops_on_text, "which is not a stop token of training"),
-        (_two_tokens, "2 of "),
+        (_two_tokens, "tokens have other ids"),
     ],
 )
 def test_the_cause_is_named(
@@ -363,6 +364,97 @@ def test_what_cannot_be_asked(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="folder for MLX"):
         diagnose(str(tmp_path / "model"), quantised=str(tmp_path / "model"))
+
+
+@needs_llama
+def test_a_gguf_file_is_compared_exactly(place: Path, tmp_path: Path) -> None:
+    """Faults below what a type costs; and files of other converters, which are no faults."""
+    import dataclasses
+
+    import torch
+
+    from truetune.diagnosis.alone import gguf_alone
+    from truetune.exporting.gguf_file import write_file
+    from truetune.exporting.gguf_ids import choose_pre_tokenizer
+    from truetune.exporting.gguf_shape import Shape, shape_of
+    from truetune.exporting.gguf_vocabulary import Vocabulary, vocabulary_of
+    from truetune.model.merge import merge_adapter
+
+    source = str(place / "adapter")
+    loaded = merge_adapter(source).loaded
+    model, contract = loaded.transformers_model, PromptContract.load(loaded.tokenizer)
+    shape = shape_of(model)
+    vocabulary, _ = vocabulary_of(contract, model.get_input_embeddings().weight.shape[0])
+    vocabulary, _ = choose_pre_tokenizer(vocabulary, contract, tmp_path)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def told(
+        quant: str,
+        *,
+        shape: Shape = shape,
+        vocabulary: Vocabulary = vocabulary,
+        change: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> list[str]:
+        tensors = {name: value.clone() for name, value in own.items()}
+        change(tensors)
+        model.load_state_dict(tensors)
+        path = tmp_path / "file.gguf"
+        path.unlink(missing_ok=True)
+        write_file(path, model, shape, vocabulary, quant, "any")
+        found = diagnose(source, stages=["adapter", "gguf"], gguf=str(path))
+        return errors(found)
+
+    def swapped(one: str, other: str) -> Callable[[dict[str, Any]], None]:
+        def change(found: dict[str, Any]) -> None:
+            found[one], found[other] = found[other], found[one]
+
+        return change
+
+    def bfloat16(found: dict[str, Any]) -> None:
+        found.update({name: value.bfloat16().float() for name, value in found.items()})
+
+    layer = "model.layers.1."
+    with torch.no_grad():
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            key = f"{layer}{name}.weight"
+            own[key] += 0.01 * torch.randn(
+                own[key].shape, generator=torch.Generator().manual_seed(1)
+            )
+    # The model that was written is not the adapter's any more: its norms differ by a hundredth.
+    assert any("layernorm" in t or "_norm" in t for t in told("q8_0"))
+    own.update({n: v.clone() for n, v in merge_adapter(source).loaded.model.state_dict().items()})
+    for quant in ("f16", "bf16", "q8_0", "q4_0"):
+        assert told(quant) == [], quant
+        assert told(quant, change=bfloat16) == [], quant
+
+    values = tuple((n, v * 1.03 if n == "rope_freq_base" else v) for n, v in shape.values)
+    (said,) = told("q8_0", shape=dataclasses.replace(shape, values=values))
+    assert "rope.freq_base is 10300.0 instead of 10000.0" in said
+    (said,) = told("f16", change=_one_percent)
+    assert "blk.1.ffn_down.weight is 1.01 times what it should be" in said
+    (said,) = told(
+        "q8_0", change=swapped(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight")
+    )
+    assert "blk.1.ffn_gate.weight contains the values of blk.1.ffn_up.weight" in said
+    tokens = list(vocabulary.tokens)
+    tokens[-4], tokens[-5] = tokens[-5], tokens[-4]
+    exchanged = dataclasses.replace(vocabulary, tokens=tuple(tokens))
+    assert any(
+        "tokenizer.ggml.tokens has 2 different" in t for t in told("f32", vocabulary=exchanged)
+    )
+    ends = dataclasses.replace(vocabulary, special={**vocabulary.special, "eom": 70})
+    assert any("not a stop token of training" in t for t in told("f32", vocabulary=ends))
+
+    def nan(found: dict[str, Any]) -> None:
+        found[f"{layer}mlp.down_proj.weight"][:] = float("nan")
+
+    assert any("not finite" in t for t in told("f32", change=nan))
+    stage = gguf_alone(tmp_path / "file.gguf", lambda _: None)
+    assert any("1 of" in f.what and "not finite" in f.what for f in stage.findings)
+    told("f16", vocabulary=dataclasses.replace(vocabulary, template={}))
+    stage = gguf_alone(tmp_path / "file.gguf", lambda _: None)
+    assert [f.what for f in stage.findings if "end" in f.what] == []
+    assert any("no chat template" in f.what for f in stage.findings)
 
 
 def test_tensors_within_their_rounding_are_equal() -> None:

@@ -45,6 +45,7 @@ from truetune.errors import TruetuneError, UsageError
 from truetune.evaluation.interval import FEWEST_DIFFERENT, score_difference
 from truetune.exporting.gguf_ids import compare_ids, texts_of
 from truetune.exporting.gguf_proof import (
+    BUDGETS,
     Apart,
     Budget,
     Reference,
@@ -460,7 +461,8 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
     model = loaded.transformers_model
     settings = architecture(work.config, model.config)
     settings += _shorter(work, model.config)
-    cause = "; ".join(settings)
+    shown = _weights_cause(work, model, loaded.base_dtype, name)
+    cause = "; ".join([*([shown] if shown else []), *settings])
     reading = replies = apart = None
     over = ""
     try:
@@ -471,24 +473,31 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
     if reading is not None:
         apart = apart_of(work.reference.reading, reading)
         budget = _FOLDERS.get(loaded.base_dtype, _FOLDERS["bfloat16"])
-        over = over or _over(apart, _QUANTISED if name == "quantised" else budget, work.effect)
+        if name == "quantised":
+            budget = _QUANTISED
+        elif not cause:
+            budget = _as_held(budget)
+        over = over or _over(apart, budget, work.effect)
     elif not over:
         rows = model.get_input_embeddings().weight.shape[0]
         over = f"the model has {rows:,} embeddings, fewer than its tokenizer has ids"
         cause = "; ".join(["the embedding was truncated", *settings])
-    if reading is not None or over:
-        shown = _weights_cause(work, model, loaded.base_dtype, name)
-        if reading is not None:
-            cause = "; ".join([*([shown] if shown else []), *settings])
-        if over or shown or settings:
-            what = over or (
-                "its weights or settings are not the trained model's, although its predictions "
-                "on these rows are near"
-            )
-            cause = cause or _unexplained(name, work.whole.config, model.config)
-            findings.append(_parted(name, folder, what, cause, work.again(name)))
+    if over or cause:
+        what = over or (
+            "its weights or settings are not the trained model's, although its predictions on "
+            "these rows are near"
+        )
+        cause = cause or _unexplained(name, work.whole.config, model.config)
+        findings.append(_parted(name, folder, what, cause, work.again(name)))
     findings += _on_replies(work, name, folder, replies, findings)
     return Stage(name, folder, apart, replies, tuple(findings), numbers=work.numbers(replies))
+
+
+def _as_held(budget: Budget) -> Budget:
+    """The budget of an export whose tensors are the model's: they may have been rounded to bfloat16
+    before they were written in a type of more digits."""
+    half = BUDGETS["bf16"]
+    return Budget(max(budget.usual, half.usual), max(budget.most, half.most))
 
 
 def _shorter(work: _Work, config: Any) -> list[str]:
@@ -606,7 +615,12 @@ def _on_contract(work: _Work, name: str, folder: str, contract: PromptContract) 
                 case.where,
                 f"{len(wrong)} of {len(work.reference.cases)} prompts differ from those that were "
                 "trained",
-                ("the chat template is different" if template else "the tokenizer is different")
+                (
+                    "the chat template is different"
+                    if template
+                    else "; ".join(vocabulary(work.contract, contract))
+                    or "the tokenizer is different"
+                )
                 + f"\ntrained: {case.text[-160:]!r}\nhere:    {said[-160:]!r}",
                 _TOKENIZER_AGAIN,
             )
@@ -746,15 +760,17 @@ def _gguf(work: _Work, path: Path) -> Stage:
                 apart, replies = _predictions(work, server)
     except TruetuneError as error:
         return unopened("gguf", str(path), error)
+    compared = compare_file(
+        path, work.whole, work.contract, (lambda: work.unmerged) if work.is_adapter else None
+    )
     budget = budget_of(quant, work.config)
+    if not compared.wrong and not compared.unread:
+        budget = _as_held(budget)
     over = "" if apart is None else _over(apart, budget, work.effect)
     if apart is None:
         over = "llama.cpp returned no predictions for the rows' ids"
     if over:
         findings.append(_parted("gguf", str(path), over, "", _AGAIN["gguf"]))
-    compared = compare_file(
-        path, work.whole, work.contract, (lambda: work.unmerged) if work.is_adapter else None
-    )
     cause = "; ".join([*compared.wrong, *compared.other][:4])
     if any(f.level == "error" for f in findings):
         findings = [_because(f, cause) if f.level == "error" else f for f in findings]

@@ -166,6 +166,10 @@ def _look(
         )
         seen.explained.add(name)
         return
+    norm = float(wanted.double().square().sum())
+    scale = float((value.double() * wanted.double()).sum()) / norm if norm else 0.0
+    scaled = apart(value / scale, wanted) if scale else float("inf")
+    is_scaled = abs(scale - 1) > allowed and scaled <= 2 * allowed
     before = base(name) if base else None
     if before is not None and before[0].shape == wanted.shape:
         update = (wanted - before[0]).double()
@@ -176,21 +180,20 @@ def _look(
             left = float((done - share * update).norm()) / size**0.5
             # Rounding of the whole may be as large as a small update.
             room = max(0.2, 0.5 * allowed * float(wanted.double().norm()) / size**0.5)
-            if left <= room:
+            nearer = not is_scaled or left * size**0.5 <= scaled * norm**0.5 * 1.01 + 1e-9
+            if left <= room and nearer:
                 seen.merged[name] = share
                 return
         else:
             seen.untouched.append(name)
+    if is_scaled:
+        seen.scaled[name] = scale
+        return
     for words, other in orders(name, wanted) if orders else ():
         if other.shape == value.shape and apart(value, other) <= allowed:
             seen.words.append(f"{name}: {words}")
             seen.explained.add(name)
             return
-    norm = float(wanted.double().square().sum())
-    if norm:
-        scale = float((value.double() * wanted.double()).sum()) / norm
-        if scale and apart(value / scale, wanted) <= 2 * allowed:
-            seen.scaled[name] = scale
 
 
 def _swapped(
