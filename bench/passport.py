@@ -662,6 +662,24 @@ def fault_table(twins: dict[str, Twin], match: str) -> tuple[str, int, int, int]
     return "\n".join(lines), hit, placed, len(chosen)
 
 
+def merged_by_peft(twin: Twin) -> Path:
+    """The adapter added in bfloat16, to weights in bfloat16."""
+    folder = twin.folder / "merged-by-peft"
+    shutil.copytree(twin.folder / "merged-bf16", folder)
+    (folder / "model.safetensors").unlink()
+    loaded = load_model(twin.adapter, dtype="bfloat16", device="cpu", purpose="inference")
+    loaded.model.merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+def rounded(model: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+
+
 def healthy_table(twins: dict[str, Twin]) -> tuple[str, int]:
     lines = ["| model | export | predictions: of the spread | alarms |", "|---|---|---|---|"]
     alarms = 0
@@ -674,6 +692,11 @@ def healthy_table(twins: dict[str, Twin]) -> tuple[str, int]:
         ]
         for quant in ("f32", "f16", "bf16", "q8_0"):
             cases.append((f"GGUF, {quant}", {"gguf": str(twin.gguf(f"healthy-{quant}", quant))}))
+        # What other tools make: a merge in bfloat16, and files of weights that were rounded before.
+        cases.append(("merged by peft in bfloat16", {"merged": str(merged_by_peft(twin))}))
+        for quant in ("f16", "q8_0", "q4_0"):
+            path = twin.gguf(f"rounded-{quant}", quant, weights=rounded)
+            cases.append((f"GGUF, {quant}, from bfloat16", {"gguf": str(path)}))
         for name, arguments in cases:
             found = diagnose(twin.adapter, **arguments)
             above = [f for f in found.findings() if f.level != "note"]

@@ -308,7 +308,8 @@ def _tokens(reader: Any, vocabulary: Vocabulary) -> list[str]:
     last = max(used, default=-1)
     if len(its) <= last:
         return [f"tokenizer.ggml.tokens has {len(its):,} entries instead of {last + 1:,}"]
-    wrong = [n for n in used if its[n] != vocabulary.tokens[n]]
+    # Some converters write added tokens as they look in a text.
+    wrong = [n for n in used if _spaced(its[n]) != _spaced(vocabulary.tokens[n])]
     if not wrong:
         return []
     first = wrong[0]
@@ -317,6 +318,10 @@ def _tokens(reader: Any, vocabulary: Vocabulary) -> list[str]:
         f"{visible(f'{its[first]!r:.60}', keep_newlines=False)} instead of "
         f"{vocabulary.tokens[first]!r:.60}"
     ]
+
+
+def _spaced(token: str) -> str:
+    return token.replace("\u2581", " ")
 
 
 def _lists(key: str, own: list[Any], value: Any) -> str:
