@@ -352,7 +352,7 @@ def test_a_whole_model_is_copied(tmp_path: Path) -> None:
         [{"prompt": f"{i}+1?", "completion": f"{i + 1}."} for i in range(40)],
     )
     shown = command(
-        *("train", tmp_path / "base", data, "--full", "-o", tmp_path / "run", "--dtype", "float32"),
+        *("train", tmp_path / "base", data, "-o", tmp_path / "run", "--dtype", "float32"),
         *("--max-steps", 2, "--batch-size", 4),
     )
     assert shown.code == 0, shown.err
