@@ -159,10 +159,10 @@ _Work = room._Work
 _asked: dict[str, Any] = {}
 
 
-def _once(source: str, *rest: Any) -> Any:
+def _once(source: str, *rest: Any, **more: Any) -> Any:
     """What was trained is measured once, and held to each of its exports."""
     if source not in _asked:
-        _asked[source] = _Work(source, *rest)
+        _asked[source] = _Work(source, *rest, **more)
     return _asked[source]
 
 
@@ -430,8 +430,86 @@ def _of_base(twin: Twin) -> dict[str, Any]:
     return {"gguf": str(path)}
 
 
+def _generation(**settings: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+    return edit
+
+
+def stops_on_text(folder: Path) -> None:
+    """One more stop token: the text that the id 29 is."""
+    path = folder / "generation_config.json"
+    own = json.loads(path.read_text())["eos_token_id"]
+    _generation(eos_token_id=[*(own if isinstance(own, list) else [own]), 29])(folder)
+
+
+def swapped_tokens(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    words = value["model"]["vocab"]
+    one, other = sorted(words, key=lambda text: words[text])[-2:]
+    words[one], words[other] = words[other], words[one]
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _swapped_tokens(own: Vocabulary) -> Vocabulary:
+    tokens = list(own.tokens)
+    normal = [n for n, kind in enumerate(own.types) if kind == 1][-2:]
+    tokens[normal[0]], tokens[normal[1]] = tokens[normal[1]], tokens[normal[0]]
+    return dataclasses.replace(own, tokens=tuple(tokens))
+
+
+def half(change: Callable[[Path], None]) -> Callable[[Twin], dict[str, Any]]:
+    """A merged folder in bfloat16, changed."""
+
+    def make(twin: Twin) -> dict[str, Any]:
+        folder = Path(tempfile.mkdtemp(dir=twin.folder)) / "half"
+        write_merged(twin.adapter, folder, dtype="bfloat16")
+        change(folder)
+        return {"merged": str(folder)}
+
+    return make
+
+
+def one_percent(tensors: dict[str, Any]) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = (tensors[name].float() * 1.01).to(tensors[name].dtype)
+
+
+def not_a_number(tensors: dict[str, Any]) -> None:
+    tensors["model.embed_tokens.weight"][29] = float("nan")
+
+
+def rope_of(factor: float) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        value = json.loads(path.read_text())
+        value["rope_parameters"]["rope_theta"] *= factor
+        path.write_text(json.dumps(value))
+
+    return edit
+
+
+def _half_more_rope(shape: Shape) -> Shape:
+    values = [(n, v * 1.5 if n == "rope_freq_base" else v) for n, v in shape.values]
+    return dataclasses.replace(shape, values=tuple(values))
+
+
+def _near_norms(model: Any) -> None:
+    """Norms whose values are near, as of another layer of a trained model."""
+    import torch
+
+    layer = model.model.layers[1]
+    one, other = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    with torch.no_grad():
+        one.mul_(1 + 0.02 * torch.randn(one.shape, generator=torch.Generator().manual_seed(1)))
+        other.mul_(1 + 0.02 * torch.randn(one.shape, generator=torch.Generator().manual_seed(2)))
+
+
 def faults() -> list[Fault]:
-    """Twenty-four of them."""
+    """Those that show in predictions or prompts, then those that only an exact comparison finds."""
     swapped = {
         "shape": lambda s: dataclasses.replace(
             s, family=dataclasses.replace(s.family, interleaved=not s.family.interleaved)
@@ -506,6 +584,42 @@ def faults() -> list[Fault]:
             "gguf",
             gguf_with("pre", vocabulary=lambda v: dataclasses.replace(v, pre="gpt-2")),
         ),
+        Fault("rope base times 1.03, bfloat16", "llama", "merged", half(rope_of(1.03))),
+        Fault("rope base times 1.5, bfloat16", "qwen2", "merged", half(rope_of(1.5))),
+        Fault("another activation, bfloat16", "qwen3", "merged", half(config(hidden_act="gelu"))),
+        Fault("a matrix times 1.01, bfloat16", "phi3", "merged", half(weights(one_percent))),
+        Fault("NaN in one embedding", "qwen3", "merged", half(weights(not_a_number))),
+        Fault(
+            "a context shorter than the rows",
+            "llama",
+            "merged",
+            merged_with("context", config(max_position_embeddings=16)),
+        ),
+        Fault("one more stop token", "qwen2", "merged", merged_with("more", stops_on_text)),
+        Fault(
+            "two tokens of the vocabulary swapped",
+            "qwen3",
+            "merged",
+            merged_with("vocabulary", swapped_tokens),
+        ),
+        Fault(
+            "norms of a layer changed by 2 %, q8_0",
+            "qwen2",
+            "gguf",
+            gguf_with("near-norms", quant="q8_0", weights=_near_norms),
+        ),
+        Fault(
+            "rope base times 1.5, q8_0",
+            "phi3",
+            "gguf",
+            gguf_with("near-theta", quant="q8_0", shape=_half_more_rope),
+        ),
+        Fault(
+            "two tokens of the vocabulary swapped",
+            "llama",
+            "gguf",
+            gguf_with("vocabulary", vocabulary=_swapped_tokens),
+        ),
     ]
 
 
@@ -548,6 +662,24 @@ def fault_table(twins: dict[str, Twin], match: str) -> tuple[str, int, int, int]
     return "\n".join(lines), hit, placed, len(chosen)
 
 
+def merged_by_peft(twin: Twin) -> Path:
+    """The adapter added in bfloat16, to weights in bfloat16."""
+    folder = twin.folder / "merged-by-peft"
+    shutil.copytree(twin.folder / "merged-bf16", folder)
+    (folder / "model.safetensors").unlink()
+    loaded = load_model(twin.adapter, dtype="bfloat16", device="cpu", purpose="inference")
+    loaded.model.merge_and_unload().save_pretrained(folder)
+    return folder
+
+
+def rounded(model: Any) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+
+
 def healthy_table(twins: dict[str, Twin]) -> tuple[str, int]:
     lines = ["| model | export | predictions: of the spread | alarms |", "|---|---|---|---|"]
     alarms = 0
@@ -560,6 +692,11 @@ def healthy_table(twins: dict[str, Twin]) -> tuple[str, int]:
         ]
         for quant in ("f32", "f16", "bf16", "q8_0"):
             cases.append((f"GGUF, {quant}", {"gguf": str(twin.gguf(f"healthy-{quant}", quant))}))
+        # What other tools make: a merge in bfloat16, and files of weights that were rounded before.
+        cases.append(("merged by peft in bfloat16", {"merged": str(merged_by_peft(twin))}))
+        for quant in ("f16", "q8_0", "q4_0"):
+            path = twin.gguf(f"rounded-{quant}", quant, weights=rounded)
+            cases.append((f"GGUF, {quant}, from bfloat16", {"gguf": str(path)}))
         for name, arguments in cases:
             found = diagnose(twin.adapter, **arguments)
             above = [f for f in found.findings() if f.level != "note"]

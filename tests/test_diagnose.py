@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from test_export import trained
-from tiny_models import write_model
+from tiny_models import edit_json, write_model
 from tiny_runs import command, sums, write_rows
+from truetune.contract.contract import PromptContract
 from truetune.diagnosis import tensors
 from truetune.diagnosis.diagnose import Diagnosis, diagnose
 from truetune.errors import UsageError
 from truetune.exporting.merged import write_merged
+from truetune.model.load import load_model
+from truetune.model.lora import LoraSettings
 from truetune.run.export_gguf import export_gguf
 
 needs_llama = pytest.mark.skipif(
@@ -116,6 +119,52 @@ def _rope(folder: Path) -> None:
     path.write_text(json.dumps(value))
 
 
+def _theta(folder: Path) -> None:
+    """A change that predictions hardly show."""
+    path = folder / "config.json"
+    value = json.loads(path.read_text())
+    value["rope_parameters"]["rope_theta"] *= 1.03
+    path.write_text(json.dumps(value))
+
+
+def _short(folder: Path) -> None:
+    edit_json(folder / "config.json", max_position_embeddings=8)
+
+
+def _activation(folder: Path) -> None:
+    edit_json(folder / "config.json", hidden_act="gelu")
+
+
+def _one_percent(found: dict[str, Any]) -> None:
+    found["model.layers.1.mlp.down_proj.weight"] *= 1.01
+
+
+def _two_rows(found: dict[str, Any]) -> None:
+    name = "model.embed_tokens.weight"
+    found[name][[7, 8]] = found[name][[8, 7]]
+
+
+def _nan(found: dict[str, Any]) -> None:
+    found["model.embed_tokens.weight"][7] = float("nan")
+
+
+def _stops_on_text(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    value = json.loads(path.read_text())
+    own = value["eos_token_id"]
+    value["eos_token_id"] = [*(own if isinstance(own, list) else [own]), 70]
+    path.write_text(json.dumps(value))
+
+
+def _two_tokens(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    value = json.loads(path.read_text())
+    words = value["model"]["vocab"]
+    last = sorted(words, key=lambda text: words[text])[-2:]
+    words[last[0]], words[last[1]] = words[last[1]], words[last[0]]
+    path.write_text(json.dumps(value))
+
+
 def _tokens(folder: Path) -> None:
     """The tokenizer of the base, which lacks what was added."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -131,6 +180,14 @@ def _tokens(folder: Path) -> None:
         (_template, "the chat template is different"),
         (_rope, "config.json: rope_parameters"),
         (_tokens, "texts get different ids"),
+        (_theta, "rope_parameters.rope_theta is 10300.0 instead of 10000.0"),
+        (_short, "max_position_embeddings is 8 instead of"),
+        (_activation, "hidden_act is 'gelu' instead of 'silu'"),
+        (edited(_one_percent), "down_proj.weight is 1.01 times what it should be"),
+        (edited(_two_rows), "embed_tokens.weight"),
+        (edited(_nan), "numbers that are not finite"),
+        (_stops_on_text, "which is not a stop token of training"),
+        (_two_tokens, "tokens have other ids"),
     ],
 )
 def test_the_cause_is_named(
@@ -141,6 +198,50 @@ def test_the_cause_is_named(
     assert found.first is not None
     assert found.first.name == "merged"
     assert any(said in text for text in errors(found)), errors(found)
+
+
+def test_settings_of_replies_are_told(place: Path, tmp_path: Path) -> None:
+    def edit(**settings: Any) -> Callable[[Path], None]:
+        return lambda folder: edit_json(folder / "generation_config.json", **settings)
+
+    sampled = edit(do_sample=True, temperature=2.0, repetition_penalty=1.5, max_new_tokens=3)
+    found = diagnose(str(place / "adapter"), merged=copy(place, tmp_path, sampled))
+    assert [(f.code, f.level) for f in found.findings()] == [
+        ("generation-settings-differ", "warning")
+    ]
+    told = found.findings()[0].what
+    for said in ("temperature is 2.0 instead of 1.0", "repetition_penalty is 1.5 instead of 1.0"):
+        assert said in told
+    assert "max_new_tokens is 3 instead of None" in told
+    # Of no effect where nothing is drawn, and values that are those of a file that says nothing.
+    idle = edit(do_sample=False, temperature=0.6, top_p=0.9, max_length=20, num_beams=1)
+    found = diagnose(str(place / "adapter"), merged=copy(place, tmp_path / "idle", idle))
+    assert found.findings() == []
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gemma3_text", "phi3"])
+def test_healthy_twins_of_other_architectures(tmp_path: Path, kind: str) -> None:
+    """Rounded, merged by peft in its own type, embeddings padded: none of that is a fault."""
+    import torch
+
+    tied = kind in ("qwen3", "gemma3_text")
+    settings = LoraSettings(r=2, dropout=0.0, dora=kind == "qwen2", rslora=kind == "phi3")
+    trained(tmp_path, kind, settings=settings, tie_word_embeddings=tied)
+    write_merged(tmp_path / "adapter", tmp_path / "whole")
+    write_merged(tmp_path / "adapter", tmp_path / "half", dtype="bfloat16")
+    write_merged(tmp_path / "adapter", tmp_path / "f16", dtype="float16")
+    # Another tool's merge: added in bfloat16, to rounded weights.
+    loaded = load_model(tmp_path / "adapter", dtype="bfloat16", device="cpu", purpose="inference")
+    model = loaded.model.merge_and_unload()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    shutil.copytree(tmp_path / "half", tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path / "theirs")
+    for name in ("whole", "half", "f16", "theirs"):
+        found = diagnose(
+            str(tmp_path / "adapter"), stages=["adapter", "merged"], merged=str(tmp_path / name)
+        )
+        assert errors(found) == [], name
 
 
 @needs_llama
@@ -238,10 +339,122 @@ def test_what_cannot_be_asked(tmp_path: Path) -> None:
         diagnose(str(tmp_path / "no.gguf"))
     told = command("diagnose", tmp_path / "model", "--url", "x:1")
     assert (told.code, "[server-address]" in told.err) == (2, True)
-    # Nothing listens there.
+    # Nothing listens there: an address is bad input, not a stage that differs.
     told = command("diagnose", tmp_path / "model", "--url", "http://127.0.0.1:9")
-    assert told.code == 1
-    assert "does not answer" in told.out
+    assert (told.code, "[server-unreachable]" in told.err) == (2, True)
+    for stage in ("merged", "quantised", "gguf", "url", "base", "adapter"):
+        with pytest.raises(UsageError) as raised:
+            diagnose(str(tmp_path / "model"), stages=["model", stage])
+        assert raised.value.code == "stage-without-file", stage
+    with pytest.raises(UsageError, match="is a folder"):
+        diagnose(str(tmp_path / "model"), gguf=str(tmp_path / "model"))
+    (tmp_path / "a.gguf").touch()
+    for arguments in (
+        {"merged": str(tmp_path / "a.gguf")},
+        {"quantised": str(tmp_path / "a.gguf")},
+    ):
+        with pytest.raises(UsageError, match="is a file"):
+            diagnose(str(tmp_path / "model"), **arguments)
+    with pytest.raises(UsageError, match="nothing can be compared with it"):
+        diagnose(str(tmp_path / "a.gguf"), merged=str(tmp_path / "model"))
+    edit_json(
+        tmp_path / "model" / "config.json",
+        quantization={"group_size": 64, "bits": 4},
+        quantization_config={"group_size": 64, "bits": 4},
+    )
+    with pytest.raises(UsageError, match="folder for MLX"):
+        diagnose(str(tmp_path / "model"), quantised=str(tmp_path / "model"))
+
+
+@needs_llama
+def test_a_gguf_file_is_compared_exactly(place: Path, tmp_path: Path) -> None:
+    """Faults below what a type costs; and files of other converters, which are no faults."""
+    import dataclasses
+
+    import torch
+
+    from truetune.diagnosis.alone import gguf_alone
+    from truetune.exporting.gguf_file import write_file
+    from truetune.exporting.gguf_ids import choose_pre_tokenizer
+    from truetune.exporting.gguf_shape import Shape, shape_of
+    from truetune.exporting.gguf_vocabulary import Vocabulary, vocabulary_of
+    from truetune.model.merge import merge_adapter
+
+    source = str(place / "adapter")
+    loaded = merge_adapter(source).loaded
+    model, contract = loaded.transformers_model, PromptContract.load(loaded.tokenizer)
+    shape = shape_of(model)
+    vocabulary, _ = vocabulary_of(contract, model.get_input_embeddings().weight.shape[0])
+    vocabulary, _ = choose_pre_tokenizer(vocabulary, contract, tmp_path)
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def told(
+        quant: str,
+        *,
+        shape: Shape = shape,
+        vocabulary: Vocabulary = vocabulary,
+        change: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> list[str]:
+        tensors = {name: value.clone() for name, value in own.items()}
+        change(tensors)
+        model.load_state_dict(tensors)
+        path = tmp_path / "file.gguf"
+        path.unlink(missing_ok=True)
+        write_file(path, model, shape, vocabulary, quant, "any")
+        found = diagnose(source, stages=["adapter", "gguf"], gguf=str(path))
+        return errors(found)
+
+    def swapped(one: str, other: str) -> Callable[[dict[str, Any]], None]:
+        def change(found: dict[str, Any]) -> None:
+            found[one], found[other] = found[other], found[one]
+
+        return change
+
+    def bfloat16(found: dict[str, Any]) -> None:
+        found.update({name: value.bfloat16().float() for name, value in found.items()})
+
+    layer = "model.layers.1."
+    with torch.no_grad():
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            key = f"{layer}{name}.weight"
+            own[key] += 0.01 * torch.randn(
+                own[key].shape, generator=torch.Generator().manual_seed(1)
+            )
+    # The model that was written is not the adapter's any more: its norms differ by a hundredth.
+    assert any("layernorm" in t or "_norm" in t for t in told("q8_0"))
+    own.update({n: v.clone() for n, v in merge_adapter(source).loaded.model.state_dict().items()})
+    for quant in ("f16", "bf16", "q8_0", "q4_0"):
+        assert told(quant) == [], quant
+        assert told(quant, change=bfloat16) == [], quant
+
+    values = tuple((n, v * 1.03 if n == "rope_freq_base" else v) for n, v in shape.values)
+    (said,) = told("q8_0", shape=dataclasses.replace(shape, values=values))
+    assert "rope.freq_base is 10300.0 instead of 10000.0" in said
+    (said,) = told("f16", change=_one_percent)
+    assert "blk.1.ffn_down.weight is 1.01 times what it should be" in said
+    (said,) = told(
+        "q8_0", change=swapped(f"{layer}mlp.gate_proj.weight", f"{layer}mlp.up_proj.weight")
+    )
+    assert "blk.1.ffn_gate.weight contains the values of blk.1.ffn_up.weight" in said
+    tokens = list(vocabulary.tokens)
+    tokens[-4], tokens[-5] = tokens[-5], tokens[-4]
+    exchanged = dataclasses.replace(vocabulary, tokens=tuple(tokens))
+    assert any(
+        "tokenizer.ggml.tokens has 2 different" in t for t in told("f32", vocabulary=exchanged)
+    )
+    ends = dataclasses.replace(vocabulary, special={**vocabulary.special, "eom": 70})
+    assert any("not a stop token of training" in t for t in told("f32", vocabulary=ends))
+
+    def nan(found: dict[str, Any]) -> None:
+        found[f"{layer}mlp.down_proj.weight"][:] = float("nan")
+
+    assert any("not finite" in t for t in told("f32", change=nan))
+    stage = gguf_alone(tmp_path / "file.gguf", lambda _: None)
+    assert any("1 of" in f.what and "not finite" in f.what for f in stage.findings)
+    told("f16", vocabulary=dataclasses.replace(vocabulary, template={}))
+    stage = gguf_alone(tmp_path / "file.gguf", lambda _: None)
+    assert [f.what for f in stage.findings if "end" in f.what] == []
+    assert any("no chat template" in f.what for f in stage.findings)
 
 
 def test_tensors_within_their_rounding_are_equal() -> None:

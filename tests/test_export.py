@@ -345,6 +345,53 @@ def test_what_is_there_is_left_alone(tmp_path: Path) -> None:
     assert left(tmp_path) == {"base", "adapter", "merged"}
 
 
+def test_a_whole_model_is_copied(tmp_path: Path) -> None:
+    write_model(tmp_path / "base")
+    data = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"prompt": f"{i}+1?", "completion": f"{i + 1}."} for i in range(40)],
+    )
+    shown = command(
+        *("train", tmp_path / "base", data, "-o", tmp_path / "run", "--dtype", "float32"),
+        *("--max-steps", 2, "--batch-size", 4),
+    )
+    assert shown.code == 0, shown.err
+    told = command("export", tmp_path / "run", "--to", "merged", "-o", tmp_path / "out")
+    assert told.code == 0, told.err
+    assert "a whole model, which needs no merging" in told.out
+    source = tmp_path / "run" / "model"
+    names = sorted(path.name for path in source.iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    told = command(
+        *("export", tmp_path / "run", "--to", "merged", "-o", tmp_path / "half", "--json"),
+        *("--dtype", "bfloat16"),
+    )
+    assert (told.code, json.loads(told.out)["passed"]) == (0, True)
+    assert load_model(tmp_path / "half").base_dtype == "bfloat16"
+    # Not what the run saved.
+    with (source / "config.json").open("a") as file:
+        file.write(" ")
+    told = command("export", tmp_path / "run", "--to", "merged", "-o", tmp_path / "other")
+    assert told.code == 1
+    assert "config.json" in told.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_can_be_known_at_once(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a.gguf").touch()
+    for source, output, code in (
+        ("nowhere", "there", "output-exists"),
+        ("a.gguf", "new", "export-source"),
+    ):
+        for to in ("merged", "vllm"):
+            told = command("export", tmp_path / source, "--to", to, "-o", tmp_path / output)
+            assert told.code == 2
+            assert f"[{code}]" in told.err
+
+
 def test_from_the_command_line_through_a_fresh_process(tmp_path: Path) -> None:
     write_model(tmp_path / "base", dtype="bfloat16", tie_word_embeddings=True)
     rows = [{"prompt": f"{i}+1?", "completion": f"<think>a</think>{i + 1}."} for i in range(110)]

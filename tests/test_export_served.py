@@ -91,9 +91,11 @@ def test_what_a_server_cannot_load_is_merged(tmp_path: Path, why: str) -> None:
 
 def test_what_is_whole_already_and_other_names(tmp_path: Path) -> None:
     trained(tmp_path, texts=[])
-    told = command("export", tmp_path / "base", "--to", "vllm", "-o", tmp_path / "out")
-    assert told.code == 2
-    assert f"vllm serve {tmp_path / 'base'}" in told.err
+    # A whole model needs no merging: it is copied, and the line serves the copy.
+    told = command("export", tmp_path / "base", "--to", "vllm", "-o", tmp_path / "whole")
+    assert told.code == 0, told.err
+    assert f"vllm serve {tmp_path / 'whole'}" in told.out
+    assert (tmp_path / "whole" / "config.json").is_file()
     for name, fix in (("tgi", "text-generation-launcher"), ("lmstudio", "--to gguf")):
         told = command("export", tmp_path / "adapter", "--to", name, "-o", tmp_path / "out")
         assert told.code == 2

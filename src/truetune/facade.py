@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from truetune.reporting.page import Written
     from truetune.run.checkup import Checkup
     from truetune.run.export_served import ServedExport
+    from truetune.run.export_whole import WholeExport
     from truetune.run.pipeline import ExportResult, RunResult
     from truetune.run.push import Pushed
     from truetune.verification.verdict import Verdict
@@ -309,14 +310,15 @@ def export(
     verify: bool = True,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult | WrittenGGUF | WrittenMLX | ServedExport:
+) -> ExportResult | WholeExport | WrittenGGUF | WrittenMLX | ServedExport:
     """Write what a server loads: a merged model, a GGUF file, or a folder for Ollama, MLX or vLLM.
 
     A merged model can be loaded without peft; a fresh process compares it with the adapter before
     the folder gets its name. A GGUF file is served by llama.cpp and compared with the model.
 
     Args:
-        run: a run or an adapter folder; for a GGUF file also a model folder.
+        run: a run, or a model or adapter folder. A whole model is copied where nothing else is to
+            be done.
         output: the folder to write; it must not exist.
         to: merged, gguf, ollama (a GGUF file with a Modelfile), mlx, vllm or sglang.
         quant: the type of a GGUF file's weights: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where
@@ -342,7 +344,7 @@ def export(
     from truetune.run.export_kind import require_export
     from truetune.run.export_mlx import export_mlx
     from truetune.run.export_served import export_served
-    from truetune.run.pipeline import export as merged
+    from truetune.run.export_whole import export_plain as merged
 
     what, held = require_export(
         to,
@@ -353,6 +355,8 @@ def export(
         go_template=go_template,
         adapter=adapter,
         quant=quant,
+        source=path_of(run),
+        output=path_of(output),
     )
     screen = _shown(listener, quiet)
     source, folder = path_of(run), path_of(output)

@@ -23,14 +23,49 @@ def show_diagnosis(screen: Screen, found: Diagnosis) -> None:
             screen.finding(finding)
     first = found.first
     if first is None:
-        alone = [stage.note for stage in found.stages if stage.note.startswith("alone")]
-        screen.line(alone[0] if alone else "no stage differs: what was trained is what is served")
+        for line in _compared(found):
+            screen.line(line)
         return
     error = next(finding for finding in first.findings if finding.level == "error")
     screen.line(f"the first stage that differs: {first.name}", "red")
     if error.why:
         screen.line(f"  likely cause  {error.why.splitlines()[0]}")
     screen.line(f"  fix           {error.fix}")
+
+
+def _compared(found: Diagnosis) -> list[str]:
+    """What was compared where no stage differs, and what that does not mean."""
+    alone = [stage.note for stage in found.stages if stage.note.startswith("alone")]
+    if alone:
+        return alone
+    made = [s for s in found.stages if s.name in ("merged", "quantised", "gguf", "url")]
+    if not made:
+        own = [stage for stage in found.stages if stage.name != "base"]
+        first = "the model is what its run recorded" if own else "only the base was examined"
+        return [f"no stage differs: {first}; compare exports with --merged, --gguf or --url"]
+    files = [stage.name for stage in made if stage.name != "url"]
+    lines = []
+    if files:
+        lines.append(
+            f"no stage differs: prompts, token ids, stop tokens, settings and tensors of "
+            f"{' and '.join(files)} are those of the trained model, within the rounding of their "
+            "types"
+        )
+    if len(files) < len(made):
+        lines.append(
+            "the server's replies do not part from the trained model's"
+            + (f" ({made[-1].note})" if made[-1].note else "")
+        )
+    for stage in made:
+        same = stage.numbers.get("same_replies")
+        if same is not None and same < 1 and stage.name != "url":
+            lines.append(
+                f"rounding changes greedy replies: {stage.name} gives "
+                f"{100 * same:.0f} % of them word for word"
+            )
+        if stage.name != "url" and stage.note:
+            lines.append(f"{stage.name}: {stage.note}")
+    return lines
 
 
 def _row(stage: Stage) -> tuple[str, ...]:

@@ -14,16 +14,20 @@ from truetune.findings import gib
 if TYPE_CHECKING:
     from truetune.exporting.gguf import WrittenGGUF
     from truetune.exporting.gguf_proof import Apart
+    from truetune.run.export_whole import WholeExport
 
 
 def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Merge, and tell what was made."""
-    from truetune.run.pipeline import export
+    from truetune.run.export_whole import WholeExport, export_plain
 
     try:
-        result = export(run, output, listener=None if as_json else screen, **options)
+        result = export_plain(run, output, listener=None if as_json else screen, **options)
     finally:
         screen.close()
+    if isinstance(result, WholeExport):
+        _on_whole(screen, result, as_json=as_json)
+        return
     if as_json:
         facts = result.verdict.as_dict() if result.verdict else {"passed": None, "checks": []}
         typer.echo(
@@ -35,11 +39,30 @@ def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **opt
     from truetune.cli.result_screen import show_checks
 
     show_checks(screen, result.verdict)
-    folder = shlex.quote(str(result.folder))
+    _on_folder(screen, output)
+
+
+def _on_folder(screen: Screen, output: str) -> None:
+    folder = shlex.quote(output)
     load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
     screen.pairs(
         [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
     )
+
+
+def _on_whole(screen: Screen, made: WholeExport, *, as_json: bool) -> None:
+    """Tell that a model was whole already."""
+    if as_json:
+        facts = made.verdict.as_dict() if made.verdict else {"passed": None, "checks": []}
+        typer.echo(json.dumps({**facts, "artifact": str(made.folder)}, indent=2))
+        return
+    how = f"saved in {made.dtype}" if made.dtype else f"{made.files} files copied and read back"
+    screen.line(f"a whole model, which needs no merging: {how}")
+    if made.verdict:
+        from truetune.cli.result_screen import show_checks
+
+        show_checks(screen, made.verdict)
+    _on_folder(screen, str(made.folder))
 
 
 def export_served(
@@ -57,13 +80,16 @@ def export_served(
         facts = {
             "artifact": output,
             "merged": made.merged is not None,
+            "whole": made.whole is not None,
             "why": list(made.reasons),
             "passed": verdict.passed if verdict else None,
             "serve": made.line,
         }
         typer.echo(json.dumps(facts, indent=2))
         return
-    if made.merged is None:
+    if made.whole is not None:
+        screen.line(f"a whole model, which needs no merging: {output}")
+    elif made.merged is None:
         screen.line(f"the unchanged adapter: {output}")
     else:
         screen.line(f"merged, because {'; '.join(made.reasons)}: {output}")

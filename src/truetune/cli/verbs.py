@@ -612,8 +612,8 @@ def export_run(
     quant: Annotated[
         str | None,
         typer.Option(
-            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_0, q4_k_m, q4_0 and others. MLX: "
-            "f32, f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 for MLX)",
+            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, "
+            "q4_1, q4_0. MLX: f32, f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 for MLX)",
             rich_help_panel=_GGUF,
             show_default=False,
         ),
@@ -648,7 +648,7 @@ def export_run(
 
     merged: one folder that can be loaded without peft. The weights are added in float32, on
     unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
-    with the adapter on the run's held-out prompts.
+    with the adapter on the run's held-out prompts. A model that is whole already is copied.
 
     gguf: one file for llama.cpp and programs built on it, from an adapter or a whole model.
     llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared
@@ -688,6 +688,8 @@ def export_run(
         go_template=go_template,
         adapter=adapter,
         quant=quant,
+        source=run,
+        output=output,
     )
     screen = open_screen()
     if what in ("gguf", "ollama"):

@@ -1,8 +1,8 @@
 """Examine a GGUF file without the model that it was made from.
 
 input   a file
-does    has llama.cpp serve it; looks at its own template, at the tokens that begin a prompt and end
-        a reply, and at what it replies
+does    reads its tensors for numbers that are not finite; has llama.cpp serve it; looks at its own
+        template, at the tokens that begin a prompt and end a reply, and at what it replies
 output  Stage
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from truetune.behaviour.text import goes_round
+from truetune.diagnosis.gguf_cause import look_at
 from truetune.diagnosis.measured import Stage, unopened
 from truetune.errors import TruetuneError
 from truetune.findings import Finding, visible
@@ -36,7 +37,8 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
     props = server.props()
     bos = str(props.get("bos_token") or "")
     user = {"role": "user", "content": _PROMPTS[0]}
-    if not props.get("chat_template"):
+    held = look_at(path)
+    if not held.template:
         findings.append(
             _found(
                 path,
@@ -60,7 +62,8 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
     tail = server.prompt(chat).partition(_ANSWER)[2]
     ids = server.tokenize(tail)[:1]
     special = bool(ids) and not visible(tail[:1]).isalnum() and tail[:1] in "<["
-    if special and not server.ends_on(prompt, ids[0]):
+    # llama.cpp's default template writes an end that need not be the file's.
+    if special and held.template and not server.ends_on(prompt, ids[0]):
         findings.append(
             _found(
                 path,
@@ -68,6 +71,18 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
                 f"answer ({tail.splitlines()[0][:40]!r})",
                 "the file names a different end token",
                 "set tokenizer.ggml.eot_token_id to that token",
+            )
+        )
+    if held.damaged:
+        number = len(held.damaged)
+        findings.append(
+            _found(
+                path,
+                f"{number} of {held.tensors} tensors hold numbers that are not finite, first "
+                f"{held.damaged[0]}",
+                "the model was damaged before or while it was converted",
+                "convert it again from the model; truetune diagnose MODEL --merged DIR shows "
+                "whether the folder is sound",
             )
         )
     made = []
@@ -92,7 +107,10 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
         "gguf",
         str(path),
         findings=tuple(findings),
-        note="alone: its weights were not compared; truetune diagnose MODEL --gguf FILE does that",
+        note="alone: examined were its chat template, how prompts begin, whether its end token "
+        f"ends replies, {len(_PROMPTS)} replies, and whether the numbers of {held.tensors} tensors "
+        "are finite. Its weights were compared with no model; truetune diagnose MODEL --gguf FILE "
+        "does that",
         numbers=numbers,
     )
 

@@ -1,25 +1,28 @@
-"""Find why a GGUF file differs from its model: compare its values and tensors with the expected
-ones.
+"""Compare what a GGUF file holds with its model: settings, tokens and tensors.
 
 input   a file, the merged model and its contract
 does    reads the file's keys and tensors; compares the keys with those that an export would write,
-        the tensors within the rounding of their types
-output  sentences
+        the tensors with what rounding to their types makes of the model's
+output  FileCompared
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from truetune.contract.contract import PromptContract
-from truetune.diagnosis.tensors import explain
+from truetune.diagnosis.rounding import STEPS, is_quantised, is_rounded
+from truetune.diagnosis.tensors import ROUNDING, Same, apart, explain
 from truetune.errors import TruetuneError
-from truetune.exporting.gguf_file import keys_of
+from truetune.exporting.gguf_file import keys_of, packed_as
 from truetune.exporting.gguf_shape import Shape, shape_of, tensors_of
-from truetune.exporting.gguf_vocabulary import vocabulary_of
+from truetune.exporting.gguf_vocabulary import UNUSED, Vocabulary, vocabulary_of
 from truetune.findings import visible
+from truetune.model.tokenizer import num_ids
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +42,43 @@ _QUANTS = {
 }
 # What a file may say otherwise, or not at all.
 _FREE = ("general.", "tokenizer.ggml.pre", "tokenizer.ggml.scores", "tokenizer.ggml.padding")
+# Settings that llama.cpp computes with, behind the name of the architecture.
+_COMPUTED = (
+    *("block_count", "embedding_length", "feed_forward_length", "attention.head_count"),
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base"),
+    *("rope.freq_base_swa", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+)
+# Values that are as good as none.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "rope.freq_base": (10000,),
+}
+# Types that can be written here without an importance matrix, to see what their rounding costs.
+_QUANTISED = {"Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "Q3_K", "Q2_K"}
+
+
+@dataclass(frozen=True)
+class FileCompared:
+    """What was found in a file.
+
+    Attributes:
+        wrong: what is certainly not the model's: tensors, settings, tokens.
+        other: what differs, but may be another converter's way of writing it.
+        ends: ids on which the file ends replies.
+        unread: why or of which tensors nothing was compared; "" if all were.
+    """
+
+    wrong: tuple[str, ...] = ()
+    other: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    unread: str = ""
 
 
 def quant_of(named: str) -> str:
@@ -46,39 +86,131 @@ def quant_of(named: str) -> str:
     return next((quant for word, quant in _QUANTS.items() if word in named), "q4_0")
 
 
-def why_differs(path: Path, model: Any, contract: PromptContract, base: Any = None) -> list[str]:
-    """How the file differs from an export of the model, the likeliest cause first.
+def compare_file(
+    path: Path, model: Any, contract: PromptContract, base: Callable[[], Any] | None = None
+) -> FileCompared:
+    """Compare a file with what an export of the model would hold.
 
     Args:
         model: merged, in float32.
-        base: the model before training, where there is one.
+        base: makes the model before training, where there is one: an adapter was merged.
     """
     reader = _reader(path)
     if reader is None:
-        return ["the file cannot be read by gguf"]
+        return FileCompared(unread="gguf cannot read the file")
     try:
         shape = shape_of(model)
         rows = model.get_input_embeddings().weight.shape[0]
         vocabulary, _ = vocabulary_of(contract, rows)
-        words = _keys(reader, keys_of(shape, vocabulary))
-        held = {tensor.name: tensor for tensor in reader.tensors}
-
-        def found(name: str) -> tuple[torch.Tensor, str] | None:
-            return _value(held[name]) if name in held else None
-
-        before = None
-        if base is not None:
-            own = dict(tensors_of(base, shape_of(base)))
-            before = lambda name: (own[name], "F32") if name in own else None  # noqa: E731
-        said = explain(tensors_of(model, shape), found, before, orders=_Orders(shape))
-        extra = sorted(held.keys() - {*shape.names.values(), *shape.extra})
-        if "output.weight" in extra:
-            words.append(
-                "the file has a separate output head, but the model uses its embedding as the head"
-            )
-        return [*([said] if said else []), *words]
     except TruetuneError as error:
-        return [error.what]
+        return FileCompared(ends=_ends(reader), unread=f"its tensors were not compared: {error}")
+    wanted = keys_of(shape, vocabulary)
+    wrong, other = _keys(reader, wanted)
+    tokens = _tokens(reader, vocabulary)
+    held = {tensor.name: tensor for tensor in reader.tensors}
+    unread: list[str] = []
+
+    @functools.cache
+    def before_training() -> dict[str, torch.Tensor]:
+        assert base is not None
+        one = base()
+        return dict(tensors_of(one, shape_of(one)))
+
+    def before(name: str) -> tuple[torch.Tensor, str] | None:
+        own = before_training()
+        return (own[name], "F32") if name in own else None
+
+    def expected() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in tensors_of(model, shape):
+            if name in held and not _readable(held[name]):
+                unread.append(name)
+            else:
+                yield name, value
+
+    said = explain(
+        expected(),
+        lambda name: _value(held[name]) if name in held else None,
+        before if base is not None else None,
+        orders=_Orders(shape),
+        same=_same(reader, held, shape, merged=base is not None),
+        rows=num_ids(contract.tokenizer),
+    )
+    extra = sorted(held.keys() - {*shape.names.values(), *shape.extra})
+    if "output.weight" in extra:
+        other.append(
+            "the file has a separate output head, but the model uses its embedding as the head"
+        )
+    return FileCompared(
+        (*([said] if said else []), *wrong, *tokens),
+        tuple(other),
+        _ends(reader),
+        f"{len(unread)} tensors of types that gguf cannot read were not compared, first {unread[0]}"
+        if unread
+        else "",
+    )
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a file holds by itself.
+
+    Attributes:
+        template: whether it has a chat template.
+        tensors: that could be read.
+        damaged: names of tensors with numbers that are not finite.
+    """
+
+    template: bool
+    tensors: int
+    damaged: tuple[str, ...]
+
+
+def look_at(path: Path) -> Held:
+    """Read a file that llama.cpp has loaded."""
+    import torch
+
+    reader = _reader(path)
+    if reader is None:
+        return Held(True, 0, ())
+    read = [tensor for tensor in reader.tensors if _readable(tensor)]
+    damaged = (tensor.name for tensor in read if not torch.isfinite(_value(tensor)[0]).all())
+    return Held("tokenizer.chat_template" in reader.fields, len(read), tuple(damaged))
+
+
+def _ends(reader: Any) -> tuple[int, ...]:
+    """Ids that the file names as ends."""
+    fields = (
+        reader.fields.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")
+    )
+    return tuple(dict.fromkeys(int(field.contents()) for field in fields if field is not None))
+
+
+def _same(reader: Any, held: dict[str, Any], shape: Shape, *, merged: bool) -> Same:
+    """Whether a tensor is the model's, rounded to its type."""
+
+    weighed = any(key.startswith("quantize.imatrix") for key in reader.fields)
+    added = {shape.names[name]: number for name, number in shape.added.items()}
+
+    def same(name: str, value: torch.Tensor, kind: str, wanted: torch.Tensor) -> bool:
+        if name in shape.extra:
+            # Computed by each converter for itself.
+            return apart(value, wanted) <= 1e-3
+        if kind in STEPS:
+            return is_rounded(value, wanted, kind, merged=merged, added=added.get(name, 0.0))
+        if kind not in _QUANTISED:
+            return apart(value, wanted) <= ROUNDING.get(kind, _COARSE)
+        packed = packed_as(name, wanted.numpy(), kind)
+        if packed.nbytes == held[name].data.nbytes and bool(
+            (packed.reshape(-1).view("uint8") == held[name].data.reshape(-1).view("uint8")).all()
+        ):
+            return True
+        return is_quantised(value, wanted, _dequantised(packed, kind), weighed=weighed)
+
+    return same
+
+
+# Types of one to three bits.
+_COARSE = 0.6
 
 
 def _reader(path: Path) -> Any:
@@ -91,29 +223,55 @@ def _reader(path: Path) -> Any:
         return None
 
 
+def _readable(tensor: Any) -> bool:
+    """Whether gguf can dequantise a tensor."""
+    return _known(tensor.tensor_type.name)
+
+
+@functools.cache
+def _known(kind: str) -> bool:
+    import gguf
+    import numpy as np
+
+    number = gguf.GGMLQuantizationType[kind]
+    # One block of zeros.
+    _, size = gguf.GGML_QUANT_SIZES[number]
+    plain = {"F32": np.float32, "F16": np.float16}
+    data = np.zeros((1, 1), plain[kind]) if kind in plain else np.zeros((1, size), np.uint8)
+    try:
+        gguf.quants.dequantize(data, number)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _value(tensor: Any) -> tuple[torch.Tensor, str]:
+    return _dequantised(tensor.data, tensor.tensor_type.name), tensor.tensor_type.name
+
+
+def _dequantised(data: Any, kind: str) -> torch.Tensor:
     import gguf
     import torch
 
-    kind = tensor.tensor_type
-    try:
-        data = gguf.quants.dequantize(tensor.data, kind)
-    except NotImplementedError:
-        data = tensor.data
-    return torch.from_numpy(data.astype("float32")), kind.name
+    found = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(found.astype("float32"))
 
 
-def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
-    """Keys with different values, settings before lists."""
+def _keys(reader: Any, wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Settings that llama.cpp computes with, and other keys, with different values."""
+    wrong: list[str] = []
     words: list[str] = []
     lists: list[str] = []
     for key, own in wanted.items():
-        if key.startswith(_FREE):
+        if key.startswith(_FREE) or key == "tokenizer.ggml.tokens":
             continue
         entry = reader.fields.get(key)
+        name = key.partition(".")[2]
         if entry is None:
             if key in ("tokenizer.ggml.add_bos_token", "tokenizer.chat_template"):
                 words.append(f"{key} is missing")
+            elif name == "rope.freq_base" and not _equal(own, 10000.0):
+                wrong.append(f"{key} is missing, so llama.cpp takes 10000.0 instead of {own!r}")
             continue
         value = entry.contents()
         if isinstance(own, list | tuple):
@@ -121,12 +279,49 @@ def _keys(reader: Any, wanted: dict[str, Any]) -> list[str]:
                 lists.append(said)
         elif not _equal(own, value):
             shown = visible(f"{value!r:.80}", keep_newlines=False)
-            words.append(
+            said = (
                 "the chat template is different"
                 if key == "tokenizer.chat_template"
                 else f"{key} is {shown} instead of {own!r:.80}"
             )
-    return [*words, *lists]
+            # A longer context than this library writes is another converter's choice.
+            shorter = name == "context_length" and value < own
+            (wrong if name in _COMPUTED or shorter else words).append(said)
+    for key, entry in reader.fields.items():
+        name = key.partition(".")[2]
+        if key in wanted or name not in _NEUTRAL:
+            continue
+        value = entry.contents()
+        if not any(_equal(neutral, value) for neutral in _NEUTRAL[name]):
+            wrong.append(f"{key} is {value!r:.80}, but the model has no such setting")
+    return wrong, [*words, *lists]
+
+
+def _tokens(reader: Any, vocabulary: Vocabulary) -> list[str]:
+    """Tokens of the tokenizer that have another text in the file."""
+    entry = reader.fields.get("tokenizer.ggml.tokens")
+    if entry is None:
+        return []
+    # Rows of the embedding that no token has are named by each converter in its own way.
+    used = [n for n, kind in enumerate(vocabulary.types) if kind != UNUSED]
+    its = entry.contents()
+    last = max(used, default=-1)
+    if len(its) <= last:
+        return [f"tokenizer.ggml.tokens has {len(its):,} entries instead of {last + 1:,}"]
+    # Some converters write added tokens as they look in a text.
+    wrong = [n for n in used if _spaced(its[n]) != _spaced(vocabulary.tokens[n])]
+    if not wrong:
+        return []
+    first = wrong[0]
+    return [
+        f"tokenizer.ggml.tokens has {len(wrong):,} different entries, first {first}: "
+        f"{visible(f'{its[first]!r:.60}', keep_newlines=False)} instead of "
+        f"{vocabulary.tokens[first]!r:.60}"
+    ]
+
+
+def _spaced(token: str) -> str:
+    return token.replace("\u2581", " ")
 
 
 def _lists(key: str, own: list[Any], value: Any) -> str:

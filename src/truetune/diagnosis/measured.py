@@ -48,7 +48,7 @@ class Replies:
     texts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     """The results of one stage on the rows.
 
@@ -72,6 +72,11 @@ class Stage:
     @property
     def parts(self) -> bool:
         return any(finding.level == "error" for finding in self.findings)
+
+    def __repr__(self) -> str:
+        error = next((finding for finding in self.findings if finding.level == "error"), None)
+        state = f"differs: {error.what}" if error else "does not differ"
+        return f"<stage {self.name} {self.what!r}: {state}>"
 
 
 def reply_cases(reference: Reference) -> list[Case]:

@@ -1,8 +1,9 @@
-"""Find why weights are not what they should be, from two sets of tensors with the same names.
+"""Compare two sets of tensors with the same names, and find why they differ.
 
 input   expected tensors one after the other, the found ones by name, maybe the base's
-does    compares each within what its type rounds by; of those that differ says what was done to
-        them: never merged, merged twice, scaled, swapped, rows in another order, rounded
+does    compares each with what rounding to its type makes of the expected one; of those that
+        differ says what was done to them: never merged, merged twice, scaled, swapped, rows in
+        another order, rounded
 output  a sentence, "" where nothing differs
 """
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 Lookup = Callable[[str], "tuple[torch.Tensor, str] | None"]
+# Whether the found tensor (name, value, type) is the expected one.
+Same = Callable[[str, "torch.Tensor", str, "torch.Tensor"], bool]
 
 # How far a tensor of a type is from the one it was rounded from, in units of its own norm.
 ROUNDING = {
@@ -48,6 +51,8 @@ class Differing:
         merged: how much of the adapter's update each holds: 0 none, 1 all, 2 twice.
         scaled: by how much, of those that are a multiple.
         words: other explanations.
+        explained: tensors of those.
+        untouched: tensors that the adapter does not change.
     """
 
     names: list[str] = field(default_factory=list)
@@ -56,6 +61,8 @@ class Differing:
     merged: dict[str, float] = field(default_factory=dict)
     scaled: dict[str, float] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)
+    explained: set[str] = field(default_factory=set)
+    untouched: list[str] = field(default_factory=list)
     number: int = 0
 
 
@@ -66,8 +73,10 @@ def explain(
     *,
     orders: Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]] | None = None,
     factor: float = 1.0,
+    same: Same | None = None,
+    rows: int = 0,
 ) -> str:
-    """Say what was done to the tensors.
+    """Say what was done to the tensors; "" if they are the expected ones.
 
     Args:
         expected: name and value each.
@@ -75,8 +84,12 @@ def explain(
         base: the same before anything was trained.
         orders: other arrangements of a tensor, each with its name.
         factor: of `ROUNDING`, where the expected tensors were rounded themselves.
+        same: decides which tensors are the expected ones; None: those within `ROUNDING`.
+        rows: tokens of the vocabulary. A table with a row for each may be longer or shorter than
+            the expected one by rows that no token has.
     """
     seen = Differing()
+    pairs: set[tuple[int, int]] = set()
     differing: dict[str, torch.Tensor] = {}
     kept: dict[str, torch.Tensor] = {}
     for name, wanted in expected:
@@ -86,10 +99,22 @@ def explain(
             seen.missing.append(name)
             continue
         value, kind = there
-        if value.shape != wanted.shape:
-            seen.shapes.append((name, tuple(wanted.shape), tuple(value.shape)))
+        pair = (wanted.data_ptr(), value.data_ptr())
+        if pair in pairs:
+            # A head that is the embedding.
+            seen.number -= 1
             continue
-        if apart(value, wanted) <= factor * ROUNDING.get(kind, OTHER):
+        pairs.add(pair)
+        if value.shape != wanted.shape:
+            shared = _shared_rows(value, wanted, rows)
+            if not shared:
+                seen.shapes.append((name, tuple(wanted.shape), tuple(value.shape)))
+                continue
+            value, wanted = value[:shared], wanted[:shared]
+        if same is not None:
+            if same(name, value, kind, wanted):
+                continue
+        elif apart(value, wanted) <= factor * ROUNDING.get(kind, OTHER):
             continue
         seen.names.append(name)
         _look(seen, name, value, wanted, base, orders, factor * ROUNDING.get(kind, OTHER))
@@ -99,6 +124,15 @@ def explain(
     return _in_words(seen)
 
 
+def _shared_rows(value: torch.Tensor, wanted: torch.Tensor, rows: int) -> int:
+    """Rows that two tables share if only unused ones are missing in one; else 0."""
+    shared = min(len(value), len(wanted))
+    alike = value.ndim == wanted.ndim == 2 and value.shape[1] == wanted.shape[1]
+    return shared if alike and 0 < rows <= shared else 0
+
+
+# The largest number of float16.
+_LARGEST_HALF = 65504.0
 # Tensors of which pairs are looked for.
 _MOST_KEPT = 64
 
@@ -121,11 +155,21 @@ def _look(
 ) -> None:
     import torch
 
-    if not torch.isfinite(value).all():
+    finite = torch.isfinite(value)
+    if not finite.all():
+        number = int((~finite).sum())
+        most = float(wanted.abs().max())
+        beyond = bool(torch.isinf(value).any()) and most > _LARGEST_HALF
         seen.words.append(
-            f"{name} contains numbers that are not finite: they exceed the range of its type"
+            f"{name} contains {number:,} numbers that are not finite"
+            + (": they exceed the range of its type" if beyond else "")
         )
+        seen.explained.add(name)
         return
+    norm = float(wanted.double().square().sum())
+    scale = float((value.double() * wanted.double()).sum()) / norm if norm else 0.0
+    scaled = apart(value / scale, wanted) if scale else float("inf")
+    is_scaled = abs(scale - 1) > allowed and scaled <= 2 * allowed
     before = base(name) if base else None
     if before is not None and before[0].shape == wanted.shape:
         update = (wanted - before[0]).double()
@@ -135,33 +179,63 @@ def _look(
             share = float((done * update).sum()) / size
             left = float((done - share * update).norm()) / size**0.5
             # Rounding of the whole may be as large as a small update.
-            room = 0.2 + 2 * allowed * float(wanted.double().norm()) / size**0.5
-            if left <= room:
+            room = max(0.2, 0.5 * allowed * float(wanted.double().norm()) / size**0.5)
+            nearer = not is_scaled or left * size**0.5 <= scaled * norm**0.5 * 1.01 + 1e-9
+            if left <= room and nearer:
                 seen.merged[name] = share
                 return
+        else:
+            seen.untouched.append(name)
+    if is_scaled:
+        seen.scaled[name] = scale
+        return
     for words, other in orders(name, wanted) if orders else ():
         if other.shape == value.shape and apart(value, other) <= allowed:
             seen.words.append(f"{name}: {words}")
+            seen.explained.add(name)
             return
-    norm = float(wanted.double().square().sum())
-    if norm:
-        scale = float((value.double() * wanted.double()).sum()) / norm
-        if scale and apart(value / scale, wanted) <= 2 * allowed:
-            seen.scaled[name] = scale
 
 
 def _swapped(
     seen: Differing, differing: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]
 ) -> None:
     for name, value in differing.items():
+        own = apart(value, kept[name])
         for other, wanted in kept.items():
-            if name != other and value.shape == wanted.shape and apart(value, wanted) < 0.05:
+            if name == other or value.shape != wanted.shape:
+                continue
+            # Two norms may be nearly equal.
+            if apart(value, wanted) < min(0.05, own / 4):
                 seen.words.append(f"{name} contains the values of {other}")
+                seen.explained.add(name)
                 break
+
+
+def _first(found: dict[str, float]) -> str:
+    first = next(iter(found))
+    return first if len(found) == 1 else f"{first} ({len(found)} tensors)"
+
+
+# So many tensors, or this share of all, differ without a known reason only in another model.
+_FEW, _MOST_OF = 4, 0.7
 
 
 def _in_words(seen: Differing) -> str:
     parts = []
+    known = {*seen.merged, *seen.scaled, *seen.explained}
+    # An adapter leaves norms and embeddings as they are, and a conversion leaves most tensors.
+    apart_alone = [name for name in seen.untouched if name not in known]
+    unknown = [name for name in seen.names if name not in known]
+    differing = len(seen.names) + len(seen.missing) + len(seen.shapes)
+    if seen.number >= _FEW and (
+        len(apart_alone) >= _FEW
+        or len(unknown) + len(seen.missing) + len(seen.shapes) > _MOST_OF * seen.number
+    ):
+        first = (unknown + seen.missing + [name for name, *_ in seen.shapes])[0]
+        return (
+            f"it is another model, or was trained otherwise: {differing} of {seen.number} tensors "
+            f"are different, first {first}"
+        )
     if seen.missing:
         parts.append(f"{len(seen.missing)} tensors are missing, first {seen.missing[0]}")
     if seen.shapes:
@@ -178,11 +252,10 @@ def _in_words(seen: Differing) -> str:
             how = "contains the adapter's update twice"
         else:
             how = f"contains {middle:.3g} times the adapter's update: alpha or rank was different"
-        first = next(iter(seen.merged))
-        parts.append(f"{first} ({len(seen.merged)} tensors) {how}")
+        parts.append(f"{_first(seen.merged)} {how}")
     if seen.scaled:
-        name, scale = next(iter(seen.scaled.items()))
-        parts.append(f"{name} ({len(seen.scaled)} tensors) is {scale:.3g} times what it should be")
+        scale = next(iter(seen.scaled.values()))
+        parts.append(f"{_first(seen.scaled)} is {scale:.3g} times what it should be")
     parts += seen.words[:3]
     rest = len(seen.names) - len(seen.merged) - len(seen.scaled)
     if seen.names and rest == len(seen.names) and not seen.words:

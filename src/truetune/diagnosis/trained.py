@@ -17,6 +17,7 @@ from truetune.errors import TruetuneError
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
 from truetune.run_dir import CONTRACT, RunDir
+from truetune.verification.files import check_files
 from truetune.verification.record import machine_of, read_record
 from truetune.verification.rows import read_rows
 from truetune.verification.verdict import judge_reading
@@ -111,13 +112,19 @@ def _numbers(name: str, run: RunDir, loaded: LoadedModel) -> list[Finding]:
     check = judge_reading(record, found)
     if check.state != "failed":
         return []
+    changed = check_files(run, None)
+    files = changed.what if changed.state == "failed" else ""
+    what = (
+        "the adapter's weights, its config (alpha, rank, DoRA) or the base have"
+        if name == "adapter"
+        else "the model's weights or its config have"
+    )
     return [
         _parted(
             name,
             f"its predictions differ from those of the trained model: {check.what}",
-            "the adapter's weights, its config (alpha, rank, DoRA) or the base have changed since "
-            "it was saved",
-            "truetune verify RUN names the file; restore what was saved",
+            files or f"{what} changed since it was saved",
+            "truetune verify RUN compares each file; restore what was saved",
         )
     ]
 

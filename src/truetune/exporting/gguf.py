@@ -92,6 +92,7 @@ def write_gguf(
         vocabulary = replace(vocabulary, template=template)
     unproved, path = folder / "unproved.gguf", folder / f"model-{quant}.gguf"
     config = model.config.get_text_config(decoder=True)
+    tell("computing the model's own predictions")
     reference = reference_of(loaded, contract, conversations, shape.context)
     # Whether a file of few bits is written rightly does not show in what the bits cost: the same
     # file in float32 says it to seven digits.

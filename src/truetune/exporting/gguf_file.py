@@ -246,7 +246,7 @@ def write_tensors(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, value in tensors:
-            writer.write_tensor_data(_packed(name, value.numpy(), kinds[name]))
+            writer.write_tensor_data(packed_as(name, value.numpy(), kinds[name]))
     except OSError as error:
         path.unlink(missing_ok=True)
         raise SaveError(
@@ -258,7 +258,7 @@ def write_tensors(
         writer.close()
 
 
-def _packed(name: str, value: Any, kind: str) -> Any:
+def packed_as(name: str, value: Any, kind: str) -> Any:
     """A tensor as the bytes of its type.
 
     Raises:

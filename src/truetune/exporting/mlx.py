@@ -96,6 +96,17 @@ def require_mlx(quant: str) -> None:
         )
 
 
+def is_mlx(folder: Path) -> bool:
+    """Whether a folder holds quantised weights as mlx_lm writes them."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    held = config.get("quantization") if isinstance(config, dict) else None
+    method = (config.get("quantization_config") or {}) if held else {}
+    return isinstance(held, dict) and "group_size" in held and "quant_method" not in method
+
+
 def write_mlx(
     source: Path,
     loaded: LoadedModel,
@@ -120,12 +131,13 @@ def write_mlx(
     """
     tell = on_stage or (lambda _: None)
     config = loaded.transformers_model.config.get_text_config(decoder=True)
+    tell("computing the model's own predictions")
     reference = reference_of(loaded, contract, conversations, int(config.max_position_embeddings))
     kinds = ["f32", quant] if quant != "f32" and small_enough(
         loaded.transformers_model, folder.parent
     ) else [quant]  # fmt: skip
     for kind in kinds:
-        tell(f"writing {kind} and verifying it with mlx_lm")
+        tell(f"writing {kind} and verifying it with mlx_lm on the CPU, which may take minutes")
         try:
             made = _proved(source, contract, reference, folder, kind)
         except BaseException:

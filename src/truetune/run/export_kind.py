@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from truetune.errors import UsageError
+import os
+from pathlib import Path
+
+from truetune.errors import OutputExists, UsageError
 from truetune.findings import near
 from truetune.model.served_adapter import SERVERS
 from truetune.servers.llama_cpp import require_llama_cpp
@@ -29,11 +32,17 @@ def require_export(
     go_template: bool,
     adapter: bool,
     quant: str | None,
+    source: str,
+    output: str,
 ) -> tuple[str, str]:
     """The kind of export that was asked for, and the type of its weights where it has one.
 
+    Args:
+        source, output: of the export; `output` must not exist.
+
     Raises:
-        UsageError: none, two, or an option that has no effect on it.
+        UsageError: none, two, an option that has no effect on it, or a GGUF file as source.
+        OutputExists: the output is there already.
     """
     if to is None and not merge:
         raise UsageError(
@@ -73,6 +82,20 @@ def require_export(
                 fix=f"omit it, or use {' or '.join(f'--to {kind}' for kind in kinds)}",
                 code="export-what",
             )
+    if Path(source).is_file() and source.lower().endswith(".gguf"):
+        raise UsageError(
+            f"{source} is a GGUF file, from which nothing is exported",
+            why="it is an export: what its type rounded cannot be restored",
+            fix="export the run or the model that it was made from; truetune serve and truetune "
+            "diagnose take the file",
+            code="export-source",
+        )
+    if os.path.lexists(output):
+        raise OutputExists(
+            f"{output} exists already",
+            fix="name another folder with --output",
+            code="output-exists",
+        )
     if what in ("gguf", "ollama"):
         require_llama_cpp(f"--to {what}")
     return what, quant or QUANT.get(what, "")

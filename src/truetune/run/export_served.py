@@ -8,13 +8,13 @@ from pathlib import Path
 
 from truetune.contract.contract import PromptContract
 from truetune.contract.stops import own_stop_ids
-from truetune.errors import UsageError
 from truetune.listener import Listener
 from truetune.model.fingerprint import read_fingerprint
 from truetune.model.merge import Onto
 from truetune.model.served_adapter import adapter_line, model_line, why_merge
 from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer, locate_base, open_tokenizer
+from truetune.run.export_whole import WholeExport, export_plain
 from truetune.run.pipeline import ExportResult, export
 from truetune.run_dir import named_at_last, opened, write_text
 
@@ -35,12 +35,14 @@ class ServedExport:
         line: that serves it.
         reasons: why it was merged; () where the adapter is loaded as it is.
         merged: how it was merged and verified; None of an adapter.
+        whole: how a model that needs no merging was copied.
     """
 
     folder: Path
     line: str
     reasons: tuple[str, ...]
     merged: ExportResult | None
+    whole: WholeExport | None = None
 
 
 def export_served(
@@ -58,24 +60,24 @@ def export_served(
     """Write what a server loads into a new folder.
 
     Args:
-        source: a run, or an adapter folder.
+        source: a run, or a model or adapter folder.
         output: must not exist.
         server: one of `served_adapter.SERVERS`.
         base, onto, dtype, device, check, listener: as of `pipeline.export`, where it is merged.
 
     Raises:
-        UsageError: it is a whole model already.
         TruetuneError: it cannot be merged, or what was merged is not the adapter's; nothing is left
             behind.
     """
     folder = opened(source)
     files = locate(folder, weights=False)
     if not files.is_adapter:
-        raise UsageError(
-            f"{source} is a whole model: there is nothing to write",
-            fix=model_line(server, folder),
-            code="merge-no-adapter",
+        copied = export_plain(
+            source, output, dtype=dtype, device=device, check=check, listener=listener
         )
+        assert isinstance(copied, WholeExport)
+        line = model_line(server, str(copied.folder))
+        return ServedExport(copied.folder, line, (), None, copied)
     config = read_json(files.folder / ADAPTER_CONFIG)
     below = locate_base(files, weights=False, instead=base)
     tokenizer = load_tokenizer(folder)

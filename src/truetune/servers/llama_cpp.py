@@ -106,7 +106,7 @@ class LlamaCpp:
         """Predict the token after these ids.
 
         Raises:
-            ServerError: it returns no probabilities.
+            ServerError: it returns no probabilities, or they are not numbers.
         """
         answer = self.client.post(
             "/completion",
@@ -118,6 +118,9 @@ class LlamaCpp:
         if not answer.get("completion_probabilities"):
             raise ServerError("the server returns no probabilities", where=self.url)
         first = answer["completion_probabilities"][0]
+        if any(t.get("logprob") is None for t in first["top_logprobs"]):
+            # JSON has no NaN.
+            raise ServerError("the model's predictions are not numbers", where=self.url)
         logprobs = {int(t["id"]): float(t["logprob"]) for t in first["top_logprobs"]}
         return Predicted(logprobs, max(logprobs, key=lambda i: logprobs[i]))
 

@@ -1,0 +1,146 @@
+"""Tell whether a tensor is what rounding to its type can make of another one.
+
+input   the found and the expected values, the name of the found tensor's type
+does    compares each number within the step of its type if the expected values are the source's
+        own; else, and for quantised types, the error, scale and rows as a whole with those of a
+        fresh rounding
+output  yes or no
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# One unit in the last place, in units of the number. Merged sums in float32 differ in the order of
+# their terms.
+STEPS = {"F32": 2.0**-20, "F16": 2.0**-10, "BF16": 2.0**-7}
+# The smallest step of float16.
+_LEAST = 2.0**-24
+# What a merge on a GPU in TF32 costs an update, in units of the matrix.
+_MERGED = 1e-3
+# Numbers that are compared at once.
+_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One tensor against another.
+
+    Attributes:
+        error: norm of the difference in units of the expected norm.
+        scale: what the found tensor is of the expected one, as a factor.
+        rows: the same as `error` for each row; rows near zero count as a tenth of the usual one.
+        finite: whether all found numbers are.
+    """
+
+    error: float
+    scale: float
+    rows: torch.Tensor
+    finite: bool
+
+
+def sums(value: torch.Tensor, wanted: torch.Tensor) -> Sums:
+    """Compare two tensors of the same shape."""
+    import torch
+
+    one, other = (t.reshape(-1, t.shape[-1] if t.ndim > 1 else t.numel()) for t in (value, wanted))
+    step = max(1, _CHUNK // max(one.shape[-1], 1))
+    parts = []
+    for at in range(0, len(one), step):
+        v, w = one[at : at + step].float(), other[at : at + step].float()
+        products = ((v - w).square(), v * w, w.square())
+        parts.append(torch.stack([p.sum(dim=1, dtype=torch.float64) for p in products]))
+    apart_R, both_R, own_R = torch.cat(parts, dim=1)
+    own = max(float(own_R.sum()), 1e-60)
+    floor = max(0.01 * float(own_R.mean()), 1e-60)
+    error = (float(apart_R.sum()) / own) ** 0.5
+    return Sums(
+        error,
+        float(both_R.sum()) / own,
+        (apart_R / own_R.clamp(min=floor)).sqrt(),
+        bool(torch.isfinite(apart_R).all()),
+    )
+
+
+def is_rounded(
+    value: torch.Tensor, wanted: torch.Tensor, kind: str, *, merged: bool, added: float = 0.0
+) -> bool:
+    """Whether a tensor of a plain type is the expected one, rounded to it or to a coarser one.
+
+    Args:
+        kind: of `STEPS`; the type that the numbers are stored in. They may have been rounded to a
+            coarser one before.
+        merged: an adapter was added to it, maybe by another tool and in its own type, which costs
+            more than one rounding.
+        added: what a converter added to each number after it was rounded.
+    """
+    import torch
+
+    if torch.equal(value, wanted):
+        return True
+    step = max(STEPS[kind], _held_by(value, added))
+    if not merged:
+        v, w = (value - added, wanted - added) if added else (value, wanted)
+        size = torch.maximum(v.abs(), w.abs())
+        # What was added leaves its own rounding.
+        room = step * size + _LEAST + 2.0**-22 * abs(added)
+        room = room + STEPS["F32"] * float(size.square().mean().sqrt())
+        return bool(((v - w).abs() <= room).all())
+    found = sums(value, wanted)
+    most = max(step, _MERGED)
+    least = _LEAST / max(float(wanted.double().square().mean().sqrt()), 1e-30)
+    return (
+        found.finite
+        and found.error <= most + least
+        and abs(found.scale - 1) <= most / 2 + least
+        and float(found.rows.max()) <= 8 * (most + least)
+    )
+
+
+def _held_by(value: torch.Tensor, added: float) -> float:
+    """The step of the coarsest plain type that holds all numbers of a tensor."""
+    import torch
+
+    plain = value - added if added else value
+    # A number to which another was added has lost its last digits.
+    lost = 2.0**-22 * abs(added)
+    for dtype, kind in ((torch.bfloat16, "BF16"), (torch.float16, "F16")):
+        if bool(((plain.to(dtype).float() - plain).abs() <= lost).all()):
+            return STEPS[kind]
+    return 0.0
+
+
+def is_quantised(
+    value: torch.Tensor, wanted: torch.Tensor, remade: torch.Tensor, *, weighed: bool
+) -> bool:
+    """Whether a dequantised tensor is the expected one in so few bits.
+
+    Args:
+        remade: the expected one after the same rounding, by a quantiser that weighs all columns
+            alike.
+        weighed: the file says that its quantiser weighed columns by how much they matter
+            (an importance matrix): unimportant ones are rounded worse, towards zero.
+    """
+    found, own = sums(value, wanted), sums(remade, wanted)
+    # The source may have been rounded to bfloat16 before.
+    once = STEPS["BF16"] / 2
+    worse, less, more, rows = _WEIGHED if weighed else _ALIKE
+    rows_R = rows * own.rows.clamp(min=own.error) + 8 * once
+    shift = found.scale - own.scale
+    return (
+        found.finite
+        and found.error <= worse * own.error + once
+        and -once - less * own.error <= shift <= once + more * own.error
+        and bool((found.rows <= rows_R).all())
+    )
+
+
+# How many times the error of a quantiser that weighs all columns alike the whole may have; by what
+# share of that error the scale may be smaller and larger; how many times the error a row may have.
+# A quantiser may weigh columns without saying so, hence more than nothing. docs/log.md has the
+# measurements.
+_ALIKE, _WEIGHED = (1.6, 0.4, 0.05, 4.0), (4.0, 1.5, 0.3, 20.0)
