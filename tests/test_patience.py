@@ -99,6 +99,7 @@ def test_a_run_stops_waiting_and_saves_its_best_step(run: RunDir) -> None:
     for name, tensor in weights(artifact).items():
         assert tensor.equal(kept[name].to(tensor.dtype)), name
     (note,) = [f for f in lines(run.file("findings.jsonl")) if f["code"] == "best-step-saved"]
+    assert "held-out-rising" not in {f["code"] for f in lines(run.file("findings.jsonl"))}
     page = run.file("report.html").read_text(encoding="utf-8")
     assert "<p>The model of step" in page.partition("<h2>")[0]
     assert f"step {best}" in note["what"]

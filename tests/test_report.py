@@ -155,7 +155,7 @@ def test_a_collapsed_run_says_which_probe_and_shows_where(tmp_path: Path) -> Non
     contents = files(healthy=False, adapter=True)
     folder = write_run(tmp_path / "run", contents)
     assert words(folder)["Behaves"] == "no"
-    assert words(folder)["Saved as trained"] == "not yet"
+    assert words(folder)["Saved as trained"] == "not measured"
     html = shown(folder)
     text = Seen(html).text
     assert "run: stopped by a probe" in text

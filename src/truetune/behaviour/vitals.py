@@ -208,6 +208,11 @@ _FORGOTTEN: tuple[tuple[float, Level], ...] = ((100, "error"), (10, "warning"), 
 _FOREIGN = 6.0
 
 
+def _times(nats: float) -> str:
+    """How many times less likely; beyond a thousand the number says nothing more."""
+    return f"{math.exp(nats):,.0f}" if nats < math.log(1000) else "over a thousand"
+
+
 def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
     losses = _numbers(history, "keep_loss")
     if len(losses) < 2:
@@ -223,7 +228,7 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"the loss on text outside the training data rose by {more:.2f} nats per token by "
             f"{_at(history)} "
             f"({losses[0]:.2f} to {losses[-1]:.2f}): on average each token is "
-            f"{math.exp(more):,.0f} times less likely",
+            f"{_times(more)} times less likely",
             why=f"the rows were very unlike what the model knew ({rows[0]:.1f} nats per token "
             "before the first step): learning them displaces earlier knowledge"
             if foreign

@@ -73,7 +73,9 @@ def _saved(run: RunFacts) -> Answer:
         if run.state == "finished":
             why = "The run was not verified. Run `truetune verify`."
             return Answer(question, "not measured", why)
-        return Answer(question, "not yet", "The run has not reached its verification.")
+        if run.state == "running":
+            return Answer(question, "not yet", "The run has not reached its verification.")
+        return Answer(question, "not measured", "The run ended before its model was verified.")
     failed = [check for check in checks if check.get("state") == "failed"]
     if failed:
         said = "; ".join(f"{c.get('name')}: {c.get('what')}" for c in failed[:_NAMED])

@@ -591,7 +591,8 @@ class Job:
         self.listener.stage("asking trained prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
         self.answers = (*trained, *held_out_answers(self._samples_now))
-        lines = self.run.lines("metrics.jsonl")
+        # What came behind the step that is saved says nothing of it.
+        lines = [v for v in self.run.lines("metrics.jsonl") if v["step"] <= self.trainer.step]
         for finding in judge(outcome_of(self.answers, lines, self.prepared, self.plan)):
             self._found(finding)
 
