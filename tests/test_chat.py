@@ -72,11 +72,19 @@ def test_a_model_folder_an_adapter_and_a_checkpoint_answer_too(place: Place) -> 
         assert shown.out.endswith("(did not end within 3 tokens)\n")
 
 
-def test_an_unfinished_run_answers_from_its_last_checkpoint(place: Place, tmp_path: Path) -> None:
+def test_an_unfinished_run_answers_from_its_last_checkpoint(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Path(shutil.copytree(place.lora, tmp_path / "run"))
     (run / "manifest.json").unlink()
     shutil.rmtree(run / "adapter")
     assert ask(run, "hello").code == 0
+    # A server says so, which goes on for longer.
+    monkeypatch.setattr("truetune.system.local_http.LocalServer.run", lambda _: None)
+    told = "the run is unfinished: its last checkpoint is served"
+    assert f"{told}, {run}/checkpoints/step-00000001" in command("serve", run, "--port", "0").out
+    for source in (place.lora, run / "checkpoints" / "step-00000001"):
+        assert told not in command("serve", source, "--port", "0").out
     shutil.rmtree(run / "checkpoints")
     shown = ask(run, "hello")
     assert shown.code == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from truetune.cli.screen import Screen
 from truetune.errors import UsageError
 from truetune.exporting.serve import Served, serving_chat, serving_gguf
+from truetune.run_dir import CHECKPOINTS, opened
 from truetune.system.local_http import LocalServer, require_port
 
 
@@ -34,6 +35,9 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
     screen.stage("loading the weights")
     speaker = open_speaker(source, None, None, device)
     name = path.name or path.resolve().name
+    folder = Path(opened(source))
+    if folder.parent.name == CHECKPOINTS and folder != path:
+        screen.line(f"the run is unfinished: its last checkpoint is served, {folder}")
     with serving_chat(Served(name, speaker.model, speaker.contract, aliases), port) as server:
         _run(screen, server, name)
 
