@@ -694,7 +694,7 @@ def healthy_table(twins: dict[str, Twin]) -> tuple[str, int]:
             cases.append((f"GGUF, {quant}", {"gguf": str(twin.gguf(f"healthy-{quant}", quant))}))
         # What other tools make: a merge in bfloat16, and files of weights that were rounded before.
         cases.append(("merged by peft in bfloat16", {"merged": str(merged_by_peft(twin))}))
-        for quant in ("f16", "q8_0", "q4_0"):
+        for quant in ("f16", "q8_0"):
             path = twin.gguf(f"rounded-{quant}", quant, weights=rounded)
             cases.append((f"GGUF, {quant}, from bfloat16", {"gguf": str(path)}))
         for name, arguments in cases:

@@ -769,14 +769,19 @@ def _gguf(work: _Work, path: Path) -> Stage:
     over = "" if apart is None else _over(apart, budget, work.effect)
     if apart is None:
         over = "llama.cpp returned no predictions for the rows' ids"
+    cause = "; ".join([*compared.wrong, *compared.other][:4])
     if over:
         findings.append(_parted("gguf", str(path), over, "", _AGAIN["gguf"]))
-    cause = "; ".join([*compared.wrong, *compared.other][:4])
     if any(f.level == "error" for f in findings):
         findings = [_because(f, cause) if f.level == "error" else f for f in findings]
+        if over and not cause and not compared.unread and quant.startswith("q"):
+            # What the type costs can be more than the model bears, although nothing is damaged.
+            findings[-1] = replace(findings[-1], why=_FEW_BITS, fix=_MORE_BITS)
     elif compared.wrong:
-        what = "its tensors, settings or tokens are not the model's, although its predictions on "
-        what += "these rows are near"
+        what = (
+            "its tensors, settings or tokens are not the model's, although its predictions on "
+            "these rows are near"
+        )
         findings.append(
             _parted("gguf", str(path), what, "; ".join(compared.wrong[:4]), _AGAIN["gguf"])
         )
@@ -802,6 +807,10 @@ def _gguf(work: _Work, path: Path) -> Stage:
         note=compared.unread,
         numbers=work.numbers(replies),
     )
+
+
+_FEW_BITS = "every tensor is the model's after rounding: the type has too few bits for this model"
+_MORE_BITS = "use more bits: truetune export RUN --to gguf --quant q8_0 -o DIR"
 
 
 def _predictions(work: _Work, server: LlamaCpp) -> tuple[Apart, Replies]:
