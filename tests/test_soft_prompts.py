@@ -71,7 +71,7 @@ def test_rows_and_virtual_tokens_must_fit_the_context_together(over: bool) -> No
     assert ("virtual-tokens-overflow" in found) == over
     if over:
         assert found["virtual-tokens-overflow"].level == "error"
-        assert f"max_length={longest - 1}" in found["virtual-tokens-overflow"].fix
+        assert f"max_length to {longest - 1}" in found["virtual-tokens-overflow"].fix
 
 
 @pytest.mark.filterwarnings("ignore")

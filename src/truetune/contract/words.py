@@ -248,12 +248,11 @@ def _lacks(tag: str, text: str, sides: Collection[tuple[str, int]]) -> bool:
     of a call alone."""
     if not _TWO_SIDED.fullmatch(tag):
         return False
-    closes = any((name, -side) in sides for name, side in sides)
-    return (
-        side_of(tag)[1] < 0
-        or re.search(r"[=\s]", tag) is not None
-        or (closes and tag + PART in text)
-    )
+    if tag.startswith("</") or re.search(r"[=\s]", tag):
+        return True
+    # Other names than those of XML are signs that stand alone.
+    plain = tag + PART in text and re.match(r"<[A-Za-z]", tag) is not None
+    return plain and any((name, -side) in sides for name, side in sides)
 
 
 def markers_of(text: str, controls: re.Pattern[str] | None) -> list[str]:
