@@ -228,7 +228,9 @@ def unpaired(
     for name in dict.fromkeys(name for _, name, side in found if name not in alone and side):
         if not {(name, 1), (name, -1)} <= sides:
             first = next(m for m, other, _ in found if other == name)
-            both = {(name, 1), (name, -1)} <= known
+            # What ends a turn was opened by the prompt.
+            ends = found[-1][1] == name and found[-1][2] < 0
+            both = {(name, 1), (name, -1)} <= known and not ends
             if calls and (both or (first not in tokens and _lacks(first, text, sides))):
                 return first
             continue
