@@ -71,6 +71,9 @@ SLOW = {
     (QWEN, "gsm8k_test.jsonl"),
     (PHI, "alpaca_en_demo.json"),
     (QWEN_BASE, "code_alpaca_2k.json"),
+    (QWEN, "glaive_toolcall_en_demo.json"),
+    (QWEN, "alpaca_en_demo.json"),
+    (QWEN_BASE, "wikitext2_valid.txt"),
 }
 
 
@@ -98,6 +101,7 @@ def test_rows(model: str, rows: str) -> None:
     assert told == EXPECTED[model, rows]
 
 
+@pytest.mark.slow
 def test_published_models_raise_no_error() -> None:
     """Small files only; what a base's template ends with is a fact that is told."""
     found = {}
