@@ -467,7 +467,8 @@ def _folder(work: _Work, name: str, folder: str) -> Stage:
     over = ""
     try:
         reading = reading_of(loaded, work.reference)
-        replies = replies_of(loaded, contract, work.cases)
+        # Ids beyond the embedding cannot be run at all.
+        replies = replies_of(loaded, contract, work.cases) if reading is not None else None
     except TruetuneError as error:
         over = f"the rows cannot be run through it: {error.what}"
     if reading is not None:
