@@ -148,6 +148,18 @@ def _nan(found: dict[str, Any]) -> None:
     found["model.embed_tokens.weight"][7] = float("nan")
 
 
+def _truncated(folder: Path) -> None:
+    """Fewer embeddings than the prompts' ids need."""
+
+    def cut(found: dict[str, Any]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in found:
+                found[name] = found[name][:60].clone()
+
+    edited(cut)(folder)
+    edit_json(folder / "config.json", vocab_size=60)
+
+
 def _stops_on_text(folder: Path) -> None:
     path = folder / "generation_config.json"
     value = json.loads(path.read_text())
@@ -186,6 +198,7 @@ def _tokens(folder: Path) -> None:
         (edited(_one_percent), "down_proj.weight is 1.01 times what it should be"),
         (edited(_two_rows), "embed_tokens.weight"),
         (edited(_nan), "numbers that are not finite"),
+        (_truncated, "fewer than its tokenizer has ids"),
         (_stops_on_text, "which is not a stop token of training"),
         (_two_tokens, "tokens have other ids"),
     ],
