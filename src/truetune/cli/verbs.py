@@ -17,7 +17,8 @@ from typing import Annotated, Any
 import typer
 
 from truetune import __version__
-from truetune.cli import lab_verbs
+from truetune.cli import eval_verb, lab_verbs, serving_verbs
+from truetune.cli.arguments import Base, Device, Json
 from truetune.cli.options import canonical, own_option, with_settings
 from truetune.cli.verb import CONTEXT, Verb, open_screen
 from truetune.errors import (
@@ -150,20 +151,6 @@ app.command("check", cls=Verb, short_help="Check a planned run or a finished mod
     )
 )
 
-# Arguments and options that several verbs have.
-_Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN|MODEL|FILE.gguf", help="A run, a model or adapter folder, or a GGUF file."
-    ),
-]
-_Base = Annotated[
-    str | None,
-    typer.Option(help="Where the base is now, if it has moved. (default: as recorded)"),
-]
-_Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
 
 @app.command(cls=Verb, short_help="Chat with a run or a model.")
 def chat(
@@ -199,7 +186,7 @@ def chat(
         float, typer.Option(help="Values above 1 penalise repetition.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
-    device: _Device = "auto",
+    device: Device = "auto",
 ) -> None:
     """Chat with a run or a model, using the prompt format that it was trained on.
 
@@ -280,7 +267,7 @@ def inspect_model(
     chat_template: Annotated[
         str | None, typer.Option(help="A .jinja file or built-in name. (default: the model's own)")
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
     data: Annotated[
         str | None, typer.Option(help="Show these rows as they are trained.", rich_help_panel=_ROWS)
     ] = None,
@@ -339,454 +326,19 @@ def inspect_model(
         show_model(open_screen(), facts)
 
 
-_READING, _SAMPLING = "Rows", "Replies"
-
-
-@app.command("eval", cls=Verb, short_help="Compare models on rows, side by side.")
-def evaluate_models(
-    context: typer.Context,
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL",
-            help="Runs, model or adapter folders, Hub ids, GGUF files, or addresses of servers.",
-        ),
-    ],
-    data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="A file, a folder, or a Hub dataset.")
-    ] = None,
-    match: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="exact, contains, number, regex, json or none."),
-    ] = "exact",
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            metavar="REGEX", help="Pattern for --match regex. (default: each row's answer)"
-        ),
-    ] = None,
-    show: Annotated[
-        int, typer.Option(help="Print this many rows on which the last model is worst.", min=0)
-    ] = 0,
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "-o", "--output", metavar="FILE.jsonl", help="Write one line per row and model."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option(help="Use only the first rows of DATA.", rich_help_panel=_READING),
-    ] = None,
-    shots: Annotated[
-        int,
-        typer.Option(
-            help="Number of other rows to show before each question.", rich_help_panel=_READING
-        ),
-    ] = 0,
-    split: Annotated[
-        str | None, typer.Option(help="Split of a folder or a dataset.", rich_help_panel=_READING)
-    ] = None,
-    schema: Annotated[
-        str, typer.Option(help="Schema of the rows, as for `train`.", rich_help_panel=_READING)
-    ] = "auto",
-    columns: Annotated[
-        str | None,
-        typer.Option(help="prompt=question,completion=answer.", rich_help_panel=_READING),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum length of a reply, in tokens.", rich_help_panel=_SAMPLING)
-    ] = 256,
-    samples: Annotated[
-        int, typer.Option(help="Replies per row, for pass@1 and maj@K.", rich_help_panel=_SAMPLING)
-    ] = 1,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            help="0 means greedy decoding. (default: 0; 1 with several samples)",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = None,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            help="Sample from the smallest set of tokens with this total probability.",
-            rich_help_panel=_SAMPLING,
-        ),
-    ] = 1.0,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            help="Sample from the k most likely tokens; 0 means all.", rich_help_panel=_SAMPLING
-        ),
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Random seed for shots, sampling and intervals.")] = 0,
-    chat_template: Annotated[
-        str | None, typer.Option(help="Template for all models. (default: each model's own)")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
-    device: _Device = "auto",
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,FILE.yaml",
-            help="Tasks of lm-evaluation-harness, in place of --data.",
-            rich_help_panel=_READING,
-        ),
-    ] = None,
-) -> None:
-    """Ask models the questions in DATA, each with its served prompt, and compare the replies.
-
-    A row's prompt is its messages up to the last assistant turn, and that turn is the expected
-    answer. The other models are compared with the first. --match defines when a reply that ended is
-    correct:
-
-    \b
-    exact     the same text, except for whitespace
-    contains  the reply contains the row's answer as whole words
-    number    the last numbers are equal
-    regex     the row's answer, or --pattern, is found; its first group, if any,
-              must match the same text as in the row's answer
-    json      equal values
-    none      nothing is compared; rows still need an answer, for the loss
-
-    \b
-    truetune eval runs/first --data held_out.jsonl
-    truetune eval Qwen/Qwen2.5-0.5B-Instruct runs/first --data rows.jsonl --match number --show 5
-    truetune eval Qwen/Qwen2.5-0.5B-Instruct runs/first --tasks arc_easy,mine.yaml --limit 200
-    """
-    from truetune.cli.eval_screen import require_writable, show_evaluation, write_rows
-
-    if tasks is not None:
-        _evaluate_tasks(
-            context,
-            models,
-            tasks,
-            output=output,
-            overwrite=overwrite,
-            as_json=as_json,
-            shots=shots,
-            limit=limit,
-            seed=seed,
-            chat_template=chat_template,
-            revision=revision,
-            device=device,
-        )
-        return
-    from truetune.evaluation.evaluate import Settings, evaluate
-
-    settings = Settings.of(
-        match=match,
-        pattern=pattern,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        samples=samples,
-        seed=seed,
-        shots=shots,
-        limit=limit,
-        split=split,
-        schema=schema,
-        columns=columns,
-        chat_template=chat_template,
-        revision=revision,
-        device=device,
-    )
-    if output is not None:
-        require_writable(Path(output), data or "", overwrite=overwrite)
-    screen = open_screen()
-    # In a pipe the table is all there is.
-    moves = screen.console.is_terminal and not as_json
-    try:
-        found = evaluate(
-            models,
-            data or "",
-            settings,
-            on_stage=screen.stage if moves else None,
-            on_progress=screen.progress if moves else None,
-        )
-    finally:
-        screen.close()
-    if output is not None:
-        write_rows(Path(output), found)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-    else:
-        show_evaluation(screen, found, show)
-
-
-# Options of `eval` that hold for tasks too; a task says the others itself.
-_OF_TASKS = {
-    *("models", "tasks", "output", "overwrite", "as_json", "shots", "limit"),
-    *("seed", "chat_template", "revision", "device"),
-}
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _evaluate_tasks(
-    context: typer.Context,
-    models: list[str],
-    tasks: str,
-    *,
-    output: str | None,
-    overwrite: bool,
-    as_json: bool,
-    shots: int,
-    **settings: Any,
-) -> None:
-    from truetune.cli.eval_screen import require_writable, show_tasks, write_rows
-    from truetune.evaluation.tasks import evaluate_tasks
-
-    given = {name for name in context.params if _was_given(context, name)}
-    if idle := sorted(given.difference(_OF_TASKS)):
-        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise UsageError(
-            f"{named} and --tasks cannot be used together",
-            why="a task names its data, and says itself how models are asked and judged",
-            fix="leave one of them out",
-            code="evaluation-setting",
-        )
-    if output is not None:
-        require_writable(Path(output), "", overwrite=overwrite)
-    screen = open_screen()
-    moves = screen.console.is_terminal and not as_json
-    try:
-        found = evaluate_tasks(
-            models,
-            [name.strip() for name in tasks.split(",") if name.strip()],
-            shots=shots if "shots" in given else None,
-            on_stage=screen.stage if moves else None,
-            on_progress=screen.progress if moves else None,
-            **settings,
-        )
-    finally:
-        screen.close()
-    if output is not None:
-        write_rows(Path(output), found)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-    else:
-        show_tasks(screen, found)
-
-
-_GGUF = "GGUF and MLX"
-
-
-@app.command(
-    "export", cls=Verb, short_help="Write a model for servers: merged, GGUF, MLX and others."
+app.command("eval", cls=Verb, short_help="Compare models on rows, side by side.")(
+    eval_verb.evaluate_models
 )
-def export_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to", metavar="NAME", help="merged, gguf, ollama, mlx, vllm or sglang: see above."
-        ),
-    ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
-    base: _Base = None,
-    onto: Annotated[
-        str,
-        typer.Option(
-            help="original: the unquantised weights. dequantised: rounded as in training. "
-            "(default: auto, those that the adapter was trained on)",
-            show_default=False,
-        ),
-    ] = "auto",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="bfloat16, float16 or float32. (default: auto, the base's)", show_default=False
-        ),
-    ] = "auto",
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, "
-            "q4_1, q4_0. MLX: f32, f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 for MLX)",
-            rich_help_panel=_GGUF,
-            show_default=False,
-        ),
-    ] = None,
-    go_template: Annotated[
-        bool,
-        typer.Option(
-            "--go-template",
-            help="ollama: write the template as Go text, for Ollama before 0.30.",
-            rich_help_panel=_GGUF,
-        ),
-    ] = False,
-    adapter: Annotated[
-        bool,
-        typer.Option(
-            "--adapter",
-            help="gguf: write the adapter alone, for a GGUF file of its base.",
-            rich_help_panel=_GGUF,
-        ),
-    ] = False,
-    device: _Device = "cpu",
-    no_verify: Annotated[
-        bool,
-        typer.Option(
-            "--no-verify",
-            help="Do not compare the merged model with the adapter in a fresh process.",
-        ),
-    ] = False,
-    as_json: _Json = False,
-) -> None:
-    """Write a model in a form that servers load.
-
-    merged: one folder that can be loaded without peft. The weights are added in float32, on
-    unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
-    with the adapter on the run's held-out prompts. A model that is whole already is copied.
-
-    gguf: one file for llama.cpp and programs built on it, from an adapter or a whole model.
-    llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared
-    with the model's. This needs the extra `gguf`.
-
-    ollama: the GGUF file with a Modelfile. Ollama renders the file's own template; the Modelfile
-    prevents it from choosing another one.
-
-    mlx: a folder for MLX, written by mlx_lm and compared with the model. This needs the extra
-    `mlx`.
-
-    vllm, sglang: the adapter if the server can load it on its base, else the merged model, and the
-    command that serves it. DoRA, new tokens, whole layers, quantised bases and stop tokens that the
-    base does not have need the merged model.
-
-    If anything differs, nothing is written to the output folder.
-
-    \b
-    truetune export runs/first --to merged -o merged
-    truetune export runs/first --to gguf --quant q8_0 -o first-gguf
-    truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
-    """
-    from truetune.cli.export_screen import (
-        export_gguf,
-        export_merged,
-        export_mlx,
-        export_served,
-    )
-    from truetune.run.export_kind import require_export
-
-    what, held = require_export(
-        to,
-        merge=merge,
-        onto=onto,
-        no_verify=no_verify,
-        dtype=dtype,
-        go_template=go_template,
-        adapter=adapter,
-        quant=quant,
-        source=run,
-        output=output,
-    )
-    screen = open_screen()
-    if what in ("gguf", "ollama"):
-        more: dict[str, Any] = {} if adapter else {"onto": onto, "go_template": go_template}
-        export_gguf(
-            screen,
-            run,
-            output,
-            what="adapter" if adapter else what,
-            quant=held,
-            base=base,
-            device=device,
-            as_json=as_json,
-            **more,
-        )
-        return
-    if what == "mlx":
-        export_mlx(
-            screen, run, output, quant=held, base=base, onto=onto, device=device, as_json=as_json
-        )
-        return
-    merging: dict[str, Any] = {
-        "base": base,
-        "onto": onto,
-        "dtype": None if dtype == "auto" else dtype,
-        "device": device,
-        "check": not no_verify,
-        "as_json": as_json,
-    }
-    if what == "merged":
-        export_merged(screen, run, output, **merging)
-    else:
-        export_served(screen, run, output, server=what, **merging)
 
 
-@app.command("diagnose", cls=Verb, short_help="Find the first stage at which a model breaks.")
-def diagnose_model(
-    source: _Source,
-    merged: Annotated[str | None, typer.Option(help="The folder of the merged model.")] = None,
-    quantised: Annotated[
-        str | None,
-        typer.Option("--quantised", "--quantized", help="The folder of a quantised model."),
-    ] = None,
-    gguf: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it; needs llama.cpp.")
-    ] = None,
-    url: Annotated[str | None, typer.Option(metavar="URL", help="A server that serves it.")] = None,
-    stages: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="Stages to examine: base,adapter,model,merged,quantised,gguf,url. (default: all)",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: rows of the run)")
-    ] = None,
-    base: _Base = None,
-    as_json: _Json = False,
-) -> None:
-    """Run the same rows through every stage between training and serving, and name the first stage
-    that changes the model's behaviour, with its likely cause.
+app.command(
+    "export", cls=Verb, short_help="Write a model for servers: merged, GGUF, MLX and others."
+)(serving_verbs.export_run)
 
-    The trained model is compared with the record of its run. Merged folders, GGUF files (through
-    llama.cpp) and running servers are compared with the trained model: prompts as text and as ids,
-    predictions, greedy replies, and whether they end. The exit code is 1 if a stage differs.
 
-    \b
-    truetune diagnose runs/first
-    truetune diagnose runs/first --merged merged --gguf first-gguf/model-q8_0.gguf
-    truetune diagnose runs/first --url http://127.0.0.1:8080
-    truetune diagnose model-q4_0.gguf
-    """
-    from truetune.cli.diagnose_screen import show_diagnosis
-    from truetune.diagnosis.diagnose import diagnose
-
-    screen = open_screen()
-    try:
-        found = diagnose(
-            source,
-            stages=[name.strip() for name in stages.split(",")] if stages else (),
-            base=base,
-            merged=merged,
-            quantised=quantised,
-            gguf=gguf,
-            url=url,
-            data=data,
-            on_stage=None if as_json else screen.stage,
-        )
-    finally:
-        screen.close()
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-    else:
-        show_diagnosis(screen, found)
-    if found.first is not None:
-        raise typer.Exit(1)
+app.command("diagnose", cls=Verb, short_help="Find the first stage at which a model breaks.")(
+    serving_verbs.diagnose_model
+)
 
 
 @app.command("verify", cls=Verb, short_help="Check that what was saved is what was trained.")
@@ -794,9 +346,9 @@ def verify_run(
     model: Annotated[
         str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
     ],
-    base: _Base = None,
-    device: _Device = "auto",
-    as_json: _Json = False,
+    base: Base = None,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Load what was saved in a fresh process, and compare it with what was trained.
 
@@ -874,74 +426,14 @@ def watch_run(
         server.run()
 
 
-@app.command("serve", cls=Verb, short_help="Start a chat server on this machine.")
-def serve_model(
-    source: _Source,
-    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8420,
-    fast: Annotated[
-        bool,
-        typer.Option(
-            "--fast", help="For GGUF files: llama.cpp's own settings, faster but less exact."
-        ),
-    ] = False,
-    device: _Device = "auto",
-) -> None:
-    """Serve a model to programs on this machine through an OpenAI-compatible API, until Ctrl-C.
-
-    Runs, models and adapters are served by transformers, GGUF files by llama.cpp. Prompts are
-    rendered as in training. Only this machine can reach the server, at http://127.0.0.1:PORT/v1; it
-    needs no key and answers one request at a time.
-
-    \b
-    truetune serve runs/first
-    truetune serve first-gguf/model-q8_0.gguf --port 8080
-    """
-    from truetune.cli.serve_screen import serve
-
-    serve(open_screen(), source, port, fast=fast, device=device)
+app.command("serve", cls=Verb, short_help="Start a chat server on this machine.")(
+    serving_verbs.serve_model
+)
 
 
-@app.command("push", cls=Verb, short_help="Push a verified model to the Hub.")
-def push_model(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
-    ],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Make the repository public. (default: private)")
-    ] = False,
-    unverified: Annotated[
-        bool, typer.Option("--unverified", help="Push even if no verification has passed.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete other files of the repository.")
-    ] = False,
-) -> None:
-    """Push a run's model, or a merged model, to the Hub in one commit, with its model card.
-
-    Only files that were verified and have not changed since are pushed. The token comes from `hf
-    auth login` or HF_TOKEN.
-
-    \b
-    truetune push runs/first me/first
-    truetune push merged me/first-merged --public
-    """
-    from truetune.run.push import push
-
-    screen = open_screen()
-    try:
-        pushed = push(
-            source,
-            repo,
-            public=public,
-            unverified=unverified,
-            overwrite=overwrite,
-            listener=screen,
-        )
-    finally:
-        screen.close()
-    who = "private" if pushed.private else "public"
-    screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")
+app.command("push", cls=Verb, short_help="Push a verified model to the Hub.")(
+    serving_verbs.push_model
+)
 
 
 @app.command(cls=Verb, short_help="Fine-tune the embedded base in a minute.")

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from truetune.evaluation.interval import Interval
 from truetune.evaluation.questions import LeftOut
@@ -38,10 +38,7 @@ class Evaluation:
 
     def __getitem__(self, model: str) -> ModelResult:
         """A model's results, by its name."""
-        for found in self.models:
-            if found.name == model:
-                return found
-        raise KeyError(f"{model!r} was not asked: {', '.join(found.name for found in self.models)}")
+        return of_model(self.models, model)
 
     def __repr__(self) -> str:
         return "\n".join(lines(self))
@@ -82,6 +79,24 @@ class Evaluation:
             range(self.num_rows),
             key=lambda i: (rows[i].share_right, -(rows[i].loss or 0.0), i),
         )[:number]
+
+
+class Named(Protocol):
+    """What has the name of a model."""
+
+    @property
+    def name(self) -> str: ...
+
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+def of_model(models: Sequence[NamedT], name: str) -> NamedT:
+    """The results of a model, by its name."""
+    for found in models:
+        if found.name == name:
+            return found
+    raise KeyError(f"{name!r} was not asked: {', '.join(found.name for found in models)}")
 
 
 def lines(found: Evaluation) -> Iterator[str]:

@@ -28,7 +28,7 @@ from truetune.evaluation.interval import Bootstrap, Interval, interval, score, s
 from truetune.evaluation.result import Difference, Measure, told
 from truetune.evaluation.served import is_served
 from truetune.evaluation.subject import Subject, require_each_once, require_subject
-from truetune.evaluation.table import short_names, wrapped
+from truetune.evaluation.table import of_model, short_names, wrapped
 from truetune.findings import Finding
 from truetune.model.load import load_model
 from truetune.model.placement import require_device
@@ -120,10 +120,7 @@ class TaskEvaluation:
 
     def __getitem__(self, model: str) -> TaskModel:
         """A model's results, by its name."""
-        for found in self.models:
-            if found.name == model:
-                return found
-        raise KeyError(f"{model!r} was not asked: {', '.join(found.name for found in self.models)}")
+        return of_model(self.models, model)
 
     def __repr__(self) -> str:
         return "\n".join(self.lines())

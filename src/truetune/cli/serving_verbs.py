@@ -1,0 +1,285 @@
+"""The verbs from a trained model to its users: export, diagnose, serve, push."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from truetune.cli.arguments import Base, Device, Json, Source
+from truetune.cli.verb import open_screen
+
+_GGUF = "GGUF and MLX"
+
+
+def export_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="NAME", help="merged, gguf, ollama, mlx, vllm or sglang: see above."
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
+    base: Base = None,
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="original: the unquantised weights. dequantised: rounded as in training. "
+            "(default: auto, those that the adapter was trained on)",
+            show_default=False,
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="bfloat16, float16 or float32. (default: auto, the base's)", show_default=False
+        ),
+    ] = "auto",
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, "
+            "q4_1, q4_0. MLX: f32, f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 for MLX)",
+            rich_help_panel=_GGUF,
+            show_default=False,
+        ),
+    ] = None,
+    go_template: Annotated[
+        bool,
+        typer.Option(
+            "--go-template",
+            help="ollama: write the template as Go text, for Ollama before 0.30.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter",
+            help="gguf: write the adapter alone, for a GGUF file of its base.",
+            rich_help_panel=_GGUF,
+        ),
+    ] = False,
+    device: Device = "cpu",
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify",
+            help="Do not compare the merged model with the adapter in a fresh process.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model in a form that servers load.
+
+    merged: one folder that can be loaded without peft. The weights are added in float32, on
+    unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
+    with the adapter on the run's held-out prompts. A model that is whole already is copied.
+
+    gguf: one file for llama.cpp and programs built on it, from an adapter or a whole model.
+    llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared
+    with the model's. This needs the extra `gguf`.
+
+    ollama: the GGUF file with a Modelfile. Ollama renders the file's own template; the Modelfile
+    prevents it from choosing another one.
+
+    mlx: a folder for MLX, written by mlx_lm and compared with the model. This needs the extra
+    `mlx`.
+
+    vllm, sglang: the adapter if the server can load it on its base, else the merged model, and the
+    command that serves it. DoRA, new tokens, whole layers, quantised bases and stop tokens that the
+    base does not have need the merged model.
+
+    If anything differs, nothing is written to the output folder.
+
+    \b
+    truetune export runs/first --to merged -o merged
+    truetune export runs/first --to gguf --quant q8_0 -o first-gguf
+    truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
+    """
+    from truetune.cli.export_screen import (
+        export_gguf,
+        export_merged,
+        export_mlx,
+        export_served,
+    )
+    from truetune.run.export_kind import require_export
+
+    what, held = require_export(
+        to,
+        merge=merge,
+        onto=onto,
+        no_verify=no_verify,
+        dtype=dtype,
+        go_template=go_template,
+        adapter=adapter,
+        quant=quant,
+        source=run,
+        output=output,
+    )
+    screen = open_screen()
+    if what in ("gguf", "ollama"):
+        more: dict[str, Any] = {} if adapter else {"onto": onto, "go_template": go_template}
+        export_gguf(
+            screen,
+            run,
+            output,
+            what="adapter" if adapter else what,
+            quant=held,
+            base=base,
+            device=device,
+            as_json=as_json,
+            **more,
+        )
+        return
+    if what == "mlx":
+        export_mlx(
+            screen, run, output, quant=held, base=base, onto=onto, device=device, as_json=as_json
+        )
+        return
+    merging: dict[str, Any] = {
+        "base": base,
+        "onto": onto,
+        "dtype": None if dtype == "auto" else dtype,
+        "device": device,
+        "check": not no_verify,
+        "as_json": as_json,
+    }
+    if what == "merged":
+        export_merged(screen, run, output, **merging)
+    else:
+        export_served(screen, run, output, server=what, **merging)
+
+
+def diagnose_model(
+    source: Source,
+    merged: Annotated[str | None, typer.Option(help="The folder of the merged model.")] = None,
+    quantised: Annotated[
+        str | None,
+        typer.Option("--quantised", "--quantized", help="The folder of a quantised model."),
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it; needs llama.cpp.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="A server that serves it.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Stages to examine: base,adapter,model,merged,quantised,gguf,url. (default: all)",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: rows of the run)")
+    ] = None,
+    base: Base = None,
+    as_json: Json = False,
+) -> None:
+    """Run the same rows through every stage between training and serving, and name the first stage
+    that changes the model's behaviour, with its likely cause.
+
+    The trained model is compared with the record of its run. Merged folders, GGUF files (through
+    llama.cpp) and running servers are compared with the trained model: prompts as text and as ids,
+    predictions, greedy replies, and whether they end. The exit code is 1 if a stage differs.
+
+    \b
+    truetune diagnose runs/first
+    truetune diagnose runs/first --merged merged --gguf first-gguf/model-q8_0.gguf
+    truetune diagnose runs/first --url http://127.0.0.1:8080
+    truetune diagnose model-q4_0.gguf
+    """
+    from truetune.cli.diagnose_screen import show_diagnosis
+    from truetune.diagnosis.diagnose import diagnose
+
+    screen = open_screen()
+    try:
+        found = diagnose(
+            source,
+            stages=[name.strip() for name in stages.split(",")] if stages else (),
+            base=base,
+            merged=merged,
+            quantised=quantised,
+            gguf=gguf,
+            url=url,
+            data=data,
+            on_stage=None if as_json else screen.stage,
+        )
+    finally:
+        screen.close()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        show_diagnosis(screen, found)
+    if found.first is not None:
+        raise typer.Exit(1)
+
+
+def serve_model(
+    source: Source,
+    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8420,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast", help="For GGUF files: llama.cpp's own settings, faster but less exact."
+        ),
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Serve a model to programs on this machine through an OpenAI-compatible API, until Ctrl-C.
+
+    Runs, models and adapters are served by transformers, GGUF files by llama.cpp. Prompts are
+    rendered as in training. Only this machine can reach the server, at http://127.0.0.1:PORT/v1; it
+    needs no key and answers one request at a time.
+
+    \b
+    truetune serve runs/first
+    truetune serve first-gguf/model-q8_0.gguf --port 8080
+    """
+    from truetune.cli.serve_screen import serve
+
+    serve(open_screen(), source, port, fast=fast, device=device)
+
+
+def push_model(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hub.")],
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public. (default: private)")
+    ] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Push even if no verification has passed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete other files of the repository.")
+    ] = False,
+) -> None:
+    """Push a run's model, or a merged model, to the Hub in one commit, with its model card.
+
+    Only files that were verified and have not changed since are pushed. The token comes from `hf
+    auth login` or HF_TOKEN.
+
+    \b
+    truetune push runs/first me/first
+    truetune push merged me/first-merged --public
+    """
+    from truetune.run.push import push
+
+    screen = open_screen()
+    try:
+        pushed = push(
+            source,
+            repo,
+            public=public,
+            unverified=unverified,
+            overwrite=overwrite,
+            listener=screen,
+        )
+    finally:
+        screen.close()
+    who = "private" if pushed.private else "public"
+    screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")
