@@ -1,0 +1,339 @@
+"""A model folder that was made from what was trained: one stage of a diagnosis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from truetune.contract.contract import PromptContract
+from truetune.contract.stops import own_stop_ids
+from truetune.diagnosis.measured import (
+    TOKENS,
+    Replies,
+    Stage,
+    prompts_of,
+    reading_of,
+    replies_of,
+    unopened,
+)
+from truetune.diagnosis.rounding import is_rounded
+from truetune.diagnosis.settings import architecture, generation, vocabulary
+from truetune.diagnosis.tensors import OTHER, Lookup, Same, explain
+from truetune.diagnosis.work import AGAIN, Work, parted
+from truetune.errors import TruetuneError
+from truetune.evaluation.interval import FEWEST_DIFFERENT, score_difference
+from truetune.exporting.gguf_ids import texts_of
+from truetune.exporting.gguf_proof import (
+    BUDGETS,
+    Apart,
+    Budget,
+    apart_of,
+)
+from truetune.findings import Finding
+from truetune.model.load import load_model
+from truetune.model.quantise import dequantised
+from truetune.model.source import ADAPTER_CONFIG, read_json
+from truetune.model.tokenizer import load_tokenizer, num_ids
+
+# What a folder of a type may be apart from what was trained; see `Budget`.
+_FOLDERS = {
+    "float32": Budget(1e-4, 1e-3),
+    "float16": Budget(5e-3, 2e-2),
+    "bfloat16": Budget(5e-2, 0.1),
+}
+
+
+_QUANTISED = Budget(0.3, 1.2)
+
+
+# A stage that is further from what was trained than this share of what training changed has lost
+# some of it.
+_LOST = 0.25
+
+
+def folder_stage(work: Work, name: str, folder: str) -> Stage:
+    """Compare a model folder that was made from what was trained."""
+    try:
+        tokenizer = load_tokenizer(folder)
+        contract = PromptContract.load(tokenizer)
+        loaded = load_model(
+            folder, dtype="float32", device="cpu", purpose="inference", tokenizer=tokenizer
+        )
+    except TruetuneError as error:
+        return unopened(name, folder, error)
+    findings = _on_contract(work, name, folder, contract)
+    model = loaded.transformers_model
+    settings = architecture(work.config, model.config)
+    settings += _shorter(work, model.config)
+    shown = _weights_cause(work, model, loaded.base_dtype, name)
+    cause = "; ".join([*([shown] if shown else []), *settings])
+    reading = replies = apart = None
+    over = ""
+    try:
+        reading = reading_of(loaded, work.reference)
+        # Ids beyond the embedding cannot be run at all.
+        replies = replies_of(loaded, contract, work.cases) if reading is not None else None
+    except TruetuneError as error:
+        over = f"the rows cannot be run through it: {error.what}"
+    if reading is not None:
+        apart = apart_of(work.reference.reading, reading)
+        budget = _FOLDERS.get(loaded.base_dtype, _FOLDERS["bfloat16"])
+        if name == "quantised":
+            budget = _QUANTISED
+        elif not cause:
+            budget = as_held(budget)
+        over = over or too_far(apart, budget, work.effect)
+    elif not over:
+        rows = model.get_input_embeddings().weight.shape[0]
+        over = f"the model has {rows:,} embeddings, fewer than its tokenizer has ids"
+        cause = "; ".join(["the embedding was truncated", *settings])
+    if over or cause:
+        what = over or (
+            "its weights or settings are not the trained model's, although its predictions on "
+            "these rows are near"
+        )
+        cause = cause or _unexplained(name, work.whole.config, model.config)
+        findings.append(parted(name, folder, what, cause, work.again(name)))
+    findings += on_replies(work, name, folder, replies, findings)
+    return Stage(name, folder, apart, replies, tuple(findings), numbers=work.numbers(replies))
+
+
+def as_held(budget: Budget) -> Budget:
+    """The budget of an export whose tensors are the model's: they may have been rounded to bfloat16
+    before they were written in a type of more digits."""
+    half = BUDGETS["bf16"]
+    return Budget(max(budget.usual, half.usual), max(budget.most, half.most))
+
+
+def _shorter(work: Work, config: Any) -> list[str]:
+    """A context into which the rows do not fit."""
+    own, its = (
+        int(getattr(c.get_text_config(decoder=True), "max_position_embeddings", 0) or 0)
+        for c in (work.config, config)
+    )
+    needed = max((len(case.ids) for case in work.reference.cases), default=0) + TOKENS
+    if not its or its >= own or its >= needed:
+        return []
+    return [f"config.json: max_position_embeddings is {its:,} instead of {own:,}"]
+
+
+def _unexplained(name: str, own: Any, its: Any) -> str:
+    one, other = (config.get_text_config(decoder=True) for config in (own, its))
+    for setting in ("model_type", "tie_word_embeddings"):
+        before, now = getattr(one, setting, None), getattr(other, setting, None)
+        if before != now:
+            return f"config.json: {setting} is {now!r} instead of {before!r}"
+    if name == "quantised":
+        return "the type has too few bits for this model"
+    return "no tensor or setting explains it"
+
+
+def too_far(apart: Apart, budget: Budget, effect: Apart | None) -> str:
+    """Why predictions differ too much, or "" if they do not."""
+    allowed = budget.most
+    if effect is not None:
+        allowed = min(allowed, max(budget.usual, _LOST * effect.relative))
+    if apart.relative <= allowed:
+        return ""
+    return (
+        f"predictions differ by {apart.relative:.2g} of the logits' spread, but {allowed:.2g} is "
+        f"allowed ({apart.mean:.2g} nats per token; {100 * apart.greedy:.0f} % of the likeliest "
+        "tokens are equal)"
+    )
+
+
+def _weights_cause(work: Work, model: Any, dtype: str, name: str) -> str:
+    """Say what was done to the weights of a folder besides rounding; "" if nothing was."""
+    if name == "quantised":
+        return _rounded_cause(work, model)
+
+    def same(_: str, value: Any, kind: str, wanted: Any) -> bool:
+        return is_rounded(value, wanted, kind, merged=work.is_adapter)
+
+    kind = _TYPES.get(dtype, "F32")
+    shown = _explained(work, work.whole, model, kind, same)
+    if shown and work.rounded_base and not _explained(work, work.on_original(), model, kind, same):
+        # A choice that an export offers; what it costs shows in the predictions.
+        return ""
+    if shown and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
+        shown += "; the adapter is a DoRA adapter: a merge without its magnitudes looks like this"
+    return shown
+
+
+_TYPES = {"float16": "F16", "bfloat16": "BF16"}
+
+
+# In units of a matrix' norm: two bits cost 0.4 of it, four 0.1, eight 0.01.
+_FEWEST_BITS = 0.6
+
+
+def _rounded_cause(work: Work, model: Any) -> str:
+    """Say what was done to weights besides rounding; "" if nothing was, or if transformers cannot
+    restore plain weights."""
+    try:
+        plain = dequantised(model, "")
+    except TruetuneError:
+        return ""
+    return _explained(work, work.whole, plain, "", factor=_FEWEST_BITS / OTHER)
+
+
+def _explained(
+    work: Work, whole: Any, model: Any, kind: str, same: Same | None = None, factor: float = 1.0
+) -> str:
+    """See `explain`; the weights of models."""
+
+    def lookup(values: Any) -> Lookup:
+        return lambda tensor: (values[tensor].float(), kind) if tensor in values else None
+
+    def before(tensor: str) -> Any:
+        return lookup(work.unmerged.state_dict())(tensor)
+
+    return explain(
+        ((key, value.float()) for key, value in whole.state_dict().items()),
+        lookup(model.state_dict()),
+        before if work.is_adapter else None,
+        factor=factor,
+        same=same,
+        rows=num_ids(work.contract.tokenizer),
+    )
+
+
+def _on_contract(work: Work, name: str, folder: str, contract: PromptContract) -> list[Finding]:
+    """Compare prompts, ids of texts and stop tokens of a folder."""
+    findings = []
+    wrong = prompts_of(contract, work.reference.cases)
+    if wrong:
+        case, said = wrong[0]
+        template = contract.chat_template != work.contract.chat_template
+        findings.append(
+            parted(
+                name,
+                case.where,
+                f"{len(wrong)} of {len(work.reference.cases)} prompts differ from those that were "
+                "trained",
+                (
+                    "the chat template is different"
+                    if template
+                    else "; ".join(vocabulary(work.contract, contract))
+                    or "the tokenizer is different"
+                )
+                + f"\ntrained: {case.text[-160:]!r}\nhere:    {said[-160:]!r}",
+                _TOKENIZER_AGAIN,
+            )
+        )
+    else:
+        texts = texts_of(work.contract)
+        own, its = work.contract.tokens.encode(texts), contract.tokens.encode(texts)
+        if own != its:
+            number = sum(a != b for a, b in zip(own, its, strict=True))
+            findings.append(
+                parted(
+                    name,
+                    folder,
+                    f"{number} of {len(texts)} texts get different ids",
+                    "; ".join(vocabulary(work.contract, contract))
+                    or "the tokenizer is different, or lacks tokens",
+                    _TOKENIZER_AGAIN,
+                )
+            )
+        elif words := vocabulary(work.contract, contract):
+            findings.append(
+                parted(
+                    name,
+                    f"{folder}/tokenizer.json",
+                    words[0],
+                    "the file was edited, or belongs to another model",
+                    _TOKENIZER_AGAIN,
+                )
+            )
+    return findings + _on_generation(work, name, folder, contract)
+
+
+_TOKENIZER_AGAIN = "restore the tokenizer files that were saved with the model"
+
+
+def _on_generation(work: Work, name: str, folder: str, contract: PromptContract) -> list[Finding]:
+    """Compare the stop tokens and sampling settings of a folder."""
+    findings = []
+    file = f"{folder}/generation_config.json"
+    served = own_stop_ids(folder, None, contract.tokenizer)
+    missing = [i for i in work.contract.stop_ids if i not in served]
+    if missing:
+        findings.append(
+            parted(
+                name,
+                file,
+                f"replies do not end on {work.contract.tokens.named(missing)}",
+                f"its stop tokens are {shown_ids(served)}, but those of training are "
+                f"{shown_ids(work.contract.stop_ids)}"
+                + ("; the base has the same" if _same_stops(work, served) else ""),
+                _GENERATION_AGAIN,
+            )
+        )
+    if more := work.cutting(served):
+        findings.append(
+            parted(
+                name,
+                file,
+                f"replies end on {work.contract.tokens.named(more)}, which is not a stop token of "
+                "training",
+                f"its stop tokens are {shown_ids(served)}, but those of training are "
+                f"{shown_ids(work.contract.stop_ids)}",
+                _GENERATION_AGAIN,
+            )
+        )
+    if drawn := generation(folder, work.sources):
+        findings.append(
+            Finding(
+                "generation-settings-differ",
+                "warning",
+                f"{name}: servers that read generation_config.json make other replies: "
+                + "; ".join(drawn[:6]),
+                where=file,
+                count=len(drawn),
+                why="the file was edited after the export, or is another model's",
+                fix="restore the generation_config.json that was saved with the model, unless you "
+                "chose these settings",
+            )
+        )
+    return findings
+
+
+_GENERATION_AGAIN = "restore the generation_config.json that was saved with the model"
+
+
+def shown_ids(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids)) or "none"
+
+
+def _same_stops(work: Work, served: Sequence[int]) -> bool:
+    if not work.is_adapter:
+        return False
+    return set(served) == set(own_stop_ids(work.below, None, work.contract.tokenizer))
+
+
+def on_replies(
+    work: Work, name: str, where: str, replies: Replies | None, found: Sequence[Finding]
+) -> list[Finding]:
+    """Report an error if replies stop less often than they should and nothing else explains it."""
+    if replies is None or any(f.level == "error" for f in found):
+        return []
+    pairs = list(zip(work.replies.stopped, replies.stopped, strict=True))
+    counts = [sum(p == q for q in pairs) for p in
+              ((True, True), (True, False), (False, True), (False, False))]  # fmt: skip
+    both, lost, won, neither = counts
+    if (
+        lost + won < FEWEST_DIFFERENT
+        or not score_difference(both, lost, won, neither).excludes_zero()
+    ):
+        return []
+    return [
+        parted(
+            name,
+            where,
+            f"{lost} of {both + lost} replies that ended by themselves no longer end",
+            "the stop tokens or sampling settings of this stage are different",
+            AGAIN.get(name, "compare its settings with those of the run"),
+        )
+    ]
