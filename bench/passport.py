@@ -155,7 +155,7 @@ def make_twin(name: str, folder: Path, *, dora: bool = False) -> Twin:
     return Twin(name, folder)
 
 
-_Work = room._Work
+_Work = room.Work
 _asked: dict[str, Any] = {}
 
 
@@ -166,7 +166,7 @@ def _once(source: str, *rest: Any, **more: Any) -> Any:
     return _asked[source]
 
 
-room._Work = _once  # type: ignore[assignment,misc]
+room.Work = _once  # type: ignore[assignment,misc]
 
 
 # --------------------------------------------------------------------------------- the faults

@@ -558,6 +558,11 @@ def test_a_call_is_closed_where_the_tokenizer_has_the_token_for_it() -> None:
     assert refused(open_still, asked(call(sides=6)), tools=[TOOL]).code == "target-invented"
     closed = PromptContract.load(tokenizer, turns("{{- m.content -}}" + CALLS))
     assert only(closed, asked(call(sides=6), call(sides=8)))
+    # Nor is one closed that nothing opened, or that was opened under another name.
+    for opening in ("", "<toolcall>"):
+        template = turns("{{- m.content -}}" + CALLS.replace("<tool_call>", opening))
+        unopened = PromptContract.load(tokenizer, template)
+        assert refused(unopened, asked(call(sides=6)), tools=[TOOL]).code == "target-invented"
 
 
 def test_tags_and_whitespace_around_a_text_are_remarked() -> None:

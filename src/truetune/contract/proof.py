@@ -327,7 +327,9 @@ class Proof:
                     code="target-invented",
                 )
         calls = bool(known.in_json)
-        if alone := unpaired(text, self._control, thoughts, self._controls, calls=calls):
+        if alone := unpaired(
+            text, self._control, thoughts, self._controls, completion.text.prompt, calls=calls
+        ):
             shown = alone.replace(PART, "\u2026")
             raise UnfaithfulTemplate(
                 f"the template writes {shown!r} into message {completion.text.number} without its "

@@ -211,6 +211,7 @@ def unpaired(
     controls: re.Pattern[str] | None,
     marks: Iterable[str],
     tokens: Collection[str],
+    prompt: str,
     *,
     calls: bool,
 ) -> str:
@@ -220,6 +221,7 @@ def unpaired(
     Args:
         marks: markers that may stand alone.
         tokens: the tokenizer's control tokens.
+        prompt: as served, which may have opened what a turn closes.
     """
     found = [(marker, *side_of(marker)) for marker in markers_of(text, controls)]
     alone = {"", *(side_of(mark)[0] for mark in marks)}
@@ -228,9 +230,10 @@ def unpaired(
     for name in dict.fromkeys(name for _, name, side in found if name not in alone and side):
         if not {(name, 1), (name, -1)} <= sides:
             first = next(m for m, other, _ in found if other == name)
-            # What ends a turn was opened by the prompt.
-            ends = found[-1][1] == name and found[-1][2] < 0
-            both = {(name, 1), (name, -1)} <= known and not ends
+            opened = sum(
+                side for n, side in map(side_of, markers_of(prompt, controls)) if n == name
+            )
+            both = {(name, 1), (name, -1)} <= known and not (opened > 0 and (name, -1) in sides)
             if calls and (both or (first not in tokens and _lacks(first, text, sides))):
                 return first
             continue
