@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -485,7 +486,7 @@ def test_a_run_its_adapter_and_the_merged_model_say_the_same(place: Path, tmp_pa
     run = tmp_path / "run"
     truetune.train(
         place / "no", place / "rows.jsonl", lora=True, max_steps=30, learning_rate=0.02,
-        output=run, quiet=True, on_collapse="continue",
+        output=run, quiet=True, on_collapse="continue", save_steps=10,
     )  # fmt: skip
     truetune.export(run, tmp_path / "merged", quiet=True, verify=False)
     found = truetune.evaluate(
@@ -499,6 +500,12 @@ def test_a_run_its_adapter_and_the_merged_model_say_the_same(place: Path, tmp_pa
     assert {m.against_first["loss"].word for m in same} == {"better"}
     losses = [model.values["loss"].value for model in same]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+    # Of an unfinished run the last checkpoint is asked, and named.
+    assert Subject.open(str(run), None, None).findings == ()
+    shutil.rmtree(run / "adapter")
+    (finding,) = Subject.open(str(run), None, None).findings
+    assert (finding.code, finding.level) == ("checkpoint-evaluated", "warning")
+    assert "checkpoint step-00000020" in finding.what
 
 
 # ------------------------------------------------------------------ the command line

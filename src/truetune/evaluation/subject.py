@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from truetune.behaviour.replies import Thinking
@@ -108,6 +110,7 @@ class Subject:
         tokenizer, contract: its own, or the run's.
         context: tokens; None for no limit.
         rows: token ids that it has rows for.
+        findings: what the name and the tokenizer found.
     """
 
     name: str
@@ -117,6 +120,7 @@ class Subject:
     contract: PromptContract
     context: int | None
     rows: int
+    findings: tuple[Finding, ...] = ()
 
     @classmethod
     def open(cls, name: str, chat_template: str | None, revision: str | None) -> Subject:
@@ -134,7 +138,10 @@ class Subject:
             contract = PromptContract.load(tokenizer, chat_template)
         # An adapter may bring rows for tokens that it added.
         rows = max(facts.head_rows, num_ids(tokenizer) if facts.base else 0)
-        return cls(name, folder, revision, tokenizer, contract, facts.context_length, rows)
+        findings = (*_unfinished(name, folder), *contract.findings)
+        return cls(
+            name, folder, revision, tokenizer, contract, facts.context_length, rows, findings
+        )
 
     def prompts(self, questions: Sequence[Question]) -> list[Prompt | str]:
         """Each question as this model is asked it, or why it cannot be asked."""
@@ -167,7 +174,7 @@ class Subject:
         targets = [prompt.target for prompt in prompts if prompt.target is not None]
         found = iter(row_losses(loaded, [(t.ids, t.mask) for t in targets], asking.progress))
         losses = tuple(None if prompt.target is None else next(found) for prompt in prompts)
-        findings: tuple[Finding, ...] = (*self.contract.findings, *loaded.findings)
+        findings = (*self.findings, *loaded.findings)
         del loaded
         gc.collect()
         return Written(
@@ -233,6 +240,22 @@ def require_subject(name: str) -> None:
     folder = opened(name)
     locate(folder, weights=False)
     require_weights(folder)
+
+
+def _unfinished(name: str, folder: str) -> list[Finding]:
+    """That a checkpoint stands in for what the run has not saved yet."""
+    run = RunDir(name)
+    if not run.looks_like_one() or run.artifact() is not None:
+        return []
+    return [
+        Finding(
+            "checkpoint-evaluated",
+            "warning",
+            f"the run is unfinished: its checkpoint {Path(folder).name} is evaluated",
+            where=name,
+            fix=f"truetune train --resume {shlex.quote(name)}",
+        )
+    ]
 
 
 def _record(name: str) -> dict[str, Any]:

@@ -325,7 +325,7 @@ def evaluate_tasks(
                     for way, (_, cut) in ways.items()
                     if cut
                 ),
-                tuple(f for f in subject.contract.findings if f.level != "note"),
+                tuple(f for f in subject.findings if f.level != "note"),
             )
             for at, (subject, scores, ways) in enumerate(made)
         ),
