@@ -153,15 +153,17 @@ def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int
     """The token that ends an answer: what the template writes behind it, last and in history.
 
     What stands in both places is the end of the turn (behind it, the end of a text may stand once);
-    of several such tokens the one that ends a question too, else the last. Where the two have
+    of several such tokens the last that ends a question too, else the last. Where the two have
     nothing in common, the last answer's own counts; where nothing follows a last answer, what
     begins the next turn does.
     """
     last, later = (_written(tail, tokens, own) for tail in behaviour.answer_end)
     common = last[: common_prefix(last, later)] if last and later else []
-    asked = _written(behaviour.user_end, tokens, own)[:1]
+    asked = _written(behaviour.user_end, tokens, own)
     if asked and asked[0] in common and not any(token in own for token in common):
-        return asked[0]
+        # What holds the text of every turn stands in front of what ends it.
+        shared = common[common.index(asked[0]) :]
+        return shared[common_prefix(shared, asked) - 1]
     for candidates, take in ((common, -1), (last, 0), (later, 0)):
         if any(token in own for token in candidates):
             return next(token for token in candidates if token in own)
