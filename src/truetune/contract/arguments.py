@@ -117,7 +117,7 @@ class ArgumentSearch(Generic[T]):
                 assert isinstance(result, Refused)
                 if isinstance(found, Encoded):
                     results[index] = replace(result, error=_advised(result.error, argument))
-                elif code == _OFF and found.error.code not in _NO_ADVICE:
+                elif code in _THINKING and found.error.code not in _NO_ADVICE:
                     results[index] = replace(result, error=_under(found.error, argument))
         return results
 
@@ -138,9 +138,18 @@ class ArgumentSearch(Generic[T]):
             argument = " ".join(f"{name}={json.dumps(value)}" for name, value in kwargs.items())
             if isinstance(result, Encoded):
                 return argument, candidate
-            if code == _OFF and result.error.code not in _NO_ADVICE and other[1] is None:
+            if code in _THINKING and result.error.code not in _NO_ADVICE and other[1] is None:
                 other = argument, candidate
-        return other
+        # The refusal itself names another way, which may take the row.
+        return (
+            ("", None) if code in _THINKING and self._fits_closed(conversation, loss_on) else other
+        )
+
+    def _fits_closed(self, conversation: Conversation, loss_on: LossOn) -> bool:
+        """Whether a row is taken where a block that the prompt opens is closed at once."""
+        policy = replace(self.contract.policy, reasoning="empty")
+        (result,) = replace(self.contract, policy=policy).encoder.few([conversation], loss_on)
+        return isinstance(result, Encoded)
 
     def candidates(self) -> list[dict[str, Any]]:
         """Values of arguments that change a served prompt, those set by hand left out."""

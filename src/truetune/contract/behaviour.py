@@ -72,6 +72,8 @@ class Behaviour:
         routes: ways in which reasoning reaches the completion, in the order tried.
         user_end: text between a question and the answer, in a served prompt.
         lead: what the template writes before every plain answer, "" where nothing.
+        headers: what it writes between a question and the answer, without tools and with them; ""
+            where a served prompt ends on the beginning of that.
         answer_end: text after an answer where it is last, and where a user turn follows.
         call_end: the same after a tool call, where a tool's answer follows.
         call_between: text between two calls of one turn, "" where it takes one only.
@@ -91,6 +93,7 @@ class Behaviour:
     routes: tuple[str, ...]
     user_end: str
     lead: str
+    headers: tuple[str, str]
     answer_end: tuple[str, str]
     call_end: tuple[str, str]
     call_between: str
@@ -195,6 +198,7 @@ def observe(
         (*routes, *(["opened"] if opened else [])),
         _after(plain, Q, ""),
         _lead(plain, through),
+        (_header(probe, tools=False), _header(probe, tools=True)),
         (_after(through, A, ""), _after(later, A, Q2)),
         call_end,
         between,
@@ -342,6 +346,19 @@ def _lead(plain: str, through: str) -> str:
         return ""
     lead, found, _ = through[len(plain) :].partition(A)
     return lead if found else ""
+
+
+def _header(probe: _Probe, tools: bool) -> str:
+    """What a served prompt should end on, of a template that has no generation prompt: a question
+    ends as an answer does, and the answer's header follows."""
+    asked, prompt, through = probe.texts(
+        ([user()], "none", False, tools),
+        ([user()], "none", True, tools),
+        ([user(), answer()], "none", False, tools),
+    )
+    end = _after(asked, Q, "")
+    own = end[len(os.path.commonprefix([end, _after(through, A, "")])) :]  # noqa: RUF071
+    return _lead(asked, through).strip() if asked == prompt and not own.strip() else ""
 
 
 def _after(text: str, sentinel: str, end: str) -> str:

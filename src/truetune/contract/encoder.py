@@ -323,7 +323,9 @@ class Encoder:
         marks = (markers.open, markers.close, *seen.marks)
         pairs = ((markers.open, markers.close), *seen.pairs)
         used = seen.pairs if row.route == "none" else pairs
-        return Frame(marks, pairs, used, seen.recipient, self.policy.template_words == "keep")
+        header = seen.headers[bool(row.conversation.tools)]
+        keeps = self.policy.template_words == "keep"
+        return Frame(marks, pairs, used, seen.recipient, header, keeps)
 
     def _jobs(self, row: _Row) -> list[RenderJob]:
         """The served prompt of each trained turn, and the rendering through it.

@@ -27,6 +27,7 @@ from truetune.contract.refusals import (
     cut_short,
     defective,
     loose,
+    unannounced,
     unlike,
     worded,
     would_be,
@@ -64,6 +65,7 @@ class Frame:
         pairs: opening and closing markers of reasoning among them.
         used: those of them at which a server cuts: the template's own, and what the run writes.
         recipient: see `Behaviour.recipient`.
+        header: see `Behaviour.headers`.
         keep_words: whether words of the template become targets, counted.
     """
 
@@ -71,6 +73,7 @@ class Frame:
     pairs: tuple[tuple[str, str], ...]
     used: tuple[tuple[str, str], ...]
     recipient: str
+    header: str
     keep_words: bool
 
 
@@ -211,6 +214,9 @@ class Proof:
         frame: Frame,
     ) -> list[str]:
         turn, cut = completion.text.number, self._cut(completion)
+        unheaded = bool(frame.header) and completion.written.lstrip().startswith(frame.header)
+        if unheaded and not frame.keep_words:
+            raise unannounced(turn, frame.header)
         spans = known.spans(completion.written, twin.leaves)
         assert spans is not None
         error = completion.error
@@ -288,6 +294,9 @@ class Proof:
         if content.strip() and content not in cut:
             # Between markers in the content there is other whitespace than in the row.
             remarks.append("stripped" if content.strip() in cut else "respaced")
+        thought = str(message.get("reasoning_content") or "")
+        if thought.strip() and thought not in cut and thought.strip() in cut:
+            remarks += ["stripped"] * ("stripped" not in remarks)
         if not completion.written.startswith(completion.body) and cut.strip() != (
             completion.body.strip()
         ):
@@ -297,6 +306,9 @@ class Proof:
         if known.as_text:
             remarks.append("arguments-as-text")
         around = text.replace(PART, "")
+        if plain and content.strip() and cut.strip() == content.strip() and content in cut:
+            # Markers in it are the row's own.
+            around = cut.replace(content, "", 1)
         held = not plain and is_held(between, (*self._controls, *frame.marks))
         if held or (plain and around.strip() and not words and not completion.text.lead):
             remarks.append("framed")

@@ -250,6 +250,18 @@ def worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTempla
     )
 
 
+def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
+    """A header that the served prompt lacks, so that the model would have to write it."""
+    return UnfaithfulTemplate(
+        "the template has no generation prompt: the served prompt ends before "
+        f"{excerpt(header)} of message {turn}",
+        why="the model would write it itself, and a server would return it with the answer",
+        fix="write the header at the end of the template where add_generation_prompt is true, or "
+        "train it too with --template-words keep",
+        code="generation-prompt-missing",
+    )
+
+
 def cut_short(turn: int, label: str, sign: str) -> UnfaithfulTemplate:
     """A name or key that the format of a template cannot hold."""
     return UnfaithfulTemplate(

@@ -185,11 +185,14 @@ def _realigned(
         found = through.rfind(seam, 0, limit)
         if found >= 0:
             return through[found + len(seam) :]
-        # The same message, set apart by other whitespace: trimmed, or one line break more.
+        # The same message, set apart by other whitespace: trimmed, or one line break more. A call
+        # behind it may hold its text too.
         found = through.rfind(form, 0, limit)
-        end = _past(seam[len(form) :], through, found + len(form)) if found >= 0 else None
-        if end is not None:
-            return through[end:]
+        while found >= 0:
+            end = _past(seam[len(form) :], through, found + len(form))
+            if end is not None:
+                return through[end:]
+            found = through.rfind(form, 0, found + len(form) - 1)
     return None
 
 
