@@ -11,6 +11,7 @@ from test_contract_proof import CALL, CALLS, TOOL, asked, call, loaded, only, re
 from tiny_contracts import byte_level, chat, supervised_texts
 from truetune import PromptContract, UnfaithfulTemplate
 from truetune.contract.encoder import Refused
+from truetune.contract.policy import Policy
 from truetune.data.conversation import Conversation
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -613,3 +614,80 @@ def test_formats_of_agents_are_taken_where_the_prompt_announces_them() -> None:
     assert refused(contract, row, tools=[TOOL]).code == "target-invented"
     fenced = loaded(turns(HELD + FENCED))
     assert "```json" in only(fenced, asked(call(**OSLO), content="Look."))
+
+
+def test_a_template_without_a_generation_prompt_is_refused_by_that_name() -> None:
+    silent = loaded(turns("{{- m.content -}}" + CALLS, prompt=""))
+    for row in (chat("Hi", "Hello."), asked(call(sides=6))):
+        error = refused(silent, row, tools=[TOOL])
+        assert (error.code, "<|assistant|>" in error.what) == ("generation-prompt-missing", True)
+    kept = loaded(
+        turns("{{- m.content -}}", prompt=""), policy=Policy(template_words="keep")
+    ).encode(chat("Hi", "Hello."))
+    assert kept.remarks == ("framed",)
+    # It may be missing where there are tools alone.
+    template = turns("{{- m.content -}}" + CALLS).replace(
+        "if add_generation_prompt", "if add_generation_prompt and not tools"
+    )
+    contract = loaded(template)
+    assert contract.encode(chat("Hi", "Hello."))
+    assert refused(contract, asked(call(sides=6)), tools=[TOOL]).code == "generation-prompt-missing"
+    # Where a question ends otherwise than an answer, that end is the prompt.
+    instructed = (
+        "{%- for m in messages -%}{{- '[INST] ' ~ m.content ~ ' [/INST]' if m.role == 'user' else "
+        "' ' ~ m.content ~ '<|end|>' -}}{%- endfor -%}"
+    )
+    assert loaded(instructed).encode(chat("Hi", "Hello."))
+
+
+def test_what_holds_the_text_of_every_turn_is_not_its_end() -> None:
+    template = (
+        "{%- for m in messages -%}{{- '<|' ~ m.role ~ '|>\\n<|plain|>' ~ m.content ~ "
+        "'<|/plain|><|end|>\\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}"
+        "{{- '<|assistant|>\\n' -}}{%- endif -%}"
+    )
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|plain|>", "<|/plain|>"]})
+    tokenizer.eos_token = "<|pad|>"
+    for source in (template, template.replace("'<|assistant|>\\n'", "'<|assistant|>\\n<|plain|>'")):
+        encoded = PromptContract.load(tokenizer, source).encode(chat("Hi", "Hello."))
+        (example,) = encoded.examples
+        trained = [i for i, on in zip(example.ids, example.mask, strict=True) if on]
+        assert tokenizer.decode(trained).endswith("Hello.<|/plain|><|end|>")
+
+
+def test_a_call_may_say_what_the_question_said() -> None:
+    contract = loaded(turns("{{- m.content -}}" + CALLS, prompt="<|assistant|>\n\n"))
+    for said in ("roll", "sides", "6", "{", "Go."):
+        row = asked(call(sides=6))
+        row[0]["content"] = said
+        assert "prompt-realigned" in contract.encode(row, [TOOL]).remarks
+
+
+def test_a_switch_under_which_a_row_is_refused_too_is_no_advice() -> None:
+    template = turns("{{- m.content if not m.tool_calls -}}" + CALLS).replace(
+        "{{- '<|assistant|>\\n' -}}{%- endif -%}",
+        "{{- '<|assistant|>\\n' ~ ('' if plainly else '<think>') -}}{%- endif -%}",
+    )
+    contract = loaded("{# </think> #}" + template)
+    error = refused(contract, asked(call(sides=6), content="Look."), tools=[TOOL])
+    assert (error.code, "--template-arg plainly=true" in error.why) == ("target-dropped", True)
+    assert "leave the content out" in error.fix
+    # A row that the switch takes is told of it.
+    error = refused(contract, asked(call(sides=6)), tools=[TOOL])
+    assert (error.code, "--template-arg plainly=true" in error.fix) == ("thinking-only", True)
+
+
+def test_markers_of_the_row_are_no_frame_and_stripped_reasoning_is_remarked() -> None:
+    contract = loaded(turns("{{- ' ' ~ m.content -}}") + "{# <think></think> #}")
+    said = chat("Hi", "<think>\nA plan.\n</think>\n\nHello.")
+    assert contract.encode(said).remarks == ()
+    stripping = loaded(
+        turns(
+            THINKS.replace("m.reasoning_content ~", "m.reasoning_content | trim ~")
+            + "{{- m.content -}}"
+        )
+    )
+    row = chat("Hi", "Hello.")
+    row[-1]["reasoning_content"] = "\nA plan.\n"
+    assert "stripped" in stripping.encode(row).remarks

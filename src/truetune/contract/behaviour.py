@@ -463,7 +463,7 @@ def surroundings(renderer: Renderer, seen: Behaviour) -> Surroundings:
     return Surroundings(
         whole,
         opening,
-        start.strip() if whole and served else "",
+        start.strip() if whole and served and not seen.headers[0] else "",
         _between(whole, A, Q2).strip() if served else "",
         _keeps_reasoning(probe, seen),
     )

@@ -130,13 +130,15 @@ def missing(
     if not (message.get("reasoning_content") or message.get("tool_calls")):
         return rewritten(completion, message)
     turn, body = completion.text.number, completion.body
-    reasoning = leaf is not None and leaf.kind == "reasoning"
+    kind = leaf.kind if leaf is not None else ""
     return UnfaithfulTemplate(
         f"the template drops {label} of message {turn}",
         why=f"the completion would be {excerpt(body)}",
         fix="write it between think markers with --reasoning inline, or leave it out with "
         "--reasoning drop"
-        if reasoning
+        if kind == "reasoning"
+        else "use a template that writes it beside calls, or leave the content out of such turns"
+        if kind == "content"
         else "use a template that renders it, or put it into the content",
         code="target-dropped",
     )
