@@ -358,7 +358,8 @@ def _header(probe: _Probe, tools: bool) -> str:
     )
     end = _after(asked, Q, "")
     own = end[len(os.path.commonprefix([end, _after(through, A, "")])) :]  # noqa: RUF071
-    return _lead(asked, through).strip() if asked == prompt and not own.strip() else ""
+    header = _lead(asked, through)
+    return header if asked == prompt and header.strip() and not own.strip() else ""
 
 
 def _after(text: str, sentinel: str, end: str) -> str:

@@ -214,7 +214,8 @@ class Proof:
         frame: Frame,
     ) -> list[str]:
         turn, cut = completion.text.number, self._cut(completion)
-        unheaded = bool(frame.header) and completion.written.lstrip().startswith(frame.header)
+        header = frame.header.strip()
+        unheaded = bool(header) and completion.written.lstrip().startswith(header)
         if unheaded and not frame.keep_words:
             raise unannounced(turn, frame.header)
         spans = known.spans(completion.written, twin.leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -258,8 +259,9 @@ def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
         "the template has no generation prompt: the served prompt ends before "
         f"{excerpt(header)} of message {turn}",
         why="the model would write it itself, and a server would return it with the answer",
-        fix="write the header at the end of the template where add_generation_prompt is true, or "
-        "train it too with --template-words keep",
+        fix="end the template on {%- if add_generation_prompt -%}{{- "
+        f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train the header too "
+        "with --template-words keep",
         code="generation-prompt-missing",
     )
 
