@@ -39,6 +39,7 @@ from truetune.model.quantise import (
     quantization_config,
     refuse_twice,
     require_bitsandbytes,
+    require_opener,
     same_in_evaluation,
     stored_quantisation,
 )
@@ -140,6 +141,7 @@ def load_model(
     files = locate(source, revision, weights=True)
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
     config = causal_config(base_files)
+    require_opener(config, str(base_files.folder / "config.json"))
     adapter_tensors = _require_adapter(files) if files.is_adapter else None
     if tokenizer is None:
         tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base_files)
