@@ -46,20 +46,24 @@ _FOLDERS = {
 
 
 # The same of quantised folders, by the bits that their config states; docs/serving.md has what
-# healthy ones cost. The second number is what rounding may move a matrix, in units of its norm:
-# eight bits cost 0.01 of it, four 0.1 to 0.15.
-_QUANTISED = {8: (Budget(4e-2, 0.12), 0.06), 4: (Budget(0.3, 1.2), 0.5)}
-# Two bits cost 0.4 of a matrix.
-_FEWEST_BITS = (Budget(0.3, 1.2), 0.6)
+# healthy ones cost.
+_QUANTISED = {8: Budget(4e-2, 0.12)}
+_FEWER_BITS = Budget(0.3, 1.2)
+# What rounding may move a matrix, in units of its norm, by method and bits: eight bits cost 0.01 of
+# it, NF4's small blocks 0.1, larger groups 0.15, a whole row in four bits 0.2 to 0.4, two bits 0.4.
+_MOVED = {("bitsandbytes", 4): 0.25}
+_MOVED_BY_BITS = {8: 0.06, 4: 0.5}
+_MOVED_MOST = 0.6
 
 
 def quantised_budget(config: Any) -> Budget:
     """How far a quantised folder may be from what it was made from."""
-    return _limits(config)[0]
+    return _QUANTISED.get(stored_bits(config) or 0, _FEWER_BITS)
 
 
-def _limits(config: Any) -> tuple[Budget, float]:
-    return _QUANTISED.get(stored_bits(config) or 0, _FEWEST_BITS)
+def _may_move(config: Any) -> float:
+    method, bits = stored_quantisation(config) or "", stored_bits(config) or 0
+    return _MOVED.get((method, bits), _MOVED_BY_BITS.get(bits, _MOVED_MOST))
 
 
 # A stage that is further from what was trained than this share of what training changed has lost
@@ -185,7 +189,7 @@ def _rounded_cause(work: Work, model: Any) -> str:
     """Say what was done to weights besides rounding; "" if nothing was, or if the weights cannot be
     restored or compared."""
     method = stored_quantisation(model.config)
-    factor = _limits(model.config)[1] / OTHER
+    factor = _may_move(model.config) / OTHER
     with quiet():
         values = plain_weights(model)
     if values is None or (method != "bitsandbytes" and _rescaled(work.whole, values)):

@@ -153,7 +153,7 @@ def write_quantised(
         except ValueError:
             said = {"error": reply.errors.strip()[-300:] or f"exit code {reply.status}"}
         if "error" in said:
-            raise _unable(quant, visible(said["error"][:300], keep_newlines=False))
+            raise _unable(quant, visible(_short(said["error"]), keep_newlines=False))
         _keep_other_files(source, folder)
         made = read_headers(weight_files(locate(folder, weights=True)))
         whole = {"int8", "uint8", "int32"}
@@ -162,6 +162,8 @@ def write_quantised(
             raise _unable(quant, "none of its layers is a linear layer that can be quantised")
         for file in sorted(folder.rglob("*")):
             if file.is_file():
+                # llm-compressor leaves weights that only this user may read.
+                file.chmod((folder / "config.json").stat().st_mode)
                 settle(file)
         flush_folder(folder)
     except BaseException:
@@ -174,6 +176,11 @@ def write_quantised(
         sum(facts.num_bytes for facts in tensors.values()),
         dict(said["versions"]),
     )
+
+
+def _short(error: str, most: int = 160) -> str:
+    """Its beginning and its end: libraries say there what happened, and print code between them."""
+    return error if len(error) <= 2 * most else f"{error[:most]} ... {error.strip()[-most:]}"
 
 
 # Names that quantised matrices have: plain (bitsandbytes), packed (compressed-tensors), as a part
