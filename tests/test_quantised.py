@@ -126,6 +126,17 @@ def test_an_adapter_is_merged_quantised_and_opened_by_every_verb(tmp_path: Path)
     assert told.code == 0, told.err
 
 
+@needs_bitsandbytes
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("onto", ["auto", "original"])
+def test_an_adapter_of_a_rounded_base(tmp_path: Path, onto: Any) -> None:
+    """On the original weights the merged model is another one, which the folder is held to."""
+    trained(tmp_path, texts=[], load_in="4bit", **WIDE)
+    made = export_quantised(str(tmp_path / "adapter"), tmp_path / "out", quant="int8", onto=onto)
+    assert made.apart.relative < USUAL[8]
+    assert made.prompts == 50
+
+
 @needs_torchao
 @pytest.mark.usefixtures("quick")
 def test_for_vllm_an_adapter_is_merged_where_it_is_quantised(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ _FEWER_BITS = Budget(0.3, 1.2)
 _MOVED = {("bitsandbytes", 4): 0.25}
 _MOVED_BY_BITS = {8: 0.06, 4: 0.5}
 _MOVED_MOST = 0.6
+# How far from 1 the scale of a whole matrix may be: rounding is to both sides.
+_SCALED = {8: 0.02, 4: 0.08}
+_SCALED_MOST = 0.4
 
 
 def quantised_budget(config: Any) -> Budget:
@@ -61,9 +64,11 @@ def quantised_budget(config: Any) -> Budget:
     return _QUANTISED.get(stored_bits(config) or 0, _FEWER_BITS)
 
 
-def _may_move(config: Any) -> float:
+def _may_be(config: Any) -> tuple[float, float]:
+    """How far a healthy matrix may move, and its scale."""
     method, bits = stored_quantisation(config) or "", stored_bits(config) or 0
-    return _MOVED.get((method, bits), _MOVED_BY_BITS.get(bits, _MOVED_MOST))
+    most = _MOVED.get((method, bits), _MOVED_BY_BITS.get(bits, _MOVED_MOST))
+    return most, _SCALED.get(bits, _SCALED_MOST)
 
 
 # A stage that is further from what was trained than this share of what training changed has lost
@@ -189,16 +194,23 @@ def _rounded_cause(work: Work, model: Any) -> str:
     """Say what was done to weights besides rounding; "" if nothing was, or if the weights cannot be
     restored or compared."""
     method = stored_quantisation(model.config)
-    factor = _may_move(model.config) / OTHER
+    most, scaled = _may_be(model.config)
+    factor = most / OTHER
+
+    def same(_: str, value: Any, kind: str, wanted: Any) -> bool:
+        own, its = wanted.double().flatten(), value.double().flatten()
+        scale = float(own @ its) / max(float(own @ own), 1e-30)
+        return moved(value, wanted) <= most and (abs(scale - 1) <= scaled or not own.any())
+
     with quiet():
         values = plain_weights(model)
     if values is None or (method != "bitsandbytes" and _rescaled(work.whole, values)):
         return ""
-    shown = _explained(work, work.whole, values, "", factor=factor)
+    shown = _explained(work, work.whole, values, "", same, factor)
     if (
         shown
         and work.rounded_base
-        and not _explained(work, work.on_original(), values, "", factor=factor)
+        and not _explained(work, work.on_original(), values, "", same, factor)
     ):
         return ""
     return shown

@@ -34,8 +34,17 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 def _opened(asked: dict[str, Any], **more: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
+    from truetune.model.architecture import causal_config
+    from truetune.model.source import locate
+
     return AutoModelForCausalLM.from_pretrained(
-        asked["source"], dtype="auto", use_safetensors=True, trust_remote_code=False, **more
+        asked["source"],
+        # Without what could fetch code.
+        config=causal_config(locate(asked["source"], weights=True)),
+        dtype=asked["dtype"],
+        use_safetensors=True,
+        trust_remote_code=False,
+        **more,
     )
 
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 from truetune.errors import UsageError
 from truetune.findings import near, visible
-from truetune.model.source import locate, read_json
-from truetune.model.weights import read_headers, weight_files
+from truetune.model.source import locate
+from truetune.model.weights import main_dtype, read_headers, weight_files
 from truetune.run_dir import flush_folder, settle
 from truetune.system import child
 
@@ -143,7 +143,7 @@ def write_quantised(
         "source": str(source.resolve()),
         "folder": str(folder.resolve()),
         "device": device,
-        "dtype": str(read_json(source / "config.json").get("dtype") or "bfloat16"),
+        "dtype": main_dtype(tensors) or "bfloat16",
         "rows": [list(ids) for ids in rows],
     }
     try:

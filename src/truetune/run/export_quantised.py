@@ -149,7 +149,7 @@ def export_quantised(
         calibration = _calibration(source, folder, data, base, listener)
     with named_at_last(output) as unnamed, scratch() as place:
         whole = files.folder
-        if files.is_adapter or dtype is not None:
+        if files.is_adapter or dtype is not None or run_of(source) is not None:
             more: dict[str, Any] = {"base": base, "onto": onto, "dtype": dtype, "device": device}
             export_plain(source, place / "merged", listener=listener, **more)
             whole = place / "merged"
@@ -161,9 +161,11 @@ def export_quantised(
             rows=calibration.rows if calibration else (),
             device=device,
         )
+        # Merged onto other weights than it was trained on, it is to be that merged model.
+        other = files.is_adapter and onto == "original"
         found = diagnose(
-            source,
-            base=base,
+            str(whole) if other else source,
+            base=None if other else base,
             quantised=str(unnamed),
             stages=("quantised",),
             on_stage=listener.stage,
@@ -197,7 +199,10 @@ def export_quantised(
 
 
 def _named(finding: Finding, unnamed: Path, output: Path) -> Finding:
-    return replace(finding, where=finding.where.replace(str(unnamed), str(output)))
+    words = {name: getattr(finding, name) for name in ("what", "where", "why", "fix")}
+    return replace(
+        finding, **{name: text.replace(str(unnamed), str(output)) for name, text in words.items()}
+    )
 
 
 def _loss(apart: Apart, folder: Path) -> tuple[Finding, ...]:
