@@ -10,6 +10,7 @@ output  LoadedModel
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,8 +244,14 @@ def _read_weights(
         refuse_twice(config, str(files.folder))
         compute = placement.compute or placement.parameters
         where["quantization_config"] = quantization_config(quantised, compute)
+    # compressed-tensors draws bars of its own.
+    bars = (
+        contextlib.redirect_stderr(io.StringIO())
+        if stored_quantisation(config) == "compressed-tensors"
+        else contextlib.nullcontext()
+    )
     try:
-        with quiet():
+        with quiet(), bars:
             model, info = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 config=config,

@@ -28,6 +28,7 @@ from truetune.findings import Finding, gib
 from truetune.listener import Listener
 from truetune.model.architecture import causal_config
 from truetune.model.merge import Onto
+from truetune.model.placement import choose_device
 from truetune.model.quantise import refuse_twice
 from truetune.model.served_adapter import model_line
 from truetune.model.source import ModelFiles, locate
@@ -159,7 +160,7 @@ def export_quantised(
             unnamed,
             quant,
             rows=calibration.rows if calibration else (),
-            device=device,
+            device=str(choose_device(device)[0]),
         )
         # Merged onto other weights than it was trained on, it is to be that merged model.
         other = files.is_adapter and onto == "original"
