@@ -158,7 +158,10 @@ def _apart(one: str, other: str, allowed: int) -> int:
 def share(count: int, total: int) -> str:
     """`12 of 40 rows (30 %)`."""
     part = 100 * count / max(total, 1)
-    shown = f"{part:.0f}" if part >= 10 or part == 0 else f"{part:.1g}"
+    # One digit below ten; 9.9 rounds to ten, and the rest of many zeros is no number to read.
+    shown = f"{part:.0f}" if part >= 9.5 or part == 0 else f"{part:.1g}"
+    if 0 < part < 0.001:
+        shown = "under 0.001"
     return f"{count:,} of {total:,} rows ({shown} %)"
 
 

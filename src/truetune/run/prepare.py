@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.checks.conversations.rows import OPEN_ENDED, OPEN_FIX, open_reasoning
 from truetune.checks.lengths import encoded_lengths, length_report
 from truetune.checks.preflight import Preflight, preflight
 from truetune.compute.length import Fitted, fit_length, is_text, longest
@@ -424,13 +425,28 @@ def _encode(
     taken, encoded = [], []
     for position, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
         if isinstance(result, Refused):
-            refused.append(result.error.finding)
+            refused.append(_cause(conversation) or result.error.finding)
         elif position in controls:
             refused.append(controls[position])
         else:
             taken.append(conversation)
             encoded.append(result)
     return _Encoded(taken, encoded, refused)
+
+
+def _cause(conversation: Conversation) -> Finding | None:
+    """What is wrong with the row itself, where a template's complaint would hide it."""
+    marker = open_reasoning(conversation)
+    if not marker:
+        return None
+    return Finding(
+        code="reasoning-unclosed",
+        level="error",
+        what=f"an answer opens its reasoning with {marker!r} and never closes it",
+        where=conversation.where,
+        why=f"a limit cut it before the answer, or the closing marker was lost: {OPEN_ENDED}",
+        fix=OPEN_FIX,
+    )
 
 
 def _refusal(refused: Refused) -> Finding:
