@@ -198,7 +198,11 @@ def _is_running_text(text: str) -> bool:
     """Several words or a whole sentence, and neither a hash, a board nor a line of columns."""
     if _dense(text):
         return len(text) >= _LEAST_DENSE
-    return len(text) >= _LEAST_CUT and "    " not in text.strip() and len(_WORD.findall(text)) >= 5
+    words = len(_WORD.findall(text))
+    return len(text) >= _LEAST_CUT and words >= 5 and not _COLUMNS.search(text)
+
+
+_COLUMNS = re.compile(r"\S {4,}\S")
 
 
 def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:

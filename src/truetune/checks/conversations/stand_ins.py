@@ -103,7 +103,9 @@ def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
     for index, conversation in enumerate(facts.train):
         for message in conversation.messages:
             text = message["content"]
-            if "{" not in text or message["role"] not in ("user", "assistant") or CODE.search(text):
+            if "{" not in text or message["role"] not in ("user", "assistant"):
+                continue
+            if CODE.search(_BRACES.sub("", text)):
                 continue
             for hit in _BRACES.finditer(text):
                 by_name[hit.group()].setdefault(index)
