@@ -720,13 +720,36 @@ def test_results_of_tools_are_no_questions(learned: str) -> None:
         assert finding.count == 4
 
 
+CALLING = RESULTS.replace("(m.tool_calls or '') ~", "").replace(
+    "{%- else -%}",
+    "{%- elif m.tool_calls -%}{{- '<|assistant|>\\n<|end|>\\n<|assistant|>\\n' -}}"
+    "{{- m.tool_calls[0].function.name ~ '<|end|>\\n' -}}"
+    "{%- else -%}",
+)
+
+
 def test_an_empty_turn_of_the_history_is_the_templates(tokenizer: Any) -> None:
+    """A template that writes one beside each call is no empty answer of the data."""
+    tok = byte_level()
+    tok.chat_template = CALLING
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
+    talk = [
+        *chat("Question?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "It is a dog."},
+    ]
+    at = len(rendered(tok, talk, add_generation_prompt=True))
+    ids = rendered(tok, [*talk, *chat("", "The lazy dog.")[1:]])
+    assert "empty-answer" not in codes(check_labels([(ids, [-100] * at + ids[at:])] * 4, tok))
+    # Another template writes none: the text of a turn has the markers.
     talk = chat("Question?", "", "And then?", "The lazy dog.")
     ids = rendered(tokenizer, talk)
     at = len(rendered(tokenizer, talk[:3], add_generation_prompt=True))
-    rows = [(ids, [-100] * at + ids[at:])] * 4
-    assert "empty-answer" not in codes(check_labels(rows, tokenizer))
-    assert "empty-answer" in codes(check_labels([(ids, ids)] * 4, tokenizer))
+    last = [(ids, [-100] * at + ids[at:])] * 4
+    assert "empty-answer" in codes(check_labels(last, tokenizer))
+    # Rows of a contract have the turns of the data, which are checked as data.
+    assert "empty-answer" not in codes(check_labels(last, tokenizer, proved=True))
+    assert "empty-answer" in codes(check_labels([(ids, ids)] * 4, tokenizer, proved=True))
 
 
 def test_labels_that_end_early_quote_no_end(tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, once, unproved
 from truetune.checks.labels.stops import closed_at_limit, over_space
-from truetune.checks.labels.table import Indices
+from truetune.checks.labels.table import Indices, TokenTable
 from truetune.checks.registry import check
 from truetune.contract.frame import served_ids
 from truetune.findings import Finding, rows_finding, share
@@ -28,19 +28,11 @@ _LOOK = 12
 @check(has_header, of_turns)
 def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
     """No answer that is trained is empty; a template may write an empty turn of the history."""
-    table, header = facts.table, facts.frame.answer_start_ids
-    starts = table.find(header) + len(header)
-    ends = list(facts.frame.ends)
-    empty = []
-    for start in starts.tolist():
-        row = int(table.rows_of(np.array([start - 1]))[0])
-        # A line break may belong to the marker.
-        tokens = table.ids[start : min(start + 3, int(table.starts[row + 1]))].tolist()
-        at = next((n for n, token in enumerate(tokens) if token in ends), None)
-        trained = at is not None and bool(table.supervised[start + at])
-        if trained and not facts.tokens.decode(tokens[:at]).strip():
-            empty.append(row)
-    if rows := set(empty) - set(closed_at_limit(facts)):
+    table = facts.table
+    empty = _empty_answers(facts, table)
+    if facts.proved or _template_empties(facts):
+        empty = [(row, at) for row, at in empty if table.supervised[at]]
+    if rows := {row for row, _ in empty} - set(closed_at_limit(facts)):
         yield rows_finding(
             facts.names,
             rows,
@@ -52,6 +44,31 @@ def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
             fix="remove those rows; if the text contains control tokens, break them up (a space "
             "after the first character)",
         )
+
+
+def _empty_answers(facts: LabelFacts, table: TokenTable) -> list[tuple[int, int]]:
+    """(row, position of its end) of each answer that ends where it begins."""
+    header, ends = facts.frame.answer_start_ids, list(facts.frame.ends)
+    found = []
+    for start in (table.find(header) + len(header)).tolist():
+        row = int(table.rows_of(np.array([start - 1]))[0])
+        # A line break may belong to the marker.
+        tokens = table.ids[start : min(start + 3, int(table.starts[row + 1]))].tolist()
+        at = next((n for n, token in enumerate(tokens) if token in ends), None)
+        if at is not None and not facts.tokens.decode(tokens[:at]).strip():
+            found.append((row, start + at))
+    return found
+
+
+@once
+def _template_empties(facts: LabelFacts) -> bool:
+    """Whether the template itself writes an empty answer beside a call."""
+    ids = np.array(_served_call(facts), np.int64)
+    # One that leaves the call out makes an empty answer of it.
+    if _NAME not in facts.tokens.decode(ids.tolist()):
+        return False
+    served = TokenTable.of_documents([(ids, ids, np.ones_like(ids))], ["served"])
+    return bool(_empty_answers(facts, served))
 
 
 @check(of_turns)
@@ -157,23 +174,30 @@ def questions_unlearned(facts: LabelFacts) -> Iterator[Finding]:
         )
 
 
-_RESULT = "Omicron"
+_NAME, _RESULT = "upsilon", "Omicron"
+
+
+@once
+def _served_call(facts: LabelFacts) -> list[int]:
+    """A served prompt that ends with the result of a tool; [] where the template takes none."""
+    contract = facts.frame.contract
+    if contract is None:
+        return []
+    call = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": {}}}
+    talk: list[Mapping[str, Any]] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": _NAME, "tool_call_id": "call00001", "content": _RESULT},
+    ]
+    return served_ids(contract, {}, talk) or []
 
 
 @once
 def _tool_results(facts: LabelFacts) -> Indices:
     """First positions of what the template writes before the result of a tool; empty where that is
     not known."""
-    contract, unknown = facts.frame.contract, np.zeros(0, np.int64)
-    if contract is None:
-        return unknown
-    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
-    talk: list[Mapping[str, Any]] = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": "f", "tool_call_id": "call00001", "content": _RESULT},
-    ]
-    text = facts.tokens.decode(served_ids(contract, {}, talk) or [])
+    unknown = np.zeros(0, np.int64)
+    text = facts.tokens.decode(_served_call(facts))
     if text.count(_RESULT) != 1:
         return unknown
     before = text.partition(_RESULT)[0]
