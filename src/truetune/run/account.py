@@ -21,7 +21,7 @@ from truetune.contract.example import SFTExample
 from truetune.contract.remarks import REMARKS
 from truetune.data.load import Loaded
 from truetune.errors import BadRows, DataError, TruetuneError
-from truetune.findings import Finding, folded
+from truetune.findings import Finding, merged
 from truetune.model.inspect import ModelFacts
 from truetune.model.new_tokens import NewToken
 from truetune.recipe.settings import Recipe
@@ -72,11 +72,11 @@ def bad_rows_told(
         raise DataError("there are no rows to train", where=str(recipe.data))
     if not bad:
         return others, []
-    number, bad = len(bad), folded(bad)
+    number = sum(finding.count for finding in bad)
     error = BadRows(
         f"{number:,} row{'s' if number > 1 else ''} cannot be trained"
         + ("" if num_left else "; no row is left to train"),
-        bad,
+        merged(bad),
         fix="correct them, or leave them out with --bad-rows drop"
         if num_left
         else "correct them, or set the right --schema, --columns or --chat-template",

@@ -29,7 +29,7 @@ from truetune.data.conversation import Conversation
 from truetune.data.load import Loaded, load
 from truetune.data.split import hold_out, remove_overlap
 from truetune.errors import CheckFailed, TruetuneError, UsageError
-from truetune.findings import Finding, merged, worst
+from truetune.findings import Finding, folded, merged, worst
 from truetune.listener import Listener
 from truetune.model.inspect import ModelFacts, look_at
 from truetune.model.new_tokens import NewToken, add_tokens, require_room
@@ -174,7 +174,10 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     train = _encode(contract, read.train, recipe, listener)
     held_out = _encode(contract, read.held_out, recipe, listener)
     refusals = [*read.loaded.findings, *train.refused, *held_out.refused]
-    bad_rows, stopping = bad_rows_told(refusals, recipe, len(train.rows))
+    # A template that refuses a row refuses others for the same reason, with other names in it.
+    told_once = folded([*train.refused, *held_out.refused])
+    found = [*read.loaded.findings, *told_once]
+    bad_rows, stopping = bad_rows_told(found, recipe, len(train.rows))
 
     planned = _plan(recipe, facts, contract, read, train, held_out)
     plan, fitted = planned.plan, planned.fitted

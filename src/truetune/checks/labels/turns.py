@@ -30,7 +30,8 @@ def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
     """No answer that is trained is empty; a template may write an empty turn of the history."""
     table = facts.table
     empty = _empty_answers(facts, table)
-    if facts.proved or _template_empties(facts):
+    own = _template_empties(facts)
+    if facts.proved or own:
         empty = [(row, at) for row, at in empty if table.supervised[at]]
     if rows := {row for row, _ in empty} - set(closed_at_limit(facts)):
         yield rows_finding(
@@ -39,9 +40,14 @@ def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
             code="empty-answer",
             level="warning",
             what=f"{share(len(rows), len(table))} have an empty answer",
-            why="the data has an empty answer, or its text contains control tokens, which open a "
+            why="the template writes an empty answer beside a call, and it has labels: the model "
+            "learns to write nothing"
+            if own
+            else "the data has an empty answer, or its text contains control tokens, which open a "
             "turn: the model learns to write nothing",
-            fix="remove those rows; if the text contains control tokens, break them up (a space "
+            fix="set labels on calls and on answers that say something, and -100 on the rest"
+            if own
+            else "remove those rows; if the text contains control tokens, break them up (a space "
             "after the first character)",
         )
 
