@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import OutputExists, SaveError, UsageError
-from truetune.system.lock import Busy, Owner, hold, require_free
+from truetune.system.lock import Busy, Owner, hold, require_free, require_held
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -169,6 +169,22 @@ class RunDir:
             require()
             yield dead
 
+    def require_empty(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            OutputExists: it is a file, or not empty.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path} is a file", fix="choose a folder with --output")
+        if there := self._entries():
+            raise OutputExists(
+                "the output folder is not empty: " + ", ".join(path.name for path in there[:5]),
+                where=str(self.path),
+                fix="choose an empty or new folder with --output",
+                code="output-exists",
+            )
+
     def require_room(self, *, overwrite: bool = False) -> None:
         """Refuse a folder in which something would be lost; nothing is written or removed yet.
 
@@ -259,12 +275,22 @@ class RunDir:
     def checkpoint_path(self, step: int) -> Path:
         return self.path / CHECKPOINTS / f"{STEP}{step:08d}"
 
+    def require_mine(self) -> None:
+        """Stop a process that no longer is the only one to write the run: somebody moved its lock
+        file away, and another process took it.
+
+        Raises:
+            SaveError: `lock-lost`.
+        """
+        require_held(self.path / LOCK)
+
     def append(self, name: str, value: Mapping[str, Any]) -> None:
         """Add one line to a .jsonl file.
 
         Raises:
-            SaveError: the disk is full.
+            SaveError: the disk is full, or another process has taken over the run.
         """
+        self.require_mine()
         line = json.dumps(value, ensure_ascii=False, default=str) + "\n"
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
@@ -304,7 +330,12 @@ class RunDir:
                 _remove(checkpoint)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the manifest: every file of the run with its size and sha256. Last of all."""
+        """Write the manifest: every file of the run with its size and sha256. Last of all.
+
+        Raises:
+            SaveError: as `append`.
+        """
+        self.require_mine()
         left_out = (MANIFEST, LOCK, UNVERIFIED)
         files = {
             path.relative_to(self.path).as_posix(): {
