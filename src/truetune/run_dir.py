@@ -19,6 +19,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -83,6 +84,33 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def parsed(text: str) -> Any:
+    """A value of JSON in a file of a run, which a stranger may have written.
+
+    Raises:
+        ValueError: it is no JSON, is nested without end, or holds a number beyond the range of a
+            float, with which no page and no check can compute. NaN and Infinity, which Python
+            writes, are read: a loss may be either.
+    """
+    try:
+        return json.loads(text, parse_int=_whole, parse_float=_fraction)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _whole(text: str) -> int:
+    # Transformers writes a tokenizer without a limit as 10 ** 30: 64 bits are not enough.
+    if len(text) > 300:
+        raise ValueError(f"the number {text[:20]}... is beyond the range of a float")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is beyond the range of a float")
+    return value
+
+
 def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
     """As `write_json`, with a sha256 of the facts among them."""
     write_json(path, {**facts, "sha256": _digest(facts)})
@@ -94,7 +122,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         OSError, ValueError, KeyError, AttributeError, TypeError: it holds no such thing.
     """
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = parsed(path.read_text(encoding="utf-8"))
     own = facts.pop("sha256")
     return facts, own == _digest(facts)
 
@@ -308,7 +336,7 @@ class RunDir:
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    yield parsed(line)
 
     def replace_lines(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
         """Write a .jsonl file anew."""
@@ -359,7 +387,7 @@ class RunDir:
         if not names <= {CONTRACT, f".{CONTRACT}.tmp", f".{RECIPE}.tmp"}:
             return False
         try:
-            return CONTRACT not in names or "fingerprint" in json.loads(
+            return CONTRACT not in names or "fingerprint" in parsed(
                 self.file(CONTRACT).read_text(encoding="utf-8")
             )
         except (OSError, ValueError, TypeError):
@@ -409,7 +437,7 @@ class RunDir:
 
     def _unlisted_files(self) -> list[str]:
         """Files of a finished run that its manifest does not list."""
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parsed((self.path / MANIFEST).read_text(encoding="utf-8"))
         names = [
             path.relative_to(self.path).as_posix()
             for path in sorted(self.path.rglob("*"))

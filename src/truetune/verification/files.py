@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import InputError
-from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, sha256
+from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, parsed, sha256
 from truetune.verification.record import MOVABLE, Record, settings_of
 from truetune.verification.rows import VERIFY_ROWS
 from truetune.verification.verdict import Check
@@ -104,12 +104,12 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
 
 def _listed(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["files"]
+        found = parsed(path.read_text(encoding="utf-8"))["files"]
         return {
             str(name): {"bytes": int(facts["bytes"]), "sha256": str(facts["sha256"])}
             for name, facts in found.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{MANIFEST} cannot be read: {error}", where=str(path), fix="copy the run again"
         ) from error
