@@ -437,13 +437,21 @@ class RunDir:
 
     def _unlisted_files(self) -> list[str]:
         """Files of a finished run that its manifest does not list."""
-        manifest = parsed((self.path / MANIFEST).read_text(encoding="utf-8"))
+        try:
+            listed = parsed((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            known = {MANIFEST, LOCK, REPORT, *map(str, listed)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputExists(
+                f"{MANIFEST} cannot be read, so nobody knows which files are the run's: {error}",
+                where=str(self.path / MANIFEST),
+                fix="choose another folder with --output, or remove this one yourself",
+                code="output-not-ours",
+            ) from error
         names = [
             path.relative_to(self.path).as_posix()
             for path in sorted(self.path.rglob("*"))
             if path.is_file()
         ]
-        known = {MANIFEST, LOCK, REPORT, *manifest["files"]}
         return [name for name in names if name not in known]
 
     def _unlisted_folders(self) -> list[str]:
