@@ -205,6 +205,6 @@ def test_who_holds_a_lock_is_seen_without_taking_it(tmp_path: Path) -> None:
 def test_a_number_without_measure_ends_no_answer(server: LocalServer, run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 1' + "0" * 400 + ', "loss": 1.0}\n')
-    status, body, _ = ask(server)
-    assert status == 200
-    assert "1 lines of metrics.jsonl are damaged" in body
+    answer = ask(server)
+    assert answer.status == 200
+    assert "1 lines of metrics.jsonl are damaged" in answer.read().decode()
