@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -12,10 +13,13 @@ from pathlib import Path
 import pytest
 
 from truetune.data import files
+from truetune.data.decoded import decoded_bytes
+from truetune.data.files import MOST_TEXT
 from truetune.data.load import load
 from truetune.data.read import read_file
 from truetune.errors import BadRows, DataError, InputError, TruetuneError
 from truetune.recipe.sources import read_recipe
+from truetune.system.bounded import bounded
 
 ONE = {"text": "a"}
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
@@ -222,6 +226,94 @@ def test_a_parquet_bomb_is_not_decoded(tmp_path, monkeypatch):
     refused(parquet(tmp_path / "b.parquet", text=many), "unpacks-too-far")
 
 
+@pytest.mark.parametrize("store_schema", [True, False])
+@pytest.mark.parametrize("nested", ["flat", "list", "struct", "map"])
+def test_a_parquet_dictionary_counts_each_time_it_is_named(
+    tmp_path, monkeypatch, nested, store_schema
+):
+    """A text of a megabyte, 20,000 times: less than 2 kB of file, 20 GB of rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(files, "_MOST_UNPACKED", 2**25)
+    count = 20_000
+    text = pa.DictionaryArray.from_arrays(
+        pa.array([0] * count, pa.int32()), pa.array(["x" * 10**6])
+    )
+    ends = pa.array([0, count], pa.int32())
+    column = {
+        "flat": lambda: text,
+        "list": lambda: pa.ListArray.from_arrays(ends, text),
+        "struct": lambda: pa.ListArray.from_arrays(
+            ends, pa.StructArray.from_arrays([text], ["content"])
+        ),
+        "map": lambda: pa.MapArray.from_arrays(ends, pa.array(["k"] * count), text),
+    }[nested]()
+    path = tmp_path / "a.parquet"
+    table = pa.table({"messages": column})
+    pq.write_table(table, path, compression="zstd", store_schema=store_schema)
+    assert path.stat().st_size < 4000
+    if not store_schema and sys.platform != "linux":
+        pytest.skip("only Linux bounds what Arrow takes for a batch")
+    before = peak_memory()
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    assert caught.value.code == "unpacks-too-far"
+    assert peak_memory() - before < 4 * 2**30
+
+
+def peak_memory() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_what_arrow_columns_decode_to():
+    import pyarrow as pa
+
+    texts = pa.array(["abc", None, "d" * 1000])
+    coded = texts.dictionary_encode()
+    for column in (
+        texts,
+        coded,
+        texts.cast(pa.large_string()),
+        texts.cast(pa.string_view()),
+        pa.array([["abc"], None, ["d" * 1000, ""]]),
+        pa.array([{"a": "abc"}, None, {"a": "d" * 1000}]),
+        pa.array([[("k", "abc")], None, [("k", "d" * 1000)]], pa.map_(pa.string(), pa.string())),
+        pa.array([["abc", "d"], None, ["d" * 999, ""]], pa.list_(pa.string(), 2)),
+    ):
+        assert 1000 <= decoded_bytes(column) < 1400, column.type
+        assert decoded_bytes(column.slice(0, 1)) < 200, column.type
+    assert decoded_bytes(pa.concat_arrays([coded] * 50)) > 50 * 1000
+    assert decoded_bytes(pa.array([[None] * 1000])) >= 8000
+    assert decoded_bytes(pa.nulls(10)) == 80
+
+
+def test_parquet_of_repeated_prompts_is_read_whole(tmp_path):
+    import pyarrow as pa
+
+    prompt = pa.array(["Answer in one word. " * 50] * 5000).dictionary_encode()
+    messages = pa.array([[{"role": "user", "content": "hello " * 20}] * 3] * 5000)
+    path = parquet(tmp_path / "a.parquet", prompt=prompt, completion=["b"] * 5000, also=messages)
+    rows = read_file(path)[0].rows
+    assert len(rows) == 5000
+    assert rows[-1].fields["prompt"] == "Answer in one word. " * 50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_bound_on_memory_ends_with_the_call():
+    import resource
+
+    import pyarrow as pa
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.raises(pa.ArrowMemoryError), bounded(2**28):
+        pa.allocate_buffer(2**33)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert pa.allocate_buffer(2**29).size == 2**29
+
+
 # --- what parsers drop silently ------------------------------------------------------------------
 
 
@@ -268,9 +360,139 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path, name):
     assert "lfs pull" in refused(write(tmp_path / name, POINTER), "git-lfs-pointer").fix
 
 
-def test_nul_in_csv(tmp_path):
-    error = refused(write(tmp_path / "a.csv", b"text\nfine\na\0b\n"), "broken-csv")
-    assert error.where.endswith("a.csv:3")
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt", "a.md", "a.csv.gz"])
+def test_nul_in_a_text_file_names_the_line(tmp_path, name):
+    content = b"text\nfine\na\0b\n"
+    packed = gzip.compress(content) if name.endswith("gz") else content
+    error = refused(write(tmp_path / name, packed), "not-text")
+    assert error.where.endswith(f"{name}:3")
+    assert "tr -d" in error.fix
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.md"])
+def test_an_endless_file_of_nothing_is_refused_at_its_first_line(tmp_path, name):
+    path = write(tmp_path / name, "")
+    os.truncate(path, 50 * 2**30)
+    assert refused(path, "row-too-large" if name == "a.md" else "not-text").where.endswith(":1")
+    if name == "a.jsonl":  # behind a row, and far behind the first block
+        good = write(path, b'{"text": "a"}\n' * 100_000)
+        os.truncate(good, 50 * 2**30)
+        assert refused(good, "not-text").where.endswith(":100001")
+
+
+LONG = b"x y z w " * (MOST_TEXT // 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "tail", "place"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": "', b'"}\n', ":2"),
+        ("a.jsonl.gz", b'{"text": "a"}\n{"text": "', b'"}\n', ":2"),
+        ("a.json", b'[{"text": "a"},\n{"text": "', b'"},\n{"text": "b"}]', ":2"),
+        ("last.json", b'[{"text": "a"},\n{"text": "', b'"}]', ":2"),
+        ("one.json", b'{"text": "', b'"}', ":1"),
+        ("a.csv", b'text,b\na,b\n"', b'",c\n', ":3"),
+        ("open.csv", b'text,b\na,b\n"', b"", ":3"),
+        ("a.txt", b"one\n\n\ntwo ", b"", ":4"),
+        ("a.md", b"# A\n", b"", ":1"),
+    ],
+)
+def test_a_row_beyond_any_context_is_too_large(tmp_path, name, head, tail, place):
+    content = head + LONG + tail
+    path = write(tmp_path / name, gzip.compress(content, 1) if name.endswith("gz") else content)
+    assert refused(path, "row-too-large").where == f"{path}{place}"
+
+
+def test_a_row_too_large_of_many_lines_or_cells(tmp_path):
+    lines = (b"x" * 99 + b"\n") * (MOST_TEXT // 100 + 1)
+    path = write(tmp_path / "a.csv", b'text,b\na,b\n"' + lines + b'",c\n')
+    assert refused(path, "row-too-large").where == f"{path}:3"
+    half = LONG[: MOST_TEXT // 2 + 1]
+    path = write(tmp_path / "b.csv", b"prompt,completion\n" + half + b"," + half + b"\n")
+    assert refused(path, "row-too-large").where == f"{path}:2"
+    path = write(tmp_path / "a.txt", b"one\n" * 2000 + b"\n" + lines)  # no blank line to cut at
+    assert refused(path, "row-too-large").where == f"{path}:2002"
+    path = parquet(tmp_path / "a.parquet", text=["a", LONG.decode() + "x"])
+    assert refused(path, "row-too-large").where == f"{path} row 2"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "b.csv", "a.txt", "a.parquet"])
+def test_large_rows_and_long_lines_that_are_data(tmp_path, name):
+    text = LONG[: -MOST_TEXT // 4].decode()
+    if name.endswith("parquet"):
+        path = parquet(tmp_path / name, text=[text, text])
+    else:
+        content = {
+            "a.jsonl": f'{{"text": "{text}"}}\n' * 2,
+            "a.json": json.dumps([{"text": text}] * 2),  # one line, longer than a row may be
+            "a.csv": f"text,b\n{text},c\n{text},d\n",
+            "b.csv": f"text,b\r{text},c\r{text},d\r",  # no line feed in the whole file
+            "a.txt": f"{text}\n\n{text}",
+        }[name]
+        path = write(tmp_path / name, content)
+    assert len(read_file(path)[0].rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("utf-32-le", "UTF-32LE"),
+        ("utf-32-be", "UTF-32BE"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "a.txt.gz"])
+def test_wide_encodings_are_named_with_a_command_that_mends_them(tmp_path, encoding, named, name):
+    content = '{"text": "a"}\n{"text": "b"}\n'.encode(encoding)
+    packed = gzip.compress(content) if name.endswith("gz") else content
+    path = write(tmp_path / name, packed)
+    error = refused(path, "not-utf8")
+    assert f"iconv -f {named} -t UTF-8" in error.fix
+    assert error.where == f"{path}:1"
+    assert error.fix.endswith(f"> utf8{path.suffix if name != 'a.txt.gz' else '.txt'}")
+    assert ("gunzip -k" in error.fix) == name.endswith("gz")
+
+
+def test_what_is_packed_though_it_is_called_text(tmp_path):
+    row = b'{"text": "a"}\n'
+    twice = write(tmp_path / "a.jsonl.gz", gzip.compress(gzip.compress(row)))
+    error = refused(twice, "not-text")
+    assert "gzip archive" in error.what
+    assert "packed twice" in error.why
+    for name, content, suffix in (
+        ("a.jsonl", gzip.compress(row), ".gz"),
+        ("b.csv", zstd(row), ".zst"),
+        ("c.json", b"PK\x03\x04" + row, ".zip"),
+        ("d.txt", b"PAR1" + row, ".parquet"),
+    ):
+        assert f"{name}{suffix}" in refused(write(tmp_path / name, content), "not-text").fix
+    assert len(load(write(tmp_path / "e.txt", "PK is a text, and PAR1 is one")).conversations) == 1
+
+
+def test_carriage_returns_alone_are_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\r{"text": "b"}\r')
+    error = refused(path, "broken-json")
+    assert "carriage return" in error.why
+    assert "tr '\\r' '\\n'" in error.why
+    assert len(load(write(tmp_path / "b.jsonl", '{"text": "a"}\r\n{"text": "b"}\r\n')).places) == 2
+    semicolons = write(tmp_path / "c.csv", "text;b\ra, with a comma;c\r")
+    assert read_file(semicolons)[0].rows[0].fields == {"text": "a, with a comma", "b": "c"}
+
+
+@pytest.mark.parametrize("content", [b"\n", b"0\n", b"{}\n"])
+def test_a_packed_file_of_tiny_lines(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(files, "_MOST_UNPACKED", 2**20)
+    lines = 2**24 if content == b"\n" else 2**15
+    path = write(tmp_path / "a.jsonl.gz", gzip.compress(content * lines))
+    began = time.process_time()
+    refused(path, "unpacks-too-far")
+    assert time.process_time() - began < 3
+    # Blank lines count as lines all the same.
+    path = write(tmp_path / "b.jsonl", b"\n" * 3_000_000 + b'{"text": "a"}\n \n{"text": "b"}')
+    assert load(path).places == (f"{path}:3000001", f"{path}:3000003")
 
 
 @pytest.mark.parametrize(

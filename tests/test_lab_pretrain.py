@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from truetune.cli import verbs as cli
+from truetune.errors import OutputExists
 from truetune.lab import base_path
 from truetune.lab.building.pretrain import (
     BaseShape,
@@ -97,6 +98,28 @@ def test_same_settings_same_weights(run, tmp_path):
     again = pretrain(tmp_path / "again", TINY, log_every=2, num_recall_items=1)
     weights = [(path / "model.safetensors").read_bytes() for path in (folder, again)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "training_log.jsonl", "notes.txt"])
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lab", "pretrain", "-o", str(tmp_path)])
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert "error[output-exists]" in shown
+    assert name in shown
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_an_empty_folder_is_taken_and_its_own_output_is_not(tmp_path, monkeypatch):
+    module = "truetune.lab.building.pretrain"
+    monkeypatch.setattr(f"{module}._build", lambda run, *_: run.file("a").write_text("b"))
+    monkeypatch.setattr(f"{module}.finish", lambda *_: None)
+    pretrain(tmp_path, TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(OutputExists, match="not empty: a"):
+        pretrain(tmp_path, TINY)
 
 
 def test_a_run_of_another_size_deals_its_tokens_in_proportion():

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from truetune.errors import SaveError
 from truetune.system import lock
-from truetune.system.lock import Busy, hold, require_free
+from truetune.system.lock import Busy, hold, require_free, require_held
 
 # What an owner in a process of its own does; of a file system without locks it is told by `flock`.
 WITHOUT = f"""
@@ -228,6 +229,46 @@ def test_one_thread_at_a_time_and_the_same_as_often_as_it_likes(
     in_a_thread()
     assert len(caught) == 1
     assert not path.exists()
+
+
+def test_a_lock_file_that_was_moved_away_is_made_again(
+    tmp_path: Path, owner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_SIGN_OF_LIFE", 0.05)
+    path = tmp_path / "lock"
+    require_held(path)  # nobody holds it: nothing to lose
+    with hold(path):
+        for remove in (lambda: path.rename(tmp_path / "away"), path.unlink):
+            remove()
+            deadline = time.monotonic() + 10
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            require_held(path)
+            assert said(owner(path)) == "busy"
+        assert lock.is_alive(path)
+    assert not path.exists()
+
+
+def test_a_lock_that_another_took_stays_the_others(tmp_path: Path, owner: Any) -> None:
+    path = tmp_path / "lock"
+    with hold(path):
+        path.unlink()
+        other = owner(path)
+        assert said(other) == "held"
+        with pytest.raises(SaveError, match="taken over") as caught:
+            require_held(path)
+        assert caught.value.code == "lock-lost"
+    assert path.exists()
+    assert said(owner(path)) == "busy"
+
+
+def test_a_folder_that_was_moved_away_is_somebody_elses_error(tmp_path: Path, kernel: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with hold(folder / "lock"):
+        folder.rename(tmp_path / "moved")
+        require_held(folder / "lock")
+        assert not folder.exists()
 
 
 def test_a_link_is_not_followed(tmp_path: Path, kernel: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tiny_models import edit_json, tiny_model, tiny_tokenizer, write_model
 from truetune.errors import ModelError
+from truetune.model.architecture import require_ids
 from truetune.model.inspect import describe
 
 SHARED = Path(__file__).parents[2] / "shared" / "models"
@@ -79,3 +80,10 @@ def test_facts_of_a_published_model_without_its_weights() -> None:
     assert facts.generation_eos_ids == (151_645, 151_643)
     assert (facts.dtype, facts.weights) == ("bfloat16", None)
     assert sum(facts.lora_targets.values()) == 7 * 24
+
+
+def test_a_list_of_stop_tokens_has_a_measure() -> None:
+    assert require_ids(list(range(1024)), "eos_token_id", "config.json") == tuple(range(1024))
+    with pytest.raises(ModelError, match="lists 1,000,000 token ids") as caught:
+        require_ids([1] * 10**6, "eos_token_id", "config.json")
+    assert caught.value.code == "model-config-hostile"

@@ -263,6 +263,8 @@ def at_work() -> Iterator[Callable[[Path], None]]:
         ("train", "--resume", "RUN"),
         ("quickstart", "-o", "RUN"),
         ("quickstart", "-o", "RUN", "--overwrite"),
+        ("lab", "pretrain", "-o", "RUN"),
+        ("lab", "run", "knowledge", "-o", "RUN"),
     ],
 )
 @pytest.mark.parametrize("kind", [finished, unfinished, None])
@@ -288,6 +290,30 @@ def test_a_run_at_work_is_left_alone(
     assert shown.code == 2
     assert "error[run-busy]: another process is writing this run (process " in shown.err
     assert everything(path) == before
+
+
+def test_a_writer_whose_lock_was_taken_over_stops(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "run")
+    lock = run.file("run.lock")
+    with run.writing(run.require_unfinished):
+        lock.rename(run.file("moved.lock"))
+        run.append("metrics.jsonl", {"step": 3})  # only gone: it is there again
+        assert lock.is_file()
+        lock.rename(run.file("moved.lock"))
+        lock.write_text("")
+        before = everything(run.path)
+        for write in (
+            lambda: run.append("metrics.jsonl", {"step": 4}),
+            lambda: run.finish({}),
+            run.require_mine,
+        ):
+            with pytest.raises(SaveError) as caught:
+                write()
+            assert caught.value.code == "lock-lost"
+            assert caught.value.where == str(lock)
+        assert everything(run.path) == before
+    assert lock.exists()  # it is the other's
+    run.append("metrics.jsonl", {"step": 4})  # by whoever holds none, such as a tracker
 
 
 def test_who_waits_for_nobody_imports_no_torch(

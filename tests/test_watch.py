@@ -200,3 +200,11 @@ def test_who_holds_a_lock_is_seen_without_taking_it(tmp_path: Path) -> None:
     os.utime(lock, (time.time() - 9000,) * 2)
     assert not is_alive(lock)
     assert [p.name for p in tmp_path.iterdir()] == [LOCK]
+
+
+def test_a_number_without_measure_ends_no_answer(server: LocalServer, run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1' + "0" * 400 + ', "loss": 1.0}\n')
+    answer = ask(server)
+    assert answer.status == 200
+    assert "1 lines of metrics.jsonl are damaged" in answer.read().decode()

@@ -3,7 +3,8 @@
 import sys
 
 # `python -m` puts the working folder before Python's own modules: a stranger's json.py there would
-# run. (`truetune` and `python -P -m truetune` do not look there at all.)
+# run. What Python imports before this line it has imported from there already; only `truetune` and
+# `python -P -m truetune` do not look there at all.
 if not sys.flags.safe_path:
     del sys.path[0]
 

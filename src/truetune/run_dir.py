@@ -19,6 +19,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import OutputExists, SaveError, UsageError
-from truetune.system.lock import Busy, Owner, hold, require_free
+from truetune.system.lock import Busy, Owner, hold, require_free, require_held
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
@@ -83,6 +84,33 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def parsed(text: str) -> Any:
+    """A value of JSON in a file of a run, which a stranger may have written.
+
+    Raises:
+        ValueError: it is no JSON, is nested without end, or holds a number beyond the range of a
+            float, with which no page and no check can compute. NaN and Infinity, which Python
+            writes, are read: a loss may be either.
+    """
+    try:
+        return json.loads(text, parse_int=_whole, parse_float=_fraction)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _whole(text: str) -> int:
+    # Transformers writes a tokenizer without a limit as 10 ** 30: 64 bits are not enough.
+    if len(text) > 300:
+        raise ValueError(f"the number {text[:20]}... is beyond the range of a float")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"the number {text[:20]} is beyond the range of a float")
+    return value
+
+
 def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
     """As `write_json`, with a sha256 of the facts among them."""
     write_json(path, {**facts, "sha256": _digest(facts)})
@@ -94,7 +122,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Any], bool]:
     Raises:
         OSError, ValueError, KeyError, AttributeError, TypeError: it holds no such thing.
     """
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = parsed(path.read_text(encoding="utf-8"))
     own = facts.pop("sha256")
     return facts, own == _digest(facts)
 
@@ -168,6 +196,22 @@ class RunDir:
         with _alone_in(self.path, LOCK) as dead:
             require()
             yield dead
+
+    def require_empty(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            OutputExists: it is a file, or not empty.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputExists(f"{self.path} is a file", fix="choose a folder with --output")
+        if there := self._entries():
+            raise OutputExists(
+                "the output folder is not empty: " + ", ".join(path.name for path in there[:5]),
+                where=str(self.path),
+                fix="choose an empty or new folder with --output",
+                code="output-exists",
+            )
 
     def require_room(self, *, overwrite: bool = False) -> None:
         """Refuse a folder in which something would be lost; nothing is written or removed yet.
@@ -259,12 +303,22 @@ class RunDir:
     def checkpoint_path(self, step: int) -> Path:
         return self.path / CHECKPOINTS / f"{STEP}{step:08d}"
 
+    def require_mine(self) -> None:
+        """Stop a process that no longer is the only one to write the run: somebody moved its lock
+        file away, and another process took it.
+
+        Raises:
+            SaveError: `lock-lost`.
+        """
+        require_held(self.path / LOCK)
+
     def append(self, name: str, value: Mapping[str, Any]) -> None:
         """Add one line to a .jsonl file.
 
         Raises:
-            SaveError: the disk is full.
+            SaveError: the disk is full, or another process has taken over the run.
         """
+        self.require_mine()
         line = json.dumps(value, ensure_ascii=False, default=str) + "\n"
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
@@ -282,7 +336,7 @@ class RunDir:
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    yield parsed(line)
 
     def replace_lines(self, name: str, values: Iterable[Mapping[str, Any]]) -> None:
         """Write a .jsonl file anew."""
@@ -304,7 +358,12 @@ class RunDir:
                 _remove(checkpoint)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Write the manifest: every file of the run with its size and sha256. Last of all."""
+        """Write the manifest: every file of the run with its size and sha256. Last of all.
+
+        Raises:
+            SaveError: as `append`.
+        """
+        self.require_mine()
         left_out = (MANIFEST, LOCK, UNVERIFIED)
         files = {
             path.relative_to(self.path).as_posix(): {
@@ -328,7 +387,7 @@ class RunDir:
         if not names <= {CONTRACT, f".{CONTRACT}.tmp", f".{RECIPE}.tmp"}:
             return False
         try:
-            return CONTRACT not in names or "fingerprint" in json.loads(
+            return CONTRACT not in names or "fingerprint" in parsed(
                 self.file(CONTRACT).read_text(encoding="utf-8")
             )
         except (OSError, ValueError, TypeError):
@@ -378,13 +437,21 @@ class RunDir:
 
     def _unlisted_files(self) -> list[str]:
         """Files of a finished run that its manifest does not list."""
-        manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        try:
+            listed = parsed((self.path / MANIFEST).read_text(encoding="utf-8"))["files"]
+            known = {MANIFEST, LOCK, REPORT, *map(str, listed)}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputExists(
+                f"{MANIFEST} cannot be read, so nobody knows which files are the run's: {error}",
+                where=str(self.path / MANIFEST),
+                fix="choose another folder with --output, or remove this one yourself",
+                code="output-not-ours",
+            ) from error
         names = [
             path.relative_to(self.path).as_posix()
             for path in sorted(self.path.rglob("*"))
             if path.is_file()
         ]
-        known = {MANIFEST, LOCK, REPORT, *manifest["files"]}
         return [name for name in names if name not in known]
 
     def _unlisted_folders(self) -> list[str]:

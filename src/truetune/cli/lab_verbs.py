@@ -11,8 +11,10 @@ import typer
 
 from truetune.cli.verb import CONTEXT, Verb, open_screen
 from truetune.errors import UsageError
+from truetune.run_dir import RunDir
 
 if TYPE_CHECKING:
+    from truetune.cli.screen import Screen
     from truetune.lab.experiment import Experiment
 
 lab = typer.Typer(
@@ -108,7 +110,6 @@ def run_all(
 
 def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: str) -> None:
     from truetune.lab.catalogue import write_page
-    from truetune.lab.results import run, write
 
     if quick and seeds is not None:
         raise UsageError(
@@ -117,6 +118,17 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
             code="lab-seeds",
         )
     screen = open_screen()
+    # Two at once would remove each other's arms, or write among the files of a run.
+    with RunDir(output).writing(lambda: None):
+        _run_each(screen, chosen, quick, seeds, output)
+        screen.line(f"all results so far: {write_page(output)}")
+
+
+def _run_each(
+    screen: Screen, chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: str
+) -> None:
+    from truetune.lab.results import run, write
+
     for experiment in chosen:
         declared = experiment.seeds
         taken = declared[:1] if quick else declared if seeds is None else range(1, seeds + 1)
@@ -131,7 +143,6 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
             screen.line(f"  {one['held']:<12} {one['told']}: {seen}, must be {one['bound']}")
         screen.line(f"{result['verdict']}: {write(result, output)}")
         screen.line()
-    screen.line(f"all results so far: {write_page(output)}")
 
 
 @lab.command("evaluate", cls=Verb, short_help="Count what a base knows about its world.")

@@ -1,8 +1,9 @@
 """Bytes and text of a file, or an error that says which line is to blame.
 
 Input:  a path.
-Does:   opens (unpacks .gz and .zst, as far as is sane), decodes strict UTF-8, hashes.
-Output: a binary stream, or the whole text.
+Does:   opens (unpacks .gz and .zst, as far as is sane), refuses what is no text, cuts into lines
+        of bounded length, decodes strict UTF-8, hashes.
+Output: a binary stream, lines, or the whole text.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import re
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,35 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 # tables of repeated prompts to a hundredth.
 _MOST_UNPACKED = 512 * 2**20
 _MOST_RATIO = 100
+# The longest row, in bytes: four million tokens of English, more than a model has for a context,
+# and half of what the process of a chat template may write, so that no template is blamed for it.
+# What is longer comes from a missing line break or quote, or from a damaged file.
+MOST_TEXT = 16 * 2**20
+# What a row takes in memory beside its values: a packed file may hold a tiny one 100 million times.
+ROW_BYTES = 64
+_BLOCK = 2**20
+# How files begin that are no text, whatever they are called.
+_MAGIC = {
+    b"\x1f\x8b": ("a gzip archive", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", ".zst"),
+    b"PK\x03\x04": ("a zip archive", ".zip"),
+    b"PAR1": ("a parquet file", ".parquet"),
+    b"\xfd7zXZ\x00": ("an xz archive", ".xz"),
+}
+# The longer mark first: that of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+# What text of mostly ASCII looks like in them without a mark.
+_UNMARKED = {
+    "UTF-32LE": re.compile(rb"(?:[^\0]\0\0\0){2}"),
+    "UTF-32BE": re.compile(rb"(?:\0\0\0[^\0]){2}"),
+    "UTF-16LE": re.compile(rb"(?:[^\0]\0){4}"),
+    "UTF-16BE": re.compile(rb"(?:\0[^\0]){4}"),
+}
 
 
 def most_unpacked(path: Path) -> int:
@@ -88,10 +120,7 @@ class _Bounded(io.RawIOBase):
             raise self._broken(error) from error
         self._left -= len(read)
         if self._left < 0:
-            command = PACKED[self._path.suffix.lower()]
-            raise unpacks_too_far(
-                self._path, f"unpack it yourself and give the result: {command} {self._path}"
-            )
+            raise unpacks_too_far(self._path)
         buffer[: len(read)] = read
         return len(read)
 
@@ -106,8 +135,14 @@ class _Bounded(io.RawIOBase):
         )
 
 
-def unpacks_too_far(path: Path, instead: str) -> DataError:
+def unpacks_too_far(path: Path) -> DataError:
     size = path.stat().st_size
+    command = PACKED.get(path.suffix.lower())
+    instead = (
+        f"unpack it yourself and give the result: {command} {path}"
+        if command
+        else "convert it to jsonl and give that"
+    )
     return DataError(
         f"the file of {size:,} bytes unpacks to more than {most_unpacked(path):,}",
         where=str(path),
@@ -149,24 +184,139 @@ def decoded(raw: bytes, path: Path, first_line: int = 1) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + raw.count(b"\n", 0, error.start)
-        encoding = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise DataError(
-            f"the file is not UTF-8: line {line} has the byte 0x{raw[error.start]:02x}",
-            where=f"{path}:{line}",
-            why=f"it was probably written as {encoding}",
-            fix=f"iconv -f {encoding} -t UTF-8 {path} > utf8{path.suffix}",
-            code="not-utf8",
+        raise _not_utf8(
+            f"line {line} has the byte 0x{raw[error.start]:02x}", path, line, "WINDOWS-1252"
         ) from error
 
 
-def read_text(path: Path) -> str:
-    """The whole file as text.
+def _not_utf8(what: str, path: Path, line: int, encoding: str) -> DataError:
+    plain, unpack = _plain(path)
+    name = shlex.quote(str(plain))
+    return DataError(
+        f"the file is not UTF-8: {what}",
+        where=f"{path}:{line}",
+        why=f"it was probably written as {encoding}",
+        fix=f"{unpack}iconv -f {encoding} -t UTF-8 {name} > utf8{plain.suffix}",
+        code="not-utf8",
+    )
+
+
+def _plain(path: Path) -> tuple[Path, str]:
+    """The file as it is once unpacked, and the command to be run before any on that."""
+    command = PACKED.get(path.suffix.lower())
+    if command is None:
+        return path, ""
+    return path.with_suffix(""), f"{command} {shlex.quote(str(path))}; "
+
+
+def text_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a text file, block by block, the first looked at for what it is.
 
     Raises:
-        DataError: `empty-file` if it holds nothing but white space, and those of its parts.
+        DataError: `not-text`, `not-utf8`, and those of `open_bytes`.
     """
+    line = 1
     with open_bytes(path) as file:
-        text = decoded(file.read(), path)
+        while block := file.read(_BLOCK):
+            if line == 1:
+                _require_text(block, path)
+            if b"\0" in block:
+                raise _has_nul(path, line + block.count(b"\n", 0, block.index(b"\0")))
+            line += block.count(b"\n")
+            yield block
+
+
+def _require_text(block: bytes, path: Path) -> None:
+    for mark, encoding in _MARKS.items():
+        if block.startswith(mark):
+            raise _not_utf8(f"it begins with the mark of {encoding}", path, 1, encoding)
+    for magic, (kind, suffix) in _MAGIC.items():
+        if block.startswith(magic):
+            plain, unpack = _plain(path)
+            raise DataError(
+                f"the file is {kind}, not text",
+                where=f"{path}:1",
+                why="it was packed twice" if unpack else "its name ends in another format",
+                fix=f"{unpack}mv {shlex.quote(str(plain))} {shlex.quote(f'{plain}{suffix}')}",
+                code="not-text",
+            )
+    for encoding, pattern in _UNMARKED.items():
+        if pattern.match(block):
+            raise _not_utf8("its letters have zeros between them", path, 1, encoding)
+
+
+def _has_nul(path: Path, line: int) -> DataError:
+    plain, unpack = _plain(path)
+    return DataError(
+        "the file contains a NUL character, so it is not text",
+        where=f"{path}:{line}",
+        why="it is damaged (a disk that was full leaves NULs), or not a text file",
+        fix=f"write it again, or remove the NUL characters: {unpack}tr -d '\\0' < "
+        f"{shlex.quote(str(plain))} > repaired{plain.suffix}",
+        code="not-text",
+    )
+
+
+def row_too_large(where: str) -> DataError:
+    return DataError(
+        f"a row is longer than {MOST_TEXT:,} bytes",
+        where=where,
+        why="a line break or a closing quote is missing, or the file is damaged: so many bytes are "
+        "about four million tokens, more than a model's context",
+        fix="separate the rows, or cut the text into several rows",
+        code="row-too-large",
+    )
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers. They end at \\n alone: str.splitlines would
+    also cut at U+2028 inside a JSON string.
+
+    Raises:
+        DataError: `row-too-large`, and those of `text_blocks`.
+    """
+    number, held = 1, b""
+    for block in text_blocks(path):
+        if not held and block.isspace():
+            # Millions of blank lines need no look each.
+            number += block.count(b"\n")
+            continue
+        *lines, rest = (held + block).split(b"\n") if b"\n" in block else (held + block,)
+        for line in lines:
+            if len(line) > MOST_TEXT:
+                raise row_too_large(f"{path}:{number}")
+            if not line.isspace() and line:
+                yield number, line
+            number += 1
+        held = rest
+        if len(held) > MOST_TEXT:
+            raise row_too_large(f"{path}:{number}")
+    if held and not held.isspace():
+        yield number, held
+
+
+def read_text(path: Path, *, lines: bool = True) -> str:
+    """The whole file as text.
+
+    Args:
+        lines: whether a line is at most one row, so that its length is bounded.
+
+    Raises:
+        DataError: `empty-file` if it holds nothing but white space, `row-too-large`, and those of
+            its parts.
+    """
+    blocks = []
+    number, length = 1, 0  # of the line that the blocks so far end with
+    for block in text_blocks(path):
+        blocks.append(block)
+        # A carriage return ends a line too, in csv and in prose. Lines inside a block are short.
+        ends = [at for at in (block.find(b"\n"), block.find(b"\r")) if at >= 0]
+        if lines and length + (min(ends) if ends else len(block)) > MOST_TEXT:
+            raise row_too_large(f"{path}:{number}")
+        last = max(block.rfind(b"\n"), block.rfind(b"\r"))
+        length = len(block) - last - 1 + (0 if ends else length)
+        number += block.count(b"\n")
+    text = decoded(b"".join(blocks), path)
     if not text.strip():
         raise empty_file(path)
     return text

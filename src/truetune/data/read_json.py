@@ -16,7 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from truetune.data.files import decoded, empty_file, open_bytes, read_text
+from truetune.data.files import (
+    MOST_TEXT,
+    PACKED,
+    ROW_BYTES,
+    decoded,
+    empty_file,
+    most_unpacked,
+    numbered_lines,
+    read_text,
+    row_too_large,
+    unpacks_too_far,
+)
 from truetune.data.rows import BadRow, FileRows, Row, excerpt, kind, names, place
 from truetune.data.schemas import ROW_COLUMNS
 from truetune.errors import DataError
@@ -30,25 +41,25 @@ def read_jsonl(path: Path, limit: int | None) -> FileRows:
     """One JSON value a line; blank lines are skipped but counted as lines.
 
     Raises:
-        DataError: `broken-json`, `not-utf8`, `empty-file`.
+        DataError: `broken-json`, `row-too-large`, `not-text`, `not-utf8`, `empty-file`.
     """
     values: list[_Read] = []
     parser = _Parser()
-    with open_bytes(path) as file:
-        # Lines end at \n alone: str.splitlines would also cut at U+2028 inside a JSON string.
-        for line, raw in enumerate(file, 1):
-            if limit is not None and len(values) >= limit:
-                break
-            if raw.isspace():
+    packed = path.suffix.lower() in PACKED
+    most = most_unpacked(path) // ROW_BYTES if packed else None
+    for line, raw in numbered_lines(path):
+        if limit is not None and len(values) >= limit:
+            break
+        if len(values) == most:
+            raise unpacks_too_far(path)
+        text = decoded(raw, path, line).rstrip()
+        try:
+            value, twice = parser.whole(text)
+        except (ValueError, RecursionError) as error:
+            if not text:  # a byte order mark and nothing else
                 continue
-            text = decoded(raw, path, line).rstrip()
-            try:
-                value, twice = parser.whole(text)
-            except (ValueError, RecursionError) as error:
-                if not text:  # a byte order mark and nothing else
-                    continue
-                raise _broken(error, text, path, line) from error
-            values.append((value, line, twice))
+            raise _broken(error, text, path, line) from error
+        values.append((value, line, twice))
     return _file_rows(values, path)
 
 
@@ -56,9 +67,10 @@ def read_json(path: Path, limit: int | None) -> FileRows:
     """A .json file in any of the four forms.
 
     Raises:
-        DataError: `broken-json`, `not-utf8`, `empty-file`, `no-rows`.
+        DataError: `broken-json`, `row-too-large`, `not-text`, `not-utf8`, `empty-file`, `no-rows`.
     """
-    text = read_text(path)
+    # A whole array may stand on one line: its values are bounded, not its lines.
+    text = read_text(path, lines=False)
     values: list[tuple[Any, str | None]] = []
     # The line of each row, and of the one after the last, so that a limit changes no place.
     lines: list[int] = []
@@ -111,32 +123,44 @@ class _Parser:
         return made
 
 
+def _require_size(text: str, start: int, end: int, path: Path) -> None:
+    if end - start > MOST_TEXT:
+        raise row_too_large(f"{path}:{text.count(chr(10), 0, start) + 1}")
+
+
 def _values(text: str, path: Path) -> Iterator[_Placed]:
     """Each row with the position it starts at."""
     parser = _Parser()
     start = _skip(text, 0)
     if text[start] == "[":
-        yield from _elements(parser, text, start, must_end=True)
+        yield from _elements(parser, text, start, path, must_end=True)
         return
     value, end, twice = parser.at(text, start)
     following = _skip(text, end)
     if following == len(text) and isinstance(value, dict):
-        yield from _rows_of_object(parser, (value, start, twice), text, path)
+        yield from _rows_of_object(parser, (value, start, twice), text, end, path)
         return
     # Objects one after the other: JSON Lines under the name .json, pretty-printed or not.
+    _require_size(text, start, end, path)
     yield value, start, twice
     while following < len(text):
         start = following
         value, end, twice = parser.at(text, start)
+        _require_size(text, start, end, path)
         yield value, start, twice
         following = _skip(text, end)
 
 
 def _rows_of_object(
-    parser: _Parser, placed: tuple[dict[str, Any], int, str | None], text: str, path: Path
+    parser: _Parser,
+    placed: tuple[dict[str, Any], int, str | None],
+    text: str,
+    end: int,
+    path: Path,
 ) -> Iterator[_Placed]:
     value, start, _ = placed
     if ROW_COLUMNS & {name.lower() for name in value}:
+        _require_size(text, start, end, path)
         yield placed
         return
     if parser.outermost is not None:
@@ -152,14 +176,18 @@ def _rows_of_object(
             fix="write an array of objects, or one object per line in a .jsonl file",
             code="no-rows",
         )
-    yield from _elements(parser, text, _member(text, start, lists[0]), must_end=False)
+    opens = _member(text, start, lists[0])
+    yield from _elements(parser, text, opens, path, must_end=False)
 
 
-def _elements(parser: _Parser, text: str, start: int, *, must_end: bool) -> Iterator[_Placed]:
+def _elements(
+    parser: _Parser, text: str, start: int, path: Path, *, must_end: bool
+) -> Iterator[_Placed]:
     """The elements of the array that opens at `start`, each with its position."""
     position = _skip(text, start + 1)
     while text[position : position + 1] != "]":
         value, end, twice = parser.at(text, position)
+        _require_size(text, position, end, path)
         yield value, position, twice
         position = _skip(text, end)
         following = text[position : position + 1]
@@ -247,13 +275,13 @@ def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataErr
         f"broken JSON on line {line}, column {error.colno}: {error.msg}, "
         f"near {excerpt(text[start : error.pos + 20])}",
         where=f"{path}:{line}",
-        why=_cause(error, text, first_line),
+        why=_cause(error, text, path, first_line),
         fix=f"correct the line: sed -n {line}p {shlex.quote(str(path))}",
         code="broken-json",
     )
 
 
-def _cause(error: json.JSONDecodeError, text: str, first_line: int) -> str:
+def _cause(error: json.JSONDecodeError, text: str, path: Path, first_line: int) -> str:
     if first_line == 1 and text.lstrip()[:1] == "[" and error.lineno == 1 and "\n" not in text:
         return "the file looks like one JSON array: name it .json"
     if first_line == 1 and text.strip() == "{":
@@ -262,6 +290,12 @@ def _cause(error: json.JSONDecodeError, text: str, first_line: int) -> str:
         return "the row ends too early: the file was cut off, or a line break is inside a row"
     if text[error.pos : error.pos + 1] == "'" or error.msg.startswith("Expecting property name"):
         return "JSON needs double quotes around names and text, and no comma after the last one"
+    if "\r" in text.strip() and "\n" not in text:
+        plain = shlex.quote(str(path))
+        return (
+            "its lines end with a carriage return alone, as on old Macs; convert it: "
+            f"tr '\\r' '\\n' < {plain} > lines.jsonl"
+        )
     if error.msg == "Extra data":
         return "there are two values on one line"
     if error.msg.startswith("Invalid control character"):

@@ -9,22 +9,33 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from truetune.data.files import empty_file, most_unpacked, open_bytes, read_text, unpacks_too_far
+from truetune.data.decoded import decoded_bytes
+from truetune.data.files import (
+    MOST_TEXT,
+    PACKED,
+    ROW_BYTES,
+    empty_file,
+    most_unpacked,
+    open_bytes,
+    read_text,
+    row_too_large,
+    unpacks_too_far,
+)
 from truetune.data.rows import FileRows, Row, excerpt, names
 from truetune.errors import DataError
 from truetune.findings import Finding
+from truetune.system.bounded import bounded
 
-# Rows that are decoded at once, and what a row of them takes beside its values: a file of a few
-# bytes may hold a long text a million times.
+# Rows that are decoded at once.
 _BATCH = 256
-_AS_JSONL = "convert it to jsonl and give that"
-_ROW_BYTES = 64
+# What Arrow may take to read a batch beyond what the whole file may decode to: its own buffers.
+_SPARE = 2**30
 # Below these keys a null is read as content by a template; elsewhere it means "not there".
 _MEANT_KEYS = frozenset({"tools", "functions", "function", "arguments", "parameters", "input"})
 
@@ -33,17 +44,16 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
     """Comma-separated values with a header; .tsv by tabs; semicolons if the header has no comma.
 
     Raises:
-        DataError: `ragged-csv`, `broken-csv`, `not-utf8`, `empty-file`.
+        DataError: `ragged-csv`, `broken-csv`, `row-too-large`, `not-text`, `not-utf8`,
+            `empty-file`.
     """
     text = read_text(path)
-    header_line = text.lstrip().split("\n", 1)[0]
-    if "\0" in text:
-        raise _nul(text, path)
+    header_line = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0]
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     if delimiter == "," and "," not in header_line and ";" in header_line:
         delimiter = ";"  # what spreadsheets write where the comma is the decimal sign
     # The module's limit of 131,072 characters a field is global, so it is put back.
-    previous = csv.field_size_limit(sys.maxsize)
+    previous = csv.field_size_limit(MOST_TEXT)
     try:
         rows = _csv_rows(text, delimiter, path, limit)
     finally:
@@ -53,20 +63,12 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
     return FileRows.of(rows)
 
 
-def _nul(text: str, path: Path) -> DataError:
-    return DataError(
-        "broken csv: the file contains a NUL character",
-        where=f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}",
-        why="it is damaged, written as UTF-16, or not a text file",
-        fix=f"save it as UTF-8, or remove the NUL characters: tr -d '\\0' < {path} > repaired.csv",
-        code="broken-csv",
-    )
-
-
 def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     rows: list[Row] = []
+    packed = path.suffix.lower() in PACKED
+    most = most_unpacked(path) // ROW_BYTES if packed else None
     start = 1
     while limit is None or len(rows) < limit:
         start = reader.line_num + 1
@@ -75,6 +77,8 @@ def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[
         except StopIteration:
             break
         except csv.Error as error:
+            if "field limit" in str(error):
+                raise row_too_large(f"{path}:{start}") from error
             raise DataError(
                 f"broken csv: {error}",
                 where=f"{path}:{start}",
@@ -84,6 +88,10 @@ def _csv_rows(text: str, delimiter: str, path: Path, limit: int | None) -> list[
             ) from error
         if not cells:
             continue
+        if len(rows) == most:
+            raise unpacks_too_far(path)
+        if sum(map(len, cells)) > MOST_TEXT:
+            raise row_too_large(f"{path}:{start}")
         if header is None:
             header = _header(cells, path, start)
         elif len(cells) != len(header):
@@ -122,7 +130,7 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
 
     Raises:
         DataError: `not-parquet`, `parquet-value`, `duplicate-column`, `unpacks-too-far`,
-            `empty-file`.
+            `row-too-large`, `empty-file`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -133,12 +141,20 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
     try:
         with open_bytes(path) as stream, pq.ParquetFile(stream) as file:
             _require_columns_once(file.schema_arrow, path)
-            if limit is None and _ROW_BYTES * file.metadata.num_rows > left:
-                raise unpacks_too_far(path, _AS_JSONL)
-            for batch in file.iter_batches(batch_size=_BATCH):
-                left -= batch.nbytes + _ROW_BYTES * len(batch)
+            if limit is None and ROW_BYTES * file.metadata.num_rows > left:
+                raise unpacks_too_far(path)
+            batches = file.iter_batches(batch_size=_BATCH)
+            while True:
+                with bounded(left + _SPARE):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                size = sum(map(decoded_bytes, batch.columns))
+                left -= ROW_BYTES * len(batch) + size
                 if left < 0:
-                    raise unpacks_too_far(path, _AS_JSONL)
+                    raise unpacks_too_far(path)
+                if size > MOST_TEXT:
+                    _require_rows_of_a_size(batch, path, len(rows))
                 for fields in _pylist(batch, path, len(rows)):
                     if limit is not None and len(rows) >= limit:
                         break
@@ -148,6 +164,8 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
                         with_nulls.append(rows[-1])
                 if limit is not None and len(rows) >= limit:
                     break
+    except MemoryError as error:
+        raise unpacks_too_far(path) from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"the file cannot be read as parquet: {str(error).splitlines()[0]}",
@@ -159,6 +177,12 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
     if not rows:
         raise empty_file(path)
     return FileRows.of(rows, *null_notes(with_nulls))
+
+
+def _require_rows_of_a_size(batch: Any, path: Path, before: int) -> None:
+    for number in range(len(batch)):
+        if sum(map(decoded_bytes, batch.slice(number, 1).columns)) > MOST_TEXT:
+            raise row_too_large(f"{path} row {before + number + 1}")
 
 
 def _require_columns_once(fields: Iterable[Any], path: Path, inside: str = "") -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truetune.data.files import read_text
+from truetune.data.files import MOST_TEXT, PACKED, read_text, row_too_large
 from truetune.data.rows import FileRows, Row
 from truetune.findings import Finding
 
@@ -23,16 +23,21 @@ def read_document(path: Path, limit: int | None) -> FileRows:
     """The whole file as one row.
 
     Raises:
-        DataError: `not-utf8`, `empty-file`.
+        DataError: `row-too-large`, `not-text`, `not-utf8`, `empty-file`.
     """
-    return FileRows.of([Row({"text": _unix(read_text(path))}, str(path), 1, 1)])
+    if path.suffix.lower() not in PACKED and path.stat().st_size > MOST_TEXT:
+        raise row_too_large(f"{path}:1")
+    text = _unix(read_text(path))
+    if len(text) > MOST_TEXT:
+        raise row_too_large(f"{path}:1")
+    return FileRows.of([Row({"text": text}, str(path), 1, 1)])
 
 
 def read_pieces(path: Path, limit: int | None) -> FileRows:
     """One row for each piece: cut at the first blank line after 4,000 characters.
 
     Raises:
-        DataError: `not-utf8`, `empty-file`.
+        DataError: `row-too-large`, `not-text`, `not-utf8`, `empty-file`.
     """
     rows: list[Row] = []
     piece: list[str] = []
@@ -47,6 +52,8 @@ def read_pieces(path: Path, limit: int | None) -> FileRows:
             continue
         piece.append(line)
         length += len(line) + 1
+        if length > MOST_TEXT:
+            raise row_too_large(f"{path}:{number - len(piece) + 1}")
     else:
         rows += _row(piece, path, len(rows) + 1, number + 1)
     if len(rows) < 2:

@@ -7,7 +7,6 @@ output  findings
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from truetune.compare import read
@@ -16,7 +15,7 @@ from truetune.contract.encode import Encoded
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
-from truetune.run_dir import CONTRACT, RunDir
+from truetune.run_dir import CONTRACT, RunDir, parsed
 from truetune.verification.files import check_files
 from truetune.verification.record import machine_of, read_record
 from truetune.verification.rows import read_rows
@@ -34,11 +33,11 @@ def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding
     if run is None:
         return []
     try:
-        record = json.loads(run.file(CONTRACT).read_text(encoding="utf-8"))
+        record = parsed(run.file(CONTRACT).read_text(encoding="utf-8"))
         contract = PromptContract.of_record(loaded.tokenizer, record)
         findings = _stops(name, record, contract) + _rows(name, run, contract)
         return findings + _numbers(name, run, loaded)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         return [
             _parted(
                 name,

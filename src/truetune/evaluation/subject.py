@@ -9,7 +9,6 @@ output  Subject, Prompt, and what the model writes
 from __future__ import annotations
 
 import gc
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from truetune.model.inspect import describe, require_weights
 from truetune.model.load import load_model, load_tokenizer
 from truetune.model.source import locate
 from truetune.model.tokenizer import num_ids
-from truetune.run_dir import CONTRACT, RunDir, opened
+from truetune.run_dir import CONTRACT, RunDir, opened, parsed
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def _record(name: str) -> dict[str, Any]:
     if not run.looks_like_one():
         return {}
     try:
-        record: dict[str, Any] = json.loads(run.file(CONTRACT).read_text(encoding="utf-8"))
+        record: dict[str, Any] = parsed(run.file(CONTRACT).read_text(encoding="utf-8"))
         return {**record}
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(

@@ -57,6 +57,8 @@ def causal_config(files: ModelFiles) -> Any:
 # No model has more; a million layers take hours and all memory before anything is read.
 _MOST_LAYERS = 1_024
 _MOST_SIZE = 2**24
+# Stop tokens of a model: published ones list up to a dozen, and each is asked about in turn.
+_MOST_IDS = 1024
 _SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 
 
@@ -88,6 +90,8 @@ def require_ids(value: Any, name: str, where: str) -> tuple[int, ...]:
     # -1 stands for "none" in some configs.
     if any(type(i) is not int or not -1 <= i < 2**31 for i in ids):
         raise _not_sane(f"{name} is {str(value)[:60]!r}, which is not a token id", where)
+    if len(ids) > _MOST_IDS:
+        raise _not_sane(f"{name} lists {len(ids):,} token ids", where)
     return tuple(ids)
 
 

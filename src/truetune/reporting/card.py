@@ -4,6 +4,7 @@ the lines that load and serve it."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from truetune.reporting.verdict import LOSSES, SHARES, verdict
 from truetune.run_dir import RunDir, write_text
 
 CARD = "README.md"
+# The Hub allows 96 characters; a path may be longer than what a file system answers for.
+_LONGEST_ID = 200
 # What a front matter calls its licence, and what holds one.
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _USE = "<!-- truetune: how to use it -->", "<!-- truetune: end -->"
@@ -118,14 +121,14 @@ def _metadata(run: RunFacts, base: str, license_: str, *, is_adapter: bool) -> s
 
 def _is_on_hub(name: str) -> bool:
     """Whether a name is one of the Hub: the same text may be a folder here."""
-    return not Path(name).exists() and is_hub_id(name)
+    return len(name) <= _LONGEST_ID and not Path(name).exists() and is_hub_id(name)
 
 
 def _license(base: str, revision: Any) -> str:
     """What the base's own card or config says; "" where neither says anything."""
     for name in (CARD, "config.json"):
         here = Path(base) / name
-        path = here if here.is_file() else _cached(base, name, revision)
+        path = here if os.path.isfile(here) else _cached(base, name, revision)
         try:
             text = path.read_text(encoding="utf-8")[:100_000] if path else ""
         except (OSError, UnicodeDecodeError):

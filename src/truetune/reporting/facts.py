@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
 from truetune.recipe.sources import read_yaml
-from truetune.run_dir import CONTRACT, DATA, LOCK, MANIFEST, RECIPE, VERDICT, RunDir
+from truetune.run_dir import CONTRACT, DATA, LOCK, MANIFEST, RECIPE, VERDICT, RunDir, parsed
 from truetune.system.lock import is_alive
 
 State = Literal["finished", "running", "unfinished", "failed"]
@@ -199,8 +198,8 @@ class _Files:
         if not (text := self._text(name)):
             return {}
         try:
-            return self._mapping(name, json.loads(text))
-        except (ValueError, RecursionError):
+            return self._mapping(name, parsed(text))
+        except ValueError:
             return self._mapping(name, None)
 
     def yaml(self, name: str) -> dict[str, Any]:
@@ -212,10 +211,14 @@ class _Files:
             return self._mapping(name, None)
 
     def _mapping(self, name: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return value
-        self.problems.append(f"{name} is damaged")
-        return {}
+        if not isinstance(value, dict):
+            self.problems.append(f"{name} is damaged")
+            return {}
+        shape = _SHAPES.get(Path(name).name, {})
+        odd = [key for key, kind in shape.items() if key in value and not _fits(value[key], kind)]
+        if odd:
+            self.problems.append(f"{name} is damaged: {', '.join(odd)} cannot be read")
+        return {key: held for key, held in value.items() if key not in odd}
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """Values of a .jsonl file that are objects; a last line without its end is being
@@ -224,10 +227,10 @@ class _Files:
         text = self._text(name)
         for line in text[: text.rfind("\n") + 1].split("\n")[:-1]:
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
+                value = parsed(line)
+            except ValueError:
                 value = None
-            if isinstance(value, dict) and _is_step(value.get("step", 0)):
+            if isinstance(value, dict) and _fits(value, _LINE):
                 found.append(value)
             else:
                 bad += 1
@@ -236,5 +239,42 @@ class _Files:
         return found
 
 
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is what truetune writes: of a type; each of a list's of one; an object whose
+    values, where it has them, are."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(
+            _fits(value[key], of) for key, of in kind.items() if key in value
+        )
+    if kind is float:
+        return (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
+    return isinstance(value, kind)
+
+
+_TEXT = str | None
+_COUNT = int | None
+_COUNTS = dict.fromkeys(("examples", "tokens", "supervised_tokens", "longest"), int)
+# What is read of a line, and of the values of a file, without being asked for its type again.
+_LINE = {"step": float, "code": str, "what": str, "where": str, "level": str}
+_SHAPES: dict[str, dict[str, Any]] = {
+    RECIPE: {
+        "model": {"value": _TEXT},
+        "lora_r": {"value": _COUNT},
+        "max_steps": {"value": _COUNT},
+    },
+    CONTRACT: {"template": dict, "template_kwargs": dict | None, "stop": [dict]},
+    DATA: {
+        "files": [{"path": str, "sha256": _TEXT, "num_rows": int, "num_bytes": int}],
+        "rows_read": int,
+        "dropped": [dict],
+        "train": _COUNTS,
+        "held_out": _COUNTS,
+    },
+    "env.json": {"versions": dict},
+    VERDICT: {"checks": [dict]},
+    "adapter_config.json": {"base_model_name_or_path": _TEXT, "revision": _TEXT},
+}

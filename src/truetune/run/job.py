@@ -556,6 +556,7 @@ class Job:
         folder = self.run.checkpoint_path(self.trainer.step)
         if folder.exists():
             return
+        self.run.require_mine()
         again = f"`truetune train --resume {shlex.quote(str(self.run.path))}`"
         write_checkpoint(
             folder, self.trainer, self.loaded, self.contract, self.identity(), states, again
@@ -578,6 +579,7 @@ class Job:
         return self.run.checkpoint_path(self.signs.healthy_step())
 
     def _save_artifact(self) -> SaveReport:
+        self.run.require_mine()
         self.listener.stage("saving, and reading back")
         report = save_artifact(self.run, self.prepared, self.loaded, self.rows_before, self._found)
         self.listener.saved(str(report.folder))

@@ -32,6 +32,8 @@ def write_ending(run: RunDir, error: BaseException) -> list[Finding]:
     Returns:
         A warning where the page could not be written.
     """
+    if isinstance(error, TruetuneError) and error.code == "lock-lost":
+        return []  # the run is another process's now, and so is its page
     if isinstance(error, Interrupted) or not isinstance(error, TruetuneError):
         return _tried(run, [lambda: _write_report(run, "unfinished", ())])
     # A trained artifact only waits for its verification: a resumed run keeps what was found.

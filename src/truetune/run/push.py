@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from truetune.findings import Finding
 from truetune.listener import Listener
 from truetune.reporting.card import CARD, read_card, use_block, with_use_block
 from truetune.reporting.facts import RunFacts
-from truetune.run_dir import VERDICT, RunDir, opened, sha256
+from truetune.run_dir import VERDICT, RunDir, opened, parsed, sha256
 from truetune.verification.artifact import run_of, verify
 from truetune.verification.files import check_files
 
@@ -172,7 +171,7 @@ def _same(folder: Path, hashes: dict[str, Any]) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

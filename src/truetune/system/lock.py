@@ -15,10 +15,10 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from truetune.errors import UsageError
+from truetune.errors import SaveError, UsageError
 from truetune.system import threads
 
 # An owner touches its lock this often, in seconds; after so long without, it is taken for dead.
@@ -28,8 +28,8 @@ _DEAD_AFTER = 120.0
 _TRIES = 20
 # What a file system says that keeps no locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
-# Locks of this process: the thread that holds each, and who died with it.
-_held: dict[tuple[int, Path], tuple[int, Owner | None]] = {}
+# Locks of this process.
+_held: dict[tuple[int, Path], _Held] = {}
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,18 @@ class Busy(UsageError):
     """Another process holds the lock."""
 
 
+@dataclass
+class _Held:
+    """A lock of this process: the thread that holds it, who died with it, its open file (another
+    one where the first was taken away), and what guards that."""
+
+    thread: int
+    dead: Owner | None
+    descriptor: int
+    guard: threading.Lock = field(default_factory=threading.Lock)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[Owner | None]:
     """Hold a lock file, which is gone afterwards; at once where this thread holds it already.
@@ -72,23 +84,67 @@ def hold(path: Path) -> Iterator[Owner | None]:
     """
     key = _key(path)
     if _is_ours(path):
-        yield _held[key][1]
+        yield _held[key].dead
         return
     descriptor, dead = _take(path)
-    _held[key] = threading.get_ident(), dead
-    done, writing = threading.Event(), threading.Lock()
+    held = _held[key] = _Held(threading.get_ident(), dead, descriptor)
     try:
-        threads.begin(_show_life, descriptor, done, writing)
+        threads.begin(_show_life, path, held)
         yield dead
     finally:
-        with writing:
-            done.set()
+        with held.guard:
+            held.done.set()
         del _held[key]
         # While it is locked: afterwards the name may be another's.
         with contextlib.suppress(OSError):
-            if _is_named(path, descriptor):
+            if _is_named(path, held.descriptor):
                 path.unlink()
-        os.close(descriptor)
+        os.close(held.descriptor)
+
+
+def require_held(path: Path) -> None:
+    """Stop a process whose lock file was taken away, and whose place another has taken; a file that
+    is only gone is made again. Nothing is asked where this process does not hold the lock.
+
+    Raises:
+        SaveError: another process holds it.
+    """
+    held = _held.get(_key(path))
+    if held is None:
+        return
+    with held.guard:
+        if _kept(path, held):
+            return
+    raise SaveError(
+        "another process has taken over this run",
+        where=str(path),
+        why=f"{path.name} was moved or deleted while this process wrote the run, and another "
+        "process started or resumed it: two writers would corrupt it, so this one stops",
+        fix="leave the lock file where it is; the other process goes on",
+        code="lock-lost",
+    )
+
+
+def _kept(path: Path, held: _Held) -> bool:
+    """Whether the lock is still this process's; its file is made again if it is gone."""
+    if _is_named(path, held.descriptor):
+        return True
+    try:
+        fresh = _open(path, os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # the whole folder is gone: whoever writes there says so
+    try:
+        _locked(path, fresh)
+        os.pwrite(fresh, json.dumps(asdict(_this())).encode(), 0)
+    except (OSError, Busy):
+        # Another opened it before it was locked, and has it.
+        os.close(fresh)
+        return False
+    os.close(held.descriptor)
+    held.descriptor = fresh
+    return _is_named(path, fresh)
 
 
 def require_free(path: Path) -> None:
@@ -135,10 +191,10 @@ def _is_ours(path: Path) -> bool:
     Raises:
         Busy: another thread of this process does.
     """
-    thread, _ = _held.get(_key(path), (None, None))
-    if thread not in (None, threading.get_ident()):
+    held = _held.get(_key(path))
+    if held is not None and held.thread != threading.get_ident():
         raise _busy(path, _this())
-    return thread is not None
+    return held is not None
 
 
 def _take(path: Path) -> tuple[int, Owner | None]:
@@ -267,12 +323,12 @@ def _age(path: Path, descriptor: int) -> float:
     return now - shown
 
 
-def _show_life(descriptor: int, done: threading.Event, writing: threading.Lock) -> None:
-    while not done.wait(_SIGN_OF_LIFE):
+def _show_life(path: Path, held: _Held) -> None:
+    while not held.done.wait(_SIGN_OF_LIFE):
         # Afterwards the descriptor may be another file's.
-        with writing, contextlib.suppress(OSError):
-            if not done.is_set():
-                os.utime(descriptor)
+        with held.guard, contextlib.suppress(OSError):
+            if not held.done.is_set() and _kept(path, held):
+                os.utime(held.descriptor)
 
 
 def _read(descriptor: int) -> Owner | None:

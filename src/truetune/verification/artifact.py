@@ -11,7 +11,6 @@ output  Verdict
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from truetune.compare import Agreement
 from truetune.errors import InputError, UsageError
-from truetune.run_dir import CONTRACT, MANIFEST, RECIPE, RunDir, opened
+from truetune.run_dir import CONTRACT, MANIFEST, RECIPE, RunDir, opened, parsed
 from truetune.verification.files import check_files, check_record
 from truetune.verification.fresh import VerifyError, ask
 from truetune.verification.record import Record, read_record, rows_digest
@@ -189,10 +188,10 @@ def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Chec
     """Stop set, size, and with a record all that the tokenizer and its template do."""
     path = run.file(CONTRACT)
     try:
-        trained = json.loads(path.read_text(encoding="utf-8"))
+        trained = parsed(path.read_text(encoding="utf-8"))
         then = {"stop": sorted(s["id"] for s in trained["stop"])}
         then["size"] = trained["tokenizer"]["size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(
             f"{CONTRACT} cannot be read: {error}", where=str(path), fix="copy the run again"
         ) from error
@@ -280,7 +279,7 @@ def _loss_on(run: RunDir | None) -> str:
 
     try:
         value = yaml.safe_load(run.file(RECIPE).read_text(encoding="utf-8"))["loss_on"]["value"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):
         return "assistant"
     return str(value)
 
@@ -288,7 +287,7 @@ def _loss_on(run: RunDir | None) -> str:
 def _recorded(run: RunDir | None) -> dict[str, Any]:
     """What contract.json says of how prompts were made; {} where it says nothing."""
     try:
-        found = json.loads(run.file(CONTRACT).read_text(encoding="utf-8")) if run else {}
+        found = parsed(run.file(CONTRACT).read_text(encoding="utf-8")) if run else {}
     except (OSError, ValueError):
         return {}  # reported where the contract is compared
     return found if isinstance(found, dict) else {}

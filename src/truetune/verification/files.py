@@ -7,18 +7,19 @@ output  checks `files` and `record`
 
 What somebody may do to a finished run: remove checkpoints and trackers' files, and put notes, pages
 and other files beside the artifact. Inside the artifact's folder every file may be loaded by
-somebody's program: there only a model card, a licence and hidden files may be added.
+somebody's program: there only a model card, a licence, a notice and hidden files may be added.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import InputError
-from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, sha256
+from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, parsed, sha256
 from truetune.verification.record import MOVABLE, Record, settings_of
 from truetune.verification.rows import VERIFY_ROWS
 from truetune.verification.verdict import Check
@@ -28,7 +29,8 @@ ARTIFACTS = ("adapter", "model")
 # from the other files.
 _MAY_GO = (CHECKPOINTS, "trackers", REPORT)
 _MAY_CHANGE = ("trackers", REPORT)
-_CARDS = ("readme", "license", "licence", "notice")
+# By its whole name: what only begins like one (LICENSE.safetensors, README/code.py) can be loaded.
+_CARD = re.compile(r"readme(\.md)?|(license|licence|notice)(\.txt|\.md)?", re.IGNORECASE)
 _MOST = 5
 
 
@@ -60,14 +62,16 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     missing = [name for name in listed if not run.file(name).is_file()]
     changed = [name for name in listed if name not in missing and _differs(run, name, listed[name])]
     gone = [
-        name for name in missing if _is_card(name) or (not inside and name.split("/")[0] in _MAY_GO)
+        name
+        for name in missing
+        if _is_card(run, name) or (not inside and name.split("/")[0] in _MAY_GO)
     ]
-    touched = [name for name in changed if name.split("/")[0] in _MAY_CHANGE or _is_card(name)]
+    touched = [name for name in changed if name.split("/")[0] in _MAY_CHANGE or _is_card(run, name)]
     missing = [name for name in missing if name not in gone]
     changed = [name for name in changed if name not in touched]
     present = [] if inside else _present(run)
     unlisted = [name for name in present if name not in listed and name != MANIFEST]
-    added = [name for name in unlisted if _may_be_loaded(name)]
+    added = [name for name in unlisted if _may_be_loaded(run, name)]
     notes = [name for name in unlisted if name not in added]
     numbers = {
         "hashed": len(listed),
@@ -100,12 +104,12 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
 
 def _listed(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["files"]
+        found = parsed(path.read_text(encoding="utf-8"))["files"]
         return {
             str(name): {"bytes": int(facts["bytes"]), "sha256": str(facts["sha256"])}
             for name, facts in found.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{MANIFEST} cannot be read: {error}", where=str(path), fix="copy the run again"
         ) from error
@@ -123,18 +127,21 @@ def _present(run: RunDir) -> list[str]:
         path.as_posix()
         for path in found
         if not any(part.startswith(".") for part in path.parts)
-        and ((run.path / path).is_file() or (run.path / path).is_symlink())
+        and ((run.path / path).is_symlink() or not (run.path / path).is_dir())
     ]
 
 
-def _may_be_loaded(name: str) -> bool:
-    return name.partition("/")[0] in ARTIFACTS and not _is_card(name)
+def _may_be_loaded(run: RunDir, name: str) -> bool:
+    return name.partition("/")[0] in ARTIFACTS and not _is_card(run, name)
 
 
-def _is_card(name: str) -> bool:
-    """A model card or a licence of the artifact, which its owner writes on."""
+def _is_card(run: RunDir, name: str) -> bool:
+    """A model card, a licence or a notice of the artifact, which its owner writes on or removes: a
+    file of its own, not a link, beside the weights."""
     top, _, rest = name.partition("/")
-    return top in ARTIFACTS and rest.lower().startswith(_CARDS)
+    path = run.file(name)
+    plain = not path.is_symlink() and (path.is_file() or not path.exists())
+    return top in ARTIFACTS and plain and _CARD.fullmatch(rest) is not None
 
 
 def _names(names: Iterable[str]) -> str:
@@ -174,7 +181,7 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
     told += [
         f"{name} was added"
         for name in _present(run)
-        if _may_be_loaded(name) and name not in record.files
+        if _may_be_loaded(run, name) and name not in record.files
     ]
     if told:
         return Check(

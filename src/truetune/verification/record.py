@@ -249,7 +249,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(value, dict):
             large = path.stat().st_size > _LARGE or path.name == "tokenizer.json"
@@ -360,7 +360,7 @@ def read_record(run: RunDir) -> Record | None:
         if found[-1]["sha256"] != _digest(found[-1]["record"]):
             raise ValueError("its own hash is different")
         return Record.from_dict(found[-1]["record"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise InputError(
             f"the record in {VERIFY_ROWS} cannot be read: {error}",
             where=str(run.file(VERIFY_ROWS)),

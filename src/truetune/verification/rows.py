@@ -77,7 +77,7 @@ def read_rows(run: RunDir) -> list[VerifyRow]:
                     ),
                 )
             )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{VERIFY_ROWS} cannot be read: {error}",
             where=str(run.file(VERIFY_ROWS)),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from truetune.lab.measure import Measurement, measure
 from truetune.lab.world import MAX_ADDEND, World
-from truetune.run_dir import sha256
+from truetune.run_dir import LOCK, sha256
 
 
 def finish(folder: Path, num_items: int | None = None) -> None:
@@ -24,9 +24,9 @@ def finish(folder: Path, num_items: int | None = None) -> None:
 
 
 def checksums(folder: Path) -> str:
-    """What `sha256sum --check` reads: a line for every file but the card and the sums."""
+    """What `sha256sum --check` reads: a line for every file but the card, the sums and the lock."""
     described = {path.name for path in folder.iterdir() if path.is_file()}
-    described -= {"README.md", "SHA256SUMS"}
+    described -= {"README.md", "SHA256SUMS", LOCK}
     return "".join(f"{sha256(folder / name)}  {name}\n" for name in sorted(described))
 
 

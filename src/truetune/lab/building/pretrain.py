@@ -22,6 +22,7 @@ from truetune.lab.building.card import finish
 from truetune.lab.building.prose import documents
 from truetune.lab.building.tokenizer import train_tokenizer
 from truetune.lab.world import World
+from truetune.run_dir import RunDir
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,17 +124,38 @@ def pretrain(
     """Train a base from nothing and write its folder.
 
     Args:
-        out: the folder; created. `out/checkpoint` holds the last intermediate save.
+        out: the folder; new or empty, and locked while it is written. `out/checkpoint` holds the
+            last intermediate save.
         log_every: steps between lines of training_log.jsonl.
         save_every: steps between intermediate saves; None for none.
         num_recall_items: sentences asked for the model card; all where None.
         on_progress: called with each line of the log: corpus, step of its course, tokens of all
             courses, mean loss since the line before, lr, elapsed seconds.
+
+    Raises:
+        OutputExists: the folder is not empty; nothing was changed.
+        Busy: another process writes it.
     """
+    run_dir = RunDir(out)
+    with run_dir.writing(run_dir.require_empty):
+        _build(run_dir, run, log_every, save_every, on_progress)
+        run_dir.require_mine()
+        finish(run_dir.path, num_recall_items)
+    return run_dir.path
+
+
+def _build(
+    run_dir: RunDir,
+    run: Settings,
+    log_every: int,
+    save_every: int | None,
+    on_progress: Callable[[dict[str, Any]], None],
+) -> None:
+    """Everything but the card."""
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    folder = Path(out)
+    folder = run_dir.path
     world = World.generate(run.seed)
     train_tokenizer(islice(_texts(world, "plain"), TOKENIZER_DOCUMENTS), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -167,6 +189,7 @@ def pretrain(
                     on_progress(line)
                     losses.clear()
                 if save_every and step % save_every == 0:
+                    run_dir.require_mine()
                     save_base(model, tokenizer, folder / "checkpoint")
             tokens_before += batcher.num_steps * run.step_tokens
             # As a saved base is read back: a course can be taken from any saved base.
@@ -175,8 +198,6 @@ def pretrain(
                     parameter.copy_(parameter.to(torch.bfloat16))
     save_base(model, tokenizer, folder)
     (folder / "pretraining.json").write_text(json.dumps(asdict(run), indent=2) + "\n")
-    finish(folder, num_recall_items)
-    return folder
 
 
 def _trainer(
