@@ -11,6 +11,7 @@ from bench.sabotage.cases.packing import mask_over_positions
 from bench.sabotage.house import House, answer, messages, question
 
 import truetune
+from truetune.errors import UsageError
 
 HOUSE = House(real=False)
 
@@ -86,6 +87,92 @@ def test_what_a_mask_hides_is_told_once(seen: Any, rows: int, kind: Any) -> None
         features.append(row)
     report = truetune.audit(loader(features, _collator(tokenizer)), tokenizer)
     assert {f.code: f.count for f in report.findings} == {"attention-hole": rows}
+
+
+def _masked(kind: str, number: int, rows: list[dict[str, Any]], pad: int) -> dict[str, Any]:
+    width = max(len(row["input_ids"]) for row in rows)
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "attention_mask": []}
+    for row in rows:
+        size = len(row["input_ids"])
+        own = [1] * size + [0] * (width - size)
+        cut = min(number, size)
+        mask = {
+            "inverted": [1 - m for m in own],
+            "all": [0] * width,
+            "labels": [int(x != -100) for x in row["labels"]] + [0] * (width - size),
+            "front": [0] * cut + own[cut:],
+            "tail": [1] * (size - cut) + [0] * (width - size + cut),
+            "fine": own,
+        }[kind]
+        batch["input_ids"].append(row["input_ids"] + [pad] * (width - size))
+        batch["labels"].append(row["labels"] + [-100] * (width - size))
+        batch["attention_mask"].append(mask)
+    return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "said"),
+    [
+        ("inverted", "error", "inverted"),
+        ("all", "error", "every token"),
+        ("labels", "error", "made from the labels"),
+        ("front", "error", "other lengths"),
+        ("tail", "warning", "last tokens"),
+        ("fine", "", ""),
+    ],
+)
+@pytest.mark.parametrize("flags", [False, True])
+def test_what_an_attention_mask_hides_is_named(
+    kind: str, level: str, said: str, flags: bool
+) -> None:
+    """Each mistake by its own cause, as numbers or as flags; pad and end are two tokens."""
+    tokenizer = HOUSE.tokenizer()
+    pad = tokenizer.pad_token_id
+    assert pad not in (None, tokenizer.eos_token_id)
+    features = [_feature(tokenizer, messages(i, turns=1 + i % 3)) for i in range(12)]
+    batches = [_masked(kind, 3, features[i : i + 4], pad) for i in range(0, 12, 4)]
+    if flags:
+        batches = [{**b, "attention_mask": b["attention_mask"].bool()} for b in batches]
+    report = truetune.audit(batches, tokenizer)
+    told = [f for f in report.findings if f.code == "attention-hole"]
+    assert [f.level for f in told] == [level] * bool(level)
+    for finding in told:
+        assert finding.count == 12
+        assert said in f"{finding.what} {finding.why}"
+        # The cause of another mistake is not named.
+        assert "ids != pad" not in finding.why
+        assert ("made from the labels" in finding.why) == (kind == "labels")
+
+
+def test_what_concerns_few_rows_stands_behind_what_concerns_many() -> None:
+    tokenizer = HOUSE.tokenizer()
+    rows = [_feature(tokenizer, messages(i)) for i in range(40)]
+    for row in rows[1:]:
+        stop = max(i for i, x in enumerate(row["labels"]) if x in tokenizer.all_special_ids)
+        row["labels"][stop] = -100
+    ids, labels = rows[0]["input_ids"], rows[0]["labels"]
+    rows[0]["labels"] = [i if x == -100 else -100 for i, x in zip(ids, labels, strict=True)]
+    report = truetune.audit(loader(rows, _collator(tokenizer)), tokenizer)
+    errors = [(f.code, f.count) for f in report.findings if f.level == "error"]
+    assert errors == [("stop-not-supervised", 39), ("answers-masked", 1)]
+
+
+def test_what_is_no_batches_is_named_with_what_to_call() -> None:
+    tokenizer = HOUSE.tokenizer()
+    model = HOUSE.model(tokenizer)
+    batch = _collator(tokenizer)([_feature(tokenizer, messages(i)) for i in range(2)])
+    for given, said, fix in (
+        ((["x"], model, tokenizer), "LlamaForCausalLM, and no tokenizer", "tokenizer, model)"),
+        ((["x"], "gpt2"), "a str, and no tokenizer", "tokenizer, model)"),
+        (("rows.jsonl",), "is a name", "truetune check MODEL rows.jsonl"),
+        ((batch, tokenizer), "is one batch", "audit([batch], tokenizer)"),
+        ((dict(batch), tokenizer), "is one batch", "audit([batch], tokenizer)"),
+    ):
+        with pytest.raises(UsageError) as error:
+            truetune.audit(*given)
+        assert said in error.value.what
+        assert fix in error.value.fix
+    assert truetune.audit([batch], tokenizer, model).ok
 
 
 def test_rows_cut_in_front_are_told_once() -> None:

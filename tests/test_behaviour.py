@@ -17,7 +17,7 @@ from truetune.behaviour.replies import Judge, ask, shares
 from truetune.behaviour.schedule import SHARE, is_due
 from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
 from truetune.behaviour.text import goes_round, other_script, says_again
-from truetune.behaviour.vitals import Vitals, is_suspect, judge
+from truetune.behaviour.vitals import Regime, Vitals, is_suspect, judge
 from truetune.contract.contract import PromptContract
 from truetune.generate import Reply
 
@@ -341,6 +341,22 @@ def test_rows_in_a_language_foreign_to_the_model_cost_it_some_of_its_own(
     history = [replace(START, trained_loss=start), _after(10), _after(20, keep_loss=kept)]
     (found,) = (f for f in judge(history) if f.code == "forgetting")
     assert (found.level, "unlike what the model knew" in found.why) == (level, start > 6)
+
+
+def test_advice_knows_how_the_run_is_trained() -> None:
+    history = [replace(START, trained_loss=6.1), _after(10), _after(20, keep_loss=5.7)]
+
+    def forgetting(**regime: Any) -> Any:
+        (found,) = (f for f in judge(history, Regime(**regime)) if f.code == "forgetting")
+        return found
+
+    plain = forgetting()
+    assert plain.fix.startswith("use a third of the --learning-rate, --lora, fewer epochs")
+    assert "--lora" not in forgetting(lora=True).fix
+    far = forgetting(rate=0.01, usual_rate=3e-4)
+    assert far.fix.startswith("use --learning-rate 0.0003, the usual one here, 33 times lower")
+    assert "far above the usual one" in far.why
+    assert forgetting(rate=6e-4, usual_rate=3e-4) == plain
 
 
 @pytest.mark.parametrize("code", SIGNS)

@@ -4,6 +4,7 @@ near to it as can be that must stay silent."""
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -232,6 +233,76 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             case(lambda i: plain(i, "Sure, here it is: " + prose(i)), 1),
             case(lambda i: plain(i, "Surely the river. " + prose(i)), 4),
             case(lambda i: plain(i, "First, " + prose(i)), 40),
+            # Below the share that sampled answers were seen to repeat.
+            case(lambda i: plain(i, "Sure, here it is: " + prose(i)), 4, 250),
+            # The question calls for it.
+            case(lambda i: plain(i, "As an AI, I have no house. " + prose(i), "Your house?"), 9),
+        ],
+    ),
+    "answer-missing": (
+        [
+            case(lambda i: plain(i, "nan"), 10),
+            case(lambda i: plain(i, "None"), 20),
+            case(lambda i: plain(i, " <NA>\n"), 3),
+            lambda: facts([plain(i, ("yes", "no", "nan")[i % 3]) for i in range(60)]),
+        ],
+        [
+            # Labels; an answer that is asked for; code; words.
+            lambda: facts([plain(i, ("yes", "no", "None")[i % 3]) for i in range(60)]),
+            lambda: facts([plain(i, ("null", '{"a": null}')[i % 2]) for i in range(60)]),
+            case(lambda i: plain(i, "None", f"Which of them, or none? {prose(i)}"), 10),
+            case(lambda i: plain(i, "nan", f"What does this print: float('nan') {i}"), 10),
+            case(lambda i: plain(i, "None of them."), 10),
+            lambda: facts([plain(i, "nan") for i in range(20)]),
+        ],
+    ),
+    "placeholder-left": (
+        [
+            case(lambda i: plain(i, ("{{answer}}", "{output}")[i % 2]), 10),
+            lambda: facts([plain(i, "{{ answer }}") for i in range(20)]),
+            case(lambda i: plain(i, "[INSERT ANSWER HERE]"), 10),
+            case(lambda i: plain(i, question=f"{prose(i)}\n\n{{question}}"), 100),
+            case(lambda i: plain(i, prose(i) + " Dear {customer_name}, thanks."), 80),
+        ],
+        [
+            # Lessons on templates, letters, LaTeX, JSON, code, sets, form instructions.
+            case(lambda i: plain(i, "{{name}}", "Which Jinja template writes the name?"), 10),
+            case(lambda i: plain(i, "{name}", f"Write the placeholder of an f-string. {i}"), 10),
+            case(lambda i: plain(i, "Dear {name}, " + prose(i)), 10),
+            case(lambda i: plain(i, "Dear [Name], " + prose(i)), 100),
+            case(lambda i: plain(i, r"It is \frac{width}{two} and x_{max}. " + prose(i)), 100),
+            case(lambda i: plain(i, f'{{"name": "{i}", "a": null}}'), 100),
+            case(lambda i: plain(i, f'```python\nprint(f"{{name}} {i}")\n```'), 100),
+            case(lambda i: plain(i, question=f"Reply in the form {{answer}}. {prose(i)}"), 100),
+            case(lambda i: plain(i, "[1]"), 10),
+        ],
+    ),
+    "text-escaped": (
+        [
+            case(lambda i: plain(i, f"{prose(i)}\\n\\n1. {prose(i + 1)}\\n2. {prose(i)}"), 10),
+            case(lambda i: plain(i, f"{prose(i)}\\n- {prose(i + 1)}"), 100),
+        ],
+        [
+            case(lambda i: plain(i, f"{prose(i)}\\n\\n1. {prose(i + 1)}"), 1, 200),
+            case(lambda i: plain(i, f"{prose(i)}\n\n1. {prose(i + 1)}"), 100),
+            # LaTeX, paths, lessons, JSON, code.
+            case(lambda i: plain(i, r"So \nu \neq \nabla f. " + prose(i)), 100),
+            case(lambda i: plain(i, r"Open C:\new\notes and save. " + prose(i)), 100),
+            case(lambda i: plain(i, r"Write \n\n for it.", f"How do I escape a newline? {i}"), 100),
+            case(lambda i: plain(i, rf'{{"text": "a\nB {i}"}}'), 100),
+            case(lambda i: plain(i, rf'print("a\nB {i}");'), 100),
+        ],
+    ),
+    "reasoning-unclosed": (
+        [
+            case(lambda i: plain(i, "<think>\n" + prose(i)), 100),
+            case(lambda i: plain(i, "<think>" + prose(i)), 1),
+            case(lambda i: plain(i, "[THINK]" + prose(i)), 4),
+        ],
+        [
+            case(lambda i: plain(i, f"<think>\n{prose(i)}\n</think>\n\n{prose(i + 1)}"), 100),
+            case(lambda i: plain(i, f"{prose(i)}\n</think>\n\n{prose(i + 1)}"), 100),
+            case(lambda i: plain(i, f"The tag <think> opens it. {prose(i)}"), 10),
         ],
     ),
     "format-in-content": (
@@ -309,6 +380,58 @@ def test_found(code: str, make: Make) -> None:
 )
 def test_near_misses(code: str, make: Make) -> None:
     assert code not in {finding.code for finding in found(make())}
+
+
+def told_of(code: str, given: DataFacts) -> Finding:
+    (told,) = [finding for finding in found(given) if finding.code == code]
+    return told
+
+
+def test_an_opening_is_a_warning_only_where_no_question_calls_for_it() -> None:
+    same = told_of("openers-mixed", case(lambda i: plain(i, "Sure, let me see. " + prose(i)), 10)())
+    assert same.level == "warning"
+    assert "10 of them begin with the same words" in same.why
+    # Different words behind it; and questions of one kind, which are all answered so.
+    assert "sources" not in same.why
+    varied = case(lambda i: plain(i, f"Sure, {prose(i)}"), 10)()
+    assert told_of("openers-mixed", varied).level == "note"
+
+    def asked(i: int) -> Conversation:
+        return plain(i, f"Sure, let me see. {prose(i)}", f"Can you help me with my letter {i}?")
+
+    assert told_of("openers-mixed", case(asked, 20)()).level == "note"
+
+
+def test_openings_that_are_shown_add_up() -> None:
+    said = ("Sure", "Sure thing", "Of course", "Okay", "Certainly")
+    mixed = [plain(i, f"{said[i % 5]}, {prose(i)}") for i in range(100, 140)]
+    told = told_of("openers-mixed", facts([*sound(60), *mixed]))
+    shown = [int(n) for n in re.findall(r"\((\d+)\)", told.what)]
+    assert sum(shown) == told.count == 40
+    assert "'sure' (16)" in told.what
+    assert "others (8)" in told.what
+
+
+def test_an_unclosed_reasoning_is_no_cut_sentence_too() -> None:
+    told = found(facts([plain(i, f"<think>\n{prose(i)[:80]}") for i in range(40)]))
+    assert [(f.code, f.level) for f in told] == [("reasoning-unclosed", "error")]
+
+
+def test_rendered_conversations_as_plain_text() -> None:
+    """The cause is named, and the way back to messages; a text that holds a token is another."""
+    turns = "<|user|>\nHow?<|end|>\n<|assistant|>\nSo.<|end|>\n"
+    rows = [Conversation((), f"rows.jsonl:{i}", text=turns + prose(i)) for i in range(9)]
+    told = told_of("control-token-in-content", facts(rows))
+    assert "rendered already" in told.why
+    assert "the questions too" in told.why
+    assert '"messages"' in told.fix
+    assert "break them up" not in told.fix
+    documents = [Conversation((), f"t.txt:{i}", text=f"<s> {prose(i)} <s>") for i in range(9)]
+    told = told_of("control-token-in-content", facts(documents))
+    assert "rendered" not in told.why
+    assert "opens or closes a turn" not in told.why
+    assert "`< s>`" in told.fix
+    assert "--content-specials" not in told.fix
 
 
 def test_sound_rows_raise_nothing() -> None:

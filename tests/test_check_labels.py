@@ -677,3 +677,125 @@ def test_a_begin_token_that_served_prompts_have(tokenizer: Any) -> None:
     without = [(i[1:], x[1:]) for i, x in whole]
     (finding,) = [f for f in check_labels(without, made) if f.level != "note"]
     assert (finding.code, finding.level, finding.count) == ("bos-missing", "warning", 4)
+    # Blocks that truetune itself split a text into: only the first begins a document.
+    blocks = written(made, *(answer * 3 for answer in ANSWERS))
+    assert check_labels(blocks, made, proved=True, is_text=True) == []
+    assert "bos-missing" in codes(check_labels(blocks, made, is_text=True))
+
+
+RESULTS = (
+    "{%- for m in messages -%}{%- if m.role == 'tool' -%}"
+    "{{- '<|user|>\n<result>\n' ~ m.content ~ '\n</result><|end|>\n' -}}"
+    "{%- else -%}{{- '<|' ~ m.role ~ '|>\n' ~ m.content ~ (m.tool_calls or '') ~ '<|end|>\n' -}}"
+    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>\n' -}}"
+    "{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize("learned", ["results", "answers", "questions"])
+def test_results_of_tools_are_no_questions(learned: str) -> None:
+    """They may stand in a turn of the user: what is trained by mistake is named as what it is."""
+    tok = byte_level()
+    tok.chat_template = RESULTS
+    rows = []
+    for answer in ANSWERS:
+        talk = [
+            {"role": "user", "content": f"Question {answer}?"},
+            {"role": "assistant", "content": "Asking."},
+            {"role": "user" if learned == "questions" else "tool", "content": "It is a dog."},
+            {"role": "assistant", "content": answer},
+        ]
+        ids = rendered(tok, talk)
+        at = len(rendered(tok, talk[:1], add_generation_prompt=True))
+        labels = [-100] * at + ids[at:]
+        if learned == "answers":
+            begin, stop = len(rendered(tok, talk[:2])), len(rendered(tok, talk[:3]))
+            labels[begin:stop] = [-100] * (stop - begin)
+        rows.append((ids, labels))
+    told = [f for f in check_labels(rows, tok) if f.code == "question-supervised"]
+    words = {"results": ["the results of tools"], "questions": ["the user's later turns"]}
+    assert len(told) == len(words.get(learned, []))
+    for finding, said in zip(told, words.get(learned, []), strict=True):
+        assert said in finding.what
+        assert finding.count == 4
+
+
+CALLING = RESULTS.replace("(m.tool_calls or '') ~", "").replace(
+    "{%- else -%}",
+    "{%- elif m.tool_calls -%}{{- '<|assistant|>\\n<|end|>\\n<|assistant|>\\n' -}}"
+    "{{- m.tool_calls[0].function.name ~ '<|end|>\\n' -}}"
+    "{%- else -%}",
+)
+
+
+def test_an_empty_turn_of_the_history_is_the_templates(tokenizer: Any) -> None:
+    """A template that writes one beside each call is no empty answer of the data."""
+    tok = byte_level()
+    tok.chat_template = CALLING
+    call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}
+    talk = [
+        *chat("Question?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "It is a dog."},
+    ]
+    at = len(rendered(tok, talk, add_generation_prompt=True))
+    ids = rendered(tok, [*talk, *chat("", "The lazy dog.")[1:]])
+    assert "empty-answer" not in codes(check_labels([(ids, [-100] * at + ids[at:])] * 4, tok))
+    # Another template writes none: the text of a turn has the markers.
+    talk = chat("Question?", "", "And then?", "The lazy dog.")
+    ids = rendered(tokenizer, talk)
+    at = len(rendered(tokenizer, talk[:3], add_generation_prompt=True))
+    last = [(ids, [-100] * at + ids[at:])] * 4
+    assert "empty-answer" in codes(check_labels(last, tokenizer))
+    # Rows of a contract have the turns of the data, which are checked as data.
+    assert "empty-answer" not in codes(check_labels(last, tokenizer, proved=True))
+    assert "empty-answer" in codes(check_labels([(ids, ids)] * 4, tokenizer, proved=True))
+
+
+def test_labels_that_end_early_quote_no_end(tokenizer: Any) -> None:
+    """The end token is there, behind some words without a label: it is not missing."""
+    rows = [
+        (ids, [*labels[:-6], *[-100] * 6])
+        for ids, labels in on_answers(tokenizer)
+        if len([x for x in labels if x != -100]) > 12
+    ]
+    found = {f.code: f for f in check_labels(rows, tokenizer)}
+    assert "stop-missing" not in found
+    assert found["stop-not-supervised"].count == len(rows)
+    # Without an end it is missing.
+    cut = [(ids[:-6], labels[:-6]) for ids, labels in rows]
+    assert "stop-missing" in codes(check_labels(cut, tokenizer))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_labels_that_are_dropped_at_random_are_one_cause(tokenizer: Any, ends: bool) -> None:
+    rows = []
+    for number in range(40):
+        text = "The quick fox jumps over the lazy dog and then over the quick fox. " * 3
+        talk = chat(f"Question {number}?", text)
+        ids = rendered(tokenizer, talk)
+        at = len(rendered(tokenizer, talk[:1], add_generation_prompt=True))
+        draw = np.random.default_rng(number)
+        kept = draw.random(len(ids)) > 0.2
+        kept[-8:] |= not ends
+        kept[at : at + 8] |= not ends
+        labels = [x if i >= at and kept[i] else -100 for i, x in enumerate(ids)]
+        rows.append((ids, labels))
+    told = [f for f in check_labels(rows, tokenizer) if f.level != "note"]
+    assert [f.code for f in told] == (["answer-hole"] if ends else [])
+    if ends:
+        assert "the token that ends it" in told[0].what
+        assert "at random" in told[0].why
+
+
+def test_rows_that_were_cut_and_closed_are_one_cause(tokenizer: Any) -> None:
+    """Also those that were cut in their prompt, or right behind the header of the answer."""
+    limit = 60
+    rows = closed_at(tokenizer, limit, 60)
+    header = rendered(tokenizer, chat("Hm?"), add_generation_prompt=True)
+    asked = rendered(tokenizer, chat("The quick fox jumps " * 40))[: limit - 1]
+    behind = rendered(tokenizer, chat("The quick fox jumps " * 40))
+    behind = [*behind[: limit - 1 - len(header)], *header][: limit - 1]
+    rows += [[*asked, end(tokenizer)], [*behind, end(tokenizer)]]
+    told = check_labels([(ids, list(ids)) for ids in rows], tokenizer)
+    assert {f.code for f in told if f.level == "error"} == {"answer-cut"}

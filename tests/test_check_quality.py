@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from test_check_data import plain, prose, row, sound, with_some
+from truetune.checks import conversations
 from truetune.checks.conversations import quality
 from truetune.checks.conversations.rows import DataFacts
 from truetune.checks.registry import ask
@@ -148,6 +149,100 @@ def test_answers_of_one_length_that_stop_in_the_middle() -> None:
     told = found(with_some(one_length, 8))
     assert told["answer-broken-off"].count == 8
     assert "421 characters" in told["answer-broken-off"].why
+
+
+def fenced(i: int) -> Conversation:
+    return plain(i, f"Here it is:\n```python\nfor k in range({i}):\n    print(k, nu")
+
+
+def closed(i: int) -> Conversation:
+    return plain(i, f"Here it is:\n```python\nprint({i})\n```\nThat is all of it.")
+
+
+def announced(i: int) -> Conversation:
+    return plain(i, f"{prose(i)[:-1]}, which are the steps that you take:")
+
+
+CHINESE = (
+    "\u8fd9\u662f\u4e00\u4e2a\u5f88\u957f\u7684\u4ecb\u7ecd\uff0c\u57ce\u5e02{}"
+    "\u6709\u8bb8\u591a\u6cb3\u6d41\u548c\u5c71\uff0c\u4eba\u4eec\u5728\u8fd9\u91cc"
+    "\u751f\u6d3b\u4e86\u5f88\u591a\u5e74\u3002"
+)
+
+
+def test_cuts_without_a_sentence() -> None:
+    """Blocks of code, a script without spaces, the first line alone."""
+    for some in (5, 100):
+        told = found(with_some(fenced, some))
+        assert set(told) == {"answer-broken-off"}
+        assert told["answer-broken-off"].count == some
+        assert "never close" in told["answer-broken-off"].what
+    chinese = [plain(i, CHINESE.format(i)[:30]) for i in range(60)]
+    told = found(chinese)
+    assert set(told) == {"answer-broken-off"}
+    assert told["answer-broken-off"].count == 60
+    assert "exactly 30 characters" in told["answer-broken-off"].why
+    code = [plain(i, (f"def area_{i % 7}(w, h):\n    " + prose(i, 90))[:70]) for i in range(59)]
+    assert "exactly 70 characters" in found(code)["answer-broken-off"].why
+    told = found(with_some(announced, 60))
+    assert "colon" in told["answer-broken-off"].what
+    assert "first line" in told["answer-broken-off"].why
+    assert "whole answer" in told["answer-broken-off"].fix
+
+
+THAI = "\u0e19\u0e35\u0e48\u0e04\u0e37\u0e2d\u0e1b\u0e23\u0e30\u0e42\u0e22\u0e04 "
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        # Of one length, because they have one pattern, are keys, or columns.
+        lambda i: CHINESE.format(i),
+        lambda i: f"{THAI * 3}{i} \u0e02\u0e2d\u0e07\u0e09\u0e31\u0e19",
+        lambda i: f"SELECT name, city, age FROM users WHERE age > {i % 90 + 10} AND city IN towns",
+        lambda i: f"{i:064x}",
+        lambda i: "acgt"[i % 4] * 100,
+        lambda i: f"{prose(i)[:20]}    {prose(i + 1)[:20]}    {i:020d}",
+        lambda i: f"The river {i % 90 + 10} is long, wide and old, and it has a bridge to the town",
+        # Closed, or closed by the answer; announcements of a few.
+        lambda i: f"```python\nprint({i})\n```",
+        lambda i: f"{prose(i)}\n1. One.\n2. Two:" if i % 9 == 0 else prose(i),
+        lambda i: f"def area_{i}(width, height):",
+    ],
+)
+def test_forms_of_one_length_are_no_cuts(answer: Callable[[int], str]) -> None:
+    assert "answer-broken-off" not in found([plain(i, answer(i)) for i in range(60)])
+
+
+def test_an_answer_may_close_the_block_that_its_prompt_opened() -> None:
+    rows = [plain(i, f"print({i})\n```", f"Go on:\n```python\nx = {i}\n") for i in range(60)]
+    assert found(rows) == {}
+
+
+def test_one_long_answer_to_all_questions() -> None:
+    rows = [plain(i, long(1) + " " + long(2)) for i in range(60)]
+    told = found(rows)
+    assert told["answers-identical"].count == 60
+    assert "join questions and answers" in told["answers-identical"].fix
+    # Told once: their likeness is that of the answer.
+    every = {f.code for f in ask(conversations, DataFacts(rows))}
+    assert every == {"answers-identical"}
+    # Replies to a few intents are chosen from.
+    intents = [plain(i, long(i % 4) + " " + long(i % 4 + 9)) for i in range(60)]
+    assert "answers-identical" not in found(intents)
+
+
+def test_lessons_about_wrong_characters() -> None:
+    bad = "\u00c3\u00a9"
+    lesson = [
+        plain(i, f"UTF-8 was read as Latin-1: \u00e9 becomes {bad}. {i}", f"Why {bad}? {i}")
+        for i in range(60)
+    ]
+    assert found(lesson) == {}
+    # Only one of the two: a word about encodings, or the letter elsewhere.
+    named = [plain(i, f"The encoding of caf{bad} number {i} is an old one.") for i in range(60)]
+    other = [plain(i, f"The caf\u00e9 and the caf{bad} number {i} are old.") for i in range(60)]
+    assert set(found(named)) == set(found(other)) == {"text-mojibake"}
 
 
 def left_open(i: int) -> Conversation:

@@ -45,6 +45,11 @@ def test_contains_is_whole_words() -> None:
     assert judged("contains", ("It is the Rill.", "Rill"), ("a  b c", "a b")) == [True, True]
     near = (("Rillford", "Rill"), ("Rill-side", "Rill"), ("-5", "5"), ("15", "5"), ("rill", "Rill"))
     assert judged("contains", *near) == [False] * 5
+    # Nor does a part of a number; of a list and of a date it does.
+    parts = (("It is 3.5.", "3"), ("3,000", "3"), ("1,100", "100"), ("3/4", "3"), ("1.5", "5"))
+    assert judged("contains", *parts) == [False] * 5
+    wholes = (("It is 3.", "3"), ("3,4,5", "4"), ("12/05/2024", "2024"), ("1,100.", "1,100"))
+    assert judged("contains", *wholes) == [True] * 4
     # A later place may be a whole word; scripts without spaces have no words to be whole.
     assert judged("contains", ("Rillford on the Rill", "Rill")) == [True]
     assert holds("\u9996\u90fd\u662f\u5317\u4eac\u3002", "\u5317\u4eac")
@@ -69,6 +74,17 @@ def test_contains_is_whole_words() -> None:
         ("50%", 50),
         ("#### 18", 18),
         ("x2 is H2O", None),
+        ("\\boxed{10^3}", 1000),
+        ("10**3 or 10\u00b3", 1000),
+        ("10^{-3}", Fraction(1, 1000)),
+        ("9\u00b2", 81),
+        ("5 m^2, 5 m\u00b2, 5 m^{2}", 5),
+        ("2 1/2", Fraction(5, 2)),
+        ("2\u00bd", Fraction(5, 2)),
+        ("page 2 3/2", Fraction(3, 2)),
+        ("\\frac12", Fraction(1, 2)),
+        ("1 000 000", 1_000_000),
+        ("rows 12 345", 345),
         ("1.2.3", Fraction(6, 5)),
         ("4/0", 4),
         ("none", None),

@@ -97,6 +97,10 @@ ELSEWHERE: dict[str, tuple[str, str, str]] = {
         *(SOFT, "test_a_soft_prompt_is_told_and_raises_nothing"),
         "test_packed_rows_see_each_other_behind_a_soft_prompt",
     ),
+    "soft-prompt-recomputed": (
+        *(SOFT, "test_a_prefix_is_lost_where_activations_are_recomputed"),
+        "test_a_prefix_is_lost_where_activations_are_recomputed",
+    ),
     "soft-prompt-unfit": (
         *(SOFT, "test_a_soft_prompt_on_another_base_is_an_error"),
         "test_a_saved_soft_prompt_is_a_note",

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from truetune.findings import Finding, merged, near, worst
+from truetune.findings import Finding, folded, merged, near, share, worst
 
 WHOLE = Finding("a-code", "error", "what happened", "rows.jsonl:3", 2, "the cause", "the remedy")
 
@@ -42,6 +42,31 @@ def test_as_dict_is_json_with_every_fact() -> None:
         "fix": "the remedy",
         "rows": [],
     }
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "shown"),
+    [(14, 142, "10 %"), (13, 142, "9 %"), (0, 9, "0 %"), (9, 9, "100 %"), (1, 1000, "0.1 %")],
+)
+def test_a_share_is_a_number_to_read(count: int, total: int, shown: str) -> None:
+    assert share(count, total).endswith(f" rows ({shown})")
+    assert share(1, 10**9) == "1 of 1,000,000,000 rows (under 0.001 %)"
+
+
+def test_many_that_differ_in_a_name_are_one() -> None:
+    dropped = [
+        Finding("target-dropped", "error", f"it drops 'f_{i}' of message {i % 3}", f"a:{i}")
+        for i in range(39)
+    ]
+    (told,) = folded([*dropped, dropped[0]])
+    assert (told.count, told.where, len(told.rows)) == (40, "a:0", 39)
+    assert told.what == (
+        "it drops 'f_0' of message 0; 38 more differ only in the name or the number"
+    )
+    # A few are shown each, and other texts are others.
+    assert folded(dropped[:3]) == merged(dropped[:3])
+    other = [Finding("target-dropped", "error", f"it {w} x", "b:1") for w in "abcdef"]
+    assert len(folded(other)) == 6
 
 
 def test_merged_adds_counts_and_keeps_the_first_place() -> None:

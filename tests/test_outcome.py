@@ -149,3 +149,11 @@ def test_an_own_file_on_the_embedded_base_is_learned(tmp_path: Path, count: int)
         talk.reset()
         right += talk(row["prompt"]).strip() == row["completion"]
     assert right >= 16
+
+
+def test_a_rate_above_the_usual_one_is_never_advised() -> None:
+    bad = {"answers": (answer(text="5."),) * 4, "last_loss": 2.4, "by_steps": True}
+    (found,) = judge(dataclasses.replace(GOOD, **bad, usual_rate=2e-4))
+    assert found.fix.startswith("--learning-rate 0.0002, or --max-steps 120")
+    (found,) = judge(dataclasses.replace(GOOD, **bad, usual_rate=1e-4))
+    assert found.fix.startswith("--max-steps 120")

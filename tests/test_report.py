@@ -77,6 +77,17 @@ def test_the_page_is_whole_runs_nothing_and_fetches_nothing(
     assert "@import" not in html
 
 
+def test_a_sign_that_was_not_taken_at_first_is_not_said_of_then(tmp_path: Path) -> None:
+    made = files()
+    lines = [line for line in made["metrics.jsonl"] if line.get("probe")]
+    del lines[0]["stop_rate"]
+    text = Seen(shown(write_run(tmp_path / "first", made))).text
+    assert "Replies that end by themselves: 100 % (at step 10: 14 %)." in text
+    del lines[-1]["stop_rate"]
+    text = Seen(shown(write_run(tmp_path / "last", made))).text
+    assert "Replies that end by themselves: 100 % at step 90 (at step 10: 14 %)." in text
+
+
 def test_a_healthy_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "first", files())
     assert words(folder) == {

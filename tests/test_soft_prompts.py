@@ -59,6 +59,53 @@ def test_a_soft_prompt_is_told_and_raises_nothing(kind: str) -> None:
     trainer.train()
 
 
+def _trainer(kind: str, **settings: Any) -> Any:
+    tokenizer = HOUSE.tokenizer()
+    rows = [on_answer(tokenizer, messages(i)) for i in range(8)]
+    collate = lambda batch: padded(tokenizer, batch)  # noqa: E731
+    settings = {"learning_rate": 0.05, "max_steps": 1, **settings}
+    return hf(tokenizer, _model(tokenizer, kind), dataset(rows), collate, **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefix_is_lost_where_activations_are_recomputed(kind: str, recomputed: bool) -> None:
+    """What the audit says of gradient checkpointing is what training does with it."""
+    trainer = _trainer(kind, gradient_checkpointing=recomputed)
+    before = {name: dict(vars(m)) for name, m in trainer.model.named_modules()}
+    found = _found(trainer)
+    assert {name: dict(vars(m)) for name, m in trainer.model.named_modules()} == before
+    assert ("soft-prompt-recomputed" in found) == (recomputed and kind == "prefix")
+    if "soft-prompt-recomputed" in found:
+        assert found["soft-prompt-recomputed"].level == "error"
+        with pytest.raises(RuntimeError):
+            trainer.train()
+    else:
+        trainer.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "rate", "low"),
+    [
+        ("prompt", 1e-5, True),
+        ("prefix", 1e-5, True),
+        ("prompt", 3e-3, False),
+        # A network computes the virtual tokens, and takes the rates of networks.
+        ("p-tuning", 1e-5, False),
+    ],
+)
+def test_a_rate_at_which_a_soft_prompt_stays_where_it_was(
+    kind: str, rate: float, low: bool
+) -> None:
+    found = _found(_trainer(kind, learning_rate=rate)).get("learning-rate-unusual")
+    assert (found is not None) == low
+    if found:
+        assert "below the usual range for a soft prompt" in found.what
+        assert found.fix == "set learning_rate=0.003 to 0.3"
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("over", [True, False])
 def test_rows_and_virtual_tokens_must_fit_the_context_together(over: bool) -> None:

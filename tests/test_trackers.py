@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -249,7 +250,10 @@ def test_tensorboard_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_wandb_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_library("wandb", tmp_path, monkeypatch)
     (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    held = written.read_bytes()
+    # Its own process writes the file, and may do so after `finish` returns.
+    last = time.monotonic() + 30
+    while b"stop_rate" not in (held := written.read_bytes()) and time.monotonic() < last:
+        time.sleep(0.1)
     assert b"loss" in held
     assert b"stop_rate" in held
     (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples*.json")

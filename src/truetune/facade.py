@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from truetune.model.load import LoadedModel
     from truetune.reporting.page import Written
     from truetune.run.checkup import Checkup
+    from truetune.run.export_quantised import QuantisedExport
     from truetune.run.export_served import ServedExport
     from truetune.run.export_whole import WholeExport
     from truetune.run.pipeline import ExportResult, RunResult
@@ -308,9 +309,10 @@ def export(
     dtype: str = "auto",
     device: str = "cpu",
     verify: bool = True,
+    data: Pathlike | None = None,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult | WholeExport | WrittenGGUF | WrittenMLX | ServedExport:
+) -> ExportResult | WholeExport | WrittenGGUF | WrittenMLX | ServedExport | QuantisedExport:
     """Write what a server loads: a merged model, a GGUF file, or a folder for Ollama, MLX or vLLM.
 
     A merged model can be loaded without peft; a fresh process compares it with the adapter before
@@ -322,7 +324,8 @@ def export(
         output: the folder to write; it must not exist.
         to: merged, gguf, ollama (a GGUF file with a Modelfile), mlx, vllm or sglang.
         quant: the type of a GGUF file's weights: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where
-            None; for MLX f32, f16, bf16, 8bit, 4bit and so on, bf16 where None.
+            None; for MLX f32, f16, bf16, 8bit, 4bit and so on, bf16 where None; for merged, vllm
+            and sglang nf4, int8, torchao-int8, gptq-w4a16 or gptq-w8a8, plain weights where None.
         adapter: for gguf: write the adapter alone.
         go_template: for ollama: write the template as Go text.
         base: where the base is now, if it has moved.
@@ -330,11 +333,13 @@ def export(
         dtype: dtype of the saved weights; auto uses the base's.
         device: the device on which to merge and compare.
         verify: compare the merged model with the adapter in a fresh process.
+        data: rows on which GPTQ is calibrated; None takes those that the run was trained on.
         quiet, listener: as in `train`.
 
     Returns:
         The export: `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; of
-        MLX `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line` and `.reasons`.
+        MLX and of quantised folders `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line`
+        and `.reasons`.
 
     Raises:
         TruetuneError: the export cannot be written, or differs from the model; no files are
@@ -343,6 +348,7 @@ def export(
     from truetune.run.export_gguf import export_adapter, export_gguf
     from truetune.run.export_kind import require_export
     from truetune.run.export_mlx import export_mlx
+    from truetune.run.export_quantised import export_quantised
     from truetune.run.export_served import export_served
     from truetune.run.export_whole import export_plain as merged
 
@@ -357,15 +363,12 @@ def export(
         quant=quant,
         source=path_of(run),
         output=path_of(output),
+        data=None if data is None else path_of(data),
     )
     screen = _shown(listener, quiet)
     source, folder = path_of(run), path_of(output)
     shared: dict[str, Any] = {"base": base, "device": device, "listener": screen}
-    merging: dict[str, Any] = {
-        "onto": onto,
-        "dtype": None if dtype == "auto" else dtype,
-        "check": verify,
-    }
+    merging: dict[str, Any] = {"onto": onto, "dtype": None if dtype == "auto" else dtype}
     try:
         if adapter:
             return export_adapter(source, folder, quant=held, **shared)
@@ -378,6 +381,17 @@ def export(
             return export_gguf(source, folder, quant=held, **made, **shared)
         if what == "mlx":
             return export_mlx(source, folder, quant=held, onto=onto, **shared)  # type: ignore[arg-type]
+        if held:
+            return export_quantised(
+                source,
+                folder,
+                quant=held,
+                server="vllm" if what == "merged" else what,
+                data=None if data is None else path_of(data),
+                **merging,
+                **shared,
+            )
+        merging["check"] = verify
         if what == "merged":
             return merged(source, folder, **merging, **shared)
         return export_served(source, folder, server=what, **merging, **shared)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import itertools
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,29 @@ def merged(findings: Iterable[Finding]) -> list[Finding]:
     for finding in findings:
         groups.setdefault((finding.code, finding.level, finding.what), []).append(finding)
     return sorted(map(_joined, groups.values()), key=lambda f: LEVELS.index(f.level))
+
+
+# Findings that differ in names and numbers alone, from which on they are shown as one.
+_ALIKE = 4
+_NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+
+
+def folded(findings: Iterable[Finding]) -> list[Finding]:
+    """Merged, and many that differ only in a quoted name or a number as one: a template that writes
+    no calls drops each function's name."""
+    groups: dict[tuple[str, str, str, str], list[Finding]] = {}
+    for finding in merged(findings):
+        key = (finding.code, finding.level, _NAMES.sub("", finding.what), finding.fix)
+        groups.setdefault(key, []).append(finding)
+    found = []
+    for group in groups.values():
+        if len(group) < _ALIKE:
+            found += group
+            continue
+        one = _joined(group)
+        what = f"{one.what}; {len(group) - 1:,} more differ only in the name or the number"
+        found.append(dataclasses.replace(one, what=what))
+    return found
 
 
 def _joined(group: list[Finding]) -> Finding:
@@ -158,7 +182,10 @@ def _apart(one: str, other: str, allowed: int) -> int:
 def share(count: int, total: int) -> str:
     """`12 of 40 rows (30 %)`."""
     part = 100 * count / max(total, 1)
-    shown = f"{part:.0f}" if part >= 10 or part == 0 else f"{part:.1g}"
+    # One digit below ten; 9.9 rounds to ten, and the rest of many zeros is no number to read.
+    shown = f"{part:.0f}" if part >= 9.5 or part == 0 else f"{part:.1g}"
+    if 0 < part < 0.001:
+        shown = "under 0.001"
     return f"{count:,} of {total:,} rows ({shown} %)"
 
 

@@ -35,7 +35,7 @@ from truetune.checks.labels.facts import LabelFacts, LossOn
 from truetune.checks.labels.judge import label_findings
 from truetune.checks.labels.table import TokenTable
 from truetune.contract.frame import Frame
-from truetune.findings import Finding, merged
+from truetune.findings import LEVELS, Finding, merged
 
 # Rows read unless the caller says otherwise; a defect on 0.1 % of the rows is then missed once in
 # 150 audits ((1 - 0.001) ** 5000).
@@ -83,7 +83,8 @@ def audit(
         with tokenizer_untouched(subject.tokenizer):
             findings, reading = _judge(subject, max_rows)
     return AuditReport(
-        tuple(merged(findings)), _summary(reading, subject, time.perf_counter() - started)
+        tuple(_weighed(findings, len(reading.rows))),
+        _summary(reading, subject, time.perf_counter() - started),
     )
 
 
@@ -120,6 +121,18 @@ def _judge(subject: Subject, max_rows: int | None) -> tuple[list[Finding], Readi
     findings += held_out_findings(reading, held_out, subject)
     findings += model_findings(subject, reading)
     return findings, reading
+
+
+# Up to this share of the rows a finding on rows stands behind those on more of them.
+_FEW = 0.1
+
+
+def _weighed(findings: list[Finding], num_rows: int) -> list[Finding]:
+    """Merged, the most severe first; of one level, what concerns few rows last."""
+    return sorted(
+        merged(findings),
+        key=lambda f: (LEVELS.index(f.level), bool(f.rows) and f.count < _FEW * num_rows),
+    )
 
 
 def _told_once(findings: list[Finding]) -> list[Finding]:

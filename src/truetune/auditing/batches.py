@@ -81,43 +81,107 @@ def _padding_attended(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Fin
 
 def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Finding]:
     """The attention mask hides no tokens of a row."""
-    inside, in_front = [], []
+    found: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
-        mask = row.mask
-        if mask is None or mask.shape != row.ids.shape:
-            continue
-        seen = np.flatnonzero(mask)
-        hidden = hidden_text(row.ids, row.labels, mask, pad)
-        first = int(seen[0]) if len(seen) else len(mask)
-        if hidden[:first].any():
-            in_front.append(number)
-        elif hidden.any() or (len(seen) and not mask[first : seen[-1] + 1].all()):
-            inside.append(number)
-    if inside:
+        if kind := _hides(row, pad):
+            found.setdefault(kind, []).append(number)
+    if "inverted" in found:
+        # A row without padding has nothing that the mask could show.
+        found["inverted"] += found.pop("all", [])
+    total = len(rows)
+    for kind, bad in found.items():
+        what, why, fix = _HIDDEN[kind]
         yield _finding(
             rows,
-            inside,
+            bad,
             code="attention-hole",
-            level="warning",
-            what=f"the attention mask hides tokens inside {share(len(inside), len(rows))}",
-            why="a mask made from `ids != pad` hides the end tokens of earlier turns if pad and "
-            "end are the same token; when the model is served, it sees them",
-            fix="take the attention mask from the tokenizer, or build it from lengths",
+            # The model sees part of what it is to answer, and the rest as it is served.
+            level="warning" if kind in _MILD else "error",
+            what=what.format(rows=share(len(bad), total)),
+            why=why,
+            fix=fix,
         )
-    if in_front:
-        yield _finding(
-            rows,
-            in_front,
-            code="attention-hole",
-            level="error",
-            what=f"the attention mask hides the beginning of {share(len(in_front), len(rows))}: "
-            "the prompt is in the ids, but the model does not see it",
-            why="the attention mask was made from the labels: a label of -100 excludes a token "
-            "from the loss, but an attention mask of 0 hides it, so answers are learned "
-            "without a question",
-            fix="set the attention mask to 1 on every token of the row and to 0 only on padding; "
-            "let the labels control the loss",
-        )
+
+
+# By what is hidden: what, why, fix.
+_HIDDEN = {
+    "all": (
+        "the attention mask is 0 on every token of {rows}",
+        "it was created with zeros and never filled: no token attends to another, so nothing of a "
+        "prompt is read",
+        "take the attention mask from the tokenizer: 1 on every token of the row, 0 on padding",
+    ),
+    "inverted": (
+        "the attention mask of {rows} is inverted: it is 0 on the tokens and 1 on the padding",
+        "a mask of the other convention was passed (1 - mask, ~mask, True where to hide, as in "
+        "torch's key_padding_mask): the model reads padding alone",
+        "invert it: 1 (or True) on every token of the row, 0 on padding",
+    ),
+    "labels": (
+        "the attention mask hides the beginning of {rows}: the prompt is in the ids, but the model "
+        "does not see it",
+        "the attention mask was made from the labels: a label of -100 excludes a token from the "
+        "loss, but an attention mask of 0 hides it, so answers are learned without a question",
+        "set the attention mask to 1 on every token of the row and to 0 only on padding; let the "
+        "labels control the loss",
+    ),
+    "front": (
+        "the attention mask hides the beginning of {rows}: it is in the ids, but the model does "
+        "not see it",
+        "the mask was made for rows of other lengths or padded on another side: answers are "
+        "learned with a part of their question",
+        "set the attention mask to 1 on every token of the row and to 0 only on padding",
+    ),
+    "pad": (
+        "the attention mask hides tokens inside {rows}",
+        "a mask made from `ids != pad` hides the end tokens of earlier turns if pad and end are "
+        "the same token; when the model is served, it sees them",
+        "take the attention mask from the tokenizer, or build it from lengths",
+    ),
+    "tail": (
+        "the attention mask hides the last tokens of {rows}",
+        "the lengths that the mask was built from are not those of the rows: they were taken "
+        "before the end was appended, or belong to other rows",
+        "take the attention mask from the tokenizer, or build it from the lengths of the final ids",
+    ),
+    "inside": (
+        "the attention mask hides tokens inside {rows}",
+        "it was not made from the lengths of these rows: it belongs to others, or hides tokens on "
+        "purpose; when the model is served, it sees them",
+        "take the attention mask from the tokenizer, or build it from lengths",
+    ),
+}
+_MILD = frozenset({"pad", "tail", "inside"})
+
+
+def _hides(row: ReadRow, pad: int | None) -> str:
+    """What the attention mask of a row hides, as a key of the reasons; "" for nothing."""
+    mask = row.mask
+    if mask is None or mask.shape != row.ids.shape:
+        return ""
+    mask = mask != 0
+    hidden = hidden_text(row.ids, row.labels, mask, pad)
+    text = np.flatnonzero(row.ids != pad) if pad is not None else np.arange(len(mask))
+    if not mask.any():
+        return "all" if hidden.any() and len(text) else ""
+    seen = np.flatnonzero(mask)
+    first, last = int(seen[0]), int(seen[-1])
+    gaps = hidden[first:].any() or not mask[first : last + 1].all()
+    if not hidden.any() and not gaps:
+        return ""
+    if len(text) and not mask[text].any():
+        return "inverted"
+    if hidden[:first].any():
+        labelled = row.labels != IGNORED
+        return "labels" if labelled.any() and (mask == labelled).mean() > _ALIKE else "front"
+    lost = row.ids[: last + 1][~mask[: last + 1]]
+    if pad is not None and len(lost) and (lost == pad).all() and not hidden[last + 1 :].any():
+        return "pad"
+    return "tail" if mask[first : last + 1].all() else "inside"
+
+
+# A mask that was made from labels may take a token more or less.
+_ALIKE = 0.9
 
 
 def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:

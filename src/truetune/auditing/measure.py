@@ -10,16 +10,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from truetune.auditing.model import virtual_tokens
 from truetune.auditing.read import IGNORED, Reading, ReadRow
-from truetune.auditing.subject import Subject
+from truetune.auditing.subject import Subject, quiet
 from truetune.checks.labels.facts import LabelFacts
 from truetune.checks.labels.markers import nested_rows
 from truetune.findings import Finding, Level, rows_finding
-from truetune.model.mode import evaluating
+from truetune.model.mode import evaluating, mode_kept
 
 # Tokens of the two rows that accumulation is measured on: counts that differ, and cheap.
 _WINDOWS = (16, 64)
@@ -32,6 +34,8 @@ _MOST_WEIGHTS_ON_CPU = 3_000_000_000
 def measured_findings(subject: Subject, reading: Reading, facts: LabelFacts) -> Iterator[Finding]:
     """Both measurements, if there is a model and running it is cheap enough."""
     can = _can_run(subject)
+    if can:
+        yield from _recomputing(subject, reading)
     yield from _isolation(subject, reading, facts, can)
     if can and subject.trainer is not None:
         yield from _accumulation(subject, reading)
@@ -58,6 +62,70 @@ def _asking(model: Any) -> Iterator[None]:
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+# ------------------------------------------------------------------ gradient checkpointing
+
+
+def _recomputing(subject: Subject, reading: Reading) -> Iterator[Finding]:
+    """A soft prompt that is given as cached keys and values is lost where activations are computed
+    again: a forward pass as in training, with and without that."""
+    model = subject.model
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    if not virtual_tokens(model) or not any(getattr(subject.args, n, False) for n in names):
+        return
+    row = max(reading.rows, key=lambda r: int((r.real != 0).sum()))
+    ids = row.ids[row.real != 0][:_WINDOW].tolist()
+    if _fails(model, ids, recomputing=False) is not None:
+        return
+    error = _fails(model, ids, recomputing=True)
+    if error is None:
+        return
+    yield Finding(
+        code="soft-prompt-recomputed",
+        level="error",
+        what="a step of training fails with gradient checkpointing: "
+        f"{type(error).__name__}: {str(error)[:120]}",
+        where="args.gradient_checkpointing",
+        why="a prefix is given to each layer as cached keys and values, and gradient checkpointing "
+        "drops the cache; without it the same row passes",
+        fix="set gradient_checkpointing=False (TRL turns it on by default), or use prompt tuning",
+    )
+
+
+def _fails(model: Any, ids: Sequence[int], *, recomputing: bool) -> Exception | None:
+    """What a forward pass in training mode raises."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    flags = {
+        "gradient_checkpointing": recomputing,
+        "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+    }
+    # As transformers switches it on, without the hooks that it leaves on the embedding.
+    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    kept = [(m, {n: vars(m)[n] for n in flags if n in vars(m)}) for m in layers]
+    inputs = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    try:
+        with (
+            mode_kept(model),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            quiet("transformers.modeling_layers"),
+        ):
+            warnings.simplefilter("ignore")
+            model.train()
+            for layer in layers:
+                vars(layer).update(flags)
+            model(input_ids=inputs, attention_mask=torch.ones_like(inputs))
+    except Exception as error:  # whatever a step would raise
+        return error
+    finally:
+        for layer, values in kept:
+            for name in flags:
+                vars(layer).pop(name, None)
+            vars(layer).update(values)
+    return None
 
 
 # ------------------------------------------------------------------ accumulation

@@ -451,7 +451,10 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
     size = sum(p.numel() for p in model.parameters())
     most = 3e-2 if size < SMALL else 5e-3 if lora else 1e-3
     # Soft prompts are trained with rates of 0.003 to 0.3 (Lester et al. 2021).
-    most = 3.0 if virtual_tokens(model) else most
+    soft = bool(virtual_tokens(model))
+    most, least = (3.0, _least_soft_rate(model)) if soft else (most, 1e-8)
+    kind = "a soft prompt" if soft else "LoRA" if lora else "full fine-tuning"
+    usual = "0.003 to 0.3" if soft else USUAL_RATES
     if rate <= 0:
         yield Finding(
             code="learning-rate-unusual",
@@ -459,21 +462,30 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             what=f"the learning rate is {rate:g}: nothing is learned",
             where="args.learning_rate",
             why="it was never set, or a custom schedule begins at 0",
-            fix=f"learning_rate={USUAL_RATES}",
+            fix=f"learning_rate={usual}",
         )
-    elif rate >= most or rate < 1e-8:
+    elif rate >= most or rate < least:
         side = "above" if rate >= most else "below"
         yield Finding(
             code="learning-rate-unusual",
             level="warning",
-            what=f"the learning rate {rate:g} is far {side} the usual range for "
-            f"{'LoRA' if lora else 'full fine-tuning'}",
+            what=f"the learning rate {rate:g} is far {side} the usual range for {kind}",
             where="args.learning_rate",
             why="the loss diverges, or the model forgets its language"
             if side == "above"
+            else "only the virtual tokens are trained, and at this rate they stay where they began"
+            if soft
             else "the weights hardly change",
-            fix=f"set learning_rate={USUAL_RATES}, or 0.003 to 0.3 for a soft prompt",
+            fix=f"set learning_rate={usual}",
         )
+
+
+def _least_soft_rate(model: Any) -> float:
+    """Ten times below the usual range where the virtual tokens are trained themselves; networks
+    that compute them (p-tuning, prefix_projection) take smaller rates."""
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and p.numel()]
+    alone = all(name.endswith("embedding.weight") for name in trained)
+    return 3e-4 if trained and alone else 1e-8
 
 
 def _weight_decay(subject: Subject) -> Iterator[Finding]:

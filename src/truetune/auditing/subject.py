@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os import PathLike
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,6 +155,21 @@ def subject_of_batches(
     Raises:
         UsageError: no tokenizer was given, or `batches` cannot be iterated.
     """
+    if isinstance(batches, str | PathLike):
+        raise UsageError(
+            f"{str(batches)!r} is a name, and no trainer or batches",
+            why="an audit reads what a trainer is about to train on; rows of a file are checked "
+            "against a model",
+            fix=f"truetune check MODEL {batches}, or truetune.check(model, {str(batches)!r}); to "
+            "audit, pass the trainer or its DataLoader",
+            code="audit-subject",
+        )
+    if isinstance(batches, Mapping) or hasattr(batches, "input_ids"):
+        raise UsageError(
+            f"{type(batches).__name__} is one batch, and not an iterable of batches",
+            fix="truetune.audit([batch], tokenizer)",
+            code="audit-subject",
+        )
     if tokenizer is None:
         raise UsageError(
             "the ids of batches cannot be decoded without their tokenizer",
@@ -166,7 +182,16 @@ def subject_of_batches(
             fix="pass a transformers or TRL Trainer, or a DataLoader",
             code="audit-subject",
         )
-    tokenizer = _tokenizer_of(tokenizer) or tokenizer
+    found = _tokenizer_of(tokenizer)
+    if found is None and not hasattr(tokenizer, "eos_token_id"):
+        swapped = _tokenizer_of(model) is not None
+        raise UsageError(
+            f"the second argument is {_article(tokenizer)}, and no tokenizer",
+            why="tokenizer and model are in each other's place" if swapped else "",
+            fix="truetune.audit(batches, tokenizer, model)",
+            code="audit-no-tokenizer",
+        )
+    tokenizer = found or tokenizer
     eos = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
     if generation_config is not None:
         served, said = _strictly(generation_config)
@@ -184,6 +209,11 @@ def subject_of_batches(
         None,
         "dataset",
     )
+
+
+def _article(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[:1] in 'AEIOUaeiou' else 'a'} {name}"
 
 
 def _tokenizer_of(holder: Any) -> Any:
@@ -227,13 +257,13 @@ def _after_alignment(
         config=copy.deepcopy(model.config),
         generation_config=copy.deepcopy(getattr(model, "generation_config", None)),
     )
-    with _quiet("transformers.trainer_utils"):
+    with quiet("transformers.trainer_utils"):
         align_special_tokens(copied, own)
     return _own_eos(copied) or eos, ()
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     logger = logging.getLogger(name)
     before = logger.disabled
     logger.disabled = True

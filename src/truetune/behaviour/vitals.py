@@ -73,11 +73,43 @@ class Vitals:
         return cls(**{name: value for name, value in line.items() if name in names})
 
 
-def judge(history: Sequence[Vitals]) -> list[Finding]:
+@dataclass(frozen=True)
+class Regime:
+    """How a run is trained, as far as advice depends on it.
+
+    Attributes:
+        lora: whether adapters are trained.
+        rate, usual_rate: the learning rate, and the default of this method, model and rows; None
+            where they are not known.
+    """
+
+    lora: bool = False
+    rate: float | None = None
+    usual_rate: float | None = None
+
+    @property
+    def far(self) -> bool:
+        """Whether the learning rate is far above the usual one."""
+        return bool(self.rate and self.usual_rate and self.rate > _FAR * self.usual_rate)
+
+    @property
+    def gentler(self) -> str:
+        """A lower learning rate, as advice."""
+        if self.far and self.rate and self.usual_rate:
+            usual = f"use --learning-rate {self.usual_rate:g}, the usual one here"
+            return f"{usual}, {self.rate / self.usual_rate:.2g} times lower"
+        return "use a third of the --learning-rate"
+
+
+# Above the usual rate, from where a third of it is no way back.
+_FAR = 3.0
+
+
+def judge(history: Sequence[Vitals], regime: Regime = Regime()) -> list[Finding]:
     """What the last vital signs say, beside those before them, in order."""
     if not history or not history[-1].step:
         return []
-    return [finding for rule in _RULES for finding in rule(history)]
+    return [finding for rule in _RULES for finding in rule(history, regime)]
 
 
 def _numbers(history: Sequence[Vitals], name: str) -> list[float]:
@@ -91,9 +123,6 @@ def _at(history: Sequence[Vitals]) -> str:
     return f"step {history[-1].step:,}"
 
 
-_GENTLER = "use a third of the --learning-rate"
-
-
 # ------------------------------------------------------------------------------------ losses
 
 # A share and nats above the loss before the first step: no training that serves makes its own
@@ -101,7 +130,7 @@ _GENTLER = "use a third of the --learning-rate"
 _WORSE, _WORSE_NATS = 1.10, 0.15
 
 
-def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _worse_than_untrained(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
     for name, of in (("held_out_loss", "held-out rows"), ("trained_loss", "trained rows")):
         losses = _numbers(history, name)
         if len(losses) > 1 and _is_worse(losses):
@@ -112,7 +141,7 @@ def _worse_than_untrained(history: Sequence[Vitals]) -> Iterator[Finding]:
                 f"token; before the first step it was {losses[0]:.2f}",
                 why="the learning rate is too high, the answers do not depend on their "
                 "questions, or the labels differ from what is served",
-                fix=f"{_GENTLER}; check the labels of another trainer with "
+                fix=f"{regime.gentler}; check the labels of another trainer with "
                 "`truetune.audit(trainer)`",
             )
             return
@@ -137,7 +166,7 @@ def is_suspect(losses: Sequence[float]) -> bool:
     return bool(losses) and (_is_worse(losses) or _is_unlearned(losses))
 
 
-def _unlearned(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _unlearned(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
     losses = _numbers(history, "trained_loss")
     if len(losses) > 1 and _is_unlearned(losses):
         yield Finding(
@@ -147,7 +176,7 @@ def _unlearned(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"token; it had fallen to {min(losses):.2f}",
             why="the last rows are unlike the others, the weights were changed from outside, or "
             "the learning rate is too high",
-            fix=f"look at the rows of the last steps; {_GENTLER}",
+            fix=f"look at the rows of the last steps; {regime.gentler}",
         )
 
 
@@ -156,7 +185,7 @@ def _unlearned(history: Sequence[Vitals]) -> Iterator[Finding]:
 _APART, _FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
 
 
-def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _another_loss(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     served, loop = history[-1].trained_loss, history[-1].loop_loss
     if served is None or loop is None or history[-1].examples < _FEWEST_EXAMPLES:
         return
@@ -178,7 +207,7 @@ def _another_loss(history: Sequence[Vitals]) -> Iterator[Finding]:
 _RISING, _RISEN, _RISEN_NATS = 1.15, 1.5, 0.05
 
 
-def _memorising(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _memorising(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     losses = _numbers(history, "held_out_loss")
     trained = history[-1].trained_loss
     if len(losses) < 4 or trained is None or trained > losses[-1] / 2:
@@ -213,7 +242,7 @@ def _times(nats: float) -> str:
     return f"{math.exp(nats):,.0f}" if nats < math.log(1000) else "over a thousand"
 
 
-def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _forgetting(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
     losses = _numbers(history, "keep_loss")
     if len(losses) < 2:
         return
@@ -229,13 +258,15 @@ def _forgetting(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"{_at(history)} "
             f"({losses[0]:.2f} to {losses[-1]:.2f}): on average each token is "
             f"{_times(more)} times less likely",
-            why=f"the rows were very unlike what the model knew ({rows[0]:.1f} nats per token "
+            why="the learning rate is far above the usual one for this method, model and rows"
+            if regime.far
+            else f"the rows were very unlike what the model knew ({rows[0]:.1f} nats per token "
             "before the first step): learning them displaces earlier knowledge"
             if foreign
             else "the model forgets what it knew: the learning rate is too high, or there are "
             "too many epochs over rows of one kind",
-            fix=f"{_GENTLER}, --lora, fewer epochs, or some rows like the model's earlier "
-            "training data",
+            fix=f"{regime.gentler}, {'' if regime.lora else '--lora, '}fewer epochs, or some rows "
+            "like the model's earlier training data",
         )
 
 
@@ -248,7 +279,7 @@ _KNOWN = 2.0
 _STOP_LOST = 2.0
 
 
-def _stop_not_learned(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _stop_not_learned(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     stops, trained = _numbers(history, "stop_loss"), _numbers(history, "trained_loss")
     if len(stops) < 3:
         return
@@ -278,7 +309,7 @@ def _stop_not_learned(history: Sequence[Vitals]) -> Iterator[Finding]:
 _MOVED, _INTERVALS, _STEPS = 0.002, 3, 20
 
 
-def _stands_still(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _stands_still(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     losses = _numbers(history, "trained_loss")
     if len(losses) <= _INTERVALS or history[-1].step < _STEPS or not losses[0]:
         return
@@ -399,7 +430,7 @@ def _still_learns(history: Sequence[Vitals]) -> bool:
     return bool(losses) and losses[-1] >= _KNOWN and losses[-1] <= _LOWEST * min(losses)
 
 
-def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _bad_replies(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     if history[-1].prompts < _FEWEST_PROMPTS or history[-1].step < _FEWEST_STEPS:
         return
     for name, said in _BAD_REPLIES:
@@ -427,7 +458,7 @@ def _bad_replies(history: Sequence[Vitals]) -> Iterator[Finding]:
             )
 
 
-def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
+def _stops_lost(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
     found = _numbers(history, "stop_rate")
     # A base that ends its texts now and then has not learned to stop.
     known = [
@@ -453,7 +484,7 @@ def _stops_lost(history: Sequence[Vitals]) -> Iterator[Finding]:
             f"at {_at(history)}; it was {best:.0%} at best",
             why="the model is forgetting how to stop: the learning rate is too high, or the ends "
             "of answers are cut off or masked",
-            fix=f"{_GENTLER}; `truetune check` shows whether the stop token is supervised",
+            fix=f"{regime.gentler}; `truetune check` shows whether the stop token is supervised",
         )
 
 

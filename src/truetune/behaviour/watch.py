@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from truetune.behaviour.measure import Measured, Prober
 from truetune.behaviour.steps import Probe, StepFacts, usual_probes
-from truetune.behaviour.vitals import Vitals, judge
+from truetune.behaviour.vitals import Regime, Vitals, judge
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
 
@@ -25,6 +25,7 @@ class Watch:
         probes: of the steps; new ones where None.
         history: vital signs that were taken before.
         losses: loss and number of targets of the steps since the last of them.
+        regime: how the run is trained.
 
     Attributes:
         history: the vital signs so far.
@@ -36,8 +37,10 @@ class Watch:
         probes: Sequence[Probe] | None = None,
         history: Sequence[Vitals] = (),
         losses: Sequence[tuple[float, int]] = (),
+        regime: Regime | None = None,
     ) -> None:
         self.prober = prober
+        self.regime = regime or Regime()
         self.probes = usual_probes() if probes is None else tuple(probes)
         self.history = list(history)
         self._told: set[tuple[str, str]] = set()
@@ -75,7 +78,7 @@ class Watch:
             vitals = replace(vitals, held_out_loss=held_out_loss)
         self._losses.clear()
         self.history.append(vitals)
-        return replace(measured, vitals=vitals), judge(self.history)
+        return replace(measured, vitals=vitals), judge(self.history, self.regime)
 
     def new(self, findings: Sequence[Finding]) -> list[Finding]:
         """Those that were not reported before."""

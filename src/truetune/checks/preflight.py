@@ -98,4 +98,6 @@ def preflight(
         if on_progress:
             on_progress(done, len(families))
         found += family()
-    return merged(found)
+    # Reasoning without an end is found in the text and in the ids: the text says more.
+    open_ended = [f for f in found if f.code == "reasoning-unclosed"][1:]
+    return merged(f for f in found if f not in open_ended)

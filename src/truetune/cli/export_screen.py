@@ -101,6 +101,40 @@ def export_served(
     )
 
 
+def export_quantised(
+    screen: Screen, run: str, output: str, *, as_json: bool, **options: Any
+) -> None:
+    """Write a folder with quantised weights, and tell how it was proved."""
+    from truetune.run.export_quantised import export_quantised as exported
+
+    try:
+        made = exported(run, output, listener=None if as_json else screen, **options)
+    finally:
+        screen.close()
+    if as_json:
+        typer.echo(json.dumps({"folder": output, **made.as_dict(), "serve": made.line}, indent=2))
+        return
+    written, numbers = made.written, made.stage.numbers
+    screen.line(f"{output} ({made.quant}), loaded by transformers and compared with the model:")
+    rows = [
+        (
+            "weights",
+            f"{written.matrices} matrices quantised, {gib(written.num_bytes)} instead of "
+            f"{gib(written.plain_bytes)}",
+        ),
+        ("prompts", f"equal on {made.prompts} conversations, as text and as ids"),
+        ("numbers", _numbers(made.apart)),
+        ("replies", f"{100 * numbers['same_replies']:.0f} % of {numbers['replies']} are the same"),
+    ]
+    if made.calibration:
+        held = made.calibration
+        rows.insert(
+            1, ("calibrated", f"on {len(held.rows)} of {held.available} rows: {held.source}")
+        )
+    folder = shlex.quote(output)
+    screen.pairs([*rows, ("chat", f"truetune chat {folder}"), ("serve", made.line)])
+
+
 def export_mlx(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
     """Write a folder for MLX, and tell how it was proved."""
     from truetune.run.export_mlx import export_mlx as exported

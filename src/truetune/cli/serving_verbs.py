@@ -11,6 +11,7 @@ from truetune.cli.arguments import Base, Device, Json, Source
 from truetune.cli.verb import open_screen
 
 _GGUF = "GGUF and MLX"
+_FEWER = "Fewer bits"
 
 
 def export_run(
@@ -42,8 +43,19 @@ def export_run(
         str | None,
         typer.Option(
             help="GGUF: f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, "
-            "q4_1, q4_0. MLX: f32, f16, bf16, 8bit, 6bit, 5bit, 4bit. (default: f16; bf16 for MLX)",
-            rich_help_panel=_GGUF,
+            "q4_1, q4_0 (default: f16). MLX: f32, f16, bf16, 8bit, 6bit, 5bit, 4bit (default: "
+            "bf16). merged, vllm, sglang: nf4, int8, torchao-int8, gptq-w4a16, gptq-w8a8 (default: "
+            "none).",
+            rich_help_panel=_FEWER,
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Rows on which GPTQ is calibrated. (default: those that the run was trained on)",
+            rich_help_panel=_FEWER,
             show_default=False,
         ),
     ] = None,
@@ -89,6 +101,11 @@ def export_run(
     mlx: a folder for MLX, written by mlx_lm and compared with the model. This needs the extra
     `mlx`.
 
+    With --quant, merged, vllm and sglang write a folder with quantised weights, which transformers
+    and vLLM load: nf4 and int8 by bitsandbytes, torchao-int8 by torchao, gptq-w4a16 and gptq-w8a8
+    by llm-compressor, each an extra. The folder is loaded anew and compared with the model, as
+    `truetune diagnose RUN --quantised DIR` does.
+
     vllm, sglang: the adapter if the server can load it on its base, else the merged model, and the
     command that serves it. DoRA, new tokens, whole layers, quantised bases and stop tokens that the
     base does not have need the merged model.
@@ -97,6 +114,7 @@ def export_run(
 
     \b
     truetune export runs/first --to merged -o merged
+    truetune export runs/first --to merged --quant nf4 -o first-nf4
     truetune export runs/first --to gguf --quant q8_0 -o first-gguf
     truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
     """
@@ -104,6 +122,7 @@ def export_run(
         export_gguf,
         export_merged,
         export_mlx,
+        export_quantised,
         export_served,
     )
     from truetune.run.export_kind import require_export
@@ -119,6 +138,7 @@ def export_run(
         quant=quant,
         source=run,
         output=output,
+        data=data,
     )
     screen = open_screen()
     if what in ("gguf", "ollama"):
@@ -145,9 +165,13 @@ def export_run(
         "onto": onto,
         "dtype": None if dtype == "auto" else dtype,
         "device": device,
-        "check": not no_verify,
         "as_json": as_json,
     }
+    if held:
+        server = "vllm" if what == "merged" else what
+        export_quantised(screen, run, output, quant=held, server=server, data=data, **merging)
+        return
+    merging["check"] = not no_verify
     if what == "merged":
         export_merged(screen, run, output, **merging)
     else:

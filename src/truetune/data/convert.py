@@ -63,7 +63,7 @@ def _conversation(
         made = Conversation((), where, text=text)
     else:
         messages = _with_system(_BUILDERS[schema](cells, unused), cells)
-        check_turns(messages)
+        check_turns(messages, turns=schema in ("messages", "sharegpt"))
         made = Conversation(
             tuple(messages),
             where,
@@ -74,8 +74,11 @@ def _conversation(
     return made
 
 
-def check_turns(messages: list[Message]) -> None:
+def check_turns(messages: list[Message], *, turns: bool = True) -> None:
     """Refuses a conversation without a question, or without an answer to learn.
+
+    Args:
+        turns: the row has turns of its own, which can be marked; columns have none.
 
     Raises:
         BadRow: `prompt-missing`, `no-assistant-turn`, `empty-answer`.
@@ -86,12 +89,14 @@ def check_turns(messages: list[Message]) -> None:
             "no-assistant-turn",
             "the conversation has no assistant turn",
             why="there is nothing to learn from it",
+            fix="add the answer, remove the row, or name the column that holds it with --columns",
         )
     if not any(m.get("train", True) for m in answers):
         raise BadRow(
             "no-assistant-turn",
             "every assistant turn is marked as not to be trained",
             why="there is nothing to learn from it",
+            fix='remove "train": false from the answer that is to be learned, or remove the row',
         )
     if messages[0] is answers[0] and answers[0].get("train", True):
         raise BadRow(
@@ -108,7 +113,9 @@ def check_turns(messages: list[Message]) -> None:
                 "empty-answer",
                 "an assistant turn is empty",
                 why="the model would learn to stop immediately",
-                fix='drop the row, or mark the turn "train": false',
+                fix='drop the row, or mark the turn "train": false'
+                if turns
+                else "drop the row (--bad-rows drop), or fill in its answer",
             )
 
 

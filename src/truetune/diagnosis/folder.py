@@ -20,6 +20,7 @@ from truetune.diagnosis.measured import (
 from truetune.diagnosis.rounding import is_rounded
 from truetune.diagnosis.settings import architecture, generation, vocabulary
 from truetune.diagnosis.tensors import OTHER, Lookup, Same, explain
+from truetune.diagnosis.tensors import apart as moved
 from truetune.diagnosis.work import AGAIN, Work, parted
 from truetune.errors import TruetuneError
 from truetune.evaluation.interval import FEWEST_DIFFERENT, score_difference
@@ -31,8 +32,8 @@ from truetune.exporting.gguf_proof import (
     apart_of,
 )
 from truetune.findings import Finding
-from truetune.model.load import load_model
-from truetune.model.quantise import dequantised
+from truetune.model.load import load_model, quiet
+from truetune.model.quantise import plain_weights, stored_bits, stored_quantisation
 from truetune.model.source import ADAPTER_CONFIG, read_json
 from truetune.model.tokenizer import load_tokenizer, num_ids
 
@@ -44,7 +45,30 @@ _FOLDERS = {
 }
 
 
-_QUANTISED = Budget(0.3, 1.2)
+# The same of quantised folders, by the bits that their config states; docs/serving.md has what
+# healthy ones cost.
+_QUANTISED = {8: Budget(4e-2, 0.12)}
+_FEWER_BITS = Budget(0.3, 1.2)
+# What rounding may move a matrix, in units of its norm, by method and bits: eight bits cost 0.01 of
+# it, NF4's small blocks 0.1, larger groups 0.15, a whole row in four bits 0.2 to 0.4, two bits 0.4.
+_MOVED = {("bitsandbytes", 4): 0.25}
+_MOVED_BY_BITS = {8: 0.06, 4: 0.5}
+_MOVED_MOST = 0.6
+# How far from 1 the scale of a whole matrix may be: rounding is to both sides.
+_SCALED = {8: 0.02, 4: 0.08}
+_SCALED_MOST = 0.4
+
+
+def quantised_budget(config: Any) -> Budget:
+    """How far a quantised folder may be from what it was made from."""
+    return _QUANTISED.get(stored_bits(config) or 0, _FEWER_BITS)
+
+
+def _may_be(config: Any) -> tuple[float, float]:
+    """How far a healthy matrix may move, and its scale."""
+    method, bits = stored_quantisation(config) or "", stored_bits(config) or 0
+    most = _MOVED.get((method, bits), _MOVED_BY_BITS.get(bits, _MOVED_MOST))
+    return most, _SCALED.get(bits, _SCALED_MOST)
 
 
 # A stage that is further from what was trained than this share of what training changed has lost
@@ -66,8 +90,6 @@ def folder_stage(work: Work, name: str, folder: str) -> Stage:
     model = loaded.transformers_model
     settings = architecture(work.config, model.config)
     settings += _shorter(work, model.config)
-    shown = _weights_cause(work, model, loaded.base_dtype, name)
-    cause = "; ".join([*([shown] if shown else []), *settings])
     reading = replies = apart = None
     over = ""
     try:
@@ -76,11 +98,14 @@ def folder_stage(work: Work, name: str, folder: str) -> Stage:
         replies = replies_of(loaded, contract, work.cases) if reading is not None else None
     except TruetuneError as error:
         over = f"the rows cannot be run through it: {error.what}"
+    # Quantised weights are restored in place: after they were run.
+    shown = _weights_cause(work, model, loaded.base_dtype, name)
+    cause = "; ".join([*([shown] if shown else []), *settings])
     if reading is not None:
         apart = apart_of(work.reference.reading, reading)
         budget = _FOLDERS.get(loaded.base_dtype, _FOLDERS["bfloat16"])
         if name == "quantised":
-            budget = _QUANTISED
+            budget = quantised_budget(model.config)
         elif not cause:
             budget = as_held(budget)
         over = over or too_far(apart, budget, work.effect)
@@ -152,8 +177,9 @@ def _weights_cause(work: Work, model: Any, dtype: str, name: str) -> str:
         return is_rounded(value, wanted, kind, merged=work.is_adapter)
 
     kind = _TYPES.get(dtype, "F32")
-    shown = _explained(work, work.whole, model, kind, same)
-    if shown and work.rounded_base and not _explained(work, work.on_original(), model, kind, same):
+    values = model.state_dict()
+    shown = _explained(work, work.whole, values, kind, same)
+    if shown and work.rounded_base and not _explained(work, work.on_original(), values, kind, same):
         # A choice that an export offers; what it costs shows in the predictions.
         return ""
     if shown and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
@@ -164,24 +190,51 @@ def _weights_cause(work: Work, model: Any, dtype: str, name: str) -> str:
 _TYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 
-# In units of a matrix' norm: two bits cost 0.4 of it, four 0.1, eight 0.01.
-_FEWEST_BITS = 0.6
-
-
 def _rounded_cause(work: Work, model: Any) -> str:
-    """Say what was done to weights besides rounding; "" if nothing was, or if transformers cannot
-    restore plain weights."""
-    try:
-        plain = dequantised(model, "")
-    except TruetuneError:
+    """Say what was done to weights besides rounding; "" if nothing was, or if the weights cannot be
+    restored or compared."""
+    method = stored_quantisation(model.config)
+    most, scaled = _may_be(model.config)
+    factor = most / OTHER
+
+    def same(_: str, value: Any, kind: str, wanted: Any) -> bool:
+        own, its = wanted.double().flatten(), value.double().flatten()
+        scale = float(own @ its) / max(float(own @ own), 1e-30)
+        return moved(value, wanted) <= most and (abs(scale - 1) <= scaled or not own.any())
+
+    with quiet():
+        values = plain_weights(model)
+    if values is None or (method != "bitsandbytes" and _rescaled(work.whole, values)):
         return ""
-    return _explained(work, work.whole, plain, "", factor=_FEWEST_BITS / OTHER)
+    shown = _explained(work, work.whole, values, "", same, factor)
+    if (
+        shown
+        and work.rounded_base
+        and not _explained(work, work.on_original(), values, "", same, factor)
+    ):
+        return ""
+    return shown
+
+
+# A norm that a quantiser divides by the scales of AWQ or SmoothQuant moves much further.
+_NORM_MOVED = 0.02
+
+
+def _rescaled(whole: Any, values: Any) -> bool:
+    """Whether norms, which no method rounds, are others: AWQ and SmoothQuant move scales of
+    channels into them, and matrices are then not comparable one by one."""
+    return any(
+        moved(values[name].float(), value.float()) > _NORM_MOVED
+        for name, value in whole.state_dict().items()
+        if value.ndim == 1 and value.is_floating_point() and name in values
+        and value.shape == values[name].shape
+    )  # fmt: skip
 
 
 def _explained(
-    work: Work, whole: Any, model: Any, kind: str, same: Same | None = None, factor: float = 1.0
+    work: Work, whole: Any, values: Any, kind: str, same: Same | None = None, factor: float = 1.0
 ) -> str:
-    """See `explain`; the weights of models."""
+    """See `explain`; the weights of models. `values`: those found, by name."""
 
     def lookup(values: Any) -> Lookup:
         return lambda tensor: (values[tensor].float(), kind) if tensor in values else None
@@ -191,7 +244,7 @@ def _explained(
 
     return explain(
         ((key, value.float()) for key, value in whole.state_dict().items()),
-        lookup(model.state_dict()),
+        lookup(values),
         before if work.is_adapter else None,
         factor=factor,
         same=same,

@@ -18,17 +18,29 @@ _FENCED = re.compile(r"```[\w-]*[ \t]*\n(.*?)```", re.DOTALL)
 
 _SPACES = "\u00a0\u2009\u202f"
 _BETWEEN_DIGITS = re.compile(rf"(?<=\d)(?:[{_SPACES}]|\\[,! ;]|\{{,\}})(?=\d{{3}}(?!\d))")
+# Plain spaces only where nothing else can be meant: 1 000 000, 12 000.
+_THOUSANDS = re.compile(r"(?<![\w.,])(?<!\d )\d{1,3}(?:(?: \d{3}){2,}|(?: 000)+)(?![\w ]*\d)(?!\w)")
+_RAISED = re.compile(r"\u207b?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
+_VULGAR = re.compile(r"[\u00bc-\u00be\u2150-\u215e]")
+_SHORT_FRACTION = re.compile(r"\\[dt]?frac\s?(\d)\s?(\d)(?!\d)")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.,]{1,40})\s*\}\s*\{\s*([\d.,]{1,40})\s*\}")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
     # A sign belongs to the number unless something stands before it: 10-12 ends in 12.
-    r"(?P<sign>(?<![\w)\]}])[-+][ ]?\$?)?"
+    r"(?P<sign>(?<![\w)\]}^])[-+][ ]?\$?)?"
     # A digit that is glued to a Latin letter is part of a name: x2, H2O.
-    rf"(?<![A-Za-z0-9_])(?<!\d\.)(?P<body>{_WHOLE}(?:\.\d+)?|\.\d+)"
+    # Behind a letter's sign of a power it is no number of its own: 5 m^2.
+    rf"(?<![A-Za-z0-9_^])(?<!\^\{{)(?<!\d\.)(?P<body>{_WHOLE}(?:\.\d+)?|\.\d+)"
     r"(?:[eE](?P<e>[-+]?\d{1,3})(?![\w.])"
+    r"|\s?(?:\^|\*\*)\s?\{?(?P<to>[-+]?\d{1,3})\}?(?![\w.]*\d)"
+    # A mixed number: 2 1/2.
+    r"|[ ](?P<over>\d{1,3})/(?P<den>\d{1,3})(?![\d/]|\.\d)"
     r"|\s?(?:\u00d7|\*|x|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?(?P<ten>[-+]?\d{1,3})\}?"
     rf"|\s?/\s?(?P<under>{_WHOLE})(?![\d/]|\.\d))?"
 )
+# What goes on a number in front of a text and behind it: 3.5, 3,000, 3/4; no list and no date.
+_INSIDE = re.compile(r"(?:\d\.|(?<![\d/])\d{1,12}/)$")
+_INTO = re.compile(r"\.\d|/\d{1,12}(?![\d/])|,\d{3}(?!\d)")
 # Longer rows of digits are no answer that anybody wrote.
 _MOST_DIGITS = 400
 
@@ -36,16 +48,31 @@ _MOST_DIGITS = 400
 def holds(text: str, part: str) -> bool:
     """Whether `part` stands in `text` as whole words, both normalised.
 
-    A letter, digit or hyphen beside it makes it part of a longer word; letters of scripts that
-    write no spaces do not.
+    A letter, digit or hyphen beside it makes it part of a longer word, and a point, comma or slash
+    with a digit part of a longer number; letters of scripts that write no spaces do not.
     """
     at = text.find(part)
     while at >= 0:
         end = at + len(part)
-        if not (_goes_on(text[at - 1 : at]) or _goes_on(text[end : end + 1])):
+        if not (
+            _in_number(text, at, end)
+            or _goes_on(text[at - 1 : at])
+            or _goes_on(text[end : end + 1])
+        ):
             return True
         at = text.find(part, at + 1)
     return False
+
+
+def _in_number(text: str, at: int, end: int) -> bool:
+    """Whether a stretch of a text that begins or ends on digits is a part of a longer number."""
+    first = re.match(r"\d+", text[at:end])
+    before = text[max(at - 16, 0) : at]
+    if first and (
+        _INSIDE.search(before) or (len(first[0]) == 3 and re.search(r"(?<!\d)\d{1,3},$", before))
+    ):
+        return True
+    return text[end - 1 : end].isdigit() and _INTO.match(text, end) is not None
 
 
 def _goes_on(char: str) -> bool:
@@ -59,7 +86,8 @@ def last_number(text: str) -> Fraction | None:
     """The last number of a text; of its last \\boxed{}, where that holds one.
 
     Thousands may be separated by commas or thin spaces, units and percent signs are left aside, and
-    3/4, \\frac{3}{4}, 1e-3 and 2 \\times 10^3 are numbers. A comma is never a decimal sign.
+    3/4, \\frac{3}{4}, 2 1/2, 1e-3, 10^3 and 2 \\times 10^3 are numbers. A comma is never a decimal
+    sign.
     """
     boxed = _last_boxed(text)
     found = None if boxed is None else _last(boxed)
@@ -67,13 +95,20 @@ def last_number(text: str) -> Fraction | None:
 
 
 def _last(text: str) -> Fraction | None:
-    text = text.replace("\u2212", "-")
-    text = _FRACTION.sub(r"\1/\2", _BETWEEN_DIGITS.sub("", text))
+    text = _BETWEEN_DIGITS.sub("", text.replace("\u2212", "-"))
+    text = _SHORT_FRACTION.sub(r" \1/\2", _FRACTION.sub(r"\1/\2", text))
+    text = _VULGAR.sub(lambda found: " " + _plain(found[0]).replace("\u2044", "/"), text)
+    text = _RAISED.sub(lambda found: "^" + _plain(found[0]).replace("\u2212", "-"), text)
+    text = _THOUSANDS.sub(lambda found: found[0].replace(" ", ""), text)
     value = None
     for match in _NUMBER.finditer(text):
         number = _value(match)
         value = value if number is None else number
     return value
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text)
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -84,6 +119,12 @@ def _value(match: re.Match[str]) -> Fraction | None:
     value = Fraction(body)
     if int(under):
         value /= int(under)
+    if match["to"] and (value or not match["to"].startswith("-")):
+        value **= int(match["to"])
+    if match["den"] and int(match["den"]):
+        part = Fraction(int(match["over"]), int(match["den"]))
+        # More than a whole is a number of its own.
+        value = value + part if part < 1 else part
     if power := match["e"] or match["ten"]:
         value *= Fraction(10) ** int(power)
     return -value if (match["sign"] or "").startswith("-") else value

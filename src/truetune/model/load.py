@@ -10,6 +10,7 @@ output  LoadedModel
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from truetune.model.quantise import (
     quantization_config,
     refuse_twice,
     require_bitsandbytes,
+    require_opener,
     same_in_evaluation,
     stored_quantisation,
 )
@@ -140,6 +142,7 @@ def load_model(
     files = locate(source, revision, weights=True)
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
     config = causal_config(base_files)
+    require_opener(config, str(base_files.folder / "config.json"))
     adapter_tensors = _require_adapter(files) if files.is_adapter else None
     if tokenizer is None:
         tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base_files)
@@ -241,8 +244,14 @@ def _read_weights(
         refuse_twice(config, str(files.folder))
         compute = placement.compute or placement.parameters
         where["quantization_config"] = quantization_config(quantised, compute)
+    # compressed-tensors draws bars of its own.
+    bars = (
+        contextlib.redirect_stderr(io.StringIO())
+        if stored_quantisation(config) == "compressed-tensors"
+        else contextlib.nullcontext()
+    )
     try:
-        with quiet():
+        with quiet(), bars:
             model, info = AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 config=config,

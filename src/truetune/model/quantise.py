@@ -1,4 +1,4 @@
-"""A frozen base in 4 or 8 bits, through bitsandbytes.
+"""A frozen base in 4 or 8 bits, through bitsandbytes; and what other tools quantised.
 
 4 bits: NF4 with double quantisation (Dettmers et al. 2023, QLoRA); 8 bits: LLM.int8 (Dettmers et
 al. 2022). Input embedding, norms and output head keep their own type.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.errors import ModelError, UsageError
@@ -22,6 +23,10 @@ logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 # And at every product of 8 bits that it computes in float16, as LLM.int8 is made: thousands of
 # lines in a run of ten steps.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+# It says at import which of its kernels are for another GPU, and torch says which of its classes
+# are of an old kind; transformers and peft import it wherever it is installed.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 # as-trained: an adapter's base as it was in training, else as-stored. as-stored: what the files
 # hold. dequantised: rounded to 4 or 8 bits as in training, then in plain layers again.
@@ -83,6 +88,80 @@ def stored_quantisation(config: Any) -> str | None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
     return str(getattr(method, "value", method) or "bitsandbytes")
+
+
+# What transformers needs to open files of a method: a module, and how it is installed.
+_OPENED_WITH = {
+    "bitsandbytes": ("bitsandbytes", "'truetune[bitsandbytes]'"),
+    "torchao": ("torchao", "'truetune[torchao]'"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+}
+
+
+def require_opener(config: Any, where: str) -> None:
+    """Raise where the files are quantised by a method whose package is not installed.
+
+    Raises:
+        UsageError: naming the package.
+    """
+    method = stored_quantisation(config)
+    module, package = _OPENED_WITH.get(method or "", ("", ""))
+    if module and importlib.util.find_spec(module) is None:
+        raise UsageError(
+            f"the weights are quantised by {method}, and {module} is not installed",
+            where=where,
+            why="transformers opens them with that package",
+            fix=f"pip install {package}",
+            code="extra-missing",
+        )
+
+
+def stored_bits(config: Any) -> int | None:
+    """Bits of the quantised weights in a model's files, the fewest where they differ; None if the
+    config does not state them."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    told = found if isinstance(found, dict) else found.to_dict()
+    if told.get("load_in_4bit") or told.get("load_in_8bit"):
+        return 4 if told.get("load_in_4bit") else 8
+    groups = told.get("config_groups")
+    if isinstance(groups, dict):
+        weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
+        bits = [each.get("num_bits") for each in weights if isinstance(each, dict)]
+        return min((bit for bit in bits if isinstance(bit, int)), default=None)
+    if isinstance(told.get("bits"), int):
+        return int(told["bits"])
+    # torchao names a class: Int8WeightOnlyConfig.
+    named = re.findall(r"\bU?Int(\d+)\w*Config\b", str(told.get("quant_type")))
+    return min(map(int, named), default=None)
+
+
+def plain_weights(model: Any) -> dict[str, Any] | None:
+    """What the quantised weights of a model stand for, by their names in the plain model; None if
+    nothing here can restore them. The model may be changed: it is not to be run afterwards."""
+    if stored_quantisation(model.config) == "compressed-tensors":
+        from compressed_tensors.compressors import decompress_module
+
+        for module in model.modules():
+            # transformers may have restored them when it loaded the files.
+            packed = hasattr(module, "weight_packed")
+            whole = getattr(module, "weight", None)
+            held = packed or (whole is not None and not whole.is_floating_point())
+            if held and hasattr(module, "quantization_scheme"):
+                decompress_module(module)
+        return dict(model.state_dict())
+    if stored_quantisation(model.config) == "torchao":
+        return {
+            name: value.dequantize() if hasattr(value, "qdata") else value
+            for name, value in model.state_dict().items()
+        }
+    try:
+        return dict(dequantised(model, "").state_dict())
+    except ModelError:
+        return None
 
 
 def refuse_twice(config: Any, where: str) -> None:

@@ -257,8 +257,11 @@ def _abilities(run: RunFacts) -> Iterator[str]:
         else:
             row = f"{first[1]:.3f}", f"{last[1]:.3f}"
         begin = row[0] if first[0] == 0 else "\u2013"
+        # Some signs could not be taken at the last step.
+        stale = name in SHARES and run.vitals and last[0] != run.vitals[-1].get("step")
+        after = f"{row[1]} (step {last[0]:,})" if stale else row[1]
         if name != "eval_loss" or not run.series("held_out_loss"):
-            table.append(f"| {label} | {begin} | {row[1]} |")
+            table.append(f"| {label} | {begin} | {after} |")
     if table:
         yield "| measured on fixed prompts and texts | before | after |\n|---|---|---|"
         yield from table

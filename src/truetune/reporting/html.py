@@ -259,11 +259,12 @@ def token_spans(kind: str, ids: Sequence[int], texts: Sequence[str]) -> str:
 def lengths_section(lengths: Mapping[str, Any]) -> Iterator[str]:
     """A length report as `checks.lengths.length_report` makes it."""
     limit = lengths.get("limit") or {}
+    share = "all" if lengths["keeps_99_percent"] >= lengths["longest"] else "99 % of the"
     yield histogram(lengths["histogram"], int(limit.get("limit") or 0))
     yield (
         f"<p>Half of the rows have up to {lengths['p50']:,} tokens, 95 % up to {lengths['p95']:,}, "
         f"99 % up to {lengths['p99']:,}; the longest has {lengths['longest']:,}. A limit of "
-        f"{lengths['keeps_99_percent']:,} tokens keeps 99 % of the rows whole.</p>"
+        f"{lengths['keeps_99_percent']:,} tokens keeps {share} rows whole.</p>"
     )
     yield (
         '<div class="scroll"><table><tr><th>cut after</th><th>rows cut</th>'

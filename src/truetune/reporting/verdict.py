@@ -132,11 +132,18 @@ LOSSES: dict[str, str] = {
 def vital_sentences(run: RunFacts) -> Iterator[str]:
     """How the vital signs changed from the first step to the last; those that stayed at zero are
     omitted."""
+    steps = [line.get("step") for line in run.vitals]
     for name, words in SHARES.items():
         if points := run.series(name):
-            first, last = points[0][1], points[-1][1]
+            (first_step, first), (last_step, last) = points[0], points[-1]
             if name == "stop_rate" or first or last:
-                yield f"{words.capitalize()}: {percent(last)} (before: {percent(first)})."
+                # A sign that could not be taken at a step says nothing of it.
+                since = "before" if first_step == steps[0] else f"at step {first_step:,}"
+                at = (
+                    "" if last_step == steps[-1] else f" at step {last_step:,}"
+                )
+                was = f" ({since}: {percent(first)})" if first_step != last_step else ""
+                yield f"{words.capitalize()}: {percent(last)}{at}{was}."
     points = run.series("keep_loss")
     if len(points) > 1:
         yield f"Loss on text to keep: {points[-1][1]:.3f} nats per token ({points[0][1]:.3f})."

@@ -72,8 +72,9 @@ def bad_rows_told(
         raise DataError("there are no rows to train", where=str(recipe.data))
     if not bad:
         return others, []
+    number = sum(finding.count for finding in bad)
     error = BadRows(
-        f"{len(bad):,} row{'s' if len(bad) > 1 else ''} cannot be trained"
+        f"{number:,} row{'s' if number > 1 else ''} cannot be trained"
         + ("" if num_left else "; no row is left to train"),
         merged(bad),
         fix="correct them, or leave them out with --bad-rows drop"

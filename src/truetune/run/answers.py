@@ -9,7 +9,7 @@ from typing import Any
 from truetune.contract.contract import PromptContract
 from truetune.generate import Sampling, replies_to_ids
 from truetune.model.load import LoadedModel
-from truetune.recipe.plan import Plan
+from truetune.recipe.plan import Plan, suggested_rate
 from truetune.run.outcome import ROOM, Answer, Outcome, mean, short_rows
 from truetune.run.prepare import Prepared
 
@@ -81,4 +81,5 @@ def outcome_of(
         plan.learning_rate,
         plan.logging_steps * taken / max(whole, 1),
         plan.epochs is None,
+        suggested_rate(plan, prepared.model),
     )

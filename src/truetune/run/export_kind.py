@@ -6,13 +6,17 @@ import os
 from pathlib import Path
 
 from truetune.errors import OutputExists, UsageError
+from truetune.exporting.quantised import QUANTS, require_quantiser
 from truetune.findings import near
 from truetune.model.served_adapter import SERVERS
 from truetune.servers.llama_cpp import require_llama_cpp
 
 _KINDS = ("merged", "gguf", "ollama", "mlx", *SERVERS)
-# Kinds that hold weights in a type of --quant, and the one they take by themselves.
-QUANT = {"gguf": "f16", "ollama": "f16", "mlx": "bf16"}
+# Kinds that hold weights in a type of --quant, and the one they take by themselves; "" for plain
+# weights.
+QUANT = {"gguf": "f16", "ollama": "f16", "mlx": "bf16", "merged": "", **dict.fromkeys(SERVERS, "")}
+# Kinds whose quantised weights transformers opens.
+_FOLDERS = ("merged", *SERVERS)
 # What is asked for by another name.
 _INSTEAD = {
     "tgi": "--to merged, and then text-generation-launcher --model-id DIR",
@@ -34,6 +38,7 @@ def require_export(
     quant: str | None,
     source: str,
     output: str,
+    data: str | None = None,
 ) -> tuple[str, str]:
     """The kind of export that was asked for, and the type of its weights where it has one.
 
@@ -71,7 +76,7 @@ def require_export(
     for option, given, kinds in (
         ("--no-verify", no_verify, ("merged", *SERVERS)),
         ("--dtype", dtype != "auto", ("merged", *SERVERS)),
-        ("--quant", quant is not None, tuple(QUANT)),
+        ("--data", data is not None, _FOLDERS),
         ("--go-template", go_template, ("ollama",)),
         ("--adapter", adapter, ("gguf",)),
     ):
@@ -82,6 +87,21 @@ def require_export(
                 fix=f"omit it, or use {' or '.join(f'--to {kind}' for kind in kinds)}",
                 code="export-what",
             )
+    quantised = what in _FOLDERS and quant is not None
+    if quantised and no_verify:
+        raise UsageError(
+            "--no-verify has no effect with --quant",
+            why=_NO_EFFECT["--no-verify"],
+            fix="omit it",
+            code="export-what",
+        )
+    if data is not None and not (quant in QUANTS and QUANTS[quant].calibrated):
+        fits = " or ".join(name for name, one in QUANTS.items() if one.calibrated)
+        raise UsageError(
+            "--data has no effect without a type that is calibrated on rows",
+            fix=f"omit it, or use --quant {fits}",
+            code="export-what",
+        )
     if Path(source).is_file() and source.lower().endswith(".gguf"):
         raise UsageError(
             f"{source} is a GGUF file, from which nothing is exported",
@@ -98,11 +118,12 @@ def require_export(
         )
     if what in ("gguf", "ollama"):
         require_llama_cpp(f"--to {what}")
-    return what, quant or QUANT.get(what, "")
+    if quantised and quant is not None:
+        require_quantiser(quant)
+    return what, quant or QUANT[what]
 
 
 _NO_EFFECT = {
     "--no-verify": "it is always compared with the model",
     "--dtype": "--quant says how its weights are held",
-    "--quant": "--dtype says how its weights are held",
 }

@@ -57,6 +57,7 @@ class Outcome:
         learning_rate: the peak.
         passes: over the rows.
         by_steps: whether the run's length was given in steps.
+        usual_rate: the default learning rate of this method, model and rows; None where unknown.
     """
 
     answers: tuple[Answer, ...]
@@ -67,6 +68,7 @@ class Outcome:
     learning_rate: float
     passes: float
     by_steps: bool = False
+    usual_rate: float | None = None
 
     @property
     def trained(self) -> list[Answer]:
@@ -184,10 +186,12 @@ _RULES = (_not_ended, _not_learned, _ended_early, _went_too_far)
 
 
 def _more(outcome: Outcome) -> str:
-    """What to change: three times the rate where the loss hardly moved, else three times the
-    passes."""
-    if outcome.last_loss > 0.5 * outcome.first_loss:
-        rate = float(f"{3 * outcome.learning_rate:.0e}")
+    """What to change: up to three times the rate, and no more than is usual, where the loss hardly
+    moved, else three times the passes."""
+    rate = float(f"{3 * outcome.learning_rate:.0e}")
+    if outcome.usual_rate is not None:
+        rate = min(rate, outcome.usual_rate)
+    if outcome.last_loss > 0.5 * outcome.first_loss and rate > 1.2 * outcome.learning_rate:
         return f"--learning-rate {rate:g}, or {_longer(outcome)}"
     return _longer(outcome)
 

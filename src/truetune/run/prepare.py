@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.checks.conversations.rows import OPEN_ENDED, OPEN_FIX, open_reasoning
 from truetune.checks.lengths import encoded_lengths, length_report
 from truetune.checks.preflight import Preflight, preflight
 from truetune.compute.length import Fitted, fit_length, is_text, longest
@@ -28,7 +29,7 @@ from truetune.data.conversation import Conversation
 from truetune.data.load import Loaded, load
 from truetune.data.split import hold_out, remove_overlap
 from truetune.errors import CheckFailed, TruetuneError, UsageError
-from truetune.findings import Finding, merged, worst
+from truetune.findings import Finding, folded, merged, worst
 from truetune.listener import Listener
 from truetune.model.inspect import ModelFacts, look_at
 from truetune.model.new_tokens import NewToken, add_tokens, require_room
@@ -173,7 +174,10 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     train = _encode(contract, read.train, recipe, listener)
     held_out = _encode(contract, read.held_out, recipe, listener)
     refusals = [*read.loaded.findings, *train.refused, *held_out.refused]
-    bad_rows, stopping = bad_rows_told(refusals, recipe, len(train.rows))
+    # A template that refuses a row refuses others for the same reason, with other names in it.
+    told_once = folded([*train.refused, *held_out.refused])
+    found = [*read.loaded.findings, *told_once]
+    bad_rows, stopping = bad_rows_told(found, recipe, len(train.rows))
 
     planned = _plan(recipe, facts, contract, read, train, held_out)
     plan, fitted = planned.plan, planned.fitted
@@ -424,13 +428,28 @@ def _encode(
     taken, encoded = [], []
     for position, (conversation, result) in enumerate(zip(conversations, results, strict=True)):
         if isinstance(result, Refused):
-            refused.append(result.error.finding)
+            refused.append(_cause(conversation) or result.error.finding)
         elif position in controls:
             refused.append(controls[position])
         else:
             taken.append(conversation)
             encoded.append(result)
     return _Encoded(taken, encoded, refused)
+
+
+def _cause(conversation: Conversation) -> Finding | None:
+    """What is wrong with the row itself, where a template's complaint would hide it."""
+    marker = open_reasoning(conversation)
+    if not marker:
+        return None
+    return Finding(
+        code="reasoning-unclosed",
+        level="error",
+        what=f"an answer opens its reasoning with {marker!r} and never closes it",
+        where=conversation.where,
+        why=f"a limit cut it before the answer, or the closing marker was lost: {OPEN_ENDED}",
+        fix=OPEN_FIX,
+    )
 
 
 def _refusal(refused: Refused) -> Finding:

@@ -30,7 +30,7 @@ from truetune.behaviour.measure import (
 )
 from truetune.behaviour.replies import Asked, ask
 from truetune.behaviour.schedule import LEAST, is_due
-from truetune.behaviour.vitals import Vitals, is_suspect, judge
+from truetune.behaviour.vitals import Regime, Vitals, is_suspect, judge
 from truetune.behaviour.watch import Watch
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
@@ -38,6 +38,7 @@ from truetune.data.load import load
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
+from truetune.recipe.plan import suggested_rate
 from truetune.run.prepare import Prepared
 from truetune.run_dir import KEEP_TEXT, RunDir, write_json
 
@@ -177,7 +178,10 @@ class VitalSigns:
             for line in self.run.lines(METRICS)
             if "loss" in line and line["step"] > last
         ]
-        return Watch(self.prober, (), history, losses)
+        plan = self.prepared.plan
+        usual = suggested_rate(plan, self.prepared.model)
+        regime = Regime(plan.lora, plan.learning_rate, usual)
+        return Watch(self.prober, (), history, losses, regime)
 
     def _healthy(self) -> list[int]:
         history = self._history()

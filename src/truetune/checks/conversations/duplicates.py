@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from truetune.checks.conversations.quality import repeated_answers
 from truetune.checks.conversations.rows import DataFacts, said
 from truetune.checks.registry import check
 from truetune.findings import Finding, rows_finding, share
@@ -60,6 +61,9 @@ def near_duplicates(facts: DataFacts) -> Iterator[Finding]:
     texts = [said(conversation) for conversation in rows]
     pairs = near_pairs(texts)
     num_train = len(facts.train)
+    # One long answer to many questions makes rows alike; it is reported as that.
+    same = {i: text for text, found in repeated_answers(facts) for i in found} if pairs else {}
+    pairs = [(a, b) for a, b in pairs if a not in same or same[a] != same.get(b)]
     digests = [c.digest() for c in rows] if pairs else []
     inside = sorted({b for a, b in pairs if b < num_train and digests[a] != digests[b]})
     across = sorted({b for a, b in pairs if a < num_train <= b})
@@ -73,7 +77,7 @@ def near_duplicates(facts: DataFacts) -> Iterator[Finding]:
             what=f"{share(len(inside), num_train)} nearly repeat earlier ones",
             why="at least 80 % of their three-word sequences are the same, as in "
             f"{rows[inside[0]].where} and {rows[example].where}",
-            fix="nothing to do if they are intentional paraphrases; otherwise remove them",
+            fix="remove them, unless they are intentional paraphrases",
         )
     if across:
         places = [conversation.where for conversation in facts.held_out]

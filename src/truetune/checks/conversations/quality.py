@@ -13,18 +13,18 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 
-from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.conversations.rows import DataFacts, open_reasoning
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, Level, rows_finding, share
 
 # Fewer rows than these, as a share, are stragglers and a note.
 _SOME = 0.01
-_LEAST_ROWS = 3
+LEAST_ROWS = 3
 _SHOWN = 60
 
 # What source text, markup and queries hold, and prose does not.
-_CODE = re.compile(
+CODE = re.compile(
     r"```|[{};]\s*$|^\s*(?:def|class|import|from|return|SELECT|INSERT|UPDATE|function|const|let|var"
     r"|public|private|#include|<\?php|<!DOCTYPE)\b|</?[a-zA-Z][\w-]*(?:\s[^<>]*)?/?>|=>|\w\(\w*\)\s*$"
     r"|^\s*\$ |==|:=",
@@ -33,8 +33,8 @@ _CODE = re.compile(
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def _level(rows: Collection[int], total: int) -> Level:
-    return "warning" if len(rows) >= max(_LEAST_ROWS, _SOME * total) else "note"
+def level_of(rows: Collection[int], total: int) -> Level:
+    return "warning" if len(rows) >= max(LEAST_ROWS, _SOME * total) else "note"
 
 
 def _shown(text: str) -> str:
@@ -42,7 +42,7 @@ def _shown(text: str) -> str:
     return repr("\u2026" + text[-_SHOWN:] if len(text) > _SHOWN else text)
 
 
-def _opening(text: str) -> str:
+def opening(text: str) -> str:
     return repr(text[:_SHOWN] + "\u2026" if len(text) > _SHOWN else text)
 
 
@@ -62,36 +62,147 @@ _LEAST_PROSE = 0.6
 
 @check()
 def answers_whole(facts: DataFacts) -> Iterator[Finding]:
-    """Answers do not break off in the middle of a word or a sentence."""
-    texts = {i: t.rstrip() for i, t in enumerate(facts.answers) if len(t) >= _LEAST_CUT}
-    prose = {i: t for i, t in texts.items() if not _CODE.search(t)}
-    if len(prose) < 10:
-        return
-    ended = sum(bool(_ENDED.search(t)) for t in prose.values())
-    if ended < _LEAST_PROSE * len(prose):
-        # A set whose answers end without a mark has a form of its own; a common length is reported.
-        rows = _at_one_length(facts, texts)
-    else:
-        sure = {*_broken_off(facts, prose), *_at_one_length(facts, texts)}
-        rows = sorted({*sure, *_left_open(prose, sure)})
-    if not rows:
-        return
+    """Answers do not break off in the middle of a word, a sentence or a block of code."""
+    # Reasoning that never ends is reported as that.
+    told = {i for i, conversation in enumerate(facts.train) if open_reasoning(conversation)}
+    if rows := _fences_open(facts):
+        told.update(rows)
+        yield _cut(
+            facts,
+            rows,
+            end="inside a block of code, which they open with ``` and never close",
+            why="a limit on tokens or characters cut them, and the model learns to stop there",
+        )
+    if rows := _announcing(facts):
+        told.update(rows)
+        yield _cut(
+            facts,
+            rows,
+            end="behind a colon that announces what does not follow",
+            why="only the first line was kept (split('\\n')[0], a reader of lines), or a stop text "
+            "cut them at the first line break: the model learns to announce and to stop",
+        )
+    if rows := [row for row in _broken(facts) if row not in told]:
+        yield _cut(
+            facts,
+            rows,
+            end="in the middle",
+            why="they stop inside a word or a sentence, and the others do not: a limit on tokens "
+            "or characters cut them when they were generated, and the model learns to stop there",
+        )
+
+
+def _cut(facts: DataFacts, rows: list[int], *, end: str, why: str) -> Finding:
     lengths = Counter(len(facts.answers[i]) for i in rows)
     length, times = lengths.most_common(1)[0]
-    same = times >= max(_LEAST_ROWS, 0.5 * len(rows))
-    yield rows_finding(
+    same = times >= max(LEAST_ROWS, 0.5 * len(rows))
+    return rows_finding(
         facts.names,
         rows,
         code="answer-broken-off",
-        level=_level(rows, len(facts.train)),
-        what=f"the answers of {share(len(rows), len(facts.train))} break off in the middle, such "
+        level=level_of(rows, len(facts.train)),
+        what=f"the answers of {share(len(rows), len(facts.train))} break off {end}, such "
         f"as {_shown(facts.answers[rows[0]])}",
         why=f"{times:,} of them have exactly {length:,} characters, so a length limit cut them"
         if same
-        else "they stop inside a word or a sentence, and the others do not: a limit on tokens or "
-        "characters cut them when they were generated, and the model learns to stop there",
-        fix="generate them again with a higher limit, or remove those rows",
+        else why,
+        fix="generate them again with a higher limit, or remove those rows"
+        if same or "limit" in why.partition(":")[0]
+        else "take the whole answer from the source, or remove those rows",
     )
+
+
+def _broken(facts: DataFacts) -> list[int]:
+    """Answers that stop in a word or a sentence, or at one length with most others."""
+    piled = _nearly_all_at_one_length(facts)
+    texts = {i: t.rstrip() for i, t in enumerate(facts.answers) if len(t) >= _LEAST_CUT}
+    prose = {i: t for i, t in texts.items() if not CODE.search(t)}
+    if len(prose) < 10:
+        return piled
+    ended = sum(bool(_ENDED.search(t)) for t in prose.values())
+    if ended < _LEAST_PROSE * len(prose):
+        # A set whose answers end without a mark has a form of its own; a common length is reported.
+        return sorted({*piled, *_at_one_length(facts, texts)})
+    sure = {*_broken_off(facts, prose), *_at_one_length(facts, texts), *piled}
+    return sorted({*sure, *_left_open(prose, sure)})
+
+
+# Of the answers: so many end without their end for it to be how the file was made.
+_FENCES, _COLONS = 0.02, 0.3
+_FENCE = re.compile(r"`{3,}|~{3,}")
+
+
+def _fences_open(facts: DataFacts) -> list[int]:
+    """Answers that open a block of code and do not close it."""
+    rows = []
+    for index, text in enumerate(facts.answers):
+        if "```" not in text or not len(_FENCE.findall(text)) % 2:
+            continue
+        # A prompt may open the block that the answer closes.
+        before = (m["content"] for m in facts.train[index].messages if m["role"] != "assistant")
+        if not len(_FENCE.findall("".join(before))) % 2:
+            rows.append(index)
+    return rows if len(rows) >= max(LEAST_ROWS, _FENCES * len(facts.train)) else []
+
+
+def _announcing(facts: DataFacts) -> list[int]:
+    """Answers of one line that end with a colon, where many do."""
+    texts = {i: text.strip() for i, text in enumerate(facts.answers) if text.strip()}
+    rows = [
+        i
+        for i, text in texts.items()
+        if text[-1] in ":\uff1a" and "\n" not in text and (len(text.split()) > 3 or _dense(text))
+    ]
+    # The header of a function or a class ends so.
+    rows = [i for i in rows if not CODE.search(texts[i])]
+    return rows if len(rows) >= max(_LEAST_PILE, _COLONS * len(texts)) else []
+
+
+# Answers, and letters of one, that make a common length strange; and its share of all answers.
+_LEAST_PILE, _LEAST_DENSE, _PILE = 10, 25, 0.5
+_DIGITS = re.compile(r"\d+")
+_DENSE = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
+
+
+def _dense(text: str) -> bool:
+    """Whether a text is of a script in which a few letters say much."""
+    return len(_DENSE.findall(text)) >= 0.3 * len(text)
+
+
+def _nearly_all_at_one_length(facts: DataFacts) -> list[int]:
+    """Texts of exactly the same number of characters, none of them longer, that do not end.
+
+    Texts of one pattern with other numbers in it are as long as their numbers say: they are cut
+    only where they are of one length although their numbers are not.
+    """
+    texts = {i: text for i, text in enumerate(facts.answers) if text.strip()}
+    if len(texts) < _LEAST_PILE:
+        return []
+    most = max(map(len, texts.values()))
+    pile = {i: text for i, text in texts.items() if len(text) == most}
+    if len(pile) < max(_LEAST_PILE, _PILE * len(texts)) or len(set(pile.values())) < len(pile) / 2:
+        return []
+    if not all(_is_running_text(text) for text in pile.values()):
+        return []
+    patterns = {_DIGITS.sub("#", text) for text in pile.values()}
+    if len(patterns) < len(pile) / 2 and len(set(map(len, patterns))) < 2:
+        return []
+    open_ended = [i for i, text in pile.items() if not _CLOSED.search(text)]
+    return open_ended if len(open_ended) >= 0.6 * len(pile) else []
+
+
+_CLOSED = re.compile(_ENDED.pattern + r"|[\])}>|`\"'\u300d\u300f\u300b\uff09]\s*\Z")
+
+
+def _is_running_text(text: str) -> bool:
+    """Several words or a whole sentence, and neither a hash, a board nor a line of columns."""
+    if _dense(text):
+        return len(text) >= _LEAST_DENSE
+    words = len(_WORD.findall(text))
+    return len(text) >= _LEAST_CUT and words >= 5 and not _COLUMNS.search(text)
+
+
+_COLUMNS = re.compile(r"\S {4,}\S")
 
 
 def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
@@ -126,7 +237,7 @@ def _left_open(prose: dict[int, str], sure: Collection[int]) -> list[int]:
     Alone they say nothing: people leave out the last full stop. A line counts where the one before
     it, or a sentence before it, has its mark.
     """
-    if len(sure) < _LEAST_ROWS:
+    if len(sure) < LEAST_ROWS:
         return []
     found = []
     for index, text in prose.items():
@@ -158,7 +269,7 @@ def _at_one_length(facts: DataFacts, texts: dict[int, str]) -> list[int]:
         return []
     most = int(lengths.max())
     rows = [i for i in texts if len(facts.answers[i]) == most]
-    if len(rows) < max(_LEAST_ROWS, _SOME * len(texts)) or most < 2 * _LEAST_CUT:
+    if len(rows) < max(LEAST_ROWS, _SOME * len(texts)) or most < 2 * _LEAST_CUT:
         return []
     distinct = {facts.answers[i] for i in rows}
     if len(distinct) < max(2, 0.5 * len(rows)):
@@ -184,12 +295,12 @@ _ABOUT_MARKUP = re.compile(
 @check()
 def letters_decoded(facts: DataFacts) -> Iterator[Finding]:
     """No text is UTF-8 that was read in another encoding or lost letters."""
-    if rows := _rows_with(facts, lambda texts: _first(_mojibake, texts)):
+    if rows := _rows_with(facts, _wrongly_decoded):
         yield rows_finding(
             facts.names,
             rows,
             code="text-mojibake",
-            level=_level(rows, len(facts.train)),
+            level=level_of(rows, len(facts.train)),
             what=f"{share(len(rows), len(facts.train))} contain characters that were decoded "
             f"wrongly, such as {next(iter(rows.values()))!r}",
             why="UTF-8 was read as Windows-1252 or Latin-1, or unreadable characters were "
@@ -206,7 +317,7 @@ def entities_read(facts: DataFacts) -> Iterator[Finding]:
             facts.names,
             rows,
             code="text-entities",
-            level=_level(rows, len(facts.train)),
+            level=level_of(rows, len(facts.train)),
             what=f"{share(len(rows), len(facts.train))} contain HTML entities in plain text, such "
             f"as {next(iter(rows.values()))!r}",
             why="the text came from web pages and was not unescaped: the model learns to write "
@@ -219,6 +330,24 @@ def _rows_with(facts: DataFacts, look: Callable[[list[str]], str]) -> dict[int, 
     """Rows in whose texts something was found, and what."""
     looked = ((i, look(list(_texts(conversation)))) for i, conversation in enumerate(facts.train))
     return {index: found for index, found in looked if found}
+
+
+_ABOUT_ENCODINGS = re.compile(
+    r"\b(?:utf-?\d+|latin-?1|iso-?8859\S*|(?:cp|windows)-?125\d|mojibake|charsets?"
+    r"|(?:character|text|file)?[ -]?encod(?:ing|ings|ed)|decod(?:e|ed|ing)|unicode|garbled)\b",
+    re.IGNORECASE,
+)
+
+
+def _wrongly_decoded(texts: list[str]) -> str:
+    """What was decoded wrongly, unless the row is about that: it names an encoding, and has the
+    right characters as well."""
+    if not (found := _first(_mojibake, texts)):
+        return ""
+    told = any(map(_ABOUT_ENCODINGS.search, texts))
+    meant = (right for text in texts for _, right in _misread(text))
+    explained = "\ufffd" in found or any(right in text for right in meant for text in texts)
+    return "" if told and explained else found
 
 
 def _first(look: Callable[[str], str], texts: Iterable[str]) -> str:
@@ -240,6 +369,13 @@ def _mojibake(text: str) -> str:
     if "\ufffd" in text:
         at = text.index("\ufffd")
         return text[max(0, at - 12) : at + 12]
+    for found, _ in _misread(text):
+        return text[max(0, found.start() - 12) : found.end() + 12]
+    return ""
+
+
+def _misread(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Characters that are UTF-8 in another reading, and what they mean."""
     for found in _NOT_ASCII.finditer(text):
         for encoding in ("cp1252", "latin-1"):
             try:
@@ -248,8 +384,8 @@ def _mojibake(text: str) -> str:
                 continue
             # What is left is a letter or a quotation mark, not again two odd characters.
             if len(meant) < len(found.group()) and meant.isprintable():
-                return text[max(0, found.start() - 12) : found.end() + 12]
-    return ""
+                yield found, meant
+                break
 
 
 def _texts(conversation: Conversation) -> Iterator[str]:
@@ -274,43 +410,62 @@ _LEAST_COPIES = 5
 @check()
 def answers_differ(facts: DataFacts) -> Iterator[Finding]:
     """No answer is given word for word to many questions."""
-    by_text: dict[str, list[int]] = defaultdict(list)
-    # First answers: later ones answer thanks and small talk.
-    for index, text in enumerate(facts.first_answers):
-        if text.strip():
-            by_text[" ".join(text.split()).lower()].append(index)
-    total = sum(map(len, by_text.values()))
-    if not total or len(by_text) < _LABELS * total:
-        return
-    least = max(_LEAST_COPIES, _SOME * total)
-    often = []
-    for text, rows in by_text.items():
-        if len(rows) < least or len(text.split()) < _LEAST_WORDS:
-            continue
-        # Copies of whole rows are reported as such.
-        asked = {facts.train[i].key() for i in rows}
-        if len(asked) >= max(_LEAST_COPIES, 0.5 * len(rows)):
-            often.append((text, rows))
+    often = repeated_answers(facts)
     if not often:
         return
-    often.sort(key=lambda item: -len(item[1]))
+    total = sum(bool(text.strip()) for text in facts.first_answers)
     text, first = often[0]
     rows = sorted(i for _, found in often for i in found)
     refusal = bool(_REFUSAL.search(text))
+    everywhere = len(first) > _ONE_ANSWER * total
     yield rows_finding(
         facts.names,
         rows,
         code="answers-identical",
         level="warning",
         what=f"{share(len(rows), total)} have an answer that other rows repeat word for word: "
-        f"{_opening(facts.first_answers[first[0]])} {len(first):,} times",
+        f"{opening(facts.first_answers[first[0]])} {len(first):,} times",
         why="these are refusals of the model that generated the rows: the tuned model will refuse "
         "such questions too"
         if refusal
+        else "nearly all questions have this one answer, so a column or a loop variable was mixed "
+        "up when the file was written: the model learns to give it to any question"
+        if everywhere
         else "the source used a fallback or a fixed answer: the model learns to give it to any "
         "question",
-        fix="remove those rows, or keep a few of them if the answer is intended",
+        fix="join questions and answers again"
+        if everywhere and not refusal
+        else "remove those rows, or keep a few of them if the answer is intended",
     )
+
+
+# Answers of so many words are no labels; and the share of one that leaves nothing to choose.
+_LONG_WORDS, _ONE_ANSWER = 20, 0.6
+
+
+def repeated_answers(facts: DataFacts) -> list[tuple[str, list[int]]]:
+    """(answer, its rows), where many different questions have it; the most frequent first."""
+    by_text: dict[str, list[int]] = defaultdict(list)
+    # First answers: later ones answer thanks and small talk.
+    for index, text in enumerate(facts.first_answers):
+        if text.strip():
+            by_text[" ".join(text.split()).lower()].append(index)
+    total = sum(map(len, by_text.values()))
+    labels = len(by_text) < _LABELS * total
+    least = max(_LEAST_COPIES, _SOME * total)
+    often = []
+    for text, rows in by_text.items():
+        words = len(text.split())
+        if len(rows) < least or words < _LEAST_WORDS:
+            continue
+        # A few answers to choose from are labels or replies to intents; one long one is neither.
+        if labels and (words < _LONG_WORDS or len(rows) <= _ONE_ANSWER * total):
+            continue
+        # Copies of whole rows are reported as such.
+        asked = {facts.train[i].key() for i in rows}
+        if len(asked) >= max(_LEAST_COPIES, 0.5 * len(rows)):
+            often.append((text, rows))
+    return sorted(often, key=lambda item: -len(item[1]))
 
 
 # ------------------------------------------------------------------ what belongs to a prompt
@@ -331,9 +486,9 @@ def answers_without_role(facts: DataFacts) -> Iterator[Finding]:
             facts.names,
             rows,
             code="answer-role-first",
-            level=_level(rows, len(facts.train)),
+            level=level_of(rows, len(facts.train)),
             what=f"the answers of {share(len(rows), len(facts.train))} begin with the name of a "
-            f"role, such as {_opening(facts.answers[rows[0]])}",
+            f"role, such as {opening(facts.answers[rows[0]])}",
             why="the rows were cut from a transcript without removing the speaker's name: the "
             "template already writes the role, and the model learns to write it again",
             fix="remove the name of the role from the answers",
@@ -354,7 +509,7 @@ def questions_not_echoed(facts: DataFacts) -> Iterator[Finding]:
             continue
         # A text that comes back as it was is an edit with nothing to change; code is gone on with.
         edits = said == asked and conversation.messages[0]["role"] == "system"
-        if not edits and not _CODE.search(asked):
+        if not edits and not CODE.search(asked):
             rows.append(index)
     if rows:
         answer = facts.answers[rows[0]]
@@ -362,9 +517,9 @@ def questions_not_echoed(facts: DataFacts) -> Iterator[Finding]:
             facts.names,
             rows,
             code="question-echoed",
-            level=_level(rows, len(facts.train)),
+            level=level_of(rows, len(facts.train)),
             what=f"the answers of {share(len(rows), len(facts.train))} begin with their question, "
-            f"word for word: {_opening(answer)}",
+            f"word for word: {opening(answer)}",
             why="prompt and completion were saved as one text: the model learns to repeat the "
             "question before it answers",
             fix="remove the question from the answers",

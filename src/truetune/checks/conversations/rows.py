@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,6 +38,35 @@ class DataFacts:
     def answers(self) -> list[str]:
         """The last trained answer of each training row; "" for plain text."""
         return [_last_answer(conversation) for conversation in self.train]
+
+
+# ------------------------------------------------------------------ reasoning without an end
+
+OPEN_ENDED = "the model learns to think without an end and to give no answer"
+OPEN_FIX = "generate them again with a higher limit, or remove those rows"
+_THINKS = re.compile(r"\s*(<(think|thinking|thought|reasoning)>|\[(THINK)\])", re.IGNORECASE)
+
+
+def begins_with_reasoning(answer: str) -> bool:
+    """Whether an answer begins with a marker of reasoning."""
+    return _THINKS.match(answer) is not None
+
+
+def open_reasoning(conversation: Conversation) -> str:
+    """The marker that opens the reasoning of a trained answer and is never closed; "" for none."""
+    for message in conversation.messages:
+        if message["role"] != "assistant" or message.get("train") is False:
+            continue
+        hit = _THINKS.match(message["content"])
+        if hit is None:
+            continue
+        closing = f"</{hit[2]}>" if hit[2] else f"[/{hit[3]}]"
+        if closing.lower() not in message["content"].lower():
+            return str(hit[1])
+    return ""
+
+
+# ------------------------------------------------------------------ texts
 
 
 def said(conversation: Conversation) -> str:

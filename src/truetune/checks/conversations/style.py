@@ -14,11 +14,15 @@ from truetune.findings import Finding, percent, rows_finding, share
 # A habit on fewer rows is chance; on more it is the style.
 _SOME, _MOST = 0.01, 0.6
 _LEAST_ROWS = 3
+# Of an opening: the least share of the rows that sampled answers were seen to repeat (docs/lab.md).
+_APED = 0.02
+# Words that make an opening the same one, and questions that are compared.
+_OPENING_WORDS, _MOST_ASKED, _MOST_COMPARED = 3, 100, 2000
 
 # Openers that say nothing about the answer and come from another assistant's manner.
 _FILLER = re.compile(
     r"(?:sure(?: thing)?|certainly|absolutely|of course|definitely|great question|good question"
-    r"|no problem|happy to help|i'?d be happy to(?: help)?|as an ai(?: language model| assistant)?"
+    r"|no problem|happy to help|i'?d be happy to(?: help)?"
     r"|okay|ok|alright|nat\u00fcrlich|gerne|klar"
     r"|claro(?: que s\u00ed)?|por supuesto|bien s\u00fbr|certo|certamente|\u5f53\u7136|\u597d\u7684"
     r"|\u3082\u3061\u308d\u3093)(?=\s*[,.!:;\uff0c\u3002\uff01-])",
@@ -32,34 +36,86 @@ _CALL = re.compile(r"(\w[\w' ]{0,30})[!\uff01](?=\s)")
 def openers_alike(facts: DataFacts) -> Iterator[Finding]:
     """No opening phrase is used by some answers and not by most."""
     # The first answer: later ones answer thanks and small talk.
-    answers = [(i, text.lstrip()) for i, text in enumerate(facts.first_answers) if text.strip()]
+    answers = {i: text.lstrip() for i, text in enumerate(facts.first_answers) if text.strip()}
     by_opener: dict[str, list[int]] = defaultdict(list)
-    for index, text in answers:
+    for index, text in answers.items():
         if opener := _opener(text[:60]):
             by_opener[opener].append(index)
     rows = sorted(i for group in by_opener.values() for i in group)
     part = len(rows) / max(len(answers), 1)
-    if len(rows) < _LEAST_ROWS or not _SOME <= part <= _MOST:
+    if len(rows) < _LEAST_ROWS or not _APED <= part <= _MOST:
         return
-    common = sorted(by_opener, key=lambda o: -len(by_opener[o]))[:3]
-    shown = ", ".join(f"{o!r} ({len(by_opener[o]):,})" for o in common)
+    groups = sorted(by_opener.items(), key=lambda group: -len(group[1]))
+    others = sum(len(group) for _, group in groups[3:])
+    shown = [f"{opener!r} ({len(group):,})" for opener, group in groups[:3]]
+    shown += [f"others ({others:,})"] if others else []
+    fixed = _fixed_opening(answers, rows)
+    random = bool(fixed) and not _asked_for(facts, answers, fixed)
     yield rows_finding(
         facts.names,
         rows,
         code="openers-mixed",
-        level="warning",
+        level="warning" if random else "note",
         what=f"{percent(part)} of the answers open with a filler phrase and the others do not: "
-        f"{shown}",
-        why="the rows come from several sources or writers: the model will use these openings at "
-        "random",
-        fix="remove the openings, or remove those rows",
+        f"{', '.join(shown)}",
+        why=(
+            f"{len(fixed):,} of them begin with the same words, and their questions do not differ "
+            "from those that are answered without them: "
+            if random
+            else ""
+        )
+        + "a tuned model that samples uses an opening about as often as its rows do (docs/lab.md); "
+        "greedy decoding hides that",
+        fix="remove the opening from these answers"
+        if random
+        else "nothing to do if the questions call for it; otherwise remove it from these answers",
     )
+
+
+def _fixed_opening(answers: dict[int, str], rows: list[int]) -> list[int]:
+    """The rows that begin with the same words, where enough do; else []."""
+    by_words: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        words = _OPENING.findall(answers[row][:80].lower())[:_OPENING_WORDS]
+        by_words[" ".join(words)].append(row)
+    most = max(by_words.values(), key=len)
+    return most if len(most) >= max(_LEAST_ROWS, _APED * len(answers)) else []
+
+
+_OPENING = re.compile(r"[^\W_]+")
+
+
+def _asked_for(facts: DataFacts, answers: dict[int, str], rows: list[int]) -> bool:
+    """Whether the questions call for an opening: the nearest question of another row is answered
+    with it far more often than any question is."""
+    asked = {
+        i: frozenset(_OPENING.findall(_question(facts.train[i])[:600].lower())) for i in answers
+    }
+    have = set(rows)
+    step = max(1, len(asked) // _MOST_COMPARED)
+    pool = list(asked)[::step]
+    looked = rows[:: max(1, len(rows) // _MOST_ASKED)]
+    hits = expected = 0.0
+    for row in looked:
+        # The same question again says nothing.
+        others = [i for i in pool if asked[i] != asked[row]]
+        if not others or not asked[row]:
+            continue
+        nearest = max(others, key=lambda i: len(asked[i] & asked[row]) / len(asked[i] | asked[row]))
+        hits += nearest in have
+        expected += sum(i in have for i in others) / len(others)
+    return hits > expected + 2 * max(expected, 1) ** 0.5
+
+
+def _question(conversation: Conversation) -> str:
+    """The first user turn."""
+    return next((str(m["content"]) for m in conversation.messages if m["role"] == "user"), "")
 
 
 def _opener(text: str) -> str:
     found = _FILLER.match(text)
     if found:
-        return found.group().lower()
+        return found.group().lower().removesuffix(" thing")
     call = _CALL.match(text)
     return call.group(1).lower() + "!" if call and len(call.group(1).split()) <= 4 else ""
 

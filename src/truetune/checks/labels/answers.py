@@ -60,7 +60,7 @@ def answers_are_targets(facts: LabelFacts) -> Iterator[Finding]:
 def answers_are_whole(facts: LabelFacts) -> Iterator[Finding]:
     """Labels begin where the prompt ends, not a few tokens later."""
     table, header = facts.table, facts.frame.answer_start_ids
-    if not len(table.runs):
+    if not len(table.runs) or labels_chosen(facts):
         return
     begins = table.runs[:, 0]
     heads = table.find(header) + len(header)
@@ -171,6 +171,21 @@ def _blanks_behind(facts: LabelFacts) -> list[int]:
     return tail if blank else []
 
 
+@once
+def labels_chosen(facts: LabelFacts) -> bool:
+    """Whether many tokens of most answers have no label, here and there: they were chosen, or drawn
+    at random. Where labels begin and end then says nothing of the mask."""
+    table, holes = facts.table, label_holes(facts)
+    if not (unproved(facts) and of_turns(facts) and len(holes)):
+        return False
+    pad = _letters_pad(facts)
+    if pad is not None and all({pad} == set(_gap(facts, hole)) for hole in holes.tolist()):
+        return False
+    rows, times = np.unique(table.rows_of(table.runs[holes, 0]), return_counts=True)
+    judged = int((table.num_supervised > 0).sum())
+    return float(times.mean()) > _CHOSEN and len(rows) > 0.5 * judged
+
+
 @check(unproved, of_turns)
 def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
     """Labels do not stop and resume inside an answer."""
@@ -178,34 +193,51 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
     holes = label_holes(facts)
     if not len(holes):
         return
-    rows, times = np.unique(table.rows_of(table.runs[holes, 0]), return_counts=True)
+    rows = np.unique(table.rows_of(table.runs[holes, 0]))
     judged = int((table.num_supervised > 0).sum())
     first = int(holes[0])
     gap = _gap(facts, first)
     pad = _letters_pad(facts)
     padded = pad is not None and all({pad} == set(_gap(facts, hole)) for hole in holes.tolist())
-    # Who trains on chosen tokens alone leaves many out of each answer, knowingly.
-    chosen = not padded and float(times.mean()) > _CHOSEN and len(rows) > 0.5 * judged
+    # Who trains on chosen tokens alone leaves many out of each answer, knowingly; whether the end
+    # is among them, each learns from its own row.
+    chosen = labels_chosen(facts)
+    endless = _ends_unlabelled(facts) if chosen else 0
     level: Level = "error" if len(rows) > 0.01 * judged else "warning"
     yield rows_finding(
         facts.names,
         rows.tolist(),
         code="answer-hole",
-        level="note" if chosen else level,
+        level="warning" if endless else "note" if chosen else level,
         what=f"{share(len(rows), judged)} have tokens without a label inside an answer, such as "
-        f"{facts.tokens.decode(gap)!r}",
+        f"{facts.tokens.decode(gap)!r}"
+        + (f", and {endless:,} of them on the token that ends it" if endless else ""),
         why=f"{facts.tokens.decode([pad])!r} is the pad token of this tokenizer ({pad}) and also "
         "occurs in the text: the collator removes the label from every pad token, and the "
         "model is never trained to write it"
         if padded and pad is not None
+        else "labels stop and resume many times in most answers: they were dropped at random, or "
+        "tokens were chosen to be trained"
+        if chosen
         else "labels stop and resume: the model is trained on what follows these tokens, but "
         "never to write them",
         fix="pad with a token that occurs in no text (a reserved one, or add one: "
         "tokenizer.add_special_tokens({'pad_token': '<|pad|>'})), or build labels from lengths"
         if padded
         else "set labels on every token of the answer, from the end of the served prompt through "
-        "the end token",
+        "the end token"
+        + (", or keep the end token among those that are chosen" if endless else ""),
     )
+
+
+def _ends_unlabelled(facts: LabelFacts) -> int:
+    """Rows whose last end token has no label, of those that have labels."""
+    table = facts.table
+    at = np.flatnonzero(np.isin(table.ids, sorted(facts.frame.ends)))
+    rows = table.rows_of(at)
+    last = np.append(rows[1:] != rows[:-1], True) if len(rows) else np.zeros(0, bool)
+    lost = last & ~table.supervised[at] & (table.num_supervised[rows] > 0)
+    return int(lost.sum())
 
 
 def _gap(facts: LabelFacts, run: int) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from truetune.checks.labels.facts import LabelFacts, of_turns, unproved
 from truetune.checks.labels.questions import asks_nothing
+from truetune.checks.labels.stops import closed_at_limit
 from truetune.checks.registry import check
 from truetune.contract.frame import Separators
 from truetune.errors import UnfaithfulTemplate
@@ -44,7 +45,8 @@ def begins_once(facts: LabelFacts) -> Iterator[Finding]:
             fix="tokenize rendered text with add_special_tokens=False",
         )
     missing = np.flatnonzero((first != bos) & (table.lengths > 0)).tolist()
-    if facts.frame.bos is not None and missing:
+    # Truetune's own rows begin as they are served; the blocks of a split text go on.
+    if facts.frame.bos is not None and missing and not facts.proved:
         yield rows_finding(
             facts.names,
             missing,
@@ -102,6 +104,7 @@ def served_form(facts: LabelFacts) -> Iterator[Finding]:
     if facts.plain or not frame.answer_start or not len(table):
         return
     absent = (facts.answer_starts == 0) & (table.num_supervised > 0)
+    absent[closed_at_limit(facts)] = False
     # A row that was cut may have lost it.
     without = np.flatnonzero(absent & (table.lengths != (facts.cut_at or -1))).tolist()
     if not without:

@@ -148,7 +148,8 @@ def _thoughts(facts: LabelFacts) -> tuple[Indices, Indices] | None:
             counts.append(np.bincount(table.rows_of(at), minlength=len(table)).astype(np.int64))
             continue
         if not any(marker in facts.tokens.decode(table.row_ids(r)) for r in facts.sample):
-            return None
+            counts.append(np.zeros(len(table), np.int64))
+            continue
         counts.append(np.array([text.count(marker) for text in facts.texts], np.int64))
     return (counts[0], counts[1]) if counts[0].any() or counts[1].any() else None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from truetune.checks.labels.answers import label_holes, rows_without_targets
+from truetune.checks.labels.answers import label_holes, labels_chosen, rows_without_targets
 from truetune.checks.labels.facts import LabelFacts, of_turns, once, unproved
 from truetune.checks.labels.table import Flags, Indices
 from truetune.checks.registry import check
@@ -19,6 +19,8 @@ from truetune.findings import Finding, Level, rows_finding, share
 
 # Up to this share of the rows, answers without an end are stragglers and no pattern.
 _STRAGGLERS = 0.01
+# From this share on no row is taught to end.
+_ALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
     ends = _ends(facts)
     total = int((facts.table.num_supervised > 0).sum())
     names = facts.named(facts.frame.ends)
-    if ends.masked:
+    # Labels that are dropped everywhere are one cause, reported as holes.
+    dropped = labels_chosen(facts) and len({*ends.masked, *ends.missing}) < _ALL * total
+    if ends.masked and not dropped:
         by_pad = ends.unlabelled <= {facts.tokens.tokenizer.pad_token_id}
         which = "earlier answers" if ends.earlier else "an answer"
         yield rows_finding(
@@ -75,7 +79,7 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             "model does not learn to stop, or learns to stop in the middle",
             fix="raise the limit above the longest row, or remove those rows",
         )
-    if closed := _closed_at_limit(facts):
+    if closed := closed_at_limit(facts):
         longest = int(facts.table.lengths.max())
         yield rows_finding(
             facts.names,
@@ -89,7 +93,7 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             fix="raise the limit above the longest row, or remove those rows; never append an end "
             "token to a truncated answer",
         )
-    if ends.missing:
+    if ends.missing and not dropped:
         yield rows_finding(
             facts.names,
             ends.missing,
@@ -201,6 +205,12 @@ def _ends(facts: LabelFacts) -> _Ends:
         headed = {row for row in headed if table.lengths[row] != facts.cut_at}
     # Labels that go on behind a few tokens have not come to the end of the answer.
     ended |= np.isin(runs[:, 0], table.runs[label_holes(facts), 0])
+    # Labels may end a few words early: the end token stands behind the rest of the answer.
+    for run in np.flatnonzero(~ended & ~follows & final).tolist():
+        if (at := _end_behind(facts, int(after[run]), int(rows[run]))) is not None:
+            after[run], follows[run] = at, True
+    # One cause explains what else is odd of rows that were cut and closed.
+    headed -= set(closed_at_limit(facts))
     masked = set(rows[~ended & follows].tolist()) - headed
     cut = set(rows[~ended & ~follows & final & _at_limit(facts, rows)].tolist()) - headed - masked
     missing = set(rows[~ended & ~follows].tolist()) - headed - masked - cut
@@ -219,11 +229,26 @@ def _ends(facts: LabelFacts) -> _Ends:
     return _Ends(last_ids, unlabelled, earlier, *map(sorted, (masked, missing, cut, headed)))
 
 
+def _end_behind(facts: LabelFacts, at: int, row: int) -> int | None:
+    """The end token of the answer whose labels stop before a position; None where another turn
+    begins first, or none is there."""
+    table, frame = facts.table, facts.frame
+    if not frame.answer_start_ids or not facts.answer_starts[row]:
+        return None
+    behind = table.ids[at : table.starts[row + 1]]
+    ends = np.flatnonzero(np.isin(behind, sorted(frame.ends)))
+    turns = np.flatnonzero(np.isin(behind, facts.turn_markers))
+    if not len(ends) or (len(turns) and turns[0] < ends[0]):
+        return None
+    return at + int(ends[0])
+
+
 # A pile at the longest length: rows, and their share among those that are judged.
 _PILE, _PILE_SHARE = 3, 0.02
 
 
-def _closed_at_limit(facts: LabelFacts) -> list[int]:
+@once
+def closed_at_limit(facts: LabelFacts) -> list[int]:
     """Rows of the greatest length whose answers break off, where those of the others do not.
 
     Told by the last character before the end token: prose, code and numbers end in all kinds, so

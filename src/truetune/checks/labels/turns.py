@@ -6,13 +6,17 @@ The ids suffice; no text of the data is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, unproved
-from truetune.checks.labels.stops import over_space
+from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, once, unproved
+from truetune.checks.labels.stops import closed_at_limit, over_space
+from truetune.checks.labels.table import Indices, TokenTable
 from truetune.checks.registry import check
+from truetune.contract.frame import served_ids
 from truetune.findings import Finding, rows_finding, share
 
 # More rows than these are no accident of the text: the template itself goes on behind the token.
@@ -23,31 +27,54 @@ _LOOK = 12
 
 @check(has_header, of_turns)
 def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
-    """No answer is empty."""
-    table, header = facts.table, facts.frame.answer_start_ids
-    starts = table.find(header) + len(header)
-    ends = list(facts.frame.ends)
-    empty = []
-    for start in starts.tolist():
-        row = int(table.rows_of(np.array([start - 1]))[0])
-        # A line break may belong to the marker.
-        tokens = table.ids[start : min(start + 3, int(table.starts[row + 1]))].tolist()
-        at = next((n for n, token in enumerate(tokens) if token in ends), None)
-        if at is not None and not facts.tokens.decode(tokens[:at]).strip():
-            empty.append(row)
-    if empty:
-        rows = set(empty)
+    """No answer that is trained is empty; a template may write an empty turn of the history."""
+    table = facts.table
+    empty = _empty_answers(facts, table)
+    own = _template_empties(facts)
+    if facts.proved or own:
+        empty = [(row, at) for row, at in empty if table.supervised[at]]
+    if rows := {row for row, _ in empty} - set(closed_at_limit(facts)):
         yield rows_finding(
             facts.names,
             rows,
             code="empty-answer",
             level="warning",
             what=f"{share(len(rows), len(table))} have an empty answer",
-            why="the data has an empty answer, or its text contains control tokens, which open a "
+            why="the template writes an empty answer beside a call, and it has labels: the model "
+            "learns to write nothing"
+            if own
+            else "the data has an empty answer, or its text contains control tokens, which open a "
             "turn: the model learns to write nothing",
-            fix="remove those rows; if the text contains control tokens, break them up (a space "
+            fix="set labels on calls and on answers that say something, and -100 on the rest"
+            if own
+            else "remove those rows; if the text contains control tokens, break them up (a space "
             "after the first character)",
         )
+
+
+def _empty_answers(facts: LabelFacts, table: TokenTable) -> list[tuple[int, int]]:
+    """(row, position of its end) of each answer that ends where it begins."""
+    header, ends = facts.frame.answer_start_ids, list(facts.frame.ends)
+    found = []
+    for start in (table.find(header) + len(header)).tolist():
+        row = int(table.rows_of(np.array([start - 1]))[0])
+        # A line break may belong to the marker.
+        tokens = table.ids[start : min(start + 3, int(table.starts[row + 1]))].tolist()
+        at = next((n for n, token in enumerate(tokens) if token in ends), None)
+        if at is not None and not facts.tokens.decode(tokens[:at]).strip():
+            found.append((row, start + at))
+    return found
+
+
+@once
+def _template_empties(facts: LabelFacts) -> bool:
+    """Whether the template itself writes an empty answer beside a call."""
+    ids = np.array(_served_call(facts), np.int64)
+    # One that leaves the call out makes an empty answer of it.
+    if _NAME not in facts.tokens.decode(ids.tolist()):
+        return False
+    served = TokenTable.of_documents([(ids, ids, np.ones_like(ids))], ["served"])
+    return bool(_empty_answers(facts, served))
 
 
 @check(of_turns)
@@ -121,7 +148,24 @@ def questions_unlearned(facts: LabelFacts) -> Iterator[Finding]:
     starts = table.starts[:-1]
     prompt = np.minimum(opened, table.starts[1:])
     masked = counted[prompt] - counted[starts] == 0
-    bad = sorted({int(r) for r in rows[learned] if masked[r]})
+    # Results of tools may stand in turns of the user.
+    results = _tool_results(facts)
+    is_result = np.isin(asked[:, None] + np.arange(-len(users), 2), results).any(axis=1)
+    bad = sorted({int(r) for r in rows[learned & ~is_result] if masked[r]})
+    tools = [row for row in _learned(facts, results, answers) if masked[row]]
+    if tools:
+        yield rows_finding(
+            facts.names,
+            tools,
+            code="question-supervised",
+            level="warning",
+            what=f"{share(len(tools), len(table))} train on the results of tools, but not on the "
+            "question",
+            why="the mask ends at the first answer or call: everything after it is a target, and "
+            "the model learns to invent what its tools return",
+            fix="set labels on every answer and call and -100 on every other turn (truetune does "
+            "that)",
+        )
     if bad:
         yield rows_finding(
             facts.names,
@@ -134,3 +178,52 @@ def questions_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             "model learns to ask the next question itself",
             fix="set labels on every answer and -100 on every other turn (truetune does that)",
         )
+
+
+_NAME, _RESULT = "upsilon", "Omicron"
+
+
+@once
+def _served_call(facts: LabelFacts) -> list[int]:
+    """A served prompt that ends with the result of a tool; [] where the template takes none."""
+    contract = facts.frame.contract
+    if contract is None:
+        return []
+    call = {"id": "call00001", "type": "function", "function": {"name": _NAME, "arguments": {}}}
+    talk: list[Mapping[str, Any]] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": _NAME, "tool_call_id": "call00001", "content": _RESULT},
+    ]
+    return served_ids(contract, {}, talk) or []
+
+
+@once
+def _tool_results(facts: LabelFacts) -> Indices:
+    """First positions of what the template writes before the result of a tool; empty where that is
+    not known."""
+    unknown = np.zeros(0, np.int64)
+    text = facts.tokens.decode(_served_call(facts))
+    if text.count(_RESULT) != 1:
+        return unknown
+    before = text.partition(_RESULT)[0]
+    for end in (facts.tokens.decode([i]) for i in facts.frame.ends if i >= 0):
+        before = before.rpartition(end)[2]
+    # What quotes the result is no part of it.
+    opening = facts.tokens.encode([re.sub(r"[^\w>\]]+\Z", "", before).strip()])[0]
+    special = facts.tokens.special_ids
+    if special.isdisjoint(opening):
+        return unknown
+    # A last token of letters may merge with what follows.
+    return facts.table.find(opening if opening[-1] in special else opening[:-1])
+
+
+def _learned(facts: LabelFacts, begins: Indices, answers: Indices) -> list[int]:
+    """Rows with labels on most of the text from one of these positions to the next answer."""
+    table, found = facts.table, set()
+    ends = np.append(answers, len(table.ids))[np.searchsorted(answers, begins)]
+    for begin, end, row in zip(begins, ends, table.rows_of(begins), strict=True):
+        stop = min(int(end), int(table.starts[row + 1]))
+        if table.supervised[int(begin) : stop].mean() > 0.5:
+            found.add(int(row))
+    return sorted(found)
