@@ -630,3 +630,38 @@ def test_a_gguf_file_that_was_quantised_twice(tmp_path: Path) -> None:
     made = export_gguf(str(folder), tmp_path / "out", quant="q8_0")
     found = diagnose(str(source), gguf=str(made.path), stages=["model", "gguf"])
     assert any("rounded to about 4 bits and stored again as Q8_0" in t for t in errors(found))
+
+
+def test_what_no_stage_can_be_is_said_before_the_model_is_loaded(
+    run: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("truetune.diagnosis.diagnose.Work", loaded)
+    (tmp_path / "junk.gguf").write_text("not a gguf file")
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_text("{}")
+    source = str(place / "adapter")
+    asked: list[tuple[dict[str, str], str, str]] = [
+        ({"gguf": str(tmp_path / "junk.gguf")}, "not-gguf", "first bytes are b'not '"),
+        ({"gguf": str(tmp_path / "empty.gguf")}, "not-gguf", "it is empty"),
+        ({"merged": str(tmp_path / "bare")}, "stage-kind", "no config.json"),
+        ({"quantised": str(tmp_path / "weightless")}, "stage-kind", "no weights"),
+        ({"merged": source}, "stage-kind", "it is an adapter"),
+        ({"merged": str(run)}, "stage-kind", "it is an adapter"),
+        ({"base": str(tmp_path / "nope")}, "adapter-no-base", "the path does not exist"),
+    ]
+    for arguments, code, why in asked:
+        with pytest.raises(UsageError) as raised:
+            diagnose(source, **arguments)  # type: ignore[arg-type]
+        assert raised.value.code == code, arguments
+        assert why in raised.value.why, arguments
+        assert raised.value.where.startswith("--")
+        assert raised.value.fix
+    told = command("diagnose", tmp_path / "junk.gguf")
+    assert (told.code, "[not-gguf]" in told.err) == (2, True)
+    told = command("serve", tmp_path / "junk.gguf", "--port", 0)
+    assert (told.code, "[not-gguf]" in told.err, "memory" in told.err) == (2, True, False)

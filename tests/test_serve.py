@@ -416,10 +416,12 @@ def test_the_verb_says_what_is_wrong_before_it_loads(address: str, tmp_path: Pat
         ((tmp_path / "no", "--fast"), "usage"),
         ((tmp_path / "no",), "model-not-found"),
         ((base_path(), "--port", port), "port-taken"),
+        ((base_path(), "--device", "mps" if sys.platform != "darwin" else "cuda"), "device"),
     ):
         told = command("serve", "--port", "0", *words)
         assert told.code == 2
         assert f"[{code}]" in told.err
+        assert "loading" not in told.err
 
 
 def test_a_live_server_is_held_to_the_contract(tmp_path: Path) -> None:
