@@ -8,6 +8,7 @@ output  Replies, findings
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,24 +126,9 @@ class _Wrong:
                     "do not fit",
                 )
             ]
-        stops = self._stop_texts()
-        leaked = [
-            stop
-            for (a, b) in pairs
-            for stop in stops
-            if b.rstrip().endswith(stop) and not a.rstrip().endswith(stop)
-        ]
-        if 2 * len(leaked) > number:
-            shown = visible(max(set(leaked), key=leaked.count), keep_newlines=False)
-            return [
-                self._parts(
-                    f"{len(leaked)} of {number} replies end with the text {shown}",
-                    "the server returns the stop token as text: skip_special_tokens is off, or it "
-                    "does not take the token for a special one",
-                    "leave skip_special_tokens on (special tokens are not printed), and start the "
-                    "server with the tokenizer files that were saved",
-                )
-            ]
+        ending, times = self._ending(pairs)
+        if 2 * times > number:
+            return [self._ends_with(ending, times)]
         unended = [i for i, on in enumerate(self.own.stopped) if on and not self.answers[i].ended]
         if 2 * len(unended) > sum(self.own.stopped):
             cut = [
@@ -211,9 +197,35 @@ class _Wrong:
             "replies-differ", "warning", f"url: {what}", where=self.url, why=why, fix=fix
         )
 
-    def _stop_texts(self) -> list[str]:
+    def _ending(self, pairs: Sequence[tuple[str, str]]) -> tuple[str, int]:
+        """The text that most replies that ended have behind them, and how many: a stop token, or
+        what stands behind the trained model's own reply."""
         found = self.contract.tokenizer.convert_ids_to_tokens(list(self.contract.stop_ids))
-        return [text for text in map(str, found) if text.strip()]
+        stops = [text for text in map(str, found) if text.strip()]
+        seen: Counter[str] = Counter()
+        for (own, text), answer in zip(pairs, self.answers, strict=True):
+            one, other = own.strip(), text.strip()
+            more = other[len(one) :].strip() if one and other.startswith(one) else ""
+            ends = [s for s in stops if other.endswith(s) and not one.endswith(s)]
+            if answer.ended and (ends or more):
+                seen[ends[0] if ends else more] += 1
+        return seen.most_common(1)[0] if seen else ("", 0)
+
+    def _ends_with(self, ending: str, times: int) -> Finding:
+        what = f"{times} of {len(self.texts)} replies end with the text "
+        what += visible(ending[:_MARK], keep_newlines=False)
+        tokens = self.contract.tokens
+        if tokens.single_id(ending) in {*self.contract.stop_ids, *tokens.special_ids}:
+            why = "the server returns the stop token as text: skip_special_tokens is off, or it "
+            why += "does not take the token for a special one"
+            fix = "leave skip_special_tokens on (special tokens are not printed), and start the "
+            fix += "server with the tokenizer files that were saved"
+        else:
+            why = "the server, or what stands before it, adds this text to the model's reply, "
+            why += "for example the stop token of another model's template"
+            fix = "start the server with the chat template that was saved, and without texts of "
+            fix += "its own"
+        return self._parts(what, why, fix)
 
     def _parts(self, what: str, why: str, fix: str) -> Finding:
         fallen = f"; {self.fallen}" if self.fallen else ""
