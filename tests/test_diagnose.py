@@ -17,6 +17,7 @@ from tiny_runs import command, sums, write_rows
 from truetune.contract.contract import PromptContract
 from truetune.diagnosis import tensors
 from truetune.diagnosis.diagnose import Diagnosis, diagnose
+from truetune.diagnosis.rounding import is_rounded
 from truetune.errors import UsageError
 from truetune.exporting.merged import write_merged
 from truetune.model.load import load_model
@@ -528,3 +529,139 @@ def stopless(folder: Path) -> Path:
     shutil.copytree(folder, other)
     _stale(other)
     return other
+
+
+def _grid(bits: int, block: int) -> Callable[[Any], Any]:
+    """Rounds a matrix to whole steps of its largest number, in blocks of a row."""
+
+    def rounded(value: Any) -> Any:
+        shown = value.float().reshape(-1, block or value.shape[-1])
+        step = shown.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+        return ((shown / step).round() * step).reshape(value.shape)
+
+    return rounded
+
+
+def _all_matrices(change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    def changed(found: dict[str, Any]) -> None:
+        found.update({n: change(t) if t.ndim == 2 else t for n, t in found.items()})
+
+    return changed
+
+
+def _fp8(value: Any) -> Any:
+    import torch
+
+    scale = value.abs().max() / 448
+    return (value / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _trained_on(value: Any) -> Any:
+    """A low-rank update."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(3)
+    one = torch.randn(value.shape[0], 4, generator=drawn)
+    other = torch.randn(4, value.shape[1], generator=drawn)
+    return value + 0.01 * float(value.std()) * one @ other
+
+
+def test_rounded_matrices_are_told_from_other_training() -> None:
+    import torch
+
+    drawn = torch.Generator().manual_seed(0)
+    own = {f"layers.{n}.weight": torch.randn(96, 128, generator=drawn) for n in range(6)}
+    own |= {f"layers.{n}.norm": torch.rand(128, generator=drawn) for n in range(2)}
+
+    def told(change: Callable[[Any], Any], kind: str = "BF16") -> str:
+        def found(name: str) -> Any:
+            value = own[name]
+            value = change(value) if value.ndim == 2 else value
+            return (value.bfloat16().float() if kind == "BF16" else value), kind
+
+        wanted = ((name, value) for name, value in own.items())
+        return tensors.explain(
+            wanted, found, same=lambda _, v, kind, w: is_rounded(v, w, kind, merged=False)
+        )
+
+    for bits, block, said in ((8, 0, "8 bits"), (4, 32, "4 bits"), (6, 64, "6 bits")):
+        text = told(_grid(bits, block))
+        assert f"6 of 8 tensors are the model's, rounded to about {said}" in text, (bits, text)
+        assert "another model" not in text
+    assert "stored again as BF16" in told(_grid(8, 0))
+    assert "rounded to about" in told(_fp8)
+    # What is no rounding: an update of low rank, steps of one size, noise, and other matrices.
+    steps = 0.02 * torch.randn(96, 128, generator=drawn).sign()
+    noise = 0.02 * torch.randn(96, 128, generator=drawn)
+    for change in (
+        _trained_on,
+        lambda value: value + steps,
+        lambda value: value + noise,
+        lambda value: value.flip(0),
+    ):
+        assert "another model, or was trained otherwise: 6 of 8" in told(change)
+
+
+def test_a_folder_of_rounded_weights_is_called_rounded(place: Path, tmp_path: Path) -> None:
+    """Of a whole model, as it was saved in bfloat16."""
+    source = write_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    folder = tmp_path / "changed"
+    shutil.copytree(source, folder)
+    grid = _grid(8, 0)
+    edited(
+        lambda found: found.update({n: grid(t) if t.ndim == 2 else t for n, t in found.items()})
+    )(folder)
+    found = diagnose(str(source), merged=str(folder))
+    assert found.first is not None
+    assert "rounded to about 8 bits" in errors(found)[0]
+    assert "another model" not in errors(found)[0]
+
+
+@needs_llama
+def test_a_gguf_file_that_was_quantised_twice(tmp_path: Path) -> None:
+    """q8_0 of what q4_0 left: what the file's own type costs is less."""
+    source = write_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
+    folder = tmp_path / "four"
+    shutil.copytree(source, folder)
+    grid = _grid(4, 32)
+    edited(
+        lambda found: found.update({n: grid(t) if t.ndim == 2 else t for n, t in found.items()})
+    )(folder)
+    made = export_gguf(str(folder), tmp_path / "out", quant="q8_0")
+    found = diagnose(str(source), gguf=str(made.path), stages=["model", "gguf"])
+    assert any("rounded to about 4 bits and stored again as Q8_0" in t for t in errors(found))
+
+
+def test_what_no_stage_can_be_is_said_before_the_model_is_loaded(
+    run: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr("truetune.diagnosis.diagnose.Work", loaded)
+    (tmp_path / "junk.gguf").write_text("not a gguf file")
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_text("{}")
+    source = str(place / "adapter")
+    asked: list[tuple[dict[str, str], str, str]] = [
+        ({"gguf": str(tmp_path / "junk.gguf")}, "not-gguf", "first bytes are b'not '"),
+        ({"gguf": str(tmp_path / "empty.gguf")}, "not-gguf", "it is empty"),
+        ({"merged": str(tmp_path / "bare")}, "stage-kind", "no config.json"),
+        ({"quantised": str(tmp_path / "weightless")}, "stage-kind", "no weights"),
+        ({"merged": source}, "stage-kind", "it is an adapter"),
+        ({"merged": str(run)}, "stage-kind", "it is an adapter"),
+        ({"base": str(tmp_path / "nope")}, "adapter-no-base", "the path does not exist"),
+    ]
+    for arguments, code, why in asked:
+        with pytest.raises(UsageError) as raised:
+            diagnose(source, **arguments)  # type: ignore[arg-type]
+        assert raised.value.code == code, arguments
+        assert why in raised.value.why, arguments
+        assert raised.value.where.startswith("--")
+        assert raised.value.fix
+    told = command("diagnose", tmp_path / "junk.gguf")
+    assert (told.code, "[not-gguf]" in told.err) == (2, True)
+    told = command("serve", tmp_path / "junk.gguf", "--port", 0)
+    assert (told.code, "[not-gguf]" in told.err, "memory" in told.err) == (2, True, False)

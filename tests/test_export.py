@@ -25,6 +25,7 @@ from truetune.model.lora import LoraSettings, add_lora
 from truetune.model.new_tokens import add_tokens, make_room
 from truetune.model.save import save_model
 from truetune.model.tokenizer import num_ids
+from truetune.run.export_kind import require_export
 from truetune.run.pipeline import export
 
 KINDS = ["llama", "qwen2", "qwen3", "phi3", "gemma"]
@@ -402,11 +403,9 @@ def test_from_the_command_line_through_a_fresh_process(tmp_path: Path) -> None:
         *("--add-token", "<think>", "--add-token", "</think>"),
     )
     assert shown.code == 0, shown.err
-    wrong = command("export", tmp_path / "run", "-o", tmp_path / "merged")
-    assert (wrong.code, "truetune export RUN --merge -o DIR" in wrong.err) == (2, True)
     wrong = command("export", tmp_path / "run", "--merge", "--onto", "x", "-o", tmp_path / "merged")
     assert (wrong.code, "unknown weights 'x'" in wrong.err) == (2, True)
-    shown = command("export", tmp_path / "run", "--merge", "-o", tmp_path / "merged")
+    shown = command("export", tmp_path / "run", "-o", tmp_path / "merged")
     assert shown.code == 0, shown.err
     assert "merged onto the base's original weights, in float32; saved in bfloat16" in shown.out
     assert "merged against the adapter on 6 held-out prompts; logits differ" in shown.out
@@ -477,3 +476,24 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(
         export(str(tmp_path / "adapter"), output, listener=Appears())
     assert [path.name for path in output.iterdir()] == ["precious"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
+
+
+def test_merged_is_the_default_and_types_may_be_in_capitals(tmp_path: Path) -> None:
+    """As of Python's export; llama.cpp writes its types in capitals."""
+    write_model(tmp_path / "model")
+    told = command("export", tmp_path / "model", "-o", tmp_path / "out")
+    assert told.code == 0, told.err
+    assert (tmp_path / "out" / "config.json").is_file()
+    asked: Any = {
+        "merge": False,
+        "onto": "auto",
+        "no_verify": False,
+        "dtype": "auto",
+        "go_template": False,
+        "adapter": False,
+        "source": str(tmp_path / "model"),
+    }
+    kind = require_export("mlx", quant="4BIT", output=str(tmp_path / "mlx"), **asked)
+    assert kind == ("mlx", "4bit")
+    told = command("export", tmp_path / "model", "-o", "")
+    assert (told.code, "[export-folder]" in told.err) == (2, True)

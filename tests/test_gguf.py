@@ -172,7 +172,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (("--to", "ggfu"), "export-what"),
         (("--to", "gguf", "--merge"), "export-what"),
         (("--to", "gguf", "--no-verify"), "export-what"),
-        ((), "export-what"),
+        (("--to", "gguf", "--dtype", "float16"), "export-what"),
     ):
         told = command("export", tmp_path / "model", "-o", out, *words)
         assert told.code == 2

@@ -22,11 +22,13 @@ from terminal import at_terminal
 from tiny_models import write_model
 from tiny_runs import command
 from truetune.contract.contract import PromptContract
+from truetune.contract.render import Renderer
 from truetune.diagnosis.diagnose import diagnose
-from truetune.errors import UsageError
-from truetune.exporting.serve import Served, serving_chat, serving_gguf
+from truetune.errors import UnfaithfulTemplate, UsageError
+from truetune.exporting.serve import Served, _Template, serving_chat, serving_gguf
 from truetune.generate import Sampling, open_speaker, replies
 from truetune.lab import base_path
+from truetune.model.tokenizer import load_tokenizer
 from truetune.run.export_gguf import export_gguf
 from truetune.servers.client import Client, ServerError
 from truetune.system.local_http import LocalServer, require_port
@@ -350,6 +352,52 @@ def test_a_refused_conversation_is_one_sentence(address: str) -> None:
         assert words in error["message"]
 
 
+@needs_llama
+def test_a_gguf_file_refuses_what_its_template_refuses(tmp_path: Path) -> None:
+    """llama.cpp would write the system message into the user's; both back ends say the same."""
+    folder = str(tmp_path / "model")
+    write_model(tmp_path / "model")
+    chatml = PromptContract.load(load_tokenizer(folder), "chatml-lite").chat_template
+    (tmp_path / "model" / "chat_template.jinja").write_text(chatml)
+    contract = PromptContract.load(load_tokenizer(folder))
+    messages = [{"role": "system", "content": "You are a helpful assistant."}, *ASKED]
+    with pytest.raises(UnfaithfulTemplate, match="knows the roles user and assistant") as own:
+        contract.prompt_text(messages)
+    made = export_gguf(folder, tmp_path / "out", quant="f16")
+    with (
+        serving_gguf(made.path, 0, fast=False, name="tiny") as server,
+        running(server) as address,
+    ):
+        for path in ("/v1/chat/completions", "/apply-template"):
+            status, error = error_of(address, {"messages": messages}, path)
+            assert (status, error["type"]) == (400, "invalid_request_error")
+            assert error["message"] == f"{own.value.what} ({own.value.why})"
+        prompt = Client(address).post("/apply-template", {"messages": ASKED})["prompt"]
+        assert prompt == contract.prompt_text(ASKED)
+        asked = {"messages": ASKED, "max_tokens": 2}
+        assert Client(address).post("/v1/chat/completions", asked)["choices"]
+
+
+def test_a_gguf_file_takes_calls_in_either_form() -> None:
+    """A template that joins arguments as text, and one that reads them as an object."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        *ASKED,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        *ASKED,
+    ]
+    for reads in ("'(' + c.arguments + ')'", "c.arguments.items() | list"):
+        source = (
+            "{%- for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for t in m.tool_calls or [] "
+            "%}{% set c = t.function %}{{ " + reads + " }}{% endfor %}{% endfor %}"
+        )
+        template = _Template((Renderer(source, {}),))
+        template.require_accepted(turns, None, {})
+    refusing = _Template((Renderer("{{ raise_exception('no') }}", {}),))
+    with pytest.raises(UnfaithfulTemplate, match="no"):
+        refusing.require_accepted(turns, None, {})
+
+
 def test_only_this_machine_reaches_it(either: str) -> None:
     host = either.removeprefix("http://")
     assert host.startswith("127.0.0.1:")
@@ -368,10 +416,12 @@ def test_the_verb_says_what_is_wrong_before_it_loads(address: str, tmp_path: Pat
         ((tmp_path / "no", "--fast"), "usage"),
         ((tmp_path / "no",), "model-not-found"),
         ((base_path(), "--port", port), "port-taken"),
+        ((base_path(), "--device", "mps" if sys.platform != "darwin" else "cuda"), "device"),
     ):
         told = command("serve", "--port", "0", *words)
         assert told.code == 2
         assert f"[{code}]" in told.err
+        assert "loading" not in told.err
 
 
 def test_a_live_server_is_held_to_the_contract(tmp_path: Path) -> None:

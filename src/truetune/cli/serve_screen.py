@@ -7,7 +7,9 @@ from pathlib import Path
 from truetune.cli.screen import Screen
 from truetune.errors import UsageError
 from truetune.exporting.serve import Served, serving_chat, serving_gguf
+from truetune.model.placement import require_device
 from truetune.run_dir import CHECKPOINTS, opened
+from truetune.servers.llama_cpp import require_gguf
 from truetune.system.local_http import LocalServer, require_port
 
 
@@ -22,6 +24,7 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
             raise UsageError(
                 f"there is no file {source}", fix="specify a GGUF file", code="no-such-file"
             )
+        require_gguf(path)
         screen.stage("loading the file")
         with serving_gguf(path, port, fast=fast, name=path.stem, aliases=aliases) as server:
             _run(screen, server, path.stem)
@@ -30,6 +33,7 @@ def serve(screen: Screen, source: str, port: int, *, fast: bool, device: str) ->
         raise UsageError(
             "--fast has no effect without a GGUF file", where="--fast", fix="leave it out"
         )
+    require_device(device)
     from truetune.generate import open_speaker
 
     screen.stage("loading the weights")

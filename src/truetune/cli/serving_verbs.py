@@ -20,7 +20,9 @@ def export_run(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="NAME", help="merged, gguf, ollama, mlx, vllm or sglang: see above."
+            "--to",
+            metavar="NAME",
+            help="merged, gguf, ollama, mlx, vllm or sglang: see above. (default: merged)",
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,

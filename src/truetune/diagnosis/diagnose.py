@@ -23,15 +23,17 @@ from truetune.diagnosis.measured import (
     Stage,
 )
 from truetune.diagnosis.work import Tell, Work
-from truetune.errors import UsageError
+from truetune.errors import ModelError, UsageError
 from truetune.exporting.gguf_proof import (
     Apart,
 )
 from truetune.exporting.mlx import is_mlx
 from truetune.findings import Finding
-from truetune.model.source import locate
+from truetune.model.source import ADAPTER_CONFIG, locate
+from truetune.model.tokenizer import locate_base
 from truetune.run_dir import opened
 from truetune.servers.client import Client, ServerError
+from truetune.servers.llama_cpp import require_gguf
 from truetune.verification.artifact import run_of
 from truetune.verification.rows import read_rows
 
@@ -116,10 +118,12 @@ def diagnose(
         TruetuneError: the trained model itself cannot be opened.
     """
     tell = on_stage or (lambda _: None)
-    _require(source, stages, merged=merged, quantised=quantised, gguf=gguf, url=url)
+    _require(source, stages, base, merged=merged, quantised=quantised, gguf=gguf, url=url)
     if url is not None and (not stages or "url" in stages):
         # Says now that it is no address, or that nobody listens there.
         _require_answer(Client(url, seconds=20))
+    # A folder of a run is named for the model in it.
+    merged, quantised = (opened(path) if path is not None else None for path in (merged, quantised))
     if source.lower().endswith(".gguf"):
         return Diagnosis(source, (gguf_alone(Path(source), tell),), 0)
     run = run_of(source)
@@ -154,7 +158,7 @@ def diagnose(
     return Diagnosis(source, tuple(found), len(work.reference.cases), work.effect)
 
 
-def _require(source: str, stages: Sequence[str], **made: str | None) -> None:
+def _require(source: str, stages: Sequence[str], base: str | None, **made: str | None) -> None:
     unknown = [name for name in stages if name not in STAGES]
     if unknown:
         raise UsageError(
@@ -223,6 +227,46 @@ def _require(source: str, stages: Sequence[str], **made: str | None) -> None:
                 f"{source} --url http://127.0.0.1:8080",
                 code="stage-kind",
             )
+        if name == "gguf":
+            require_gguf(Path(path), "--gguf")
+        else:
+            _require_model(name, opened(path))
+    if alone:
+        require_gguf(Path(source))
+        return
+    files = locate(opened(source), weights=False)
+    if files.is_adapter and base is not None:
+        try:
+            locate_base(files, weights=False, instead=base)
+        except ModelError as error:
+            raise UsageError(
+                error.what,
+                where="--base",
+                why=error.why,
+                fix="specify the folder or Hub id of the adapter's base",
+                code=error.code,
+            ) from error
+
+
+def _require_model(name: str, path: str) -> None:
+    """Raise UsageError where a folder surely holds no whole model."""
+    folder = Path(path)
+    why = fix = ""
+    if (folder / ADAPTER_CONFIG).is_file():
+        why = "it is an adapter, which changes its base only when it is loaded on it"
+        fix = f"merge it: truetune export {path} --to merged -o DIR"
+    elif not (folder / "config.json").is_file():
+        why = "it has no config.json"
+    elif not any(any(folder.glob(form)) for form in ("*.safetensors", "*.bin")):
+        why = "it has no weights (*.safetensors)"
+    if why:
+        raise UsageError(
+            f"{path} is not a folder of a whole model",
+            where=f"--{name}",
+            why=why,
+            fix=fix or "specify the folder that was exported",
+            code="stage-kind",
+        )
 
 
 def _require_answer(client: Client) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.diagnosis.measured import TOKENS, Replies, Stage, rates, unopened
+from truetune.diagnosis.said import judge
 from truetune.errors import TruetuneError
 from truetune.exporting.gguf_proof import Reference, on_prompts
 from truetune.findings import Finding, visible
 from truetune.servers.cases import Case
-from truetune.servers.chat import complete, first_model, request
+from truetune.servers.chat import Answer, complete, first_model, request
 from truetune.servers.client import Client, ServerError
 from truetune.servers.llama_cpp import LlamaCpp
 
@@ -34,43 +35,23 @@ def live(
         client = Client(url, seconds=120)
         model = first_model(client)
         note, findings = _prompts(client, model, contract, reference.cases)
-        made = [_reply(client, model, case) for case in cases]
+        answers = [_reply(client, model, case) for case in cases]
+        said = judge(
+            url,
+            contract,
+            cases,
+            own,
+            answers,
+            lambda case: _reply(client, model, case).text,
+        )
     except TruetuneError as error:
         return unopened("url", url, error)
-    texts = tuple(text for text, _ in made)
-    ids = tuple(tuple(i) for i in contract.tokens.encode(texts))
-    replies = Replies(ids, tuple(stopped for _, stopped in made), texts)
-    same = sum(a.strip() == b.strip() for a, b in zip(own.texts, texts, strict=True))
-    ended = sum(a and not b for a, b in zip(own.stopped, replies.stopped, strict=True))
-    if ended * 2 > sum(own.stopped):
-        findings.append(
-            Finding(
-                "stage-parts",
-                "error",
-                f"url: {ended} of {sum(own.stopped)} replies that ended by themselves "
-                "no longer end",
-                where=url,
-                why="the server's stop tokens or prompts are not those of training",
-                fix="start it with the generation_config.json and the chat template that were "
-                "saved",
-            )
-        )
-    elif same * 2 < len(cases):
-        findings.append(
-            Finding(
-                "replies-differ",
-                "warning",
-                f"url: {len(cases) - same} of {len(cases)} greedy replies differ from those of the "
-                "trained model",
-                where=url,
-                why="the server uses other weights or fewer bits, or samples although greedy "
-                "replies were requested",
-                fix="compare its files with the run: truetune diagnose RUN --gguf FILE or "
-                "--merged DIR",
-            )
-        )
-    numbers = {**rates(replies, cases), "same_replies": same / max(len(cases), 1)}
-    return Stage("url", url, None, replies, tuple(findings), note=note, numbers=numbers)
+    findings += said.findings
+    numbers = {
+        **rates(said.replies, cases),
+        "same_replies": sum(said.same) / max(len(cases), 1),
+    }
+    return Stage("url", url, None, said.replies, tuple(findings), note=note, numbers=numbers)
 
 
 def _asked(model: str, case: Case) -> dict[str, Any]:
@@ -79,10 +60,9 @@ def _asked(model: str, case: Case) -> dict[str, Any]:
     return {**named, **request(case.messages)}
 
 
-def _reply(client: Client, model: str, case: Case) -> tuple[str, bool]:
+def _reply(client: Client, model: str, case: Case) -> Answer:
     asked = {**_asked(model, case), **request(case.seen, case.seen_tools)}
-    answer = complete(client, {**asked, "temperature": 0, "max_tokens": TOKENS})
-    return answer.text, answer.ended
+    return complete(client, {**asked, "temperature": 0, "max_tokens": TOKENS})
 
 
 # What servers say of a path that they do not have.

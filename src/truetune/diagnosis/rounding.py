@@ -9,6 +9,7 @@ output  yes or no
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,49 @@ def _held_by(value: torch.Tensor, added: float) -> float:
         if bool(((plain.to(dtype).float() - plain).abs() <= lost).all()):
             return STEPS[kind]
     return 0.0
+
+
+def coarser_bits(value: torch.Tensor, wanted: torch.Tensor) -> float:
+    """About how many bits a matrix was rounded to before it was stored as it is now; 0 where it was
+    not rounded: what further training or other weights do to a matrix looks different.
+
+    Either few different values are left in a block, or all errors in a block are within half a step
+    of a grid, or all are within a share of the number itself (a float of 8 bits).
+    """
+
+    if value.ndim < 2 or value.shape != wanted.shape:
+        return 0.0
+    found = sums(value, wanted)
+    bits = 4 - math.log2(max(found.error, 1e-9) / _FOUR_BITS)
+    if not found.finite or not _FEWEST_BITS <= bits <= _MOST_BITS:
+        return 0.0
+    if abs(found.scale - 1) > 0.02 + found.error**2:
+        return 0.0
+    width = min(32, value.shape[-1])
+    cut = value.shape[-1] // width * width
+    v, w = (
+        t.reshape(-1, t.shape[-1])[:_ROWS, :cut].reshape(-1, width).float() for t in (value, wanted)
+    )
+    ordered = v.sort(dim=1).values
+    different = 1 + (ordered.diff(dim=1) != 0).sum(dim=1)
+    if width == 32 and float((different <= 17).float().mean()) > 0.99:
+        return bits
+    error = v - w
+    near = error.abs() <= w.abs() / 8 + w.abs().max() * 2.0**-17
+    if float(near.float().mean()) > 0.999:
+        return bits
+    square = error.square().mean(dim=1)
+    known = square > 0
+    # 1.8 where errors are spread evenly over a step, 1 where all are as large, 3 of a bell curve.
+    peaked = (error.pow(4).mean(dim=1)[known] / square[known].square()).mean()
+    return bits if bool(known.any()) and 1.5 < float(peaked) < 2.3 else 0.0
+
+
+# What four bits cost, in units of a matrix' norm; each bit less costs twice as much.
+_FOUR_BITS = 0.1
+_FEWEST_BITS, _MOST_BITS = 1.7, 9.5
+# Rows of a matrix that are looked at.
+_ROWS = 4096
 
 
 def is_quantised(

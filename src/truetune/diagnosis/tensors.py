@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from truetune.diagnosis.rounding import coarser_bits
 from truetune.findings import percent
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Differing:
         words: other explanations.
         explained: tensors of those.
         untouched: tensors that the adapter does not change.
+        rounded: to about how many bits, of those that were rounded and stored again.
+        kind: the type in which these are stored.
     """
 
     names: list[str] = field(default_factory=list)
@@ -63,6 +66,8 @@ class Differing:
     words: list[str] = field(default_factory=list)
     explained: set[str] = field(default_factory=set)
     untouched: list[str] = field(default_factory=list)
+    rounded: dict[str, float] = field(default_factory=dict)
+    kind: str = ""
     number: int = 0
 
 
@@ -118,6 +123,10 @@ def explain(
             continue
         seen.names.append(name)
         _look(seen, name, value, wanted, base, orders, factor * ROUNDING.get(kind, OTHER))
+        if name not in (*seen.merged, *seen.scaled, *seen.explained) and (
+            bits := coarser_bits(value, wanted)
+        ):
+            seen.rounded[name], seen.kind = bits, kind
         if len(differing) < _MOST_KEPT:
             differing[name], kept[name] = value, wanted
     _swapped(seen, differing, kept)
@@ -216,6 +225,15 @@ def _first(found: dict[str, float]) -> str:
     return first if len(found) == 1 else f"{first} ({len(found)} tensors)"
 
 
+def _rounded(seen: Differing, names: list[str]) -> str:
+    bits = sorted(seen.rounded[name] for name in names)[len(names) // 2]
+    stored = f" and stored again as {seen.kind}" if seen.kind else ""
+    return (
+        f"{len(names)} of {seen.number} tensors are the model's, rounded to about {bits:.0f} bits"
+        f"{stored}, first {names[0]}: the weights were quantised before they were saved"
+    )
+
+
 # So many tensors, or this share of all, differ without a known reason only in another model.
 _FEW, _MOST_OF = 4, 0.7
 
@@ -227,6 +245,10 @@ def _in_words(seen: Differing) -> str:
     apart_alone = [name for name in seen.untouched if name not in known]
     unknown = [name for name in seen.names if name not in known]
     differing = len(seen.names) + len(seen.missing) + len(seen.shapes)
+    # All that has no other reason: norms, and what else is no matrix, are equal.
+    if unknown and all(name in seen.rounded for name in unknown):
+        parts.append(_rounded(seen, unknown))
+        apart_alone, unknown = [], []
     if seen.number >= _FEW and (
         len(apart_alone) >= _FEW
         or len(unknown) + len(seen.missing) + len(seen.shapes) > _MOST_OF * seen.number
@@ -258,7 +280,7 @@ def _in_words(seen: Differing) -> str:
         parts.append(f"{_first(seen.scaled)} is {scale:.3g} times what it should be")
     parts += seen.words[:3]
     rest = len(seen.names) - len(seen.merged) - len(seen.scaled)
-    if seen.names and rest == len(seen.names) and not seen.words:
+    if unknown and rest == len(seen.names) and not seen.words:
         share = percent(len(seen.names) / max(seen.number, 1))
         parts.append(
             f"{len(seen.names)} of {seen.number} tensors ({share}) contain different numbers, "

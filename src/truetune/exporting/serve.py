@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from truetune.contract.contract import PromptContract
-from truetune.errors import TruetuneError, is_out_of_memory
+from truetune.contract.render import Renderer, RenderJob
+from truetune.errors import TruetuneError, UnfaithfulTemplate, is_out_of_memory
 from truetune.exporting.gguf import PROOF
 from truetune.findings import visible
 from truetune.generate import Reply, stream
@@ -112,7 +113,7 @@ def serving_gguf(
             arguments = dict(proof.get("template_kwargs") or {})
     require_port(port)
     with serving(path, exact=not fast, template_kwargs=arguments, name=name) as llama:
-        subject = _LlamaModel((name, *aliases), llama)
+        subject = _LlamaModel((name, *aliases), llama, _Template.of(llama, arguments))
         with serving_here(_LlamaHandler, port, subject) as server:
             yield server
         if subject.failed:
@@ -129,10 +130,67 @@ class _OwnModel:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
+@dataclass(frozen=True)
+class _Template:
+    """A GGUF file's own chat template, asked what it refuses: llama.cpp writes what some templates
+    refuse, such as a system message, into another message, which was never trained."""
+
+    renderers: tuple[Renderer, ...]
+
+    @classmethod
+    def of(cls, llama: LlamaCpp, arguments: Mapping[str, Any]) -> _Template:
+        """The template that a server has loaded; nothing is refused where it has none."""
+        props = llama.props()
+        special = {key: str(props.get(key) or "") for key in ("bos_token", "eos_token")}
+        source = props.get("chat_template")
+        if not isinstance(source, str) or not source:
+            return cls(())
+        tools = props.get("chat_template_tool_use")
+        other = tools if isinstance(tools, str) and tools else None
+        return cls((Renderer(source, special, arguments, other),))
+
+    def require_accepted(
+        self, messages: Messages, tools: Any, arguments: Mapping[str, Any]
+    ) -> None:
+        """Raise UnfaithfulTemplate if the template refuses a conversation.
+
+        Templates expect arguments of calls as text or as objects: either will do.
+        """
+        for renderer in self.renderers:
+            first, *rest = renderer.render_many(
+                [
+                    RenderJob(form, tools, prompt=True, arguments=arguments)
+                    for form in (messages, _with_objects(messages))
+                ]
+            )
+            refused = [text for text in (first, *rest) if isinstance(text, UnfaithfulTemplate)]
+            if len(refused) == 1 + len(rest) and refused[0].code == "template-refuses":
+                raise refused[0]
+
+
+def _with_objects(messages: Messages) -> list[dict[str, Any]]:
+    """Messages with arguments of calls as objects."""
+    made = [dict(message) for message in messages]
+    for message in made:
+        calls = message.get("tool_calls")
+        if not isinstance(calls, list):
+            continue
+        message["tool_calls"] = changed = []
+        for call in calls:
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                with contextlib.suppress(ValueError, RecursionError):
+                    function = {**function, "arguments": json.loads(function["arguments"])}
+                call = {**call, "function": function}
+            changed.append(call)
+    return made
+
+
 @dataclass
 class _LlamaModel:
     names: tuple[str, ...]
     llama: LlamaCpp
+    template: _Template
     # Why it no longer answers.
     failed: ServerError | None = None
 
@@ -383,6 +441,7 @@ class _LlamaHandler(_Handler):
         if self.where == _CHAT:
             asked = self._object(raw)
             request = read_chat(asked, self.model.names, LLAMA_CPP)
+            self.model.template.require_accepted(request.messages, request.tools, request.arguments)
             self._require_rendered(request)
             made = _for_llama(asked, request, self.model.names[0])
             if request.stream and request.stops:
@@ -391,6 +450,8 @@ class _LlamaHandler(_Handler):
                 del made["stop"]
                 made["timings_per_token"] = True
             raw = json.dumps(made).encode("utf-8")
+        elif self.where == "/apply-template":
+            self.model.template.require_accepted(*read_messages(self._object(raw)))
         self._hand_on("POST", raw, cut)
 
     def _require_rendered(self, request: ChatRequest) -> None:

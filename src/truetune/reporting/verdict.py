@@ -139,9 +139,7 @@ def vital_sentences(run: RunFacts) -> Iterator[str]:
             if name == "stop_rate" or first or last:
                 # A sign that could not be taken at a step says nothing of it.
                 since = "before" if first_step == steps[0] else f"at step {first_step:,}"
-                at = (
-                    "" if last_step == steps[-1] else f" at step {last_step:,}"
-                )
+                at = "" if last_step == steps[-1] else f" at step {last_step:,}"
                 was = f" ({since}: {percent(first)})" if first_step != last_step else ""
                 yield f"{words.capitalize()}: {percent(last)}{at}{was}."
     points = run.series("keep_loss")

@@ -46,16 +46,16 @@ def require_export(
         source, output: of the export; `output` must not exist.
 
     Raises:
-        UsageError: none, two, an option that has no effect on it, or a GGUF file as source.
+        UsageError: two kinds, an option that has no effect on it, or a GGUF file as source.
         OutputExists: the output is there already.
     """
-    if to is None and not merge:
-        raise UsageError(
-            "no export was requested",
-            fix="truetune export RUN --merge -o DIR, or --to gguf -o DIR",
-            code="export-what",
-        )
     what = to or "merged"
+    # llama.cpp writes its types in capitals.
+    quant = quant.lower() if quant is not None else None
+    if not output:
+        raise UsageError(
+            "the output folder has no name", where="--output", fix="-o DIR", code="export-folder"
+        )
     if what not in _KINDS or (merge and what != "merged"):
         meant = near(what, _KINDS)
         raise UsageError(

@@ -60,6 +60,40 @@ def require_llama_cpp(what: str) -> None:
         )
 
 
+def require_gguf(path: Path, where: str = "") -> None:
+    """Report first what llama.cpp cannot read at all.
+
+    Raises:
+        UsageError: the file does not begin as GGUF files do.
+    """
+    try:
+        with path.open("rb") as file:
+            first = file.read(24)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}",
+            where=where,
+            fix="make it readable, or specify another file",
+            code="no-such-file",
+        ) from error
+    if first.startswith(b"GGUF"):
+        return
+    pointer = first.startswith(b"version https://git-lfs")
+    raise UsageError(
+        f"{path} is not a GGUF file",
+        where=where,
+        why="it is empty"
+        if not first
+        else "it is a Git LFS pointer: the file itself was not downloaded"
+        if pointer
+        else f"its first bytes are {first[:4]!r} instead of {b'GGUF'!r}",
+        fix="git lfs pull"
+        if pointer
+        else "specify a GGUF file, or write one: truetune export RUN --to gguf -o DIR",
+        code="not-gguf",
+    )
+
+
 @dataclass(frozen=True)
 class Predicted:
     """A server's prediction after some ids.
