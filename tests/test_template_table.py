@@ -49,8 +49,8 @@ ONE_CALL = refused("template-refuses", "parallel calls")
 
 # Every refusal there is. What is not named here is exact.
 REFUSED: dict[str, dict[str, str]] = {
-    # The reasoning of a call goes into a plan that stands behind the block which the prompt closes.
-    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": refused("thinking-off", "reasoned call"),
+    # It has no field for it, and content stands in a response, where no parser looks for reasoning.
+    "CohereForAI-c4ai-command-r7b-12-2024-tool_use": NO_REASONING,
     # A function call stands behind the separator of messages.
     "GigaChat3-10B-A1.8B": NO_REASONING
     | refused("target-behind-stop", "one call", "call, answer")
