@@ -602,6 +602,27 @@ def test_rounded_matrices_are_told_from_other_training() -> None:
         assert "another model, or was trained otherwise: 6 of 8" in told(change)
 
 
+def test_a_table_that_lost_a_row_is_not_called_rounded() -> None:
+    """Of an adapter that was left out, with the embedding of its new token."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(0)
+    base = {f"layers.{n}.weight": torch.randn(96, 128, generator=drawn) for n in range(4)}
+    base["embedding"] = torch.randn(512, 128, generator=drawn)
+    own = {name: _trained_on(value) for name, value in base.items()}
+    own["embedding"] = base["embedding"].clone()
+    own["embedding"][400] += torch.rand(128, generator=drawn) - 0.5
+    for held in (base, {**own, "embedding": base["embedding"]}):
+        text = tensors.explain(
+            ((name, value) for name, value in own.items()),
+            lambda name, held=held: (held[name], "F32"),
+            # The base's own table has fewer rows, and says nothing.
+            lambda name: None if name == "embedding" else (base[name], "F32"),
+        )
+        assert "rounded" not in text
+    assert "contain different numbers, first embedding" in text
+
+
 def test_a_folder_of_rounded_weights_is_called_rounded(place: Path, tmp_path: Path) -> None:
     """Of a whole model, as it was saved in bfloat16."""
     source = write_model(tmp_path / "model", hidden_size=64, intermediate_size=128)

@@ -238,6 +238,10 @@ def _rounded(seen: Differing, names: list[str]) -> str:
 _FEW, _MOST_OF = 4, 0.7
 
 
+# The least share of all tensors that are rounded where the weights are: some are norms.
+_ROUNDED = 0.5
+
+
 def _in_words(seen: Differing) -> str:
     parts = []
     known = {*seen.merged, *seen.scaled, *seen.explained}
@@ -245,8 +249,11 @@ def _in_words(seen: Differing) -> str:
     apart_alone = [name for name in seen.untouched if name not in known]
     unknown = [name for name in seen.names if name not in known]
     differing = len(seen.names) + len(seen.missing) + len(seen.shapes)
-    # All that has no other reason: norms, and what else is no matrix, are equal.
-    if unknown and all(name in seen.rounded for name in unknown):
+    # Whoever rounds weights rounds most of them, and nothing else is found: norms, and what else is
+    # no matrix, are equal. A table that lost the row of a new token may look rounded too.
+    others = seen.merged or seen.scaled or seen.words
+    most = len(unknown) >= _ROUNDED * seen.number
+    if unknown and most and not others and all(name in seen.rounded for name in unknown):
         parts.append(_rounded(seen, unknown))
         apart_alone, unknown = [], []
     if seen.number >= _FEW and (
