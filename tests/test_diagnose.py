@@ -628,10 +628,7 @@ def test_a_folder_of_rounded_weights_is_called_rounded(place: Path, tmp_path: Pa
     source = write_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
     folder = tmp_path / "changed"
     shutil.copytree(source, folder)
-    grid = _grid(8, 0)
-    edited(
-        lambda found: found.update({n: grid(t) if t.ndim == 2 else t for n, t in found.items()})
-    )(folder)
+    edited(_all_matrices(_grid(8, 0)))(folder)
     found = diagnose(str(source), merged=str(folder))
     assert found.first is not None
     assert "rounded to about 8 bits" in errors(found)[0]
@@ -644,10 +641,7 @@ def test_a_gguf_file_that_was_quantised_twice(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", hidden_size=64, intermediate_size=128)
     folder = tmp_path / "four"
     shutil.copytree(source, folder)
-    grid = _grid(4, 32)
-    edited(
-        lambda found: found.update({n: grid(t) if t.ndim == 2 else t for n, t in found.items()})
-    )(folder)
+    edited(_all_matrices(_grid(4, 32)))(folder)
     made = export_gguf(str(folder), tmp_path / "out", quant="q8_0")
     found = diagnose(str(source), gguf=str(made.path), stages=["model", "gguf"])
     assert any("rounded to about 4 bits and stored again as Q8_0" in t for t in errors(found))

@@ -174,11 +174,7 @@ def _proved(
         "probes": [[list(probe.ids), list(probe.positions)] for probe in reference.probes],
         "top": wanted.top.tolist(),
     }
-    reply = child.ask(_WORKER, json.dumps(asked).encode("utf-8"))
-    try:
-        said = json.loads(reply.data)
-    except ValueError:
-        said = {"error": reply.errors.strip()[-300:] or f"exit code {reply.status}"}
+    said = child.ask_json(_WORKER, asked)
     if "error" in said:
         raise UsageError(
             f"mlx_lm cannot convert or load this model: {visible(said['error'][:300])}",

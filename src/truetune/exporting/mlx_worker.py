@@ -7,10 +7,10 @@ output  JSON on standard output: prompts as ids, stop tokens, log-probabilities;
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from typing import Any
+
+from truetune.system.child import answer_json
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
@@ -52,17 +52,5 @@ def _predictions(mx: Any, model: Any, probes: Any, top: Any) -> dict[str, Any]:
     return {"logprobs": kept, "greedy": greedy}
 
 
-def main() -> None:
-    reply = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    # mlx_lm tells what it does on standard output.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    asked = json.loads(sys.stdin.buffer.read())
-    try:
-        said = answer(asked)
-    except Exception as error:
-        said = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(said), file=reply, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_json(answer)

@@ -8,10 +8,9 @@ output  JSON on standard output: versions of the libraries; or an error
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import sys
 from typing import Any
+
+from truetune.system.child import answer_json
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
@@ -85,17 +84,5 @@ def _llm_compressor(asked: dict[str, Any], how: str) -> Any:
     return model
 
 
-def main() -> None:
-    reply = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    # The libraries show their progress on standard output.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    asked = json.loads(sys.stdin.buffer.read())
-    try:
-        said = answer(asked)
-    except Exception as error:
-        said = {"error": f"{type(error).__name__}: {error}"}
-    print(json.dumps(said), file=reply, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    answer_json(answer)

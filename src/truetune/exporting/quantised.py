@@ -9,7 +9,6 @@ output  WrittenQuantised; whoever asked compares it with the model before it get
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,11 +146,7 @@ def write_quantised(
         "rows": [list(ids) for ids in rows],
     }
     try:
-        reply = child.ask(_WORKER, json.dumps(asked).encode("utf-8"))
-        try:
-            said = json.loads(reply.data)
-        except ValueError:
-            said = {"error": reply.errors.strip()[-300:] or f"exit code {reply.status}"}
+        said = child.ask_json(_WORKER, asked)
         if "error" in said:
             raise _unable(quant, visible(_short(said["error"]), keep_newlines=False))
         _keep_other_files(source, folder)

@@ -6,6 +6,7 @@ This file is also the first thing that a child runs, so it imports nothing but t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,28 @@ def ask(what: Path | str, question: bytes, *, loads_models: bool = False) -> Rep
             process.kill()
             raise
     return Reply(data, process.returncode, errors.decode("utf-8", "replace").strip())
+
+
+def ask_json(what: Path | str, question: Any) -> dict[str, Any]:
+    """The same in JSON, of a child that runs `answer_json`; {"error": ...} if it did not answer."""
+    reply = ask(what, json.dumps(question).encode("utf-8"))
+    try:
+        said: dict[str, Any] = json.loads(reply.data)
+    except ValueError:
+        said = {"error": reply.errors.strip()[-300:] or f"exit code {reply.status}"}
+    return said
+
+
+def answer_json(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The child's side of `ask_json`."""
+    reply = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    # Libraries say on standard output what they do.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    try:
+        said = answer(json.loads(sys.stdin.buffer.read()))
+    except Exception as error:
+        said = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(said), file=reply, flush=True)
 
 
 def _without_secrets(loads_models: bool) -> dict[str, str]:
