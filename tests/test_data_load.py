@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -300,6 +302,66 @@ def test_dataset_out_of_reach(repo, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     error = refused("dataset-unreadable", "nobody/nothing")
     assert error.where == "nobody/nothing"
+    assert "the Hub cannot be reached" in error.what
+
+
+def test_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path, capfd):
+    """`datasets` alone asks six times, with 23 seconds of waiting and a line for each."""
+    import socket
+
+    import datasets
+
+    calls = []
+
+    def nowhere(host, *rest, **more):
+        calls.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    begun = time.perf_counter()
+    error = refused("dataset-unreadable", "nobody/nothing")
+    assert "the Hub cannot be reached" in error.what
+    assert time.perf_counter() - begun < 15
+    assert len(calls) <= 1
+    assert capfd.readouterr().err == ""
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (404, "RepoNotFound", "no such file, folder or public dataset"),
+        (404, "RevisionNotFound", "no revision"),
+        (403, "GatedRepo", "accepted its terms"),
+    ],
+)
+def test_hub_that_says_no(status, code, said, monkeypatch, tmp_path):
+    """What the Hub answers, by a server of our own."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.chdir(tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", there)
+        error = refused("dataset-unreadable", "nobody/nothing", revision="r1")
+        server.shutdown()
+    assert said in error.what
 
 
 # --- speed, and real files -----------------------------------------------------------------------

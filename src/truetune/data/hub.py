@@ -8,8 +8,10 @@ Output: `FileRows`, rows numbered from 1 in their split, and `FileInfo` with the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,8 @@ def _load(
         found = _reported(lambda: datasets.load_from_disk(name), name)
     else:
         kwargs: dict[str, Any] = {"name": config, "split": split, "revision": revision}
-        found = _reported(lambda: datasets.load_dataset(name, **kwargs), name, split)
+        with _asked_once(name, revision):
+            found = _reported(lambda: datasets.load_dataset(name, **kwargs), name, split)
         if split is not None:
             return found, split, []
     if not isinstance(found, dict):
@@ -87,6 +90,65 @@ def _load(
             raise no_such_split(split or "", ["train"], name, why="the folder is one split")
         return found, None, []
     return _choose(found, name, split)
+
+
+# The seconds that the Hub may take to say whether it has a dataset.
+_HUB_PATIENCE = 10.0
+
+
+@contextlib.contextmanager
+def _asked_once(name: str, revision: str | None) -> Iterator[None]:
+    """While `datasets` loads: what the Hub answers when it is asked once.
+
+    `datasets` itself asks six times, prints each failure and takes half a minute to say that there
+    is no network. Where the Hub does not answer, only a cached copy of the dataset is looked for.
+
+    Raises:
+        DataError: `dataset-unreadable`, if the Hub has no such dataset or revision, or does not
+            share it.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if Path(name).exists():
+        yield
+        return
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        HfApi().dataset_info(name, revision=revision, timeout=_HUB_PATIENCE)
+    except GatedRepoError as error:
+        raise _unreadable(
+            name,
+            "the Hub shares this dataset only with people who accepted its terms",
+            fix="accept them on its page, and log in with `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise _unreadable(
+            name, f"the dataset has no revision {revision}", fix="check --revision"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise _unreadable(
+            name,
+            "there is no such file, folder or public dataset on the Hub",
+            fix="check the name, or log in with `hf auth login` if the dataset is private",
+        ) from error
+    except Exception:  # whatever the library's connection raises
+        offline = True
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, offline
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _unreadable(name: str, what: str, *, why: str = "", fix: str) -> DataError:
+    return DataError(what, where=name, why=why, fix=fix, code="dataset-unreadable")
 
 
 def _choose(
@@ -116,6 +178,8 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
     `datasets` raises ValueError for both a missing split and a missing configuration, and a dozen
     types for a dataset that is not there, private, gated or out of reach.
     """
+    import datasets
+
     try:
         return load()
     except Exception as error:
@@ -137,13 +201,18 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
                 fix=f"select one: {name}:{configs[0]}",
                 code="which-config",
             ) from error
-        raise DataError(
+        if datasets.config.HF_HUB_OFFLINE and isinstance(error, (ConnectionError, OSError)):
+            raise _unreadable(
+                name,
+                "there is no such file or folder, and the Hub cannot be reached (offline)",
+                why="the local cache holds no dataset of this name",
+                fix="pass the path of a local file or folder, or go online",
+            ) from error
+        raise _unreadable(
+            name,
             f"the dataset cannot be loaded: {first}",
-            where=name,
-            why=f"{type(error).__name__}: it does not exist, is not public, or the Hub cannot be "
-            "reached; there is no local file or folder of this name either",
+            why=type(error).__name__,
             fix="check the name, log in with `hf auth login`, or pass a local file",
-            code="dataset-unreadable",
         ) from error
 
 
