@@ -433,32 +433,32 @@ def test_a_page_of_results_beside_its_pictures(result: dict[str, Any], tmp_path:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, float]]:
-    """A measure of each arm of an experiment in quick form; both train the same sound arm once."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, float]]:
+    """A measure of the arms that an experiment's expectations name, in quick form.
+
+    Both experiments below train the same sound arm, and so it is trained once.
+    """
     arms = tmp_path_factory.mktemp("quick")
 
-    def ran(name: str, measure: str) -> dict[str, float]:
-        found = run(find(name), arms, [1], quick=True)
+    def ran(name: str, measure: str, *expected: str) -> dict[str, float]:
+        whole = find(name)
+        named = tuple(e for e in whole.expectations if e.told in expected)
+        assert len(named) == len(expected)
+        found = run(replace(whole, expectations=named), arms, [1], quick=True)
         return {arm["name"]: arm["measures"][measure]["value"] for arm in found["arms"]}
 
     return ran
 
 
-@pytest.mark.slow
-def test_a_masked_end_marker_is_never_written(
-    quick: Callable[[str, str], dict[str, float]],
-) -> None:
-    """Of 100 replies 100 end, and 0 without the marker."""
-    ended = quick("end-marker", "ended")
+def test_a_masked_end_marker_is_never_written(quick: Callable[..., dict[str, float]]) -> None:
+    """Of 100 replies 100 end, and 0 without the marker, in each of three seeds."""
+    ended = quick("end-marker", "ended", "trained, answers end", "masked, they do not")
     assert ended["trained"] > 0.9
-    assert max(ended["marker masked"], ended["marker absent"]) < 0.1
+    assert ended["marker masked"] < 0.1
 
 
-@pytest.mark.slow
-def test_another_template_in_serving_costs_answers(
-    quick: Callable[[str, str], dict[str, float]],
-) -> None:
+def test_another_template_in_serving_costs_answers(quick: Callable[..., dict[str, float]]) -> None:
     """Of 100 answers 93 to 97 are lost in three seeds of the full form."""
-    right = quick("template-drift", "right")
+    right = quick("template-drift", "right", "as trained, it answers", "other markers cost 30")
     assert right["as trained"] > 0.9
     assert right["other markers"] < right["as trained"] - 0.5
