@@ -72,7 +72,6 @@ def replies(
     *,
     batch_size: int = 16,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    prefix: str = "",
 ) -> list[Reply]:
     """One reply per conversation, in their order.
 
@@ -84,12 +83,11 @@ def replies(
         sampling: greedy, 256 tokens where None.
         batch_size: conversations per forward pass.
         tools: offered in every conversation.
-        prefix: text that every reply is made to begin with; not part of `Reply.text`.
 
     Raises:
         UsageError: a prompt that leaves no room in the model's context; batch_size below 1.
     """
-    prompts = [_prompt(contract, messages, tools, prefix) for messages in conversations]
+    prompts = [_prompt(contract, messages, tools) for messages in conversations]
     return replies_to_ids(loaded, contract, prompts, sampling, batch_size=batch_size)
 
 
@@ -136,7 +134,6 @@ def stream(
     sampling: Sampling | None = None,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    prefix: str = "",
     stop_texts: Sequence[str] = (),
 ) -> Generator[str, None, Reply]:
     """One reply in pieces of printable text, as they come.
@@ -152,7 +149,7 @@ def stream(
         UsageError: the prompt leaves no room in the model's context.
     """
     sampling = sampling or Sampling()
-    prompt = _prompt(contract, messages, tools, prefix)
+    prompt = _prompt(contract, messages, tools)
     limit = _limit(loaded, sampling, prompt, 0)
     worker = _Worker()
     writer = _Writer(Tokens(contract.tokenizer), prompt)
@@ -185,15 +182,12 @@ def _prompt(
     contract: PromptContract,
     messages: Messages | Conversation,
     tools: Sequence[Mapping[str, Any]] | None,
-    prefix: str,
 ) -> list[int]:
     if isinstance(messages, Conversation):
-        ids = contract.prompt_ids(
+        return contract.prompt_ids(
             messages.messages, messages.tools or tools, messages.template_kwargs
         )
-    else:
-        ids = contract.prompt_ids(messages, tools)
-    return [*ids, *Tokens(contract.tokenizer).encode_completion(ids, prefix)] if prefix else ids
+    return contract.prompt_ids(messages, tools)
 
 
 def _limit(loaded: LoadedModel, sampling: Sampling, prompt: Sequence[int], row: int) -> int:

@@ -11,7 +11,6 @@ a node follow it without a gap: its keys meet them in one call. Packed rows are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -85,11 +84,6 @@ class Layout:
             if parent >= 0 and not line:
                 raise ValueError(f"node {node} does not follow its parent {parent} depth first")
             line.append(node)
-
-    @classmethod
-    def of_rows(cls, lengths: Sequence[int]) -> Layout:
-        """Rows side by side that share nothing."""
-        return cls(tuple(lengths), (-1,) * len(lengths))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

@@ -279,26 +279,23 @@ def foreseen_footprint(
     autocast: Callable[[], AbstractContextManager[Any]],
     *,
     longest: int,
-    device: str = "cpu",
 ) -> Footprint:
     """`footprint` of a model whose weights are not there: the loop's own computation on tensors
-    that have shapes, types and a device, and no numbers; of a small model on zeros, which is sooner
-    done.
+    that have shapes and types, and no numbers; of a small model on zeros, which is sooner done.
 
     Args:
         model: on the meta device, with its adapter if it has one; a small one leaves it.
-        device: that the tensors claim to be on.
     """
     from truetune.compute.adapter import plain_adapters
     from truetune.compute.head import SupervisedHead, Tail
     from truetune.compute.route import Route
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    small = device == "cpu" and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL
+    small = sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL
     if small:
         import torch
 
-        model.to_empty(device=device)
+        model.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.zero_()
@@ -308,7 +305,7 @@ def foreseen_footprint(
     route = Route(model, "packed", head=head, adapters=plain_adapters(model))
     if small:
         return measured_footprint(route, autocast, longest=longest)
-    return footprint_without_numbers(route, autocast, longest=longest, device=device)
+    return footprint_without_numbers(route, autocast, longest=longest, device="cpu")
 
 
 def _measuring(

@@ -35,7 +35,6 @@ class Merged:
         onto: which weights the adapter was added to, in words.
         load_in: how the adapter is opened to compute the same.
         dtype: torch name of the type to save in: the base's on disk.
-        tied: whether head and embedding are still one matrix; None where they never were.
         findings: notes.
     """
 
@@ -43,7 +42,6 @@ class Merged:
     onto: str
     load_in: LoadIn
     dtype: str
-    tied: bool | None
     findings: tuple[Finding, ...]
 
 
@@ -82,7 +80,7 @@ def merge_adapter(
     loaded = load_model(
         source, base=base, device=device, dtype="float32", purpose="inference", load_in=load_in
     )
-    tied, findings = _untie(loaded)
+    findings = _untie(loaded)
     config = loaded.transformers_model.config
     try:
         with quiet():
@@ -113,7 +111,7 @@ def merge_adapter(
     plain = dataclasses.replace(
         loaded, model=model, is_adapter=False, quantised=None, fingerprint=None
     )
-    return Merged(plain, words, load_in, dtype, tied, tuple(findings))
+    return Merged(plain, words, load_in, dtype, tuple(findings))
 
 
 # Significant bits of a number.
@@ -177,7 +175,7 @@ def _trained_on_other(bits: str) -> Finding:
     )
 
 
-def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
+def _untie(loaded: LoadedModel) -> list[Finding]:
     """Give the head a matrix of its own where the adapter changes one side of a tied pair.
 
     Merged in place, the update of one side would move the other as well. New rows are the same on
@@ -188,12 +186,12 @@ def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
     model = loaded.transformers_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        return None, []
+        return []
     inner, outer = _plain(embedding), _plain(head)
     if inner.weight is not outer.weight:
-        return None, []
+        return []
     if not any(_has_lora(module) for module in (embedding, head)):
-        return True, []
+        return []
     outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     text_config = model.config.get_text_config(decoder=True)
@@ -205,7 +203,7 @@ def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
         where="config.json (tie_word_embeddings: false)",
         why="they were tied, and the adapter changes only one of them",
     )
-    return False, [note]
+    return [note]
 
 
 def _plain(module: Any) -> Any:

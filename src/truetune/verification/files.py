@@ -150,13 +150,12 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(shown[:_MOST]) + more
 
 
-def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool = True) -> Check:
+def check_record(run: RunDir, record: Record | None, rows: str) -> Check:
     """The artifact and what it was trained under against the record, which was taken when it was
     saved; a manifest is not needed.
 
     Args:
         rows: the digest of the rows as they are now.
-        hashes: without, only settings are compared (so that tests can tell the two apart).
     """
     if record is None:
         return Check(
@@ -168,16 +167,15 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
         )
     artifact = run.artifact()
     told = []
-    if hashes and rows != record.rows:
+    if rows != record.rows:
         told.append(f"rows of {VERIFY_ROWS} were changed")
     told += [f"{name}: {difference}" for name, difference in _settings(artifact, record)]
-    if hashes:
-        named = {words.partition(":")[0] for words in told}
-        told += [
-            f"{name} {'was changed' if run.file(name).is_file() else 'is missing'}"
-            for name, digest in [*record.run.items(), *record.files.items()]
-            if name.split("/")[-1] not in named and _changed(run, name, digest, record)
-        ]
+    named = {words.partition(":")[0] for words in told}
+    told += [
+        f"{name} {'was changed' if run.file(name).is_file() else 'is missing'}"
+        for name, digest in [*record.run.items(), *record.files.items()]
+        if name.split("/")[-1] not in named and _changed(run, name, digest, record)
+    ]
     told += [
         f"{name} was added"
         for name in _present(run)
