@@ -18,6 +18,7 @@ from typing import Any
 
 from truetune.compare import Reading
 from truetune.contract.contract import PromptContract
+from truetune.contract.shape import as_object, with_arguments
 from truetune.data.conversation import Conversation
 from truetune.errors import CheckFailed, UsageError
 from truetune.exporting.gguf import PROOF, small_enough
@@ -165,7 +166,7 @@ def _proved(
         "how": how,
         "cases": [
             {
-                "messages": [_plain(message) for message in case.messages],
+                "messages": [with_arguments(message, as_object) for message in case.messages],
                 "tools": list(case.tools) if case.tools else None,
                 "arguments": dict(case.template_kwargs),
             }
@@ -227,24 +228,6 @@ def _proved(
             ),
         )
     return WrittenMLX(folder, kind, len(reference.cases), stops, apart, warnings)
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    """A message as a template takes it: arguments of calls are objects again."""
-    made = dict(message)
-    if made.get("tool_calls"):
-        made["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": _object(call["function"])}}
-            for call in made["tool_calls"]
-        ]
-    return made
-
-
-def _object(function: Any) -> Any:
-    try:
-        return json.loads(function["arguments"])
-    except (ValueError, KeyError):
-        return function.get("arguments")
 
 
 def _error(what: str, where: str = "") -> Finding:
