@@ -8,12 +8,14 @@ Output: those values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from truetune.errors import DataError
 from truetune.findings import Finding
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,13 @@ def not_a_number(what: str, code: str) -> BadRow:
         why="pandas writes NaN for an empty cell",
         fix="fill the cell, or drop the row with --bad-rows drop",
     )
+
+
+def evenly(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most `most` items, evenly over all."""
+    if len(items) <= most:
+        return items
+    return [items[i * len(items) // most] for i in range(most)]
 
 
 def excerpt(text: str, limit: int = 60) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truetune.contract.tokens import common_prefix
 from truetune.errors import SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, quiet
@@ -184,15 +185,12 @@ def check_prompts(contract: PromptContract, folder: Path) -> list[Finding]:
             wanted = list(contract.prompt_ids(messages))
         except UnfaithfulTemplate as error:
             return [_not_compared(error)]
-        served = again.prompt_ids(messages)
-        if list(served) != wanted:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(served, wanted, strict=False)) if a != b),
-                min(len(served), len(wanted)),
-            )
+        served = list(again.prompt_ids(messages))
+        if served != wanted:
+            at = common_prefix(served, wanted)
             raise SaveError(
                 "the saved tokenizer and template give prompt ids that differ from the "
-                f"contract's, from token {at} on: {list(served)[at : at + 8]} instead of "
+                f"contract's, from token {at} on: {served[at : at + 8]} instead of "
                 f"{wanted[at : at + 8]}",
                 where=f"probe {probe!r}",
                 why="saving changed the tokenizer, or the template depends on something outside "

@@ -12,6 +12,7 @@ from typing import Any
 from truetune.compute.memory import available_bytes
 from truetune.contract.contract import PromptContract, Refused
 from truetune.data.load import load
+from truetune.data.rows import evenly
 from truetune.diagnosis.diagnose import diagnose
 from truetune.diagnosis.folder import quantised_budget
 from truetune.diagnosis.measured import Stage
@@ -305,7 +306,5 @@ def _calibration(
             fix="truetune inspect MODEL --data DATA shows the reasons",
             code="quantised-rows",
         )
-    chosen = [examples[i * len(examples) // _ROWS] for i in range(_ROWS)]
-    if len(examples) <= _ROWS:
-        chosen = examples
-    return Calibration(tuple(ids[:_TOKENS] for ids in chosen), where, len(examples))
+    chosen = tuple(ids[:_TOKENS] for ids in evenly(examples, _ROWS))
+    return Calibration(chosen, where, len(examples))
