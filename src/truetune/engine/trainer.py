@@ -196,7 +196,7 @@ class SFTTrainer:
             end = keep_gradients_apart([p for _, p in self.named_trainable])
             weakref.finalize(self, end)
         self.optimizer = build_optimizer(
-            settings.optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
+            settings, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
         )
 
     @classmethod
