@@ -91,11 +91,9 @@ def canonical(message: Mapping[str, Any]) -> Message:
     if reasoning:
         made["reasoning_content"] = reasoning[0]
     try:
-        calls = calls_of(made.pop("tool_calls", None))
+        calls = calls_of(made.pop("tool_calls")) if "tool_calls" in made else []
     except BadRow as error:
-        raise UnfaithfulTemplate(
-            error.what, why=error.why, fix=error.fix, code=error.code
-        ) from error
+        raise _refused(error) from error
     if calls:
         made["tool_calls"] = calls
     for value in (made["content"], made.get("reasoning_content"), made.get("tool_calls")):
