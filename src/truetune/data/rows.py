@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from truetune.errors import DataError
-from truetune.findings import Finding
+from truetune.findings import Finding, phrase
 
 T = TypeVar("T")
 
@@ -135,8 +135,7 @@ def excerpt(text: str, limit: int = 60) -> str:
 def names(columns: Iterable[str], limit: int = 30) -> str:
     """Column names as a list to read, odd ones quoted."""
     shown = [c if c.isprintable() and c.strip() else repr(c) for c in columns]
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return (", ".join(shown[:limit]) or "(none)") + more
+    return phrase(shown, limit) or "(none)"
 
 
 def kind(value: Any) -> str:

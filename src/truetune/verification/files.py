@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import InputError
+from truetune.findings import phrase
 from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, parsed, sha256
 from truetune.verification.record import MOVABLE, Record, settings_of
 from truetune.verification.rows import VERIFY_ROWS
@@ -83,7 +84,7 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     }
     if missing or changed or added:
         words = [("missing", missing), ("changed", changed), ("added", added)]
-        told = [f"{word}: {_names(names)}" for word, names in words if names]
+        told = [f"{word}: {phrase(names, _MOST)}" for word, names in words if names]
         return Check(
             "files",
             "failed",
@@ -98,7 +99,7 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     if gone:
         what += f"; {len(gone)} of checkpoints, trackers and pages were removed since"
     if notes:
-        what += f"; not files of the run, and not examined: {_names(notes)}"
+        what += f"; not files of the run, and not examined: {phrase(notes, _MOST)}"
     return Check("files", "passed", what, numbers)
 
 
@@ -144,12 +145,6 @@ def _is_card(run: RunDir, name: str) -> bool:
     return top in ARTIFACTS and plain and _CARD.fullmatch(rest) is not None
 
 
-def _names(names: Iterable[str]) -> str:
-    shown = list(names)
-    more = f" and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
-    return ", ".join(shown[:_MOST]) + more
-
-
 def check_record(run: RunDir, record: Record | None, rows: str) -> Check:
     """The artifact and what it was trained under against the record, which was taken when it was
     saved; a manifest is not needed.
@@ -185,8 +180,7 @@ def check_record(run: RunDir, record: Record | None, rows: str) -> Check:
         return Check(
             "record",
             "failed",
-            f"changed since it was saved: {'; '.join(told[:_MOST])}"
-            + (f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""),
+            f"changed since it was saved: {phrase(told, _MOST, '; ')}",
             {"differing": told},
             fix="copy the run again, or undo the change",
         )
