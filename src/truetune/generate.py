@@ -16,7 +16,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.compute.memory import available_bytes
 from truetune.contract.contract import PromptContract
@@ -31,11 +31,8 @@ from truetune.model.mode import evaluating
 from truetune.model.stop_texts import StopTexts
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
+from truetune.system.lazy import torch
 from truetune.system.threads import begin
-
-if TYPE_CHECKING:
-    import torch
-
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -230,8 +227,6 @@ def _in_memory(
     limits: Sequence[int],
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
     """Rows of a batch with their new ids; halves of it where a device's memory runs out."""
-    import torch
-
     left = [batch]
     while left:
         rows = left.pop(0)
@@ -274,7 +269,6 @@ def _generate(
     worker: _Worker | None = None,
 ) -> list[list[int]]:
     """New ids of each prompt, whatever follows a stop token included."""
-    import torch
     from transformers import GenerationConfig
 
     from truetune.model.growing_cache import can_shrink, growing_cache
@@ -360,8 +354,6 @@ class _HalfEnded:
         self.ended_B: torch.Tensor | None = None
 
     def __call__(self, ids_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        import torch
-
         stops = torch.tensor(self.stops, device=ids_BT.device)
         now_B = torch.isin(ids_BT[:, -1], stops)
         self.ended_B = now_B if self.ended_B is None else self.ended_B | now_B
@@ -466,8 +458,6 @@ class _Worker:
         pass
 
     def is_cancelled(self, ids_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        import torch
-
         return torch.full((len(ids_BT),), self.cancelled.is_set(), device=ids_BT.device)
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Keys of a query up to which nodes may go through attention in one padded product: beyond, the
 # weights that it keeps take more memory than the rest of a layer.
@@ -217,8 +216,6 @@ def visible(
 
     Only for queries whose node is the keys' node or one of its descendants.
     """
-    import torch
-
     positions = layout.positions
     q = torch.tensor(positions[slice(*queries)], device=device)[:, None]
     k = torch.tensor(positions[slice(*keys)], device=device)[None, :]

@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 from truetune.compute.layout import MOST_KEYS
 from truetune.contract.example import SFTExample
 from truetune.model.mode import mode_kept
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
-
-    import torch
 
     from truetune.compute.packing import PackedBatch
     from truetune.compute.repeated import Cut
@@ -129,7 +128,6 @@ def footprint_without_numbers(
 def without_numbers(model: Any, device: str) -> Iterator[None]:
     """Inside, the model's tensors have shapes and types and claim a device, and no numbers:
     operations cost no arithmetic and no memory. Afterwards the model is as before."""
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
@@ -175,8 +173,6 @@ def measured_footprint(
         apart: bytes of gradients at places of their own, where the model was cut.
         standing: how it was cut, and the layers that are left.
     """
-    import torch
-
     model = route.model
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     if apart is None:
@@ -293,8 +289,6 @@ def foreseen_footprint(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     small = sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL
     if small:
-        import torch
-
         model.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):

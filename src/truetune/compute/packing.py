@@ -14,7 +14,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from truetune.compute.batch import Limits, RowStream
 from truetune.compute.cuda.copies import sent
@@ -22,9 +22,7 @@ from truetune.compute.dropout import token_keys
 from truetune.compute.layout import MOST_KEYS, Layout
 from truetune.contract.example import SFTExample
 from truetune.contract.tokens import common_prefix
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # A beginning is shared from so many tokens on: below, the merging costs what the tokens save. Short
 # rows go through attention together, and nothing is merged.
@@ -84,8 +82,6 @@ def pack(
         rows: indices of examples; one may come twice.
         min_shared: tokens from which a common beginning is shared; None shares nothing.
     """
-    import torch
-
     forest = _Forest(examples, min_shared)
     ordered = sorted(rows, key=lambda row: examples[row].ids)
     forest.grow(ordered, 0, -1)

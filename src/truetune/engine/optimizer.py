@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 from truetune.model.quantise import require_bitsandbytes
 from truetune.recipe.settings import Recipe, setting_types
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 def build_optimizer(
@@ -31,8 +29,6 @@ def build_optimizer(
         ValueError: an unknown name.
         UsageError: bitsandbytes is missing.
     """
-    import torch
-
     name = settings.optim
     decayed = [p for _, p in named_parameters if p.ndim >= 2]
     others = [p for _, p in named_parameters if p.ndim < 2]
@@ -74,8 +70,6 @@ def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
 
 def gradient_norms(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The L2 norm of each, in float32; on a GPU by a few kernels for all of them."""
-    import torch
-
     if gradients[0].is_cuda and hasattr(torch, "_foreach_norm"):
         return list(torch._foreach_norm(list(gradients), 2, torch.float32))
     return [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,7 @@ from truetune.errors import SaveError, UsageError
 from truetune.exporting.gguf_shape import Shape, tensors_of
 from truetune.exporting.gguf_vocabulary import Vocabulary
 from truetune.findings import near
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,6 @@ def _describe(writer: Any, shape: Shape, vocabulary: Vocabulary, name: str) -> N
 def write_trial(path: Path, vocabulary: Vocabulary) -> None:
     """Write a file that holds a vocabulary, and a model of zeros that is as small as can be."""
     import gguf
-    import torch
 
     width, rows = 32, len(vocabulary.tokens)
     writer = new_writer(path, gguf.MODEL_ARCH.LLAMA)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.errors import UsageError
 from truetune.findings import Finding
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -187,8 +185,6 @@ def _names(model: Any, config: Any, arch: Any) -> dict[str, str]:
 
 def _added_to_norms(model: Any, names: dict[str, str]) -> dict[str, float]:
     """What each norm of the model adds to its weight, found by running it on ones."""
-    import torch
-
     added = {}
     modules = dict(model.named_modules())
     with torch.no_grad():
@@ -302,7 +298,6 @@ def _rope_scaling(
         UsageError: llama.cpp does not compute it.
     """
     import gguf
-    import torch
 
     kind = rope.get("rope_type", "default")
     factor = float(rope.get("factor") or 1.0)

@@ -27,6 +27,7 @@ from truetune.findings import Finding, near, visible
 from truetune.model.load import LoadedModel
 from truetune.run_dir import write_json
 from truetune.system import child
+from truetune.system.lazy import torch
 
 _WORKER = "truetune.exporting.mlx_worker"
 # What mlx_lm's `convert` gets, and how far the result may be: see `gguf_proof.Budget`.
@@ -156,8 +157,6 @@ def write_mlx(
 def _proved(
     source: Path, contract: PromptContract, reference: Reference, folder: Path, kind: str
 ) -> WrittenMLX:
-    import torch
-
     how, budget = QUANTS[kind]
     wanted = reference.reading
     asked = {

@@ -22,6 +22,7 @@ from truetune.model.load import LoadedModel, load_model, quiet
 from truetune.model.quantise import NAMES, LoadIn, stored_quantisation
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
+from truetune.system.lazy import torch
 
 Onto = Literal["auto", "original", "dequantised"]
 
@@ -126,8 +127,6 @@ def round_by_chance(loaded: LoadedModel, dtype: str) -> bool:
     Args:
         dtype: that the merged weights are saved in.
     """
-    import torch
-
     if dtype not in _BITS:
         return False
     draw = torch.Generator().manual_seed(0)
@@ -181,8 +180,6 @@ def _untie(loaded: LoadedModel) -> list[Finding]:
     Merged in place, the update of one side would move the other as well. New rows are the same on
     both sides, and stay tied.
     """
-    import torch
-
     model = loaded.transformers_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:

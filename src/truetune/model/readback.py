@@ -12,10 +12,9 @@ from truetune.findings import Finding
 from truetune.model.load import LoadedModel, quiet
 from truetune.model.placement import parse_dtype
 from truetune.model.weights import listed
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from truetune.contract.contract import PromptContract
 
 # Plain text, and what tokenizers differ in: combining marks, spaces, digits, other scripts.
@@ -44,8 +43,6 @@ def as_saved(value: torch.Tensor, cast: torch.dtype | None) -> torch.Tensor:
 def round_as_saved(loaded: LoadedModel, dtype: str) -> None:
     """Round the weights of a full model in memory to the type they are saved in, in their places:
     what it computes from here on is what was saved."""
-    import torch
-
     cast = parse_dtype(dtype)
     with torch.no_grad():
         for value in loaded.model.state_dict().values():
@@ -132,8 +129,6 @@ def _compare(
     name: str, live: torch.Tensor, stored: torch.Tensor, cast: torch.dtype | None
 ) -> float:
     """The largest rounding error of one weight, which is otherwise equal in every bit."""
-    import torch
-
     live = live.detach().to("cpu")
     wanted = as_saved(live, cast)
     same = wanted.shape == stored.shape and wanted.dtype == stored.dtype
@@ -145,8 +140,6 @@ def _compare(
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    import torch
-
     # As bytes, so that NaN equals NaN and -0.0 is not 0.0.
     return value.contiguous().reshape(-1).view(torch.uint8)
 

@@ -39,6 +39,7 @@ from truetune.recipe.sources import recorded_recipe
 from truetune.run.export_whole import export_plain
 from truetune.run.prepare import survey
 from truetune.run_dir import RECIPE, named_at_last, opened, scratch, sha256, write_json
+from truetune.system.lazy import torch
 from truetune.verification.artifact import run_of
 
 
@@ -234,8 +235,6 @@ def _require_memory(files: ModelFiles) -> None:
     Raises:
         ModelError: what is free surely does not suffice.
     """
-    import torch
-
     tensors = read_headers(weight_files(files))
     needed = int(4 * _COPIES * sum(facts.num_elements for facts in tensors.values()))
     free = available_bytes(torch.device("cpu"))

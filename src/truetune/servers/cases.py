@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.compare import Probe, Reading
 from truetune.contract.contract import PromptContract
@@ -23,9 +23,7 @@ from truetune.servers.client import ServerError
 from truetune.servers.llama_cpp import LlamaCpp
 from truetune.servers.protocol import lost
 from truetune.servers.scripts import SCRIPTS
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Cases, and positions of a row's answer at which predictions are read beside the first.
 MOST_CASES, _POSITIONS = 50, 3
@@ -264,8 +262,6 @@ def read_server(server: LlamaCpp, probes: Sequence[Probe], top: torch.Tensor) ->
     Args:
         top: ids (P, K) to be kept.
     """
-    import torch
-
     rows, greedy = [], []
     places = [(probe, at) for probe in probes for at in probe.positions]
     for (probe, at), wanted in zip(places, top.tolist(), strict=True):
