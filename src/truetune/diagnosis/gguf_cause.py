@@ -23,7 +23,7 @@ from truetune.exporting.gguf_shape import Shape, shape_of, tensors_of
 from truetune.exporting.gguf_vocabulary import UNUSED, Vocabulary, vocabulary_of
 from truetune.findings import visible
 from truetune.model.tokenizer import num_ids
-from truetune.system.lazy import torch
+from truetune.system.lazy import gguf, torch
 
 # By llama.cpp's word for the type of a file, the export of about that many bits.
 _QUANTS = {
@@ -210,8 +210,6 @@ _COARSE = 0.6
 
 
 def _reader(path: Path) -> Any:
-    import gguf
-
     try:
         return gguf.GGUFReader(path)
     # gguf says of damaged files what numpy says.
@@ -226,7 +224,6 @@ def _readable(tensor: Any) -> bool:
 
 @functools.cache
 def _known(kind: str) -> bool:
-    import gguf
     import numpy as np
 
     number = gguf.GGMLQuantizationType[kind]
@@ -246,8 +243,6 @@ def _value(tensor: Any) -> tuple[torch.Tensor, str]:
 
 
 def _dequantised(data: Any, kind: str) -> torch.Tensor:
-    import gguf
-
     found = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     return torch.from_numpy(found.astype("float32"))
 
