@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.compute.layout import MOST_KEYS
+from truetune.compute.packing import PackedBatch, pack
+from truetune.compute.repeated import Cut, composed, find_cut, shortened
 from truetune.contract.example import SFTExample
 from truetune.model.mode import mode_kept
 from truetune.system.lazy import torch
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from truetune.compute.packing import PackedBatch
-    from truetune.compute.repeated import Cut
     from truetune.compute.route import Route
 
 # Tokens of the two batches.
@@ -107,8 +107,6 @@ def footprint_without_numbers(
     device: str = "cpu",
 ) -> Footprint:
     """`footprint`, on tensors without numbers, of a few layers where they stand for all."""
-    from truetune.compute.repeated import find_cut, shortened
-
     cut = find_cut(route.model)
     if cut is not None:
         apart = _apart(route.model, device)
@@ -307,7 +305,6 @@ def _measuring(
 ) -> tuple[Any, list[PackedBatch]]:
     """What tells a pass's bytes, and the batches to ask it of, the two that count last."""
     from truetune.compute.alive import alive_bytes, traced
-    from truetune.compute.repeated import composed
 
     if standing is not None:
         cut, layers = standing
@@ -332,7 +329,6 @@ def _measuring(
 def _batches(route: Route, longest: int) -> list[PackedBatch]:
     """Two, of which the second is a little larger; one target each, so that the head's logits take
     next to nothing."""
-    from truetune.compute.packing import pack
 
     def row(length: int) -> SFTExample:
         return SFTExample([t % 7 for t in range(length + 1)], [0] * length + [1])

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.compute.batch import Batch, MicroBatch
+from truetune.compute.layout import Layout
+from truetune.compute.loss import cross_entropy_sum, logits_of
 from truetune.compute.loss import loss_sum as padded_loss_sum
 from truetune.compute.packing import PackedBatch
 from truetune.findings import Finding
@@ -85,15 +87,11 @@ class Route:
             return self.head.loss_sum(
                 lambda: self.logits(packed), packed.positions_N, packed.targets_N, packed.weights_N
             )
-        from truetune.compute.loss import cross_entropy_sum
-
         logits_NV = self.logits(packed)[0][packed.positions_N]
         return cross_entropy_sum(logits_NV, packed.targets_N, packed.weights_N)
 
     def logits(self, batch: PackedBatch, *, mask: bool = False) -> torch.Tensor:
         """(1, T, V) of the model's own forward pass; `mask` as in `packed_arguments`."""
-        from truetune.compute.loss import logits_of
-
         if self.kind == "apart":
             return logits_of(self.model, batch.ids_T[None])
         from truetune.compute.attention import packed_arguments
@@ -174,8 +172,6 @@ def _own_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 def _batch_of(rows: list[torch.Tensor], parents: tuple[int, ...] | None = None) -> PackedBatch:
     """Rows, or nodes of trees, in one sequence; nothing supervised."""
-    from truetune.compute.layout import Layout
-
     none = torch.zeros(0, dtype=torch.int64)
     layout = Layout(tuple(len(row) for row in rows), parents or (-1,) * len(rows))
     return PackedBatch(torch.cat(rows), layout, none, none, none.float(), (), 0, 0)
