@@ -181,13 +181,8 @@ def _num_refused(contract: Encoding, sample: Sequence[Conversation], loss_on: Lo
 
 def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
     """A refusal that says under which argument it came about."""
-    return UnfaithfulTemplate(
-        error.what,
-        where=error.where,
-        why=f"under --template-arg {argument}: {error.why}",
-        fix=error.fix,
-        code=error.code,
-    )
+    why = f"under --template-arg {argument}: {error.why}"
+    return UnfaithfulTemplate(**{**error.words, "why": why})
 
 
 def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
@@ -195,6 +190,4 @@ def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
         f"--template-arg {argument} would take this row; a row may also carry its own "
         "chat_template_kwargs"
     )
-    return UnfaithfulTemplate(
-        error.what, where=error.where, why=error.why, fix=fix, code=error.code
-    )
+    return UnfaithfulTemplate(**{**error.words, "fix": fix})
