@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -289,6 +291,7 @@ def test_visible() -> None:
     assert visible("a\nb\tc") == "a\nb\tc"
     assert visible("a\nb\tc", keep_newlines=False) == r"a\nb\tc"
     assert visible("\x1b[31m\x07\x9b\u202e\u200b\ud800") == r"\x1b[31m\x07\x9b\u202e\u200b\ud800"
+    assert visible("a\u2028b\u2029") == r"a\u2028b\u2029"
     assert visible("[red]ä\U0001f600漢") == "[red]ä\U0001f600漢"
 
 
@@ -338,7 +341,39 @@ def test_a_pipe_that_is_closed_early(place: Path) -> None:
     assert "Traceback" not in err
 
 
+def piped(*words: object, out: Any, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "truetune.cli.verbs", *map(str, words)],
+        stdout=out,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
+def test_output_that_finds_no_room() -> None:
+    """What fits into the buffer fails when it is written out, after the verb is done."""
+    with Path("/dev/full").open("wb") as full:
+        shown = piped("--help", out=full)
+    assert (shown.returncode, shown.stderr) == (1, b"error[disk-full]: No space left on device\n")
+
+
+def test_a_terminal_of_ascii_gets_escapes(place: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "é漢", "completion": "ü"}), encoding="utf-8")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    shown = piped("inspect", place / "tiny", "--data", rows, out=subprocess.PIPE, **ascii_only)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert b"\\xe9\\u6f22" in shown.stdout
+
+
 # Memory that is used up.
+
+
+class PanicException(BaseException):
+    """What a library in Rust raises: no Exception, and of a module that cannot be imported."""
 
 
 @pytest.mark.parametrize(
@@ -349,12 +384,13 @@ def test_a_pipe_that_is_closed_early(place: Path) -> None:
         RuntimeError("can't start new thread"),
         OSError(12, "Cannot allocate memory"),
         SystemError("error return without exception set"),
+        PanicException("The global thread pool has not been initialized.: ThreadPoolBuildError"),
     ],
     ids=lambda error: f"{type(error).__name__} {error}"[:30],
 )
 @pytest.mark.parametrize("stage", ["prepare", "load_start", "Job.train_and_save"])
 def test_no_memory_is_an_error_in_words(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, stage: str
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, stage: str
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise error

@@ -215,6 +215,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+        # Of a library in Rust, where the system grants no thread.
+        or (type(error).__name__ == "PanicException" and "ThreadPoolBuildError" in str(error))
         # The interpreter's own, where not even the exception found room.
         or (isinstance(error, SystemError) and "without exception set" in str(error))
     )

@@ -210,12 +210,12 @@ def gib(count: float) -> str:
 
 
 def visible(text: str, *, keep_newlines: bool = True) -> str:
-    """Foreign text for a terminal or a page: control, format and direction characters as escapes;
-    line breaks and tabs stay on demand."""
+    """Foreign text for a terminal or a page: control, format and direction characters, and the line
+    and paragraph separators of Unicode, as escapes; line breaks and tabs stay on demand."""
     return "".join(
         char
         if (char in "\n\t" and keep_newlines)
-        or unicodedata.category(char) not in ("Cc", "Cf", "Cs")
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
         else char.encode("unicode_escape", "surrogatepass").decode("ascii")
         for char in text
     )

@@ -110,6 +110,21 @@ def twice(name: str, key: str, first: Any, second: Any) -> Edit:
     return edit
 
 
+def many_added(value: dict[str, Any]) -> None:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    value["added_tokens"] += [
+        {"id": 1000 + i, "content": f"<{i}>", **flags} for i in range(200_000)
+    ]
+
+
+def beside(template: str) -> Edit:
+    def edit(folder: Path) -> None:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(template)
+
+    return edit
+
+
 # What no size of a model can be; of some architectures text would be multiplied into a long one.
 NO_SIZES = ("x", [], {}, -1, 0, 1.5, 10**9, 10**30)
 SIZES = (
@@ -154,6 +169,11 @@ HOSTILE: dict[str, Edit] = {
     "layers 1e6": config(num_hidden_layers=10**6),
     "layers 1e12": config(num_hidden_layers=10**12),
     "layers are text": config(num_hidden_layers="many"),
+    "labels 1e9": config(num_labels=10**9),
+    "labels of a part": config(text_config={"num_labels": 10**9}),
+    "long template": text("chat_template.jinja", "{#" + " " * 2**21 + "#}"),
+    "long template beside it": beside("{#" + " " * 2**21 + "#}"),
+    "added tokens 2e5": tokenizer(many_added),
     "layers of a part": config(text_config={"num_hidden_layers": 10**9}),
     "heads 0": config(num_attention_heads=0),
     "vocabulary -5": config(vocab_size=-5),

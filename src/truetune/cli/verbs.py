@@ -5,6 +5,9 @@ Heavy modules are imported inside the verbs, so that help is quick.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import os
 import shlex
@@ -478,12 +481,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:
         # Whatever Python processes a library starts, none takes modules from the working folder.
         os.environ.setdefault("PYTHONSAFEPATH", "1")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # A terminal or pipe of ASCII gets escapes for what it cannot show.
+                stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] in (["train"], ["check"]):
         words = canonical(words)
     try:
         with signals.raised():
             code = app(args=words, prog_name="truetune", standalone_mode=False)
+            sys.stdout.flush()
         if code == 128 + signal.SIGINT:
             # What typer makes of Ctrl-C.
             raise KeyboardInterrupt
@@ -507,7 +515,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signals.number_of(error))
     except BrokenPipeError:
         sys.exit(141)
-    except Exception as error:
+    # A library in Rust panics with an exception that is no Exception.
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            sys.stderr.write(f"error[disk-full]: {error.strerror}\n")
+            with contextlib.suppress(OSError):
+                # What is left in the buffer cannot be written at exit either.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         if not is_out_of_memory(error):
             raise
         said = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]

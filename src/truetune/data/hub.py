@@ -123,20 +123,25 @@ def _asked_once(name: str, revision: str | None) -> Iterator[None]:
     try:
         HfApi().dataset_info(name, revision=revision, timeout=_HUB_PATIENCE)
     except GatedRepoError as error:
-        raise _unreadable(
-            name,
+        raise DataError(
             "the Hub shares this dataset only with people who accepted its terms",
+            where=name,
             fix="accept them on its page, and log in with `hf auth login`",
+            code="dataset-unreadable",
         ) from error
     except RevisionNotFoundError as error:
-        raise _unreadable(
-            name, f"the dataset has no revision {revision}", fix="check --revision"
+        raise DataError(
+            f"the dataset has no revision {revision}",
+            where=name,
+            fix="check --revision",
+            code="dataset-unreadable",
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise _unreadable(
-            name,
+        raise DataError(
             "there is no such file, folder or public dataset on the Hub",
+            where=name,
             fix="check the name, or log in with `hf auth login` if the dataset is private",
+            code="dataset-unreadable",
         ) from error
     except Exception:  # whatever the library's connection raises
         offline = True
@@ -145,10 +150,6 @@ def _asked_once(name: str, revision: str | None) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def _unreadable(name: str, what: str, *, why: str = "", fix: str) -> DataError:
-    return DataError(what, where=name, why=why, fix=fix, code="dataset-unreadable")
 
 
 def _choose(
@@ -202,17 +203,19 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
                 code="which-config",
             ) from error
         if datasets.config.HF_HUB_OFFLINE and isinstance(error, (ConnectionError, OSError)):
-            raise _unreadable(
-                name,
+            raise DataError(
                 "there is no such file or folder, and the Hub cannot be reached (offline)",
+                where=name,
                 why="the local cache holds no dataset of this name",
                 fix="pass the path of a local file or folder, or go online",
+                code="dataset-unreadable",
             ) from error
-        raise _unreadable(
-            name,
+        raise DataError(
             f"the dataset cannot be loaded: {first}",
+            where=name,
             why=type(error).__name__,
             fix="check the name, log in with `hf auth login`, or pass a local file",
+            code="dataset-unreadable",
         ) from error
 
 

@@ -57,6 +57,8 @@ _MOST_LAYERS = 1_024
 _MOST_SIZE = 2**24
 # Stop tokens of a model: published ones list up to a dozen, and each is asked about in turn.
 _MOST_IDS = 1024
+# Of a classifier; a config's own class makes a name for each, whatever the model is.
+_MOST_LABELS = 2**17
 _SIZES = ("hidden_size", "vocab_size", "num_attention_heads", "num_hidden_layers")
 
 
@@ -72,7 +74,8 @@ def _require_sane(raw: Mapping[str, Any], where: str) -> None:
             if isinstance(value, Mapping):
                 pending.append(value)
             layers = "layers" in name and isinstance(value, int)
-            if layers and value > _MOST_LAYERS:
+            labels = name == "num_labels" and isinstance(value, int)
+            if (layers and value > _MOST_LAYERS) or (labels and value > _MOST_LABELS):
                 raise _not_sane(f"{name} is {value:,}", where)
             if name.endswith(("eos_token_id", "bos_token_id", "pad_token_id")):
                 require_ids(value, name, where)

@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: not readable, too long, not JSON, not an object, or one key has two values.
     """
     refuse_pointer(path)
-    _require_bounded(path)
+    require_bounded(path)
 
     def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -211,9 +211,11 @@ def read_json(path: Path) -> dict[str, Any]:
 # The list of a model's shards and the settings of its tokenizer are the longest: 13 MB and 2 MB of
 # published ones. A byte of JSON may become twenty in memory.
 _MOST_INDEX, _MOST_JSON = 64 * 2**20, 16 * 2**20
+# The longest published chat template has 30 kB.
+_MOST_TEMPLATE = 2**20
 
 
-def _require_bounded(path: Path) -> None:
+def require_bounded(path: Path) -> None:
     """Raise where a file is too long to be what its name says.
 
     Raises:
@@ -224,6 +226,8 @@ def _require_bounded(path: Path) -> None:
     except OSError:
         return  # reported by the code that reads it
     most = _MOST_INDEX if path.name.endswith(".index.json") else _MOST_JSON
+    if path.suffix == ".jinja":
+        most = _MOST_TEMPLATE
     if size <= most:
         return
     raise ModelError(

@@ -23,14 +23,22 @@ _LINES = (
 )
 # What a line of 200 characters may become at most.
 _MOST_TOKENS = 20_000
+# What a published tokenizer adds to its vocabulary is some thousands of tokens; each of a million
+# takes the library ever longer.
+_MOST_ADDED = 2**17
 
 
 def require_harmless(folder: Path) -> None:
-    """Raise where the tokenizer takes more memory or time than a tokenizer may.
+    """Raise where the tokenizer takes more memory or time than a tokenizer may, or a chat template
+    beside it is longer than one can be.
 
     Raises:
-        ModelError: `model-tokenizer-hostile`.
+        ModelError: `model-tokenizer-hostile`, `model-file-hostile`.
     """
+    from truetune.model.source import require_bounded
+
+    for template in [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]:
+        require_bounded(template)
     path = folder / "tokenizer.json"
     with contextlib.suppress(OSError):  # a file that is not there cannot do harm
         found = path.stat()
@@ -73,6 +81,8 @@ def _tried(path: Path, size: int, changed: int) -> None:
             f"a few lines take more than {_MEMORY // 2**30} GiB of memory or {_SECONDS} seconds, "
             "or end the tokenizers library"
         )
+    if words[-1:] == ["added"]:
+        raise refused(f"it adds more than {_MOST_ADDED:,} tokens to its vocabulary")
     if words[-1:] == ["tokens"]:
         raise refused(f"a line of 200 characters becomes more than {_MOST_TOKENS:,} tokens")
     # Any other failure is reported by the library that opens it for good, in its own words.
@@ -85,6 +95,9 @@ def _main(path: str) -> str:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 1))
+    # Each added token has this key; the library is asked afterwards.
+    if Path(path).read_bytes().count(b'"single_word"') > _MOST_ADDED:
+        return "added"
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(path)
