@@ -555,11 +555,16 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
     ear = Ear()
     small(place / "tiny", data, tmp_path / "run", listener=ear)
     assert ear.stages == [
-        *("reading the rows", "opening the model's files", "proving the rows", "checking the run"),
+        *(
+            "reading the rows",
+            "opening the model's files",
+            "encoding and checking the rows",
+            "checking the run",
+        ),
         *("loading the weights", "probing the model and its memory"),
-        *["asking fixed prompts"] * 3,
-        "asking trained prompts",
-        *("saving, and reading back", "verifying in a fresh process"),
+        *["answering fixed prompts"] * 3,
+        "answering trained prompts",
+        *("saving and reloading", "verifying in a fresh process"),
     ]
 
 

@@ -440,7 +440,7 @@ class Job:
 
     def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
         """What the vital signs say; of the process that writes."""
-        self.listener.stage("asking fixed prompts")
+        self.listener.stage("answering fixed prompts")
         try:
             measured, findings = self.signs.take(self.loaded, step, loss)
         except Exception as error:  # whatever a model's generation raises: training goes on
@@ -580,7 +580,7 @@ class Job:
 
     def _save_artifact(self) -> SaveReport:
         self.run.require_mine()
-        self.listener.stage("saving, and reading back")
+        self.listener.stage("saving and reloading")
         report = save_artifact(self.run, self.prepared, self.loaded, self.rows_before, self._found)
         self.listener.saved(str(report.folder))
         return report
@@ -590,7 +590,7 @@ class Job:
         were answered at the last evaluation."""
         if self.prepared.is_text:
             return
-        self.listener.stage("asking trained prompts")
+        self.listener.stage("answering trained prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
         self.answers = (*trained, *held_out_answers(self._samples_now))
         # What came behind the step that is saved says nothing of it.

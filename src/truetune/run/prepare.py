@@ -169,7 +169,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     contract = contract_of(tokenizer, recipe)
     recipe = _dated(recipe, contract)
 
-    listener.stage("proving the rows")
+    listener.stage("encoding and checking the rows")
     contract = contract.fit(read.train, loss_on=recipe.loss_on)
     train = _encode(contract, read.train, recipe, listener)
     held_out = _encode(contract, read.held_out, recipe, listener)
