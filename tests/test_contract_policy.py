@@ -228,7 +228,7 @@ def test_a_refusal_names_the_argument_that_would_take_the_row(name: str, argumen
     row = Conversation(tuple(PLAIN), "f:1", template_kwargs={key: json.loads(value)})
     assert len(contract.encode(row).turns) >= 1
     # One without such an argument does not name any.
-    assert "would take this row" not in refusal(own_contract("opens_thinking"), PLAIN).fix
+    assert "would accept this row" not in refusal(own_contract("opens_thinking"), PLAIN).fix
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,7 @@ def test_content_behind_the_calls_is_refused() -> None:
     row = asked(call(sides=6), content="I roll.")
     error = refused(loaded(turns(CALLS + "{{- m.content -}}")), row, tools=[TOOL])
     assert error.code == "target-dropped"
-    assert "behind its tool calls" in error.what
+    assert "after its tool calls" in error.what
     assert "I roll.<tool_call>" in only(loaded(turns("{{- m.content -}}" + CALLS)), row)
 
 

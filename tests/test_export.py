@@ -359,7 +359,7 @@ def test_a_whole_model_is_copied(tmp_path: Path) -> None:
     assert shown.code == 0, shown.err
     told = command("export", tmp_path / "run", "--to", "merged", "-o", tmp_path / "out")
     assert told.code == 0, told.err
-    assert "a whole model, which needs no merging" in told.out
+    assert "a complete model, copied without merging" in told.out
     source = tmp_path / "run" / "model"
     names = sorted(path.name for path in source.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names

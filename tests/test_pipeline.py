@@ -83,7 +83,7 @@ def test_a_run_ends_well_and_says_how_to_go_on(trained: tuple[RunDir, Shown, str
     assert f"chat    truetune chat {run.path}" in shown.out
     assert "serve   vllm serve" in shown.out
     assert "114 to train, 6 held out" in shown.out
-    assert "8 rows per step, packed to 1,024 tokens per forward pass" in shown.out
+    assert "8 examples per step, packed to 1,024 tokens per forward pass" in shown.out
 
 
 def test_a_run_is_complete(trained: tuple[RunDir, Shown, str]) -> None:

@@ -209,7 +209,7 @@ CASES: tuple[Case, ...] = (
         mask_turned,
         ("answers-masked",),
         "inverted",
-        "-100 on what the server sends",
+        "-100 on the prompt",
     ),
     Case(
         "L01c",

@@ -249,8 +249,8 @@ class HealthCallback(TrainerCallback):
                     "note",
                     "no prompt could be separated from an answer: replies are not measured",
                     why="every token is a target, or no tokens precede the first target",
-                    fix="pass rows: truetune.HealthCallback(ROWS) asks their prompts as they are "
-                    "served",
+                    fix="pass rows: truetune.HealthCallback(ROWS) generates replies to their "
+                    "prompts, as served",
                 )
             )
         rows = args.train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)

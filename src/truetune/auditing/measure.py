@@ -149,8 +149,8 @@ def _accumulation(subject: Subject, reading: Reading) -> Iterator[Finding]:
             level="note",
             what=f"the loss could not be computed: {type(error).__name__}: {error}",
             where="trainer.compute_loss",
-            why="it needs values that exist only during a training step; whether accumulation "
-            "changes it is unknown",
+            why="it needs values that exist only during a training step; whether gradient "
+            "accumulation changes it is unknown",
             fix="compare one step of 8 rows with 8 steps of one row by hand",
         )
         return

@@ -71,7 +71,7 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
         ("weights", f"{facts['weights'] or 'none here'}, {facts['dtype'] or 'dtype unknown'}"),
         (
             "vocabulary",
-            f"{facts['tokenizer_length']:,} tokens, {facts['head_rows']:,} rows in the output head "
+            f"{facts['tokenizer_length']:,} tokens, {facts['head_rows']:,} logits "
             + (f"({spare:,} spare)" if spare >= 0 else f"({-spare:,} too few)"),
         ),
         (

@@ -183,7 +183,7 @@ def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         error.what,
         where=error.where,
-        why=f"under --template-arg {argument}: {error.why}",
+        why=f"with --template-arg {argument}: {error.why}",
         fix=error.fix,
         code=error.code,
     )
@@ -191,7 +191,7 @@ def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
 
 def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
     fix = (
-        f"--template-arg {argument} would take this row; a row may also carry its own "
+        f"--template-arg {argument} would accept this row; a row may also have its own "
         "chat_template_kwargs"
     )
     return UnfaithfulTemplate(

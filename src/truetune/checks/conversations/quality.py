@@ -70,7 +70,7 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         yield _cut(
             facts,
             rows,
-            end="inside a block of code, which they open with ``` and never close",
+            end="inside a code block, which they open with ``` and never close",
             why="a limit on tokens or characters cut them, and the model learns to stop there",
         )
     if rows := _announcing(facts):
@@ -78,8 +78,9 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         yield _cut(
             facts,
             rows,
-            end="behind a colon that announces what does not follow",
-            why="only the first line was kept (split('\\n')[0], a reader of lines), or a stop text "
+            end="after a colon, without what it announces",
+            why="only the first line was kept (split('\\n')[0], or reading line by line), or a "
+            "stop text "
             "cut them at the first line break: the model learns to announce and to stop",
         )
     if rows := [row for row in _broken(facts) if row not in told]:
@@ -428,8 +429,9 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
         why="these are refusals of the model that generated the rows: the tuned model will refuse "
         "such questions too"
         if refusal
-        else "nearly all questions have this one answer, so a column or a loop variable was mixed "
-        "up when the file was written: the model learns to give it to any question"
+        else "nearly all questions have this one answer, so a column or a loop variable was "
+        "probably mixed up when the file was written: the model learns to give it to any "
+        "question"
         if everywhere
         else "the source used a fallback or a fixed answer: the model learns to give it to any "
         "question",

@@ -45,7 +45,7 @@ def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
             if own
             else "the data has an empty answer, or its text contains control tokens, which open a "
             "turn: the model learns to write nothing",
-            fix="set labels on calls and on answers that say something, and -100 on the rest"
+            fix="set labels on calls and on non-empty answers, and -100 on the rest"
             if own
             else "remove those rows; if the text contains control tokens, break them up (a space "
             "after the first character)",
