@@ -144,7 +144,7 @@ def test_columns_of_no_schema(tmp_path: Path, tiny: Path) -> None:
         (
             ("--batch-size=8", "--micro-batch-size=3", "--gradient-accumulation-steps=2"),
             "recipe",
-            "= 6: leave one of them out",
+            "= 6: omit one of them",
         ),
         (("--epochs", "2"), "recipe", "epochs and max_steps"),
     ],

@@ -265,7 +265,7 @@ def test_a_base_that_is_stored_quantised(tmp_path: Path) -> None:
         write_merged(tmp_path / "adapter", tmp_path / "merged", onto="original")
     assert caught.value.code == "merge-no-original"
     made = write_merged(tmp_path / "adapter", tmp_path / "merged")
-    assert "what the files hold (bitsandbytes)" in made.onto
+    assert "the weights in the files (bitsandbytes)" in made.onto
     merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
     assert apart(loaded, merged).relative < 1e-5
 

@@ -372,7 +372,7 @@ class SFTTrainer:
         limits = self.limits
         if limits is None or not limits.halve(batch):
             raise OutOfMemory(
-                f"a row of {batch.num_computed:,} tokens does not fit in memory",
+                f"an example of {batch.num_computed:,} tokens does not fit in memory",
                 where="rows " + ", ".join(map(str, batch.rows)),
                 why="its activations alone need more memory than is free",
                 fix="--gradient-checkpointing, a lower --max-length, or --lora",
@@ -384,9 +384,9 @@ class SFTTrainer:
                 Finding(
                     "out-of-memory",
                     "warning",
-                    f"{len(batch.rows)} rows, {batch.num_computed:,} tokens at once did not fit in "
-                    f"memory: from step {self.step + 1} on at most {limits.rows} rows"
-                    + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
+                    f"{len(batch.rows)} examples with {batch.num_computed:,} tokens did not fit "
+                    f"in memory at once: from step {self.step + 1} on, at most {limits.rows} "
+                    "examples" + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
                     why="the batch size is unchanged; a batch is split into more forward passes",
                     fix=f"--micro-batch-size {limits.rows} from the start, or "
                     "--gradient-checkpointing",

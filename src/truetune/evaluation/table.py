@@ -96,7 +96,7 @@ def of_model(models: Sequence[NamedT], name: str) -> NamedT:
     for found in models:
         if found.name == name:
             return found
-    raise KeyError(f"{name!r} was not asked: {', '.join(found.name for found in models)}")
+    raise KeyError(f"{name!r} was not evaluated: {', '.join(found.name for found in models)}")
 
 
 def lines(found: Evaluation) -> Iterator[str]:

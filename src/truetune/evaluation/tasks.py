@@ -250,7 +250,7 @@ def require_tasks(
                 "--tasks needs the weights, which a GGUF file or a server does not give",
                 where=name,
                 why="most tasks compare the probabilities of given answers",
-                fix="pass the model's folder, or ask it rows: --data DATA",
+                fix="pass the model's folder, or evaluate it on rows: --data DATA",
                 code="tasks-need-weights",
             )
         require_subject(name)
@@ -372,9 +372,9 @@ def _tasks(tasks: Sequence[str], shots: int | None) -> Any:
 
 def _unusable(tasks: Sequence[str], error: Exception) -> DataError:
     return DataError(
-        f"the tasks cannot be asked: {type(error).__name__}: {error}",
+        f"the tasks cannot be run: {type(error).__name__}: {error}",
         where=f"--tasks {','.join(tasks)}",
-        why="a task names its data set, and how questions and answers are made of it",
+        why="a task defines its dataset, and how questions and answers are made from it",
         fix="`lm-eval validate --tasks TASK` checks a task by itself; data sets that are not on "
         "this machine need the network",
         code="task-unusable",
@@ -412,7 +412,7 @@ def _asked(
     )
     found = {}
     for way in (SERVED, RAW):
-        stage(f"asking {subject.name}, {way}")
+        stage(f"evaluating {subject.name}, {way}")
         asked = ContractModel(
             model,
             subject.contract,

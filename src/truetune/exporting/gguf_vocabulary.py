@@ -101,7 +101,7 @@ def vocabulary_of(contract: PromptContract, rows: int) -> tuple[Vocabulary, list
 def _unknown(kind: str) -> UsageError:
     return UsageError(
         f"a tokenizer of type {kind} cannot be written as GGUF",
-        why="only byte-level BPE and BPE with byte fallback can be",
+        why="only byte-level BPE and BPE with byte fallback are supported",
         fix="use another server with the merged model: truetune export RUN --to merged",
         code="gguf-tokenizer",
     )

@@ -268,7 +268,7 @@ def _abilities(run: RunFacts) -> Iterator[str]:
     if table:
         yield "| measured on fixed prompts and texts | before | after |\n|---|---|---|"
         yield from table
-        yield "\nLosses are in nats per token; prompts were asked as they are served."
+        yield "\nLosses are in nats per token; prompts were rendered as they are served."
     else:
         yield "Not measured: the run had no probes and no held-out rows."
     found = run.behaviour("error", "warning", "note")

@@ -104,8 +104,8 @@ def require_export(
         )
     if Path(source).is_file() and source.lower().endswith(".gguf"):
         raise UsageError(
-            f"{source} is a GGUF file, from which nothing is exported",
-            why="it is an export: what its type rounded cannot be restored",
+            f"{source} is a GGUF file, which cannot be exported again",
+            why="it is an export already: weights that its type rounded cannot be restored",
             fix="export the run or the model that it was made from; truetune serve and truetune "
             "diagnose take the file",
             code="export-source",
@@ -113,7 +113,7 @@ def require_export(
     if os.path.lexists(output):
         raise OutputExists(
             f"{output} exists already",
-            fix="name another folder with --output",
+            fix="choose another folder with --output",
             code="output-exists",
         )
     if what in ("gguf", "ollama"):
@@ -125,5 +125,5 @@ def require_export(
 
 _NO_EFFECT = {
     "--no-verify": "it is always compared with the model",
-    "--dtype": "--quant says how its weights are held",
+    "--dtype": "--quant sets the type of its weights",
 }
