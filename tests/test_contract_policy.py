@@ -338,7 +338,7 @@ def test_what_stands_behind_the_end_is_named() -> None:
     row = [said("user", "Oslo?"), said("assistant", "Let me see.", tool_calls=[call("Oslo")])]
     error = refusal(contract, row, tools=[WEATHER])
     assert error.code == "target-behind-stop"
-    assert "stands behind 'Let me see.'" in error.why
+    assert "follows 'Let me see.'" in error.why
     assert texts(contract, PLAIN) == ["Hello.<|end|>", "See you.<|end|>"]
 
 

@@ -208,8 +208,8 @@ def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
 def _batch(plan: Plan, route: dict[str, Any]) -> str:
     """How a step is cut."""
     size, at_once = plan.batch_size, plan.micro_batch_size
-    most = f"up to {plan.tokens_per_step:,} tokens"
-    step = f"{f'{size} examples' if size else most} per step"
+    number = f"{size} examples" if size else f"up to {plan.tokens_per_step:,} tokens"
+    step = f"{number} per step"
     if route["kind"] == "apart":
         return f"{step}, one at a time"
     if route["kind"] == "packed":

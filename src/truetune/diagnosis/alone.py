@@ -107,9 +107,9 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
         "gguf",
         str(path),
         findings=tuple(findings),
-        note="alone: checked were its chat template, how prompts begin, whether its end token "
-        "ends replies, {len(_PROMPTS)} replies, and whether {held.tensors} tensors are "
-        "finite. To compare its weights with the model: truetune diagnose MODEL --gguf FILE",
+        note=f"alone: this checked its chat template, how prompts begin, {len(_PROMPTS)} replies, "
+        f"whether its end token ends them, and whether its {held.tensors} tensors are finite. To "
+        "compare its weights with the model: truetune diagnose MODEL --gguf FILE",
         numbers=numbers,
     )
 

@@ -105,7 +105,7 @@ def text_rows(s: RunOutline) -> Iterator[Finding]:
             "in a single wording are stored but not recalled (Allen-Zhu and Li 2023); retrieval "
             "beat fine-tuning for knowledge (Ovadia et al. 2023)",
             fix="for facts, state each one in many wordings and add rows that ask for it, or put "
-            "the documents into the prompt; for more see {_PAGE}",
+            f"the documents into the prompt; for more see {_PAGE}",
         )
 
 
