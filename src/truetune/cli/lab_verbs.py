@@ -141,7 +141,7 @@ def _run_each(
         screen.close()
         for one in result["expectations"]:
             seen = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-            screen.line(f"  {one['held']:<12} {one['told']}: {seen}, must be {one['bound']}")
+            screen.line(f"  {one['held']:<12} {one['label']}: {seen}, must be {one['bound']}")
         screen.line(f"{result['verdict']}: {write(result, output)}")
         screen.line()
 

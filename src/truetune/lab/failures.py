@@ -28,8 +28,8 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "The table of failures, each line from the runs below. The loss of a broken run"
-    yield "is about that of a sound one, or lower: only a probe shows what went wrong."
+    yield "Each line comes from the runs below. The loss of a broken run is about that of a"
+    yield "sound one, or lower: only a probe shows what went wrong."
     yield ""
     yield "| failure | cause | training loss: sound, broken | probe: before, broken | repair |"
     yield "|---|---|---|---|---|"

@@ -87,7 +87,7 @@ EXPERIMENT = Experiment(
     name="cut-reasoning",
     title="Reasoning cut by a length limit",
     claim="A model trained on truncated reasoning never closes it: the more rows are cut, the "
-    "fewer replies reach an answer; few whole rows beat many cut ones.",
+    "fewer replies reach an answer; a few complete rows beat many cut ones.",
     source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
     "exercise on reasoning traces; Unsloth stops at 30 %",
     exercises=("Truncated reasoning",),
@@ -100,16 +100,16 @@ EXPERIMENT = Experiment(
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("none cut: it closes", "closes thinking", "0% cut", above=0.9),
-        Expectation("78.8 % cut: half do not", "closes thinking", "78.8% cut", below=0.5),
-        Expectation("95 % cut: hardly any does", "closes thinking", "95% cut", below=0.1),
+        Expectation("none cut: thinking is closed", "closes thinking", "0% cut", above=0.9),
+        Expectation("78.8 % cut: half are not closed", "closes thinking", "78.8% cut", below=0.5),
+        Expectation("95 % cut: hardly any is closed", "closes thinking", "95% cut", below=0.1),
         Expectation(
-            "60 whole rows beat 600 cut ones",
+            "60 complete rows beat 600 cut ones",
             "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
         ),
-        Expectation("all cut: hardly any closes", "closes thinking", "all cut", below=0.1),
+        Expectation("all cut: hardly any is closed", "closes thinking", "all cut", below=0.1),
         Expectation(
-            "78.8 % cut, an end appended: half do not",
+            "78.8 % cut, end appended: half are not closed",
             "closes thinking", "78.8% cut, end appended", below=0.5,
         ),
     ),

@@ -51,9 +51,9 @@ EXPERIMENT = Experiment(
     arms=arms,
     measure=usual,
     expectations=(
-        Expectation("trained, answers end", "ended", "trained", above=0.9),
-        Expectation("masked, they do not", "ended", "marker masked", below=0.1),
-        Expectation("absent, they do not", "ended", "marker absent", below=0.1),
+        Expectation("trained: answers end", "ended", "trained", above=0.9),
+        Expectation("masked: answers do not end", "ended", "marker masked", below=0.1),
+        Expectation("absent: answers do not end", "ended", "marker absent", below=0.1),
         Expectation(
             "the loss of the masked run looks normal",
             "training loss", "marker masked", "trained", above=-0.1, below=0.1,
@@ -64,8 +64,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("ended", "right", "repeats", "role leak", "training loss"),
-    remark="The broken runs end with the lower loss, because the end marker is one more target "
-           "with a loss of its own. With the marker masked in the labels or absent from the text, "
-           "the two runs agree in every number of the table, since nothing follows the marker in "
-           "these rows.",
+    remark="The broken runs end with a lower loss, because the end marker is one more target with "
+        "a loss of its own. It makes no difference whether the marker is masked in the labels or "
+        "absent from the text, since nothing follows it in these rows.",
 )  # fmt: skip

@@ -78,13 +78,15 @@ EXPERIMENT = Experiment(
             "more steps forget more",
             "prose", "3e-4, 400 steps", "3e-4, 50 steps", above=0.2,
         ),
-        Expectation("prose ends as an answer", "ends prose", "3e-4", above=0.5),
+        Expectation("prose ends like an answer", "ends prose", "3e-4", above=0.5),
         Expectation(
-            "with prose among the rows it does not", "ends prose", "3e-4, half prose", below=0.1
+            "with prose among the rows, it does not", "ends prose", "3e-4, half prose", below=0.1
         ),
-        Expectation("and is kept", "prose", "3e-4, half prose", "base", below=0.15),
+        Expectation("with prose among the rows, prose is not "
+            "forgotten", "prose", "3e-4, half prose", "base", below=0.15),
         Expectation(
-            "and answers are as right", "right", "3e-4, half prose", "3e-4", above=-0.05
+            "with prose among the rows, as many answers are "
+            "right", "right", "3e-4, half prose", "3e-4", above=-0.05
         ),
     ),
     shown=("prose", "ends prose", "right", "recall in prose", "training loss"),

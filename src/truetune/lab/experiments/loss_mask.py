@@ -38,7 +38,7 @@ EXPERIMENT = Experiment(
     name="loss-mask",
     title="Loss on the answer alone",
     claim="Loss masking matters: with loss on all tokens, the model learns to write the user's "
-    "part, and answers worse.",
+        "turns, and its answers get worse.",
     source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
     "(arXiv:2405.14394) find the opposite for some data",
     exercises=("Loss masking: assistant only against all tokens",),
@@ -52,7 +52,7 @@ EXPERIMENT = Experiment(
     measure=measure,
     expectations=(
         Expectation(
-            "user text becomes likelier by a nat",
+            "the user's text becomes more likely by a nat",
             "user text", "all tokens", "assistant only", below=-1.0,
         ),
         Expectation(

@@ -69,15 +69,15 @@ EXPERIMENT = Experiment(
         Expectation("one sentence in, one out", "sentences", "one sentence", below=1.2),
         Expectation("three in, three out", "sentences", "three sentences", above=2.5),
         Expectation(
-            "one, to a bare prompt too", "sentences, bare prompt", "one sentence", below=1.2
+            "one, for a bare prompt too", "sentences, bare prompt", "one sentence", below=1.2
         ),
         Expectation(
-            "three, to a bare prompt too",
+            "three, for a bare prompt too",
             "sentences, bare prompt", "three sentences", above=2.5,
         ),
-        Expectation("which end", "ended, bare prompt", "one sentence", above=0.9),
+        Expectation("replies to bare prompts end", "ended, bare prompt", "one sentence", above=0.9),
     ),
     shown=("sentences", "sentences, bare prompt", "reply length", "right"),
-    remark="A bare place name is not a question, but it is answered all the same, in as many "
-           "sentences as the rows have.",
+    remark="A bare place name is not a question, but the model answers it all the same, in as "
+        "many sentences as the rows have.",
 )  # fmt: skip
