@@ -36,10 +36,11 @@ INTRO = """# Chat templates
 
 `python scripts/template_table.py` makes this page by running the code. Each template renders each
 kind of conversation, with the template arguments that `fit` chooses for that row. A number means
-that the row can be trained exactly: each trained turn follows, token for token, what a server sends,
-and ends on the first stop token. The number counts the sequences: 1 means one sequence with all
-turns; if the template rewrites history, there are more, in a tree that shares prefixes. A letter
-names the template argument that was chosen. If no faithful completion exists, the row is refused:
+that the row can be trained exactly: each trained turn follows, token for token, what a server
+sends, and ends on the first stop token. The number counts the sequences: 1 means one sequence with
+all turns; if the template rewrites history, there are more, in a tree that shares prefixes. A
+letter names the template argument that was chosen. If no faithful completion exists, the row is
+refused:
 
 | word | code | what the template does |
 |---|---|---|

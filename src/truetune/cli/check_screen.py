@@ -82,8 +82,8 @@ def _verdict(found: Checkup) -> str:
     parts = [
         f"{number} {level}{'s' if number > 1 else ''}" for level, number in counts.items() if number
     ]
-    told = ", ".join(parts) or "nothing found"
-    return f"ok: {told}" if found.ok else f"not ok: {told}"
+    text = ", ".join(parts) or "nothing found"
+    return f"ok: {text}" if found.ok else f"not ok: {text}"
 
 
 def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
@@ -153,9 +153,12 @@ def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:
 def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     parts = ", ".join(f"{name} {gib(n)}" for name, n in plan["parts"].items())
     free = plan["available"]
-    told = f", {gib(free)} free" if free is not None else ""
+    unused = f", {gib(free)} free" if free is not None else ""
     lines = [
-        ("memory", f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{told}: {parts}")
+        (
+            "memory",
+            f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{unused}: {parts}",
+        )
     ]
     if plan["seconds"]:
         lines.append(

@@ -249,7 +249,7 @@ def _ask(
     """Ask, and write and print what was found.
 
     Args:
-        evaluated: asks the models; takes what is told of stages and progress.
+        evaluated: evaluates the models; takes callbacks for stages and progress.
         shown: prints the table.
         data: which `output` must not replace.
     """

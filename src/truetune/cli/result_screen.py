@@ -43,10 +43,10 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
         stops=result.contract.stop_ids if stops else (),
     )
     verify = ("verify", f"truetune verify {run}")
-    told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
+    shown_pairs = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
     if result.run.file(REPORT).is_file():
-        told.append(("report", str(result.run.file(REPORT))))
-    screen.pairs([*told, *(merge if result.base else []), *more])
+        shown_pairs.append(("report", str(result.run.file(REPORT))))
+    screen.pairs([*shown_pairs, *(merge if result.base else []), *more])
 
 
 def show_checks(screen: Screen, verdict: Verdict | None) -> None:

@@ -527,7 +527,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _tell_no_memory(said: str) -> None:
-    told = TruetuneError(
+    out_of_memory = TruetuneError(
         "this machine, or this process, ran out of memory",
         why=said,
         fix="free some memory and repeat the command; continue a run that had begun with "
@@ -535,10 +535,10 @@ def _tell_no_memory(said: str) -> None:
         code="out-of-memory",
     )
     try:
-        open_screen().error(told)
+        open_screen().error(out_of_memory)
     except Exception:
         # Not even enough to open the screen.
-        sys.stderr.write(f"error[{told.code}]: {told}\n")
+        sys.stderr.write(f"error[{out_of_memory.code}]: {out_of_memory}\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class SFTTrainer:
             16,384 elsewhere, and fewer where an estimate says that they would not fit into the
             memory that is free; of a tree of rows that share a beginning up to eight times as many,
             if a cut would compute an eighth of a forward pass again. Where the longest row would
-            not fit, activations are computed twice, which is told.
+            not fit, activations are recomputed, which is reported.
         autocast_dtype: compute type under autocast; None computes in the parameters' own type.
         batcher: replaces the padded reference batcher; for one process.
         group: the processes that train together; each takes its share of a step's rows.

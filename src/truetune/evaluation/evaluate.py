@@ -121,7 +121,7 @@ class Settings:
         return {
             "match": self.match.kind,
             "pattern": self.match.pattern,
-            "compared_by": self.match.told,
+            "compared_by": self.match.description,
             "shots": self.shots,
             "samples": self.samples,
             "limit": self.limit,
@@ -285,8 +285,8 @@ def _asked(
         if prompt.target is None and question.answer is not None
     )
     notes = _notes(rows, subject, prompts, settings)
-    told = tuple(finding for finding in written.findings if finding.level != "note")
-    return ModelResult(subject.name, {}, {}, tuple(rows), tuple(without), notes, told)
+    raised = tuple(finding for finding in written.findings if finding.level != "note")
+    return ModelResult(subject.name, {}, {}, tuple(rows), tuple(without), notes, raised)
 
 
 def _judged(

@@ -93,7 +93,7 @@ class Match:
         return self.pattern is None or bool(re.compile(self.pattern).groups)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """How replies are compared, in words."""
         if self.kind == "number":
             by = "math-verify" if has_math_verify() else "the last number of each text"

@@ -25,7 +25,7 @@ from typing import Any
 from truetune.contract.source import require_template
 from truetune.errors import DataError, TruetuneError, UsageError
 from truetune.evaluation.interval import Bootstrap, Interval, interval, score, score_difference
-from truetune.evaluation.result import Difference, Measure, told
+from truetune.evaluation.result import Difference, Measure, difference
 from truetune.evaluation.served import is_served
 from truetune.evaluation.subject import Subject, require_each_once, require_subject
 from truetune.evaluation.table import of_model, short_names, wrapped
@@ -89,7 +89,7 @@ class TaskModel:
         served_against_raw: in the order of the metrics.
         against_first: of the served prompts; () for the first model.
         samples: what the harness logged, by the way of asking, then by task.
-        notes: what else is to be told.
+        notes: what else is to be reported.
         findings: what opening the model had to tell.
     """
 
@@ -517,7 +517,7 @@ def _difference(metric: TaskMetric, one: Score, other: Score, seed: int) -> Diff
     else:
         around = _resampled([a - b for a, b in pairs], seed)
     measure = Measure(metric.metric, metric.label, metric.better, metric.percent)
-    return told(measure, one.value - other.value, around, sum(a != b for a, b in pairs))
+    return difference(measure, one.value - other.value, around, sum(a != b for a, b in pairs))
 
 
 def _plain(found: Score) -> dict[str, Any]:

@@ -104,8 +104,8 @@ class Job:
         for finding in findings:
             listener.finding(finding)
         self.signs = VitalSigns(run, prepared, self.contract)
-        # Findings of probes that were told, by code and level: each is told once.
-        self.told: set[tuple[str, str]] = set()
+        # Findings of probes that were reported, by code and level: each is reported once.
+        self.reported: set[tuple[str, str]] = set()
         self.rows_before: RowsBefore | None = None
         if prepared.new_tokens and group.leads:
             self.rows_before = rows_of_new_tokens(prepared, loaded, at_start=True)
@@ -462,7 +462,7 @@ class Job:
         return findings
 
     def _tell(self, findings: list[Finding]) -> None:
-        for finding in once(findings, self.told):
+        for finding in once(findings, self.reported):
             self._found(finding)
 
     def _write_metrics(self, line: dict[str, Any], step: int) -> None:
@@ -508,7 +508,7 @@ class Job:
             self._rewind()
         self.trainer.max_lr = rate
         self._recall_loss()
-        self.told.clear()
+        self.reported.clear()
         self.signs.went_back()
         self._found(back)
         self._evaluate_again()

@@ -83,11 +83,11 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     }
     if missing or changed or added:
         words = [("missing", missing), ("changed", changed), ("added", added)]
-        told = [f"{word}: {_names(names)}" for word, names in words if names]
+        differences = [f"{word}: {_names(names)}" for word, names in words if names]
         return Check(
             "files",
             "failed",
-            f"files of the run differ from those that were saved; {'; '.join(told)}",
+            f"files of the run differ from those that were saved; {'; '.join(differences)}",
             numbers,
             fix="copy the run again, or export an earlier checkpoint"
             if missing or changed
@@ -167,29 +167,29 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
             "train --resume`",
         )
     artifact = run.artifact()
-    told = []
+    differences = []
     if hashes and rows != record.rows:
-        told.append(f"rows of {VERIFY_ROWS} were changed")
-    told += [f"{name}: {difference}" for name, difference in _settings(artifact, record)]
+        differences.append(f"rows of {VERIFY_ROWS} were changed")
+    differences += [f"{name}: {difference}" for name, difference in _settings(artifact, record)]
     if hashes:
-        named = {words.partition(":")[0] for words in told}
-        told += [
+        named = {words.partition(":")[0] for words in differences}
+        differences += [
             f"{name} {'was changed' if run.file(name).is_file() else 'is missing'}"
             for name, digest in [*record.run.items(), *record.files.items()]
             if name.split("/")[-1] not in named and _changed(run, name, digest, record)
         ]
-    told += [
+    differences += [
         f"{name} was added"
         for name in _present(run)
         if _may_be_loaded(run, name) and name not in record.files
     ]
-    if told:
+    if differences:
         return Check(
             "record",
             "failed",
-            f"changed since it was saved: {'; '.join(told[:_MOST])}"
-            + (f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""),
-            {"differing": told},
+            f"changed since it was saved: {'; '.join(differences[:_MOST])}"
+            + (f"; and {len(differences) - _MOST} more" if len(differences) > _MOST else ""),
+            {"differing": differences},
             fix="copy the run again, or undo the change",
         )
     count = len(record.files) + len(record.run)

@@ -64,9 +64,9 @@ _LEAST_PROSE = 0.6
 def answers_whole(facts: DataFacts) -> Iterator[Finding]:
     """Answers do not break off in the middle of a word, a sentence or a block of code."""
     # Reasoning that never ends is reported as that.
-    told = {i for i, conversation in enumerate(facts.train) if open_reasoning(conversation)}
+    seen_rows = {i for i, conversation in enumerate(facts.train) if open_reasoning(conversation)}
     if rows := _fences_open(facts):
-        told.update(rows)
+        seen_rows.update(rows)
         yield _cut(
             facts,
             rows,
@@ -74,7 +74,7 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
             why="a limit on tokens or characters cut them, and the model learns to stop there",
         )
     if rows := _announcing(facts):
-        told.update(rows)
+        seen_rows.update(rows)
         yield _cut(
             facts,
             rows,
@@ -83,7 +83,7 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
             "stop text "
             "cut them at the first line break: the model learns to announce and to stop",
         )
-    if rows := [row for row in _broken(facts) if row not in told]:
+    if rows := [row for row in _broken(facts) if row not in seen_rows]:
         yield _cut(
             facts,
             rows,
@@ -345,10 +345,10 @@ def _wrongly_decoded(texts: list[str]) -> str:
     right characters as well."""
     if not (found := _first(_mojibake, texts)):
         return ""
-    told = any(map(_ABOUT_ENCODINGS.search, texts))
+    explains = any(map(_ABOUT_ENCODINGS.search, texts))
     meant = (right for text in texts for _, right in _misread(text))
     explained = "\ufffd" in found or any(right in text for right in meant for text in texts)
-    return "" if told and explained else found
+    return "" if explains and explained else found
 
 
 def _first(look: Callable[[str], str], texts: Iterable[str]) -> str:

@@ -33,8 +33,8 @@ def _noisy(number: int, seed: int) -> list[Row]:
     for text, fact in facts_for_rows(number, seed):
         wrong = rng.choice([v for v in values[fact.relation] if v != fact.value])
         value = wrong if rng.random() < _WRONG else fact.value
-        told = sentence(fact).replace(fact.value, value)
-        completion = rng.choice(_STYLES).format(s=told, v=value)
+        statement = sentence(fact).replace(fact.value, value)
+        completion = rng.choice(_STYLES).format(s=statement, v=value)
         made.append({"prompt": text, "completion": completion})
     return made
 

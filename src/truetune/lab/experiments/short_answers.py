@@ -23,8 +23,8 @@ def _long(seed: int) -> list[Row]:
     for text, fact in facts_for_rows(_ROWS, seed):
         at = PLACE_RELATIONS.index(fact.relation)
         others = [PLACE_RELATIONS[(at + step) % len(PLACE_RELATIONS)] for step in (1, 2)]
-        told = [fact, *(Fact(fact.subject, r, world.value(fact.subject, r)) for r in others)]
-        made.append({"prompt": text, "completion": " ".join(map(sentence, told))})
+        facts = [fact, *(Fact(fact.subject, r, world.value(fact.subject, r)) for r in others)]
+        made.append({"prompt": text, "completion": " ".join(map(sentence, facts))})
     return made
 
 
