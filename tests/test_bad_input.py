@@ -263,7 +263,7 @@ def test_output_folders_that_hold_something(tmp_path: Path, tiny: Path, rows: Pa
         ("model: a\n  b: [\n", "input", ["not valid YAML", "r.yaml:2"]),
         ("- a\n", "input", ["not a list of settings"]),
         ("lora: perhaps\nlora_r: many\n", "recipe", ["2 settings", "lora must", "lora_r must"]),
-        ("model: m\n", "recipe", ["not given: data, output"]),
+        ("model: m\n", "recipe", ["missing: data, output"]),
     ],
 )
 def test_recipes(tmp_path: Path, text: str, code: str, parts: list[str]) -> None:

@@ -100,7 +100,7 @@ def cases(place: Path) -> dict[str, tuple[list[str], str]]:
         "check's model": (["check", str(place / "no")], "model-not-found"),
         "check's smoke test": (
             ["check", str(place / "model"), "--smoke-test"],
-            "not given: data; --smoke-test would be ignored",
+            "no data was given, so --smoke-test would be ignored",
         ),
         "check's settings": (
             ["check", str(place / "model"), "--lora", "--lr", "1e-4"],

@@ -84,10 +84,11 @@ def _recomputing(subject: Subject, reading: Reading) -> Iterator[Finding]:
     yield Finding(
         code="soft-prompt-recomputed",
         level="error",
-        what="a step of training fails with gradient checkpointing: "
+        what="a training step fails with gradient checkpointing: "
         f"{type(error).__name__}: {str(error)[:120]}",
         where="args.gradient_checkpointing",
-        why="a prefix is given to each layer as cached keys and values, and gradient checkpointing "
+        why="a prefix is passed to each layer as cached keys and values, and gradient "
+        "checkpointing "
         "drops the cache; without it the same row passes",
         fix="set gradient_checkpointing=False (TRL turns it on by default), or use prompt tuning",
     )

@@ -103,7 +103,7 @@ def not_taken(step: int, error: Exception) -> Finding:
     return Finding(
         "probe-failed",
         "warning",
-        f"the vital signs could not be taken at step {step:,}: {error}",
+        f"the vital signs could not be measured at step {step:,}: {error}",
         why=f"{type(error).__name__} while the model answered fixed prompts",
         fix="nothing to do: training continues",
     )

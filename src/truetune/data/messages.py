@@ -207,7 +207,7 @@ def _train(turn: Message) -> bool | None:
     if any(value not in (0, 1) for value in found.values()):
         raise BadRow(
             "bad-train-flag",
-            "`train` or `weight` of a turn is neither true nor false, 1 nor 0",
+            "`train` or `weight` of a turn is neither true, false, 1 nor 0",
             why="a turn is either trained or not",
         )
     flags = {bool(value) for value in found.values()}

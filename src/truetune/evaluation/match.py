@@ -174,7 +174,7 @@ class Match:
             where=f"--match {self.kind}",
             why=answer.errors.splitlines()[-1][:300]
             if answer.errors
-            else "the pattern backtracks without end on such replies",
+            else "the pattern backtracks excessively on such replies",
             fix="use a pattern without nested repetition, or another --match",
             code="match-too-slow",
         )

@@ -227,7 +227,7 @@ def require_tasks(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(
-                f"--{name} is {value}, must be at least {least}", code="evaluation-setting"
+                f"--{name} is {value}, but it must be at least {least}", code="evaluation-setting"
             )
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
@@ -247,7 +247,7 @@ def require_tasks(
     for name in models:
         if is_served(name):
             raise UsageError(
-                "--tasks needs the weights, which a GGUF file or a server does not give",
+                "--tasks needs the weights, which a GGUF file or a server does not provide",
                 where=name,
                 why="most tasks compare the probabilities of given answers",
                 fix="pass the model's folder, or evaluate it on rows: --data DATA",
@@ -375,7 +375,7 @@ def _unusable(tasks: Sequence[str], error: Exception) -> DataError:
         f"the tasks cannot be run: {type(error).__name__}: {error}",
         where=f"--tasks {','.join(tasks)}",
         why="a task defines its dataset, and how questions and answers are made from it",
-        fix="`lm-eval validate --tasks TASK` checks a task by itself; data sets that are not on "
+        fix="`lm-eval validate --tasks TASK` checks a task by itself; datasets that are not on "
         "this machine need the network",
         code="task-unusable",
     )

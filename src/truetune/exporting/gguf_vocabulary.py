@@ -189,7 +189,7 @@ def _add_bos(contract: PromptContract) -> tuple[bool, Finding | None]:
         return False, Finding(
             "gguf-no-bos",
             "note",
-            f"the GGUF file does not put {contract.tokens.decode([first])!r} before texts",
+            f"the GGUF file does not add {contract.tokens.decode([first])!r} before texts",
             why="the chat template does not write it, so rows were trained without it; llama.cpp "
             "would also put it before rendered prompts",
             fix="nothing to do; completions of plain text will begin without it",

@@ -74,7 +74,7 @@ def recipe_of(
 def path_of(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(
-            f"the model and the data must be a path or a Hub id, not as a {type(value).__name__}",
+            f"the model and the data must be a path or a Hub id, not a {type(value).__name__}",
             fix="save the rows as a .jsonl file and the model as a folder, and pass their paths",
             code="not-a-path",
         )

@@ -61,7 +61,7 @@ def require_export(
         raise UsageError(
             f"--to {what!r} is not an export format"
             if what not in _KINDS
-            else "--merge and --to contradict",
+            else "--merge and --to contradict each other",
             where="--to",
             why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
             fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),

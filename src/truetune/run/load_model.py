@@ -146,7 +146,7 @@ def _require_memory(prepared: Prepared) -> None:
     on_cpu = choose_device(prepared.plan.device)[0].type == "cpu"
     if on_cpu and free is not None and needed > free:
         raise ModelError(
-            f"the original needs {gib(needed)}, but {gib(free)} are free",
+            f"the original needs {gib(needed)}, but only {gib(free)} is free",
             code="model-too-large",
         )
 

@@ -123,7 +123,7 @@ def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
             level=level_of(rows, len(facts.train)),
             what=f"{share(len(rows), len(facts.train))} contain a placeholder that was not filled "
             f"in, such as {first!r}",
-            why="the template of the row was saved before its values were put in (a missing "
+            why="the template of the row was saved before its values were filled in (a missing "
             "f-prefix or .format call): the model learns to write the placeholder",
             fix="fill in the values where the file is written, or remove those rows",
         )
