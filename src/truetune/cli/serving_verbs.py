@@ -89,11 +89,11 @@ def export_run(
 ) -> None:
     """Write a model in a form that servers load.
 
-    merged: one folder that can be loaded without peft. The weights are added in float32, on
-    unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
-    with the adapter on the run's held-out prompts. A complete model is copied.
+    merged: one folder that can be loaded without peft. The adapter is added in float32 to
+    unquantised weights, which are then cast to the base's own dtype. A fresh process then compares
+    the result with the adapter on the run's held-out prompts. A complete model is copied.
 
-    gguf: one file for llama.cpp and programs built on it, from an adapter or a whole model.
+    gguf: one file for llama.cpp and programs built on it, from an adapter or a complete model.
     llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared
     with the model's. This needs the extra `gguf`.
 

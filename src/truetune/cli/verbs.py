@@ -340,7 +340,7 @@ app.command(
 app.command(
     "diagnose",
     cls=Verb,
-    short_help="Find the first stage between training and serving that breaks a model.",
+    short_help="Find the first stage that changes a model on its way to a server.",
 )(serving_verbs.diagnose_model)
 
 

@@ -25,9 +25,9 @@ def words(rate: float) -> str:
 _LORA, _FULL = ({name: words(rate) for name, rate in rates.items()} for rates in (LORA, FULL))
 # On the settings page, and where no plan says more.
 SHOWN = (
-    f"LoRA: {_LORA['base']} base, {_LORA['instruct']} instruct, {_LORA['reasoning']} instruct with "
-    f"reasoning traces, {_LORA['small']} below 50M parameters; full: {_FULL['base']} base, "
-    f"{_FULL['instruct']} instruct, {_FULL['small']} below 50M parameters"
+    f"LoRA {_LORA['base']} base, {_LORA['instruct']} instruct, {_LORA['reasoning']} instruct with "
+    f"reasoning traces; full {_FULL['base']} base, {_FULL['instruct']} instruct; below 50M "
+    f"parameters, LoRA {_LORA['small']}, full {_FULL['small']}"
 )
 USUAL_RATES = (
     f"{_LORA['instruct']} for LoRA, {_FULL['instruct']} to {_FULL['base']} for all weights"

@@ -83,7 +83,7 @@ class Recipe:
         None, INPUT, "Read only the first rows.", minimum=1, shown="all"
     )
     eval_data: str | None = _option(
-        None, INPUT, "Held-out rows of your own.", shown="5 % of the rows, at most 200"
+        None, INPUT, "Your own held-out rows.", shown="5 % of the rows, at most 200"
     )
     eval_split: str | None = _option(None, INPUT, "Held-out split of --eval-data, or of DATA.")
 
@@ -102,20 +102,20 @@ class Recipe:
     template_arg: dict[str, Any] | None = _option(
         None,
         PROMPT,
-        "Argument of the template, e.g. enable_thinking=false; may be repeated.",
+        "Argument for the template, e.g. enable_thinking=false; may be repeated.",
         aliases=["template_args", "template_kwargs", "chat_template_kwargs"],
         shown="the value that renders the rows unchanged",
     )
     reasoning: Literal["auto", "inline", "empty", "drop"] = _option(
         "auto",
         PROMPT,
-        "The rows' reasoning: pass it to the template, write it between think markers, close an "
-        "opened think block immediately, or leave it out.",
+        "What to do with the rows' reasoning: pass it to the template, write it between think "
+        "markers, close an opened think block immediately, or omit it.",
     )
     think_markers: list[str] | None = _option(
         None,
         PROMPT,
-        "Opening and closing marker for --reasoning inline.",
+        "Opening and closing markers for --reasoning inline.",
         shown="the template's own, or <think>,</think>",
     )
     history: Literal["as-data", "no-reasoning"] = _option(
@@ -179,7 +179,7 @@ class Recipe:
         LENGTH,
         "Maximum length of an example, in tokens.",
         aliases=["max_seq_length", "max_seq_len", "cutoff_len"],
-        shown="auto: the longest example, up to the model's context",
+        shown="auto, the longest example up to the model's context",
         minimum=2,
     )
     overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
