@@ -23,8 +23,8 @@ def as_before() -> object:
     before = {number: signal.getsignal(number) for number in ALL}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    for number, handled in before.items():
-        signal.signal(number, handled)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", ALL)
