@@ -205,7 +205,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "L01b",
-        "mask the wrong way round: prompts trained, answers not",
+        "inverted mask: prompts trained, answers not",
         mask_turned,
         ("answers-masked",),
         "inverted",
