@@ -206,7 +206,7 @@ def _sizes(
         reasons["micro_batch_size"] = f"default: {batch} examples in {accumulation} forward passes"
     if micro is None and recipe.packing:
         micro = batch
-        reasons["micro_batch_size"] = "default: the batch; tokens limit a forward pass"
+        reasons["micro_batch_size"] = "default: the batch; tokens limit each forward pass"
     if micro is None:
         micro = min(batch, _rows_of_logits(max_length, head_rows, reasons))
     return batch, micro

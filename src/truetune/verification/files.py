@@ -94,11 +94,11 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
             else "move the added files elsewhere: programs may load them instead of what was "
             "trained",
         )
-    what = f"{len(listed) - len(gone)} files are as they were saved (sha256)"
+    what = f"{len(listed) - len(gone)} files match their hashes (sha256)"
     if gone:
-        what += f"; {len(gone)} of checkpoints, trackers and pages were removed since"
+        what += f"; {len(gone)} files of checkpoints, trackers and pages were removed since"
     if notes:
-        what += f"; not files of the run, and not examined: {_names(notes)}"
+        what += f"; other files, not examined: {_names(notes)}"
     return Check("files", "passed", what, numbers)
 
 
@@ -194,7 +194,7 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
         )
     count = len(record.files) + len(record.run)
     return Check(
-        "record", "passed", f"{count} files are as they were recorded when the model was saved"
+        "record", "passed", f"{count} files match the record made when the model was saved"
     )
 
 
