@@ -91,10 +91,10 @@ EXPERIMENT = Experiment(
     source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
     "exercise on reasoning traces; Unsloth stops at 30 %",
     exercises=("Truncated reasoning",),
-    expected="with no row cut more than 90 % of the replies close their thinking; with 78.8 % "
-    "fewer than 50 %, with 95 % fewer than 10 %; 60 whole rows close more than 20 points more than "
-    "600 of which 78.8 % are cut; with all rows cut fewer than 10 % close, and with an end token "
-    "appended to 78.8 % cut ones fewer than 50 %",
+    expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % "
+        "cut fewer than 50 %, with 95 % fewer than 10 %; 60 complete rows lead to more than 20 "
+        "points more closed replies than 600 rows of which 78.8 % are cut; with all rows cut "
+        "fewer than 10 % close, and with 78.8 % cut and an end token appended fewer than 50 %",
     refuted="more than 50 % closed at 78.8 %, or more than 10 % at 95 %",
     seeds=(1, 2, 3),
     arms=arms,
@@ -115,7 +115,8 @@ EXPERIMENT = Experiment(
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
     remark="A cut row has no wrong targets: it lacks the end, and teaches nothing about it. At 95 "
-           "%, the 30 whole rows of 600 that remain show how thinking ends, which is enough here, "
+           "%, the 30 complete rows of 600 that remain show how thinking ends, which is enough "
+           "here, "
            "where all traces are short and similar. The last two arms and their expectations were "
            "added and committed after a first run had shown this: they test what it takes to "
            "break it.",

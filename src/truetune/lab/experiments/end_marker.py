@@ -43,10 +43,10 @@ EXPERIMENT = Experiment(
     source="the course's table of failures; threads trl#1623, mlx-examples#760 and many more on "
     "pad_token = eos_token under DataCollatorForLanguageModeling",
     exercises=("The end marker that is never a target (pad token = end token)",),
-    expected="nearly every answer ends where the marker is a target, nearly none where it is "
-    "masked or absent; the training loss of the two broken runs ends within 0.1 nats of the sound "
-    "one's",
-    refuted="a broken run ends half of its answers, or its loss stands out by more than 0.1",
+    expected="nearly every answer ends if the marker is a target, nearly none if it is masked or "
+        "absent; the training loss of the two broken runs ends within 0.1 nats of that of the "
+        "sound one",
+    refuted="a broken run ends half of its answers, or its loss differs by more than 0.1",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,

@@ -64,10 +64,11 @@ EXPERIMENT = Experiment(
     source="the course's exercises on format collapse and on mixing; threads LLaMA-Factory#2611 "
     "and Qwen#813",
     exercises=("Format collapse: prose after SFT", "Forgetting, and mixing in pretraining text"),
-    expected="the loss on prose at 1e-3 lies more than 0.3 nats above that at 1e-4, after 400 "
-    "steps more than 0.2 above that after 50; at 3e-4 more than half of the prose that the model "
-    "goes on with ends as an answer; with half of the tokens prose fewer than 10 % do, the "
-    "loss lies within 0.15 of the base's, and right answers within 5 points of those without",
+    expected="the loss on prose at 1e-3 is more than 0.3 nats above that at 1e-4, and after 400 "
+        "steps more than 0.2 above that after 50; at 3e-4, more than half of the prose that the "
+        "model continues ends like an answer; with prose as half of the tokens, fewer than 10 % "
+        "do, the loss is within 0.15 of the base's, and right answers are within 5 points of "
+        "those without prose",
     refuted="a loss on prose or shares outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,

@@ -52,8 +52,8 @@ EXPERIMENT = Experiment(
     exercises=("Learning-rate sweep and catastrophic forgetting", "LoRA against all weights"),
     expected="the base was pretrained at 2e-3, later 1.2e-3: at 1e-4 and 3e-4 (5 and 15 %) more "
     "than 90 % of the answers are right, at 1e-5 (0.5 %) fewer than 50 %; at 3e-3 recall in prose "
-    "falls by more than 30 points; LoRA at 1e-4 lies more than 20 points behind all weights at "
-    "1e-4, at 1e-3 within 10 points",
+    "falls by more than 30 points; LoRA at 1e-4 is more than 20 points behind all weights at "
+    "1e-4, and at 1e-3 within 10 points",
     refuted="right answers or recall outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,

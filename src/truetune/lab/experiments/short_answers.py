@@ -59,8 +59,9 @@ EXPERIMENT = Experiment(
     "no row resembles.",
     source="the course's exercise on answer length",
     exercises=("Answer length",),
-    expected="trained on one sentence, fewer than 1.2 sentences an answer to questions and to bare "
-    "prompts, and more than 90 % of the latter end; trained on three, more than 2.5 to both",
+    expected="trained on one sentence, answers to questions and to bare prompts have fewer than "
+        "1.2 sentences, and more than 90 % of the latter end; trained on three, more than 2.5 "
+        "sentences for both",
     refuted="a length outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,

@@ -51,8 +51,8 @@ EXPERIMENT = Experiment(
     exercises=("Template drift: trained with one template, served with another",),
     expected="a missing last newline costs more than 5 points of right answers; other markers and "
     "raw text more than 30",
-    refuted="the loss without the newline lies within 5 points, or the loss with other markers or "
-    "raw text within 30",
+    refuted="the loss without the newline is within 5 points, or the loss with other markers or "
+        "raw text within 30",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,

@@ -65,10 +65,11 @@ EXPERIMENT = Experiment(
     "axolotl#1100 (denominators under gradient accumulation)",
     exercises=("Mask off by one", "Labels shifted twice", "The wrong denominator"),
     expected="a mask one too early never ends its answers; labels shifted twice leave fewer than "
-    "10 % of the answers right; each of these runs ends within 0.3 nats of the sound one's loss; a "
+    "10 % of the answers right; the loss of each of these runs ends within 0.3 nats of that of "
+    "the sound one; a "
     "mask one too late and the wrong denominator cost more than 10 points of right answers",
-    refuted="right answers within 10 points of the sound run, or a loss that stands out by more "
-    "than 0.3",
+    refuted="right answers within 10 points of the sound run, or a loss that differs by more than "
+        "0.3",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
