@@ -108,7 +108,7 @@ def test_a_healthy_run(tmp_path: Path) -> None:
         "a base goes on plain",
         "tuned, step 100",
         "Answer. 100 plain",
-        "in the row",
+        "answer in the row",
         "Answer 1. plain",
         "rows.jsonl:7: 10 tokens, 3 supervised",
         "and 5 more tokens",

@@ -205,7 +205,7 @@ def _prompt(where: str, samples: Sequence[Mapping[str, Any]]) -> str:
     if expected := last.get("expected"):
         text = clipped(expected, _REPLY)
         boxes.append(
-            f'<div class="reply"><span class="dim">in the row</span>'
+            f'<div class="reply"><span class="dim">answer in the row</span>'
             f'<div class="turn">{text}</div></div>'
         )
     return (
