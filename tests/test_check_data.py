@@ -330,7 +330,10 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
         ],
     ),
     "reasoning-mixed": (
-        [case(lambda i: plain(i, f"<think>\n{prose(i)}\n</think>\n\nYes."), 40)],
+        [
+            case(lambda i: plain(i, f"<think>\n{prose(i)}\n</think>\n\nYes."), 40),
+            case(lambda i: plain(i, f"[THINK]{prose(i)}[/THINK]Yes."), 40),
+        ],
         [
             case(lambda i: plain(i, f"<think>\n{prose(i)}\n</think>\n\nYes."), 100),
             case(plain, 0),

@@ -18,7 +18,13 @@ from truetune.compute.layout import Layout, visible
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-ROWS = Layout.of_rows([5, 5, 5, 9, 1, 30])
+
+def of_rows(lengths: list[int]) -> Layout:
+    """Rows side by side that share nothing."""
+    return Layout(tuple(lengths), (-1,) * len(lengths))
+
+
+ROWS = of_rows([5, 5, 5, 9, 1, 30])
 TREE = Layout((40, 5, 8, 8, 3), (-1, 0, 1, 1, 0))
 FOREST = Layout((1, 1, 6, 6, 6, 7), (-1, 0, 1, 1, 0, -1))
 # A conversation: each turn's prompt goes on from the last one, with a branch for its answer.
@@ -179,8 +185,8 @@ def test_bfloat16_is_float32_to_rounding(layout: Layout) -> None:
 
 def test_what_goes_through_attention_in_one_product() -> None:
     """Many short nodes; neither long rows, nor one long node among short ones."""
-    short, long = Layout.of_rows([20] * 5 + [26] * 3), Layout.of_rows([20, 65])
-    uneven = Layout.of_rows([2] * 300 + [60])
+    short, long = of_rows([20] * 5 + [26] * 3), of_rows([20, 65])
+    uneven = of_rows([2] * 300 + [60])
     assert gathered.places(short, None, 4, 2) is not None
     assert gathered.places(short, None, 4, 2) is gathered.places(short, None, 4, 2)
     assert gathered.places(long, None, 4, 2) is None
@@ -200,7 +206,7 @@ def test_dropout_leaves_its_share_out() -> None:
     q, k, v = (torch.zeros(1, 1, 400, 4) for _ in range(3))
     v = v + 1
     torch.manual_seed(0)
-    layout = Layout.of_rows([400])
+    layout = of_rows([400])
     got, _ = attention(torch.nn.Identity(), q, k, v, None, dropout=0.25, segments=layout)
     assert got.mean().item() == pytest.approx(1, abs=0.02)
     assert got[0, 0, 0, 0].item() in (0.0, pytest.approx(4 / 3))

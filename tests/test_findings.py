@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from truetune.findings import Finding, folded, merged, near, share, worst
+from truetune.findings import Finding, folded, merged, near, phrase, share, worst
 
 WHOLE = Finding("a-code", "error", "what happened", "rows.jsonl:3", 2, "the cause", "the remedy")
 
@@ -25,6 +25,13 @@ def test_lines() -> None:
 
 def test_a_finding_without_a_place_shows_no_where() -> None:
     assert Finding("c", "note", "told", count=3).lines() == ["note[c]: told"]
+
+
+def test_a_phrase_names_the_first_and_counts_the_rest() -> None:
+    assert phrase("abc", 3) == "a, b, c"
+    assert phrase(iter("abc"), 2) == "a, b and 1 more"
+    assert phrase(["a"] * 1002, 1, "; ") == "a; and 1,001 more"
+    assert phrase([], 2) == ""
 
 
 def test_large_counts_are_readable() -> None:

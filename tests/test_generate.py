@@ -246,14 +246,6 @@ def test_lora_layers_act_in_replies(llama: LoadedModel) -> None:
     assert reply != replies(llama, contract, chats("hi"), sampling)[0]
 
 
-def test_a_prefix_begins_every_reply(llama: LoadedModel) -> None:
-    contract = contract_of(llama, 300)
-    (reply,) = replies(llama, contract, chats("hi"), Sampling(max_new_tokens=6), prefix="So: ")
-    prompt = contract.prompt_ids(chats("hi")[0]) + llama.tokenizer.encode("So: ")
-    assert list(reply.ids) == greedy(llama, prompt, 6)
-    assert reply.prompt_tokens == len(prompt)
-
-
 def test_tools_reach_the_template(llama: LoadedModel) -> None:
     seen = []
 

@@ -254,7 +254,7 @@ def test_a_base_beyond_memory_is_not_compared(
     if how == "refused":
         monkeypatch.setattr(module, "load_model", without_memory)
     else:
-        monkeypatch.setattr(module, "_free_memory", lambda: 1000)
+        monkeypatch.setattr(module, "available_bytes", lambda _: 1000)
     data = write_rows(tmp_path / "rows.jsonl", sums(20))
     shown = command("train", base, data, "--qlora", "-o", tmp_path / "run", "--max-steps", 1)
     assert shown.code == 0, shown.err

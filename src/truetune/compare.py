@@ -17,14 +17,12 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
 from truetune.model.mode import evaluating
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Positions of a row that are measured, spread over it: 256 x 152k logits in float32 are 155 MB.
 _POSITIONS = 256
@@ -92,8 +90,6 @@ def measure(
 
     The model is left in the mode it was in.
     """
-    import torch
-
     logprobs, greedy, kept = [], [], []
     with evaluating(loaded.model):
         for ids, mask in rows:
@@ -155,8 +151,6 @@ def row_scores(
     Args:
         on_progress: is called with the number of rows so far and of all.
     """
-    import torch
-
     order = sorted(range(len(rows)), key=lambda row: (len(rows[row][0]), row))
     targets = [[i for i, on in enumerate(mask) if on and i] for _, mask in rows]
     found = [Scored()] * len(rows)
@@ -273,8 +267,6 @@ class Reading:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON values; tensors in base64 of little-endian 32-bit numbers."""
-        import torch
-
         return {
             "top": _packed(self.top.to(torch.int32)),
             "logprobs": _packed(self.logprobs),
@@ -290,8 +282,6 @@ class Reading:
         Raises:
             ValueError, KeyError, TypeError: it is something else.
         """
-        import torch
-
         greedy = torch.tensor([int(i) for i in value["greedy"]], dtype=torch.int64)
         rows = len(greedy)
         return cls(
@@ -308,8 +298,6 @@ def _packed(tensor: torch.Tensor) -> str:
 
 
 def _unpacked(text: Any, dtype: torch.dtype) -> torch.Tensor:
-    import torch
-
     return torch.frombuffer(bytearray(base64.b64decode(str(text), validate=True)), dtype=dtype)
 
 
@@ -328,8 +316,6 @@ def read(
         padding: tokens behind each probe that nothing attends to: the same model computed in
             another shape.
     """
-    import torch
-
     tops, kept, greedy, spreads = [], [], [], []
     digest = hashlib.sha256()
     at = 0
@@ -383,17 +369,21 @@ class Distance:
     bit_equal: bool
 
 
+def divergence(p_PK: torch.Tensor, apart_PK: torch.Tensor) -> torch.Tensor:
+    """(P,) in nats, from a reference's probabilities and the differences of log-probabilities."""
+    p_PK = p_PK / p_PK.sum(dim=-1, keepdim=True)
+    mean_P1 = (p_PK * apart_PK).sum(dim=-1, keepdim=True)
+    return (p_PK * (apart_PK - mean_P1).square()).sum(dim=-1) / 2
+
+
 def distance(reference: Reading, other: Reading, *, allowed: float = 0.0) -> Distance:
     """Compare a reading with its reference, whose tokens it was asked for.
 
     Args:
         allowed: divergence that a position may have; decides what counts as a flip.
     """
-    p_PK = reference.logprobs.double().exp()
-    p_PK = p_PK / p_PK.sum(dim=-1, keepdim=True)
-    apart_PK = other.logprobs.double() - reference.logprobs.double()
-    mean_P1 = (p_PK * apart_PK).sum(dim=-1, keepdim=True)
-    found_P = (p_PK * (apart_PK - mean_P1).square()).sum(dim=-1) / 2
+    own_PK = reference.logprobs.double()
+    found_P = divergence(own_PK.exp(), other.logprobs.double() - own_PK)
     lead_P = reference.logprobs[:, 0] - reference.logprobs[:, 1]
     same_P = reference.greedy == other.greedy
     clear_P = lead_P > 4 * (2 * allowed) ** 0.5
@@ -451,8 +441,6 @@ def _logits(
     loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int], padding: int = 0
 ) -> torch.Tensor:
     """Logits (P, V) of one row at some positions, float32 on CPU."""
-    import torch
-
     ids_BT = torch.tensor([[*ids, *[ids[0]] * padding]], device=loaded.device)
     asked: dict[str, Any] = {}
     if padding:
@@ -470,8 +458,6 @@ def _forward(
     loaded: LoadedModel, ids_BT: torch.Tensor, positions: Sequence[int], asked: dict[str, Any]
 ) -> torch.Tensor:
     """Logits (B, P, V) at some positions, as the model computes them."""
-    import torch
-
     wanted = torch.tensor(list(positions), device=loaded.device, dtype=torch.int64)
     asked = {**asked, "use_cache": False}
     selects = _selects(loaded)

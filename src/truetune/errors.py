@@ -60,6 +60,11 @@ class TruetuneError(Exception):
         """The error as a finding, for when the work continues."""
         return Finding(self.code, "error", self.what, self.where, why=self.why, fix=self.fix)
 
+    @property
+    def words(self) -> dict[str, str]:
+        """What it was made of: arguments for another error with the same words."""
+        return {name: getattr(self, name) for name in ("what", "where", "why", "fix", "code")}
+
     def parts(self) -> list[tuple[str, str]]:
         """The labelled lines below the first one, in the order they are shown."""
         return [("where", self.where), ("why", self.why), ("fix", self.fix)]

@@ -22,18 +22,14 @@ if TYPE_CHECKING:
     from truetune.diagnosis.diagnose import Diagnosis
     from truetune.evaluation.table import Evaluation
     from truetune.evaluation.tasks import TaskEvaluation
-    from truetune.exporting.gguf import WrittenGGUF
-    from truetune.exporting.mlx import WrittenMLX
     from truetune.findings import Finding
     from truetune.generate import Reply, Sampling
     from truetune.listener import Listener
     from truetune.model.load import LoadedModel
     from truetune.reporting.page import Written
     from truetune.run.checkup import Checkup
-    from truetune.run.export_quantised import QuantisedExport
-    from truetune.run.export_served import ServedExport
-    from truetune.run.export_whole import WholeExport
-    from truetune.run.pipeline import ExportResult, RunResult
+    from truetune.run.export_kind import Export
+    from truetune.run.pipeline import RunResult
     from truetune.run.push import Pushed
     from truetune.verification.verdict import Verdict
 
@@ -77,22 +73,26 @@ def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _shown(listener: Listener | None, quiet: bool) -> Any:
+@contextlib.contextmanager
+def _on_screen(listener: Listener | None, quiet: bool) -> Iterator[Any]:
     """The listener of a verb: by default the screen, or a cell's output in a notebook."""
     from truetune.listener import Listener as Silence
 
-    if listener is not None or quiet:
-        return listener or Silence()
-    from truetune.cli.verb import open_screen
+    screen: Any = listener or Silence()
+    if listener is None and not quiet:
+        from truetune.cli.verb import open_screen
 
-    screen = open_screen()
-    screen.spell = in_python
-    return screen
+        screen = open_screen()
+        screen.spell = in_python
+    try:
+        yield screen
+    finally:
+        if hasattr(screen, "close"):
+            screen.close()
 
 
-def _closed(listener: Any) -> None:
-    if hasattr(listener, "close"):
-        listener.close()
+def _path(value: Pathlike | None) -> str | None:
+    return None if value is None else path_of(value)
 
 
 @_with_settings
@@ -128,12 +128,9 @@ def train(
     from truetune.run.pipeline import train as run
 
     recipe = recipe_of(model, data, resume, options, "argument")
-    screen = _shown(listener, quiet)
-    try:
+    with _on_screen(listener, quiet) as screen:
         done = run(recipe, screen, resume=None if resume is None else os.fspath(resume))
         return dataclasses.replace(done, findings=[_respelled(f) for f in done.findings])
-    finally:
-        _closed(screen)
 
 
 @_with_settings
@@ -166,12 +163,9 @@ def check(
     from truetune.run.checkup import check as checked
 
     recipe = recipe_of(model, data, None, options, "argument")
-    screen = _shown(listener, quiet)
-    try:
+    with _on_screen(listener, quiet) as screen:
         found = checked(recipe, screen, smoke_test=smoke_test)
         return dataclasses.replace(found, findings=[_respelled(f) for f in found.findings])
-    finally:
-        _closed(screen)
 
 
 @dataclass
@@ -312,7 +306,7 @@ def export(
     data: Pathlike | None = None,
     quiet: bool = False,
     listener: Listener | None = None,
-) -> ExportResult | WholeExport | WrittenGGUF | WrittenMLX | ServedExport | QuantisedExport:
+) -> Export:
     """Write what a server loads: a merged model, a GGUF file, or a folder for Ollama, MLX or vLLM.
 
     A merged model can be loaded without peft; a fresh process compares it with the adapter before
@@ -345,58 +339,24 @@ def export(
         TruetuneError: the export cannot be written, or differs from the model; no files are
             left behind.
     """
-    from truetune.run.export_gguf import export_adapter, export_gguf
-    from truetune.run.export_kind import require_export
-    from truetune.run.export_mlx import export_mlx
-    from truetune.run.export_quantised import export_quantised
-    from truetune.run.export_served import export_served
-    from truetune.run.export_whole import export_plain as merged
+    from truetune.run.export_kind import export_as
 
-    what, held = require_export(
-        to,
-        merge=False,
-        onto=onto,
-        no_verify=not verify,
-        dtype=dtype,
-        go_template=go_template,
-        adapter=adapter,
-        quant=quant,
-        source=path_of(run),
-        output=path_of(output),
-        data=None if data is None else path_of(data),
-    )
-    screen = _shown(listener, quiet)
-    source, folder = path_of(run), path_of(output)
-    shared: dict[str, Any] = {"base": base, "device": device, "listener": screen}
-    merging: dict[str, Any] = {"onto": onto, "dtype": None if dtype == "auto" else dtype}
-    try:
-        if adapter:
-            return export_adapter(source, folder, quant=held, **shared)
-        if what in ("gguf", "ollama"):
-            made: dict[str, Any] = {
-                "onto": onto,
-                "ollama": what == "ollama",
-                "go_template": go_template,
-            }
-            return export_gguf(source, folder, quant=held, **made, **shared)
-        if what == "mlx":
-            return export_mlx(source, folder, quant=held, onto=onto, **shared)  # type: ignore[arg-type]
-        if held:
-            return export_quantised(
-                source,
-                folder,
-                quant=held,
-                server="vllm" if what == "merged" else what,
-                data=None if data is None else path_of(data),
-                **merging,
-                **shared,
-            )
-        merging["check"] = verify
-        if what == "merged":
-            return merged(source, folder, **merging, **shared)
-        return export_served(source, folder, server=what, **merging, **shared)
-    finally:
-        _closed(screen)
+    with _on_screen(listener, quiet) as screen:
+        return export_as(
+            to,
+            source=path_of(run),
+            output=path_of(output),
+            quant=quant,
+            adapter=adapter,
+            go_template=go_template,
+            base=base,
+            onto=onto,
+            dtype=dtype,
+            device=device,
+            verify=verify,
+            data=_path(data),
+            listener=screen,
+        )
 
 
 @_words_of_python()
@@ -438,21 +398,18 @@ def diagnose(
     """
     from truetune.diagnosis.diagnose import diagnose as diagnosed
 
-    screen = _shown(listener, quiet)
-    try:
+    with _on_screen(listener, quiet) as screen:
         return diagnosed(
             path_of(source),
             stages=stages,
             base=base,
-            merged=None if merged is None else path_of(merged),
-            quantised=None if quantised is None else path_of(quantised),
-            gguf=None if gguf is None else path_of(gguf),
+            merged=_path(merged),
+            quantised=_path(quantised),
+            gguf=_path(gguf),
             url=url,
-            data=None if data is None else path_of(data),
+            data=_path(data),
             on_stage=screen.stage,
         )
-    finally:
-        _closed(screen)
 
 
 @_words_of_python()
@@ -650,8 +607,7 @@ def evaluate(
         revision=revision,
         device=device,
     )
-    screen = _shown(listener, quiet)
-    try:
+    with _on_screen(listener, quiet) as screen:
         return evaluated(
             [path_of(model) for model in _several(models)],
             path_of(data),
@@ -659,8 +615,6 @@ def evaluate(
             on_stage=screen.stage,
             on_progress=screen.progress,
         )
-    finally:
-        _closed(screen)
 
 
 @_words_of_python()
@@ -702,8 +656,7 @@ def evaluate_tasks(
     """
     from truetune.evaluation.tasks import evaluate_tasks as evaluated
 
-    screen = _shown(listener, quiet)
-    try:
+    with _on_screen(listener, quiet) as screen:
         return evaluated(
             [path_of(model) for model in _several(models)],
             [path_of(task) for task in _several(tasks)],
@@ -716,8 +669,6 @@ def evaluate_tasks(
             on_stage=screen.stage,
             on_progress=screen.progress,
         )
-    finally:
-        _closed(screen)
 
 
 def _several(given: Pathlike | Sequence[Pathlike]) -> list[Pathlike]:
@@ -767,8 +718,8 @@ def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
     from truetune.reporting.live import serving
     from truetune.run_dir import RunDir
 
-    with serving(RunDir.open(path_of(run)), port) as server:
-        _shown(None, quiet).stage(server.address)
+    with serving(RunDir.open(path_of(run)), port) as server, _on_screen(None, quiet) as screen:
+        screen.stage(server.address)
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
 
@@ -803,8 +754,7 @@ def push(
     """
     from truetune.run.push import push as pushed
 
-    screen = _shown(listener, quiet)
-    try:
+    with _on_screen(listener, quiet) as screen:
         return pushed(
             path_of(source),
             repo,
@@ -813,8 +763,6 @@ def push(
             overwrite=overwrite,
             listener=screen,
         )
-    finally:
-        _closed(screen)
 
 
 def _pre(text: str) -> str:

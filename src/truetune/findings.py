@@ -179,6 +179,13 @@ def _apart(one: str, other: str, allowed: int) -> int:
     return row[-1]
 
 
+def phrase(names: Iterable[str], most: int, between: str = ", ") -> str:
+    """The first few names, the rest counted."""
+    every = list(names)
+    more = f"{between.strip(', ')} and {len(every) - most:,} more" if len(every) > most else ""
+    return between.join(every[:most]) + more
+
+
 def share(count: int, total: int) -> str:
     """`12 of 40 rows (30 %)`."""
     part = 100 * count / max(total, 1)

@@ -16,7 +16,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.compute.memory import available_bytes
 from truetune.contract.contract import PromptContract
@@ -31,11 +31,8 @@ from truetune.model.mode import evaluating
 from truetune.model.stop_texts import StopTexts
 from truetune.model.tokenizer import load_tokenizer
 from truetune.run_dir import opened
+from truetune.system.lazy import torch
 from truetune.system.threads import begin
-
-if TYPE_CHECKING:
-    import torch
-
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -72,7 +69,6 @@ def replies(
     *,
     batch_size: int = 16,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    prefix: str = "",
 ) -> list[Reply]:
     """One reply per conversation, in their order.
 
@@ -84,12 +80,11 @@ def replies(
         sampling: greedy, 256 tokens where None.
         batch_size: conversations per forward pass.
         tools: offered in every conversation.
-        prefix: text that every reply is made to begin with; not part of `Reply.text`.
 
     Raises:
         UsageError: a prompt that leaves no room in the model's context; batch_size below 1.
     """
-    prompts = [_prompt(contract, messages, tools, prefix) for messages in conversations]
+    prompts = [_prompt(contract, messages, tools) for messages in conversations]
     return replies_to_ids(loaded, contract, prompts, sampling, batch_size=batch_size)
 
 
@@ -136,7 +131,6 @@ def stream(
     sampling: Sampling | None = None,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    prefix: str = "",
     stop_texts: Sequence[str] = (),
 ) -> Generator[str, None, Reply]:
     """One reply in pieces of printable text, as they come.
@@ -152,7 +146,7 @@ def stream(
         UsageError: the prompt leaves no room in the model's context.
     """
     sampling = sampling or Sampling()
-    prompt = _prompt(contract, messages, tools, prefix)
+    prompt = _prompt(contract, messages, tools)
     limit = _limit(loaded, sampling, prompt, 0)
     worker = _Worker()
     writer = _Writer(Tokens(contract.tokenizer), prompt)
@@ -185,15 +179,12 @@ def _prompt(
     contract: PromptContract,
     messages: Messages | Conversation,
     tools: Sequence[Mapping[str, Any]] | None,
-    prefix: str,
 ) -> list[int]:
     if isinstance(messages, Conversation):
-        ids = contract.prompt_ids(
+        return contract.prompt_ids(
             messages.messages, messages.tools or tools, messages.template_kwargs
         )
-    else:
-        ids = contract.prompt_ids(messages, tools)
-    return [*ids, *Tokens(contract.tokenizer).encode_completion(ids, prefix)] if prefix else ids
+    return contract.prompt_ids(messages, tools)
 
 
 def _limit(loaded: LoadedModel, sampling: Sampling, prompt: Sequence[int], row: int) -> int:
@@ -236,8 +227,6 @@ def _in_memory(
     limits: Sequence[int],
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
     """Rows of a batch with their new ids; halves of it where a device's memory runs out."""
-    import torch
-
     left = [batch]
     while left:
         rows = left.pop(0)
@@ -280,7 +269,6 @@ def _generate(
     worker: _Worker | None = None,
 ) -> list[list[int]]:
     """New ids of each prompt, whatever follows a stop token included."""
-    import torch
     from transformers import GenerationConfig
 
     from truetune.model.growing_cache import can_shrink, growing_cache
@@ -366,8 +354,6 @@ class _HalfEnded:
         self.ended_B: torch.Tensor | None = None
 
     def __call__(self, ids_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        import torch
-
         stops = torch.tensor(self.stops, device=ids_BT.device)
         now_B = torch.isin(ids_BT[:, -1], stops)
         self.ended_B = now_B if self.ended_B is None else self.ended_B | now_B
@@ -472,8 +458,6 @@ class _Worker:
         pass
 
     def is_cancelled(self, ids_BT: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        import torch
-
         return torch.full((len(ids_BT),), self.cancelled.is_set(), device=ids_BT.device)
 
 

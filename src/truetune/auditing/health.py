@@ -38,6 +38,7 @@ from truetune.data.load import load
 from truetune.errors import TruetuneError, UsageError
 from truetune.findings import Finding, visible
 from truetune.model.load import LoadedModel
+from truetune.system.lazy import torch
 
 _LOG = logging.getLogger("truetune")
 # Rows that are read from the trainer's own batches.
@@ -303,8 +304,6 @@ class HealthCallback(TrainerCallback):
         return text_pieces(contract, load(self.keep_text).conversations)
 
     def _loaded(self, args: Any, model: Any, given: Mapping[str, Any]) -> LoadedModel:
-        import torch
-
         dtype = None
         if getattr(args, "bf16", False) or getattr(args, "fp16", False):
             dtype = torch.bfloat16 if args.bf16 else torch.float16

@@ -22,6 +22,7 @@ from truetune.checks.labels.facts import LabelFacts
 from truetune.checks.labels.markers import nested_rows
 from truetune.findings import Finding, Level, rows_finding
 from truetune.model.mode import evaluating, mode_kept
+from truetune.system.lazy import torch
 
 # Tokens of the two rows that accumulation is measured on: counts that differ, and cheap.
 _WINDOWS = (16, 64)
@@ -96,7 +97,6 @@ def _recomputing(subject: Subject, reading: Reading) -> Iterator[Finding]:
 
 def _fails(model: Any, ids: Sequence[int], *, recomputing: bool) -> Exception | None:
     """What a forward pass in training mode raises."""
-    import torch
     from torch.utils.checkpoint import checkpoint
 
     flags = {
@@ -402,8 +402,6 @@ def _windowed(
     key: str, value: Any, line: int, window: tuple[int, int, int], size: int
 ) -> Any | None:
     """A field of the batch, cut to the end of one document and the beginning of the next."""
-    import torch
-
     start, cut, end = window
     if key == "labels" or key == "shift_labels":
         return None

@@ -14,6 +14,7 @@ from truetune.findings import Finding, rows_finding, share
 from truetune.model.embeddings import judge_rows, table_facts
 from truetune.model.tokenizer import num_ids
 from truetune.recipe.rates import SMALL, USUAL_RATES
+from truetune.system.lazy import torch
 
 # Tokens whose rows are looked at.
 _LOOKED_AT = 64
@@ -346,8 +347,6 @@ _MOST_DROPOUT, _MOST_DECAY = 0.5, 1.0
 
 def _dropout(model: Any) -> Iterator[Finding]:
     """Dropout keeps more than half of the activations."""
-    import torch
-
     found: dict[float, str] = {}
     for path, module in model.named_modules():
         rate = getattr(module, "p", None) if isinstance(module, torch.nn.Dropout) else None
@@ -378,8 +377,6 @@ def _is_linear(module: Any) -> bool:
 
 
 def _types(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
-    import torch
-
     halves = [p for p in trained if p.dtype == torch.float16]
     if halves:
         yield Finding(
@@ -414,8 +411,6 @@ def _types(subject: Subject, trained: Sequence[Any]) -> Iterator[Finding]:
 def _rounded_away(parameters: Sequence[Any], rate: float) -> float:
     """Share of bfloat16 weights (8 significant bits) that a change of `rate` leaves as they are,
     over at most 200,000 of them, evenly."""
-    import torch
-
     with torch.no_grad():
         shares = []
         for parameter in parameters[:: max(1, len(parameters) // 20)][:20]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from truetune.data.rows import evenly
 from truetune.errors import UsageError
 
 IGNORED = -100
@@ -137,7 +138,7 @@ def _read_map(
     else:
         indices = [list(batch) for batch in loader.batch_sampler]
     size = max((len(i) for i in indices if isinstance(i, list)), default=1)
-    chosen = _spread(indices, max(max_rows // size, 1))
+    chosen = evenly(indices, max(max_rows // size, 1))
     for number, wanted in enumerate(chosen):
         listed = wanted if isinstance(wanted, list) else [wanted]
         names = [named(i) for i in listed]
@@ -222,12 +223,6 @@ def _stream(source: Any, dataset: Any) -> Iterator[Any]:
         return
     while features := list(islice(items, size)):
         yield collate(features)
-
-
-def _spread(items: list[Any], most: int) -> list[Any]:
-    if len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
 
 
 # ------------------------------------------------------------------ batches to rows

@@ -12,7 +12,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +46,6 @@ class Subject:
     rows: Any
     trainer: Any
     name: str
-    touched: list[Any] = field(default_factory=list)
 
     @property
     def args(self) -> Any:

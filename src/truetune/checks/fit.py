@@ -30,6 +30,7 @@ from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
 from truetune.recipe.plan import Plan
 from truetune.recipe.settings import Recipe
+from truetune.system.lazy import torch
 
 # Measured peaks against the sum (docs/log.md).
 _MEMORY_ERROR = (0.85, 1.25)
@@ -157,8 +158,6 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
         tokens: that are trained on, over all epochs.
         p99: the length that keeps 99 % of the rows.
     """
-    import torch
-
     device = plan.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,8 +182,6 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
 
 def run_shape(plan: Plan, device: str) -> RunShape:
     """The shape of a planned run."""
-    import torch
-
     config, adapted = _config(plan)
     lora = plan.lora or adapted
     split = plan.optim == "adamw_bf16"
@@ -243,7 +240,6 @@ def _frozen(made: Footprint) -> Footprint:
 
 def _footprint(model: Any, config: Any, halved: bool, longest: int) -> Footprint:
     """Of the loop, on a model without numbers; a usual count where the model cannot run so."""
-    import torch
 
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext()
@@ -333,7 +329,6 @@ def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str
 def layer_speed(plan: Plan, device: str) -> float | None:
     """Operations per second of a run, measured on one layer's forward and backward pass; None if
     the layer cannot be built or is too large."""
-    import torch
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(_config(plan)[0])
@@ -365,8 +360,6 @@ def layer_speed(plan: Plan, device: str) -> float | None:
 
 def product_speed(device: str) -> float:
     """Operations per second of a run, measured on a matrix product of a step's size."""
-    import torch
-
     where = device if device != "cuda" or torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
     rows, width = (8192, 4096) if where == "cuda" else (512, 1024)
@@ -383,8 +376,6 @@ def product_speed(device: str) -> float:
 def undisturbed(where: str) -> float:
     """Seconds on an otherwise idle machine: processor time if the work runs on the processor, so
     that other processes do not count."""
-    import torch
-
     if where == "cpu":
         return time.process_time() / torch.get_num_threads()
     if where == "cuda":

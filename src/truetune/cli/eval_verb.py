@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -260,13 +261,11 @@ def _ask(
     screen = open_screen()
     # In a pipe the table is all there is.
     moves = screen.console.is_terminal and not as_json
-    try:
+    with closing(screen):
         found = evaluated(
             on_stage=screen.stage if moves else None,
             on_progress=screen.progress if moves else None,
         )
-    finally:
-        screen.close()
     if output is not None:
         write_rows(Path(output), found)
     if as_json:

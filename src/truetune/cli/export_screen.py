@@ -1,10 +1,10 @@
-"""What `truetune export` does and shows."""
+"""What `truetune export` shows."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,31 +14,61 @@ from truetune.findings import gib
 if TYPE_CHECKING:
     from truetune.exporting.gguf import WrittenGGUF
     from truetune.exporting.gguf_proof import Apart
+    from truetune.exporting.mlx import WrittenMLX
+    from truetune.run.export_kind import Export
+    from truetune.run.export_quantised import QuantisedExport
+    from truetune.run.export_served import ServedExport
+    from truetune.run.export_whole import WholeExport
+    from truetune.run.pipeline import ExportResult
+
+
+def show_export(
+    screen: Screen,
+    made: Export,
+    run: str,
+    output: str,
+    *,
+    adapter: bool,
+    ollama: bool,
+    go_template: bool,
+    as_json: bool,
+) -> None:
+    """Tell what was made of a run.
+
+    Args:
+        adapter, ollama, go_template: how a GGUF file was asked for.
+    """
+    from truetune.exporting.gguf import WrittenGGUF
+    from truetune.exporting.mlx import WrittenMLX
+    from truetune.run.export_quantised import QuantisedExport
+    from truetune.run.export_served import ServedExport
     from truetune.run.export_whole import WholeExport
 
+    if isinstance(made, WrittenGGUF):
+        asked = {"adapter": adapter, "ollama": ollama, "go_template": go_template}
+        _on_gguf(screen, made, as_json=as_json, **asked)
+    elif isinstance(made, WrittenMLX):
+        _on_mlx(screen, made, output, as_json=as_json)
+    elif isinstance(made, QuantisedExport):
+        _on_quantised(screen, made, output, as_json=as_json)
+    elif isinstance(made, ServedExport):
+        _on_served(screen, made, run, output, as_json=as_json)
+    elif isinstance(made, WholeExport):
+        _on_whole(screen, made, as_json=as_json)
+    else:
+        _on_merged(screen, made, output, as_json=as_json)
 
-def export_merged(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Merge, and tell what was made."""
-    from truetune.run.export_whole import WholeExport, export_plain
 
-    try:
-        result = export_plain(run, output, listener=None if as_json else screen, **options)
-    finally:
-        screen.close()
-    if isinstance(result, WholeExport):
-        _on_whole(screen, result, as_json=as_json)
-        return
+def _on_merged(screen: Screen, made: ExportResult, output: str, *, as_json: bool) -> None:
     if as_json:
-        facts = result.verdict.as_dict() if result.verdict else {"passed": None, "checks": []}
-        typer.echo(
-            json.dumps({**facts, "artifact": output, "onto": result.exported.onto}, indent=2)
-        )
+        facts = made.verdict.as_dict() if made.verdict else {"passed": None, "checks": []}
+        typer.echo(json.dumps({**facts, "artifact": output, "onto": made.exported.onto}, indent=2))
         return
-    report = result.exported.report
-    screen.line(f"merged onto {result.exported.onto}, in float32; saved in {report.dtype}")
+    report = made.exported.report
+    screen.line(f"merged onto {made.exported.onto}, in float32; saved in {report.dtype}")
     from truetune.cli.result_screen import show_checks
 
-    show_checks(screen, result.verdict)
+    show_checks(screen, made.verdict)
     _on_folder(screen, output)
 
 
@@ -51,7 +81,6 @@ def _on_folder(screen: Screen, output: str) -> None:
 
 
 def _on_whole(screen: Screen, made: WholeExport, *, as_json: bool) -> None:
-    """Tell that a model was whole already."""
     if as_json:
         facts = made.verdict.as_dict() if made.verdict else {"passed": None, "checks": []}
         typer.echo(json.dumps({**facts, "artifact": str(made.folder)}, indent=2))
@@ -65,16 +94,7 @@ def _on_whole(screen: Screen, made: WholeExport, *, as_json: bool) -> None:
     _on_folder(screen, str(made.folder))
 
 
-def export_served(
-    screen: Screen, run: str, output: str, *, server: str, as_json: bool, **options: Any
-) -> None:
-    """Write what a server loads, and tell the line that serves it."""
-    from truetune.run.export_served import export_served as exported
-
-    try:
-        made = exported(run, output, server, listener=None if as_json else screen, **options)
-    finally:
-        screen.close()
+def _on_served(screen: Screen, made: ServedExport, run: str, output: str, *, as_json: bool) -> None:
     if as_json:
         verdict = made.merged.verdict if made.merged else None
         facts = {
@@ -101,16 +121,7 @@ def export_served(
     )
 
 
-def export_quantised(
-    screen: Screen, run: str, output: str, *, as_json: bool, **options: Any
-) -> None:
-    """Write a folder with quantised weights, and tell how it was proved."""
-    from truetune.run.export_quantised import export_quantised as exported
-
-    try:
-        made = exported(run, output, listener=None if as_json else screen, **options)
-    finally:
-        screen.close()
+def _on_quantised(screen: Screen, made: QuantisedExport, output: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"folder": output, **made.as_dict(), "serve": made.line}, indent=2))
         return
@@ -135,14 +146,7 @@ def export_quantised(
     screen.pairs([*rows, ("chat", f"truetune chat {folder}"), ("serve", made.line)])
 
 
-def export_mlx(screen: Screen, run: str, output: str, *, as_json: bool, **options: Any) -> None:
-    """Write a folder for MLX, and tell how it was proved."""
-    from truetune.run.export_mlx import export_mlx as exported
-
-    try:
-        made = exported(run, output, listener=None if as_json else screen, **options)
-    finally:
-        screen.close()
+def _on_mlx(screen: Screen, made: WrittenMLX, output: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"folder": output, **made.as_dict()}, indent=2))
         return
@@ -166,23 +170,17 @@ def _numbers(apart: Apart) -> str:
     )
 
 
-def export_gguf(
-    screen: Screen, run: str, output: str, *, what: str, as_json: bool, **options: Any
+def _on_gguf(
+    screen: Screen,
+    made: WrittenGGUF,
+    *,
+    adapter: bool,
+    ollama: bool,
+    go_template: bool,
+    as_json: bool,
 ) -> None:
-    """Write a GGUF file, and tell how it was proved.
+    from truetune.run.export_gguf import TEMPLATE
 
-    Args:
-        what: gguf, adapter or ollama.
-    """
-    from truetune.run import export_gguf as room
-
-    if what == "ollama":
-        options["ollama"] = True
-    write = room.export_adapter if what == "adapter" else room.export_gguf
-    try:
-        made = write(run, output, listener=None if as_json else screen, **options)
-    finally:
-        screen.close()
     if as_json:
         facts = {"file": str(made.path), "quant": made.quant, "bytes": made.num_bytes}
         typer.echo(json.dumps({**facts, **made.proof.as_dict()}, indent=2))
@@ -198,13 +196,13 @@ def export_gguf(
     if apart:
         rows.append(("numbers", _numbers(apart)))
     screen.pairs(rows)
-    if what == "ollama":
-        _on_modelfile(screen, made, go_template=options["go_template"])
+    if ollama:
+        _on_modelfile(screen, made, go_template=go_template)
         return
     path = shlex.quote(str(made.path))
     line = f"llama-server -m {path} --jinja"
-    if what == "adapter":
-        template = shlex.quote(str(made.path.with_name(room.TEMPLATE)))
+    if adapter:
+        template = shlex.quote(str(made.path.with_name(TEMPLATE)))
         line = f"llama-server -m BASE.gguf --lora {path} --jinja --chat-template-file {template}"
     if proof.template_kwargs:
         line += f" --chat-template-kwargs {shlex.quote(json.dumps(proof.template_kwargs))}"

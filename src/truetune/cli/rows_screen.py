@@ -30,8 +30,6 @@ _STYLES: dict[Kind, str] = {
     "supervised": "green",
     "stop": "bold white on red",
 }
-# Rows of a page when none was asked for.
-_MOST = 50
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from contextlib import closing
+from typing import Annotated
 
 import typer
 
@@ -120,64 +121,36 @@ def export_run(
     truetune export runs/first --to gguf --quant q8_0 -o first-gguf
     truetune export runs/first --to ollama --quant q4_k_m -o first-ollama
     """
-    from truetune.cli.export_screen import (
-        export_gguf,
-        export_merged,
-        export_mlx,
-        export_quantised,
-        export_served,
-    )
-    from truetune.run.export_kind import require_export
+    from truetune.cli.export_screen import show_export
+    from truetune.run.export_kind import export_as
 
-    what, held = require_export(
-        to,
-        merge=merge,
-        onto=onto,
-        no_verify=no_verify,
-        dtype=dtype,
-        go_template=go_template,
-        adapter=adapter,
-        quant=quant,
-        source=run,
-        output=output,
-        data=data,
-    )
-    screen = open_screen()
-    if what in ("gguf", "ollama"):
-        more: dict[str, Any] = {} if adapter else {"onto": onto, "go_template": go_template}
-        export_gguf(
-            screen,
-            run,
-            output,
-            what="adapter" if adapter else what,
-            quant=held,
+    with closing(open_screen()) as screen:
+        made = export_as(
+            to,
+            source=run,
+            output=output,
+            merge=merge,
+            quant=quant,
+            adapter=adapter,
+            go_template=go_template,
             base=base,
+            onto=onto,
+            dtype=dtype,
             device=device,
-            as_json=as_json,
-            **more,
+            verify=not no_verify,
+            data=data,
+            listener=None if as_json else screen,
         )
-        return
-    if what == "mlx":
-        export_mlx(
-            screen, run, output, quant=held, base=base, onto=onto, device=device, as_json=as_json
-        )
-        return
-    merging: dict[str, Any] = {
-        "base": base,
-        "onto": onto,
-        "dtype": None if dtype == "auto" else dtype,
-        "device": device,
-        "as_json": as_json,
-    }
-    if held:
-        server = "vllm" if what == "merged" else what
-        export_quantised(screen, run, output, quant=held, server=server, data=data, **merging)
-        return
-    merging["check"] = not no_verify
-    if what == "merged":
-        export_merged(screen, run, output, **merging)
-    else:
-        export_served(screen, run, output, server=what, **merging)
+    show_export(
+        screen,
+        made,
+        run,
+        output,
+        adapter=adapter,
+        ollama=to == "ollama",
+        go_template=go_template,
+        as_json=as_json,
+    )
 
 
 def diagnose_model(
@@ -225,8 +198,7 @@ def diagnose_model(
     from truetune.cli.diagnose_screen import show_diagnosis
     from truetune.diagnosis.diagnose import diagnose
 
-    screen = open_screen()
-    try:
+    with closing(open_screen()) as screen:
         found = diagnose(
             source,
             stages=[name.strip() for name in stages.split(",")] if stages else (),
@@ -238,8 +210,6 @@ def diagnose_model(
             data=data,
             on_stage=None if as_json else screen.stage,
         )
-    finally:
-        screen.close()
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
@@ -300,8 +270,7 @@ def push_model(
     """
     from truetune.run.push import push
 
-    screen = open_screen()
-    try:
+    with closing(open_screen()) as screen:
         pushed = push(
             source,
             repo,
@@ -310,7 +279,5 @@ def push_model(
             overwrite=overwrite,
             listener=screen,
         )
-    finally:
-        screen.close()
     who = "private" if pushed.private else "public"
     screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")

@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,11 +74,8 @@ def train(source: str | None, rows: str | None, resume: str | None = None, **opt
     ask_first(recipe)
     from truetune.run.pipeline import train as run
 
-    screen = open_screen()
-    try:
+    with closing(open_screen()) as screen:
         result = run(recipe, screen, resume=resume)
-    finally:
-        screen.close()
     from truetune.cli.result_screen import show_result
 
     show_result(screen, result)
@@ -117,10 +115,8 @@ def check(
 
     screen = CheckScreen()
     listener = Listener() if as_json else screen
-    try:
+    with closing(screen):
         found = checked(recipe, listener, smoke_test=smoke_test)
-    finally:
-        screen.close()
     if html:
         from truetune.cli.check_page import page
         from truetune.reporting.html import write_document
@@ -460,7 +456,7 @@ def quickstart(
         screen.close()
         screen.line(text, "dim")
 
-    try:
+    with closing(screen):
         result, comparison = start(
             output,
             seed=seed,
@@ -468,8 +464,6 @@ def quickstart(
             listener=screen,
             on_stage=tell,
         )
-    finally:
-        screen.close()
     from truetune.cli.result_screen import show_comparison, show_result
 
     show_comparison(screen, comparison)

@@ -15,13 +15,11 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from truetune.compute.cuda.copies import sent
 from truetune.contract.example import SFTExample
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 def pad_and_collate(
@@ -42,8 +40,6 @@ def pad_and_collate(
     Raises:
         ValueError: no examples, max_seq_len below 2, or ids and mask of different lengths.
     """
-    import torch
-
     if not examples:
         raise ValueError("pad_and_collate needs at least one example")
     if max_seq_len < 2:

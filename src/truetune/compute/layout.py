@@ -11,13 +11,11 @@ a node follow it without a gap: its keys meet them in one call. Packed rows are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Keys of a query up to which nodes may go through attention in one padded product: beyond, the
 # weights that it keeps take more memory than the rest of a layer.
@@ -85,11 +83,6 @@ class Layout:
             if parent >= 0 and not line:
                 raise ValueError(f"node {node} does not follow its parent {parent} depth first")
             line.append(node)
-
-    @classmethod
-    def of_rows(cls, lengths: Sequence[int]) -> Layout:
-        """Rows side by side that share nothing."""
-        return cls(tuple(lengths), (-1,) * len(lengths))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -223,8 +216,6 @@ def visible(
 
     Only for queries whose node is the keys' node or one of its descendants.
     """
-    import torch
-
     positions = layout.positions
     q = torch.tensor(positions[slice(*queries)], device=device)[:, None]
     k = torch.tensor(positions[slice(*keys)], device=device)[None, :]

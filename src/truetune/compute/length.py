@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from truetune.contract.encode import Encoded
 from truetune.contract.example import SFTExample
 
 Overlong = Literal["drop", "error", "truncate-prompt", "split-text"]
-OVERLONG: tuple[Overlong, ...] = get_args(Overlong)
 
 # Candidate limits of the length table.
 _TABLE = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
+if TYPE_CHECKING:
     from truetune.compute.batch import Batch
 
 
@@ -23,8 +23,6 @@ def masked_cross_entropy(
     Returns:
         A scalar in float32; 0.0, not NaN, if the mask is empty.
     """
-    import torch
-
     # In float32: a half-precision sum rounds beyond 256 (bfloat16) or 2,048 (float16) positions.
     total = mask.sum(dtype=torch.float32)
     if total == 0:

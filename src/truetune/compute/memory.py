@@ -23,17 +23,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from truetune.compute.layout import MOST_KEYS
+from truetune.compute.packing import PackedBatch, pack
+from truetune.compute.repeated import Cut, composed, find_cut, shortened
 from truetune.contract.example import SFTExample
 from truetune.model.mode import mode_kept
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    import torch
-
-    from truetune.compute.packing import PackedBatch
-    from truetune.compute.repeated import Cut
     from truetune.compute.route import Route
 
 # Tokens of the two batches.
@@ -108,8 +107,6 @@ def footprint_without_numbers(
     device: str = "cpu",
 ) -> Footprint:
     """`footprint`, on tensors without numbers, of a few layers where they stand for all."""
-    from truetune.compute.repeated import find_cut, shortened
-
     cut = find_cut(route.model)
     if cut is not None:
         apart = _apart(route.model, device)
@@ -129,7 +126,6 @@ def footprint_without_numbers(
 def without_numbers(model: Any, device: str) -> Iterator[None]:
     """Inside, the model's tensors have shapes and types and claim a device, and no numbers:
     operations cost no arithmetic and no memory. Afterwards the model is as before."""
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
@@ -175,8 +171,6 @@ def measured_footprint(
         apart: bytes of gradients at places of their own, where the model was cut.
         standing: how it was cut, and the layers that are left.
     """
-    import torch
-
     model = route.model
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     if apart is None:
@@ -279,26 +273,21 @@ def foreseen_footprint(
     autocast: Callable[[], AbstractContextManager[Any]],
     *,
     longest: int,
-    device: str = "cpu",
 ) -> Footprint:
     """`footprint` of a model whose weights are not there: the loop's own computation on tensors
-    that have shapes, types and a device, and no numbers; of a small model on zeros, which is sooner
-    done.
+    that have shapes and types, and no numbers; of a small model on zeros, which is sooner done.
 
     Args:
         model: on the meta device, with its adapter if it has one; a small one leaves it.
-        device: that the tensors claim to be on.
     """
     from truetune.compute.adapter import plain_adapters
     from truetune.compute.head import SupervisedHead, Tail
     from truetune.compute.route import Route
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    small = device == "cpu" and sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL
+    small = sum(p.numel() for p in model.parameters()) <= _SMALL_MODEL
     if small:
-        import torch
-
-        model.to_empty(device=device)
+        model.to_empty(device="cpu")
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.zero_()
@@ -308,7 +297,7 @@ def foreseen_footprint(
     route = Route(model, "packed", head=head, adapters=plain_adapters(model))
     if small:
         return measured_footprint(route, autocast, longest=longest)
-    return footprint_without_numbers(route, autocast, longest=longest, device=device)
+    return footprint_without_numbers(route, autocast, longest=longest, device="cpu")
 
 
 def _measuring(
@@ -316,7 +305,6 @@ def _measuring(
 ) -> tuple[Any, list[PackedBatch]]:
     """What tells a pass's bytes, and the batches to ask it of, the two that count last."""
     from truetune.compute.alive import alive_bytes, traced
-    from truetune.compute.repeated import composed
 
     if standing is not None:
         cut, layers = standing
@@ -341,7 +329,6 @@ def _measuring(
 def _batches(route: Route, longest: int) -> list[PackedBatch]:
     """Two, of which the second is a little larger; one target each, so that the head's logits take
     next to nothing."""
-    from truetune.compute.packing import pack
 
     def row(length: int) -> SFTExample:
         return SFTExample([t % 7 for t in range(length + 1)], [0] * length + [1])

@@ -14,16 +14,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from truetune.compute.batch import Limits, RowStream
 from truetune.compute.cuda.copies import sent
 from truetune.compute.dropout import token_keys
 from truetune.compute.layout import MOST_KEYS, Layout
 from truetune.contract.example import SFTExample
-
-if TYPE_CHECKING:
-    import torch
+from truetune.contract.tokens import common_prefix
+from truetune.system.lazy import torch
 
 # A beginning is shared from so many tokens on: below, the merging costs what the tokens save. Short
 # rows go through attention together, and nothing is merged.
@@ -83,8 +82,6 @@ def pack(
         rows: indices of examples; one may come twice.
         min_shared: tokens from which a common beginning is shared; None shares nothing.
     """
-    import torch
-
     forest = _Forest(examples, min_shared)
     ordered = sorted(rows, key=lambda row: examples[row].ids)
     forest.grow(ordered, 0, -1)
@@ -148,17 +145,13 @@ class _Forest:
             shared = _inputs(self.examples[rows[first]])
             last = first + 1
             while last < len(rows) and self.min_shared is not None:
-                common = self._common(rows[last - 1], rows[last])
+                common = common_inputs(self.examples[rows[last - 1]], self.examples[rows[last]])
                 if common < depth + self.min_shared:
                     break
                 shared = min(shared, common)
                 last += 1
             yield list(rows[first:last]), shared
             first = last
-
-    def _common(self, one: int, other: int) -> int:
-        """Input tokens with which two rows begin alike."""
-        return common_inputs(self.examples[one], self.examples[other])
 
     def _supervise(self, row: int, line: Sequence[int]) -> None:
         ids, mask = self.examples[row]
@@ -170,10 +163,7 @@ class _Forest:
 
 def common_inputs(one: SFTExample, other: SFTExample) -> int:
     """Input tokens with which two examples begin alike."""
-    limit = min(_inputs(one), _inputs(other))
-    if one.ids[:limit] == other.ids[:limit]:
-        return limit
-    return next(t for t in range(limit) if one.ids[t] != other.ids[t])
+    return min(_inputs(one), _inputs(other), common_prefix(one.ids, other.ids))
 
 
 class PackedBatcher:

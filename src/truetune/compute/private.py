@@ -158,17 +158,6 @@ def _adamw_(
     weight.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
 
 
-def missing() -> list[str]:
-    """Those that this torch has not, or has otherwise."""
-    _softmax_backward()
-    there = {
-        "flash attention on CPU": has_flash(),
-        "softmax backward": _softmax_backward().__name__ == "fused",
-        "fused AdamW": _has_fused_adamw(),
-    }
-    return [name for name, found in there.items() if not found]
-
-
 def _holds(claim: Callable[[], bool]) -> bool:
     """Whether it does; outside of all modes, and whatever a changed function says."""
     with without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):

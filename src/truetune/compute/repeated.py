@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
+if TYPE_CHECKING:
     from truetune.compute.alive import Trace
 
 # Layers of a model that is measured as it is.
@@ -77,8 +77,6 @@ def find_cut(model: Any) -> Cut | None:
 @contextlib.contextmanager
 def shortened(model: Any, cut: Cut) -> Iterator[torch.nn.ModuleList]:
     """Inside, the model has the kept layers alone."""
-    import torch
-
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = vars(inner.config.get_text_config(decoder=True))
     types = config.get("layer_types")
@@ -146,8 +144,6 @@ def composed(trace: Trace, cut: Cut, *, gradients_kept: bool) -> Trace:
 
 def _layers(model: Any) -> tuple[torch.nn.Module, str, torch.nn.ModuleList] | None:
     """The outermost list of modules that holds most of the weights."""
-    import torch
-
     found: list[tuple[int, torch.nn.Module, str, torch.nn.ModuleList]] = []
 
     def search(owner: torch.nn.Module) -> None:

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.compute.batch import Batch, MicroBatch
+from truetune.compute.layout import Layout
+from truetune.compute.loss import cross_entropy_sum, logits_of
 from truetune.compute.loss import loss_sum as padded_loss_sum
 from truetune.compute.packing import PackedBatch
 from truetune.findings import Finding
 from truetune.model.mode import mode_kept
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from truetune.compute.head import SupervisedHead
 
 Kind = Literal["packed", "apart", "padded"]
@@ -86,15 +87,11 @@ class Route:
             return self.head.loss_sum(
                 lambda: self.logits(packed), packed.positions_N, packed.targets_N, packed.weights_N
             )
-        from truetune.compute.loss import cross_entropy_sum
-
         logits_NV = self.logits(packed)[0][packed.positions_N]
         return cross_entropy_sum(logits_NV, packed.targets_N, packed.weights_N)
 
     def logits(self, batch: PackedBatch, *, mask: bool = False) -> torch.Tensor:
         """(1, T, V) of the model's own forward pass; `mask` as in `packed_arguments`."""
-        from truetune.compute.loss import logits_of
-
         if self.kind == "apart":
             return logits_of(self.model, batch.ids_T[None])
         from truetune.compute.attention import packed_arguments
@@ -137,8 +134,6 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
         return Route(model, "padded", reason="as asked")
     if not hasattr(inner, "set_attn_implementation") or not hasattr(inner, "get_input_embeddings"):
         return Route(model, "padded", reason="not a transformers model")
-    import torch
-
     from truetune.compute.adapter import find_adapters
 
     with mode_kept(model):
@@ -155,8 +150,6 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
 
 def _probe_rows(model: Any) -> list[torch.Tensor]:
     """Rows of ids from all over the vocabulary, always the same."""
-    import torch
-
     table = transformers_model(model).get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     return [
@@ -167,8 +160,6 @@ def _probe_rows(model: Any) -> list[torch.Tensor]:
 
 def _whole_rows(nodes: list[torch.Tensor]) -> list[torch.Tensor]:
     """Each node of the probe with what it continues."""
-    import torch
-
     return [
         node if parent < 0 else torch.cat([nodes[parent], node])
         for node, parent in zip(nodes, _BRANCHES, strict=True)
@@ -181,10 +172,6 @@ def _own_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 def _batch_of(rows: list[torch.Tensor], parents: tuple[int, ...] | None = None) -> PackedBatch:
     """Rows, or nodes of trees, in one sequence; nothing supervised."""
-    import torch
-
-    from truetune.compute.layout import Layout
-
     none = torch.zeros(0, dtype=torch.int64)
     layout = Layout(tuple(len(row) for row in rows), parents or (-1,) * len(rows))
     return PackedBatch(torch.cat(rows), layout, none, none, none.float(), (), 0, 0)
@@ -246,7 +233,6 @@ def _rotary_calls(model: torch.nn.Module) -> Iterator[dict[Any, tuple[Any, Any]]
 
 def _depends_on_longest(calls: dict[Any, tuple[Any, Any]], longest: int) -> bool:
     """Whether the first positions turn otherwise in the company of the longest row's last."""
-    import torch
 
     def swapped(value: Any, positions: torch.Tensor) -> Any:
         is_positions = isinstance(value, torch.Tensor) and not value.is_floating_point()

@@ -19,6 +19,7 @@ from truetune.contract.encode import Encoded, LossOn
 from truetune.contract.encoder import Encoding, Refused
 from truetune.contract.shape import split_reasoning
 from truetune.data.conversation import Conversation
+from truetune.data.rows import evenly
 from truetune.errors import UnfaithfulTemplate
 from truetune.findings import Finding
 
@@ -47,7 +48,7 @@ class ArgumentSearch(Generic[T]):
     def fit(self, conversations: list[Conversation], loss_on: LossOn) -> T:
         """See `PromptContract.fit`."""
         contract = self.contract
-        sample = [c for c in _spread(conversations, _FIT_ROWS) if c.text is None]
+        sample = [c for c in evenly(conversations, _FIT_ROWS) if c.text is None]
         if (contract.explicit_kwargs and not contract.template_kwargs) or not sample:
             return contract
         # The template's own way comes before a block that is closed by hand.
@@ -180,13 +181,8 @@ def _num_refused(contract: Encoding, sample: Sequence[Conversation], loss_on: Lo
 
 def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
     """A refusal that says under which argument it came about."""
-    return UnfaithfulTemplate(
-        error.what,
-        where=error.where,
-        why=f"with --template-arg {argument}: {error.why}",
-        fix=error.fix,
-        code=error.code,
-    )
+    why = f"with --template-arg {argument}: {error.why}"
+    return UnfaithfulTemplate(**{**error.words, "why": why})
 
 
 def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
@@ -194,13 +190,4 @@ def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
         f"--template-arg {argument} would accept this row; a row may also have its own "
         "chat_template_kwargs"
     )
-    return UnfaithfulTemplate(
-        error.what, where=error.where, why=error.why, fix=fix, code=error.code
-    )
-
-
-def _spread(items: list[Any], most: int) -> list[Any]:
-    """At most `most` items, evenly over the list."""
-    if len(items) <= most:
-        return items
-    return [items[i * len(items) // most] for i in range(most)]
+    return UnfaithfulTemplate(**{**error.words, "fix": fix})

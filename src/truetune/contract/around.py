@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from truetune.contract.tokens import common_prefix
 from truetune.contract.twin import Leaf, in_json_forms
 
 # A sign that belongs to no format where it stands against a part of a call.
@@ -74,11 +75,5 @@ def quoted(before: str, behind: str) -> bool:
 
 def is_cut_from(short: str, full: str) -> bool:
     """Whether a text is another one without one stretch of it."""
-    return common(short, full) + common(short[::-1], full[::-1]) >= len(short)
-
-
-def common(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
-    return next(
-        (n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    both = common_prefix(short, full) + common_prefix(short[::-1], full[::-1])
+    return both >= len(short)

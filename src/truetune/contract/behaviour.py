@@ -123,11 +123,11 @@ def _calls(*values: str, **more: Any) -> Message:
     return answer("", tool_calls=calls, **more)
 
 
-def _said(number: int = 0) -> Message:
+def _said() -> Message:
     return {
         "role": "tool",
         "name": _NAME,
-        "tool_call_id": f"call0000{number}",
+        "tool_call_id": "call00000",
         "content": TOOL_SAID,
     }
 

@@ -450,9 +450,7 @@ def refused(conversation: Conversation, error: UnfaithfulTemplate) -> Refused:
     """With the row's place in the error."""
     if conversation.where:
         where = f"{conversation.where}{', ' + error.where if error.where else ''}"
-        error = UnfaithfulTemplate(
-            error.what, where=where, why=error.why, fix=error.fix, code=error.code
-        )
+        error = UnfaithfulTemplate(**{**error.words, "where": where})
     return Refused(conversation.where, error)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.contract.shape import Markers, canonical, split_reasoning
 
@@ -15,7 +15,6 @@ ReasoningPolicy = Literal["auto", "inline", "empty", "drop"]
 HistoryPolicy = Literal["as-data", "no-reasoning"]
 SystemPolicy = Literal["keep", "merge"]
 WordsPolicy = Literal["refuse", "keep"]
-REASONING: tuple[ReasoningPolicy, ...] = get_args(ReasoningPolicy)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ import json
 import os
 import queue
 import signal
-import struct
 import subprocess
 import threading
 from collections.abc import Sequence
@@ -67,12 +66,8 @@ class Worker:
         stream = self.process.stdout
         assert stream
         try:
-            while len(head := stream.read(4)) == 4:
-                size = struct.unpack("<I", head)[0]
-                data = stream.read(size)
-                if len(data) < size:
-                    break
-                self._answers.put(json.loads(data))
+            for line in stream:
+                self._answers.put(json.loads(line))
         except (OSError, ValueError):
             pass
         finally:  # whatever ends this thread, nobody waits for more
@@ -83,10 +78,9 @@ class Worker:
         the request before."""
         if texts is not self._texts:
             request, self._texts = {**request, "texts": texts}, texts
-        data = json.dumps(request).encode("ascii")
         assert self.process.stdin
         try:
-            self.process.stdin.write(struct.pack("<I", len(data)) + data)
+            self.process.stdin.write(json.dumps(request).encode("ascii") + b"\n")
             self.process.stdin.flush()
         except OSError:
             pass  # it is gone; the reader says so

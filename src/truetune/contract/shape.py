@@ -8,6 +8,7 @@ as JSON text; content as a string or as a list of parts. Which of them a templat
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,9 @@ def canonical(message: Mapping[str, Any]) -> Message:
     if reasoning:
         made["reasoning_content"] = reasoning[0]
     try:
-        calls = calls_of(made.pop("tool_calls", None))
+        calls = calls_of(made.pop("tool_calls")) if "tool_calls" in made else []
     except BadRow as error:
-        raise UnfaithfulTemplate(
-            error.what, why=error.why, fix=error.fix, code=error.code
-        ) from error
+        raise _refused(error) from error
     if calls:
         made["tool_calls"] = calls
     for value in (made["content"], made.get("reasoning_content"), made.get("tool_calls")):
@@ -175,8 +174,8 @@ class Markers:
 
 def _shown(message: Message, shape: Shape, route: str, markers: Markers) -> Message:
     made = {key: value for key, value in message.items() if key != "train"}
-    if shape.arguments == "string" and made.get("tool_calls"):
-        made["tool_calls"] = [_as_text(call) for call in made["tool_calls"]]
+    if shape.arguments == "string":
+        made = with_arguments(made, in_json)
     reasoning = made.get("reasoning_content")
     if reasoning:
         put = _ROUTES.get(route) or _field(route.removeprefix(_OWN_FIELD))
@@ -186,10 +185,32 @@ def _shown(message: Message, shape: Shape, route: str, markers: Markers) -> Mess
     return made
 
 
-def _as_text(call: Message) -> Message:
-    arguments = call["function"].get("arguments", {})
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**call["function"], "arguments": text}}
+def with_arguments(message: Mapping[str, Any], form: Callable[[Any], Any]) -> Message:
+    """A message whose calls have their arguments in another form; what is no call stays."""
+    made = dict(message)
+    if isinstance(calls := made.get("tool_calls"), list | tuple):
+        made["tool_calls"] = [_formed(call, form) for call in calls]
+    return made
+
+
+def _formed(call: Any, form: Callable[[Any], Any]) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    return {**call, "function": {**function, "arguments": form(function.get("arguments", {}))}}
+
+
+def in_json(arguments: Any) -> str:
+    """The arguments of a call as the protocol has them."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def as_object(arguments: Any) -> Any:
+    """The arguments of a call as rows have them; a text that is no JSON stays."""
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(arguments)
+    return arguments
 
 
 def _field(name: str) -> Callable[[Message, str, Markers], Message]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truetune.contract.around import bare, common, glued, in_quotes, is_cut_from, listed, quoted
+from truetune.contract.around import bare, glued, in_quotes, is_cut_from, listed, quoted
 from truetune.contract.defects import (
     Defect,
     added,
@@ -27,6 +27,7 @@ from truetune.contract.defects import (
 from truetune.contract.enclosed import mixed
 from truetune.contract.held import between_tags, is_written, values_in
 from truetune.contract.structure import broken, emptied, is_text, misshapen, moved, split
+from truetune.contract.tokens import common_prefix
 from truetune.contract.twin import FILLER, MOST_FLIPS, Leaf, Node, Small, Twin, argument_values
 from truetune.contract.words import PART
 
@@ -365,8 +366,8 @@ class _Reader:
         if flip is None or not alone:
             self.somewhere(value)
             return
-        start = common(written, flip)
-        end = len(written) - common(written[start:][::-1], flip[start:][::-1])
+        start = common_prefix(written, flip)
+        end = len(written) - common_prefix(written[start:][::-1], flip[start:][::-1])
         start -= len(_WORD_END.search(written[:start])[0])  # type: ignore[index]
         end += len(_WORD_START.match(written[end:])[0])  # type: ignore[index]
         form = written[start:end]

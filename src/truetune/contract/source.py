@@ -75,7 +75,7 @@ def with_defaults(source: str, arguments: Mapping[str, Any]) -> str:
     """The template with arguments as its defaults: a server that passes none renders the same, one
     that passes them wins."""
     defaults = [
-        f"{{%- if {name} is not defined -%}}{{%- set {name} = {_jinja(value)} -%}}"
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {jinja(value)} -%}}"
         # A line of its own: the renderer drops the line break after a block and nothing else,
         # so that the template's own beginning stays as it is.
         "{%- endif %}\n"
@@ -84,13 +84,13 @@ def with_defaults(source: str, arguments: Mapping[str, Any]) -> str:
     return "".join(defaults) + source
 
 
-def _jinja(value: Any) -> str:
+def jinja(value: Any) -> str:
     """A JSON value as a Jinja literal, with the lower-case constants that every engine knows."""
     if value is None:
         return "none"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_jinja(k)}: {_jinja(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{jinja(k)}: {jinja(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_jinja, value)) + "]"
+        return "[" + ", ".join(map(jinja, value)) + "]"
     # Jinja reads an escaped surrogate pair as two characters: nothing is escaped that need not be.
     return json.dumps(value, ensure_ascii=False)

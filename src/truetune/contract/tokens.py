@@ -227,8 +227,8 @@ class Tokens:
         return self.tokenizer.unk_token_id
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length in tokens of the longest common prefix."""
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the longest common prefix of two lists of ids, or of two texts."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

@@ -17,6 +17,7 @@ from typing import Any
 
 from truetune.contract.behaviour import Behaviour, tail_of
 from truetune.contract.shape import COMPOSED, Markers, split_reasoning
+from truetune.contract.tokens import common_prefix
 from truetune.data import rows
 from truetune.errors import UnfaithfulTemplate
 
@@ -277,10 +278,7 @@ def _off(turn: int, closed: str) -> UnfaithfulTemplate:
 
 
 def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(prompt, through, strict=False)) if a != b),
-        min(len(prompt), len(through)),
-    )
+    at = common_prefix(prompt, through)
     return UnfaithfulTemplate(
         f"the served prompt before message {turn} differs from what the template writes there in "
         "the full conversation",

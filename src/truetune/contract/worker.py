@@ -5,11 +5,11 @@ attributes; only a process boundary keeps a nested loop from running for ever an
 string from filling the memory. This file is run by path, in a process without torch, and imports
 nothing of truetune.
 
-Frames are a length of four bytes and JSON. A request is {"describe": source} or {"source",
+Requests and answers are JSON, a line each. A request is {"describe": source} or {"source",
 "special", "date", "texts": [JSON, ...], "jobs": [[messages, tools, add_generation_prompt,
 arguments], ...]}, with messages, tools and arguments as numbers of texts; without "texts" those of
 the request before stay. Each has "seconds", the processor time that one answer may take: the kernel
-ends a process that takes more, by SIGPROF, whatever it is doing. Each job is answered by a frame of
+ends a process that takes more, by SIGPROF, whatever it is doing. Each job is answered by a line of
 its own, [processor seconds, answer], so that the parent sees progress.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -234,16 +233,13 @@ def _limit_memory() -> None:
 
 
 def _send(stream: BinaryIO, value: list[Any]) -> None:
-    data = json.dumps(value).encode("ascii")
-    stream.write(struct.pack("<I", len(data)) + data)
+    stream.write(json.dumps(value).encode("ascii") + b"\n")
     stream.flush()
 
 
 def _receive(stream: BinaryIO) -> dict[str, Any] | None:
-    head = stream.read(4)
-    if len(head) < 4:
-        return None
-    request: dict[str, Any] = json.loads(stream.read(struct.unpack("<I", head)[0]))
+    line = stream.readline()
+    request: dict[str, Any] | None = json.loads(line) if line else None
     return request
 
 

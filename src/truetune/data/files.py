@@ -9,7 +9,6 @@ Output: a binary stream, lines, or the whole text.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import re
 import shlex
@@ -161,12 +160,6 @@ def _lfs_pointer(path: Path) -> DataError:
         fix=f"fetch the data: git -C {path.parent} lfs pull",
         code="git-lfs-pointer",
     )
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of the bytes as they lie on the disk."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def decoded(raw: bytes, path: Path, first_line: int = 1) -> str:

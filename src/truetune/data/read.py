@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from truetune.data.files import PACKED, empty_file, sha256
+from truetune.data.files import PACKED, empty_file
 from truetune.data.read_json import read_json, read_jsonl
 from truetune.data.read_table import read_csv, read_parquet
 from truetune.data.read_text import read_document, read_pieces
 from truetune.data.rows import FileInfo, FileRows
 from truetune.errors import DataError
 from truetune.findings import near
+from truetune.run_dir import sha256
 
 Reader = Callable[[Path, int | None], FileRows]
 

@@ -8,12 +8,14 @@ Output: those values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from truetune.errors import DataError
-from truetune.findings import Finding
+from truetune.findings import Finding, phrase
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,13 @@ def not_a_number(what: str, code: str) -> BadRow:
     )
 
 
+def evenly(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most `most` items, evenly over all."""
+    if len(items) <= most:
+        return items
+    return [items[i * len(items) // most] for i in range(most)]
+
+
 def excerpt(text: str, limit: int = 60) -> str:
     """Foreign text in quotes, cut to `limit` characters.
 
@@ -126,8 +135,7 @@ def excerpt(text: str, limit: int = 60) -> str:
 def names(columns: Iterable[str], limit: int = 30) -> str:
     """Column names as a list to read, odd ones quoted."""
     shown = [c if c.isprintable() and c.strip() else repr(c) for c in columns]
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return (", ".join(shown[:limit]) or "(none)") + more
+    return phrase(shown, limit) or "(none)"
 
 
 def kind(value: Any) -> str:

@@ -239,13 +239,8 @@ def _require(source: str, stages: Sequence[str], base: str | None, **made: str |
         try:
             locate_base(files, weights=False, instead=base)
         except ModelError as error:
-            raise UsageError(
-                error.what,
-                where="--base",
-                why=error.why,
-                fix="specify the folder or Hub id of the adapter's base",
-                code=error.code,
-            ) from error
+            fix = "specify the folder or Hub id of the adapter's base"
+            raise UsageError(**{**error.words, "where": "--base", "fix": fix}) from error
 
 
 def _require_model(name: str, path: str) -> None:

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.diagnosis.rounding import STEPS, is_quantised, is_rounded
@@ -23,9 +23,7 @@ from truetune.exporting.gguf_shape import Shape, shape_of, tensors_of
 from truetune.exporting.gguf_vocabulary import UNUSED, Vocabulary, vocabulary_of
 from truetune.findings import visible
 from truetune.model.tokenizer import num_ids
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import gguf, torch
 
 # By llama.cpp's word for the type of a file, the export of about that many bits.
 _QUANTS = {
@@ -167,8 +165,6 @@ class Held:
 
 def look_at(path: Path) -> Held:
     """Read a file that llama.cpp has loaded."""
-    import torch
-
     reader = _reader(path)
     if reader is None:
         return Held(True, 0, ())
@@ -214,8 +210,6 @@ _COARSE = 0.6
 
 
 def _reader(path: Path) -> Any:
-    import gguf
-
     try:
         return gguf.GGUFReader(path)
     # gguf says of damaged files what numpy says.
@@ -230,7 +224,6 @@ def _readable(tensor: Any) -> bool:
 
 @functools.cache
 def _known(kind: str) -> bool:
-    import gguf
     import numpy as np
 
     number = gguf.GGMLQuantizationType[kind]
@@ -250,9 +243,6 @@ def _value(tensor: Any) -> tuple[torch.Tensor, str]:
 
 
 def _dequantised(data: Any, kind: str) -> torch.Tensor:
-    import gguf
-    import torch
-
     found = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     return torch.from_numpy(found.astype("float32"))
 

@@ -16,14 +16,11 @@ from truetune.diagnosis.measured import (
 )
 from truetune.diagnosis.work import AGAIN, Work, parted
 from truetune.errors import TruetuneError
-from truetune.exporting.gguf_ids import compare_ids, texts_of
 from truetune.exporting.gguf_proof import (
     Apart,
     apart_of,
     budget_of,
-    on_prompts,
-    on_stops,
-    on_texts,
+    compare_served,
 )
 from truetune.findings import Finding
 from truetune.servers.cases import read_server
@@ -32,18 +29,12 @@ from truetune.servers.llama_cpp import LlamaCpp, serving
 
 def file_stage(work: Work, path: Path) -> Stage:
     """Compare a GGUF file, as llama.cpp serves it."""
-    findings: list[Finding] = []
     quant = "q4_0"
     apart = replies = None
     try:
         with serving(path) as server:
             quant = quant_of(str(server.props().get("model_ftype", "")))
-            findings += on_texts(compare_ids(server, work.contract, texts_of(work.contract)))
-            _, found = on_prompts(server, work.contract, work.reference.cases)
-            findings += found
-            asked = work.reference.probes[0].ids
-            ends = [i for i in work.contract.stop_ids if server.ends_on(asked, i)]
-            findings += on_stops(work.contract, ends)
+            *_, findings = compare_served(server, work.contract, work.reference)
             with contextlib.suppress(TruetuneError):
                 apart, replies = _predictions(work, server)
     except TruetuneError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.behaviour.text import goes_round
 from truetune.compare import Reading, read
@@ -25,9 +25,7 @@ from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
 from truetune.servers.cases import Case
 from truetune.servers.llama_cpp import LlamaCpp
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Greedy replies that are taken, and tokens of each at most.
 REPLIES, TOKENS = 12, 64

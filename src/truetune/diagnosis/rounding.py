@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # One unit in the last place, in units of the number. Merged sums in float32 differ in the order of
 # their terms.
@@ -46,8 +44,6 @@ class Sums:
 
 def sums(value: torch.Tensor, wanted: torch.Tensor) -> Sums:
     """Compare two tensors of the same shape."""
-    import torch
-
     one, other = (t.reshape(-1, t.shape[-1] if t.ndim > 1 else t.numel()) for t in (value, wanted))
     step = max(1, _CHUNK // max(one.shape[-1], 1))
     parts = []
@@ -79,8 +75,6 @@ def is_rounded(
             more than one rounding.
         added: what a converter added to each number after it was rounded.
     """
-    import torch
-
     if torch.equal(value, wanted):
         return True
     step = max(STEPS[kind], _held_by(value, added))
@@ -104,8 +98,6 @@ def is_rounded(
 
 def _held_by(value: torch.Tensor, added: float) -> float:
     """The step of the coarsest plain type that holds all numbers of a tensor."""
-    import torch
-
     plain = value - added if added else value
     # A number to which another was added has lost its last digits.
     lost = 2.0**-22 * abs(added)

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.diagnosis.rounding import coarser_bits
 from truetune.findings import percent
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 Lookup = Callable[[str], "tuple[torch.Tensor, str] | None"]
 # Whether the found tensor (name, value, type) is the expected one.
@@ -162,8 +160,6 @@ def _look(
     orders: Any,
     allowed: float,
 ) -> None:
-    import torch
-
     finite = torch.isfinite(value)
     if not finite.all():
         number = int((~finite).sum())

@@ -23,10 +23,9 @@ from truetune.engine.memory import get_random_state, set_random_state
 from truetune.errors import CheckpointError
 from truetune.findings import Finding
 from truetune.run_dir import STEP, read_sealed, settle, sha256, write_sealed
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from truetune.engine.trainer import SFTTrainer
 
 STATE_TENSORS = "trainer_state.safetensors"
@@ -234,8 +233,6 @@ def load_state(
 
 
 def _tensors(trainer: SFTTrainer, states: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    import torch
-
     tensors = {
         f"rng/{rank}/{i:04d}": drawn
         for rank, state in enumerate(states)

@@ -7,10 +7,10 @@ import ctypes
 import sys
 from typing import TYPE_CHECKING
 
+from truetune.system.lazy import torch
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    import torch
 
 
 def peak_bytes() -> int:
@@ -28,24 +28,18 @@ def peak_bytes() -> int:
 
 def give_cached_blocks_back(device: torch.device) -> None:
     """What torch keeps of freed CUDA memory: a larger block may fit into what smaller ones took."""
-    import torch
-
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def get_random_state() -> list[torch.Tensor]:
     """Of the CPU, then of each CUDA device."""
-    import torch
-
     on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return [torch.get_rng_state(), *on_cuda]
 
 
 def set_random_state(state: list[torch.Tensor]) -> None:
     """As `get_random_state` gave it; states of devices that are not here are left out."""
-    import torch
-
     torch.set_rng_state(state[0])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state[1 : 1 + torch.cuda.device_count()])
@@ -84,8 +78,6 @@ def keep_gradients_apart(parameters: Iterable[torch.Tensor]) -> Callable[[], Non
     unless gradients that are made between them stay there: then each layer takes its own, as if
     nothing were computed anew (docs/log.md). A parameter without a gradient still has none.
     """
-    import torch
-
     places = {parameter: torch.empty_like(parameter) for parameter in parameters}
 
     def move(parameter: torch.Tensor) -> None:

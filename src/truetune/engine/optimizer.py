@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import get_args
 
 from truetune.model.quantise import require_bitsandbytes
-
-if TYPE_CHECKING:
-    import torch
-
-OPTIMIZERS = ("adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd")
+from truetune.recipe.settings import Recipe, setting_types
+from truetune.system.lazy import torch
 
 
 def build_optimizer(
-    name: str,
+    settings: Recipe,
     named_parameters: Sequence[tuple[str, torch.nn.Parameter]],
     *,
     lr: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """An optimizer over two groups: matrices, which decay, and the rest, which does not.
+    """The optimizer of the settings, over two groups: matrices, which decay, and the rest, which
+    does not.
 
     AdamW's betas are (0.9, 0.999) and its eps 1e-8 (Loshchilov and Hutter 2019, and the default
     of every peer), in 8 bits as well (Dettmers et al. 2022, through bitsandbytes: matrices of 4,096
@@ -31,8 +29,7 @@ def build_optimizer(
         ValueError: an unknown name.
         UsageError: bitsandbytes is missing.
     """
-    import torch
-
+    name = settings.optim
     decayed = [p for _, p in named_parameters if p.ndim >= 2]
     others = [p for _, p in named_parameters if p.ndim < 2]
     groups = [
@@ -55,7 +52,9 @@ def build_optimizer(
         return built
     if name == "sgd":
         return torch.optim.SGD(groups, lr=lr)
-    raise ValueError(f"unknown optimizer {name!r}; known: {', '.join(OPTIMIZERS)}")
+    raise ValueError(
+        f"unknown optimizer {name!r}; known: {', '.join(get_args(setting_types()['optim']))}"
+    )
 
 
 def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
@@ -71,8 +70,6 @@ def optimizer_bytes(name: str, parameters: Sequence[torch.nn.Parameter]) -> int:
 
 def gradient_norms(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The L2 norm of each, in float32; on a GPU by a few kernels for all of them."""
-    import torch
-
     if gradients[0].is_cuda and hasattr(torch, "_foreach_norm"):
         return list(torch._foreach_norm(list(gradients), 2, torch.float32))
     return [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]

@@ -17,12 +17,10 @@ import datetime
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.errors import ToldElsewhere, UsageError
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Numbers that travel at once: few calls, and a copy that is small beside the gradients.
 _BUCKET = 2**24
@@ -85,7 +83,6 @@ class Group:
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Add up over the processes, in place and in float32, bucket by bucket."""
-        import torch
         import torch.distributed as dist
 
         bucket: list[torch.Tensor] = []
@@ -107,8 +104,6 @@ class Group:
         the others, one that none has stays None."""
         if self.size == 1:
             return
-        import torch
-
         has = torch.tensor([float(p.grad is not None) for p in parameters])
         has = has.to(parameters[0].device)
         self.sum_([has])
@@ -160,7 +155,6 @@ def joined() -> Iterator[Group]:
                 code="sharding",
             )
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
-    import torch
     import torch.distributed as dist
 
     ours = not dist.is_initialized()

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.behaviour.steps import Probe, StepFacts, non_finite
 from truetune.compute.batch import Batcher, Limits, MicroBatch, PaddedBatcher, RowOrder, TokenOrder
@@ -41,10 +41,7 @@ from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.mode import evaluating
 from truetune.recipe.plan import Plan
 from truetune.recipe.settings import Recipe
-
-if TYPE_CHECKING:
-    import torch
-
+from truetune.system.lazy import torch
 
 # Tokens per forward pass: on CPU matrix products run at full speed from about 500 rows on, and
 # every further token only takes memory.
@@ -196,7 +193,7 @@ class SFTTrainer:
             end = keep_gradients_apart([p for _, p in self.named_trainable])
             weakref.finalize(self, end)
         self.optimizer = build_optimizer(
-            settings.optim, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
+            settings, self.named_trainable, lr=self.lr(0), weight_decay=weight_decay
         )
 
     @classmethod
@@ -414,8 +411,6 @@ class SFTTrainer:
 
     def _zero(self) -> torch.Tensor:
         """Where losses are added up: on the device, which nobody waits for, as wide as it has."""
-        import torch
-
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         return torch.zeros((), dtype=wide, device=self.device)
 
@@ -426,8 +421,6 @@ class SFTTrainer:
         Args:
             summed: this process's part of the loss.
         """
-        import torch
-
         parameters = [p for _, p in self.named_trainable if p.grad is not None]
         grads = [p.grad for p in parameters if p.grad is not None]
         norms = gradient_norms(grads) if grads else [torch.zeros((), device=self.device)]
@@ -521,8 +514,6 @@ class SFTTrainer:
             self.evaluating = False
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        import torch
-
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)

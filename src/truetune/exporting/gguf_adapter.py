@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.data.conversation import Conversation
@@ -24,9 +24,7 @@ from truetune.exporting.gguf_shape import Shape, as_rotated, shape_of
 from truetune.exporting.gguf_vocabulary import vocabulary_of
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import gguf, torch
 
 # Types in which llama.cpp takes the matrices of an adapter, and nothing is lost that matters.
 QUANTS = ("f32", "f16", "bf16")
@@ -173,8 +171,6 @@ def _pairs(adapted: Any, model: Any, shape: Shape) -> Iterator[Pair]:
 
 
 def _write(path: Path, pairs: Sequence[Pair], shape: Shape, quant: str, name: str) -> None:
-    import gguf
-
     writer = new_writer(path, shape.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,7 @@ from truetune.errors import SaveError, UsageError
 from truetune.exporting.gguf_shape import Shape, tensors_of
 from truetune.exporting.gguf_vocabulary import Vocabulary
 from truetune.findings import near
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import gguf, torch
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ def write_file(
     kinds = _kinds(model, sizes, shape, require_quant(quant))
     writer = new_writer(path, shape.arch)
     _describe(writer, shape, vocabulary, name)
-    import gguf
-
     writer.add_file_type(int(gguf.LlamaFileType[QUANTS[quant].file_type]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_tensors(writer, path, sizes, tensors_of(model, shape), kinds)
@@ -128,9 +124,6 @@ def _describe(writer: Any, shape: Shape, vocabulary: Vocabulary, name: str) -> N
 
 def write_trial(path: Path, vocabulary: Vocabulary) -> None:
     """Write a file that holds a vocabulary, and a model of zeros that is as small as can be."""
-    import gguf
-    import torch
-
     width, rows = 32, len(vocabulary.tokens)
     writer = new_writer(path, gguf.MODEL_ARCH.LLAMA)
     writer.add_name(f"{vocabulary.name}trial")
@@ -156,8 +149,6 @@ def write_trial(path: Path, vocabulary: Vocabulary) -> None:
 
 def new_writer(path: Path | None, arch: Any) -> Any:
     """gguf's writer of a file for one architecture."""
-    import gguf
-
     return gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
 
 
@@ -218,8 +209,6 @@ def _matters(layer: int, layers: int) -> bool:
 
 def _fitting(kind: str, width: int) -> str:
     """The type, or the next that rows of this width can have."""
-    import gguf
-
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
     if width % block == 0:
         return kind
@@ -234,8 +223,6 @@ def write_tensors(
     kinds: dict[str, str],
 ) -> None:
     """Write the header, then the tensors one at a time: no two of them are in memory at once."""
-    import gguf
-
     try:
         for name, size in sizes.items():
             kind = gguf.GGMLQuantizationType[kinds[name]]
@@ -284,8 +271,6 @@ def packed_as(name: str, value: Any, kind: str) -> Any:
 
 def _quantised(value: Any, kind: str) -> Any:
     """By llama.cpp's own code where it can be reached, else by gguf's."""
-    import gguf
-
     number = gguf.GGMLQuantizationType[kind]
     library = _ggml()
     if library is None or kind == "BF16":

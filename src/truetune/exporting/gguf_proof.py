@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truetune.compare import Probe, Reading, read
+from truetune.compare import Probe, Reading, divergence, read
 from truetune.contract.contract import PromptContract
 from truetune.data.conversation import Conversation
 from truetune.exporting.gguf_ids import Compared, compare_ids, texts_of
@@ -99,11 +99,8 @@ def apart_of(reference: Reading, other: Reading) -> Apart:
     """
     own_PK, its_PK = (r.logprobs[:, :-1].double() for r in (reference, other))
     counted_PK = own_PK > _LEAST
-    p_PK = own_PK.exp() * counted_PK
-    p_PK = p_PK / p_PK.sum(dim=-1, keepdim=True)
     apart_PK = (its_PK - own_PK) * counted_PK
-    mean_P1 = (p_PK * apart_PK).sum(dim=-1, keepdim=True)
-    found_P = (p_PK * (apart_PK - mean_P1).square()).sum(dim=-1) / 2
+    found_P = divergence(own_PK.exp() * counted_PK, apart_PK)
     mean = float(found_P.mean())
     return Apart(
         mean,
@@ -209,15 +206,8 @@ def prove(
     Raises:
         LlamaError: llama.cpp cannot load it.
     """
-    findings: list[Finding] = []
     with serving(path, adapter=adapter) as server:
-        texts = compare_ids(server, contract, texts_of(contract))
-        findings += on_texts(texts)
-        arguments, found = on_prompts(server, contract, reference.cases)
-        findings += found
-        asked = reference.cases[0].ids if reference.cases else reference.probes[0].ids
-        stops = tuple(i for i in contract.stop_ids if server.ends_on(asked, i))
-        findings += on_stops(contract, stops)
+        texts, arguments, stops, findings = compare_served(server, contract, reference)
         wanted = reference.reading
         apart = apart_of(wanted, read_server(server, reference.probes, wanted.top))
         findings += judge(apart, budget)
@@ -227,6 +217,18 @@ def prove(
 
 # Tokens of the long row.
 _LONG = 384
+
+
+def compare_served(
+    server: LlamaCpp, contract: PromptContract, reference: Reference
+) -> tuple[Compared, dict[str, Any], tuple[int, ...], list[Finding]]:
+    """Texts as ids, prompts and stop tokens: the texts, the template arguments under which prompts
+    are equal, the stop tokens on which the server ends a reply, and what differs."""
+    texts = compare_ids(server, contract, texts_of(contract))
+    arguments, found = on_prompts(server, contract, reference.cases)
+    asked = reference.cases[0].ids if reference.cases else reference.probes[0].ids
+    stops = tuple(i for i in contract.stop_ids if server.ends_on(asked, i))
+    return texts, arguments, stops, [*on_texts(texts), *found, *on_stops(contract, stops)]
 
 
 def on_texts(texts: Compared) -> list[Finding]:

@@ -13,13 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.errors import UsageError
 from truetune.findings import Finding
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import gguf, torch
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,6 @@ def shape_of(model: Any) -> Shape:
     Raises:
         UsageError: it has something that llama.cpp does not support.
     """
-    import gguf
-
     config = model.config.get_text_config(decoder=True)
     family = require_family(config)
     arch = gguf.MODEL_ARCH[family.arch]
@@ -153,8 +149,6 @@ def _interleaved(value: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _names(model: Any, config: Any, arch: Any) -> dict[str, str]:
     """Name in the file by name in the state; a tied head is left out."""
-    import gguf
-
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     state = model.state_dict()
     head = model.get_output_embeddings()
@@ -187,8 +181,6 @@ def _names(model: Any, config: Any, arch: Any) -> dict[str, str]:
 
 def _added_to_norms(model: Any, names: dict[str, str]) -> dict[str, float]:
     """What each norm of the model adds to its weight, found by running it on ones."""
-    import torch
-
     added = {}
     modules = dict(model.named_modules())
     with torch.no_grad():
@@ -301,9 +293,6 @@ def _rope_scaling(
     Raises:
         UsageError: llama.cpp does not compute it.
     """
-    import gguf
-    import torch
-
     kind = rope.get("rope_type", "default")
     factor = float(rope.get("factor") or 1.0)
     if kind == "default":

@@ -72,7 +72,7 @@ def vocabulary_of(contract: PromptContract, rows: int) -> tuple[Vocabulary, list
     if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
         raise _unknown(str(model.get("type")))
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    tokens, types = _tokens(value, tokenizer, rows, pieces=not byte_level)
+    tokens, types = _tokens(value, rows, pieces=not byte_level)
     findings: list[Finding] = []
     starts, finding = _add_bos(contract)
     if finding:
@@ -107,9 +107,7 @@ def _unknown(kind: str) -> UsageError:
     )
 
 
-def _tokens(
-    value: dict[str, Any], tokenizer: Any, rows: int, *, pieces: bool
-) -> tuple[list[str], list[int]]:
+def _tokens(value: dict[str, Any], rows: int, *, pieces: bool) -> tuple[list[str], list[int]]:
     """Token and type of each embedding row."""
     texts: dict[int, str] = {}
     types: dict[int, int] = {}

@@ -84,7 +84,7 @@ def find_place(repo: str, names: Sequence[str], *, public: bool, overwrite: bool
     return Place(repo, True, bool(info.private), stale)
 
 
-def upload(place: Place, files: Mapping[str, Path | bytes], message: str) -> str:
+def upload(place: Place, files: Mapping[str, Path | bytes]) -> str:
     """Write all files in one commit and remove stale ones; create the repository if there is none.
 
     Args:
@@ -107,7 +107,7 @@ def upload(place: Place, files: Mapping[str, Path | bytes], message: str) -> str
             for name, path in sorted(files.items())
         ]
         deletes = [CommitOperationDelete(name) for name in place.stale]
-        api.create_commit(place.repo, [*adds, *deletes], commit_message=message)
+        api.create_commit(place.repo, [*adds, *deletes], commit_message="Pushed by truetune")
     return f"{api.endpoint}/{place.repo}"
 
 

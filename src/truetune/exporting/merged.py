@@ -27,14 +27,12 @@ class Exported:
         report: what was written and read back.
         onto: which weights the adapter was added to, in words.
         load_in: how the adapter is opened to compute the same.
-        tied: whether head and embedding are one matrix; None where they never were.
         findings: notes and warnings.
     """
 
     report: SaveReport
     onto: str
     load_in: LoadIn
-    tied: bool | None
     findings: tuple[Finding, ...]
 
 
@@ -73,4 +71,4 @@ def write_merged(
                 f"rounding error is {report.cast_error:.2g}",
             )
         )
-    return Exported(report, merged.onto, merged.load_in, merged.tied, tuple(findings))
+    return Exported(report, merged.onto, merged.load_in, tuple(findings))

@@ -18,6 +18,7 @@ from typing import Any
 
 from truetune.compare import Reading
 from truetune.contract.contract import PromptContract
+from truetune.contract.shape import as_object, with_arguments
 from truetune.data.conversation import Conversation
 from truetune.errors import CheckFailed, UsageError
 from truetune.exporting.gguf import PROOF, small_enough
@@ -26,6 +27,7 @@ from truetune.findings import Finding, near, visible
 from truetune.model.load import LoadedModel
 from truetune.run_dir import write_json
 from truetune.system import child
+from truetune.system.lazy import torch
 
 _WORKER = "truetune.exporting.mlx_worker"
 # What mlx_lm's `convert` gets, and how far the result may be: see `gguf_proof.Budget`.
@@ -155,8 +157,6 @@ def write_mlx(
 def _proved(
     source: Path, contract: PromptContract, reference: Reference, folder: Path, kind: str
 ) -> WrittenMLX:
-    import torch
-
     how, budget = QUANTS[kind]
     wanted = reference.reading
     asked = {
@@ -165,7 +165,7 @@ def _proved(
         "how": how,
         "cases": [
             {
-                "messages": [_plain(message) for message in case.messages],
+                "messages": [with_arguments(message, as_object) for message in case.messages],
                 "tools": list(case.tools) if case.tools else None,
                 "arguments": dict(case.template_kwargs),
             }
@@ -227,24 +227,6 @@ def _proved(
             ),
         )
     return WrittenMLX(folder, kind, len(reference.cases), stops, apart, warnings)
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    """A message as a template takes it: arguments of calls are objects again."""
-    made = dict(message)
-    if made.get("tool_calls"):
-        made["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": _object(call["function"])}}
-            for call in made["tool_calls"]
-        ]
-    return made
-
-
-def _object(function: Any) -> Any:
-    try:
-        return json.loads(function["arguments"])
-    except (ValueError, KeyError):
-        return function.get("arguments")
 
 
 def _error(what: str, where: str = "") -> Finding:

@@ -27,6 +27,7 @@ from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.contract.frame import Separators, separators
+from truetune.contract.source import jinja
 from truetune.errors import CheckFailed, UsageError
 from truetune.findings import Finding, visible
 from truetune.servers.cases import Case
@@ -57,12 +58,8 @@ def guarded(
     # Both engines take one line end behind a comment or a block away.
     head = f"{{# Ollama must not take another template for this one: {_MARK * _MARKS} #}}\n"
     for name, value in (arguments or {}).items():
-        head += f"{{% set {name} = {_jinja(value)} %}}\n"
+        head += f"{{% set {name} = {jinja(value)} %}}\n"
     return head + template
-
-
-def _jinja(value: Any) -> str:
-    return "none" if value is None else json.dumps(value)
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,11 @@ class GoTemplate:
 
     Attributes:
         text: of it.
-        equal: conversations whose prompts are those of training, as ids.
         trimmed: conversations that differ because the model's template takes outer whitespace off a
             message, which Ollama's cannot.
     """
 
     text: str
-    equal: int
     trimmed: int
 
 
@@ -166,7 +161,7 @@ def go_template(server: LlamaCpp, contract: PromptContract, cases: Sequence[Case
                 wrong.append((case, error or made))
         trimmed = [case for case, _ in wrong if _has_outer_space(case)]
         if len(trimmed) == len(wrong) < len(cases):
-            return GoTemplate(text, len(cases) - len(wrong), len(trimmed))
+            return GoTemplate(text, len(trimmed))
     case, made = next(((c, m) for c, m in wrong if not _has_outer_space(c)), wrong[0])
     raise _unproved(
         f"{len(wrong)} of {len(cases)} conversations get different prompts",

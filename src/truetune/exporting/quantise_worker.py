@@ -11,12 +11,11 @@ import importlib.metadata
 from typing import Any
 
 from truetune.system.child import answer_json
+from truetune.system.lazy import torch
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Do what was requested."""
-    import torch
-
     torch.manual_seed(0)
     kind, how = asked["kind"], asked["how"]
     if kind == "bitsandbytes":
@@ -48,8 +47,6 @@ def _opened(asked: dict[str, Any], **more: Any) -> Any:
 
 
 def _bitsandbytes(asked: dict[str, Any], how: Any) -> Any:
-    import torch
-
     from truetune.model.quantise import quantization_config
 
     config = quantization_config(how, getattr(torch, asked["dtype"]))

@@ -32,12 +32,10 @@ class Quant:
     Attributes:
         kind: the package that does it.
         how: what that package calls it.
-        words: for people.
     """
 
     kind: Literal["bitsandbytes", "torchao", "llmcompressor"]
     how: str
-    words: str
 
     @property
     def extra(self) -> str:
@@ -50,11 +48,11 @@ class Quant:
 
 
 QUANTS = {
-    "nf4": Quant("bitsandbytes", "4bit", "NF4 with double quantisation"),
-    "int8": Quant("bitsandbytes", "8bit", "LLM.int8"),
-    "torchao-int8": Quant("torchao", "Int8WeightOnlyConfig", "8-bit weights"),
-    "gptq-w4a16": Quant("llmcompressor", "W4A16", "GPTQ, 4-bit weights"),
-    "gptq-w8a8": Quant("llmcompressor", "W8A8", "GPTQ, 8-bit weights and activations"),
+    "nf4": Quant("bitsandbytes", "4bit"),
+    "int8": Quant("bitsandbytes", "8bit"),
+    "torchao-int8": Quant("torchao", "Int8WeightOnlyConfig"),
+    "gptq-w4a16": Quant("llmcompressor", "W4A16"),
+    "gptq-w8a8": Quant("llmcompressor", "W8A8"),
 }
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from truetune.contract.contract import PromptContract
 from truetune.contract.render import Renderer, RenderJob
+from truetune.contract.shape import as_object, with_arguments
 from truetune.errors import TruetuneError, UnfaithfulTemplate, is_out_of_memory
 from truetune.exporting.gguf import PROOF
 from truetune.findings import visible
@@ -160,30 +161,12 @@ class _Template:
             first, *rest = renderer.render_many(
                 [
                     RenderJob(form, tools, prompt=True, arguments=arguments)
-                    for form in (messages, _with_objects(messages))
+                    for form in (messages, [with_arguments(m, as_object) for m in messages])
                 ]
             )
             refused = [text for text in (first, *rest) if isinstance(text, UnfaithfulTemplate)]
             if len(refused) == 1 + len(rest) and refused[0].code == "template-refuses":
                 raise refused[0]
-
-
-def _with_objects(messages: Messages) -> list[dict[str, Any]]:
-    """Messages with arguments of calls as objects."""
-    made = [dict(message) for message in messages]
-    for message in made:
-        calls = message.get("tool_calls")
-        if not isinstance(calls, list):
-            continue
-        message["tool_calls"] = changed = []
-        for call in calls:
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                with contextlib.suppress(ValueError, RecursionError):
-                    function = {**function, "arguments": json.loads(function["arguments"])}
-                call = {**call, "function": function}
-            changed.append(call)
-    return made
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from truetune.evaluation.interval import Bootstrap, interval, score, score_difference
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
     from truetune.lab.bench import Arm, Tuned
@@ -121,8 +122,6 @@ def _whole(counts: Sequence[float], number: int) -> list[int]:
 
 def _drawn(columns: Sequence[Column]):  # type: ignore[no-untyped-def]
     """The ratio on each resampled set of items, the same sets for every arm."""
-    import torch
-
     values = torch.tensor([c.values for c in columns], dtype=torch.float64).mean(0)
     weights = torch.tensor([c.weights for c in columns], dtype=torch.float64).mean(0)
     sums = Bootstrap(len(values)).sums(torch.stack([values, weights], dim=1))

@@ -19,6 +19,7 @@ from truetune.errors import InputError
 from truetune.lab.bench import Bench
 from truetune.lab.experiment import Column, Estimate, Experiment, estimate, verdict
 from truetune.run_dir import write_json
+from truetune.system.lazy import torch
 
 # Replies of each arm that a result keeps to be read.
 _SAMPLES = 2
@@ -138,8 +139,6 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
 
 def machine() -> str:
     """Where an experiment ran, in words."""
-    import torch
-
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -14,6 +14,7 @@ from typing import Any
 from truetune.model.architecture import causal_config, linear_layers, meta_model
 from truetune.model.source import ADAPTER_CONFIG, ModelFiles, read_json
 from truetune.model.weights import read_headers, weight_files
+from truetune.system.lazy import torch
 
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
@@ -59,7 +60,6 @@ def read_adapter(files: ModelFiles, base: ModelFiles) -> AdapterFacts:
     Raises:
         ModelError: no safetensors, damaged, or an unreadable config.
     """
-    import torch
     from safetensors import safe_open
 
     config = read_json(files.folder / ADAPTER_CONFIG)

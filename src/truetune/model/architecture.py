@@ -10,14 +10,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.errors import ModelError
 from truetune.model.source import ModelFiles, first_line, read_json
 from truetune.model.weights import TensorFacts, listed
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 _WHAT_IS_TAKEN = "truetune trains text-only decoder language models (transformers' ForCausalLM)"
 
@@ -192,7 +190,6 @@ def meta_model(config: Any) -> Any:
     Raises:
         ModelError: the architecture cannot be built as config.json says.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -233,7 +230,6 @@ def head_is_tied(model: Any) -> bool:
 
 def linear_layers(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     """Paths and modules of all linear layers but the output head."""
-    import torch
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()

@@ -10,12 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from truetune.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -73,8 +70,6 @@ class Draw:
         self.width = max(lengths)
 
     def __call__(self, ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-        import torch
-
         logits_BV = logits_BV.float()
         if self.sampling.repetition_penalty != 1:
             logits_BV = self._penalised(ids_BT, logits_BV)
@@ -99,8 +94,6 @@ class Draw:
 
     def _drawn(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """One uniform number per row, looked up in the cumulated probabilities, likeliest first."""
-        import torch
-
         sampling = self.sampling
         # Below the largest first: a tiny temperature then gives -inf, never inf.
         below_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature

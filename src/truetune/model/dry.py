@@ -17,6 +17,7 @@ from truetune.model.load import quiet
 from truetune.model.quantise import stored_quantisation
 from truetune.model.source import ModelFiles
 from truetune.model.weights import read_headers, weight_files
+from truetune.system.lazy import torch
 
 # Numbers of each tensor that are looked at: damage of a whole tensor shows in any of them.
 LOOKED_AT = 65_536
@@ -92,7 +93,6 @@ def _declared_ties(model: Any, config: Any) -> Mapping[str, str]:
 
 def _looked_at(files: ModelFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(tensors that are not finite, matrices of zeros), by their first numbers."""
-    import torch
     from safetensors import safe_open
 
     broken, zero = [], []
@@ -121,7 +121,6 @@ def _piece(table: Any) -> Any:
 
 def _tables_differ(files: ModelFiles, tied: Mapping[str, str], stored: set[str]) -> bool:
     """Whether two tables that are said to be one are in the files with other numbers."""
-    import torch
     from safetensors import safe_open
 
     for name, other in tied.items():

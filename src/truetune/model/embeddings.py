@@ -18,11 +18,11 @@ import numpy.typing as npt
 from truetune.model.architecture import causal_config, meta_model
 from truetune.model.source import ModelFiles
 from truetune.model.weights import read_headers, weight_files
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
 
 _PIECE = 8192
 
@@ -108,8 +108,6 @@ def table_facts(name: str, table: Any, shape: Sequence[int], ids: Sequence[int])
         table: (V, H), in memory or in a file; read a piece at a time.
         ids: rows whose nearest other row is looked for.
     """
-    import torch
-
     rows, hidden = shape
     asked = [i for i in dict.fromkeys(ids) if 0 <= i < rows]
     own = torch.stack([table[i : i + 1][0].float() for i in asked]) if asked else None

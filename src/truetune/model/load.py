@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.errors import ModelError
 from truetune.findings import Finding
@@ -53,9 +53,7 @@ from truetune.model.tokenizer import (
     open_tokenizer,
 )
 from truetune.model.weights import TensorFacts, listed, main_dtype, read_headers, weight_files
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 __all__ = ["Choice", "LoadedModel", "load_model", "load_tokenizer"]
 
@@ -233,7 +231,6 @@ def _require_trainable(config: Any, purpose: Purpose, where: str) -> None:
 def _read_weights(
     files: ModelFiles, config: Any, placement: Placement, quantised: Quantised | None
 ) -> tuple[Any, list[Finding]]:
-    import torch
     from transformers import AutoModelForCausalLM
 
     # On CPU without a device map: the map goes through accelerate, which has nothing to do there.

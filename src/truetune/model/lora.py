@@ -20,6 +20,7 @@ from truetune.model.new_tokens import NewToken, row_targets, start_adapter_rows,
 from truetune.model.quantise import num_weights
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
+from truetune.system.lazy import torch
 
 ALL_LINEAR = "all-linear"
 
@@ -94,7 +95,6 @@ def add_lora(
     rows = row_targets(loaded.model, new_tokens) if new_tokens else None
     if rows:
         _refuse_table_twice(targets, rows)
-    import torch
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
@@ -179,7 +179,6 @@ def _targets(model: Any, asked: str | Sequence[str]) -> tuple[list[str], list[Fi
 
 
 def _takes_lora(module: Any) -> bool:
-    import torch
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | torch.nn.Embedding | Conv1D)
@@ -198,8 +197,6 @@ def _all_linear(model: Any) -> list[str]:
 
 def _experts_left_out(model: Any) -> list[Finding]:
     """Experts that a family keeps in one tensor of three dimensions are no linear layers."""
-    import torch
-
     stacked = [
         (f"{path}.{name}", parameter.numel())
         for path, module in model.named_modules()

@@ -22,6 +22,7 @@ from truetune.model.load import LoadedModel, load_model, quiet
 from truetune.model.quantise import NAMES, LoadIn, stored_quantisation
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
+from truetune.system.lazy import torch
 
 Onto = Literal["auto", "original", "dequantised"]
 
@@ -35,7 +36,6 @@ class Merged:
         onto: which weights the adapter was added to, in words.
         load_in: how the adapter is opened to compute the same.
         dtype: torch name of the type to save in: the base's on disk.
-        tied: whether head and embedding are still one matrix; None where they never were.
         findings: notes.
     """
 
@@ -43,7 +43,6 @@ class Merged:
     onto: str
     load_in: LoadIn
     dtype: str
-    tied: bool | None
     findings: tuple[Finding, ...]
 
 
@@ -82,7 +81,7 @@ def merge_adapter(
     loaded = load_model(
         source, base=base, device=device, dtype="float32", purpose="inference", load_in=load_in
     )
-    tied, findings = _untie(loaded)
+    findings = _untie(loaded)
     config = loaded.transformers_model.config
     try:
         with quiet():
@@ -113,7 +112,7 @@ def merge_adapter(
     plain = dataclasses.replace(
         loaded, model=model, is_adapter=False, quantised=None, fingerprint=None
     )
-    return Merged(plain, words, load_in, dtype, tied, tuple(findings))
+    return Merged(plain, words, load_in, dtype, tuple(findings))
 
 
 # Significant bits of a number.
@@ -128,8 +127,6 @@ def round_by_chance(loaded: LoadedModel, dtype: str) -> bool:
     Args:
         dtype: that the merged weights are saved in.
     """
-    import torch
-
     if dtype not in _BITS:
         return False
     draw = torch.Generator().manual_seed(0)
@@ -177,23 +174,21 @@ def _trained_on_other(bits: str) -> Finding:
     )
 
 
-def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
+def _untie(loaded: LoadedModel) -> list[Finding]:
     """Give the head a matrix of its own where the adapter changes one side of a tied pair.
 
     Merged in place, the update of one side would move the other as well. New rows are the same on
     both sides, and stay tied.
     """
-    import torch
-
     model = loaded.transformers_model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
-        return None, []
+        return []
     inner, outer = _plain(embedding), _plain(head)
     if inner.weight is not outer.weight:
-        return None, []
+        return []
     if not any(_has_lora(module) for module in (embedding, head)):
-        return True, []
+        return []
     outer.weight = torch.nn.Parameter(outer.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     text_config = model.config.get_text_config(decoder=True)
@@ -205,7 +200,7 @@ def _untie(loaded: LoadedModel) -> tuple[bool | None, list[Finding]]:
         where="config.json (tie_word_embeddings: false)",
         why="they were tied, and the adapter changes only one of them",
     )
-    return False, [note]
+    return [note]
 
 
 def _plain(module: Any) -> Any:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 @contextlib.contextmanager
@@ -25,8 +23,6 @@ def mode_kept(model: torch.nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients."""
-    import torch
-
     with mode_kept(model), torch.no_grad():
         model.eval()
         yield

@@ -18,16 +18,14 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.errors import ModelError, UsageError
 from truetune.findings import Finding
 from truetune.model.architecture import embedding_rows, head_is_tied
 from truetune.model.source import ADAPTER_CONFIG, read_json
 from truetune.model.tokenizer import num_ids
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -146,16 +144,12 @@ def _path(model: Any, module: Any) -> str:
 
 def mean_rows(table: torch.Tensor, tokens: Sequence[NewToken]) -> torch.Tensor:
     """First values (n, D) in float32: the mean of the pieces' rows; a known token's own row."""
-    import torch
-
     rows = [list(token.pieces) or [token.id] for token in tokens]
     return torch.stack([table[ids].float().mean(dim=0) for ids in rows])
 
 
 def start_full_rows(model: Any, tokens: Sequence[NewToken]) -> None:
     """Put the first values into the tables of a model that is trained in full."""
-    import torch
-
     if not tokens:
         return
     tables = {id(t): t for t in (m.weight for m in _tables(model))}
@@ -167,8 +161,6 @@ def start_full_rows(model: Any, tokens: Sequence[NewToken]) -> None:
 
 def start_adapter_rows(peft_model: Any, tokens: Sequence[NewToken]) -> None:
     """Put the first values into an adapter's rows."""
-    import torch
-
     with torch.no_grad():
         for _, layer in row_layers(peft_model):
             rows = layer.trainable_tokens_delta["default"]
@@ -240,8 +232,6 @@ def rows_now(
 
 
 def _hash_others(table: torch.Tensor, ids: Sequence[int]) -> str:
-    import torch
-
     hashed = hashlib.sha256()
     edges = [-1, *sorted(set(ids)), len(table)]
     for low, high in itertools.pairwise(edges):

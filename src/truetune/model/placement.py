@@ -10,12 +10,10 @@ import platform
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from truetune.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 Purpose = Literal["full", "lora", "inference"]
 
@@ -63,8 +61,6 @@ def parse_dtype(name: str | torch.dtype) -> torch.dtype:
     Raises:
         UsageError: another name.
     """
-    import torch
-
     key = str(name).removeprefix("torch.").lower()
     if key not in _DTYPES:
         raise UsageError(
@@ -99,8 +95,6 @@ def place(
     """
     where, device_choice = choose_device(device)
     if bf16_weights and purpose == "full":
-        import torch
-
         reason = "the optimizer keeps the lower half of each float32 weight"
         if base_dtype == "float32":
             reason += "; precision of the file beyond bfloat16 is lost"
@@ -164,8 +158,6 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
     Raises:
         UsageError: it does not exist here.
     """
-    import torch
-
     if device == "auto":
         if torch.cuda.is_available():
             index = torch.cuda.current_device()
@@ -198,8 +190,6 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
 def _choose_compute(
     device: torch.device, dtype: str, purpose: Purpose, base_dtype: str
 ) -> tuple[torch.dtype, Choice]:
-    import torch
-
     def choice(value: torch.dtype, reason: str) -> tuple[torch.dtype, Choice]:
         return value, Choice("dtype", dtype_name(value), reason)
 
@@ -236,7 +226,6 @@ def bf16_speedup(hidden_size: int) -> float:
 
     Of products of the width of a model, the shortest of a few times each, in turn: about 100 ms.
     """
-    import torch
     from torch.nn.functional import linear
 
     columns = min(4 * hidden_size, _TIMED_COLUMNS)
@@ -258,8 +247,6 @@ def bf16_speedup(hidden_size: int) -> float:
 
 
 def _choose_parameters(compute: torch.dtype, purpose: Purpose) -> tuple[torch.dtype, Choice]:
-    import torch
-
     def choice(value: torch.dtype, reason: str) -> tuple[torch.dtype, Choice]:
         return value, Choice("parameter dtype", dtype_name(value), reason)
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from truetune.errors import ModelError, UsageError
 from truetune.model.source import first_line
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 Quantised = Literal["4bit", "8bit"]
 # On a CPU it tells at import (peft's too) which kernel it goes without; nothing is missing for it.

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truetune.contract.tokens import common_prefix
 from truetune.errors import SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel, quiet
 from truetune.model.placement import parse_dtype
 from truetune.model.weights import listed
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from truetune.contract.contract import PromptContract
 
 # Plain text, and what tokenizers differ in: combining marks, spaces, digits, other scripts.
@@ -43,8 +43,6 @@ def as_saved(value: torch.Tensor, cast: torch.dtype | None) -> torch.Tensor:
 def round_as_saved(loaded: LoadedModel, dtype: str) -> None:
     """Round the weights of a full model in memory to the type they are saved in, in their places:
     what it computes from here on is what was saved."""
-    import torch
-
     cast = parse_dtype(dtype)
     with torch.no_grad():
         for value in loaded.model.state_dict().values():
@@ -131,8 +129,6 @@ def _compare(
     name: str, live: torch.Tensor, stored: torch.Tensor, cast: torch.dtype | None
 ) -> float:
     """The largest rounding error of one weight, which is otherwise equal in every bit."""
-    import torch
-
     live = live.detach().to("cpu")
     wanted = as_saved(live, cast)
     same = wanted.shape == stored.shape and wanted.dtype == stored.dtype
@@ -144,8 +140,6 @@ def _compare(
 
 
 def _bits(value: torch.Tensor) -> torch.Tensor:
-    import torch
-
     # As bytes, so that NaN equals NaN and -0.0 is not 0.0.
     return value.contiguous().reshape(-1).view(torch.uint8)
 
@@ -184,15 +178,12 @@ def check_prompts(contract: PromptContract, folder: Path) -> list[Finding]:
             wanted = list(contract.prompt_ids(messages))
         except UnfaithfulTemplate as error:
             return [_not_compared(error)]
-        served = again.prompt_ids(messages)
-        if list(served) != wanted:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(served, wanted, strict=False)) if a != b),
-                min(len(served), len(wanted)),
-            )
+        served = list(again.prompt_ids(messages))
+        if served != wanted:
+            at = common_prefix(served, wanted)
             raise SaveError(
                 "the saved tokenizer and template give prompt ids that differ from the "
-                f"contract's, from token {at} on: {list(served)[at : at + 8]} instead of "
+                f"contract's, from token {at} on: {served[at : at + 8]} instead of "
                 f"{wanted[at : at + 8]}",
                 where=f"probe {probe!r}",
                 why="saving changed the tokenizer, or the template depends on something outside "

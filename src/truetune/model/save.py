@@ -36,10 +36,9 @@ from truetune.model.source import first_line
 from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
 from truetune.run_dir import flush_folder, settle
+from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
-    import torch
-
     from truetune.contract.contract import PromptContract
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truetune.errors import ModelError
+from truetune.findings import phrase
 from truetune.model.source import ModelFiles, read_json, refuse_pointer
 
 WEIGHTS = "model.safetensors"
@@ -219,8 +220,6 @@ def main_dtype(tensors: Mapping[str, TensorFacts]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def listed(names: Iterable[str], limit: int = 4) -> str:
+def listed(names: Iterable[str]) -> str:
     """Names as a phrase, the rest counted."""
-    names = sorted(names)
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return phrase(sorted(names), 4)

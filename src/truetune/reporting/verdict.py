@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truetune.findings import percent
+from truetune.findings import percent, phrase
 from truetune.reporting.facts import RunFacts
 
 Word = Literal["yes", "no", "doubtful", "not measured", "not yet"]
@@ -99,9 +99,8 @@ def _behaves(run: RunFacts) -> Answer:
         back = f" {what[:1].upper()}{what[1:]}."
     for found, word in ((grave, "no"), (doubts, "doubtful")):
         if found:
-            said = "; ".join(str(f.get("what", "")) for f in found[:_NAMED])
-            more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-            return Answer(question, word, f"{said[:1].upper()}{said[1:]}{more}.{back}")  # type: ignore[arg-type]
+            said = phrase((str(f.get("what", "")) for f in found), _NAMED, "; ")
+            return Answer(question, word, f"{said[:1].upper()}{said[1:]}.{back}")  # type: ignore[arg-type]
     if len(run.vitals) > 1:
         numbers = " ".join(vital_sentences(run))
         return Answer(question, "yes", f"No probe found anything wrong. {numbers}{back}".strip())

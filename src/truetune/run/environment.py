@@ -7,13 +7,13 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from truetune.system.lazy import torch
+
 _PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
 
 
 def environment() -> dict[str, Any]:
     """Facts for env.json. The command is kept; environment variables are not: they hold secrets."""
-    import torch
-
     return {
         "command": sys.argv,
         "python": platform.python_version(),

@@ -1,15 +1,27 @@
-"""What can be exported, and which options have an effect on it: asked before anything is loaded."""
+"""The forms in which a model is exported: what is asked for is judged before anything is loaded."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from truetune.errors import OutputExists, UsageError
 from truetune.exporting.quantised import QUANTS, require_quantiser
 from truetune.findings import near
+from truetune.listener import Listener
 from truetune.model.served_adapter import SERVERS
 from truetune.servers.llama_cpp import require_llama_cpp
+
+if TYPE_CHECKING:
+    from truetune.exporting.gguf import WrittenGGUF
+    from truetune.exporting.mlx import WrittenMLX
+    from truetune.run.export_quantised import QuantisedExport
+    from truetune.run.export_served import ServedExport
+    from truetune.run.export_whole import WholeExport
+    from truetune.run.pipeline import ExportResult
+
+    Export = ExportResult | WholeExport | WrittenGGUF | WrittenMLX | ServedExport | QuantisedExport
 
 _KINDS = ("merged", "gguf", "ollama", "mlx", *SERVERS)
 # Kinds that hold weights in a type of --quant, and the one they take by themselves; "" for plain
@@ -24,6 +36,75 @@ _INSTEAD = {
     "llama.cpp": "--to gguf",
     "transformers": "--to merged, and then transformers serve DIR",
 }
+
+
+def export_as(
+    to: str | None,
+    *,
+    source: str,
+    output: str,
+    merge: bool = False,
+    quant: str | None,
+    adapter: bool,
+    go_template: bool,
+    base: str | None,
+    onto: str,
+    dtype: str,
+    device: str,
+    verify: bool,
+    data: str | None,
+    listener: Listener | None,
+) -> Export:
+    """Write what was asked for.
+
+    Args:
+        merge: another word for `to` merged.
+        verify: compare a merged model with its adapter in a fresh process.
+
+    Raises:
+        TruetuneError: as `require_export`; or it cannot be written, or differs from the model.
+            Nothing is left behind.
+    """
+    what, held = require_export(
+        to,
+        merge=merge,
+        onto=onto,
+        no_verify=not verify,
+        dtype=dtype,
+        go_template=go_template,
+        adapter=adapter,
+        quant=quant,
+        source=source,
+        output=output,
+        data=data,
+    )
+    shared: dict[str, Any] = {"base": base, "device": device, "listener": listener}
+    if what in ("gguf", "ollama"):
+        from truetune.run.export_gguf import export_adapter, export_gguf
+
+        if adapter:
+            return export_adapter(source, output, quant=held, **shared)
+        shared |= {"onto": onto, "ollama": what == "ollama", "go_template": go_template}
+        return export_gguf(source, output, quant=held, **shared)
+    shared["onto"] = onto
+    if what == "mlx":
+        from truetune.run.export_mlx import export_mlx
+
+        return export_mlx(source, output, quant=held, **shared)
+    shared["dtype"] = None if dtype == "auto" else dtype
+    if held:
+        from truetune.run.export_quantised import export_quantised
+
+        server = "vllm" if what == "merged" else what
+        return export_quantised(source, output, quant=held, server=server, data=data, **shared)
+    shared["check"] = verify
+    if what == "merged":
+        from truetune.run.export_whole import export_plain
+
+        return export_plain(source, output, **shared)
+    from truetune.run.export_served import export_served
+
+    return export_served(source, output, server=what, **shared)
 
 
 def require_export(

@@ -12,6 +12,7 @@ from typing import Any
 from truetune.compute.memory import available_bytes
 from truetune.contract.contract import PromptContract, Refused
 from truetune.data.load import load
+from truetune.data.rows import evenly
 from truetune.diagnosis.diagnose import diagnose
 from truetune.diagnosis.folder import quantised_budget
 from truetune.diagnosis.measured import Stage
@@ -38,6 +39,7 @@ from truetune.recipe.sources import recorded_recipe
 from truetune.run.export_whole import export_plain
 from truetune.run.prepare import survey
 from truetune.run_dir import RECIPE, named_at_last, opened, scratch, sha256, write_json
+from truetune.system.lazy import torch
 from truetune.verification.artifact import run_of
 
 
@@ -233,8 +235,6 @@ def _require_memory(files: ModelFiles) -> None:
     Raises:
         ModelError: what is free surely does not suffice.
     """
-    import torch
-
     tensors = read_headers(weight_files(files))
     needed = int(4 * _COPIES * sum(facts.num_elements for facts in tensors.values()))
     free = available_bytes(torch.device("cpu"))
@@ -305,7 +305,5 @@ def _calibration(
             fix="truetune inspect MODEL --data DATA shows the reasons",
             code="quantised-rows",
         )
-    chosen = [examples[i * len(examples) // _ROWS] for i in range(_ROWS)]
-    if len(examples) <= _ROWS:
-        chosen = examples
-    return Calibration(tuple(ids[:_TOKENS] for ids in chosen), where, len(examples))
+    chosen = tuple(ids[:_TOKENS] for ids in evenly(examples, _ROWS))
+    return Calibration(chosen, where, len(examples))

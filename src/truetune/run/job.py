@@ -34,7 +34,7 @@ from truetune.errors import (
     NonFiniteLoss,
     OutOfMemory,
 )
-from truetune.findings import Finding
+from truetune.findings import Finding, phrase
 from truetune.listener import Listener
 from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
@@ -63,6 +63,7 @@ from truetune.run_dir import (
     write_sealed,
     write_text,
 )
+from truetune.system.lazy import torch
 from truetune.system.signals import Stopped, number_of
 from truetune.verification.verdict import Verdict
 
@@ -181,8 +182,6 @@ class Job:
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
         """Seed a new run, or continue a checkpoint's."""
-        import torch
-
         # Each process draws dropout of its own.
         torch.manual_seed(self.plan.seed + self.group.rank)
         with self.group.together():
@@ -316,8 +315,6 @@ class Job:
 
     def release(self) -> None:
         """Give the weights and the optimizer back: whoever opens the artifact needs the room."""
-        import torch
-
         del self.trainer
         self.loaded = replace(self.loaded, model=None)
         gc.collect()
@@ -632,9 +629,7 @@ class Job:
 
     def _named(self, rows: Iterable[int]) -> str:
         """The first few of the rows that examples come from."""
-        names = [self.prepared.rows[row] for row in sorted(set(rows))]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return ", ".join(names[:_NAMED]) + more
+        return phrase((self.prepared.rows[row] for row in sorted(set(rows))), _NAMED)
 
 
 # Replies that are shown while a run works; rows that an error names.

@@ -10,11 +10,11 @@ output  LoadedModel and findings
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from truetune.compare import Measured, agreement, measure, rounding_finding
+from truetune.compute.memory import available_bytes
 from truetune.errors import ModelError
 from truetune.findings import Finding, gib
 from truetune.model.load import LoadedModel, load_model
@@ -142,21 +142,13 @@ def _measure_original(prepared: Prepared) -> tuple[Measured | None, list[Finding
 
 def _require_memory(prepared: Prepared) -> None:
     """On a CPU too much memory is no exception but the end of the process."""
-    needed, free = 4 * prepared.model.num_parameters, _free_memory()
-    on_cpu = choose_device(prepared.plan.device)[0].type == "cpu"
-    if on_cpu and free is not None and needed > free:
+    device = choose_device(prepared.plan.device)[0]
+    needed, free = 4 * prepared.model.num_parameters, available_bytes(device)
+    if device.type == "cpu" and free and needed > free:
         raise ModelError(
             f"the original needs {gib(needed)}, but only {gib(free)} is free",
             code="model-too-large",
         )
-
-
-def _free_memory() -> int | None:
-    """Bytes; None where the system does not tell."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _bits(recipe: Recipe) -> LoadIn:

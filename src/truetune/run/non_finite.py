@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from truetune.compare import row_losses
 from truetune.contract.example import SFTExample
 from truetune.model.load import LoadedModel
+from truetune.system.lazy import torch
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,6 @@ def _loss(loaded: LoadedModel, example: SFTExample) -> float:
 
 def _finite_in_float32(loaded: LoadedModel, examples: list[SFTExample]) -> bool:
     """False as well where it cannot be asked: the weights themselves are of fewer bits."""
-    import torch
-
     held = {p.dtype for p in loaded.model.parameters() if p.dtype.is_floating_point}
     if loaded.compute_dtype is None or held != {torch.float32}:
         return False

@@ -2,13 +2,17 @@
 
     what can be refused in the first second       early.py
     rows -> conversations -> held-out split       data/
+    the model's config and tokenizer              model/
     template, stop set, arguments -> contract     contract/
     conversations -> examples, each proved        contract/
     examples -> length policy, plan, preflight    compute/, recipe/, checks/     (prepare.py)
     weights, adapter                              model/                         (load_model.py)
-    the loop, with metrics, samples, checkpoints  engine/, generate.py           (job.py)
-    the artifact, read back                       model/                         (job.py)
+    the loop: batches and loss, optimizer steps   compute/, engine/              (job.py)
+    and at evaluations vital signs, checkpoints   behaviour/                     (vital_signs.py)
+    what it answers as served                     generate.py                    (answers.py)
+    the artifact, read back                       model/                         (artifact.py)
     the same, by a fresh process                  verification/
+    its page and model card                       reporting/                     (pages.py)
     the manifest, last                            run_dir.py
 
     an adapter -> merged model -> compared by a fresh process   exporting/, verification/

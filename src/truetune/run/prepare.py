@@ -452,11 +452,6 @@ def _cause(conversation: Conversation) -> Finding | None:
     )
 
 
-def _refusal(refused: Refused) -> Finding:
-    error = refused.error
-    return Finding(error.code, "error", error.what, error.where, 1, error.why, error.fix)
-
-
 def _reasoning_share(conversations: Sequence[Conversation]) -> float:
     with_reasoning = sum(
         any(message.get("reasoning_content") for message in c.messages) for c in conversations

@@ -80,7 +80,7 @@ def push(
     for finding in findings:
         listener.finding(finding)
     listener.stage(f"pushing {len(contents)} files")
-    url = upload(place, contents, "Pushed by truetune")
+    url = upload(place, contents)
     return Pushed(url, place.private, tuple(sorted(contents)), verified, tuple(findings))
 
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.checks.fit import undisturbed
 from truetune.contract.contract import PromptContract
@@ -26,9 +26,7 @@ from truetune.model.save import save_model
 from truetune.run.load_model import load_start
 from truetune.run.prepare import Prepared
 from truetune.run_dir import scratch
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Rows of its step, the shortest of the first hundred: it costs seconds.
 _ROWS, _AMONG = 4, 100
@@ -129,8 +127,6 @@ def chat_losses(loaded: LoadedModel, contract: PromptContract) -> dict[str, floa
 
 def _token_losses(model: Any, ids: Sequence[int]) -> list[float]:
     """Cross-entropy in nats of each id but the first."""
-    import torch
-
     logits = _predicted(model, SFTExample(list(ids), [1] * len(ids)))[:-1]
     found = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
     return [float(loss) for loss in found]
@@ -192,8 +188,6 @@ def _two_ways(
     numbers: dict[str, Any],
 ) -> list[Finding]:
     """The step as the run takes it, and row by row on the reference path; weights stay."""
-    import torch
-
     before = [p.detach().clone() for _, p in _trained(loaded.model)]
     try:
         own = _trainer(loaded, prepared, examples, max_lr=0.0, weight_decay=0.0).train_step()
@@ -332,8 +326,6 @@ def _dry_save(
 
 
 def _predicted(model: Any, example: SFTExample) -> torch.Tensor:
-    import torch
-
     device = next(model.parameters()).device
     with evaluating(model):
         ids_BT = torch.tensor([example.ids], device=device)

@@ -8,24 +8,22 @@ output  Case, SamePrompts, a Reading of a server
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.compare import Probe, Reading
 from truetune.contract.contract import PromptContract
 from truetune.contract.encode import Encoded
+from truetune.contract.shape import in_json, with_arguments
 from truetune.data.conversation import Conversation
 from truetune.errors import UnfaithfulTemplate
 from truetune.servers.client import ServerError
 from truetune.servers.llama_cpp import LlamaCpp
 from truetune.servers.protocol import lost
 from truetune.servers.scripts import SCRIPTS
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 # Cases, and positions of a row's answer at which predictions are read beside the first.
 MOST_CASES, _POSITIONS = 50, 3
@@ -71,7 +69,6 @@ class Case:
         text, ids: the served prompt.
         probe: the prompt, and the row's answer behind it, with the positions that are read.
         expected: the row's answer; None where there is none.
-        room: new tokens that a reply needs.
         seen, seen_tools: messages and tools without those that the template does not render, which
             a server may refuse to lose; the prompt is the same.
     """
@@ -84,7 +81,6 @@ class Case:
     ids: tuple[int, ...]
     probe: Probe
     expected: str | None
-    room: int
     seen: tuple[Mapping[str, Any], ...]
     seen_tools: tuple[dict[str, Any], ...] | None
 
@@ -147,7 +143,7 @@ def _case(
     if not ids:
         return None
     probe = Probe(tuple(ids), (len(ids) - 1,))
-    expected, room = None, 48
+    expected = None
     if encoded is not None and len(encoded.examples) == 1:
         (example,) = encoded.examples
         targets = [i - 1 for i, on in enumerate(example.mask) if on]
@@ -156,7 +152,6 @@ def _case(
             at = sorted({targets[0], *targets[::-1][: _POSITIONS * step : step]})
             probe = Probe(tuple(example.ids), tuple(at))
             expected = str(conversation.messages[end]["content"])
-            room = min(2 * len(targets) + 8, 256)
     return Case(
         conversation.where,
         tuple(_sent(message) for message in sent),
@@ -166,7 +161,6 @@ def _case(
         tuple(ids),
         probe,
         expected,
-        room,
         tuple(_sent(message) for message in seen),
         seen_tools,
     )
@@ -195,17 +189,7 @@ def _seen(
 def _sent(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as the protocol has it: arguments of calls are JSON texts."""
     made = {name: value for name, value in message.items() if name not in ("train", "text")}
-    if calls := made.get("tool_calls"):
-        made["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": _json(call["function"])}}
-            for call in calls
-        ]
-    return made
-
-
-def _json(function: Mapping[str, Any]) -> str:
-    arguments = function.get("arguments")
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return with_arguments(made, in_json)
 
 
 def long_probe(ids: Sequence[int], length: int) -> Probe:
@@ -278,8 +262,6 @@ def read_server(server: LlamaCpp, probes: Sequence[Probe], top: torch.Tensor) ->
     Args:
         top: ids (P, K) to be kept.
     """
-    import torch
-
     rows, greedy = [], []
     places = [(probe, at) for probe in probes for at in probe.positions]
     for (probe, at), wanted in zip(places, top.tolist(), strict=True):

@@ -7,12 +7,12 @@ output  Answer
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.contract.shape import as_object, in_json, with_arguments
 from truetune.servers.client import Client, ServerError
 
 
@@ -122,23 +122,13 @@ def calls_as_text(calls: Iterable[Mapping[str, Any]]) -> str:
     made = []
     for call in calls:
         function = call.get("function") or {}
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError, RecursionError):
-                arguments = json.loads(arguments)
+        arguments = as_object(function.get("arguments"))
         made.append({"name": function.get("name"), "arguments": arguments})
     return json.dumps(made, sort_keys=True, ensure_ascii=False) if made else ""
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(message)
-    if made.get("tool_calls"):
-        made["tool_calls"] = [_call(call, n) for n, call in enumerate(made["tool_calls"])]
+    made = with_arguments(message, in_json)
+    if calls := made.get("tool_calls"):
+        made["tool_calls"] = [{"id": f"call{n:05d}", **call} for n, call in enumerate(calls)]
     return made
-
-
-def _call(call: Mapping[str, Any], number: int) -> dict[str, Any]:
-    function = call["function"]
-    given = function.get("arguments", {})
-    text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-    return {"id": f"call{number:05d}", **call, "function": {**function, "arguments": text}}

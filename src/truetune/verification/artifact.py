@@ -278,8 +278,6 @@ def _loss_on(run: RunDir | None) -> str:
         return "assistant"
     import yaml
 
-    from truetune.run_dir import RECIPE
-
     try:
         value = yaml.safe_load(run.file(RECIPE).read_text(encoding="utf-8"))["loss_on"]["value"]
     except (OSError, ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError):

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import InputError
+from truetune.findings import phrase
 from truetune.run_dir import CHECKPOINTS, MANIFEST, REPORT, RunDir, parsed, sha256
 from truetune.verification.record import MOVABLE, Record, settings_of
 from truetune.verification.rows import VERIFY_ROWS
@@ -83,7 +84,7 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     }
     if missing or changed or added:
         words = [("missing", missing), ("changed", changed), ("added", added)]
-        differences = [f"{word}: {_names(names)}" for word, names in words if names]
+        differences = [f"{word}: {phrase(names, _MOST)}" for word, names in words if names]
         return Check(
             "files",
             "failed",
@@ -98,7 +99,7 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     if gone:
         what += f"; {len(gone)} files of checkpoints, trackers and pages were removed since"
     if notes:
-        what += f"; other files, not examined: {_names(notes)}"
+        what += f"; other files, not examined: {phrase(notes, _MOST)}"
     return Check("files", "passed", what, numbers)
 
 
@@ -144,19 +145,12 @@ def _is_card(run: RunDir, name: str) -> bool:
     return top in ARTIFACTS and plain and _CARD.fullmatch(rest) is not None
 
 
-def _names(names: Iterable[str]) -> str:
-    shown = list(names)
-    more = f" and {len(shown) - _MOST} more" if len(shown) > _MOST else ""
-    return ", ".join(shown[:_MOST]) + more
-
-
-def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool = True) -> Check:
+def check_record(run: RunDir, record: Record | None, rows: str) -> Check:
     """The artifact and what it was trained under against the record, which was taken when it was
     saved; a manifest is not needed.
 
     Args:
         rows: the digest of the rows as they are now.
-        hashes: without, only settings are compared (so that tests can tell the two apart).
     """
     if record is None:
         return Check(
@@ -168,16 +162,15 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
         )
     artifact = run.artifact()
     differences = []
-    if hashes and rows != record.rows:
+    if rows != record.rows:
         differences.append(f"rows of {VERIFY_ROWS} were changed")
     differences += [f"{name}: {difference}" for name, difference in _settings(artifact, record)]
-    if hashes:
-        named = {words.partition(":")[0] for words in differences}
-        differences += [
-            f"{name} {'was changed' if run.file(name).is_file() else 'is missing'}"
-            for name, digest in [*record.run.items(), *record.files.items()]
-            if name.split("/")[-1] not in named and _changed(run, name, digest, record)
-        ]
+    named = {words.partition(":")[0] for words in differences}
+    differences += [
+        f"{name} {'was changed' if run.file(name).is_file() else 'is missing'}"
+        for name, digest in [*record.run.items(), *record.files.items()]
+        if name.split("/")[-1] not in named and _changed(run, name, digest, record)
+    ]
     differences += [
         f"{name} was added"
         for name in _present(run)
@@ -187,8 +180,7 @@ def check_record(run: RunDir, record: Record | None, rows: str, *, hashes: bool 
         return Check(
             "record",
             "failed",
-            f"changed since it was saved: {'; '.join(differences[:_MOST])}"
-            + (f"; and {len(differences) - _MOST} more" if len(differences) > _MOST else ""),
+            f"changed since it was saved: {phrase(differences, _MOST, '; ')}",
             {"differing": differences},
             fix="copy the run again, or undo the change",
         )

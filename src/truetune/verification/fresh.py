@@ -37,14 +37,7 @@ def ask(request: Mapping[str, Any]) -> dict[str, Any]:
         folder = str(request["artifact"]["folder"])
         raise _crashed(reply.status, reply.errors, folder) from None
     if "error" in found:
-        error = found["error"]
-        raise VerifyError(
-            error["what"],
-            where=error["where"],
-            why=error["why"],
-            fix=error["fix"],
-            code=error["code"],
-        )
+        raise VerifyError(**found["error"])
     return found
 
 

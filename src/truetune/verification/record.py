@@ -18,7 +18,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from truetune.compare import Measured, Probe, Reading, agreement, distance, measure, read
 from truetune.contract.contract import PromptContract
@@ -26,10 +26,8 @@ from truetune.errors import InputError
 from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
 from truetune.run_dir import CONTRACT, DATA, RECIPE, RunDir, sha256
+from truetune.system.lazy import torch
 from truetune.verification.rows import VERIFY_ROWS, VerifyRow, examples_of, row_as_dict
-
-if TYPE_CHECKING:
-    import torch
 
 FORMAT = 1
 # Written before training and never again: a verified artifact was made under them.
@@ -179,8 +177,6 @@ def _some(places: Sequence[int], most: int) -> list[int]:
 
 def way_of(loaded: LoadedModel) -> dict[str, Any]:
     """How to open a saved model so that it computes as this one does."""
-    import torch
-
     weights = next(p for p in loaded.model.parameters() if p.is_floating_point())
     in_bf16 = not loaded.is_adapter and weights.dtype == torch.bfloat16
     compute = loaded.compute_dtype or (torch.bfloat16 if in_bf16 else torch.float32)
@@ -193,8 +189,6 @@ def way_of(loaded: LoadedModel) -> dict[str, Any]:
 
 def machine_of(device: torch.device) -> dict[str, Any]:
     """What decides how a computation rounds, beside its types."""
-    import torch
-
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

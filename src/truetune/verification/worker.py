@@ -175,15 +175,7 @@ def main() -> None:
     try:
         found = answer(json.load(sys.stdin.buffer))
     except TruetuneError as error:
-        found = {
-            "error": {
-                "code": error.code,
-                "what": error.what,
-                "where": error.where,
-                "why": error.why,
-                "fix": error.fix,
-            }
-        }
+        found = {"error": error.words}
     with reply:
         reply.write(json.dumps(found).encode("utf-8"))
 

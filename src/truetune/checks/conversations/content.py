@@ -111,7 +111,7 @@ def one_language(facts: DataFacts) -> Iterator[Finding]:
     judged = sum(kinds.values())
     strange = [i for i, s in enumerate(scripts) if s not in ("", main)]
     if number >= 0.95 * judged:
-        strange = sorted({*strange, *_foreign_words(texts, scripts, main)})
+        strange = sorted({*strange, *_foreign_words(texts, main)})
     if not strange or len(strange) > 0.05 * judged:
         return
     others = Counter(scripts[i] for i in strange if scripts[i] != main)
@@ -154,7 +154,7 @@ def _script_of(char: str) -> str:
     return _ONE_LANGUAGE.get(word, word)
 
 
-def _foreign_words(texts: list[str], scripts: list[str], main: str) -> list[int]:
+def _foreign_words(texts: list[str], main: str) -> list[int]:
     """Texts that use next to none of the words that the others use most."""
     if main in _DENSE:
         return []

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.conversations.rows import DataFacts, begins_with_reasoning
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, percent, rows_finding, share
@@ -256,4 +256,4 @@ def reasoning_alike(facts: DataFacts) -> Iterator[Finding]:
 def _reasons(conversation: Conversation, answer: str) -> bool:
     if any(m.get("reasoning_content") for m in conversation.messages):
         return True
-    return answer.lstrip()[:12].lower().startswith(("<think", "<reason", "<thought"))
+    return begins_with_reasoning(answer)

@@ -15,6 +15,7 @@ import numpy as np
 from truetune.checks.labels.table import Indices, TokenTable
 from truetune.contract.frame import Frame, Separators, separators
 from truetune.contract.tokens import Tokens
+from truetune.data.rows import evenly
 
 # Rows that are decoded where a property holds for most rows or for none. If at least half of the
 # rows have it, the chance that fewer than a fifth of 200 drawn evenly do is below 1e-15.
@@ -82,10 +83,7 @@ class LabelFacts:
     @cached_property
     def sample(self) -> list[int]:
         """At most SAMPLE rows, spread evenly over all."""
-        total = len(self.table)
-        return (
-            list(range(total)) if total <= SAMPLE else [i * total // SAMPLE for i in range(SAMPLE)]
-        )
+        return list(evenly(range(len(self.table)), SAMPLE))
 
     @cached_property
     def cut_at(self) -> int | None:

@@ -21,6 +21,7 @@ from truetune.checks.labels.facts import LabelFacts, has_header, of_turns, unpro
 from truetune.checks.registry import check
 from truetune.contract.contract import PromptContract
 from truetune.contract.frame import Separators, separators, served_ids
+from truetune.contract.tokens import common_prefix
 from truetune.errors import TruetuneError
 from truetune.findings import Finding, Level, rows_finding, share
 
@@ -272,10 +273,7 @@ _SEES = 24
 
 
 def _differing(row: str, served: str, cuts: Separators, before: str, role: str) -> _Difference:
-    at = next(
-        (i for i, (a, b) in enumerate(zip(row, served, strict=False)) if a != b),
-        min(len(row), len(served)),
-    )
+    at = common_prefix(row, served)
     kind = "another text"
     if role:
         kind = f"the role {role!r}"

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from truetune.system.lazy import torch
 
 
 def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """The tensor on a device. A copy from pageable memory waits for all work that the device was
     given before; one from pinned memory takes its place in the queue."""
-    import torch
-
     device = torch.device(device)
     if device.type != "cuda" or tensor.device.type != "cpu" or not torch.cuda.is_available():
         return tensor.to(device)
