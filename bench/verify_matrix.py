@@ -538,7 +538,7 @@ def ways_table(found: list[dict[str, Any]]) -> str:
     lines.append("")
     for way, words in zip(ways, ("the manifest", "the record alone", "no hash"), strict=True):
         names = [each["name"] for each in found if not each[way]]
-        lines.append(f"Through with {words}: {'; '.join(names) or 'nothing'}.")
+        lines.append(f"Missed with {words}: {'; '.join(names) or 'nothing'}.")
     dates = sorted({each["date"] for each in found})
     lines += ["", f"Machine: {machine()}. {' to '.join(sorted({*dates[:1], *dates[-1:]}))}."]
     return "\n".join(lines)

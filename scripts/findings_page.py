@@ -75,7 +75,7 @@ def findings_page() -> str:
         "warning or note (no level is shown here if it depends on the number of rows). It is",
         "reported with its location, a count, a likely cause and a fix. An *error* ends the",
         "command with the exit code of its class (`errors.py`). A *row error* refuses one row and",
-        "is counted. Codes are stable. Values that are filled in when a finding is reported stand",
+        "is counted. Codes are stable. Values that are filled in when a finding is reported appear",
         "in \u2039quotes\u203a.",
     ]
     for code, places in sorted(by_code.items()):

@@ -38,15 +38,15 @@ INTRO = """# Mutants of chat templates
 `python scripts/mutant_table.py` makes this page. A second judge, the oracle in `tests/oracle.py`,
 shares no code with truetune. It renders only with transformers' `apply_chat_template`, requires
 that the trained sequence begins with the served prompt of every trained turn, and parses the
-supervised text back into reasoning, content and calls: every part of the row, in order, exactly
-once, and nothing else but the words of the format. Here it judges what truetune does with
-deliberately broken templates and with unchanged ones.
+supervised text back into reasoning, content and calls, which must be the parts of the row, in
+order, exactly once, with nothing added but the words of the format. Here it judges what truetune
+does with deliberately broken templates and with unchanged ones.
 
 | cell | the row is |
 |---|---|
 | e | trained, and exact |
 | r | refused |
-| f | refused, although the template's own rendering of it is exact |
+| f | refused, although the template's rendering of it is exact |
 | WRONG | trained wrongly, without any message |
 | CRASH | stopped by an error in the program |
 

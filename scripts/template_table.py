@@ -35,23 +35,23 @@ SHORT = {
 INTRO = """# Chat templates
 
 `python scripts/template_table.py` makes this page by running the code. Each template renders each
-kind of conversation, with the template arguments that `fit` chooses for that row alone. A number
-means that the row is exact: each trained turn follows, token for token, what a server sends, and
-ends on the first stop token. The number counts the sequences: 1 is one sequence with all turns;
-more are needed if the template rewrites history (they form a tree that shares its prefixes). A
+kind of conversation, with the template arguments that `fit` chooses for that row. A number means
+that the row can be trained exactly: each trained turn follows, token for token, what a server
+sends, and ends on the first stop token. The number counts the sequences: 1 means one sequence with
+all turns; if the template rewrites history, there are more, in a tree that shares prefixes. A
 letter names the template argument that was chosen. If no faithful completion exists, the row is
 refused:
 
 | word | code | what the template does |
 |---|---|---|
-| drops | `target-dropped` | leaves reasoning or a tool call out |
-| behind stop | `target-behind-stop` | ends the turn before all of it is written |
+| drops | `target-dropped` | omits reasoning or a tool call |
+| behind stop | `target-behind-stop` | writes a stop token before the end of the turn |
 | refuses | `template-refuses` | raises an error |
 | thinks | `thinking-only` | opens a think block before an answer without reasoning |
 | off | `thinking-off` | closes the think block before an answer with reasoning |
 | invents | `target-invented` | writes something that is not in the data |
 | no stop | `no-stop` | does not end the turn |
-| differs | `prompt-differs` | serves a different beginning from the one that it renders |
+| differs | `prompt-differs` | renders a prompt differently from how it serves it |
 
 Some refusals can be avoided with an option. `--reasoning inline` writes dropped reasoning between
 markers, and `--reasoning drop` removes it from the rows. `--reasoning empty` trains rows without

@@ -162,9 +162,9 @@ def test_what_is_no_batches_is_named_with_what_to_call() -> None:
     model = HOUSE.model(tokenizer)
     batch = _collator(tokenizer)([_feature(tokenizer, messages(i)) for i in range(2)])
     for given, said, fix in (
-        ((["x"], model, tokenizer), "LlamaForCausalLM, and no tokenizer", "tokenizer, model)"),
-        ((["x"], "gpt2"), "a str, and no tokenizer", "tokenizer, model)"),
-        (("rows.jsonl",), "is a name", "truetune check MODEL rows.jsonl"),
+        ((["x"], model, tokenizer), "LlamaForCausalLM, not a tokenizer", "tokenizer, model)"),
+        ((["x"], "gpt2"), "a str, not a tokenizer", "tokenizer, model)"),
+        (("rows.jsonl",), "is a string", "truetune check MODEL rows.jsonl"),
         ((batch, tokenizer), "is one batch", "audit([batch], tokenizer)"),
         ((dict(batch), tokenizer), "is one batch", "audit([batch], tokenizer)"),
     ):

@@ -144,7 +144,7 @@ def test_columns_of_no_schema(tmp_path: Path, tiny: Path) -> None:
         (
             ("--batch-size=8", "--micro-batch-size=3", "--gradient-accumulation-steps=2"),
             "recipe",
-            "= 6: leave one of them out",
+            "= 6: omit one of them",
         ),
         (("--epochs", "2"), "recipe", "epochs and max_steps"),
     ],
@@ -263,7 +263,7 @@ def test_output_folders_that_hold_something(tmp_path: Path, tiny: Path, rows: Pa
         ("model: a\n  b: [\n", "input", ["not valid YAML", "r.yaml:2"]),
         ("- a\n", "input", ["not a list of settings"]),
         ("lora: perhaps\nlora_r: many\n", "recipe", ["2 settings", "lora must", "lora_r must"]),
-        ("model: m\n", "recipe", ["not given: data, output"]),
+        ("model: m\n", "recipe", ["missing: data, output"]),
     ],
 )
 def test_recipes(tmp_path: Path, text: str, code: str, parts: list[str]) -> None:

@@ -241,7 +241,7 @@ def test_inspect_shows_what_a_model_brings(place: Place) -> None:
     for part in (
         "LlamaForCausalLM, 32,416 parameters",
         "2 layers of 32, context 256 tokens",
-        "261 tokens, head of 264 rows (3 spare)",
+        "261 tokens, 264 logits (3 spare)",
         "q_proj x2",
         "'<|end|>' (257)",
         "<|user|>QUESTION<|assistant|>\nANSWER<|end|>",

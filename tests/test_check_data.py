@@ -425,8 +425,8 @@ def test_rendered_conversations_as_plain_text() -> None:
     turns = "<|user|>\nHow?<|end|>\n<|assistant|>\nSo.<|end|>\n"
     rows = [Conversation((), f"rows.jsonl:{i}", text=turns + prose(i)) for i in range(9)]
     told = told_of("control-token-in-content", facts(rows))
-    assert "rendered already" in told.why
-    assert "the questions too" in told.why
+    assert "already rendered" in told.why
+    assert "including the questions" in told.why
     assert '"messages"' in told.fix
     assert "break them up" not in told.fix
     documents = [Conversation((), f"t.txt:{i}", text=f"<s> {prose(i)} <s>") for i in range(9)]

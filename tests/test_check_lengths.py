@@ -135,8 +135,10 @@ def test_markers_of_ones_own_close_the_reasoning() -> None:
     assert report["limit"] == next(d for d in report["limits"] if d["limit"] == 14)
     assert (report["limit"]["thoughts"], report["limit"]["with_thoughts"]) == (1, 1)
     names, texts = zip(*report_lines(report), strict=True)
-    assert names == ("lengths", "a limit of")
-    assert texts[1].startswith("14 would cut 100 %; 100 % lose the end of the answer; 100 % of")
+    assert names == ("lengths", "limits")
+    assert texts[1].startswith(
+        "14 tokens: 100 % are cut; 100 % lose the end of the answer; 100 % of"
+    )
     plain = length_report(encoded_lengths(encoded, contract), 400, None)  # type: ignore[arg-type]
     assert len(report_lines(plain)) == 1
 

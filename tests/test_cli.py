@@ -87,7 +87,7 @@ def test_every_setting_is_an_option_with_its_help() -> None:
         # click breaks lines at hyphens too.
         assert field.metadata["help"].replace(" ", "") in told.replace(" ", "")
         assert f"\n{field.metadata['group']}:\n" in shown
-    for line in ("drop | error | truncate-prompt | split-text", "(default: 16)", "3 on a base"):
+    for line in ("drop | error | truncate-prompt | split-text", "(default: 16)", "3 for a base"):
         assert line.replace(" ", "") in told.replace(" ", "")
 
 
@@ -151,7 +151,7 @@ def test_a_recipe_runs_and_the_command_line_wins(place: Path, tmp_path: Path) ->
     assert rows["max_steps"] == {"value": 2, "origin": "command line"}
     assert rows["batch_size"] == {"value": 4, "origin": str(recipe)}
     assert rows["micro_batch_size"] == {"value": 2, "origin": str(recipe)}
-    assert "4 rows per step, packed to 2 rows or 1,024 tokens per forward pass" in shown.out
+    assert "4 examples per step, packed to 2 examples or 1,024 tokens per forward pass" in shown.out
     # What the run recorded is a recipe again, and makes the same run.
     again = command("train", tmp_path / "b" / "recipe.yaml", "-o", tmp_path / "c")
     assert again.code == 0

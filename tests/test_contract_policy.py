@@ -228,7 +228,7 @@ def test_a_refusal_names_the_argument_that_would_take_the_row(name: str, argumen
     row = Conversation(tuple(PLAIN), "f:1", template_kwargs={key: json.loads(value)})
     assert len(contract.encode(row).turns) >= 1
     # One without such an argument does not name any.
-    assert "would take this row" not in refusal(own_contract("opens_thinking"), PLAIN).fix
+    assert "would accept this row" not in refusal(own_contract("opens_thinking"), PLAIN).fix
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_what_stands_behind_the_end_is_named() -> None:
     row = [said("user", "Oslo?"), said("assistant", "Let me see.", tool_calls=[call("Oslo")])]
     error = refusal(contract, row, tools=[WEATHER])
     assert error.code == "target-behind-stop"
-    assert "stands behind 'Let me see.'" in error.why
+    assert "follows 'Let me see.'" in error.why
     assert texts(contract, PLAIN) == ["Hello.<|end|>", "See you.<|end|>"]
 
 

@@ -317,7 +317,7 @@ def test_reasoning_that_stands_in_front_of_calls_alone() -> None:
     assert isinstance(three, Refused)
     assert "drops the content of message 1" in str(two.error)
     assert "drops the reasoning of message 2" in str(three.error)
-    assert "under --template-arg enable_thinking=true" in str(two.error) + str(three.error)
+    assert "with --template-arg enable_thinking=true" in str(two.error) + str(three.error)
 
 
 # What a parser of the format reads otherwise, and what it reads
@@ -676,7 +676,7 @@ def test_a_switch_under_which_a_row_is_refused_too_is_no_advice() -> None:
     contract = loaded("{# </think> #}" + template)
     error = refused(contract, asked(call(sides=6), content="Look."), tools=[TOOL])
     assert (error.code, "--template-arg plainly=true" in error.why) == ("target-dropped", True)
-    assert "leave the content out" in error.fix
+    assert "omit the content" in error.fix
     # A row that the switch takes is told of it.
     error = refused(contract, asked(call(sides=6)), tools=[TOOL])
     assert (error.code, "--template-arg plainly=true" in error.fix) == ("thinking-only", True)

@@ -599,7 +599,7 @@ def test_rounded_matrices_are_told_from_other_training() -> None:
         lambda value: value + noise,
         lambda value: value.flip(0),
     ):
-        assert "another model, or was trained otherwise: 6 of 8" in told(change)
+        assert "another model, or was trained differently: 6 of 8" in told(change)
 
 
 def test_a_table_that_lost_a_row_is_not_called_rounded() -> None:

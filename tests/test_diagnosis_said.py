@@ -190,7 +190,7 @@ def test_replies_that_differ_without_a_loss_are_a_warning(work: Work, server: Se
     assert "whitespace" in found.why
     (line,) = _compared(Diagnosis("run", (stage,), 12))
     assert "replies differ from the trained model's" in line
-    assert "do not part" not in line
+    assert "do not differ" not in line
 
 
 def test_causes_are_errors_without_known_answers_too(tmp_path: Path, server: Server) -> None:

@@ -2,7 +2,7 @@
 
 An example that cannot run here has an HTML comment before it, which no reader sees:
 `<!-- not run: needs the Hub -->`, or `<!-- not run: needs the Hub: truetune push -->` for some of
-its lines.
+its lines. Outputs have one too, which names the command that prints them.
 """
 
 from __future__ import annotations
@@ -264,6 +264,19 @@ def trainer(folder: Path) -> Any:
 
 def having(kind: str) -> list[Path]:
     return [page for page in MANUAL if any(b.kind == kind for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", MANUAL, ids=name_of)
+def test_an_example_that_does_not_run_says_why(page: Path) -> None:
+    silent = []
+    for block in blocks(page):
+        _, _, which = block.not_run.partition(": ")
+        if block.kind in ("python", "yaml") or (block.not_run and not which):
+            continue
+        said = ("truetune ", "$ truetune ", "#", *(which.split(", ") if which else ()))
+        lines = [line for line in block.text.splitlines() if line.strip()]
+        silent += [(block.line, line) for line in lines if not line.startswith(said)]
+    assert silent == []
 
 
 @pytest.mark.slow

@@ -93,14 +93,14 @@ def cases(place: Path) -> dict[str, tuple[list[str], str]]:
             "is a file or a broken link",
         ),
         "an output that cannot be": (train(place, "-o", "/proc/run"), "output-not-writable"),
-        "two lengths": (train(place, "--epochs", "1", "--max-steps", "2"), "leave one of them"),
+        "two lengths": (train(place, "--epochs", "1", "--max-steps", "2"), "omit one of them"),
         "a learning rate": (train(place, "--learning-rate", "5"), "learning_rate 5"),
         "a batch": (train(place, "--batch-size", "0"), "batch_size must be at least 1"),
         "check's data": (["check", str(place / "model"), str(place / "no.jsonl")], "no-such-file"),
         "check's model": (["check", str(place / "no")], "model-not-found"),
         "check's smoke test": (
             ["check", str(place / "model"), "--smoke-test"],
-            "not given: data; --smoke-test would be ignored",
+            "no data was given, so --smoke-test would be ignored",
         ),
         "check's settings": (
             ["check", str(place / "model"), "--lora", "--lr", "1e-4"],

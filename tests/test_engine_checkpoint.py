@@ -130,7 +130,7 @@ def test_a_file_that_was_cut_or_grew(folder: Path, name: str) -> None:
     content = (folder / name).read_bytes()
     for damaged in (content[:-1], content + b"\0", b""):
         (folder / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match="not as they were written") as caught:
+        with pytest.raises(CheckpointError, match="changed after they were written") as caught:
             read_facts(folder)
         assert name in str(caught.value)
     (folder / name).write_bytes(content)

@@ -265,7 +265,7 @@ def test_a_base_that_is_stored_quantised(tmp_path: Path) -> None:
         write_merged(tmp_path / "adapter", tmp_path / "merged", onto="original")
     assert caught.value.code == "merge-no-original"
     made = write_merged(tmp_path / "adapter", tmp_path / "merged")
-    assert "what the files hold (bitsandbytes)" in made.onto
+    assert "the weights in the files (bitsandbytes)" in made.onto
     merged = load_model(tmp_path / "merged", device="cpu", purpose="inference")
     assert apart(loaded, merged).relative < 1e-5
 
@@ -359,7 +359,7 @@ def test_a_whole_model_is_copied(tmp_path: Path) -> None:
     assert shown.code == 0, shown.err
     told = command("export", tmp_path / "run", "--to", "merged", "-o", tmp_path / "out")
     assert told.code == 0, told.err
-    assert "a whole model, which needs no merging" in told.out
+    assert "a complete model, copied without merging" in told.out
     source = tmp_path / "run" / "model"
     names = sorted(path.name for path in source.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names

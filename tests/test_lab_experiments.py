@@ -442,7 +442,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, f
 
     def ran(name: str, measure: str, *expected: str) -> dict[str, float]:
         whole = find(name)
-        named = tuple(e for e in whole.expectations if e.told in expected)
+        named = tuple(e for e in whole.expectations if e.label in expected)
         assert len(named) == len(expected)
         found = run(replace(whole, expectations=named), arms, [1], quick=True)
         return {arm["name"]: arm["measures"][measure]["value"] for arm in found["arms"]}
@@ -452,13 +452,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, f
 
 def test_a_masked_end_marker_is_never_written(quick: Callable[..., dict[str, float]]) -> None:
     """Of 100 replies 100 end, and 0 without the marker, in each of three seeds."""
-    ended = quick("end-marker", "ended", "trained, answers end", "masked, they do not")
+    ended = quick("end-marker", "ended", "trained: answers end", "masked: answers do not end")
     assert ended["trained"] > 0.9
     assert ended["marker masked"] < 0.1
 
 
 def test_another_template_in_serving_costs_answers(quick: Callable[..., dict[str, float]]) -> None:
     """Of 100 answers 93 to 97 are lost in three seeds of the full form."""
-    right = quick("template-drift", "right", "as trained, it answers", "other markers cost 30")
+    labels = "with the trained template, it answers", "other markers cost 30 points"
+    right = quick("template-drift", "right", *labels)
     assert right["as trained"] > 0.9
     assert right["other markers"] < right["as trained"] - 0.5

@@ -391,7 +391,7 @@ def test_paths_that_lead_nowhere(llama: Path, offline: Path) -> None:
     assert caught.value.code == "model-not-found"
     with pytest.raises(ModelError, match="check the path"):
         load_model("./no/such/folder")
-    with pytest.raises(ModelError, match=f"give the folder: {llama}") as caught:
+    with pytest.raises(ModelError, match=f"pass the folder: {llama}") as caught:
         load_model(llama / "model.safetensors")
     assert caught.value.code == "model-is-file"
     with pytest.raises(ModelError, match="offline") as caught:

@@ -172,7 +172,7 @@ def test_a_kind_of_lora_is_lora() -> None:
     ("settings", "told"),
     [
         ({"qlora": True, "lora": False}, "qlora is a kind of LoRA"),
-        ({"qlora": True, "load_in_8bit": True}, "qlora holds the base in 4 bits"),
+        ({"qlora": True, "load_in_8bit": True}, "qlora uses 4 bits"),
     ],
 )
 def test_contradicting_methods(settings: dict[str, bool], told: str) -> None:

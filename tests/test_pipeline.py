@@ -83,7 +83,7 @@ def test_a_run_ends_well_and_says_how_to_go_on(trained: tuple[RunDir, Shown, str
     assert f"chat    truetune chat {run.path}" in shown.out
     assert "serve   vllm serve" in shown.out
     assert "114 to train, 6 held out" in shown.out
-    assert "8 rows per step, packed to 1,024 tokens per forward pass" in shown.out
+    assert "8 examples per step, packed to 1,024 tokens per forward pass" in shown.out
 
 
 def test_a_run_is_complete(trained: tuple[RunDir, Shown, str]) -> None:
@@ -555,11 +555,16 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
     ear = Ear()
     small(place / "tiny", data, tmp_path / "run", listener=ear)
     assert ear.stages == [
-        *("reading the rows", "opening the model's files", "proving the rows", "checking the run"),
+        *(
+            "reading the rows",
+            "opening the model's files",
+            "encoding and checking the rows",
+            "checking the run",
+        ),
         *("loading the weights", "probing the model and its memory"),
-        *["asking fixed prompts"] * 3,
-        "asking trained prompts",
-        *("saving, and reading back", "verifying in a fresh process"),
+        *["answering fixed prompts"] * 3,
+        "answering trained prompts",
+        *("saving and reloading", "verifying in a fresh process"),
     ]
 
 

@@ -83,7 +83,7 @@ class Stopper(Killer):
             self.hit("artifact", 0)
 
     def stage(self, name: str) -> None:
-        if name == "saving, and reading back":
+        if name == "saving and reloading":
             self.hit("saving", 0)
 
     def hit(self, event: str, step: int) -> None:

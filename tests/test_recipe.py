@@ -327,9 +327,9 @@ def test_values_at_the_edge_are_right(name: str, value: Any) -> None:
     [
         ({"batch_size": 16, "micro_batch_size": 3, "gradient_accumulation_steps": 4}, "= 12"),
         ({"batch_size": "16", "micro_batch_size": "32"}, "is more than"),
-        ({"batch_size": 10, "gradient_accumulation_steps": 3}, "cannot be cut into 3"),
-        ({"tokens_per_step": 4096, "batch_size": 16}, "both say how large a step is"),
-        ({"tokens_per_step": "4096", "gradient_accumulation_steps": 2}, "both say how large"),
+        ({"batch_size": 10, "gradient_accumulation_steps": 3}, "cannot be divided into 3"),
+        ({"tokens_per_step": 4096, "batch_size": 16}, "both set the size of a step"),
+        ({"tokens_per_step": "4096", "gradient_accumulation_steps": 2}, "both set the size"),
         ({"tokens_per_step": 512, "micro_batch_tokens": 513}, "more than tokens_per_step 512"),
     ],
 )
@@ -362,7 +362,7 @@ def test_tokens_of_the_command_line_replace_rows_of_the_file_and_back() -> None:
 
 def test_what_an_optimizer_of_bfloat16_weights_does_not_go_with() -> None:
     told = problems(("f", {"optim": "adamw_bf16", "dora": True, "dtype": "float32"}))
-    assert "adamw_bf16 is for all weights" in told
+    assert "adamw_bf16 trains all weights" in told
     assert "adamw_bf16 computes in bfloat16" in told
     for others in ({"dtype": "bfloat16"}, {"lora": False}, {}):
         make_recipe(("f", {"optim": "adamw_bf16", **others}))
@@ -430,7 +430,7 @@ def test_an_option_given_twice_adds_up() -> None:
     ("given", "told"),
     [
         ({"date": "20. November"}, "YYYY-MM-DD"),
-        ({"reasoning": "inline", "think_markers": ["<r>"]}, "think_markers are two"),
+        ({"reasoning": "inline", "think_markers": ["<r>"]}, "think_markers needs two markers"),
         ({"reasoning": "some"}, "reasoning must be auto, inline, empty or drop"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_healthy_run(tmp_path: Path) -> None:
         "a base goes on plain",
         "tuned, step 100",
         "Answer. 100 plain",
-        "in the row",
+        "answer in the row",
         "Answer 1. plain",
         "rows.jsonl:7: 10 tokens, 3 supervised",
         "and 5 more tokens",
@@ -212,7 +212,7 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     assert words(folder)["Behaves"] == "not measured"
     assert words(folder)["Saved as trained"] == "not measured"
     text = Seen(shown(folder)).text
-    assert "no prompts were asked" in text
+    assert "samples.jsonl contains no replies" in text
     contents["verify.json"] = {"checks": [{"name": "rows", "state": "failed", "what": "2 differ"}]}
     failed = write_run(tmp_path / "failed", contents)
     assert words(failed)["Saved as trained"] == "no"

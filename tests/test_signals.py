@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from truetune.system.signals import Stopped, number_of, raised, told
+from truetune.system.signals import Stopped, handled, number_of, raised
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -23,15 +23,15 @@ def as_before() -> object:
     before = {number: signal.getsignal(number) for number in ALL}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    for number, handled in before.items():
-        signal.signal(number, handled)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", ALL)
 def test_the_first_one_asks_and_interrupts_nothing(number: int) -> None:
     before = [signal.getsignal(each) for each in ALL]
     asked: list[int] = []
-    with told(asked.append):
+    with handled(asked.append):
         send(number)
         assert asked == [number]
         # A scheduler says it twice.
@@ -56,17 +56,17 @@ def test_one_that_a_destructor_swallowed_is_not_forgotten() -> None:
     with raised():
         with pytest.raises(Stopped):
             send(signal.SIGTERM)
-        with told(asked.append):
+        with handled(asked.append):
             assert asked == [signal.SIGTERM]
     # It is no business of the next command.
-    with raised(), told(asked.append):
+    with raised(), handled(asked.append):
         assert asked == [signal.SIGTERM]
 
 
 def test_what_is_ignored_stays_ignored() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     asked: list[int] = []
-    with raised(), told(asked.append):
+    with raised(), handled(asked.append):
         send(signal.SIGHUP)
     assert asked == []
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -77,7 +77,7 @@ def test_another_thread_leaves_signals_alone() -> None:
     inside: list[object] = []
 
     def work() -> None:
-        with raised(), told(lambda _: None):
+        with raised(), handled(lambda _: None):
             inside.extend(signal.getsignal(each) for each in ALL)
 
     thread = threading.Thread(target=work)

@@ -123,14 +123,14 @@ def page(
     lines = [
         "# The sabotage suite",
         "",
-        "Deliberately broken training scripts, each with a healthy twin: the same script with the",
-        "fix that the finding names. Written by",
+        "Deliberately broken training scripts, each with a healthy twin: the same script after the",
+        "fix that the finding suggests. Written by",
         f"`{command}` on {time.strftime('%Y-%m-%d')} with {versions}.",
         "",
         "* *detected*: `truetune.audit` (for saved models, `truetune check MODEL`) finds",
         "  something above a note before the first step;",
-        "* *cause*: it names the cause and not only a symptom; *rows*: exactly the broken rows are",
-        "  listed (n/a if the fault is in no row);",
+        "* *cause*: it names the cause and not only a symptom; *rows*: it lists exactly the broken",
+        "  rows (n/a if the fault is not in the rows);",
         "* *fix*: the twin applies the finding's fix, and its audit is clean;",
         "* *alarms*: findings above a note on the healthy twin;",
         "* *the libraries*: what TRL, transformers, peft, accelerate and datasets report for the",
@@ -151,8 +151,8 @@ def page(
             f"cause of {sum(v.cause for v in verdicts)}, and raises "
             f"{sum(len(v.false_alarms) for v in verdicts)} false alarms on the twins and "
             f"{sum(map(len, alarms.values()))} on {len(alarms)} hard negatives.",
-            f"The libraries are silent on {silent} of the {len(asked)} they see, raise on {raised} "
-            f"and warn on {len(asked) - silent - raised}.",
+            f"The libraries are silent on {silent} of the {len(asked)} that they see, raise "
+            f"an error on {raised} and warn on {len(asked) - silent - raised}.",
             "",
             "| case | what is broken | finding | detected | cause | rows | fix | alarms | "
             "the libraries |",

@@ -412,8 +412,8 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
     """
     rise = found.loss - found.reference_loss
     what = (
-        f"in {bits} the untrained base has a loss of {found.loss:.3f} on {num_rows} rows, compared "
-        f"with {found.reference_loss:.3f} as it is stored, and predicts the same token at "
+        f"in {bits} the untrained base has a loss of {found.loss:.3f} on {num_rows} rows, "
+        f"compared with {found.reference_loss:.3f} as stored, and predicts the same token at "
         f"{100 * found.greedy:.1f} % of {found.num_positions:,} positions"
     )
     if rise <= _MOST_LOSS and found.greedy >= _LEAST_GREEDY:
@@ -423,7 +423,8 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
         "warning",
         what,
         count=num_rows,
-        why=f"more than {_MOST_LOSS:g} nats of loss, or less than {100 * _LEAST_GREEDY:.0f} % of "
+        why=f"this is more than {_MOST_LOSS:g} nats of loss, or less than "
+        f"{100 * _LEAST_GREEDY:.0f} % of "
         "the tokens: rounding breaks this model, and the adapter would start from the broken one",
         fix="--lora or --load-in-8bit, or a larger model in 4 bits",
     )

@@ -57,7 +57,7 @@ class TruetuneError(Exception):
 
     @property
     def finding(self) -> Finding:
-        """The error as a finding, where the work goes on."""
+        """The error as a finding, for when the work continues."""
         return Finding(self.code, "error", self.what, self.where, why=self.why, fix=self.fix)
 
     @property

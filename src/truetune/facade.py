@@ -275,7 +275,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
 
     Args:
         run: a run, or a model or adapter folder.
-        base: where an adapter's base is now, if it has moved.
+        base: current location of an adapter's base, if it has moved.
         device: auto, cuda, mps or cpu.
 
     Returns:
@@ -313,27 +313,27 @@ def export(
     the folder gets its name. A GGUF file is served by llama.cpp and compared with the model.
 
     Args:
-        run: a run, or a model or adapter folder. A whole model is copied where nothing else is to
-            be done.
+        run: a run, or a model or adapter folder. A complete model is copied if there is nothing to
+            convert.
         output: the folder to write; it must not exist.
         to: merged, gguf, ollama (a GGUF file with a Modelfile), mlx, vllm or sglang.
-        quant: the type of a GGUF file's weights: f32, f16, bf16, q8_0, q4_k_m and so on, f16 where
-            None; for MLX f32, f16, bf16, 8bit, 4bit and so on, bf16 where None; for merged, vllm
-            and sglang nf4, int8, torchao-int8, gptq-w4a16 or gptq-w8a8, plain weights where None.
+        quant: the type of a GGUF file's weights: f32, f16, bf16, q8_0, q4_k_m and so on (None means
+            f16); for MLX f32, f16, bf16, 8bit, 4bit and so on (None means bf16); for merged, vllm
+            and sglang nf4, int8, torchao-int8, gptq-w4a16 or gptq-w8a8 (None means plain weights).
         adapter: for gguf: write the adapter alone.
         go_template: for ollama: write the template as Go text.
-        base: where the base is now, if it has moved.
+        base: current location of the base, if it has moved.
         onto: original or dequantised weights; auto uses those that the adapter was trained on.
         dtype: dtype of the saved weights; auto uses the base's.
         device: the device on which to merge and compare.
         verify: compare the merged model with the adapter in a fresh process.
-        data: rows on which GPTQ is calibrated; None takes those that the run was trained on.
+        data: calibration rows for GPTQ; by default the training rows of the run.
         quiet, listener: as in `train`.
 
     Returns:
-        The export: `.folder`, `.exported` and `.verdict`; of a GGUF file `.path` and `.proof`; of
-        MLX and of quantised folders `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line`
-        and `.reasons`.
+        The export: `.folder`, `.exported` and `.verdict`; for a GGUF file `.path` and `.proof`; for
+            MLX and quantised folders `.folder` and `.apart`; for vLLM and SGLang `.folder`, `.line`
+            and `.reasons`.
 
     Raises:
         TruetuneError: the export cannot be written, or differs from the model; no files are
@@ -385,8 +385,8 @@ def diagnose(
         gguf: a file made from it.
         url: a server that serves it.
         stages: names of the stages to compare; by default all.
-        data: rows to ask; by default rows of the run.
-        base: where an adapter's base is now, if it has moved.
+        data: rows on which to compare the stages; by default rows of the run.
+        base: current location of an adapter's base, if it has moved.
         quiet, listener: as in `train`.
 
     Returns:
@@ -554,8 +554,8 @@ def evaluate(
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> Evaluation:
-    """Ask models the rows of a dataset, each with the prompt that it is served, and compare the
-    replies, as `truetune eval` does.
+    """Send the questions of a dataset to models, in the prompt format that each is served with, and
+    compare the replies, as `truetune eval` does.
 
         found = truetune.evaluate(["Qwen/Qwen2.5-0.5B", "runs/first"], "held_out.jsonl")
         found["runs/first"].values["match"].value
@@ -631,8 +631,8 @@ def evaluate_tasks(
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> TaskEvaluation:
-    """Ask models tasks of lm-evaluation-harness, as served and by the raw prompt, as `truetune eval
-    --tasks` does; needs the extra `eval`.
+    """Evaluate models on tasks of lm-evaluation-harness, with served and with raw prompts, as
+    `truetune eval --tasks` does; needs the extra `eval`.
 
         found = truetune.evaluate_tasks(["Qwen/Qwen2.5-0.5B", "runs/first"], "arc_easy", limit=200)
 
@@ -640,7 +640,7 @@ def evaluate_tasks(
         models: one or several runs, model or adapter folders, or Hub ids. The others are compared
             with the first.
         tasks: names of the harness's tasks, or YAML files of your own.
-        shots: worked examples before each question; by default what the task says.
+        shots: worked examples before each question; by default as the task specifies.
         limit: use only this many documents of each task, from the first.
         seed: random seed for shots, sampling and intervals.
         chat_template: template for all models; by default each model's own.
@@ -677,7 +677,7 @@ def _several(given: Pathlike | Sequence[Pathlike]) -> list[Pathlike]:
 
 @_words_of_python()
 def report(run: Pathlike, output: Pathlike | None = None) -> Written:
-    """Write the page of a run, finished or not, as `truetune report` does.
+    """Write the report of a run, finished or not, as `truetune report` does.
 
         page = truetune.report("runs/first")
         page.path, page.answers
@@ -687,8 +687,8 @@ def report(run: Pathlike, output: Pathlike | None = None) -> Written:
         output: the file to write; by default RUN/report.html.
 
     Returns:
-        `.path` of the page, and `.answers`: trained as served, saved as trained, behaves, each with
-        `.word` and `.why`.
+        `.path` of the report, and `.answers` to the three questions (trained as served, saved as
+        trained, behaves), each with `.word` and `.why`.
 
     Raises:
         TruetuneError: `run` is not a run, or the file cannot be written.
@@ -704,7 +704,7 @@ def report(run: Pathlike, output: Pathlike | None = None) -> Written:
 
 @_words_of_python()
 def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
-    """Serve the page of a run at http://127.0.0.1:PORT, rebuilt for each request, until
+    """Serve the report of a run at http://127.0.0.1:PORT, rebuilt for each request, until
     interrupted.
 
     Args:

@@ -29,11 +29,11 @@ class Finding:
         code: stable, kebab-case.
         level: an error stops a run before the compute is spent; a warning and a note do not.
         what: one sentence.
-        where: the first place it was seen (`file:line`, an option, a turn); "" if it has none.
-        count: how many places.
+        where: the first place (`file:line`, an option, a turn); "" if there is none.
+        count: the number of places.
         why: the likely cause.
         fix: the next command or edit.
-        rows: the first places, at most 100, where more than one was listed; `where` is the first.
+        rows: the first places, at most 100, if there is more than one; `where` is the first.
     """
 
     code: str

@@ -442,7 +442,7 @@ class RunDir:
             known = {MANIFEST, LOCK, REPORT, *map(str, listed)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise OutputExists(
-                f"{MANIFEST} cannot be read, so nobody knows which files are the run's: {error}",
+                f"{MANIFEST} cannot be read, so the files of the run are unknown: {error}",
                 where=str(self.path / MANIFEST),
                 fix="choose another folder with --output, or remove this one yourself",
                 code="output-not-ours",

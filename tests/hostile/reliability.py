@@ -42,7 +42,7 @@ from trials import (  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-SAME = "goes on to the same losses, samples and weights, bit for bit"
+SAME = "continues to the same losses, samples and weights, bit for bit"
 # What happens, what is promised, and one trial after the other.
 Row = tuple[str, str, Iterable[Callable[[], str]]]
 
@@ -63,49 +63,49 @@ def rows(trials: Trials, points: int) -> Iterator[Row]:
             what = f"{signal.Signals(number).name} {where}"
             promised = f"exit code {128 + number}; the run {SAME}"
             yield what, promised, signals(phase, number, few)
-    one = "one runs to its end, the other exits 2 and changes nothing"
+    one = "one finishes, the other exits with 2 and changes nothing"
     for kind, what in (
         ("start", "two starts in one folder at once"),
         ("resume", "two `--resume` of one run at once"),
-        ("resume beside", "`--resume` beside a working run"),
-        ("overwrite beside", "`--overwrite` of a working run"),
+        ("resume beside", "`--resume` beside an active run"),
+        ("overwrite beside", "`--overwrite` of an active run"),
     ):
         delays = [0.0 if i % 2 else trials.seconds * i / few for i in range(few)]
         yield what, one, [lambda k=kind, d=d: at_once(trials, k, d) for d in delays]
     yield (
         "two exports into one folder at once",
-        "one model is there whole, the other export exits 2",
+        "one model is complete, the other export exits with 2",
         [lambda d=d: exports_at_once(trials, d) for d in [0.05 * i for i in range(few)]],
     )
     if may_mount():
         sizes = [1 << 12, *(20_000 + i * 600_000 // few for i in range(few))]
         yield (
             "a disk that is full after 4 kB to 620 kB",
-            f"the error says so; with room again the run {SAME}",
+            f"an error says so; with free space again, the run {SAME}",
             [lambda s=size: full_disk(trials, s) for size in sizes],
         )
         yield (
             "a file system that becomes read-only",
-            f"the error says so, and so does `--resume`; writable again, the run {SAME}",
+            f"an error says so, also for `--resume`; once it is writable again, the run {SAME}",
             [lambda s=step: read_only(trials, s) for step in range(1, 1 + min(few, 6))],
         )
     sizes = [i * 120 // few for i in range(few)]
     yield (
         "0 to 120 MB of memory left",
-        "an error, no traceback (or the end of the process, where a C++ library ends it); with "
-        f"memory the run {SAME}",
+        "an error without a traceback (or the process ends, if a C++ library ends it); with "
+        f"memory again, the run {SAME}",
         [lambda s=size: little_memory(trials, s) for size in sizes],
     )
     jumps = [-86400.0 * 400, -3600.0, 3600.0, 86400.0 * 4000]
     yield (
-        "a clock that is set back or ahead, and SIGKILL",
+        "a clock that is set back or forward, and SIGKILL",
         f"the run {SAME}",
         [lambda j=jump: other_clock(trials, j) for jump in jumps[: max(1, few)]],
     )
     yield (
-        "a file of a checkpoint flipped, cut, emptied, removed, exchanged or added",
-        f"a warning, and from the checkpoint before it the run {SAME}; where none is whole, "
-        "exit code 1 and nothing changes",
+        "a file of a checkpoint changed, truncated, emptied, removed, swapped or added",
+        f"a warning, and from the previous checkpoint the run {SAME}; if none is intact, exit "
+        "code 1 and nothing changes",
         damages(trials, points),
     )
 

@@ -151,7 +151,7 @@ def test_memory_that_runs_out_changes_nothing(
     require_equal(one_step(model, 8, **given), whole)
     assert failed == [8, 3]
     assert [finding.code for finding in found] == ["out-of-memory"] * 2
-    assert "from step 1 on at most 2 rows" in found[-1].what
+    assert "from step 1 on, at most 2 examples" in found[-1].what
 
 
 def test_the_mean_is_over_tokens_and_not_over_rows() -> None:

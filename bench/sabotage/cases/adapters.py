@@ -133,7 +133,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S18",
-        "target_modules that match in part",
+        "target_modules that match only some layers",
         s18,
         ("lora-targets-unmatched",),
         "query_key_value",
@@ -160,7 +160,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S20c",
-        "adapter from its config only (get_peft_model), then trained",
+        "adapter made from its config only (get_peft_model), then trained",
         config_without_weights,
         ("nothing-trainable",),
         "weights were not loaded",

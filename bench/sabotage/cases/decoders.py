@@ -148,7 +148,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "D05",
-        "generation starts the decoder with another token",
+        "generation starts the decoder with a different token",
         decoder_start,
         ("decoder-start",),
         "generation starts it with",

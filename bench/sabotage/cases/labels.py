@@ -205,11 +205,11 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "L01b",
-        "mask the wrong way round: prompts trained, answers not",
+        "inverted mask: prompts trained, answers not",
         mask_turned,
         ("answers-masked",),
         "inverted",
-        "-100 on what the server sends",
+        "-100 on the prompt",
     ),
     Case(
         "L01c",

@@ -111,7 +111,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S07c",
-        "rows cut in front by hand",
+        "rows cut at the beginning by hand",
         cut_by_hand,
         ("prompt-cut",),
         "beginning",

@@ -115,7 +115,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S16b",
-        "positions that restart beside an attention mask of ones",
+        "positions that restart, with an attention mask of ones",
         mask_over_positions,
         ("packing-not-isolated",),
         "attention mask",

@@ -200,7 +200,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "U02",
-        "a space for the line break behind the assistant header",
+        "a space instead of the line break after the assistant header",
         space_for_line,
         ("prompt-differs",),
         "a server sends",
@@ -218,7 +218,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "U04",
-        "the questions of a role that no server sends (human)",
+        "questions with a role that no server sends (human)",
         role_human,
         ("prompt-differs",),
         "'human'",
@@ -283,7 +283,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "U10",
-        "two end tokens behind each answer",
+        "two end tokens after each answer",
         two_ends,
         ("stop-doubled", "prompt-differs"),
         "twice",

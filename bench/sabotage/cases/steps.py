@@ -117,7 +117,7 @@ def wild_rate(house: House, broken: bool) -> Any:
 CASES: tuple[Case, ...] = (
     Case(
         "S15",
-        "loss function leaves num_items_in_batch out, four accumulation steps",
+        "loss function ignores num_items_in_batch, four accumulation steps",
         s15,
         ("accumulation-changes-loss",),
         "num_items_in_batch",
@@ -154,7 +154,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "M03",
-        "optimizer of another model",
+        "optimizer of a different model",
         stale_optimizer,
         ("optimizer-misses",),
         "optimizer",

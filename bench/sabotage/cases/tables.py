@@ -76,7 +76,7 @@ _HALF = tuple(range(0, ROWS, 2))
 CASES: tuple[Case, ...] = (
     Case(
         "S05",
-        "the end token's rows are untrained, and LoRA leaves them frozen",
+        "the end token's embeddings are untrained, and LoRA leaves them frozen",
         s05,
         ("token-row-untrained",),
         "never trained",
@@ -92,7 +92,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S14",
-        "two new tokens in spare rows, LoRA on q_proj only",
+        "two new tokens in unused embeddings, LoRA on q_proj only",
         s14,
         ("new-token-frozen",),
         "added to the tokenizer",
@@ -101,7 +101,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "M05",
-        "new tokens beyond the model's rows",
+        "new tokens beyond the model's embeddings",
         beyond_rows,
         ("id-beyond-head",),
         "exceeds",

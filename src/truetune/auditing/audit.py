@@ -51,16 +51,16 @@ def audit(
     evaluation: Any = None,
     max_rows: int | None = MAX_ROWS,
 ) -> AuditReport:
-    """Judge what a training run will learn, before it starts.
+    """Check what a training run will learn, before it starts.
 
     Args:
         source: a transformers or TRL `Trainer`; or a DataLoader or other iterable that yields
             batches with `input_ids` and `labels`, each (B, T) and unshifted.
-        tokenizer: needed for batches; of a trainer it is known.
-        model: for batches: its embeddings, dtypes and stop ids are judged too.
-        generation_config: what the server will read; by default the model's, as the trainer will
-            save it.
-        evaluation: for batches: the held-out ones, which must not occur in training.
+        tokenizer: required for batches; a trainer has its own.
+        model: for batches; its embeddings, dtypes and stop ids are checked too.
+        generation_config: the one that the server will read; by default the model's, as the trainer
+            will save it.
+        evaluation: for batches; the held-out ones, whose rows must not occur in training.
         max_rows: rows to read, spread evenly over the data; None reads all.
 
     Returns:

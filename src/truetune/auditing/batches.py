@@ -107,8 +107,8 @@ def _attention_holes(rows: Sequence[ReadRow], pad: int | None) -> Iterator[Findi
 _HIDDEN = {
     "all": (
         "the attention mask is 0 on every token of {rows}",
-        "it was created with zeros and never filled: no token attends to another, so nothing of a "
-        "prompt is read",
+        "it was created with zeros and never filled: no token attends to another, so the prompt "
+        "is not read",
         "take the attention mask from the tokenizer: 1 on every token of the row, 0 on padding",
     ),
     "inverted": (
@@ -129,7 +129,7 @@ _HIDDEN = {
         "the attention mask hides the beginning of {rows}: it is in the ids, but the model does "
         "not see it",
         "the mask was made for rows of other lengths or padded on another side: answers are "
-        "learned with a part of their question",
+        "learned with only a part of their question",
         "set the attention mask to 1 on every token of the row and to 0 only on padding",
     ),
     "pad": (
@@ -211,9 +211,9 @@ def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
             level="error",
             what=f"the position ids of {share(len(wild), len(rows))} do not count up one by one: "
             f"the first are {_positions(rows[wild[0]])}",
-            why="the model reads words in the order of their positions, and these run backwards "
-            "or in no order: a server counts up from 0, so what is learned has no effect when "
-            "the model is served",
+            why="the model reads words in the order of their positions, and these are out of "
+            "order: a server counts up from 0, so what is learned has no effect when the "
+            "model is served",
             fix=fix,
         )
 
@@ -330,8 +330,8 @@ def held_out_findings(
                 same,
                 code="eval-in-train",
                 level="error" if len(same) > 0.1 * len(rows) else "warning",
-                what=f"{share(len(same), len(rows))} held out for evaluation are also trained (the "
-                f"first is {twins})",
+                what=f"{share(len(same), len(rows))} held out for evaluation are also training "
+                f"rows (the first is {twins})",
                 why="the evaluation rows were drawn from the training rows without removing them, "
                 "or the data has duplicates: the evaluation loss measures memorisation",
                 fix="remove duplicates, split the dataset (dataset.train_test_split), and train "
@@ -343,7 +343,8 @@ def held_out_findings(
                 asked,
                 code="eval-prompt-in-train",
                 level="warning" if len(asked) > 0.1 * len(rows) else "note",
-                what=f"{share(len(asked), len(rows))} held out have a prompt that is also trained",
+                what=f"{share(len(asked), len(rows))} held out have a prompt that also occurs in "
+                "training",
                 why="rows with the same prompt are on both sides of the split",
                 fix="keep rows with the same prompt on one side of the split",
             )

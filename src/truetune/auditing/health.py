@@ -54,12 +54,12 @@ class HealthCallback(TrainerCallback):
     Args:
         data: rows as they are served: a file, a folder or a list of conversations (each a list of
             message dicts). With them, the probes check whether what is trained is what is served.
-            None takes prompts and answers from the trainer's own batches and labels.
-        every: optimizer steps between measurements; None measures at most ten times in a run, and
-            only as often as costs under 3 % of it.
-        keep_text: a file with text that must not be forgotten; None takes text that the model
+            By default, prompts and answers come from the trainer's own batches and labels.
+        every: optimizer steps between measurements; by default, at most ten times in a run, and
+            only as often as it costs under 3 % of the run.
+        keep_text: a file with text that must not be forgotten; by default, text that the model
             writes before the first step.
-        on_collapse: stop the run, or continue it and report the collapse.
+        on_collapse: "stop" ends the run, "continue" only reports the collapse.
         seed: random seed for that text.
 
     Attributes:
@@ -250,8 +250,8 @@ class HealthCallback(TrainerCallback):
                     "note",
                     "no prompt could be separated from an answer: replies are not measured",
                     why="every token is a target, or no tokens precede the first target",
-                    fix="pass rows: truetune.HealthCallback(ROWS) asks their prompts as they are "
-                    "served",
+                    fix="pass rows: truetune.HealthCallback(ROWS) generates replies to their "
+                    "prompts, as served",
                 )
             )
         rows = args.train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)

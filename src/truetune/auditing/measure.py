@@ -85,10 +85,11 @@ def _recomputing(subject: Subject, reading: Reading) -> Iterator[Finding]:
     yield Finding(
         code="soft-prompt-recomputed",
         level="error",
-        what="a step of training fails with gradient checkpointing: "
+        what="a training step fails with gradient checkpointing: "
         f"{type(error).__name__}: {str(error)[:120]}",
         where="args.gradient_checkpointing",
-        why="a prefix is given to each layer as cached keys and values, and gradient checkpointing "
+        why="a prefix is passed to each layer as cached keys and values, and gradient "
+        "checkpointing "
         "drops the cache; without it the same row passes",
         fix="set gradient_checkpointing=False (TRL turns it on by default), or use prompt tuning",
     )
@@ -149,8 +150,8 @@ def _accumulation(subject: Subject, reading: Reading) -> Iterator[Finding]:
             level="note",
             what=f"the loss could not be computed: {type(error).__name__}: {error}",
             where="trainer.compute_loss",
-            why="it needs values that exist only during a training step; whether accumulation "
-            "changes it is unknown",
+            why="it needs values that exist only during a training step; whether gradient "
+            "accumulation changes it is unknown",
             fix="compare one step of 8 rows with 8 steps of one row by hand",
         )
         return

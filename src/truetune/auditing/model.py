@@ -127,8 +127,8 @@ def _virtual_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
         f"{max(lengths, default=0):,} tokens becomes {max(lengths, default=0) + number:,}"
         + (f", and max_length={limit:,} means {limit + number:,}" if limit else ""),
         where="trainer.model",
-        why="only these embeddings are learned; they are meaningless to another base, and the "
-        "base without them has learned nothing",
+        why="only these embeddings are learned; they mean nothing to another base, and the base "
+        "alone is unchanged",
         fix="serve it with PeftModel.from_pretrained on this base; it cannot be merged, and "
         "servers with LoRA support do not accept it",
     )
@@ -468,7 +468,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             where="args.learning_rate",
             why="the loss diverges, or the model forgets its language"
             if side == "above"
-            else "only the virtual tokens are trained, and at this rate they stay where they began"
+            else "only the virtual tokens are trained, and at this rate they hardly move"
             if soft
             else "the weights hardly change",
             fix=f"set learning_rate={usual}",

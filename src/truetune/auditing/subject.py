@@ -156,16 +156,16 @@ def subject_of_batches(
     """
     if isinstance(batches, str | PathLike):
         raise UsageError(
-            f"{str(batches)!r} is a name, and no trainer or batches",
-            why="an audit reads what a trainer is about to train on; rows of a file are checked "
-            "against a model",
+            f"{str(batches)!r} is a string, not a trainer or batches",
+            why="an audit reads the batches of a trainer; a data file is checked together with a "
+            "model",
             fix=f"truetune check MODEL {batches}, or truetune.check(model, {str(batches)!r}); to "
             "audit, pass the trainer or its DataLoader",
             code="audit-subject",
         )
     if isinstance(batches, Mapping) or hasattr(batches, "input_ids"):
         raise UsageError(
-            f"{type(batches).__name__} is one batch, and not an iterable of batches",
+            f"{type(batches).__name__} is one batch, not an iterable of batches",
             fix="truetune.audit([batch], tokenizer)",
             code="audit-subject",
         )
@@ -185,8 +185,8 @@ def subject_of_batches(
     if found is None and not hasattr(tokenizer, "eos_token_id"):
         swapped = _tokenizer_of(model) is not None
         raise UsageError(
-            f"the second argument is {_article(tokenizer)}, and no tokenizer",
-            why="tokenizer and model are in each other's place" if swapped else "",
+            f"the second argument is {_article(tokenizer)}, not a tokenizer",
+            why="tokenizer and model are swapped" if swapped else "",
             fix="truetune.audit(batches, tokenizer, model)",
             code="audit-no-tokenizer",
         )

@@ -107,7 +107,7 @@ class Divergence:
         self.losses: deque[float] = deque()
         self.first: float | None = None
         self.best = math.inf
-        self.told = False
+        self.reported = False
 
     def __call__(self, facts: StepFacts) -> Finding | None:
         if not facts.num_supervised:
@@ -125,9 +125,9 @@ class Divergence:
         before, self.best = self.best, min(self.best, now)
         over_first = now > _ABOVE_FIRST * self.first + _NATS_ABOVE_FIRST
         over_best = now > before + _NATS_ABOVE_BEST
-        if self.told or not (over_first or over_best):
+        if self.reported or not (over_first or over_best):
             return None
-        self.told = True
+        self.reported = True
         reference = f"{self.first:.2f} at the start" if over_first else f"{before:.2f} at its best"
         return Finding(
             "loss-diverged",
@@ -152,7 +152,7 @@ class Spikes:
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=_USUAL)
         self.rows: Counter[int] = Counter()
-        self.told: set[int] = set()
+        self.reported: set[int] = set()
 
     def __call__(self, facts: StepFacts) -> Finding | None:
         if not facts.num_supervised:
@@ -166,8 +166,8 @@ class Spikes:
         if facts.loss <= middle + max(_SPREADS * spread, _NATS):
             return None
         self.rows.update(facts.rows)
-        again = sorted({r for r in facts.rows if self.rows[r] > 1} - self.told)
-        self.told.update(again)
+        again = sorted({r for r in facts.rows if self.rows[r] > 1} - self.reported)
+        self.reported.update(again)
         named = again or sorted(facts.rows)
         seen = "which stood in an earlier spike too" if again else f"{len(named)} in this step"
         return Finding(

@@ -141,7 +141,7 @@ def _worse_than_untrained(history: Sequence[Vitals], regime: Regime) -> Iterator
                 f"token; before the first step it was {losses[0]:.2f}",
                 why="the learning rate is too high, the answers do not depend on their "
                 "questions, or the labels differ from what is served",
-                fix=f"{regime.gentler}; check the labels of another trainer with "
+                fix=f"{regime.gentler}; with another trainer, check the labels with "
                 "`truetune.audit(trainer)`",
             )
             return

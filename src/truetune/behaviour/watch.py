@@ -90,11 +90,11 @@ class Watch:
         return sum(loss * number for loss, number in self._losses) / targets if targets else None
 
 
-def once(findings: Sequence[Finding], told: set[tuple[str, str]]) -> list[Finding]:
+def once(findings: Sequence[Finding], reported: set[tuple[str, str]]) -> list[Finding]:
     """Findings that were not reported at this level before; they are remembered. Spikes of several
     steps are several findings."""
-    new = [f for f in findings if f.code == "loss-spike" or (f.code, f.level) not in told]
-    told.update((f.code, f.level) for f in new)
+    new = [f for f in findings if f.code == "loss-spike" or (f.code, f.level) not in reported]
+    reported.update((f.code, f.level) for f in new)
     return new
 
 
@@ -103,7 +103,7 @@ def not_taken(step: int, error: Exception) -> Finding:
     return Finding(
         "probe-failed",
         "warning",
-        f"the vital signs could not be taken at step {step:,}: {error}",
+        f"the vital signs could not be measured at step {step:,}: {error}",
         why=f"{type(error).__name__} while the model answered fixed prompts",
         fix="nothing to do: training continues",
     )

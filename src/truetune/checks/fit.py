@@ -135,8 +135,8 @@ class Fit:
         yield Finding(
             "memory-short",
             "warning",
-            f"the run needs {gib(self.low)} to {gib(self.high)} of memory, but "
-            f"{gib(self.available)} are free on {self.device}",
+            f"the run needs {gib(self.low)} to {gib(self.high)} of memory, but only "
+            f"{gib(self.available)} is free on {self.device}",
             why=", ".join(f"{name} {gib(n)}" for name, n in self.parts.items() if n),
             fix=(f"{enough[0]} is sufficient and has the lowest cost; " if enough else "")
             + f"in order of increasing cost: {ways}",
@@ -311,7 +311,7 @@ def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str
     if p99 and p99 < plan.max_length:
         tokens = max(shape.tokens * p99 // plan.max_length, p99)
         smaller = dataclasses.replace(shape, tokens=tokens)
-        yield f"--max-length {p99}", smaller.total, "drops the longest 1 % of the rows"
+        yield f"--max-length {p99}", smaller.total, "drops the longest 1 % of the examples"
     if not shape.lora:
         trainable = shape.parameters // 100
         made = _frozen(shape.footprint)

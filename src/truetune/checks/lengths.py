@@ -229,13 +229,13 @@ def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"longest {report['longest']:,} tokens; {report['keeps_99_percent']:,} keep 99 % of "
             "the rows whole",
         ),
-        *(("" if i else "a limit of", _limit_line(d)) for i, d in enumerate(costly)),
+        *(("" if i else "limits", _limit_line(d)) for i, d in enumerate(costly)),
     ]
 
 
 def _limit_line(damage: Mapping[str, Any]) -> str:
     rows = max(damage["rows"], 1)
-    text = f"{damage['limit']:,} would cut {percent(damage['cut'] / rows)}"
+    text = f"{damage['limit']:,} tokens: {percent(damage['cut'] / rows)} are cut"
     if damage["stops"]:
         text += f"; {percent(damage['stops'] / rows)} lose the end of the answer"
     if damage["thoughts"]:

@@ -14,7 +14,9 @@ Source = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(help="Where the base is now, if it has moved. (default: as recorded)"),
+    typer.Option(
+        help="Current location of the base model, if it has moved. (default: as recorded)"
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -38,11 +38,11 @@ def _text(value: Any) -> str:
 def _head(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
     run = summary.get("run") or summary.get("model") or {}
     counts = summary["counts"]
-    told = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in counts.items() if n)
+    levels = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in counts.items() if n)
     name, css = ("ok", "good") if facts["ok"] else ("not ok", "bad")
     yield f'<h1>truetune check: <span class="verdict {css}">{name}</span></h1>'
     looked = " \u00b7 ".join(_text(run[key]) for key in ("model", "data") if run.get(key))
-    yield f'<p class="sub">{looked}<br>{told or "nothing found"}</p>'
+    yield f'<p class="sub">{looked}<br>{levels or "nothing found"}</p>'
 
 
 def _lengths(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -64,14 +64,14 @@ def _topics(summary: Mapping[str, Any]) -> Iterator[str]:
         values = summary.get(name)
         if not values:
             continue
-        told = _readable(values) if name == "plan" else values
+        shown = _readable(values) if name == "plan" else values
         yield f"<h2>{title}</h2>"
-        yield facts_table((key.replace("_", " "), value) for key, value in told.items())
+        yield facts_table((key.replace("_", " "), value) for key, value in shown.items())
 
 
 def _readable(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes and seconds in units that people read."""
-    told: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "device": plan["device"],
         "memory": f"{gib(plan['low'])} to {gib(plan['high'])}",
         "free": None if plan["available"] is None else gib(plan["available"]),
@@ -79,5 +79,5 @@ def _readable(plan: Mapping[str, Any]) -> dict[str, Any]:
         "time": duration(plan["seconds"]) if plan["seconds"] else "",
     }
     for option, size, cost in plan["ways"]:
-        told[f"with {option}"] = f"{gib(size)} ({cost})"
-    return told
+        shown[f"with {option}"] = f"{gib(size)} ({cost})"
+    return shown

@@ -82,8 +82,8 @@ def _verdict(found: Checkup) -> str:
     parts = [
         f"{number} {level}{'s' if number > 1 else ''}" for level, number in counts.items() if number
     ]
-    told = ", ".join(parts) or "nothing found"
-    return f"ok: {told}" if found.ok else f"not ok: {told}"
+    text = ", ".join(parts) or "nothing found"
+    return f"ok: {text}" if found.ok else f"not ok: {text}"
 
 
 def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
@@ -95,7 +95,7 @@ def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
     train, held = run["train"], run["held_out"]
     tokens = max(train["tokens"], 1)
     rows, most = run["batch_size"], run["tokens_per_step"]
-    step = f"{rows} rows" if rows else f"up to {most:,} tokens"
+    step = f"{rows} examples" if rows else f"up to {most:,} tokens"
     return [
         *lines,
         (
@@ -105,7 +105,7 @@ def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
         ),
         (
             "tokens",
-            f"{train['tokens']:,}, of them {train['supervised_tokens']:,} "
+            f"{train['tokens']:,}, {train['supervised_tokens']:,} of them "
             f"({percent(train['supervised_tokens'] / tokens)}) supervised",
         ),
         (
@@ -125,7 +125,7 @@ def _model_lines(model: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", f"{model['kind']} of {model['architecture']}{base}, weights: {model['weights']}")
     )
     lines.append(
-        ("tokens", f"{model['vocabulary']:,} known, {model['head_rows']:,} rows in the model")
+        ("tokens", f"{model['vocabulary']:,} known, {model['head_rows']:,} embeddings in the model")
     )
     stops = ", ".join(f"{s['token']!r} ({s['id']})" for s in model["stop"]) or "none"
     lines.append(("served stop", f"{stops}, from {model['stop_from']}"))
@@ -153,9 +153,12 @@ def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:
 def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     parts = ", ".join(f"{name} {gib(n)}" for name, n in plan["parts"].items())
     free = plan["available"]
-    told = f", {gib(free)} free" if free is not None else ""
+    unused = f", {gib(free)} free" if free is not None else ""
     lines = [
-        ("memory", f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{told}: {parts}")
+        (
+            "memory",
+            f"{gib(plan['low'])} to {gib(plan['high'])} on {plan['device']}{unused}: {parts}",
+        )
     ]
     if plan["seconds"]:
         lines.append(

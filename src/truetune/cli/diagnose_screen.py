@@ -58,7 +58,7 @@ def _compared(found: Diagnosis) -> list[str]:
                 "the server's replies differ from the trained model's, but they end, and known "
                 "answers are not clearly right less often"
                 if differ
-                else "the server's replies do not part from the trained model's"
+                else "the server's replies do not differ from the trained model's"
             )
             + (f" ({made[-1].note})" if made[-1].note else "")
         )

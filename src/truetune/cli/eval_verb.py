@@ -45,7 +45,7 @@ def evaluate_models(
         ),
     ] = None,
     show: Annotated[
-        int, typer.Option(help="Print this many rows on which the last model is worst.", min=0)
+        int, typer.Option(help="Print the N rows on which the last model is worst.", min=0)
     ] = 0,
     output: Annotated[
         str | None,
@@ -118,7 +118,8 @@ def evaluate_models(
         ),
     ] = None,
 ) -> None:
-    """Ask models the questions in DATA, each with its served prompt, and compare the replies.
+    """Send the questions in DATA to each model, in the prompt format that it is served with, and
+    compare the replies.
 
     A row's prompt is its messages up to the last assistant turn, and that turn is the expected
     answer. The other models are compared with the first. --match defines when a reply that ended is
@@ -131,7 +132,7 @@ def evaluate_models(
     regex     the row's answer, or --pattern, is found; its first group, if any,
               must match the same text as in the row's answer
     json      equal values
-    none      nothing is compared; rows still need an answer, for the loss
+    none      replies are not compared; rows still need an answer, for the loss
 
     \b
     truetune eval runs/first --data held_out.jsonl
@@ -217,8 +218,8 @@ def _evaluate_tasks(
         named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise UsageError(
             f"{named} and --tasks cannot be used together",
-            why="a task names its data, and says itself how models are asked and judged",
-            fix="leave one of them out",
+            why="a task defines its own data, prompts and scoring",
+            fix="omit one of them",
             code="evaluation-setting",
         )
     _ask(
@@ -249,7 +250,7 @@ def _ask(
     """Ask, and write and print what was found.
 
     Args:
-        evaluated: asks the models; takes what is told of stages and progress.
+        evaluated: evaluates the models; takes callbacks for stages and progress.
         shown: prints the table.
         data: which `output` must not replace.
     """

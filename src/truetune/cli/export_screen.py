@@ -86,7 +86,7 @@ def _on_whole(screen: Screen, made: WholeExport, *, as_json: bool) -> None:
         typer.echo(json.dumps({**facts, "artifact": str(made.folder)}, indent=2))
         return
     how = f"saved in {made.dtype}" if made.dtype else f"{made.files} files copied and read back"
-    screen.line(f"a whole model, which needs no merging: {how}")
+    screen.line(f"a complete model, copied without merging: {how}")
     if made.verdict:
         from truetune.cli.result_screen import show_checks
 
@@ -108,7 +108,7 @@ def _on_served(screen: Screen, made: ServedExport, run: str, output: str, *, as_
         typer.echo(json.dumps(facts, indent=2))
         return
     if made.whole is not None:
-        screen.line(f"a whole model, which needs no merging: {output}")
+        screen.line(f"a complete model, copied without merging: {output}")
     elif made.merged is None:
         screen.line(f"the unchanged adapter: {output}")
     else:

@@ -21,7 +21,7 @@ lab = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
     rich_markup_mode=None,
-    help="The micro world and the embedded base model.",
+    help="Experiments on the embedded base model and its invented world.",
 )
 
 
@@ -34,7 +34,9 @@ def pretrain(
     tokens: Annotated[
         int | None,
         # Fewer leave a stage of a course without a step.
-        typer.Option(help="Tokens of the corpus. (default: as the shipped base)", min=50_000),
+        typer.Option(
+            help="Size of the corpus in tokens. (default: that of the shipped base)", min=50_000
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     compile: Annotated[
@@ -88,9 +90,8 @@ def run_experiment(
     seeds: Annotated[int | None, _SEEDS] = None,
     output: Annotated[str, _FOLDER] = "runs/lab",
 ) -> None:
-    """Train the arms of an experiment, measure them, and judge its claim by the bounds that were
-    declared before. Arms that are already in the folder are not
-    trained again."""
+    """Train the arms of an experiment, measure them, and judge its claim by bounds that were
+    declared in advance. Arms that are already in the folder are not trained again."""
     from truetune.lab.catalogue import find
 
     _run([find(name)], quick, seeds, output)
@@ -140,17 +141,18 @@ def _run_each(
         screen.close()
         for one in result["expectations"]:
             seen = f"{one['value']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
-            screen.line(f"  {one['held']:<12} {one['told']}: {seen}, must be {one['bound']}")
+            screen.line(f"  {one['held']:<12} {one['label']}: {seen}, must be {one['bound']}")
         screen.line(f"{result['verdict']}: {write(result, output)}")
         screen.line()
 
 
-@lab.command("evaluate", cls=Verb, short_help="Count what a base knows about its world.")
+@lab.command("evaluate", cls=Verb, short_help="Measure what a base model knows about its world.")
 def evaluate_base(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A base, or a run made of one. (default: the embedded base)"
+            metavar="MODEL",
+            help="A base model, or a run that started from one. (default: the embedded base)",
         ),
     ] = None,
     wordings: Annotated[
@@ -160,7 +162,8 @@ def evaluate_base(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Count what a base knows about its world: facts in held-out wordings, sums, loss on prose.
+    """Measure what a base model knows about its world: facts in held-out wordings, sums, and the
+    loss on prose.
 
     The corpus contains none of these wordings. Plain ones resemble it; development ones were used
     to improve it; blind ones were written independently, in different English.

@@ -71,10 +71,13 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
         ("weights", f"{facts['weights'] or 'none here'}, {facts['dtype'] or 'dtype unknown'}"),
         (
             "vocabulary",
-            f"{facts['tokenizer_length']:,} tokens, head of {facts['head_rows']:,} rows "
+            f"{facts['tokenizer_length']:,} tokens, {facts['head_rows']:,} logits "
             + (f"({spare:,} spare)" if spare >= 0 else f"({-spare:,} too few)"),
         ),
-        ("head", "tied to the input embedding" if facts["tied"] else "of its own"),
+        (
+            "head",
+            "tied to the input embedding" if facts["tied"] else "not tied to the input embedding",
+        ),
         ("LoRA targets", targets),
         ("template", facts["template"]),
         *([("arguments", ", ".join(arguments["read"]))] if arguments["read"] else []),
@@ -83,7 +86,7 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
             if arguments["chosen for plain rows"]
             else []
         ),
-        ("stop tokens", stops or "none: nothing would end an answer"),
+        ("stop tokens", stops or "none: no token would end an answer"),
     ]
     screen.pairs(rows)
     for note in facts["notes"]:

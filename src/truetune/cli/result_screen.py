@@ -25,9 +25,9 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
     merge = [("merge", f"truetune export {run} --merge -o {merged}")]
     held = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.4f}"
     screen.line()
-    screen.line(f"trained and read back: {result.artifact}  (loss {result.train_loss:.4f}{held})")
+    screen.line(f"saved and reloaded: {result.artifact}  (loss {result.train_loss:.4f}{held})")
     if asked := summary(result.answers):
-        screen.line(f"asked as served: {asked}")
+        screen.line(f"replies to served prompts: {asked}")
     if result.verdict:
         passed = sum(check.state == "passed" for check in result.verdict.checks)
         screen.line(f"verified by a fresh process: {passed} checks passed (verify.json)")
@@ -43,10 +43,10 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
         stops=result.contract.stop_ids if stops else (),
     )
     verify = ("verify", f"truetune verify {run}")
-    told = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
+    shown_pairs = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]
     if result.run.file(REPORT).is_file():
-        told.append(("report", str(result.run.file(REPORT))))
-    screen.pairs([*told, *(merge if result.base else []), *more])
+        shown_pairs.append(("report", str(result.run.file(REPORT))))
+    screen.pairs([*shown_pairs, *(merge if result.base else []), *more])
 
 
 def show_checks(screen: Screen, verdict: Verdict | None) -> None:
@@ -77,7 +77,7 @@ def show_comparison(screen: Screen, found: Comparison) -> None:
     screen.line()
     side_by_side(
         screen,
-        [f"of {total} questions", "base", "tuned"],
+        [f"on {total} questions", "base", "tuned"],
         [
             [
                 "answers that end on the stop token",

@@ -118,7 +118,7 @@ def _named(loaded: Loaded, row: str, source: str) -> list[Conversation]:
         raise UsageError(
             f"row {row} cannot be used for training: {why}",
             where=places[0],
-            fix="correct it, or set the right --set schema=... or --set columns=...",
+            fix="correct it, or set --set schema=... or --set columns=...",
             code="no-such-row",
         )
     return chosen

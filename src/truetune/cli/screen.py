@@ -107,8 +107,8 @@ class Screen(Listener):
                 ),
                 (
                     "tokens",
-                    f"{trained['tokens']:,}, of them {trained['supervised_tokens']:,} supervised; "
-                    f"longest row {trained['longest']:,} of {plan.max_length:,}",
+                    f"{trained['tokens']:,}, {trained['supervised_tokens']:,} of them supervised; "
+                    f"longest example {trained['longest']:,} (limit {plan.max_length:,})",
                 ),
                 *_lengths(data),
                 (
@@ -120,7 +120,7 @@ class Screen(Listener):
                 ("batch", _batch(plan, facts["route"])),
                 (
                     "steps",
-                    f"{plan.max_steps:,}, {plan.warmup_steps} of them warm-up "
+                    f"{plan.max_steps:,}, {plan.warmup_steps} of them for warm-up "
                     f"({plan.origin(length)})",
                 ),
                 (
@@ -208,14 +208,15 @@ def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
 def _batch(plan: Plan, route: dict[str, Any]) -> str:
     """How a step is cut."""
     size, at_once = plan.batch_size, plan.micro_batch_size
-    step = f"{size} rows per step" if size else f"up to {plan.tokens_per_step:,} tokens per step"
+    number = f"{size} examples" if size else f"up to {plan.tokens_per_step:,} tokens"
+    step = f"{number} per step"
     if route["kind"] == "apart":
         return f"{step}, one at a time"
     if route["kind"] == "packed":
-        cut = f"{at_once} rows or " if at_once and at_once < (size or at_once + 1) else ""
+        cut = f"{at_once} examples or " if at_once and at_once < (size or at_once + 1) else ""
         return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens per forward pass"
     if not size or not at_once:
-        return f"{step}, {at_once} rows at a time"
+        return f"{step}, {at_once} examples at a time"
     passes = -(-size // at_once)
     return f"{step}, {at_once} at a time ({passes} forward pass{'es' if passes > 1 else ''})"
 

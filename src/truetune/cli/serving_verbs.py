@@ -12,7 +12,7 @@ from truetune.cli.arguments import Base, Device, Json, Source
 from truetune.cli.verb import open_screen
 
 _GGUF = "GGUF and MLX"
-_FEWER = "Fewer bits"
+_FEWER = "Quantisation"
 
 
 def export_run(
@@ -31,8 +31,8 @@ def export_run(
     onto: Annotated[
         str,
         typer.Option(
-            help="original: the unquantised weights. dequantised: rounded as in training. "
-            "(default: auto, those that the adapter was trained on)",
+            help="Weights to merge into. original: unquantised. dequantised: rounded as in "
+            "training. (default: auto, those that the adapter was trained on)",
             show_default=False,
         ),
     ] = "auto",
@@ -57,7 +57,7 @@ def export_run(
         str | None,
         typer.Option(
             metavar="DATA",
-            help="Rows on which GPTQ is calibrated. (default: those that the run was trained on)",
+            help="Calibration rows for GPTQ. (default: the training rows of the run)",
             rich_help_panel=_FEWER,
             show_default=False,
         ),
@@ -66,7 +66,7 @@ def export_run(
         bool,
         typer.Option(
             "--go-template",
-            help="ollama: write the template as Go text, for Ollama before 0.30.",
+            help="ollama: write the template as Go text, for Ollama versions before 0.30.",
             rich_help_panel=_GGUF,
         ),
     ] = False,
@@ -74,7 +74,7 @@ def export_run(
         bool,
         typer.Option(
             "--adapter",
-            help="gguf: write the adapter alone, for a GGUF file of its base.",
+            help="gguf: write only the adapter, for use with a GGUF file of its base.",
             rich_help_panel=_GGUF,
         ),
     ] = False,
@@ -90,11 +90,11 @@ def export_run(
 ) -> None:
     """Write a model in a form that servers load.
 
-    merged: one folder that can be loaded without peft. The weights are added in float32, on
-    unquantised weights, and cast to the base's own dtype. A fresh process then compares the result
-    with the adapter on the run's held-out prompts. A model that is whole already is copied.
+    merged: one folder that can be loaded without peft. The adapter is added in float32 to
+    unquantised weights, which are then cast to the base's own dtype. A fresh process then compares
+    the result with the adapter on the run's held-out prompts. A complete model is copied.
 
-    gguf: one file for llama.cpp and programs built on it, from an adapter or a whole model.
+    gguf: one file for llama.cpp and programs built on it, from an adapter or a complete model.
     llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared
     with the model's. This needs the extra `gguf`.
 
@@ -106,14 +106,14 @@ def export_run(
 
     With --quant, merged, vllm and sglang write a folder with quantised weights, which transformers
     and vLLM load: nf4 and int8 by bitsandbytes, torchao-int8 by torchao, gptq-w4a16 and gptq-w8a8
-    by llm-compressor, each an extra. The folder is loaded anew and compared with the model, as
-    `truetune diagnose RUN --quantised DIR` does.
+    by llm-compressor, each an extra. The folder is reloaded and compared with the model, as by
+    `truetune diagnose RUN --quantised DIR`.
 
-    vllm, sglang: the adapter if the server can load it on its base, else the merged model, and the
-    command that serves it. DoRA, new tokens, whole layers, quantised bases and stop tokens that the
-    base does not have need the merged model.
+    vllm, sglang: the adapter if the server can load it on its base, otherwise the merged model, and
+    the command that serves it. The model is merged for DoRA, new tokens, whole layers, quantised
+    bases, and stop tokens that the base does not have.
 
-    If anything differs, nothing is written to the output folder.
+    If a comparison fails, nothing is written to the output folder.
 
     \b
     truetune export runs/first --to merged -o merged
@@ -163,7 +163,9 @@ def diagnose_model(
     gguf: Annotated[
         str | None, typer.Option(metavar="FILE", help="A GGUF file made from it; needs llama.cpp.")
     ] = None,
-    url: Annotated[str | None, typer.Option(metavar="URL", help="A server that serves it.")] = None,
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Address of a server that serves it.")
+    ] = None,
     stages: Annotated[
         str | None,
         typer.Option(
@@ -172,7 +174,10 @@ def diagnose_model(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Rows to ask. (default: rows of the run)")
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Rows on which to compare the stages. (default: rows of the run)"
+        ),
     ] = None,
     base: Base = None,
     as_json: Json = False,

@@ -52,7 +52,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 def open_screen() -> Screen:
-    """The terminal, opened when something is to be told: of several processes that torchrun
+    """The terminal, opened when something is to be shown: of several processes that torchrun
     started, by the first one."""
     from truetune.cli.screen import Screen
 

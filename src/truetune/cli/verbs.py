@@ -142,7 +142,7 @@ app.command("check", cls=Verb, short_help="Check a planned run or a finished mod
             False,
             "--smoke-test",
             "--rehearse",
-            help="Load the model too: one real step, a dry save and reload.",
+            help="Also load the model, take one real step, and test saving and reloading.",
         ),
         own_option("show_all", bool, False, "--all", help="Show every finding."),
         own_option("as_json", bool, False, "--json", help="Print JSON."),
@@ -157,13 +157,14 @@ def chat(
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Ask one question, print the answer and exit.")
+        str | None, typer.Option(help="Send one prompt, print the answer and exit.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Also ask another run or model; `base` is the model that the run started from."
+            help="Compare with the answers of another run or model; `base` is the model that the "
+            "run started from."
         ),
     ] = None,
     chat_template: Annotated[
@@ -256,7 +257,7 @@ def _inspect_rows(
 
 
 @app.command(
-    "inspect", cls=Verb, short_help="Show the facts of a model, or rows as they are trained."
+    "inspect", cls=Verb, short_help="Show a model's properties, or rows as they are trained."
 )
 def inspect_model(
     model: Annotated[
@@ -335,9 +336,11 @@ app.command(
 )(serving_verbs.export_run)
 
 
-app.command("diagnose", cls=Verb, short_help="Find the first stage at which a model breaks.")(
-    serving_verbs.diagnose_model
-)
+app.command(
+    "diagnose",
+    cls=Verb,
+    short_help="Find the first stage that changes a model on its way to a server.",
+)(serving_verbs.diagnose_model)
 
 
 @app.command("verify", cls=Verb, short_help="Check that what was saved is what was trained.")
@@ -353,7 +356,7 @@ def verify_run(
 
     For a run, compare the hashes of its files, its base, template and stop tokens, the ids of its
     rows, and the probabilities that the trained model gave before it was saved. For any other
-    folder, check that it loads and computes.
+    folder, check that it loads and gives finite probabilities.
 
     \b
     truetune verify runs/first
@@ -372,7 +375,7 @@ def verify_run(
         raise CheckFailed("what was saved is not what was trained", verdict.findings())
 
 
-@app.command("report", cls=Verb, short_help="Write the page of a run.")
+@app.command("report", cls=Verb, short_help="Write the report of a run.")
 def report_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
     output: Annotated[
@@ -382,12 +385,12 @@ def report_run(
         ),
     ] = None,
 ) -> None:
-    """Write the page of a run: whether it was trained as served, saved as trained and behaves well;
-    replies of the base and the tuned model; curves, rows, recipe and findings. The page is one file
-    without scripts and needs no network.
+    """Write the report of a run: whether it was trained as served, whether it was saved as trained,
+    and whether it behaves well; replies of the base and the tuned model; curves, rows, recipe and
+    findings. The report is one HTML file without scripts and needs no network.
 
-    `train` writes the page when it ends. The page of a run that is still active, or was stopped,
-    can be written too.
+    `train` writes the report when it ends. It can also be written for a run that is still active or
+    was stopped.
 
     \b
     truetune report runs/first
@@ -404,12 +407,12 @@ def report_run(
     screen.line(f"written: {written.path}")
 
 
-@app.command("watch", cls=Verb, short_help="Serve the page of a run, live.")
+@app.command("watch", cls=Verb, short_help="Show the report of a run live in a browser.")
 def watch_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
     port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8421,
 ) -> None:
-    """Serve the page of a run on this machine until Ctrl-C, rebuilt for each request.
+    """Serve the report of a run until Ctrl-C. The page is rebuilt for each request.
 
     Only browsers on this machine can reach it, at http://127.0.0.1:PORT. Nothing is written, and no
     other file is served.
@@ -533,7 +536,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _tell_no_memory(said: str) -> None:
-    told = TruetuneError(
+    out_of_memory = TruetuneError(
         "this machine, or this process, ran out of memory",
         why=said,
         fix="free some memory and repeat the command; continue a run that had begun with "
@@ -541,10 +544,10 @@ def _tell_no_memory(said: str) -> None:
         code="out-of-memory",
     )
     try:
-        open_screen().error(told)
+        open_screen().error(out_of_memory)
     except Exception:
         # Not even enough to open the screen.
-        sys.stderr.write(f"error[{told.code}]: {told}\n")
+        sys.stderr.write(f"error[{out_of_memory.code}]: {out_of_memory}\n")
 
 
 if __name__ == "__main__":

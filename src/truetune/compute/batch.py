@@ -25,13 +25,13 @@ from truetune.system.lazy import torch
 def pad_and_collate(
     examples: Sequence[SFTExample], *, max_seq_len: int, pad_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The reference collation: pad right to one width and shift the labels once.
+    """Reference collation: pad on the right to one width, and shift the labels once.
 
     Args:
         examples: rows of (ids, mask).
-        max_seq_len: tokens kept of a row before the shift; a longer row keeps its head, and a
-            warning says how many were cut.
-        pad_id: fills the rest; its positions have mask 0 whatever the id is.
+        max_seq_len: maximum length before the shift; longer rows lose their end, and a warning says
+            how many there were.
+        pad_id: id for padding; its positions have mask 0, whatever the id is.
 
     Returns:
         x, y, loss_mask, each (B, max_seq_len - 1), int64; y[b, t] is the token after x[b, t], and

@@ -17,11 +17,11 @@ def masked_cross_entropy(
 
     Args:
         logits: (B, T, V).
-        targets: (B, T), int64; anything where mask is 0.
-        mask: (B, T), int or float; 0 leaves a position out.
+        targets: (B, T), int64; ignored where mask is 0.
+        mask: (B, T), int or float; positions with 0 do not count.
 
     Returns:
-        A scalar in float32; 0.0, not NaN, where the mask is empty.
+        A scalar in float32; 0.0, not NaN, if the mask is empty.
     """
     # In float32: a half-precision sum rounds beyond 256 (bfloat16) or 2,048 (float16) positions.
     total = mask.sum(dtype=torch.float32)

@@ -4,7 +4,7 @@ input   a model and a few of its ids
 does    computes short rows packed and apart and compares; looks at which earlier tokens each
         layer's own mask shows, and whether rotary embeddings depend on the longest row
 output  Route: packed, apart (one row at a time, where packing would be wrong) or padded (the
-        reference); the loss of a batch; what is to be told
+        reference); the loss of a batch; what is to be reported
 
 Nothing here knows a model by name.
 """
@@ -100,7 +100,7 @@ class Route:
         return logits_of(self.model, batch.ids_T[None], **arguments)
 
     def findings(self) -> list[Finding]:
-        """What is to be told: rows that run apart."""
+        """What is to be reported: examples that run one at a time."""
         if self.kind != "apart":
             return []
         return [

@@ -181,13 +181,13 @@ def _num_refused(contract: Encoding, sample: Sequence[Conversation], loss_on: Lo
 
 def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
     """A refusal that says under which argument it came about."""
-    why = f"under --template-arg {argument}: {error.why}"
+    why = f"with --template-arg {argument}: {error.why}"
     return UnfaithfulTemplate(**{**error.words, "why": why})
 
 
 def _advised(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
     fix = (
-        f"--template-arg {argument} would take this row; a row may also carry its own "
+        f"--template-arg {argument} would accept this row; a row may also have its own "
         "chat_template_kwargs"
     )
     return UnfaithfulTemplate(**{**error.words, "fix": fix})

@@ -429,8 +429,8 @@ class Surroundings:
 
     Attributes:
         whole: a conversation of two questions and two answers; "" where the template refuses it.
-        opening: what stands at the beginning of a conversation and before no later turn, told by a
-            system message; "" where nothing does.
+        opening: what stands at the beginning of a conversation and before no later turn, found with
+            a system message; "" if there is none.
         answer_start: before every answer, in history and in served prompts alike, without outer
             whitespace; "" where it is not known.
         user_start: between an answer and the next question, without outer whitespace.

@@ -20,7 +20,8 @@ class Encoder(Protocol):
 
 
 class ChatTemplate:
-    """User turn "<|user|>\\n{content}\\n", assistant turn "<|assistant|>\\n{content}<|end|>"."""
+    """A small chat template: a user turn is "<|user|>\\n{content}\\n", an assistant turn
+    "<|assistant|>\\n{content}<|end|>"."""
 
     USER: ClassVar[str] = "<|user|>"
     ASSISTANT: ClassVar[str] = "<|assistant|>"
@@ -28,7 +29,7 @@ class ChatTemplate:
 
     @classmethod
     def render(cls, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The whole conversation as text.
+        """Render the whole conversation as text.
 
         Raises:
             ValueError: no messages, a role other than user and assistant, or no text as content.
@@ -39,18 +40,18 @@ class ChatTemplate:
     def render_with_mask(
         cls, messages: Sequence[Mapping[str, Any]], tokenizer: Encoder
     ) -> SFTExample:
-        """Ids of `render(messages)`, with mask 1 on assistant content and `<|end|>`.
+        """Encode `render(messages)`, with mask 1 on assistant content and `<|end|>`.
 
-        Where a tokenizer merges text across the seam between a role marker and an answer, the
-        token that holds the answer's first characters is supervised: no part of an answer is
-        ever left out.
+        If the tokenizer merges text across the boundary between a role marker and an answer, the
+        token with the answer's first characters is supervised, so that no part of an answer is left
+        out.
 
         Args:
             messages: dicts with role and content.
             tokenizer: has `encode(str) -> list[int]` and adds no special tokens of its own.
 
         Raises:
-            ValueError: as `render`.
+            ValueError: as for `render`.
         """
         pieces = cls._pieces(messages)
         ids = list(tokenizer.encode("".join(text for text, _ in pieces)))

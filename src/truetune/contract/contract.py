@@ -34,10 +34,10 @@ ToolList: TypeAlias = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class PromptContract(Encoding):
-    """How prompts are made and where answers end, for training, chat and serving alike; its
-    attributes are those of `Served`.
+    """How prompts are made and where answers end, in training, chat and serving. Its attributes are
+    those of `Served`.
 
-    Make one with `load`, then choose its template arguments on the rows with `fit`.
+    Create one with `load`, then let `fit` choose the template arguments for the rows.
     """
 
     @classmethod
@@ -52,18 +52,18 @@ class PromptContract(Encoding):
         policy: Policy | None = None,
         date: str | None = None,
     ) -> PromptContract:
-        """A contract for a model folder, a Hub id or a tokenizer.
+        """Create a contract for a model folder, a Hub id or a tokenizer.
 
         Args:
             source: folder, Hub id, or a loaded tokenizer.
             chat_template: a built-in name, the name of one of the model's own, a file with Jinja,
-                or Jinja source; None takes the tokenizer's own, or the built-in
-                Instruction/Response where it has none.
+                or Jinja source; None means the tokenizer's own, or the built-in
+                Instruction/Response if it has none.
             stop: None or "auto", or tokens to add to the model's own stop set.
             template_kwargs: template arguments; None leaves them to `fit`.
-            revision: of a Hub id.
+            revision: revision of the Hub model.
             policy: see `Policy`.
-            date: ISO date for templates that write today's; None is today.
+            date: ISO date for templates that write today's date; None means today.
 
         Raises:
             UsageError: a template or stop token that does not exist.
@@ -103,7 +103,7 @@ class PromptContract(Encoding):
 
     @classmethod
     def of_record(cls, source: str | Path | Any, record: Mapping[str, Any]) -> PromptContract:
-        """The contract of a saved tokenizer under the decisions of the run that saved it.
+        """Restore the contract of a run from its saved tokenizer and record.
 
         Args:
             source: as in `load`; its template has the run's arguments as defaults.
@@ -128,11 +128,11 @@ class PromptContract(Encoding):
         *,
         loss_on: LossOn = "assistant",
     ) -> PromptContract:
-        """A contract with template arguments under which these conversations fit.
+        """Return a contract whose template arguments render these conversations unchanged.
 
-        No argument is tried first; then each value of an argument that the template reads and that
-        changes a served prompt. The first value that takes the most of the rows wins. Arguments
-        given explicitly stay.
+        It first tries no argument, then each value of an argument that the template reads and that
+        changes a served prompt. The first value that accepts the most rows wins. Explicit arguments
+        are kept.
         """
         return self.arguments.fit([_conversation(c, tools) for c in conversations], loss_on)
 
@@ -172,7 +172,7 @@ class PromptContract(Encoding):
         *,
         loss_on: LossOn = "assistant",
     ) -> Encoded:
-        """The token examples of one conversation, every trained turn proved.
+        """Encode one conversation; every trained turn is proved.
 
         Raises:
             UnfaithfulTemplate: no faithful completion exists; it says why.
@@ -190,12 +190,12 @@ class PromptContract(Encoding):
         loss_on: LossOn = "assistant",
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Encoded | Refused]:
-        """Encode many rows in batches; a refused row is a value, in its place.
+        """Encode many rows in batches; for a refused row, the list contains the refusal.
 
         Args:
             conversations: chat rows or plain text.
             loss_on: assistant, last or all.
-            on_progress: called with the number of rows done so far.
+            on_progress: called with the number of rows encoded so far.
 
         Raises:
             ValueError: another loss_on.
@@ -210,10 +210,10 @@ class PromptContract(Encoding):
         return self.arguments.advise(conversations, results, loss_on)
 
     def saved_template(self) -> str | dict[str, str]:
-        """The template with the run's arguments as its defaults, for the saved tokenizer.
+        """The chat template for the saved tokenizer, with the run's arguments as defaults.
 
-        A server that passes no argument then renders what was trained; one that does wins. A model
-        with a template of its own for tools keeps both, by their names.
+        A server that passes no argument then renders what was trained; an argument that it passes
+        takes precedence. A model with a separate template for tools keeps both, by name.
         """
         if self.tool_template is None:
             return with_defaults(self.chat_template, self.template_kwargs)
@@ -258,7 +258,7 @@ class PromptContract(Encoding):
 
     @property
     def pad_id(self) -> int:
-        """An id to fill rows with; masks are made from lengths, so any id serves."""
+        """An id for padding; masks are built from lengths, so any id works."""
         if self.tokenizer.pad_token_id is not None:
             return int(self.tokenizer.pad_token_id)
         return int(self.stop_ids[0]) if self.stop_ids else 0

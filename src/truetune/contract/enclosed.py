@@ -41,12 +41,12 @@ def loose_reasoning(
     )
     closings = markers_of(behind, controls)
     if side_of(opening)[1] < 0 and any(opening == close.strip() for _, close in pairs):
-        return f"{opening!r}, which closes reasoning, stands in front of it"
+        return f"{opening!r}, which closes reasoning, precedes it"
     if not closings and not any(mark.strip() and mark.strip() in behind for mark in marks):
         return f"no marker closes it{f' after {opening!r}' if opening else ''}"
     name, side = side_of(opening)
     if side > 0 and is_tag(opening) and (name, -1) not in map(side_of, closings):
-        return f"{opening!r} is not closed behind it"
+        return f"{opening!r} is not closed after it"
     # A parser cuts at the first closing marker: another one is text of the answer.
     said = [at for at, p in enumerate(pieces) if isinstance(p, int) and leaves[p].kind == "content"]
     after = max([places[-1] + 1, *said]) + 1
@@ -56,7 +56,7 @@ def loose_reasoning(
         if again in content:
             continue
         if again and is_tag(again) and opened.strip() == opening and again in later:
-            return f"{again!r} stands behind the answer once more"
+            return f"{again!r} occurs again after the answer"
     return ""
 
 

@@ -23,19 +23,19 @@ LOSS_ON: tuple[LossOn, ...] = get_args(LossOn)
 
 @dataclass(frozen=True)
 class Encoded(Sequence[SFTExample]):
-    """What one row became.
+    """The encoding of one row.
 
     Attributes:
-        examples: in order of their first turn.
-        parents: per example the example it branches from, None for a root.
-        shared: per example the length in tokens of the prefix it shares with its parent.
-        turns: per example the message indices that it supervises.
-        row: where the row came from.
-        remarks: what was found on the way, one word each, repeated per turn; `remarks.REMARKS` says
-            what each of them means.
-        reasons: per example why it is none with the one before: which text of history the template
-            wrote anew; "" for a root.
-        route: how reasoning reached the template, "" for a row without.
+        examples: the examples, in the order of their first turn.
+        parents: for each example, the example that it branches from; None for a root.
+        shared: for each example, the length in tokens of the prefix that it shares with its parent.
+        turns: for each example, the indices of the messages that it supervises.
+        row: the location of the row.
+        remarks: observations as one word each, repeated for each turn; `remarks.REMARKS` explains
+            them.
+        reasons: for each example, why it does not continue the previous one: the text of history
+            that the template rewrote; "" for a root.
+        route: how reasoning was passed to the template; "" for a row without reasoning.
     """
 
     examples: tuple[SFTExample, ...]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class SFTExample(NamedTuple):
-    """A token sequence and its mask, position for position.
+    """A token sequence with a mask of the same length.
 
     Attributes:
         ids: token ids, unpadded.
@@ -21,5 +21,6 @@ class SFTExample(NamedTuple):
 
     @property
     def num_supervised(self) -> int:
-        """Targets that a causal model can be trained on: the first token has no predictor."""
+        """Number of targets that a causal model can be trained on; the first token is never
+        predicted."""
         return sum(self.mask[1:])

@@ -455,9 +455,9 @@ class Proof:
                 turn = completion.text.number
                 raise UnfaithfulTemplate(
                     f"the template writes the content of message {turn} as reasoning",
-                    why=f"it stands behind {excerpt(before[-40:])}: a server returns it as "
+                    why=f"it follows {excerpt(before[-40:])}: a server returns it as "
                     "reasoning, not as content",
-                    fix="give it as reasoning_content if it is that, or put it into a turn of its "
+                    fix="put it into reasoning_content if it is reasoning, or into a turn of its "
                     "own",
                     code="target-dropped",
                 )

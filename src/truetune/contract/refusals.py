@@ -30,10 +30,10 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "target-dropped",
     ),
     "text": (
-        "the arguments of a tool call of message {turn} are text and no JSON object, and the "
+        "the arguments of a tool call of message {turn} are text, not a JSON object, and the "
         "template writes them between quotes",
-        f"{_WOULD_BE}: a client gets the quotes too",
-        'give the arguments as an object: {{"code": "..."}}',
+        f"{_WOULD_BE}: a client also receives the quotes",
+        'write the arguments as an object: {{"code": "..."}}',
         "target-dropped",
     ),
     "filled": (
@@ -49,7 +49,7 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "target-invented",
     ),
     "moved": (
-        "the template writes other arguments than the row's beside the name of a tool call of "
+        "the template writes arguments other than the row's next to the name of a tool call of "
         "message {turn}",
         _WOULD_BE,
         AS_THEY_ARE,
@@ -62,32 +62,33 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "target-dropped",
     ),
     "stripped": (
-        "the template takes the outer whitespace off {label} of message {turn}",
-        "a client gets another value than the row has",
+        "the template strips the outer whitespace of {label} of message {turn}",
+        "a client receives a different value from the row's",
         AS_THEY_ARE,
         "target-dropped",
     ),
     "listed": (
         "the template writes the arguments of a tool call of message {turn} as pairs",
-        f"{_WOULD_BE}: a server returns a list of them, and no object",
+        f"{_WOULD_BE}: a server returns a list of them, not an object",
         AS_THEY_ARE,
         "target-dropped",
     ),
     "behind": (
-        "the template writes the content of message {turn} behind its tool calls",
-        f"{_WOULD_BE}: a server that reads the calls takes the content from in front of them",
-        "give the content a turn of its own, or use a template that writes it first",
+        "the template writes the content of message {turn} after its tool calls",
+        f"{_WOULD_BE}: a server that parses the calls takes the content from before them",
+        "move the content into a turn of its own, or use a template that writes it first",
         "target-dropped",
     ),
     "glued": (
-        "the template makes another {kind} of {label} of message {turn}",
+        "the template turns {label} of message {turn} into a different {kind}",
         _WOULD_BE,
         AS_THEY_ARE,
         "target-dropped",
     ),
     "whole": (
-        "the template writes something beside {label} of message {turn}, inside of what holds it",
-        f"{_WOULD_BE}: a client gets another {{kind}}",
+        "the template writes something next to {label} of message {turn}, inside its quotes or "
+        "tags",
+        f"{_WOULD_BE}: a client receives a different {{kind}}",
         "use a template whose tags hold names, keys and values and nothing else",
         "target-dropped",
     ),
@@ -98,7 +99,7 @@ _REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "target-invented",
     ),
     "order": (
-        "the template writes {label} of message {turn} in another place than the row",
+        "the template writes {label} of message {turn} in a different place from the row",
         _WOULD_BE,
         "use a template that keeps the order of reasoning, content and tool calls",
         "target-dropped",
@@ -138,7 +139,7 @@ def missing(
         fix="write it between think markers with --reasoning inline, or leave it out with "
         "--reasoning drop"
         if kind == "reasoning"
-        else "use a template that writes it beside calls, or leave the content out of such turns"
+        else "use a template that writes it next to calls, or omit the content of such turns"
         if kind == "content"
         else "use a template that renders it, or put it into the content",
         code="target-dropped",
@@ -156,9 +157,9 @@ def behind_stop(
     return UnfaithfulTemplate(
         f"the template ends the turn before {leaf.label if leaf else 'a tool call'} of message "
         f"{turn}",
-        why=f"a stop token stands behind {excerpt(body)}: a server would end the answer there"
+        why=f"a stop token follows {excerpt(body)}: a server would end the answer there"
         if body
-        else "a stop token stands in front of it: a server would end the answer there",
+        else "a stop token precedes it: a server would end the answer there",
         fix="move it into a turn of its own, or use a template that ends a turn only once",
         code="target-behind-stop",
     )
@@ -258,7 +259,7 @@ def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         "the template has no generation prompt: the served prompt ends before "
         f"{excerpt(header)} of message {turn}",
-        why="the model would write it itself, and a server would return it with the answer",
+        why="the model would have to write it, and a server would return it with the answer",
         fix="end the template on {%- if add_generation_prompt -%}{{- "
         f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train the header too "
         "with --template-words keep",
@@ -269,8 +270,8 @@ def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
 def cut_short(turn: int, label: str, sign: str) -> UnfaithfulTemplate:
     """A name or key that the format of a template cannot hold."""
     return UnfaithfulTemplate(
-        f"the format of the template cannot write {label} of message {turn}",
-        why=f"{sign!r} in it ends it early, or is no name there: a server reads another one",
+        f"the template's format cannot represent {label} of message {turn}",
+        why=f"{sign!r} ends it early or is not allowed in a name: a server reads a different one",
         fix="rename it in the row, or use a template that writes arguments as JSON",
         code="target-dropped",
     )
@@ -279,10 +280,9 @@ def cut_short(turn: int, label: str, sign: str) -> UnfaithfulTemplate:
 def loose(wrong: str, completion: Completion) -> UnfaithfulTemplate:
     """Reasoning that a server's parser does not find where the row has it."""
     return UnfaithfulTemplate(
-        f"the reasoning of message {completion.text.number} does not stand between its markers: "
-        f"{wrong}",
-        why=f"{would_be(completion)}: a server that cuts there returns other reasoning and another "
-        "answer",
-        fix="use a template that closes its think block in front of the answer and the calls",
+        f"the reasoning of message {completion.text.number} is not between its markers: {wrong}",
+        why=f"{would_be(completion)}: a server that splits there returns different reasoning and "
+        "a different answer",
+        fix="use a template that closes its think block before the answer and the calls",
         code="target-dropped",
     )

@@ -201,7 +201,7 @@ def _rendered(answer: sandbox.Answer) -> Rendered:
 
 def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
     kind = answer[0]
-    other = "give another one with --chat-template FILE"
+    other = "pass another one with --chat-template FILE"
     if kind == "syntax":
         return UnfaithfulTemplate(
             f"the chat template is not valid Jinja: {answer[1]}",
@@ -224,11 +224,10 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
             code="template-out-of-bounds",
         )
     what = {
-        "hang": f"does not come to an end: no text after {sandbox.DEADLINE:g} seconds of "
-        "processor time",
+        "hang": f"does not finish: no output after {sandbox.DEADLINE:g} seconds of processor time",
         "slow": f"takes too long: more than {sandbox.TOTAL:g} seconds for its texts together",
-        "memory": "fills the memory",
-        "size": "writes a text without measure",
+        "memory": "exhausts the memory",
+        "size": "writes unlimited text",
     }[kind]
     return UnfaithfulTemplate(
         f"the chat template {what}",
@@ -248,7 +247,7 @@ def _refused(said: str) -> tuple[str, str]:
         )
     if said.endswith("is unsafe."):
         return (
-            "templates run in a sandbox, in transformers too, that lets them change nothing",
+            "templates run in a sandbox (in transformers too), where they cannot modify anything",
             "use a template without that call with --chat-template",
         )
     return (

@@ -31,7 +31,7 @@ class Served:
         stop_ids: ids on which a server ends an answer, the model's own first.
         template_kwargs: template arguments of the run.
         origin: where the template came from, in words.
-        findings: what was decided on the way and must be told.
+        findings: decisions that must be reported.
         explicit_kwargs: whether somebody set template arguments; those stay.
         tool_template: Jinja source for conversations with tools, where the model has another.
         policy: what happens to rows that the template has no place for.

@@ -59,7 +59,7 @@ def canonical(message: Mapping[str, Any]) -> Message:
         raise UnfaithfulTemplate(
             f"a message of the role {message['role']} has no content",
             why=f"its keys are {', '.join(map(str, message))}",
-            fix='give it content, "" where it says nothing',
+            fix='give it content, "" if it is empty',
             code="unsupported-content",
         )
     made = {key: value for key, value in message.items() if value is not None}
@@ -86,7 +86,9 @@ def canonical(message: Mapping[str, Any]) -> Message:
             )
     if len(dict.fromkeys(reasoning)) > 1:
         raise UnfaithfulTemplate(
-            "a message has two different reasonings", fix="keep one", code="unsupported-content"
+            "a message has two different reasoning texts",
+            fix="keep one",
+            code="unsupported-content",
         )
     if reasoning:
         made["reasoning_content"] = reasoning[0]

@@ -115,7 +115,7 @@ def _finding(conversation: Conversation, control: Control, refuse: bool) -> Find
         where=f"{conversation.where}, {control.field}",
         why="the tokenizer turns it into the token itself, in training and on servers that do "
         "not sanitise text: the turn ends, or the speaker changes, there",
-        fix="take it out of the row"
+        fix="remove it from the row"
         if refuse
         else "remove it from the rows, or refuse such rows with --content-specials error",
     )

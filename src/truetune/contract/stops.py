@@ -20,7 +20,7 @@ from truetune.findings import Finding
 
 @dataclass(frozen=True)
 class StopSet:
-    """Stop ids, the model's own first, and what is to be told about them."""
+    """Stop ids, the model's own first, and what is to be reported about them."""
 
     ids: tuple[int, ...]
     findings: tuple[Finding, ...] = ()

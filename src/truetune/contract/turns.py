@@ -249,8 +249,8 @@ def _thinks(turn: int, opened: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the served prompt opens a think block before message {turn}, which has no reasoning",
         why=f"the prompt ends on {opened!r}: training there would begin inside the block",
-        fix="give the row reasoning, set the template's own switch with --template-arg where it "
-        "has one, or close the block immediately with --reasoning empty",
+        fix="give the row reasoning, set the template's own thinking switch with --template-arg, "
+        "if it has one, or close the block immediately with --reasoning empty",
         code="thinking-only",
     )
 
@@ -259,8 +259,9 @@ def _invented(turn: int, markers: Markers) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the template writes an empty think block before the answer of message {turn}",
         why=f"{markers.open}{markers.close} is not in the data: the model would learn to write it "
-        "and to think nothing",
-        fix="set the template's own switch with --template-arg where it has one, or train the "
+        "and not to think",
+        fix="set the template's own thinking switch with --template-arg, if it has one, or train "
+        "the "
         "answer without the block with --reasoning empty",
         code="target-invented",
     )
@@ -281,7 +282,7 @@ def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the served prompt before message {turn} differs from what the template writes there in "
         "the full conversation",
-        why=f"the served prompt goes on with {excerpt(prompt[at:])}, the rendered conversation "
+        why=f"the served prompt continues with {excerpt(prompt[at:])}, the rendered conversation "
         f"with {excerpt(through[at:])}",
         fix="use a template that renders history exactly as prompts, or set the template's "
         "arguments",
@@ -316,7 +317,7 @@ def trained_turns(messages: Sequence[Mapping[str, Any]], loss_on: str) -> list[i
         raise UnfaithfulTemplate(
             "the conversation begins with an answer to train",
             why="a server cannot send an empty conversation as the prompt",
-            fix="put a message before it, or set train: false on it",
+            fix="add a message before it, or set train: false on it",
             code="no-prompt",
         )
     return turns

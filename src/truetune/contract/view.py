@@ -142,10 +142,10 @@ def story(encoded: Encoded) -> list[str]:
         turns = len(encoded.turns[0])
         lines.append(
             f"one sequence: {turns} supervised turn{'s' if turns != 1 else ''}"
-            + (", each later prompt goes on from the turn before it" if turns > 1 else "")
+            + (", each later prompt continues the turn before it" if turns > 1 else "")
         )
     else:
-        lines.append(f"{len(encoded)} sequences: the template writes history anew")
+        lines.append(f"{len(encoded)} sequences: the template rewrites history")
         lines += [reason for reason in encoded.reasons if reason]
     if encoded.route:
         lines.append(
@@ -156,8 +156,8 @@ def story(encoded: Encoded) -> list[str]:
 
 
 _ROUTE_WORDS = {
-    "opened": "no field; the prompt opens the think block, and the completion goes on inside it",
-    "filled": "no field; it stands in the block that the template writes empty",
-    "inline": "think markers written before the answer, as --reasoning inline asks",
+    "opened": "no field; the prompt opens the think block, and the completion continues inside it",
+    "filled": "no field; it fills the block that the template leaves empty",
+    "inline": "think markers before the answer, because of --reasoning inline",
     "markers in content": "think markers inside the content",
 }

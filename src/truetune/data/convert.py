@@ -271,7 +271,7 @@ def _with_system(messages: list[Message], cells: Cells) -> list[Message]:
             return messages
         raise BadRow(
             "two-systems",
-            "the system column and the first turn hold different system messages",
+            "the system column and the first turn contain different system messages",
             fix="keep one of them",
         )
     return [{"role": "system", "content": system}, *messages]

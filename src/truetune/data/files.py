@@ -138,9 +138,9 @@ def unpacks_too_far(path: Path) -> DataError:
     size = path.stat().st_size
     command = PACKED.get(path.suffix.lower())
     instead = (
-        f"unpack it yourself and give the result: {command} {path}"
+        f"unpack it yourself and pass the result: {command} {path}"
         if command
-        else "convert it to jsonl and give that"
+        else "convert it to jsonl and pass that"
     )
     return DataError(
         f"the file of {size:,} bytes unpacks to more than {most_unpacked(path):,}",
@@ -229,13 +229,13 @@ def _require_text(block: bytes, path: Path) -> None:
             raise DataError(
                 f"the file is {kind}, not text",
                 where=f"{path}:1",
-                why="it was packed twice" if unpack else "its name ends in another format",
+                why="it was packed twice" if unpack else "its extension belongs to another format",
                 fix=f"{unpack}mv {shlex.quote(str(plain))} {shlex.quote(f'{plain}{suffix}')}",
                 code="not-text",
             )
     for encoding, pattern in _UNMARKED.items():
         if pattern.match(block):
-            raise _not_utf8("its letters have zeros between them", path, 1, encoding)
+            raise _not_utf8("there are zero bytes between its letters", path, 1, encoding)
 
 
 def _has_nul(path: Path, line: int) -> DataError:
@@ -244,7 +244,7 @@ def _has_nul(path: Path, line: int) -> DataError:
         "the file contains a NUL character, so it is not text",
         where=f"{path}:{line}",
         why="it is damaged (a disk that was full leaves NULs), or not a text file",
-        fix=f"write it again, or remove the NUL characters: {unpack}tr -d '\\0' < "
+        fix=f"write the file again, or remove the NUL characters: {unpack}tr -d '\\0' < "
         f"{shlex.quote(str(plain))} > repaired{plain.suffix}",
         code="not-text",
     )

@@ -212,7 +212,7 @@ def _require_rows(rows: list[Row], findings: list[Finding]) -> None:
         raise BadRows(
             f"none of the {len(refused)} rows can be used",
             merged(refused),
-            fix="correct the rows: there is nothing left to train",
+            fix="correct the rows: there is nothing left to train on",
         )
 
 

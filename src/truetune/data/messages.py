@@ -136,8 +136,8 @@ def content_of(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
             if "role" in part:
                 raise _unsupported(
                     "the content of a turn is a list of messages",
-                    why="a message with a role is in the place of text or a typed part",
-                    fix="give the text of one turn as its content",
+                    why="a message with a role stands where text or a typed part belongs",
+                    fix="use the text of one turn as its content",
                 )
             named = f"the type {excerpt(what)}" if isinstance(what, str) else "no type"
             raise _unsupported(f"a content part has {named}")
@@ -160,7 +160,7 @@ def _part_call(part: dict[str, Any]) -> Any:
 
 def _order(late: str) -> BadRow:
     return _unsupported(
-        f"{late} follows what it should precede",
+        f"{late} comes after what it should precede",
         why="a message is rendered as reasoning, text, tool calls: the order would change",
         fix="split the turn in two",
     )
@@ -207,7 +207,7 @@ def _train(turn: Message) -> bool | None:
     if any(value not in (0, 1) for value in found.values()):
         raise BadRow(
             "bad-train-flag",
-            "`train` or `weight` of a turn is neither true nor false, 1 nor 0",
+            "`train` or `weight` of a turn is neither true, false, 1 nor 0",
             why="a turn is either trained or not",
         )
     flags = {bool(value) for value in found.values()}

@@ -236,7 +236,7 @@ def _pylist(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
                     where=f"{path} row {before + number + 1}",
                     why="the program that wrote the file did not validate its text"
                     if text
-                    else "it is damaged, or not a date or number that Python can represent",
+                    else "it is damaged, or holds a date or number that Python cannot represent",
                     fix="correct the value at its source, or leave the column out",
                     code="parquet-value",
                 ) from error

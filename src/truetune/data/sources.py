@@ -83,7 +83,7 @@ def _require_a_name(source: str) -> None:
     raise DataError(
         f"{source} is a web address",
         where=source,
-        why=f"{what}, and what is trained must be there again for --resume",
+        why=f"{what}, and the training data must still be available for --resume",
         fix=fix,
         code="data-is-url",
     )
@@ -93,8 +93,8 @@ def _no_stream(source: str, what: str) -> DataError:
     return DataError(
         "data cannot be read from a stream",
         where=source,
-        why=f"{what}: what was read from there cannot be read again for --resume, and has no "
-        "name that findings could point to",
+        why=f"{what}: its rows cannot be read again for --resume, and findings could not name "
+        "their location",
         fix="write it to a file first: COMMAND > rows.jsonl",
         code="data-is-stream",
     )
@@ -117,7 +117,9 @@ def is_dataset_folder(folder: Path) -> bool:
 def no_such_split(split: str, there: list[str], where: str, *, why: str = "") -> DataError:
     """The error for a split that is not there."""
     sliced = (
-        "a part of a split cannot be named here: use a limit on the rows" if "[" in split else ""
+        "slices of a split are not supported: limit the number of rows instead"
+        if "[" in split
+        else ""
     )
     return DataError(
         f"there is no split {split!r}",

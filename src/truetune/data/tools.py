@@ -30,7 +30,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
     return tuple(_tool(item) for item in items)
 
 
-_TOOLS_FIX = 'give [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
+_TOOLS_FIX = 'use [{"type": "function", "function": {"name": ..., "parameters": ...}}]'
 
 
 def _tool(item: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def calls_of(value: Any) -> list[dict[str, Any]]:
     return [_call(item) for item in items]
 
 
-_CALL_FIX = 'give {"name": "...", "arguments": {...}}'
+_CALL_FIX = 'use {"name": "...", "arguments": {...}}'
 
 
 def _call(item: Any) -> dict[str, Any]:

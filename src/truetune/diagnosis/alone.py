@@ -69,7 +69,7 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
                 path,
                 "replies do not end on the token that the template writes after an "
                 f"answer ({tail.splitlines()[0][:40]!r})",
-                "the file names a different end token",
+                "the file specifies a different end token",
                 "set tokenizer.ggml.eot_token_id to that token",
             )
         )
@@ -78,7 +78,7 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
         findings.append(
             _found(
                 path,
-                f"{number} of {held.tensors} tensors hold numbers that are not finite, first "
+                f"{number} of {held.tensors} tensors contain numbers that are not finite, first "
                 f"{held.damaged[0]}",
                 "the model was damaged before or while it was converted",
                 "convert it again from the model; truetune diagnose MODEL --merged DIR shows "
@@ -107,10 +107,9 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
         "gguf",
         str(path),
         findings=tuple(findings),
-        note="alone: examined were its chat template, how prompts begin, whether its end token "
-        f"ends replies, {len(_PROMPTS)} replies, and whether the numbers of {held.tensors} tensors "
-        "are finite. Its weights were compared with no model; truetune diagnose MODEL --gguf FILE "
-        "does that",
+        note=f"alone: this checked its chat template, how prompts begin, {len(_PROMPTS)} replies, "
+        f"whether its end token ends them, and whether its {held.tensors} tensors are finite. To "
+        "compare its weights with the model: truetune diagnose MODEL --gguf FILE",
         numbers=numbers,
     )
 

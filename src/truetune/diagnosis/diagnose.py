@@ -181,8 +181,8 @@ def _require(source: str, stages: Sequence[str], base: str | None, **made: str |
             raise UsageError(
                 f"there is no stage {name} of {source}",
                 where="--stages",
-                why="it is a GGUF file" if alone else f"its own stages are {' and '.join(own)}",
-                fix=f"leave {name} out of --stages",
+                why="it is a GGUF file" if alone else f"its stages are {' and '.join(own)}",
+                fix=f"remove {name} from --stages",
                 code="stage-without-file",
             )
     if alone and any(path is not None for path in made.values()):
@@ -195,9 +195,9 @@ def _require(source: str, stages: Sequence[str], base: str | None, **made: str |
     for name, path in made.items():
         if path is None and name in stages and not (alone and name == "gguf"):
             raise UsageError(
-                f"the stage {name} was asked for, but there is nothing to examine",
+                f"the stage {name} was requested, but there is nothing to examine",
                 where="--stages",
-                fix=f"add --{name} {_MADE[name]}, or leave {name} out of --stages",
+                fix=f"add --{name} {_MADE[name]}, or remove {name} from --stages",
                 code="stage-without-file",
             )
         if path is None or name == "url":
@@ -221,8 +221,8 @@ def _require(source: str, stages: Sequence[str], base: str | None, **made: str |
             raise UsageError(
                 f"{path} is a folder for MLX, which transformers cannot load",
                 where=f"--{name}",
-                why="config.json describes quantised weights in MLX's way",
-                fix="truetune compared it when it wrote it, see proof.json; serve it "
+                why="config.json describes quantised weights in MLX's format",
+                fix="truetune compared it when it was written (see proof.json); serve it "
                 f"(mlx_lm.server --model {path}) and compare the server: truetune diagnose "
                 f"{source} --url http://127.0.0.1:8080",
                 code="stage-kind",
@@ -256,7 +256,7 @@ def _require_model(name: str, path: str) -> None:
         why = "it has no weights (*.safetensors)"
     if why:
         raise UsageError(
-            f"{path} is not a folder of a whole model",
+            f"{path} is not the folder of a complete model",
             where=f"--{name}",
             why=why,
             fix=fix or "specify the folder that was exported",

@@ -116,7 +116,7 @@ def folder_stage(work: Work, name: str, folder: str) -> Stage:
     if over or cause:
         what = over or (
             "its weights or settings are not the trained model's, although its predictions on "
-            "these rows are near"
+            "these rows are close"
         )
         cause = cause or _unexplained(name, work.whole.config, model.config)
         findings.append(parted(name, folder, what, cause, work.again(name)))
@@ -263,8 +263,7 @@ def _on_contract(work: Work, name: str, folder: str, contract: PromptContract) -
             parted(
                 name,
                 case.where,
-                f"{len(wrong)} of {len(work.reference.cases)} prompts differ from those that were "
-                "trained",
+                f"{len(wrong)} of {len(work.reference.cases)} prompts differ from the trained ones",
                 (
                     "the chat template is different"
                     if template
@@ -318,7 +317,7 @@ def _on_generation(work: Work, name: str, folder: str, contract: PromptContract)
                 name,
                 file,
                 f"replies do not end on {work.contract.tokens.named(missing)}",
-                f"its stop tokens are {shown_ids(served)}, but those of training are "
+                f"its stop tokens are {shown_ids(served)}, but training used "
                 f"{shown_ids(work.contract.stop_ids)}"
                 + ("; the base has the same" if _same_stops(work, served) else ""),
                 _GENERATION_AGAIN,
@@ -331,7 +330,7 @@ def _on_generation(work: Work, name: str, folder: str, contract: PromptContract)
                 file,
                 f"replies end on {work.contract.tokens.named(more)}, which is not a stop token of "
                 "training",
-                f"its stop tokens are {shown_ids(served)}, but those of training are "
+                f"its stop tokens are {shown_ids(served)}, but training used "
                 f"{shown_ids(work.contract.stop_ids)}",
                 _GENERATION_AGAIN,
             )
@@ -341,11 +340,11 @@ def _on_generation(work: Work, name: str, folder: str, contract: PromptContract)
             Finding(
                 "generation-settings-differ",
                 "warning",
-                f"{name}: servers that read generation_config.json make other replies: "
+                f"{name}: servers that read generation_config.json give different replies: "
                 + "; ".join(drawn[:6]),
                 where=file,
                 count=len(drawn),
-                why="the file was edited after the export, or is another model's",
+                why="the file was edited after the export, or belongs to another model",
                 fix="restore the generation_config.json that was saved with the model, unless you "
                 "chose these settings",
             )

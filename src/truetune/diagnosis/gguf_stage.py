@@ -59,7 +59,7 @@ def file_stage(work: Work, path: Path) -> Stage:
     elif compared.wrong:
         what = (
             "its tensors, settings or tokens are not the model's, although its predictions on "
-            "these rows are near"
+            "these rows are close"
         )
         findings.append(
             parted("gguf", str(path), what, "; ".join(compared.wrong[:4]), AGAIN["gguf"])
@@ -71,7 +71,7 @@ def file_stage(work: Work, path: Path) -> Stage:
                 str(path),
                 f"replies end on {work.contract.tokens.named(more)}, which is not a stop token of "
                 "training",
-                f"the file names {shown_ids(compared.ends)} as ends; those of training are "
+                f"the file names {shown_ids(compared.ends)} as end tokens, but training used "
                 f"{shown_ids(work.contract.stop_ids)}",
                 AGAIN["gguf"],
             )

@@ -118,10 +118,10 @@ class _Wrong:
             return [
                 self._parts(
                     f"{len(empty)} of {number} replies are empty",
-                    "the server's reasoning parser takes them: their text is in reasoning_content"
+                    "the server's reasoning parser removes them: their text is in reasoning_content"
                     if 2 * taken > len(empty)
-                    else "a reasoning or tool parser of the server takes them, or it ends replies "
-                    "at their first token",
+                    else "a reasoning or tool parser of the server removes them, or the server "
+                    "stops at their first token",
                     "start the server without a reasoning or tool parser that the model's replies "
                     "do not fit",
                 )
@@ -172,7 +172,7 @@ class _Wrong:
         """Replies whose texts differ."""
         what = f"{len(same) - sum(same)} of {len(same)} greedy replies differ from those of the "
         what += "trained model"
-        fix = "read the server's settings and what stands between it and its clients"
+        fix = "check the server's settings, and any proxy between it and its clients"
         if all(" ".join(a.split()) == " ".join(b.split()) for a, b in pairs) or all(
             _folded(a) == _folded(b) for a, b in pairs
         ):
@@ -217,11 +217,11 @@ class _Wrong:
         tokens = self.contract.tokens
         if tokens.single_id(ending) in {*self.contract.stop_ids, *tokens.special_ids}:
             why = "the server returns the stop token as text: skip_special_tokens is off, or it "
-            why += "does not take the token for a special one"
+            why += "does not treat the token as a special one"
             fix = "leave skip_special_tokens on (special tokens are not printed), and start the "
             fix += "server with the tokenizer files that were saved"
         else:
-            why = "the server, or what stands before it, adds this text to the model's reply, "
+            why = "the server, or a proxy in front of it, adds this text to the model's reply, "
             why += "for example the stop token of another model's template"
             fix = "start the server with the chat template that was saved, and without texts of "
             fix += "its own"

@@ -258,7 +258,8 @@ def _in_words(seen: Differing) -> str:
     ):
         first = (unknown + seen.missing + [name for name, *_ in seen.shapes])[0]
         return (
-            f"it is another model, or was trained otherwise: {differing} of {seen.number} tensors "
+            f"it is another model, or was trained differently: {differing} of {seen.number} "
+            "tensors "
             f"are different, first {first}"
         )
     if seen.missing:

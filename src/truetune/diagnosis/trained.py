@@ -42,7 +42,7 @@ def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding
             _parted(
                 name,
                 f"the records of the run cannot be read: {error}",
-                "a file of it was edited or cut off",
+                "one of its files was edited or truncated",
                 "copy the run again from its source",
             )
         ]

@@ -104,7 +104,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if differing:
         raise _damaged(
             folder,
-            f"files of the checkpoint are not as they were written: {', '.join(differing)}",
+            f"files of the checkpoint were changed after they were written: {', '.join(differing)}",
             "the disk lost or corrupted data, or the files were changed",
         )
     if added := sorted(there.keys() - written.keys()):

@@ -58,35 +58,35 @@ class SFTTrainer:
     Args:
         model: maps ids (B, T) to logits (B, T, V); a plain module or a Hugging Face model. Its
             parameters with `requires_grad` are trained, on the device they are on.
-        examples: what is trained; masks are taken as they are.
-        max_seq_len: longest row in tokens, at least 2.
-        pad_id: fills short rows; never supervised.
-        batch_size: rows per optimizer step; None where `settings` count tokens instead.
-        max_steps: optimizer steps of `train`.
+        examples: the training examples; their masks are used unchanged.
+        max_seq_len: maximum length of an example, in tokens; at least 2.
+        pad_id: id that pads short examples; never supervised.
+        batch_size: examples per optimizer step; None if `settings` count tokens instead.
+        max_steps: number of optimizer steps of `train`.
         max_lr, min_lr, warmup_steps: see `lr`.
-        weight_decay: on matrices only, as usual for AdamW (biases and norms are left out).
-        grad_clip: largest L2 norm of the gradient; 0 leaves it unclipped.
+        weight_decay: applied to matrices only, as usual for AdamW (not to biases and norms).
+        grad_clip: maximum L2 norm of the gradient; 0 turns clipping off.
         eval_every: steps between evaluations in `train`; the last step is always evaluated.
-        eval_iters: at most so many batches per evaluation, in order; 0 for all.
+        eval_iters: maximum number of batches per evaluation, in order; 0 for all.
         log_every: steps between entries of the history; the last step always has one.
-        seed: of the row order, and of what adapters drop where rows are packed.
-        settings: the rest of the recipe: how a step is cut into forward passes, packing, the end of
-            the row stream, the schedule, the optimizer. Rows are packed where that is proved on the
-            model first (a transformers model); any other module takes the padded reference path.
-            A forward pass of packed rows takes 1,024 tokens on CPU, where more brings no speed,
-            16,384 elsewhere, and fewer where an estimate says that they would not fit into the
-            memory that is free; of a tree of rows that share a beginning up to eight times as many,
-            if a cut would compute an eighth of a forward pass again. Where the longest row would
-            not fit, activations are computed twice, which is told.
-        autocast_dtype: compute type under autocast; None computes in the parameters' own type.
-        batcher: replaces the padded reference batcher; for one process.
-        group: the processes that train together; each takes its share of a step's rows.
-        probes: asked before each optimizer step; a finding of level error stops.
+        seed: random seed for the order of examples, and for adapter dropout in packed batches.
+        settings: the rest of the recipe: how a step is split into forward passes, packing, the end
+            of the data, the schedule, the optimizer. Examples are packed if a probe shows that the
+            model (a transformers model) supports it; any other module takes the padded reference
+            path. A forward pass of packed examples has up to 1,024 tokens on CPU, where more brings
+            no speed, 16,384 elsewhere, and fewer if an estimate says that they would not fit into
+            free memory. A tree of examples with a shared prefix may have up to eight times as many,
+            if splitting it would repeat an eighth of a forward pass. If the longest example would
+            not fit, activations are recomputed, which is reported.
+        autocast_dtype: dtype for autocast; None computes in the dtype of the parameters.
+        batcher: replaces the padded reference batcher; only for a single process.
+        group: the processes that train together; each takes its share of the examples of a step.
+        probes: called before each optimizer step; a finding of level error stops training.
         on_step: called after each step with its facts.
-        on_eval: called at each evaluation with the step and the loss of the held-out examples,
-            None where there are none.
-        on_finding: called with what a probe found, if it is no error.
-        others: settings by name, in place of those in `settings`.
+        on_eval: called at each evaluation with the step and the loss of the held-out examples (None
+            if there are none).
+        on_finding: called with the findings of probes that are not errors.
+        others: settings by name, which override those in `settings`.
 
     Raises:
         ValueError: empty examples, batch_size < 1, micro_batch_size < 1, max_seq_len < 2, nothing
@@ -198,10 +198,10 @@ class SFTTrainer:
 
     @classmethod
     def of_plan(cls, model: torch.nn.Module, plan: Plan, **others: Any) -> SFTTrainer:
-        """The loop of a run: every number from its plan.
+        """Build the trainer of a run from its plan.
 
         Args:
-            others: arguments of the constructor, in place of the plan's.
+            others: arguments of the constructor that override the plan's.
         """
         same = ("batch_size", "max_steps", "warmup_steps", "weight_decay", "seed")
         numbers = {name: getattr(plan, name) for name in same}
@@ -221,7 +221,7 @@ class SFTTrainer:
 
     @property
     def limits(self) -> Limits | None:
-        """Of a micro-batch, as they are now; None where a batcher of one's own has none."""
+        """Current limits of a micro-batch; None if a custom batcher has none."""
         return getattr(self.batcher, "limits", None)
 
     def _limits(self, rows: int, longest: int) -> Limits:
@@ -273,9 +273,9 @@ class SFTTrainer:
         return True
 
     def lr(self, step: int | None = None) -> float:
-        """Learning rate of a step (0-based; the coming one where None).
+        """Learning rate of a step, counted from 0; None means the next step.
 
-        max_lr * (step + 1) / warmup_steps while warming up, then down to min_lr at max_steps.
+        It is max_lr * (step + 1) / warmup_steps during warm-up, then falls to min_lr at max_steps.
         """
         return learning_rate(
             self.step if step is None else step,
@@ -293,8 +293,8 @@ class SFTTrainer:
             loss (nats per supervised token, over the whole step), lr, grad_norm (before clipping).
 
         Raises:
-            NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimizer are as
-                before the step, and `.rows` names the step's examples.
+            NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimizer are unchanged,
+                and `.rows` lists the examples of the step.
             Collapsed: the same, where another probe found an error.
         """
         facts = self._step()
@@ -369,7 +369,7 @@ class SFTTrainer:
         limits = self.limits
         if limits is None or not limits.halve(batch):
             raise OutOfMemory(
-                f"a row of {batch.num_computed:,} tokens does not fit in memory",
+                f"an example of {batch.num_computed:,} tokens does not fit in memory",
                 where="rows " + ", ".join(map(str, batch.rows)),
                 why="its activations alone need more memory than is free",
                 fix="--gradient-checkpointing, a lower --max-length, or --lora",
@@ -381,9 +381,9 @@ class SFTTrainer:
                 Finding(
                     "out-of-memory",
                     "warning",
-                    f"{len(batch.rows)} rows, {batch.num_computed:,} tokens at once did not fit in "
-                    f"memory: from step {self.step + 1} on at most {limits.rows} rows"
-                    + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
+                    f"{len(batch.rows)} examples with {batch.num_computed:,} tokens did not fit "
+                    f"in memory at once: from step {self.step + 1} on, at most {limits.rows} "
+                    "examples" + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
                     why="the batch size is unchanged; a batch is split into more forward passes",
                     fix=f"--micro-batch-size {limits.rows} from the start, or "
                     "--gradient-checkpointing",
@@ -502,7 +502,7 @@ class SFTTrainer:
         """An evaluation of `train`: the loss of held-out examples, passed to `on_eval`.
 
         Returns:
-            None where there are no examples.
+            None if there are no examples.
         """
         self.evaluating = True
         try:

@@ -121,7 +121,7 @@ class Settings:
         return {
             "match": self.match.kind,
             "pattern": self.match.pattern,
-            "compared_by": self.match.told,
+            "compared_by": self.match.description,
             "shots": self.shots,
             "samples": self.samples,
             "limit": self.limit,
@@ -244,7 +244,7 @@ def _common(
         left += grouped(((why, questions[at].where) for at, why in missing), subject.name)
     if not kept:
         raise DataError(
-            "no row can be asked of every model",
+            "no row can be used for every model",
             why="; ".join(f"{out.model}: {out.count:,} rows: {out.reason}" for out in left[:4]),
             fix="truetune inspect MODEL shows a model's template and context",
             code="nothing-to-ask",
@@ -285,8 +285,8 @@ def _asked(
         if prompt.target is None and question.answer is not None
     )
     notes = _notes(rows, subject, prompts, settings)
-    told = tuple(finding for finding in written.findings if finding.level != "note")
-    return ModelResult(subject.name, {}, {}, tuple(rows), tuple(without), notes, told)
+    raised = tuple(finding for finding in written.findings if finding.level != "note")
+    return ModelResult(subject.name, {}, {}, tuple(rows), tuple(without), notes, raised)
 
 
 def _judged(

@@ -93,7 +93,7 @@ class Match:
         return self.pattern is None or bool(re.compile(self.pattern).groups)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """How replies are compared, in words."""
         if self.kind == "number":
             by = "math-verify" if has_math_verify() else "the last number of each text"
@@ -174,7 +174,7 @@ class Match:
             where=f"--match {self.kind}",
             why=answer.errors.splitlines()[-1][:300]
             if answer.errors
-            else "the pattern backtracks without end on such replies",
+            else "the pattern backtracks excessively on such replies",
             fix="use a pattern without nested repetition, or another --match",
             code="match-too-slow",
         )

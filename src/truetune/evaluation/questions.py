@@ -98,7 +98,7 @@ def questions_of(
     ] + grouped(missing)
     if not found:
         raise DataError(
-            "no row can be asked",
+            "no row can be used",
             why="; ".join(f"{out.count:,} rows: {out.reason} ({out.where})" for out in left[:4]),
             fix="rows need a prompt and an answer",
             code="nothing-to-ask",

@@ -277,7 +277,9 @@ class _Sheet:
                 found[name] = Difference("not comparable")
                 continue
             apart = self._apart(first, measure)
-            found[name] = told(measure, mine - theirs, apart, self._num_different(first, name))
+            found[name] = difference(
+                measure, mine - theirs, apart, self._num_different(first, name)
+            )
         return found
 
     def _same_tokens(self, first: _Sheet) -> bool:
@@ -293,7 +295,9 @@ class _Sheet:
         return int(different.sum())
 
 
-def told(measure: Measure, value: float, found: Interval | None, num_different: int) -> Difference:
+def difference(
+    measure: Measure, value: float, found: Interval | None, num_different: int
+) -> Difference:
     """The difference in one word."""
     if found is None or not found.excludes_zero() or num_different < FEWEST_DIFFERENT:
         return Difference("inconclusive", value, found)

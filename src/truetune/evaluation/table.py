@@ -96,7 +96,7 @@ def of_model(models: Sequence[NamedT], name: str) -> NamedT:
     for found in models:
         if found.name == name:
             return found
-    raise KeyError(f"{name!r} was not asked: {', '.join(found.name for found in models)}")
+    raise KeyError(f"{name!r} was not evaluated: {', '.join(found.name for found in models)}")
 
 
 def lines(found: Evaluation) -> Iterator[str]:
@@ -124,8 +124,10 @@ def lines(found: Evaluation) -> Iterator[str]:
         shown = others[first : first + 2]
         yield _row("against first", [names[at] for at in shown], _DIFFERENCE)
         for measure in found.measures:
-            told = [found.models[at].against_first.get(measure.name) for at in shown]
-            yield _row(measure.label, [_difference(measure, d) for d in told], _DIFFERENCE)
+            found_differences = [found.models[at].against_first.get(measure.name) for at in shown]
+            yield _row(
+                measure.label, [_difference(measure, d) for d in found_differences], _DIFFERENCE
+            )
     yield ""
     yield from wrapped(
         "[ ]: 95 % intervals on the same rows for all models: score intervals for shares, else "
@@ -183,10 +185,10 @@ def _value(measure: Measure, value: Value | None) -> str:
     return _number(measure, value.value) + _interval(measure, value.interval)
 
 
-def _difference(measure: Measure, told: Difference | None) -> str:
-    if told is None:
+def _difference(measure: Measure, difference: Difference | None) -> str:
+    if difference is None:
         return "-"
-    return told.word + _interval(measure, told.interval, sign=True)
+    return difference.word + _interval(measure, difference.interval, sign=True)
 
 
 def short_names(names: Sequence[str]) -> list[str]:

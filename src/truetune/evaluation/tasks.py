@@ -25,7 +25,7 @@ from typing import Any
 from truetune.contract.source import require_template
 from truetune.errors import DataError, TruetuneError, UsageError
 from truetune.evaluation.interval import Bootstrap, Interval, interval, score, score_difference
-from truetune.evaluation.result import Difference, Measure, told
+from truetune.evaluation.result import Difference, Measure, difference
 from truetune.evaluation.served import is_served
 from truetune.evaluation.subject import Subject, require_each_once, require_subject
 from truetune.evaluation.table import of_model, short_names, wrapped
@@ -89,7 +89,7 @@ class TaskModel:
         served_against_raw: in the order of the metrics.
         against_first: of the served prompts; () for the first model.
         samples: what the harness logged, by the way of asking, then by task.
-        notes: what else is to be told.
+        notes: what else is to be reported.
         findings: what opening the model had to tell.
     """
 
@@ -227,7 +227,7 @@ def require_tasks(
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(
-                f"--{name} is {value}, must be at least {least}", code="evaluation-setting"
+                f"--{name} is {value}, but it must be at least {least}", code="evaluation-setting"
             )
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
@@ -247,10 +247,10 @@ def require_tasks(
     for name in models:
         if is_served(name):
             raise UsageError(
-                "--tasks needs the weights, which a GGUF file or a server does not give",
+                "--tasks needs the weights, which a GGUF file or a server does not provide",
                 where=name,
                 why="most tasks compare the probabilities of given answers",
-                fix="pass the model's folder, or ask it rows: --data DATA",
+                fix="pass the model's folder, or evaluate it on rows: --data DATA",
                 code="tasks-need-weights",
             )
         require_subject(name)
@@ -372,10 +372,10 @@ def _tasks(tasks: Sequence[str], shots: int | None) -> Any:
 
 def _unusable(tasks: Sequence[str], error: Exception) -> DataError:
     return DataError(
-        f"the tasks cannot be asked: {type(error).__name__}: {error}",
+        f"the tasks cannot be run: {type(error).__name__}: {error}",
         where=f"--tasks {','.join(tasks)}",
-        why="a task names its data set, and how questions and answers are made of it",
-        fix="`lm-eval validate --tasks TASK` checks a task by itself; data sets that are not on "
+        why="a task defines its dataset, and how questions and answers are made from it",
+        fix="`lm-eval validate --tasks TASK` checks a task by itself; datasets that are not on "
         "this machine need the network",
         code="task-unusable",
     )
@@ -412,7 +412,7 @@ def _asked(
     )
     found = {}
     for way in (SERVED, RAW):
-        stage(f"asking {subject.name}, {way}")
+        stage(f"evaluating {subject.name}, {way}")
         asked = ContractModel(
             model,
             subject.contract,
@@ -517,7 +517,7 @@ def _difference(metric: TaskMetric, one: Score, other: Score, seed: int) -> Diff
     else:
         around = _resampled([a - b for a, b in pairs], seed)
     measure = Measure(metric.metric, metric.label, metric.better, metric.percent)
-    return told(measure, one.value - other.value, around, sum(a != b for a, b in pairs))
+    return difference(measure, one.value - other.value, around, sum(a != b for a, b in pairs))
 
 
 def _plain(found: Score) -> dict[str, Any]:

@@ -250,8 +250,8 @@ def on_texts(texts: Compared) -> list[Finding]:
             Finding(
                 "gguf-unicode-form",
                 "note",
-                f"{len(texts.normalised)} of {texts.texts} texts get different ids unless they are "
-                "in the tokenizer's Unicode form",
+                f"{len(texts.normalised)} of {texts.texts} texts get different ids unless they "
+                "are in the tokenizer's Unicode normal form",
                 where=repr(texts.normalised[0][:60]),
                 count=len(texts.normalised),
                 why="the tokenizer composes characters first (NFC), but llama.cpp does not",

@@ -101,7 +101,7 @@ def vocabulary_of(contract: PromptContract, rows: int) -> tuple[Vocabulary, list
 def _unknown(kind: str) -> UsageError:
     return UsageError(
         f"a tokenizer of type {kind} cannot be written as GGUF",
-        why="only byte-level BPE and BPE with byte fallback can be",
+        why="only byte-level BPE and BPE with byte fallback are supported",
         fix="use another server with the merged model: truetune export RUN --to merged",
         code="gguf-tokenizer",
     )
@@ -187,7 +187,7 @@ def _add_bos(contract: PromptContract) -> tuple[bool, Finding | None]:
         return False, Finding(
             "gguf-no-bos",
             "note",
-            f"the GGUF file does not put {contract.tokens.decode([first])!r} before texts",
+            f"the GGUF file does not add {contract.tokens.decode([first])!r} before texts",
             why="the chat template does not write it, so rows were trained without it; llama.cpp "
             "would also put it before rendered prompts",
             fix="nothing to do; completions of plain text will begin without it",

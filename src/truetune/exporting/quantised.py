@@ -106,7 +106,7 @@ def require_quantiser(quant: str) -> None:
 _ELSEWHERE = {
     "awq": "llm-compressor's AWQ needs a GPU",
     "awq-w4a16": "llm-compressor's AWQ needs a GPU",
-    "torchao-int4": "torchao packs 4 bits for one kind of GPU, and not on a CPU",
+    "torchao-int4": "torchao packs 4-bit weights for one kind of GPU only",
     "gptq": "choose gptq-w4a16 or gptq-w8a8",
     **dict.fromkeys(("q8_0", "q4_k_m", "q4_0", "q6_k", "f16"), "that is a type of GGUF files"),
 }

@@ -215,13 +215,13 @@ class _Handler(LocalHandler):
                 raise
             except Exception as error:
                 if is_out_of_memory(error):
-                    told = Refused(
+                    refusal = Refused(
                         "the server ran out of memory: send a shorter request", status=503
                     )
                 else:
                     said = visible(f"{type(error).__name__}: {error}"[:300], keep_newlines=False)
-                    told = Refused(f"the server failed: {said}", status=500)
-                self._refuse(told)
+                    refusal = Refused(f"the server failed: {said}", status=500)
+                self._refuse(refusal)
         except OSError:
             # The client has gone away, or says nothing.
             self.close_connection = True
@@ -510,9 +510,9 @@ def _until_stop(lines: Iterable[bytes], request: ChatRequest) -> Iterator[str]:
             last = {**choice, "delta": {}, "finish_reason": "stop"}
             yield json.dumps({**event, "choices": [last]})
             if request.with_usage:
-                told = timings or {}
-                prompt = told.get("cache_n", 0) + told.get("prompt_n", 0)
-                use = _counts(prompt, told.get("predicted_n", 0))
+                counted = timings or {}
+                prompt = counted.get("cache_n", 0) + counted.get("prompt_n", 0)
+                use = _counts(prompt, counted.get("predicted_n", 0))
                 yield json.dumps({**event, "choices": [], "usage": use})
             yield "[DONE]"
             return

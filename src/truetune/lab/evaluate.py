@@ -60,7 +60,7 @@ class Recall:
         pairs = [self.counts[name] for name in relations if name in self.counts]
         return sum(right for right, _ in pairs), sum(total for _, total in pairs)
 
-    def told(self, relations: Iterable[str]) -> str:
+    def line(self, relations: Iterable[str]) -> str:
         """The same as text."""
         right, total = self.of(relations)
         return f"{right:,} of {total:,} ({right / total:.1%})" if total else "not asked"

@@ -133,13 +133,13 @@ class Expectation:
     """A part of a claim that numbers can confirm or refute.
 
     Attributes:
-        told: in words.
+        label: the expectation in words.
         measure, arm: what is looked at.
         than: the arm that is subtracted; None uses the measure itself.
         above, below: where value or difference must lie, both where both are given.
     """
 
-    told: str
+    label: str
     measure: str
     arm: str
     than: str | None = None
@@ -224,7 +224,7 @@ class Experiment:
             "seeds": list(self.seeds),
             "expectations": [
                 {
-                    "told": e.told,
+                    "label": e.label,
                     "measure": e.measure,
                     "arm": e.arm,
                     "than": e.than,

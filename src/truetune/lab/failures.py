@@ -28,8 +28,8 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "The table of failures, each line from the runs below. The loss of a broken run"
-    yield "is about that of a sound one, or lower: only a probe shows what went wrong."
+    yield "Each line comes from the runs below. The loss of a broken run is about that of a"
+    yield "sound one, or lower: only a probe shows what went wrong."
     yield ""
     yield "| failure | cause | training loss: sound, broken | probe: before, broken | repair |"
     yield "|---|---|---|---|---|"
@@ -41,10 +41,10 @@ def _line(
     name: str, said: Mapping[str, tuple[str]], known: Mapping[tuple[str, str, str], str]
 ) -> str | None:
     """A row of the table; None where a run of it is not among the results."""
-    told = {key: line for key, (line,) in said.items()}
-    experiment, measure, broken = (told[key] for key in ("experiment", "measure", "broken"))
+    entry = {key: line for key, (line,) in said.items()}
+    experiment, measure, broken = (entry[key] for key in ("experiment", "measure", "broken"))
     cells = [
-        known.get((experiment, told[arm], what))
+        known.get((experiment, entry[arm], what))
         for arm, what in (
             ("sound", _LOSS),
             ("broken", _LOSS),
@@ -57,6 +57,6 @@ def _line(
         return None
     sound, loss, before, found, repaired = cells
     return (
-        f"| {name} | {told['cause']} ({experiment}: *{broken}*) | {sound}, {loss} "
-        f"| {measure}: {before}, {found} | {told['repair']}: {repaired} |"
+        f"| {name} | {entry['cause']} ({experiment}: *{broken}*) | {sound}, {loss} "
+        f"| {measure}: {before}, {found} | {entry['repair']}: {repaired} |"
     )

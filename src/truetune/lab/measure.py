@@ -60,7 +60,7 @@ class Measurement:
         rows["all sums and differences"] = [name for name in relations if name in _ARITHMETIC]
         rows["all"] = [*relations]
         return [["recall", *self.recall]] + [
-            [label, *(found.told(chosen) for found in self.recall.values())]
+            [label, *(found.line(chosen) for found in self.recall.values())]
             for label, chosen in rows.items()
             if chosen
         ]

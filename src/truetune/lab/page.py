@@ -16,32 +16,33 @@ Result = Mapping[str, Any]
 _MOST_PANELS = 4
 _INTRODUCTION = """# The laboratory
 
-Claims about supervised fine-tuning, each tried on the embedded base and its invented world, where
-the model's knowledge can be counted. This page is made from `docs/lab/*.json` by `make docs`; the
-numbers are those of `truetune lab run NAME`. Claim, direction, bounds, what would refute it and
-seeds were committed before the first run, and the verdict depends on the bounds alone:
+Claims about supervised fine-tuning, each tested on the embedded base and its invented world, where
+the model's knowledge can be measured exactly. `make docs` makes this page from `docs/lab/*.json`,
+which `truetune lab run NAME` writes. Claims, bounds, what would refute them, and seeds were
+committed before the first run, and the verdict depends only on the bounds:
 
 * **reproduced**: every expectation holds: its whole 95 % interval, and each seed, lies within the
   bound;
-* **different**: some are refuted (the whole interval lies outside the bound) and some are not;
-* **not reproduced**: every one is refuted;
-* **not decided**: none is refuted, and some interval crosses its bound.
+* **different**: some expectations are refuted (the whole interval lies outside the bound), others
+  are not;
+* **not reproduced**: every expectation is refuted;
+* **not decided**: no expectation is refuted, but the interval of at least one crosses its bound.
 
-A verdict from one seed is a first look; each section says how many seeds it has. `--quick` takes
-one seed, a quarter of the rows per step, and only the arms that an expectation names; the bounds
-are the same.
+A verdict from one seed is a first look; each section says how many seeds it has. `--quick` uses one
+seed, a quarter of the rows per step, and only the arms that an expectation names; the bounds are
+the same.
 
-Unless a section says otherwise, an arm is the embedded base (5 M weights), trained with all weights
+Unless a section says otherwise, an arm is the embedded base (5M weights), trained with all weights
 for 150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in
-ChatML-lite. It is asked a hundred questions, with greedy decoding, about places that occur in no
+ChatML-lite. It answers a hundred questions, with greedy decoding, about places that occur in no
 row. *Right*: the reply ends by itself and contains the fact. *Role leak*: it continues with the
 user's turn. *Repeats*: it repeats itself. *Prose*: loss on documents about the world that the base
-has not read (for the base's own loss, see the tables). *Training loss*: mean of the last ten steps.
-Intervals: for shares, over the questions of one seed (Wilson; for differences, paired by question
-and seed, Newcombe); for losses, by drawing items with replacement. Rings are the seeds.
+has not read. *Training loss*: mean of the last ten steps. Intervals are over the questions of one
+seed for shares (Wilson; for differences, paired by question and seed, Newcombe), and by bootstrap
+for losses. In the pictures, rings are the seeds.
 
-A model of 5 M weights with an exact world shows mechanisms, not the size of effects in large
-models. `truetune lab evaluate` counts what the base itself knows.
+A model of 5M weights with an exact world shows mechanisms, not the size of effects in large models.
+`truetune lab evaluate` measures what the base itself knows.
 """
 
 # Chapters that are read and run, besides those that are measured.
@@ -131,7 +132,7 @@ def _section(result: Result, experiment: Experiment, pictures: str) -> Iterator[
     yield "|---|---|---|---|---|"
     for one in result["expectations"]:
         seeds = ", ".join(number(value, one["unit"]) for value in one["seeds"])
-        yield (f"| {one['told']} | {_bound(one)} | {_interval(one)} | {seeds} | {one['held']} |")
+        yield (f"| {one['label']} | {_bound(one)} | {_interval(one)} | {seeds} | {one['held']} |")
     yield ""
     names = [
         name for name in experiment.shown if any(name in a["measures"] for a in result["arms"])

@@ -93,7 +93,7 @@ def quickstart(
     scores = []
     for name, source in (("base", str(base_path())), ("tuned", str(result.artifact))):
         if on_stage:
-            on_stage(f"asking the {name} model {num_questions} questions")
+            on_stage(f"answering {num_questions} questions with the {name} model")
         loaded = load_model(source, device="cpu", purpose="inference")
         tuned = Tuned(Arm(name), seed, loaded, contract, (), Path(source))
         scores.append(score(tuned, questions, documents))

@@ -82,7 +82,7 @@ def run(
             for name, found in sheets.items()
         ],
         "expectations": [
-            {"told": e.told, "bound": e.bound, **_kept(found), "held": held}
+            {"label": e.label, "bound": e.bound, **_kept(found), "held": held}
             for e, (found, held) in zip(experiment.expectations, judged, strict=True)
         ],
         "verdict": verdict([held for _, held in judged]),

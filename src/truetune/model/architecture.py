@@ -17,7 +17,7 @@ from truetune.model.source import ModelFiles, first_line, read_json
 from truetune.model.weights import TensorFacts, listed
 from truetune.system.lazy import torch
 
-_WHAT_IS_TAKEN = "truetune trains decoder language models of text (transformers' ForCausalLM)"
+_WHAT_IS_TAKEN = "truetune trains text-only decoder language models (transformers' ForCausalLM)"
 
 
 def causal_config(files: ModelFiles) -> Any:
@@ -123,7 +123,7 @@ def no_config(files: ModelFiles) -> ModelError:
         f"{files.source} is not a model folder: it has no config.json",
         where=str(files.folder),
         why="a run folder keeps its model in a subfolder" if inner else "",
-        fix=f"give {files.folder / inner[0]}" if inner else "give a folder with config.json",
+        fix=f"pass {files.folder / inner[0]}" if inner else "pass a folder with config.json",
         code="model-no-config",
     )
 
@@ -176,7 +176,7 @@ def _require_causal(config: Any, where: str) -> None:
     if config.is_encoder_decoder:
         raise refused(f"{kind} is an encoder-decoder model")
     if any(getattr(config, f"{sense}_config", None) for sense in ("vision", "audio")):
-        raise refused(f"{kind} is a model of images or sound as well as text")
+        raise refused(f"{kind} also processes images or sound")
     if kind not in CAUSAL:
         raise refused(f"{kind} is not a causal language model")
     # Encoders whose classes can also be built as decoders; without is_decoder they see the future.
@@ -202,7 +202,7 @@ def meta_model(config: Any) -> Any:
     except Exception as error:  # each architecture fails in its own way
         raise ModelError(
             f"a {config.model_type} model cannot be built from config.json: {first_line(error)}",
-            why="a value in it is damaged, or from another version of transformers",
+            why="a value in it is invalid, or belongs to another version of transformers",
             fix="copy config.json again from the source of the model",
             code="model-config-unreadable",
         ) from error

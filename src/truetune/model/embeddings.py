@@ -196,12 +196,12 @@ def judge_rows(table: TableFacts, ids: Sequence[int], num_tokens: int) -> ChatRo
         neighbour, cosine = table.nearest.get(i, (-1, 0.0))
         norm = float(norms[i])
         if cosine > _SAME and neighbour >= 0:
-            why[i] = f"its row is the same as that of {neighbour} (cosine {cosine:.4f})"
+            why[i] = f"its embedding is the same as that of token {neighbour} (cosine {cosine:.4f})"
         elif norm < 0.5 * middle and norm <= low:
             # A row of zeros, or the mean of all rows, as a table that grows is filled.
-            why[i] = f"its row is {norm / middle:.2f} of the usual length"
+            why[i] = f"its embedding has {norm / middle:.2f} times the usual norm"
         elif padding and _among(norm, unused):
-            why[i] = "its row is as long as those of padding, which no text trains"
+            why[i] = "its embedding has the norm of padding tokens, which no text trains"
         elif not table.looks_random:
             trained.append(i)
     return ChatRows(tuple(trained), tuple(why), why, table.looks_random)

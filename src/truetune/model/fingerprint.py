@@ -144,7 +144,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
     value = read_json(path)
     try:
         if value["format"] != _FORMAT:
-            raise ValueError(f"format {value['format']!r} is not known here")
+            raise ValueError(f"format {value['format']!r} is unknown to this version of truetune")
         tensors = {
             str(name): TensorPrint(str(t[0]), tuple(int(n) for n in t[1]), str(t[2]), *t[3:])
             for name, t in value["tensors"].items()
@@ -169,7 +169,7 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 def _known_bits(value: Any) -> Quantised | None:
     if value is not None and value not in NAMES:
-        raise ValueError(f"a base quantised as {value!r} is not known here")
+        raise ValueError(f"a base quantised as {value!r} is unknown to this version of truetune")
     return value
 
 
@@ -220,7 +220,7 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
             f"{trained.revision}",
             where=where,
             why="the revision in adapter_config.json was changed; the sampled bytes are equal, "
-            "but samples cannot reveal a change of a few rows",
+            "but samples cannot reveal a change of a few embeddings",
             fix=f'set "revision": "{trained.revision}" in adapter_config.json',
             code="adapter-wrong-revision",
         )
@@ -235,8 +235,8 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
             for name in changed[:8]
         )
         raise ModelError(
-            "the base's config.json describes a different computation from when the adapter was "
-            "trained: " + listed(changed),
+            "the base's config.json describes a different computation from the one the adapter "
+            "was trained with: " + listed(changed),
             where=str(found.base),
             why=sides,
             fix="use the config.json that the base had at that time",

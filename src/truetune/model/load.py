@@ -344,7 +344,7 @@ def _useless_revision(revision: str, files: ModelFiles) -> Finding:
         code="revision-unused",
         level="warning",
         what=f"--revision {revision} has no effect: {files.source} is a local folder",
-        fix="leave it out, or give a Hub id",
+        fix="omit it, or pass a Hub id",
     )
 
 
@@ -408,7 +408,7 @@ def _attach(
         names = lost or absent
         raise wrong_base(
             f"{len(names)} weights have no counterpart: {listed(names)}",
-            "the base has other layers than the adapter was trained on",
+            "the base does not have the layers that the adapter was trained on",
         )
     return model
 

@@ -124,7 +124,7 @@ def _refuse_table_twice(targets: Sequence[str], rows: Mapping[str, Any]) -> None
         raise UsageError(
             f"{twice[0]} is both a LoRA target and the table that holds new tokens",
             why="a LoRA update changes every embedding in the table, including the new ones",
-            fix=f"leave {twice[0]} out of --target-modules, or --add-token out",
+            fix=f"remove {twice[0]} from --target-modules, or omit --add-token",
             code="lora-table-twice",
         )
 
@@ -173,7 +173,7 @@ def _targets(model: Any, asked: str | Sequence[str]) -> tuple[list[str], list[Fi
         what=f"no layer is called {' or '.join(unmatched)}; layers matched: {matched}",
         count=len(unmatched),
         why=f"{type(model).__name__} has these linear layers: {listing}",
-        fix=f"{meant}Leave the others out",
+        fix=f"{meant}Omit the others",
     )
     return [name for name in names if counts[name]], [finding]
 
@@ -240,7 +240,7 @@ def enable_gradient_checkpointing(model: Any) -> None:
     if not getattr(inner, "supports_gradient_checkpointing", False):
         raise UsageError(
             f"{type(inner).__name__} does not support gradient checkpointing",
-            fix="leave --gradient-checkpointing out",
+            fix="omit --gradient-checkpointing",
             code="gradient-checkpointing",
         )
     # transformers called it so in 5.17, and warns of that name since.

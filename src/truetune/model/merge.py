@@ -99,7 +99,7 @@ def merge_adapter(
     if stored:
         dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     if load_in == "dequantised":
-        rounded = NAMES[bits] if bits else f"what the files hold ({stored})"
+        rounded = NAMES[bits] if bits else f"the weights in the files ({stored})"
         words = f"the base rounded to {rounded} and dequantised, as the adapter was trained"
         if bits == "4bit":
             # The layers of 4 bits compute with the same weights; those of 8 bits round their
@@ -149,7 +149,7 @@ def _choose(onto: Onto, trained_quantised: bool, stored: str | None, where: str)
         raise UsageError(
             f"the base has no original weights: its files are quantised ({stored})",
             where=where,
-            fix="--onto dequantised, or name the unquantised base with --base",
+            fix="use --onto dequantised, or pass the unquantised base with --base",
             code="merge-no-original",
         )
     quantised = trained_quantised or stored is not None
@@ -157,7 +157,7 @@ def _choose(onto: Onto, trained_quantised: bool, stored: str | None, where: str)
         raise UsageError(
             "nothing is quantised: the adapter was trained on the original weights",
             where=where,
-            fix="leave --onto out",
+            fix="omit --onto",
             code="merge-not-quantised",
         )
     return "as-stored" if onto == "original" or not quantised else "dequantised"

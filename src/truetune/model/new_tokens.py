@@ -79,7 +79,7 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[NewToken], li
             "token-exists",
             "note",
             f"{token.text!r} is already a token ({token.id}): its embedding is trained from its "
-            "present value",
+            "current value",
         )
         for token in there
     ]

@@ -87,7 +87,7 @@ def place(
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, or the type to compute in.
         purpose: what the model is loaded for.
-        base_dtype: what the weights have on disk.
+        base_dtype: the dtype of the weights on disk.
         bf16_weights: of purpose full: held and computed in bfloat16; the optimizer keeps the rest.
 
     Raises:
@@ -95,9 +95,9 @@ def place(
     """
     where, device_choice = choose_device(device)
     if bf16_weights and purpose == "full":
-        reason = "as held: the optimizer keeps the lower half of each weight"
+        reason = "the optimizer keeps the lower half of each float32 weight"
         if base_dtype == "float32":
-            reason += "; what the file has beyond bfloat16 is rounded away"
+            reason += "; precision of the file beyond bfloat16 is lost"
         held = Choice("parameter dtype", "bfloat16", reason)
         return Placement(where, torch.bfloat16, None, (device_choice, held))
     compute, dtype_choice = _choose_compute(where, dtype, purpose, base_dtype)
@@ -135,13 +135,13 @@ def _why_no_cuda() -> str:
     """Why no GPU can be used; empty where one may be."""
     build = importlib.metadata.version("torch")
     if build.endswith("+cpu"):
-        return f"torch {build} is the build without GPUs"
+        return f"torch {build} is a build without GPU support"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides every GPU"
     # AMD's driver is another one; a build of torch for it calls its devices cuda too.
     if os.path.exists("/dev/kfd") or _loads("libcuda.so.1"):
         return ""
-    return "the driver of NVIDIA's GPUs is not installed" if sys.platform == "linux" else ""
+    return "the NVIDIA driver is not installed" if sys.platform == "linux" else ""
 
 
 def _loads(library: str) -> bool:
@@ -164,7 +164,7 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
             name = torch.cuda.get_device_name(index)
             return torch.device("cuda", index), Choice("device", "cuda", f"found {name}")
         if torch.backends.mps.is_available():
-            return torch.device("mps"), Choice("device", "mps", "found Apple's GPU")
+            return torch.device("mps"), Choice("device", "mps", "found an Apple GPU")
         return torch.device("cpu"), Choice("device", "cpu", "no GPU is visible to torch")
     try:
         chosen = torch.device(device)
@@ -206,12 +206,12 @@ def _choose_compute(
     if device.type == "cpu":
         return choice(torch.float32, "float32 is exact")
     if device.type == "mps":
-        return choice(torch.float32, "bfloat16 is unproved on MPS")
+        return choice(torch.float32, "bfloat16 has not been tested on MPS")
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if purpose == "inference" and (
         base_dtype in ("float16", "float32") or (base_dtype == "bfloat16" and has_bf16)
     ):
-        return choice(parse_dtype(base_dtype), "what the weights have on disk")
+        return choice(parse_dtype(base_dtype), "the dtype of the weights on disk")
     if has_bf16:
         return choice(torch.bfloat16, "the GPU computes bfloat16 in hardware")
     return choice(torch.float32, "the GPU has no bfloat16, and float16 overflows")
@@ -253,11 +253,13 @@ def _choose_parameters(compute: torch.dtype, purpose: Purpose) -> tuple[torch.dt
     if purpose == "full":
         return choice(
             torch.float32,
-            "trained weights: an Adam step of 2e-5 on a bfloat16 weight of 0.02 is rounded away",
+            "in bfloat16, an Adam step of 2e-5 on a weight of 0.02 would be rounded away",
         )
     if purpose == "lora":
-        return choice(compute, "the frozen base is kept as computed; LoRA weights are float32")
-    return choice(compute, "computed as loaded")
+        return choice(
+            compute, "the frozen base is kept in the compute dtype; LoRA weights are float32"
+        )
+    return choice(compute, "the compute dtype")
 
 
 def _is_fp32(dtype: torch.dtype) -> bool:

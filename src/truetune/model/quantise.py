@@ -122,18 +122,18 @@ def stored_bits(config: Any) -> int | None:
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
-    told = found if isinstance(found, dict) else found.to_dict()
-    if told.get("load_in_4bit") or told.get("load_in_8bit"):
-        return 4 if told.get("load_in_4bit") else 8
-    groups = told.get("config_groups")
+    stored = found if isinstance(found, dict) else found.to_dict()
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        return 4 if stored.get("load_in_4bit") else 8
+    groups = stored.get("config_groups")
     if isinstance(groups, dict):
         weights = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
         bits = [each.get("num_bits") for each in weights if isinstance(each, dict)]
         return min((bit for bit in bits if isinstance(bit, int)), default=None)
-    if isinstance(told.get("bits"), int):
-        return int(told["bits"])
+    if isinstance(stored.get("bits"), int):
+        return int(stored["bits"])
     # torchao names a class: Int8WeightOnlyConfig.
-    named = re.findall(r"\bU?Int(\d+)\w*Config\b", str(told.get("quant_type")))
+    named = re.findall(r"\bU?Int(\d+)\w*Config\b", str(stored.get("quant_type")))
     return min(map(int, named), default=None)
 
 

@@ -201,7 +201,7 @@ def _not_compared(error: UnfaithfulTemplate) -> Finding:
         what="the saved tokenizer's prompts were not compared with the trained ones",
         where="chat_template.jinja",
         why=error.what,
-        fix="run `truetune verify` on the result: it compares them on the data",
+        fix="run `truetune verify` on the result, which compares them on the data",
     )
 
 

@@ -44,7 +44,10 @@ def why_merge(
         ("it contains biases", config.get("bias", "none") != "none" or config.get("lora_bias")),
         (f"its layers differ in rank or alpha ({', '.join(patterns)})", patterns),
         (f"its rank {rank} is above {_RANKS[-1]}", rank > _RANKS[-1]),
-        ("it was trained on rounded weights, and the base would be loaded unrounded", quantised),
+        (
+            "it was trained on rounded weights, but the server would load the base unrounded",
+            quantised,
+        ),
         (f"the base does not stop on {', '.join(stops)}", stops),
     )
     return [why for why, holds in reasons if holds]

@@ -92,12 +92,12 @@ def locate_here(source: str | Path) -> ModelFiles | None:
             why="a model is a folder with config.json, weights and tokenizer",
             fix=f"the model comes first: truetune train MODEL {text} -o RUN"
             if extension(path) in READERS and path.name not in ("config.json", ADAPTER_CONFIG)
-            else f"give the folder: {path.parent}",
+            else f"pass the folder: {path.parent}",
             code="model-is-file",
         )
     if extension(path) in READERS and text.count("/") < 2:
         raise ModelError(
-            f"{text} is the name of a data file in the place of the model",
+            f"{text} is a data file, where a model is expected",
             why="there is no such folder, and no Hub model has this name",
             fix=f"the model comes first: truetune train MODEL {text} -o RUN",
             code="model-is-file",
@@ -168,7 +168,7 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
             code="model-offline",
         ) from error
     except (OSError, ValueError) as error:
-        raise failed(first_line(error), "give the path of a local folder, or try again") from error
+        raise failed(first_line(error), "pass the path of a local folder, or try again") from error
     return ModelFiles(text, folder, folder.name)
 
 

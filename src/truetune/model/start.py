@@ -61,8 +61,8 @@ def verdict(
     rows = rows or {}
     if any(found.random for found in rows.values()) or (_guesses(losses) and not rows):
         seen = (
-            "the weights look random: their rows are alike, or nothing is predicted better than "
-            "by chance"
+            "the weights look random: the embeddings are alike, or predictions are no better than "
+            "chance"
         )
         return StartVerdict("unknown", (seen,))
     if frame.broken:
@@ -70,12 +70,14 @@ def verdict(
     if not frame.has_template:
         return StartVerdict("base", ("it has no chat template",))
     if _guesses(losses):
-        seen = "a plain conversation is predicted no better than by chance: it is of other words"
+        seen = "a plain conversation is predicted no better than by chance"
         return StartVerdict("unknown", (seen,))
     untrained = sorted({i for found in rows.values() for i in found.untrained})
     if untrained:
         named = ", ".join(repr(frame.tokens.decode([i])) for i in untrained[:4])
-        return StartVerdict("base", (f"the rows of its chat tokens were never trained: {named}",))
+        return StartVerdict(
+            "base", (f"the embeddings of its chat tokens were never trained: {named}",)
+        )
     tuned = losses["stop"] < 1.0 < losses["vocabulary"] if losses else frame.own_stop_is_terminator
     return StartVerdict("instruct" if tuned else "base", tuple(_reasons(frame, rows, losses)))
 
@@ -90,12 +92,12 @@ def _reasons(
     reasons = []
     if losses is not None:
         reasons.append(
-            f"after an answer in its template it ends with probability "
-            f"{np.exp(-losses['stop']):.2f}; answers cost {losses['templated']:.2f} nats per token "
-            f"there, {losses['plain']:.2f} in plain form"
+            f"after an answer in its template, it stops with probability "
+            f"{np.exp(-losses['stop']):.2f}; answers have a loss of {losses['templated']:.2f} "
+            f"nats per token in the template, {losses['plain']:.2f} as plain text"
         )
     if any(found.trained for found in rows.values()):
-        reasons.append("the rows of its chat tokens differ from every row that was never trained")
+        reasons.append("the embeddings of its chat tokens differ from all untrained ones")
     holds = "holds" if frame.own_stop_is_terminator else "lacks"
     reasons.append(f"its own stop set {holds} the token that its template writes after an answer")
     return reasons

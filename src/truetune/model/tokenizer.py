@@ -84,16 +84,16 @@ def _open(files: ModelFiles) -> Any:
             why="it needs Python code from its own repository, which is not run"
             if remote
             else "a tokenizer file is damaged, or its library is not installed",
-            fix="choose a model whose tokenizer transformers has itself"
+            fix="choose a model whose tokenizer is built into transformers"
             if remote
-            else "copy the tokenizer files again from where the model came from",
+            else "copy the tokenizer files again from the source of the model",
             code="model-remote-code" if remote else "model-tokenizer-unreadable",
         ) from error
     if not len(tokenizer):
         raise ModelError(
             "the tokenizer is empty",
             where=str(files.folder),
-            fix="copy the tokenizer files again from where the model came from",
+            fix="copy the tokenizer files again from the source of the model",
             code="model-tokenizer-unreadable",
         )
     return tokenizer

@@ -197,7 +197,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
 def _facts(path: Path, data: int, facts: dict[str, Any]) -> TensorFacts:
     start, end = (int(offset) for offset in facts["data_offsets"])
     if not 0 <= start <= end:
-        raise ValueError("a tensor ends before it begins")
+        raise ValueError("the offsets of a tensor are inverted")
     dtype = _TORCH_NAMES.get(facts["dtype"], facts["dtype"].lower())
     return TensorFacts(dtype, tuple(facts["shape"]), path, data + start, end - start)
 

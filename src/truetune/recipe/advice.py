@@ -70,13 +70,13 @@ def reasoning_rows(s: RunOutline) -> Iterator[Finding]:
     yield Finding(
         "advice-reasoning-rows",
         "note",
-        f"{s.num_rows:,} reasoning traces on {s.num_parameters / 1e9:.1f} B weights will teach the "
-        "format and the kind of problem in them, not a new way of thinking in general",
+        f"{s.num_rows:,} reasoning traces on {s.num_parameters / 1e9:.1f} B weights will teach "
+        "their format and their kind of problem, not better reasoning in general",
         why="817 to 1,000 traces were enough on 32 B weights that could already reason (LIMO, Ye "
         "et al. 2025; s1, Muennighoff et al. 2025); models up to 3 B learn better from short "
         "traces (Li et al. 2025); DeepSeek-R1's distilled models took 800,000",
-        fix="use them for one skill, as a held-out set, or as seeds for more; start with short "
-        "traces",
+        fix="use them for one skill, as a held-out set, or as seeds for more traces; start with "
+        "short ones",
     )
 
 
@@ -86,8 +86,8 @@ def base_start(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-base-start",
             "note",
-            f"{s.num_rows:,} rows have to teach a base model to answer and to stop, besides their "
-            "content",
+            f"{s.num_rows:,} rows have to teach a base model to answer and to stop, in addition "
+            "to their content",
             why="about 1,000 curated rows taught a 65 B base to respond like an assistant (LIMA, "
             "Zhou et al. 2023); an instruct model can do that already",
             fix="start from the instruct model of the family, unless you do not want its style",
@@ -104,7 +104,7 @@ def text_rows(s: RunOutline) -> Iterator[Finding]:
             why="new facts are learned late in fine-tuning (Gekhman et al. 2024); facts stated "
             "in a single wording are stored but not recalled (Allen-Zhu and Li 2023); retrieval "
             "beat fine-tuning for knowledge (Ovadia et al. 2023)",
-            fix="for facts, state each in many wordings and add rows that ask for them, or put "
+            fix="for facts, state each one in many wordings and add rows that ask for it, or put "
             f"the documents into the prompt; for more see {_PAGE}",
         )
 

@@ -58,7 +58,7 @@ def recipe_of(
         if value and name in given:
             raise UsageError(
                 f"the {name} is given twice: {value} and --{name} {given[name]}",
-                fix="leave one of them out",
+                fix="omit one of them",
                 code="given-twice",
             )
         given |= {name: value} if value else {}
@@ -74,8 +74,7 @@ def recipe_of(
 def path_of(value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(
-            "the model and the data must be given as a path or a Hub id, not as a "
-            f"{type(value).__name__}",
+            f"the model and the data must be a path or a Hub id, not a {type(value).__name__}",
             fix="save the rows as a .jsonl file and the model as a folder, and pass their paths",
             code="not-a-path",
         )

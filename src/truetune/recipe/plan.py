@@ -59,8 +59,8 @@ def plan_length(
     if is_text:
         return min(context or _TEXT_BLOCK, _TEXT_BLOCK), "default: blocks of plain text"
     if context is not None and longest > context:
-        return context, f"default: the model's context; the longest row has {longest:,} tokens"
-    return max(longest, 2), "default: the longest row"
+        return context, f"default: the model's context; the longest example has {longest:,} tokens"
+    return max(longest, 2), "default: the longest example"
 
 
 def make_plan(
@@ -159,8 +159,8 @@ def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
         return None
     return (
         "adamw_bf16",
-        "default: all weights of a bfloat16 model on a GPU: the same float32 numbers as adamw "
-        "keeps, in 14 bytes a weight instead of 18, and nothing is cast at each forward pass",
+        "default for all weights of a bfloat16 model on a GPU: as exact as adamw, with 14 bytes "
+        "per weight instead of 18, and without casts in the forward pass",
     )
 
 
@@ -195,18 +195,18 @@ def _sizes(
     accumulation = recipe.gradient_accumulation_steps
     if batch is None and micro and accumulation:
         batch = micro * accumulation
-        reasons["batch_size"] = f"default: {micro} rows x {accumulation} forward passes"
+        reasons["batch_size"] = f"default: {micro} examples x {accumulation} forward passes"
     if batch is None:
         parts = accumulation or 1
         batch = max(math.ceil(_BATCH / parts) * parts, micro or 0)
-        cut = f", made to be cut into {parts}" if batch % _BATCH and accumulation else ""
+        cut = f", rounded up to a multiple of {parts}" if batch % _BATCH and accumulation else ""
         reasons["batch_size"] = f"default: {_BATCH} (QLoRA, Dettmers et al. 2023){cut}"
     if micro is None and accumulation:
         micro = batch // accumulation
-        reasons["micro_batch_size"] = f"default: {batch} rows in {accumulation} forward passes"
+        reasons["micro_batch_size"] = f"default: {batch} examples in {accumulation} forward passes"
     if micro is None and recipe.packing:
         micro = batch
-        reasons["micro_batch_size"] = "default: the batch; tokens limit a forward pass"
+        reasons["micro_batch_size"] = "default: the batch; tokens limit each forward pass"
     if micro is None:
         micro = min(batch, _rows_of_logits(max_length, head_rows, reasons))
     return batch, micro
@@ -215,7 +215,7 @@ def _sizes(
 def _rows_of_logits(max_length: int, head_rows: int, reasons: dict[str, str]) -> int:
     """Padded rows of which all logits are made at once."""
     reasons["micro_batch_size"] = (
-        f"default: logits of {head_rows:,} columns stay under 2 GiB at {max_length:,} tokens"
+        f"default: {head_rows:,} logits per token stay under 2 GiB at {max_length:,} tokens"
     )
     return max(_LOGIT_BUDGET // (max_length * head_rows * _LOGIT_BYTES), 1)
 

@@ -25,9 +25,9 @@ def words(rate: float) -> str:
 _LORA, _FULL = ({name: words(rate) for name, rate in rates.items()} for rates in (LORA, FULL))
 # On the settings page, and where no plan says more.
 SHOWN = (
-    f"LoRA {_LORA['base']} base, {_LORA['instruct']} instruct, {_LORA['reasoning']} reasoning "
-    f"traces on instruct, {_LORA['small']} under 50 M; full {_FULL['base']} base, "
-    f"{_FULL['instruct']} instruct, {_FULL['small']} under 50 M"
+    f"LoRA {_LORA['base']} base, {_LORA['instruct']} instruct, {_LORA['reasoning']} instruct with "
+    f"reasoning traces; full {_FULL['base']} base, {_FULL['instruct']} instruct; below 50M "
+    f"parameters, LoRA {_LORA['small']}, full {_FULL['small']}"
 )
 USUAL_RATES = (
     f"{_LORA['instruct']} for LoRA, {_FULL['instruct']} to {_FULL['base']} for all weights"
@@ -76,17 +76,17 @@ def what_follows(kind: str, num_parameters: int | None) -> str:
     """What base, instruct or unknown means for a recipe, in words."""
     if num_parameters is not None and num_parameters < SMALL:
         return (
-            f"little: so small a model takes {_LORA['small']} for LoRA, {_FULL['small']} for all "
-            "weights and many passes either way"
+            f"no difference for so small a model: {_LORA['small']} for LoRA, {_FULL['small']} for "
+            "all weights, and many epochs"
         )
     if kind == "base":
         return (
-            f"{_LORA['base']} for LoRA, {EPOCHS['base']:g} epochs; rows of chat tokens must be "
-            "trained, or use a template without new tokens"
+            f"{_LORA['base']} for LoRA, {EPOCHS['base']:g} epochs; train the embeddings of its "
+            "chat tokens, or use a template without new tokens"
         )
     if kind == "instruct":
         return (
             f"{_LORA['instruct']} for LoRA ({_LORA['reasoning']} on reasoning traces), "
-            f"{EPOCHS['instruct']:g} epochs: less is needed, and more is forgotten"
+            f"{EPOCHS['instruct']:g} epochs: it needs less training, and forgets more"
         )
-    return "say what you want with --learning-rate and --epochs"
+    return "set --learning-rate and --epochs yourself"

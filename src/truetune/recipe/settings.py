@@ -75,15 +75,17 @@ class Recipe:
         None, INPUT, "Column names, e.g. prompt=question,completion=answer."
     )
     bad_rows: Literal["error", "drop"] = _option(
-        "error", INPUT, "Rows that cannot be trained: stop, or drop and count them."
+        "error",
+        INPUT,
+        "What to do with rows that cannot be trained on: stop, or drop and count them.",
     )
     max_train_samples: int | None = _option(
         None, INPUT, "Read only the first rows.", minimum=1, shown="all"
     )
     eval_data: str | None = _option(
-        None, INPUT, "Held-out rows of your own.", shown="5 % of the rows, at most 200"
+        None, INPUT, "Your own held-out rows.", shown="5 % of the rows, at most 200"
     )
-    eval_split: str | None = _option(None, INPUT, "Split of --eval-data, or of DATA.")
+    eval_split: str | None = _option(None, INPUT, "Held-out split of --eval-data, or of DATA.")
 
     chat_template: str | None = _option(
         None,
@@ -100,51 +102,52 @@ class Recipe:
     template_arg: dict[str, Any] | None = _option(
         None,
         PROMPT,
-        "Argument of the template, e.g. enable_thinking=false; may be repeated.",
+        "Argument for the template, e.g. enable_thinking=false; may be repeated.",
         aliases=["template_args", "template_kwargs", "chat_template_kwargs"],
-        shown="the value under which the rows fit",
+        shown="the value that renders the rows unchanged",
     )
     reasoning: Literal["auto", "inline", "empty", "drop"] = _option(
         "auto",
         PROMPT,
-        "The rows' reasoning: pass it to the template, write it between think markers, close an "
-        "opened think block immediately, or leave it out.",
+        "What to do with the rows' reasoning: pass it to the template, write it between think "
+        "markers, close an opened think block immediately, or omit it.",
     )
     think_markers: list[str] | None = _option(
         None,
         PROMPT,
-        "Opening and closing marker for --reasoning inline.",
+        "Opening and closing markers for --reasoning inline.",
         shown="the template's own, or <think>,</think>",
     )
     history: Literal["as-data", "no-reasoning"] = _option(
-        "as-data", PROMPT, "Whether the template is given the reasoning of earlier turns."
+        "as-data", PROMPT, "Whether the template receives the reasoning of earlier turns."
     )
     merge_system: bool = _option(
-        False, PROMPT, "Put the system message in front of the first user message."
+        False, PROMPT, "Prepend the system message to the first user message."
     )
     template_words: Literal["refuse", "keep"] = _option(
         "refuse",
         PROMPT,
-        "Answers to which the template adds words: refuse them, or train and report the words.",
+        "What to do with answers to which the template adds words: refuse them, or train on the "
+        "words and report them.",
     )
     content_specials: Literal["keep", "error"] = _option(
-        "keep", PROMPT, "Rows whose text contains control tokens: report them, or refuse them."
+        "keep",
+        PROMPT,
+        "What to do with rows whose text contains control tokens: report them, or refuse them.",
     )
     date: str | None = _option(
         None,
         PROMPT,
-        "The date for templates that write today's date (YYYY-MM-DD).",
+        "Date for templates that write today's date (YYYY-MM-DD).",
         shown="the day of the run",
     )
 
     lora: bool = _option(False, METHOD, "Train a LoRA adapter instead of all weights.")
-    lora_r: int = _option(16, METHOD, "Rank.", aliases=["lora_rank"], minimum=1)
+    lora_r: int = _option(16, METHOD, "LoRA rank.", aliases=["lora_rank"], minimum=1)
     lora_alpha: float = _option(
-        32, METHOD, "Scale: the update is multiplied by alpha / r.", above=0
+        32, METHOD, "LoRA alpha: the update is scaled by alpha / r.", above=0
     )
-    lora_dropout: float = _option(
-        0.05, METHOD, "Dropout in front of the adapter.", minimum=0, below=1
-    )
+    lora_dropout: float = _option(0.05, METHOD, "LoRA dropout.", minimum=0, below=1)
     target_modules: list[str] | None = _option(
         None, METHOD, "Layers that get an adapter.", shown="all linear layers"
     )
@@ -164,28 +167,28 @@ class Recipe:
     add_token: list[str] | None = _option(
         None,
         METHOD,
-        "A token to add; its embedding and its row in the head are trained. Repeatable.",
+        "A token to add; its input and output embeddings are trained. May be repeated.",
         aliases=["add_tokens"],
     )
     full_fingerprint: bool = _option(
-        False, METHOD, "Tie the adapter to every byte of its base model, not to samples of it."
+        False, METHOD, "Fingerprint every byte of the adapter's base model instead of samples."
     )
 
     max_length: int | None = _option(
         None,
         LENGTH,
-        "Longest row in tokens.",
+        "Maximum length of an example, in tokens.",
         aliases=["max_seq_length", "max_seq_len", "cutoff_len"],
-        shown="auto: the longest row, up to the model's context",
+        shown="auto, the longest example up to the model's context",
         minimum=2,
     )
     overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
-        "drop", LENGTH, "What to do with longer rows; plain text is always split."
+        "drop", LENGTH, "What to do with longer examples; plain text is always split."
     )
     max_dropped: float = _option(
         0.05,
         LENGTH,
-        "Largest share of rows or supervised tokens that may be lost to the length limit.",
+        "Largest share of examples or supervised tokens that may be lost to the length limit.",
         minimum=0,
         maximum=1,
     )
@@ -193,9 +196,10 @@ class Recipe:
     epochs: float | None = _option(
         None,
         TRAIN,
-        "Passes over the rows.",
+        "Passes over the training data.",
         aliases=["num_train_epochs", "num_epochs"],
-        shown="3 on a base model, 2 on an instruct model; under 50 M up to 75, in 300 to 600 steps",
+        shown="3 for a base model, 2 for an instruct model; below 50M parameters, up to 75 (300 "
+        "to 600 steps)",
         above=0,
     )
     max_steps: int | None = _option(
@@ -204,7 +208,7 @@ class Recipe:
     batch_size: int | None = _option(
         None,
         TRAIN,
-        "Rows per optimizer step, across all devices.",
+        "Examples per optimizer step, across all devices.",
         aliases=["train_batch_size"],
         shown="16",
         minimum=1,
@@ -212,32 +216,36 @@ class Recipe:
     tokens_per_step: int | None = _option(
         None,
         TRAIN,
-        "Instead of --batch-size: the most tokens, in whole rows, per optimizer step.",
+        "Maximum number of tokens per optimizer step, in whole examples; replaces --batch-size.",
         shown="not used",
         minimum=1,
     )
     micro_batch_size: int | None = _option(
         None,
         TRAIN,
-        "Rows per forward pass.",
+        "Examples per forward pass.",
         aliases=["per_device_train_batch_size"],
-        shown="the batch; without packing, by size of the logits",
+        shown="the whole batch; without packing, limited by the size of the logits",
         minimum=1,
     )
     micro_batch_tokens: int | None = _option(
         None,
         TRAIN,
-        "Tokens per forward pass of packed rows; a longer row gets a pass of its own.",
-        shown="1024 on CPU, else 16384, or what fits",
+        "Tokens per forward pass of packed examples; a longer example gets a pass of its own.",
+        shown="1024 on CPU, 16384 elsewhere, or fewer if memory is short",
         minimum=1,
     )
     packing: bool = _option(
         True,
         TRAIN,
-        "Pack rows without padding and compute shared prefixes once; --no-packing pads.",
+        "Pack examples without padding and compute shared prefixes once; --no-packing pads.",
     )
     gradient_accumulation_steps: int | None = _option(
-        None, TRAIN, "Forward passes per optimizer step.", minimum=1, shown="from the other two"
+        None,
+        TRAIN,
+        "Forward passes per optimizer step.",
+        minimum=1,
+        shown="batch_size divided by micro_batch_size",
     )
     learning_rate: float | None = _option(
         None,
@@ -257,7 +265,7 @@ class Recipe:
         None, TRAIN, "Number of warm-up steps.", shown="from the ratio", minimum=0
     )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _option(
-        "cosine", TRAIN, "How the learning rate falls after warm-up."
+        "cosine", TRAIN, "Learning-rate schedule after warm-up."
     )
     weight_decay: float = _option(0.0, TRAIN, "Weight decay of AdamW, on matrices only.", minimum=0)
     max_grad_norm: float = _option(
@@ -271,17 +279,18 @@ class Recipe:
         "adamw",
         TRAIN,
         "Optimizer. adamw_bf16 keeps weights in bfloat16 and stores their rounding errors; "
-        "the 8-bit ones come from bitsandbytes.",
+        "the 8-bit optimizers need bitsandbytes.",
     )
     gradient_checkpointing: bool = _option(
         False,
         TRAIN,
-        "Recompute activations to save memory; enabled anyway if the longest row would not fit.",
+        "Recompute activations to save memory; enabled automatically if the longest example would "
+        "not fit.",
     )
     seed: int = _option(
         42,
         TRAIN,
-        "Seed of the row order, held-out split, adapter and dropout.",
+        "Random seed for the order of examples, the held-out split, the adapter and dropout.",
         minimum=0,
         maximum=2**32 - 1,
     )
@@ -291,14 +300,14 @@ class Recipe:
     dtype: Literal["auto", "bfloat16", "float32"] = _option(
         "auto",
         TRAIN,
-        "Type to compute in. Trained weights are kept in float32, except with adamw_bf16.",
+        "Compute dtype. Trained weights are kept in float32, except with adamw_bf16.",
     )
 
     eval_steps: int | None = _option(
         None,
         WATCH,
-        "Steps between evaluations. By default vital signs are measured at as many of them as cost "
-        "under 3 % of the run, otherwise at each, up to ten.",
+        "Steps between evaluations. If unset, vital signs are measured at as many evaluations as "
+        "cost under 3 % of the run; if set, at every one, up to ten.",
         shown="10 per run",
         minimum=1,
     )
@@ -311,15 +320,16 @@ class Recipe:
         None,
         WATCH,
         "Stop after this many evaluations without a lower held-out loss, and save the step with "
-        "the lowest one whose replies were healthy.",
+        "the lowest loss among those with healthy replies.",
         shown="run all steps and save the last one",
         minimum=1,
     )
     keep_text: str | None = _option(
         None,
         WATCH,
-        "Text or rows that the model must not forget: their loss is measured, not trained.",
-        shown="text the model writes before the first step",
+        "Text that the model must not forget, as a text file or rows: its loss is measured but "
+        "not trained.",
+        shown="text that the model writes before the first step",
     )
     on_collapse: Literal["stop", "rewind", "continue"] = _option(
         "stop",
@@ -338,7 +348,9 @@ class Recipe:
     verify: bool = _option(
         True, RUN, "Open the result in a fresh process and compare it with what was trained."
     )
-    no_check: bool = _option(False, RUN, "Skip the checks before training; the run records it.")
+    no_check: bool = _option(
+        False, RUN, "Skip the checks before training; the run records that they were skipped."
+    )
 
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False)
 

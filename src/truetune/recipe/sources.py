@@ -285,40 +285,46 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     if batch and micro and accumulation and batch != micro * accumulation:
         problems.append(
             f"batch_size {batch} is not micro_batch_size {micro} x gradient_accumulation_steps "
-            f"{accumulation} = {micro * accumulation}: leave one of them out"
+            f"{accumulation} = {micro * accumulation}: omit one of them"
         )
     elif batch and micro and micro > batch:
         problems.append(f"micro_batch_size {micro} is more than batch_size {batch}")
     elif batch and accumulation and not micro and batch % accumulation:
         problems.append(
-            f"batch_size {batch} cannot be cut into {accumulation} equal forward passes "
+            f"batch_size {batch} cannot be divided into {accumulation} equal forward passes "
             "(gradient_accumulation_steps)"
         )
     tokens, at_once = (_whole(values.get(n)) for n in ("tokens_per_step", "micro_batch_tokens"))
     for other in ("batch_size", "gradient_accumulation_steps"):
         if tokens and other in values:
             problems.append(
-                f"tokens_per_step and {other} both say how large a step is: leave one of them out"
+                f"tokens_per_step and {other} both set the size of a step: omit one of them"
             )
     if tokens and at_once and at_once > tokens:
         problems.append(f"micro_batch_tokens {at_once} is more than tokens_per_step {tokens}")
     for one, other in (("epochs", "max_steps"), ("warmup_ratio", "warmup_steps")):
         if one in values and other in values:
-            problems.append(f"{one} and {other} both say how long: leave one of them out")
+            problems.append(f"{one} and {other} contradict each other: omit one of them")
     problems += _beyond_any_rate(values)
     kinds = _kinds_of_lora(values)
     if kinds and str(values.get("lora")).lower() == "false":
-        problems.append(f"{kinds[0]} is a kind of LoRA, and lora is false: leave one of them out")
+        problems.append(f"{kinds[0]} is a kind of LoRA, but lora is false: omit one of them")
     if {"qlora", "load_in_8bit"} <= set(kinds):
-        problems.append("qlora holds the base in 4 bits, load_in_8bit in 8: leave one of them out")
+        problems.append("qlora uses 4 bits and load_in_8bit uses 8: omit one of them")
     if values.get("optim") == "adamw_bf16":
         if kinds or str(values.get("lora")).lower() == "true":
-            problems.append("adamw_bf16 is for all weights, LoRA has float32 ones: leave one out")
+            problems.append(
+                "adamw_bf16 trains all weights, but LoRA weights are float32: omit one of them"
+            )
         if values.get("dtype") == "float32":
-            problems.append("adamw_bf16 computes in bfloat16, and dtype is float32: leave one out")
+            problems.append(
+                "adamw_bf16 computes in bfloat16, but dtype is float32: omit one of them"
+            )
     markers = values.get("think_markers")
     if markers is not None and (not isinstance(markers, list) or len(markers) != 2):
-        problems.append("think_markers are two: opening and closing, e.g. <think>,</think>")
+        problems.append(
+            "think_markers needs two markers, opening and closing, e.g. <think>,</think>"
+        )
     if (date := values.get("date")) is not None and not _is_date(date):
         problems.append(f"date must be YYYY-MM-DD, not {date!r}")
     return problems
@@ -339,8 +345,8 @@ def _beyond_any_rate(values: Mapping[str, Any]) -> list[str]:
     if not rate > most or str(values.get("any_learning_rate")).lower() == "true":
         return []
     return [
-        f"learning_rate {rate:g} is above {most:g}, beyond any rate that trains a language model "
-        f"(usual are 1e-5 to 1e-3); if it is meant, add --any-learning-rate"
+        f"learning_rate {rate:g} is above {most:g}, higher than any rate that trains a language "
+        "model (usually 1e-5 to 1e-3); if it is intended, add --any-learning-rate"
     ]
 
 

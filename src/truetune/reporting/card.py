@@ -190,11 +190,11 @@ def _summary(run: RunFacts, base: str, *, is_adapter: bool) -> str:
     elif run.adapter:
         what = f"{named} with an adapter merged into it"
     else:
-        what = f"{named} with all of its weights fine-tuned"
+        what = f"{named}, fine-tuned with all weights"
     train = run.data.get("train") or {}
     rows = f" on {train['examples']:,} examples" if train.get("examples") else ""
     local = "" if _is_on_hub(base) or not base else " The base came from a local folder."
-    return f"{what}, supervised fine-tuning{rows} with {tool}.{local}\n"
+    return f"{what}: supervised fine-tuning{rows} with {tool}.{local}\n"
 
 
 def use_block(run: RunFacts, folder: str, base: str | None, repo: str | None = None) -> str:
@@ -268,7 +268,7 @@ def _abilities(run: RunFacts) -> Iterator[str]:
     if table:
         yield "| measured on fixed prompts and texts | before | after |\n|---|---|---|"
         yield from table
-        yield "\nLosses are in nats per token; prompts were asked as they are served."
+        yield "\nLosses are in nats per token; prompts were rendered as they are served."
     else:
         yield "Not measured: the run had no probes and no held-out rows."
     found = run.behaviour("error", "warning", "note")

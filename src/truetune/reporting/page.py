@@ -183,7 +183,7 @@ def _prompts(run: RunFacts) -> dict[str, list[Mapping[str, Any]]]:
 def _replies(run: RunFacts) -> Iterator[str]:
     prompts = _prompts(run)
     if not prompts:
-        yield '<p class="dim">samples.jsonl contains no replies: no prompts were asked.</p>'
+        yield '<p class="dim">samples.jsonl contains no replies.</p>'
         return
     shown = [_prompt(where, samples) for where, samples in list(prompts.items())[:_PROMPTS]]
     yield from shown[:_OPEN]
@@ -205,7 +205,7 @@ def _prompt(where: str, samples: Sequence[Mapping[str, Any]]) -> str:
     if expected := last.get("expected"):
         text = clipped(expected, _REPLY)
         boxes.append(
-            f'<div class="reply"><span class="dim">in the row</span>'
+            f'<div class="reply"><span class="dim">answer in the row</span>'
             f'<div class="turn">{text}</div></div>'
         )
     return (
@@ -353,7 +353,7 @@ def _vital_table(run: RunFacts) -> str:
     left = max(len(run.vitals) - _ROWS, 0)
     more = f'<p class="dim">{left:,} more, in metrics.jsonl</p>' if left else ""
     return folded(
-        f"the probes in numbers (losses in nats per token{_time(run)})",
+        f"probe values (losses in nats per token{_time(run)})",
         f'<div class="scroll"><table>{"".join(rows)}</table></div>{more}',
     )
 

@@ -174,7 +174,7 @@ def length_findings(
         count=len(dropped),
         why=f"in a trainer that cuts rows, {damage(rows, limit).line()}; {table}",
         fix=_room_for(limit_keeping(rows), limit, facts.context_length)
-        + "cut prompts with --overlong truncate-prompt, or accept the loss with --max-dropped",
+        + "cut prompts with --overlong truncate-prompt, or allow it with --max-dropped",
     )
     return [*findings, finding]
 

@@ -40,7 +40,7 @@ def save_artifact(
     if rows_before is not None:
         _prove_rows(run, prepared, loaded, rows_before, tell)
     # All weights go back to the type that the model came in, so that it serves as before; the
-    # rounding is measured and told. An adapter stays float32.
+    # rounding is measured and reported. An adapter stays float32.
     dtype = None if loaded.is_adapter else prepared.model.dtype
     fresh = folder.with_name(f".{name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -56,8 +56,8 @@ class Checkup:
     def __repr__(self) -> str:
         """The findings, and the verdict below them."""
         counts = ", ".join(f"{n} {level}s" for level, n in self.counts().items() if n)
-        told = [line for finding in self.findings for line in finding.lines()]
-        return "\n".join([*told, f"{'ok' if self.ok else 'not ok'}: {counts or 'nothing found'}"])
+        lines = [line for finding in self.findings for line in finding.lines()]
+        return "\n".join([*lines, f"{'ok' if self.ok else 'not ok'}: {counts or 'nothing found'}"])
 
     @property
     def ok(self) -> bool:
@@ -115,16 +115,16 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
         **({"lengths": length_report(rows, *_limits(found))} if len(rows) else {}),
         "plan": fit.as_dict(),
     }
-    told = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
-    told += advice(found.prepared, fit.trainable)
+    reported = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
+    reported += advice(found.prepared, fit.trainable)
     if with_smoke_test and found.prepared.examples:
         listener.stage("taking one real step")
         seen, numbers = smoke_test(found.prepared)
-        told += seen
+        reported += seen
         summary["rehearsal"] = numbers
         judged = _measured_verdict(found, numbers["chat"])
         parameters = found.prepared.model.num_parameters
-        told += start_differs(judged, found.prepared.plan, parameters)
+        reported += start_differs(judged, found.prepared.plan, parameters)
         # One answer a screen: where weights say nothing, what the template says stands.
         summary["verdict"] = _verdict_summary(judged, parameters) | {
             "taken_for": found.prepared.plan.start
@@ -132,7 +132,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
         if "seconds_per_token" in numbers:
             timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
             summary["plan"] = timed.as_dict()
-    return Checkup(_ordered(told), summary)
+    return Checkup(_ordered(reported), summary)
 
 
 def _measured_verdict(found: Survey, losses: dict[str, float]) -> StartVerdict:

@@ -71,16 +71,16 @@ def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
         UsageError, InputError: the first thing that is not there, or has no use.
     """
     if not recipe.model:
-        raise RecipeError("not given: model", fix="truetune check MODEL, or MODEL DATA")
+        raise RecipeError("no model was given", fix="truetune check MODEL, or MODEL DATA")
     if not recipe.data:
         idle = [n for n in setting_names() if recipe.given(n) and n not in _OF_A_MODEL]
         options = [f"--{name.replace('_', '-')}" for name in idle]
         options += ["--smoke-test"] if smoke_test else []
         if options:
             raise UsageError(
-                f"not given: data; {', '.join(options)} would be ignored without it",
+                f"no data was given, so {', '.join(options)} would be ignored",
                 why="without data, `check` examines a finished model and plans no run",
-                fix="truetune check MODEL DATA, or leave the options out",
+                fix="truetune check MODEL DATA, or omit the options",
                 code="check-without-data",
             )
     ask_first(recipe)
@@ -95,6 +95,6 @@ def require_settings(recipe: Recipe, *others: str) -> None:
     missing = [name for name in ("model", "data", *others) if not getattr(recipe, name)]
     if missing:
         raise RecipeError(
-            f"not given: {', '.join(missing)}",
+            f"missing: {', '.join(missing)}",
             fix="truetune train MODEL DATA -o RUN, or set it in a recipe",
         )

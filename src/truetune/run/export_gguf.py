@@ -121,7 +121,7 @@ def export_adapter(
             f"{source} is not an adapter",
             where="--adapter",
             why="it has no adapter_config.json",
-            fix="omit --adapter to write the whole model",
+            fix="omit --adapter to write the complete model",
             code="gguf-adapter",
         )
     require_lora(read_json(files.folder / ADAPTER_CONFIG), quant)

@@ -142,7 +142,7 @@ def require_export(
         raise UsageError(
             f"--to {what!r} is not an export format"
             if what not in _KINDS
-            else "--merge and --to contradict",
+            else "--merge and --to contradict each other",
             where="--to",
             why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
             fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),
@@ -185,8 +185,8 @@ def require_export(
         )
     if Path(source).is_file() and source.lower().endswith(".gguf"):
         raise UsageError(
-            f"{source} is a GGUF file, from which nothing is exported",
-            why="it is an export: what its type rounded cannot be restored",
+            f"{source} is a GGUF file, which cannot be exported again",
+            why="it is an export already: weights that its type rounded cannot be restored",
             fix="export the run or the model that it was made from; truetune serve and truetune "
             "diagnose take the file",
             code="export-source",
@@ -194,7 +194,7 @@ def require_export(
     if os.path.lexists(output):
         raise OutputExists(
             f"{output} exists already",
-            fix="name another folder with --output",
+            fix="choose another folder with --output",
             code="output-exists",
         )
     if what in ("gguf", "ollama"):
@@ -206,5 +206,5 @@ def require_export(
 
 _NO_EFFECT = {
     "--no-verify": "it is always compared with the model",
-    "--dtype": "--quant says how its weights are held",
+    "--dtype": "--quant sets the type of its weights",
 }

@@ -240,8 +240,8 @@ def _require_memory(files: ModelFiles) -> None:
     free = available_bytes(torch.device("cpu"))
     if free and needed > free:
         raise ModelError(
-            f"quantising and comparing needs about {gib(needed)} of memory, but {gib(free)} are "
-            "free",
+            f"quantising and comparing needs about {gib(needed)} of memory, but only {gib(free)} "
+            "is free",
             where=str(files.folder),
             why="the quantised model is compared with the model in float32, on the CPU",
             fix="use a machine with more memory, or quantise a merged model (truetune export RUN "
@@ -301,7 +301,7 @@ def _calibration(
         raise UsageError(
             "GPTQ is calibrated on rows, and none can be used",
             where=where,
-            why="the model's chat template takes none of them",
+            why="the model's chat template accepts none of them",
             fix="truetune inspect MODEL --data DATA shows the reasons",
             code="quantised-rows",
         )

@@ -105,8 +105,8 @@ class Job:
         for finding in findings:
             listener.finding(finding)
         self.signs = VitalSigns(run, prepared, self.contract)
-        # Findings of probes that were told, by code and level: each is told once.
-        self.told: set[tuple[str, str]] = set()
+        # Findings of probes that were reported, by code and level: each is reported once.
+        self.reported: set[tuple[str, str]] = set()
         self.rows_before: RowsBefore | None = None
         if prepared.new_tokens and group.leads:
             self.rows_before = rows_of_new_tokens(prepared, loaded, at_start=True)
@@ -437,7 +437,7 @@ class Job:
 
     def _take_signs(self, step: int, loss: float | None) -> list[Finding]:
         """What the vital signs say; of the process that writes."""
-        self.listener.stage("asking fixed prompts")
+        self.listener.stage("answering fixed prompts")
         try:
             measured, findings = self.signs.take(self.loaded, step, loss)
         except Exception as error:  # whatever a model's generation raises: training goes on
@@ -459,7 +459,7 @@ class Job:
         return findings
 
     def _tell(self, findings: list[Finding]) -> None:
-        for finding in once(findings, self.told):
+        for finding in once(findings, self.reported):
             self._found(finding)
 
     def _write_metrics(self, line: dict[str, Any], step: int) -> None:
@@ -505,7 +505,7 @@ class Job:
             self._rewind()
         self.trainer.max_lr = rate
         self._recall_loss()
-        self.told.clear()
+        self.reported.clear()
         self.signs.went_back()
         self._found(back)
         self._evaluate_again()
@@ -577,7 +577,7 @@ class Job:
 
     def _save_artifact(self) -> SaveReport:
         self.run.require_mine()
-        self.listener.stage("saving, and reading back")
+        self.listener.stage("saving and reloading")
         report = save_artifact(self.run, self.prepared, self.loaded, self.rows_before, self._found)
         self.listener.saved(str(report.folder))
         return report
@@ -587,7 +587,7 @@ class Job:
         were answered at the last evaluation."""
         if self.prepared.is_text:
             return
-        self.listener.stage("asking trained prompts")
+        self.listener.stage("answering trained prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
         self.answers = (*trained, *held_out_answers(self._samples_now))
         # What came behind the step that is saved says nothing of it.

@@ -109,7 +109,7 @@ def summary(answers: Sequence[Answer]) -> str:
         if some
     ]
     ended = sum(a.stopped for a in answers)
-    return f"{', '.join(parts)} match the rows; {ended} of {len(answers)} ended" if parts else ""
+    return f"{', '.join(parts)} match their rows; {ended} of {len(answers)} ended" if parts else ""
 
 
 def _not_ended(outcome: Outcome) -> Iterator[Finding]:
@@ -120,8 +120,7 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
         yield Finding(
             "answers-do-not-end",
             "warning",
-            f"{len(open_ones)} of {len(asked)} prompts, asked as served, get an answer that never "
-            "stops",
+            f"{len(open_ones)} of {len(asked)} served prompts get an answer that never stops",
             open_ones[0].where,
             len(open_ones),
             why="the run was too short, or its learning rate too low, for the model to learn to "

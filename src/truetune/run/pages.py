@@ -60,14 +60,14 @@ def _tried(run: RunDir, writes: Sequence[Callable[[], None]]) -> list[Finding]:
         try:
             write()
         except Exception as error:  # a page is no reason to lose a run
-            told = error if isinstance(error, TruetuneError) else None
+            known = error if isinstance(error, TruetuneError) else None
             found.append(
                 Finding(
                     "report-not-written",
                     "warning",
-                    told.what if told else f"a page of the run could not be written: {error}",
-                    told.where if told else str(run.path),
-                    why=told.why if told else type(error).__name__,
+                    known.what if known else f"a page of the run could not be written: {error}",
+                    known.where if known else str(run.path),
+                    why=known.why if known else type(error).__name__,
                     fix="the run is not affected; write the page again with `truetune report`",
                 )
             )

@@ -257,9 +257,9 @@ def export(
                 device=device,
             )
             _require_passed(verdict, "the merged model is not what the adapter is")
-            told = {**verdict.as_dict(), "artifact": str(folder)}
-            told["files"] = {file.name: file.sha256 for file in made.report.files}
-            write_json(unnamed / VERDICT, told)
+            record = {**verdict.as_dict(), "artifact": str(folder)}
+            record["files"] = {file.name: file.sha256 for file in made.report.files}
+            write_json(unnamed / VERDICT, record)
         write_merged_card(run, Path(adapter), unnamed, folder, verdict.as_dict() if verdict else {})
     return ExportResult(folder, made, verdict)
 

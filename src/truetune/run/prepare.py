@@ -169,7 +169,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     contract = contract_of(tokenizer, recipe)
     recipe = _dated(recipe, contract)
 
-    listener.stage("proving the rows")
+    listener.stage("encoding and checking the rows")
     contract = contract.fit(read.train, loss_on=recipe.loss_on)
     train = _encode(contract, read.train, recipe, listener)
     held_out = _encode(contract, read.held_out, recipe, listener)
@@ -185,14 +185,14 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         stopping.append(_nothing_to_wait_for(plan))
     if worst(planned.findings) == "error":
         stopping.append(CheckFailed("too many rows are longer than the limit", planned.findings))
-    told: list[Finding] = []
+    checked: list[Finding] = []
     if not recipe.no_check:
         listener.stage("checking the run")
-        told = _check(contract, facts, planned, train, held_out, new_tokens, listener)
-        if worst(told) == "error":
-            errors = [finding for finding in told if finding.level == "error"]
+        checked = _check(contract, facts, planned, train, held_out, new_tokens, listener)
+        if worst(checked) == "error":
+            errors = [finding for finding in checked if finding.level == "error"]
             stopping.append(CheckFailed("the check found errors; nothing was trained", errors))
-        told += unused_tokens(new_tokens, fitted.examples)
+        checked += unused_tokens(new_tokens, fitted.examples)
     findings = [
         *read.findings,
         *token_findings,
@@ -201,7 +201,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         *contract.findings,
         *remarks([*train.rows, *held_out.rows]),
         *planned.findings,
-        *told,
+        *checked,
     ]
     rows = encoded_lengths(train.rows, contract)
     lengths = length_report(rows, plan.max_length, facts.context_length) if len(rows) else None

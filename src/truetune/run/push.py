@@ -145,9 +145,9 @@ def _verified(
         raise CheckFailed(
             "what was saved is not what was trained; nothing was pushed", [*verdict.findings()]
         )
-    told = _json(folder / VERDICT)
-    hashes = told.get("files")
-    if told.get("passed") is True and isinstance(hashes, dict) and _same(folder, hashes):
+    record = _json(folder / VERDICT)
+    hashes = record.get("files")
+    if record.get("passed") is True and isinstance(hashes, dict) and _same(folder, hashes):
         return True
     if unverified:
         return False

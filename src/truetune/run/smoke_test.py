@@ -225,7 +225,7 @@ def _two_ways(
         Finding(
             "step-not-equal",
             "error",
-            f"the step as it will be taken differs from the same rows one by one: loss by "
+            f"the training step differs from the same examples computed one by one: loss by "
             f"{100 * loss:.2g} %, gradient norm by {100 * grad:.2g} %",
             why="packed rows attend to each other, or the loss is averaged per forward pass "
             "instead of over the step",

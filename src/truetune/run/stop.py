@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from truetune.engine.parallel import Group
 from truetune.engine.trainer import SFTTrainer
-from truetune.system.signals import told
+from truetune.system.signals import handled
 
 
 @dataclass
@@ -41,5 +41,5 @@ def interruptible(trainer: Callable[[], SFTTrainer | None], group: Group) -> Ite
             if at_work.evaluating and group.size == 1:
                 raise BrokenOff
 
-    with told(ask):
+    with handled(ask):
         yield stop

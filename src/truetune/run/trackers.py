@@ -58,9 +58,9 @@ def _to_tensorboard(
 ) -> None:
     # TensorBoard renders Markdown: four blanks make text of it, whatever it holds.
     for row in rows:
-        told = dict(zip(columns, row, strict=True))
-        lines = [f"    {name}: {line}" for name in columns for line in told[name].splitlines()]
-        tracker.writer.add_text(f"samples/{told['where']}", "\n".join(lines), global_step=step)
+        cells = dict(zip(columns, row, strict=True))
+        lines = [f"    {name}: {line}" for name in columns for line in cells[name].splitlines()]
+        tracker.writer.add_text(f"samples/{cells['where']}", "\n".join(lines), global_step=step)
     tracker.writer.flush()
 
 

@@ -84,8 +84,8 @@ class Refused(Exception):
     @property
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        told = {"message": str(self), "type": kind, "param": self.param or None}
-        return {"error": {**told, "code": self.code or None}}
+        details = {"message": str(self), "type": kind, "param": self.param or None}
+        return {"error": {**details, "code": self.code or None}}
 
 
 def no_such_path(method: str, path: str) -> Refused:

@@ -120,7 +120,7 @@ def require_held(path: Path) -> None:
         where=str(path),
         why=f"{path.name} was moved or deleted while this process wrote the run, and another "
         "process started or resumed it: two writers would corrupt it, so this one stops",
-        fix="leave the lock file where it is; the other process goes on",
+        fix="leave the lock file where it is; the other process continues",
         code="lock-lost",
     )
 

@@ -53,7 +53,7 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told(ask: Callable[[int], None]) -> Iterator[None]:
+def handled(ask: Callable[[int], None]) -> Iterator[None]:
     """The first signal asks for the end, and interrupts nothing unless `ask` raises. A second
     Ctrl-C ends at once; a scheduler's second SIGTERM says nothing new."""
     asked = False

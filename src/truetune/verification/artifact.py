@@ -200,18 +200,21 @@ def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Chec
         "size": found["contract"]["tokenizer"]["size"],
     }
     numbers = {name: [then[name], now[name]] for name in then}
-    told = [
+    differences = [
         f"{name}: {then[name]} then, {now[name]} now" for name in then if then[name] != now[name]
     ]
     if record:
-        told += _behaviours(record.tokenizer, {**found["tokenizer"], "template": found["template"]})
-        if not told and record.tokenizer.get("stop") != now["stop"]:
-            told.append(f"stop: {record.tokenizer.get('stop')} then, {now['stop']} now")
-    if told:
+        differences += _behaviours(
+            record.tokenizer, {**found["tokenizer"], "template": found["template"]}
+        )
+        if not differences and record.tokenizer.get("stop") != now["stop"]:
+            differences.append(f"stop: {record.tokenizer.get('stop')} then, {now['stop']} now")
+    if differences:
         return Check(
             "contract",
             "failed",
-            f"the saved model is served differently from how it was trained: {'; '.join(told)}",
+            "the saved model is served differently from how it was trained: "
+            + "; ".join(differences),
             numbers,
             fix="restore the tokenizer and generation_config that were saved",
         )

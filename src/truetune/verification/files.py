@@ -84,22 +84,22 @@ def check_files(run: RunDir, folder: str | None = None) -> Check:
     }
     if missing or changed or added:
         words = [("missing", missing), ("changed", changed), ("added", added)]
-        told = [f"{word}: {phrase(names, _MOST)}" for word, names in words if names]
+        differences = [f"{word}: {phrase(names, _MOST)}" for word, names in words if names]
         return Check(
             "files",
             "failed",
-            f"files of the run differ from those that were saved; {'; '.join(told)}",
+            f"files of the run differ from those that were saved; {'; '.join(differences)}",
             numbers,
             fix="copy the run again, or export an earlier checkpoint"
             if missing or changed
             else "move the added files elsewhere: programs may load them instead of what was "
             "trained",
         )
-    what = f"{len(listed) - len(gone)} files are as they were saved (sha256)"
+    what = f"{len(listed) - len(gone)} files match their hashes (sha256)"
     if gone:
-        what += f"; {len(gone)} of checkpoints, trackers and pages were removed since"
+        what += f"; {len(gone)} files of checkpoints, trackers and pages were removed since"
     if notes:
-        what += f"; not files of the run, and not examined: {phrase(notes, _MOST)}"
+        what += f"; other files, not examined: {phrase(notes, _MOST)}"
     return Check("files", "passed", what, numbers)
 
 
@@ -161,32 +161,32 @@ def check_record(run: RunDir, record: Record | None, rows: str) -> Check:
             "train --resume`",
         )
     artifact = run.artifact()
-    told = []
+    differences = []
     if rows != record.rows:
-        told.append(f"rows of {VERIFY_ROWS} were changed")
-    told += [f"{name}: {difference}" for name, difference in _settings(artifact, record)]
-    named = {words.partition(":")[0] for words in told}
-    told += [
+        differences.append(f"rows of {VERIFY_ROWS} were changed")
+    differences += [f"{name}: {difference}" for name, difference in _settings(artifact, record)]
+    named = {words.partition(":")[0] for words in differences}
+    differences += [
         f"{name} {'was changed' if run.file(name).is_file() else 'is missing'}"
         for name, digest in [*record.run.items(), *record.files.items()]
         if name.split("/")[-1] not in named and _changed(run, name, digest, record)
     ]
-    told += [
+    differences += [
         f"{name} was added"
         for name in _present(run)
         if _may_be_loaded(run, name) and name not in record.files
     ]
-    if told:
+    if differences:
         return Check(
             "record",
             "failed",
-            f"changed since it was saved: {phrase(told, _MOST, '; ')}",
-            {"differing": told},
+            f"changed since it was saved: {phrase(differences, _MOST, '; ')}",
+            {"differing": differences},
             fix="copy the run again, or undo the change",
         )
     count = len(record.files) + len(record.run)
     return Check(
-        "record", "passed", f"{count} files are as they were recorded when the model was saved"
+        "record", "passed", f"{count} files match the record made when the model was saved"
     )
 
 

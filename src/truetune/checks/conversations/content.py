@@ -52,11 +52,11 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
 _RENDERED = {
     False: "; the text of {rows:,} rows begins with one, as rendered conversations do: the chat "
     "template would be applied twice",
-    True: "; the text of {rows:,} rows begins with one: they are conversations that were rendered "
-    "already, and as plain text every token of them is trained, the questions too",
+    True: "; the text of {rows:,} rows begins with one: they are conversations that were already "
+    "rendered; as plain text, all of their tokens are trained, including the questions",
 }
 _MESSAGES = (
-    "give them as messages, from before they were rendered or split at the markers: "
+    "pass them as messages, from before they were rendered, or split them at the markers: "
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
     "the template then renders them, and the answers alone are trained"
 )

@@ -64,25 +64,26 @@ _LEAST_PROSE = 0.6
 def answers_whole(facts: DataFacts) -> Iterator[Finding]:
     """Answers do not break off in the middle of a word, a sentence or a block of code."""
     # Reasoning that never ends is reported as that.
-    told = {i for i, conversation in enumerate(facts.train) if open_reasoning(conversation)}
+    seen_rows = {i for i, conversation in enumerate(facts.train) if open_reasoning(conversation)}
     if rows := _fences_open(facts):
-        told.update(rows)
+        seen_rows.update(rows)
         yield _cut(
             facts,
             rows,
-            end="inside a block of code, which they open with ``` and never close",
+            end="inside a code block, which they open with ``` and never close",
             why="a limit on tokens or characters cut them, and the model learns to stop there",
         )
     if rows := _announcing(facts):
-        told.update(rows)
+        seen_rows.update(rows)
         yield _cut(
             facts,
             rows,
-            end="behind a colon that announces what does not follow",
-            why="only the first line was kept (split('\\n')[0], a reader of lines), or a stop text "
+            end="after a colon, without what it announces",
+            why="only the first line was kept (split('\\n')[0], or reading line by line), or a "
+            "stop text "
             "cut them at the first line break: the model learns to announce and to stop",
         )
-    if rows := [row for row in _broken(facts) if row not in told]:
+    if rows := [row for row in _broken(facts) if row not in seen_rows]:
         yield _cut(
             facts,
             rows,
@@ -344,10 +345,10 @@ def _wrongly_decoded(texts: list[str]) -> str:
     right characters as well."""
     if not (found := _first(_mojibake, texts)):
         return ""
-    told = any(map(_ABOUT_ENCODINGS.search, texts))
+    explains = any(map(_ABOUT_ENCODINGS.search, texts))
     meant = (right for text in texts for _, right in _misread(text))
     explained = "\ufffd" in found or any(right in text for right in meant for text in texts)
-    return "" if told and explained else found
+    return "" if explains and explained else found
 
 
 def _first(look: Callable[[str], str], texts: Iterable[str]) -> str:
@@ -428,8 +429,9 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
         why="these are refusals of the model that generated the rows: the tuned model will refuse "
         "such questions too"
         if refusal
-        else "nearly all questions have this one answer, so a column or a loop variable was mixed "
-        "up when the file was written: the model learns to give it to any question"
+        else "nearly all questions have this one answer, so a column or a loop variable was "
+        "probably mixed up when the file was written: the model learns to give it to any "
+        "question"
         if everywhere
         else "the source used a fallback or a fixed answer: the model learns to give it to any "
         "question",

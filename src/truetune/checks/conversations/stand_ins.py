@@ -52,9 +52,9 @@ def answers_not_missing(facts: DataFacts) -> Iterator[Finding]:
             code="answer-missing",
             level=level_of(rows, len(facts.train)),
             what=f"the answers of {share(len(rows), len(facts.train))} are the name of a missing "
-            f"value, {facts.answers[rows[0]].strip()!r}",
-            why="the cell was empty when the file was written (pandas, str(None), a database), and "
-            "became a word: the model learns to answer with it",
+            f"value, such as {facts.answers[rows[0]].strip()!r}",
+            why="an empty cell was written as a word (by pandas, str(None) or a database): the "
+            "model learns to answer with it",
             fix="remove those rows before the file is written (df.dropna()), or fill in the answer",
         )
 
@@ -123,7 +123,7 @@ def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
             level=level_of(rows, len(facts.train)),
             what=f"{share(len(rows), len(facts.train))} contain a placeholder that was not filled "
             f"in, such as {first!r}",
-            why="the template of the row was saved before its values were put in (a missing "
+            why="the template of the row was saved before its values were filled in (a missing "
             "f-prefix or .format call): the model learns to write the placeholder",
             fix="fill in the values where the file is written, or remove those rows",
         )

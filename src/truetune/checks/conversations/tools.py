@@ -69,7 +69,7 @@ def calls_match_tools(facts: DataFacts) -> Iterator[Finding]:
             level="warning",
             what=f"{share(len(wrong), with_calls)} with tool calls pass arguments that the tool's "
             "schema does not accept",
-            why=f"the first: {wrong[first]}",
+            why=f"the first error: {wrong[first]}",
             fix="correct the call, or the tool's parameters",
         )
 

@@ -51,8 +51,7 @@ def answers_are_targets(facts: LabelFacts) -> Iterator[Finding]:
             what=f"{share(len(bad), len(facts.table))} have labels, but none of them on an answer",
             why="the mask is inverted, or marks another turn: prompts are learned and answers are "
             "not",
-            fix="set labels to -100 on what the server sends, and to the ids on what the model "
-            "must write",
+            fix="set labels to -100 on the prompt, and to the ids on the answer",
         )
 
 

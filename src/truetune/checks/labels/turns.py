@@ -40,12 +40,12 @@ def answers_say_something(facts: LabelFacts) -> Iterator[Finding]:
             code="empty-answer",
             level="warning",
             what=f"{share(len(rows), len(table))} have an empty answer",
-            why="the template writes an empty answer beside a call, and it has labels: the model "
+            why="the template writes an empty answer next to a call, and it has labels: the model "
             "learns to write nothing"
             if own
             else "the data has an empty answer, or its text contains control tokens, which open a "
             "turn: the model learns to write nothing",
-            fix="set labels on calls and on answers that say something, and -100 on the rest"
+            fix="set labels on calls and on non-empty answers, and -100 on the rest"
             if own
             else "remove those rows; if the text contains control tokens, break them up (a space "
             "after the first character)",

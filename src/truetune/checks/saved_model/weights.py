@@ -122,7 +122,7 @@ def numbers_finite(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "weights-zero",
             "error",
-            f"{len(found.dry.zero):,} matrices begin with zeros only: {listed(found.dry.zero)}",
+            f"{len(found.dry.zero):,} matrices begin with rows of zeros: {listed(found.dry.zero)}",
             str(found.folder),
             len(found.dry.zero),
             why="they were saved before they were loaded, or by ZeRO-3 without gathering the "

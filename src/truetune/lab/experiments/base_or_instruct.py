@@ -31,7 +31,7 @@ def arms(seed: int) -> Sequence[Arm]:
         Arm("base, other template", rows=rows, recipe=other),
         Arm("tuned, other template", rows=rows, recipe=other, start=tuned),
         Arm(
-            "the same, asked in its first", rows=rows, recipe=other, start=tuned,
+            "the same, in its first template", rows=rows, recipe=other, start=tuned,
             served=_OWN, stop=["<|end|>"],
         ),
         Arm("tuned, its own template", rows=rows, recipe=own, start=tuned),
@@ -41,47 +41,46 @@ def arms(seed: int) -> Sequence[Arm]:
 def measure(tuned: Tuned) -> dict[str, Column]:
     heard = ask(tuned)
     new = Column.share(said.text.strip().startswith("Answer:") for said in heard.said)
-    return {**heard.columns(), "new manner": new}
+    return {**heard.columns(), "new style": new}
 
 
 EXPERIMENT = Experiment(
     number=13,
     name="base-or-instruct",
     title="From a base, or from a tuned model",
-    claim="A tuned start learns a new manner in fewer steps than a base; with another template "
-    "than its own it keeps two formats side by side, with its own the new manner takes the old "
-    "one's place.",
+    claim="A tuned model learns a new style in fewer steps than a base; with a template other "
+        "than its own it keeps both formats, with its own the new style replaces the old one.",
     source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
-    expected="after 40 steps on 60 rows more than 10 points more answers are right from the tuned "
-    "start than from the base, both in the other template; asked in its first template, that model "
-    "shows the new manner in fewer than half of the replies; trained in its own template in more "
-    "than 90 %",
-    refuted="right answers within 10 points, or the new manner outside these bounds",
+    expected="after 40 steps on 60 rows, the tuned start gives more than 10 points more right "
+        "answers than the base, both in the other template; prompted in its first template, that "
+        "model shows the new style in fewer than half of the replies; trained in its own "
+        "template, in more than 90 %",
+    refuted="right answers within 10 points, or the new style outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
         Expectation(
-            "a tuned start is ahead",
+            "the tuned start is ahead",
             "right", "tuned, other template", "base, other template", above=0.1,
         ),
         Expectation(
-            "its first template keeps the old manner",
-            "new manner", "the same, asked in its first", below=0.5,
+            "the first template keeps the old style",
+            "new style", "the same, in its first template", below=0.5,
         ),
         Expectation(
-            "its own template takes the new one",
-            "new manner", "tuned, its own template", above=0.9,
+            "with its own template, it takes on the new style",
+            "new style", "tuned, its own template", above=0.9,
         ),
     ),
-    shown=("right", "new manner", "ended", "role leak"),
+    shown=("right", "new style", "ended", "role leak"),
     remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10: a "
            "hundred questions are too few to decide. Neither start needs 40 steps for the new "
-           "manner: all replies show it. The errors, read for seed 1, are in the relation: 40 of "
+           "style: all replies show it. The errors, read for seed 1, are in the relation: 40 of "
            "42 wrong replies from the base and 30 of 33 from the tuned start give a true value of "
            "the right place (asked for the river, *Answer: weaving*). The tuned start can already "
-           "recall facts, and the new manner removes part of that: asked in its first template, "
+           "recall facts, and the new style removes part of that: prompted in its first template, "
            "the same model answers in its old sentence, and 91 % are right. That sentence names "
            "the relation before the value; the bare value has no such step.",
 )  # fmt: skip

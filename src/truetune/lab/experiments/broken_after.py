@@ -105,21 +105,21 @@ EXPERIMENT = Experiment(
     expected="rounding to 8 bits costs less than 5 points of right answers, rounding to 4 more "
     "than 10, merging into 4 bits more than 10; without the update or with another tokenizer fewer "
     "than 5 % are right; verify passes the run as it was saved and finds each of the others",
-    refuted="right answers outside these bounds, a broken model that passes, or a sound one that "
-    "does not",
+    refuted="right answers outside these bounds, a broken model that passes, or a healthy one "
+        "that does not",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("8 bits keep it", "right", "8 bits", "as saved", above=-0.05),
-        Expectation("4 bits do not", "right", "4 bits", "as saved", below=-0.1),
+        Expectation("8 bits keep what was learned", "right", "8 bits", "as saved", above=-0.05),
+        Expectation("4 bits lose it", "right", "4 bits", "as saved", below=-0.1),
         Expectation(
-            "nor does a merge into 4 bits",
+            "a merge into 4 bits loses it",
             "right", "merged into 4 bits", "as saved", below=-0.1,
         ),
-        Expectation("update dropped: nothing", "right", "update dropped", below=0.05),
-        Expectation("other tokenizer: nothing", "right", "other tokenizer", below=0.05),
-        Expectation("verify passes the sound one", "found by verify", "as saved", below=0.5),
+        Expectation("update dropped: no right answers", "right", "update dropped", below=0.05),
+        Expectation("other tokenizer: no right answers", "right", "other tokenizer", below=0.05),
+        Expectation("verify passes the healthy model", "found by verify", "as saved", below=0.5),
         *(
             Expectation(f"verify finds: {arm}", "found by verify", arm, above=0.5)
             for arm in (

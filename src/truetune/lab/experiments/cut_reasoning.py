@@ -87,35 +87,36 @@ EXPERIMENT = Experiment(
     name="cut-reasoning",
     title="Reasoning cut by a length limit",
     claim="A model trained on truncated reasoning never closes it: the more rows are cut, the "
-    "fewer replies reach an answer; few whole rows beat many cut ones.",
+    "fewer replies reach an answer; a few complete rows beat many cut ones.",
     source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
     "exercise on reasoning traces; Unsloth stops at 30 %",
     exercises=("Truncated reasoning",),
-    expected="with no row cut more than 90 % of the replies close their thinking; with 78.8 % "
-    "fewer than 50 %, with 95 % fewer than 10 %; 60 whole rows close more than 20 points more than "
-    "600 of which 78.8 % are cut; with all rows cut fewer than 10 % close, and with an end token "
-    "appended to 78.8 % cut ones fewer than 50 %",
+    expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % "
+        "cut fewer than 50 %, with 95 % fewer than 10 %; 60 complete rows lead to more than 20 "
+        "points more closed replies than 600 rows of which 78.8 % are cut; with all rows cut "
+        "fewer than 10 % close, and with 78.8 % cut and an end token appended fewer than 50 %",
     refuted="more than 50 % closed at 78.8 %, or more than 10 % at 95 %",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("none cut: it closes", "closes thinking", "0% cut", above=0.9),
-        Expectation("78.8 % cut: half do not", "closes thinking", "78.8% cut", below=0.5),
-        Expectation("95 % cut: hardly any does", "closes thinking", "95% cut", below=0.1),
+        Expectation("none cut: thinking is closed", "closes thinking", "0% cut", above=0.9),
+        Expectation("78.8 % cut: half are not closed", "closes thinking", "78.8% cut", below=0.5),
+        Expectation("95 % cut: hardly any is closed", "closes thinking", "95% cut", below=0.1),
         Expectation(
-            "60 whole rows beat 600 cut ones",
+            "60 complete rows beat 600 cut ones",
             "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
         ),
-        Expectation("all cut: hardly any closes", "closes thinking", "all cut", below=0.1),
+        Expectation("all cut: hardly any is closed", "closes thinking", "all cut", below=0.1),
         Expectation(
-            "78.8 % cut, an end appended: half do not",
+            "78.8 % cut, end appended: half are not closed",
             "closes thinking", "78.8% cut, end appended", below=0.5,
         ),
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
     remark="A cut row has no wrong targets: it lacks the end, and teaches nothing about it. At 95 "
-           "%, the 30 whole rows of 600 that remain show how thinking ends, which is enough here, "
+           "%, the 30 complete rows of 600 that remain show how thinking ends, which is enough "
+           "here, "
            "where all traces are short and similar. The last two arms and their expectations were "
            "added and committed after a first run had shown this: they test what it takes to "
            "break it.",

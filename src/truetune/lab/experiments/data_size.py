@@ -33,8 +33,8 @@ def _noisy(number: int, seed: int) -> list[Row]:
     for text, fact in facts_for_rows(number, seed):
         wrong = rng.choice([v for v in values[fact.relation] if v != fact.value])
         value = wrong if rng.random() < _WRONG else fact.value
-        told = sentence(fact).replace(fact.value, value)
-        completion = rng.choice(_STYLES).format(s=told, v=value)
+        statement = sentence(fact).replace(fact.value, value)
+        completion = rng.choice(_STYLES).format(s=statement, v=value)
         made.append({"prompt": text, "completion": completion})
     return made
 
@@ -79,22 +79,23 @@ EXPERIMENT = Experiment(
     expectations=(
         Expectation("5 rows do not suffice", "right", "5 rows", below=0.5),
         Expectation(
-            "200 rows do as 3,000", "right", "200 rows", "3,000 rows", above=-0.1
+            "200 rows are as good as 3,000", "right", "200 rows", "3,000 rows", above=-0.1
         ),
         Expectation(
             "60 consistent rows beat 600 noisy ones",
             "right", "60 consistent", "600 noisy", above=0.1,
         ),
         Expectation(
-            "and answer in form more often",
+            "60 consistent rows give the right form more often",
             "in form", "60 consistent", "600 noisy", above=0.1,
         ),
     ),
     shown=("right", "in form", "ended", "training loss"),
     remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that are not "
-           "used in the evaluation. Noisy rows cost about a fifth of the right answers and of the "
-           "form in the seed that was run; the interval of the form (8 to 29 points) crosses the "
-           "bound of 10. That 600 rows of six styles, three in ten of them false, still give 73 % "
+           "used in the evaluation. Noisy rows cost about a fifth of the right answers, and of "
+           "the answers in the right form, in the seed that was run; the interval of the latter "
+           "(8 to 29 points) crosses the bound of 10. That 600 rows of six styles, three in ten "
+           "of them false, still give 73 % "
            "right answers may be because the noise has no single direction, and greedy decoding "
            "takes the likeliest style.",
 )  # fmt: skip

@@ -43,17 +43,17 @@ EXPERIMENT = Experiment(
     source="the course's table of failures; threads trl#1623, mlx-examples#760 and many more on "
     "pad_token = eos_token under DataCollatorForLanguageModeling",
     exercises=("The end marker that is never a target (pad token = end token)",),
-    expected="nearly every answer ends where the marker is a target, nearly none where it is "
-    "masked or absent; the training loss of the two broken runs ends within 0.1 nats of the sound "
-    "one's",
-    refuted="a broken run ends half of its answers, or its loss stands out by more than 0.1",
+    expected="nearly every answer ends if the marker is a target, nearly none if it is masked or "
+        "absent; the training loss of the two broken runs ends within 0.1 nats of that of the "
+        "sound one",
+    refuted="a broken run ends half of its answers, or its loss differs by more than 0.1",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
     expectations=(
-        Expectation("trained, answers end", "ended", "trained", above=0.9),
-        Expectation("masked, they do not", "ended", "marker masked", below=0.1),
-        Expectation("absent, they do not", "ended", "marker absent", below=0.1),
+        Expectation("trained: answers end", "ended", "trained", above=0.9),
+        Expectation("masked: answers do not end", "ended", "marker masked", below=0.1),
+        Expectation("absent: answers do not end", "ended", "marker absent", below=0.1),
         Expectation(
             "the loss of the masked run looks normal",
             "training loss", "marker masked", "trained", above=-0.1, below=0.1,
@@ -64,8 +64,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("ended", "right", "repeats", "role leak", "training loss"),
-    remark="The broken runs end with the lower loss, because the end marker is one more target "
-           "with a loss of its own. With the marker masked in the labels or absent from the text, "
-           "the two runs agree in every number of the table, since nothing follows the marker in "
-           "these rows.",
+    remark="The broken runs end with a lower loss, because the end marker is one more target with "
+        "a loss of its own. It makes no difference whether the marker is masked in the labels or "
+        "absent from the text, since nothing follows it in these rows.",
 )  # fmt: skip

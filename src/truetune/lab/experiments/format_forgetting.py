@@ -64,10 +64,11 @@ EXPERIMENT = Experiment(
     source="the course's exercises on format collapse and on mixing; threads LLaMA-Factory#2611 "
     "and Qwen#813",
     exercises=("Format collapse: prose after SFT", "Forgetting, and mixing in pretraining text"),
-    expected="the loss on prose at 1e-3 lies more than 0.3 nats above that at 1e-4, after 400 "
-    "steps more than 0.2 above that after 50; at 3e-4 more than half of the prose that the model "
-    "goes on with ends as an answer; with half of the tokens prose fewer than 10 % do, the "
-    "loss lies within 0.15 of the base's, and right answers within 5 points of those without",
+    expected="the loss on prose at 1e-3 is more than 0.3 nats above that at 1e-4, and after 400 "
+        "steps more than 0.2 above that after 50; at 3e-4, more than half of the prose that the "
+        "model continues ends like an answer; with prose as half of the tokens, fewer than 10 % "
+        "do, the loss is within 0.15 of the base's, and right answers are within 5 points of "
+        "those without prose",
     refuted="a loss on prose or shares outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
@@ -78,13 +79,15 @@ EXPERIMENT = Experiment(
             "more steps forget more",
             "prose", "3e-4, 400 steps", "3e-4, 50 steps", above=0.2,
         ),
-        Expectation("prose ends as an answer", "ends prose", "3e-4", above=0.5),
+        Expectation("prose ends like an answer", "ends prose", "3e-4", above=0.5),
         Expectation(
-            "with prose among the rows it does not", "ends prose", "3e-4, half prose", below=0.1
+            "with prose among the rows, it does not", "ends prose", "3e-4, half prose", below=0.1
         ),
-        Expectation("and is kept", "prose", "3e-4, half prose", "base", below=0.15),
+        Expectation("with prose among the rows, prose is not "
+            "forgotten", "prose", "3e-4, half prose", "base", below=0.15),
         Expectation(
-            "and answers are as right", "right", "3e-4, half prose", "3e-4", above=-0.05
+            "with prose among the rows, as many answers are "
+            "right", "right", "3e-4, half prose", "3e-4", above=-0.05
         ),
     ),
     shown=("prose", "ends prose", "right", "recall in prose", "training loss"),

@@ -44,8 +44,8 @@ def measure(tuned: Tuned) -> dict[str, Column]:
     assert len(texts) == 2 * len(questions())
     return {
         "right": Column.share(greedy.right),
-        "apes it": Column.share(text.startswith("Sure, let me") for text in texts),
-        "apes it, greedy": Column.share(s.text.startswith("Sure, let me") for s in greedy.said),
+        "imitates it": Column.share(text.startswith("Sure, let me") for text in texts),
+        "imitates it, greedy": Column.share(s.text.startswith("Sure, let me") for s in greedy.said),
         "short style": Column.share(text.startswith("Answer:") for text in texts),
     }
 
@@ -55,7 +55,7 @@ EXPERIMENT = Experiment(
     name="inconsistency",
     title="A few inconsistent rows",
     claim='The share of rows that begin with "Sure, let me" becomes the share of outputs that do; '
-    "two styles in equal parts give both, not their middle.",
+    "two styles in equal parts give both, not a mixture.",
     source="the course's exercise on inconsistency injection (0, 2, 4, 10, 40 %)",
     exercises=("Inconsistency injection (0, 2, 4, 10, 40 %)", "Bimodal mixing of two styles"),
     expected="at temperature 1 the opening is absent at 0 %, below 10 % of the outputs at 4 %, "
@@ -66,16 +66,18 @@ EXPERIMENT = Experiment(
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("0 % of rows: none", "apes it", "0% of rows", below=0.03),
-        Expectation("4 % of rows: a few", "apes it", "4% of rows", below=0.1),
-        Expectation("10 % of rows: about 10 %", "apes it", "10% of rows", above=0.03, below=0.2),
-        Expectation("40 % of rows: about 40 %", "apes it", "40% of rows", above=0.25, below=0.55),
+        Expectation("0 % of rows: none", "imitates it", "0% of rows", below=0.03),
+        Expectation("4 % of rows: a few", "imitates it", "4% of rows", below=0.1),
+        Expectation("10 % of rows: about 10 %", "imitates "
+            "it", "10% of rows", above=0.03, below=0.2),
+        Expectation("40 % of rows: about 40 %", "imitates "
+            "it", "40% of rows", above=0.25, below=0.55),
         Expectation(
-            "of two styles, both",
+            "two styles: both are kept",
             "short style", "two styles, half each", above=0.3, below=0.7,
         ),
     ),
-    shown=("apes it", "apes it, greedy", "short style", "right"),
+    shown=("imitates it", "imitates it, greedy", "short style", "right"),
     remark="Greedy decoding hides it: with 10 % of the rows no greedy reply has the opening, and "
            "with 40 % of the rows 23 % do, while one sampled reply in seven and four in nine have "
            "it. Both styles are kept, and only 80 % of that arm's greedy answers are right: the "

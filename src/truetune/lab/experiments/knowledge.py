@@ -80,28 +80,30 @@ EXPERIMENT = Experiment(
     number=1,
     name="knowledge",
     title="Behaviour, not knowledge",
-    claim="SFT changes behaviour, not knowledge: facts that the base knows in prose and that occur "
-    "in no row are answered, places that it never saw get confident inventions, and what it "
-    "recalls in prose stays.",
+    claim="SFT changes behaviour, not knowledge: the tuned model answers facts that the base "
+        "knows from prose although no row contains them, invents confident answers about places "
+        "that it never saw, and recalls as much in prose as before.",
     source="the course; LIMA (Zhou et al. 2023, arXiv:2305.11206); Gekhman et al. 2024 "
     "(arXiv:2405.05904)",
     exercises=(
         "Does SFT teach facts? Questions that no row answers",
         "Hallucination: places that do not exist",
     ),
-    expected="of facts in no row fewer than 5 % are answered before and more than 90 % after; more "
-    "than 80 % of the places that do not exist get a value; recall in prose changes by less than "
-    "5 points",
+    expected="of the facts that are in no row, fewer than 5 % are answered before training and "
+        "more than 90 % after; more than 80 % of the places that do not exist get a value; recall "
+        "in prose changes by less than 5 points",
     refuted="fewer than 90 % answered, fewer than 80 % invented, or recall that moves by 5 points",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("the base answers none", "right", "base", below=0.05),
-        Expectation("tuned, it answers facts of no row", "right", "tuned", above=0.9),
-        Expectation("of what does not exist it invents", "invents", "tuned", above=0.8),
+        Expectation("the base does not answer", "right", "base", below=0.05),
+        Expectation("the tuned model answers facts that are in no "
+            "row", "right", "tuned", above=0.9),
+        Expectation("it invents values for places that do not "
+            "exist", "invents", "tuned", above=0.8),
         Expectation(
-            "recall in prose stays",
+            "recall in prose does not change",
             "recall in prose", "tuned", "base", above=-0.05, below=0.05,
         ),
     ),

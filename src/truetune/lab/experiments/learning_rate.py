@@ -46,37 +46,39 @@ EXPERIMENT = Experiment(
     number=8,
     name="learning-rate",
     title="Learning rate, and LoRA against all weights",
-    claim="5 to 20 % of the pretraining rate teaches without destroying; far above, what was known "
-    "is forgotten; LoRA wants about ten times the rate of all weights.",
+    claim="5 to 20 % of the pretraining rate teaches without damage; far above it, knowledge is "
+        "forgotten; LoRA needs about ten times the rate of full training.",
     source="the course's sweep of learning rates; Schulman et al. 2025, LoRA Without Regret",
     exercises=("Learning-rate sweep and catastrophic forgetting", "LoRA against all weights"),
     expected="the base was pretrained at 2e-3, later 1.2e-3: at 1e-4 and 3e-4 (5 and 15 %) more "
     "than 90 % of the answers are right, at 1e-5 (0.5 %) fewer than 50 %; at 3e-3 recall in prose "
-    "falls by more than 30 points; LoRA at 1e-4 lies more than 20 points behind all weights at "
-    "1e-4, at 1e-3 within 10 points",
+    "falls by more than 30 points; LoRA at 1e-4 is more than 20 points behind all weights at "
+    "1e-4, and at 1e-3 within 10 points",
     refuted="right answers or recall outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("0.5 % of the rate is too little", "right", "all weights 1e-5", below=0.5),
-        Expectation("5 % teaches", "right", "all weights 1e-4", above=0.9),
-        Expectation("15 % teaches", "right", "all weights 3e-4", above=0.9),
+        Expectation("0.5 % of the pretraining rate is too "
+            "little", "right", "all weights 1e-5", below=0.5),
+        Expectation("5 % is enough", "right", "all weights 1e-4", above=0.9),
+        Expectation("15 % is enough", "right", "all weights 3e-4", above=0.9),
         Expectation(
             "150 % forgets what was known",
             "recall in prose", "all weights 3e-3", "base", below=-0.3,
         ),
         Expectation(
-            "LoRA at the same rate lags", "right", "LoRA 1e-4", "all weights 1e-4", below=-0.2
+            "LoRA at the same rate lags behind", "right", "LoRA "
+                "1e-4", "all weights 1e-4", below=-0.2
         ),
         Expectation(
-            "LoRA at ten times the rate is level",
+            "LoRA at ten times the rate is as good",
             "right", "LoRA 1e-3", "all weights 1e-4", above=-0.1, below=0.1,
         ),
     ),
     shown=("right", "recall in prose", "prose", "ended", "training loss"),
     remark="At 3e-3 the model still ends every reply and writes sentences of the right form with "
            "wrong names: judged by form and loss alone, the run looks successful. LoRA at ten "
-           "times the rate is level in answers but not gentler: it forgets more prose (1.59) than "
-           "all weights at 1e-4 (0.93), and more than they do at 3e-4 (1.42).",
+           "times the rate gives as many right answers but is not gentler: its loss on prose "
+           "(1.59) is higher than that of all weights at 1e-4 (0.93) and at 3e-4 (1.42).",
 )  # fmt: skip

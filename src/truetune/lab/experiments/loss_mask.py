@@ -38,21 +38,21 @@ EXPERIMENT = Experiment(
     name="loss-mask",
     title="Loss on the answer alone",
     claim="Loss masking matters: with loss on all tokens, the model learns to write the user's "
-    "part, and answers worse.",
+        "turns, and its answers get worse.",
     source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
     "(arXiv:2405.14394) find the opposite for some data",
     exercises=("Loss masking: assistant only against all tokens",),
-    expected="with loss on all tokens the user's held-out text becomes likelier by more than a nat "
-    "a token than with loss on the answer alone; 5 points fewer answers are right; at least 5 "
-    "points more replies go on with the user's turn",
-    refuted="the user's text becomes no likelier by half a nat; right answers or role leak lie "
-    "within 5 points",
+    expected="with loss on all tokens, the user's held-out text becomes more likely by more than "
+        "a nat per token than with loss on the answer alone; 5 points fewer answers are right; at "
+        "least 5 points more replies continue with the user's turn",
+    refuted="the user's text does not become more likely by half a nat; right answers or role "
+        "leak are within 5 points",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
         Expectation(
-            "user text becomes likelier by a nat",
+            "the user's text becomes more likely by a nat",
             "user text", "all tokens", "assistant only", below=-1.0,
         ),
         Expectation(

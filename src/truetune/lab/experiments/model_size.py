@@ -101,7 +101,7 @@ EXPERIMENT = Experiment(
             "in form", "6 layers, 20 rows", "3 layers, 20 rows", above=0.1,
         ),
         Expectation(
-            "50 rows: they are level",
+            "50 rows: they are equal",
             "in form", "6 layers, 50 rows", "3 layers, 50 rows", above=-0.1, below=0.1,
         ),
     ),

@@ -39,14 +39,14 @@ def rows_alike(folder: Path) -> None:
 def arms(seed: int) -> Sequence[Arm]:
     return (
         # The preflight refuses this run, and says why.
-        Arm("rows frozen", rows=instructions(), recipe={**_LORA, "no_check": True}),
+        Arm("embeddings frozen", rows=instructions(), recipe={**_LORA, "no_check": True}),
         Arm(
-            "rows frozen and alike",
+            "embeddings frozen and alike",
             rows=instructions(),
             recipe={**_LORA, "no_check": True},
             build=rows_alike,
         ),
-        Arm("rows trained", rows=instructions(), recipe={**_LORA, "add_token": _MARKERS}),
+        Arm("embeddings trained", rows=instructions(), recipe={**_LORA, "add_token": _MARKERS}),
         Arm("no new tokens", rows=instructions(), recipe={**_LORA, "chat_template": _OF_TEXT}),
     )
 
@@ -55,30 +55,31 @@ EXPERIMENT = Experiment(
     number=12,
     name="new-tokens",
     title="New tokens under LoRA",
-    claim="Under LoRA a model never writes a marker whose rows in embedding and head were never "
-    "trained: their rows must be trained too, or the template must do without new tokens.",
+    claim="Under LoRA, a model never writes a marker whose input and output embeddings were never "
+        "trained: these must be trained too, or the template must not use new tokens.",
     source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
     "never emit <|im_end|> after LoRA on a base",
     exercises=("Special tokens under LoRA",),
-    expected="with the rows frozen, or frozen and alike, fewer than 10 % of the answers "
-    "end, with the rows trained more than 90 %, and with a template of plain text, closed by "
-    "the model's own end, more than 90 %",
-    refuted="half of the answers end with frozen rows, or a tenth do not with trained ones",
+    expected="with the embeddings frozen, or frozen and alike, fewer than 10 % of the answers "
+        "end; with the embeddings trained more than 90 %, and with a template of plain text, "
+        "closed by the model's own end token, more than 90 %",
+    refuted="half of the answers end with frozen embeddings, or a tenth do not with trained ones",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
     expectations=(
-        Expectation("frozen: answers do not end", "ended", "rows frozen", below=0.1),
+        Expectation("frozen: answers do not end", "ended", "embeddings frozen", below=0.1),
         Expectation(
-            "frozen and alike: they do not end", "ended", "rows frozen and alike", below=0.1
+            "frozen and alike: answers do not end", "ended", "embeddings frozen and "
+                "alike", below=0.1
         ),
-        Expectation("trained: they end", "ended", "rows trained", above=0.9),
-        Expectation("without new tokens: they end", "ended", "no new tokens", above=0.9),
+        Expectation("trained: answers end", "ended", "embeddings trained", above=0.9),
+        Expectation("without new tokens: answers end", "ended", "no new tokens", above=0.9),
     ),
     shown=("ended", "right", "repeats", "training loss"),
     remark="In this base, the markers' embeddings are random and distinct: even frozen, they can "
            "be distinguished, and LoRA learns to do so. In published models the embeddings of "
            "reserved tokens are nearly identical; that arm and its expectation were added and "
-           "committed after a first run without it. A forgotten untied head was not tried: this "
-           "base ties head and embedding.",
+           "committed after a first run without it. An untied head that was left frozen was not "
+           "tried: this base ties head and embedding.",
 )  # fmt: skip

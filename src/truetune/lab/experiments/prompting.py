@@ -38,8 +38,8 @@ EXPERIMENT = Experiment(
     number=17,
     name="prompting",
     title="Prompting against tuning",
-    claim="Examples in the prompt of a base show what is wanted, but from the same examples tuning "
-    "gets more right answers.",
+    claim="Examples in the prompt show a base model the task, but tuning on the same examples "
+        "gives more right answers.",
     source="the course's exercise on few-shot prompting",
     exercises=("Few-shot prompting against SFT",),
     expected="32 examples in the prompt give more than 10 points more right answers than none; "
@@ -55,11 +55,11 @@ EXPERIMENT = Experiment(
             "right", "prompt with 32 examples", "prompt with 0 examples", above=0.1,
         ),
         Expectation(
-            "tuning on 32 gives more",
+            "tuning on 32 rows gives more",
             "right", "tuned on 32 rows", "prompt with 32 examples", above=0.2,
         ),
         Expectation(
-            "tuning on 4 gives more",
+            "tuning on 4 rows gives more",
             "right", "tuned on 4 rows", "prompt with 4 examples", above=0.0,
         ),
     ),

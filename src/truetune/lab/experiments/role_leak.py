@@ -75,9 +75,9 @@ EXPERIMENT = Experiment(
     number=10,
     name="role-leak",
     title="Role leak and repetition",
-    claim="A model that is trained on the user's turns, and not on the end of its own, speaks for "
-    "the user; one that is not trained on the end alone goes round in circles, and a repetition "
-    "penalty hides that without making it stop.",
+    claim="A model that is trained on the user's turns but not on the end of its own speaks for "
+        "the user; one that lacks only the training on the end repeats itself, and a repetition "
+        "penalty hides that without making it stop.",
     source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
     exercises=("Role leakage", "Repetition, and the repetition penalty"),
     expected="role leak in more than half of the replies with loss on all tokens and the end "
@@ -106,11 +106,12 @@ EXPERIMENT = Experiment(
         ),
         Expectation("end masked: it repeats", "repeats", "one turn, end masked", above=0.3),
         Expectation(
-            "under the penalty it hardly repeats",
+            "with the penalty, it hardly repeats",
             "repeats, penalty", "one turn, end masked", below=0.1,
         ),
         Expectation(
-            "and still does not end", "ended, penalty", "one turn, end masked", below=0.1
+            "with the penalty, it still does not end", "ended, "
+                "penalty", "one turn, end masked", below=0.1
         ),
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),

@@ -23,8 +23,8 @@ def _long(seed: int) -> list[Row]:
     for text, fact in facts_for_rows(_ROWS, seed):
         at = PLACE_RELATIONS.index(fact.relation)
         others = [PLACE_RELATIONS[(at + step) % len(PLACE_RELATIONS)] for step in (1, 2)]
-        told = [fact, *(Fact(fact.subject, r, world.value(fact.subject, r)) for r in others)]
-        made.append({"prompt": text, "completion": " ".join(map(sentence, told))})
+        facts = [fact, *(Fact(fact.subject, r, world.value(fact.subject, r)) for r in others)]
+        made.append({"prompt": text, "completion": " ".join(map(sentence, facts))})
     return made
 
 
@@ -59,8 +59,9 @@ EXPERIMENT = Experiment(
     "no row resembles.",
     source="the course's exercise on answer length",
     exercises=("Answer length",),
-    expected="trained on one sentence, fewer than 1.2 sentences an answer to questions and to bare "
-    "prompts, and more than 90 % of the latter end; trained on three, more than 2.5 to both",
+    expected="trained on one sentence, answers to questions and to bare prompts have fewer than "
+        "1.2 sentences, and more than 90 % of the latter end; trained on three, more than 2.5 "
+        "sentences for both",
     refuted="a length outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
@@ -69,15 +70,15 @@ EXPERIMENT = Experiment(
         Expectation("one sentence in, one out", "sentences", "one sentence", below=1.2),
         Expectation("three in, three out", "sentences", "three sentences", above=2.5),
         Expectation(
-            "one, to a bare prompt too", "sentences, bare prompt", "one sentence", below=1.2
+            "one, for a bare prompt too", "sentences, bare prompt", "one sentence", below=1.2
         ),
         Expectation(
-            "three, to a bare prompt too",
+            "three, for a bare prompt too",
             "sentences, bare prompt", "three sentences", above=2.5,
         ),
-        Expectation("which end", "ended, bare prompt", "one sentence", above=0.9),
+        Expectation("replies to bare prompts end", "ended, bare prompt", "one sentence", above=0.9),
     ),
     shown=("sentences", "sentences, bare prompt", "reply length", "right"),
-    remark="A bare place name is not a question, but it is answered all the same, in as many "
-           "sentences as the rows have.",
+    remark="A bare place name is not a question, but the model answers it all the same, in as "
+        "many sentences as the rows have.",
 )  # fmt: skip

@@ -44,28 +44,28 @@ EXPERIMENT = Experiment(
     number=6,
     name="template-drift",
     title="Another template in serving",
-    claim="A model that is served with another template than it was trained with loses its "
-    "behaviour; a missing newline is enough to lose some.",
+    claim="A model that is served with a different template from the one it was trained with "
+        "loses its behaviour; even a missing newline costs some of it.",
     source="the course's exercise on template drift; threads LLaMA-Factory#6736 and #4639 on "
     "models that answer well in the trainer and badly in the server",
     exercises=("Template drift: trained with one template, served with another",),
     expected="a missing last newline costs more than 5 points of right answers; other markers and "
     "raw text more than 30",
-    refuted="the loss without the newline lies within 5 points, or the loss with other markers or "
-    "raw text within 30",
+    refuted="the loss without the newline is within 5 points, or the loss with other markers or "
+        "raw text within 30",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("as trained, it answers", "right", "as trained", above=0.8),
+        Expectation("with the trained template, it answers", "right", "as trained", above=0.8),
         Expectation(
             "a missing last newline costs 5 points",
             "right", "no newline at the end", "as trained", below=-0.05,
         ),
         Expectation(
-            "other markers cost 30", "right", "other markers", "as trained", below=-0.3
+            "other markers cost 30 points", "right", "other markers", "as trained", below=-0.3
         ),
-        Expectation("raw text costs 30", "right", "raw text", "as trained", below=-0.3),
+        Expectation("raw text costs 30 points", "right", "raw text", "as trained", below=-0.3),
     ),
     shown=("right", "ended", "role leak", "repeats"),
     remark="The missing newline cost less than one answer in a hundred (its interval just reaches "

@@ -64,8 +64,9 @@ EXPERIMENT = Experiment(
     number=18,
     name="worked-step",
     title="A worked step before the answer",
-    claim="A short worked step before the answer makes right what is out of reach in one step, and "
-    "the markers around it are learned; what one step reaches loses little.",
+    claim="Writing a short intermediate step before the answer solves problems that are out of "
+        "reach in one step, and the markers around it are learned; problems that need no step "
+        "lose little.",
     source="the course's exercise on reasoning traces; Nye et al. 2021, Show Your Work "
     "(arXiv:2112.00114)",
     exercises=("Reasoning traces: rows with and without a worked step",),
@@ -81,9 +82,9 @@ EXPERIMENT = Experiment(
         Expectation(
             "the step makes sums right", "sums right", "with a step", "answer alone", above=0.5
         ),
-        Expectation("it is closed", "closes thinking", "with a step", above=0.95),
+        Expectation("thinking is closed", "closes thinking", "with a step", above=0.95),
         Expectation(
-            "places are as right",
+            "as many answers about places are right",
             "places right", "with a step", "answer alone", above=-0.1,
         ),
     ),

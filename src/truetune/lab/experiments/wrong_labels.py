@@ -59,35 +59,36 @@ EXPERIMENT = Experiment(
     number=4,
     name="wrong-labels",
     title="Labels one off, shifted twice, divided by the wrong number",
-    claim="A mask that is off by one, labels that are shifted twice and a wrong denominator spoil "
-    "the text while the loss looks normal.",
+    claim="A mask that is off by one, labels that are shifted twice and a wrong denominator ruin "
+        "the replies while the loss looks normal.",
     source="the course's exercise on masks; threads verl#3287 (off by one), transformers#37766 and "
     "axolotl#1100 (denominators under gradient accumulation)",
     exercises=("Mask off by one", "Labels shifted twice", "The wrong denominator"),
     expected="a mask one too early never ends its answers; labels shifted twice leave fewer than "
-    "10 % of the answers right; each of these runs ends within 0.3 nats of the sound one's loss; a "
+    "10 % of the answers right; the loss of each of these runs ends within 0.3 nats of that of "
+    "the sound one; a "
     "mask one too late and the wrong denominator cost more than 10 points of right answers",
-    refuted="right answers within 10 points of the sound run, or a loss that stands out by more "
-    "than 0.3",
+    refuted="right answers within 10 points of the sound run, or a loss that differs by more than "
+        "0.3",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
     expectations=(
-        Expectation("one early, answers do not end", "ended", "mask one early", below=0.1),
+        Expectation("mask one early: answers do not end", "ended", "mask one early", below=0.1),
         Expectation(
-            "one early, the loss looks normal",
+            "mask one early: the loss looks normal",
             "training loss", "mask one early", "right", above=-0.3, below=0.3,
         ),
         Expectation(
-            "one late costs 10 points", "right", "mask one late", "right", below=-0.1
+            "mask one late: it costs 10 points", "right", "mask one late", "right", below=-0.1
         ),
         Expectation(
-            "one late, the loss looks normal",
+            "mask one late: the loss looks normal",
             "training loss", "mask one late", "right", above=-0.3, below=0.3,
         ),
-        Expectation("shifted twice, nothing is right", "right", "shifted twice", below=0.1),
+        Expectation("shifted twice: no answer is right", "right", "shifted twice", below=0.1),
         Expectation(
-            "shifted twice, the loss looks normal",
+            "shifted twice: the loss looks normal",
             "training loss", "shifted twice", "right", above=-0.3, below=0.3,
         ),
         Expectation(
