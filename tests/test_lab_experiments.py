@@ -456,14 +456,13 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, f
 
 def test_a_masked_end_marker_is_never_written(quick: Callable[..., dict[str, float]]) -> None:
     """Of 100 replies 100 end, and 0 without the marker, in each of three seeds."""
-    ended = quick("end-marker", "ended", "trained: answers end", "masked: answers do not end")
+    ended = quick("end-marker", "ended", "trained", "marker masked")
     assert ended["trained"] > 0.9
     assert ended["marker masked"] < 0.1
 
 
 def test_another_template_in_serving_costs_answers(quick: Callable[..., dict[str, float]]) -> None:
     """Of 100 answers 93 to 97 are lost in three seeds of the full form."""
-    labels = "with the trained template, it answers", "other markers cost 30 points"
-    right = quick("template-drift", "right", *labels)
+    right = quick("template-drift", "right", "as trained", "other markers")
     assert right["as trained"] > 0.9
     assert right["other markers"] < right["as trained"] - 0.5
