@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truetune.behaviour.replies import Asked, Judge, Said, shares
 from truetune.behaviour.vitals import Vitals
-from truetune.compare import row_losses, row_scores
+from truetune.compare import Scored, row_losses, row_scores
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.data.conversation import Conversation
-from truetune.generate import replies_to_ids
+from truetune.generate import Reply, replies_to_ids
 from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
 
@@ -30,11 +30,11 @@ PROMPTS, REPLY_TOKENS = 8, 96
 EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
-_PIECES, PIECE_TOKENS = 16, 64
+PIECES, PIECE_TOKENS = 16, 64
 _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
-# Tokens that such a piece has at least, on average; and the share of the nats of guessing above
-# which a model knows nothing.
-_FEWEST_TOKENS, _KNOWS = 7, 0.8
+# Tokens that such a piece has at least, on average; pieces, and their share of the nats of
+# guessing, above which a model knows nothing.
+_FEWEST_TOKENS, _FEW_PIECES, _KNOWS = 7, 4, 0.8
 
 
 def spread(number: int, most: int) -> list[int]:
@@ -69,6 +69,7 @@ class Prober:
         keep: examples of text that must not be forgotten; () measures none.
         held_out: held-out examples; () where their loss is measured elsewhere.
         reply_tokens: new tokens of a reply at most.
+        examples: of those that are trained, so many.
     """
 
     def __init__(
@@ -79,29 +80,27 @@ class Prober:
         keep: Sequence[SFTExample] = (),
         held_out: Sequence[SFTExample] = (),
         reply_tokens: int = REPLY_TOKENS,
+        examples: int = EXAMPLES,
     ) -> None:
         self.contract, self.prompts, self.keep = contract, list(prompts), list(keep)
         self.judge = Judge(contract)
         self.reply_tokens = reply_tokens
-        self.trained, self.held_out = _few(trained), _few(held_out)
+        self.trained, self.held_out = _few(trained, examples), _few(held_out, EXAMPLES)
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
         """Ask the prompts, read the losses, and put the numbers together; the model is left in the
         mode it was in."""
         began = time.perf_counter()
+        scored = self._scored(loaded)
+        ends = [_end(scored[_row(asked)], asked) for asked in self.prompts]
         limits = [min(asked.most_tokens, self.reply_tokens) for asked in self.prompts]
         limit = max(limits, default=1)
-        replies = replies_to_ids(
-            loaded,
-            self.contract,
-            [asked.ids for asked in self.prompts],
-            Sampling(max_new_tokens=limit),
-        )
+        replies = _greedy(loaded, self.contract, self.prompts, scored, limit)
         said = [
-            self.judge.judge(asked, reply, limit)
-            for asked, reply in zip(self.prompts, replies, strict=True)
+            self.judge.judge(asked, reply, limit, end)
+            for asked, reply, end in zip(self.prompts, replies, ends, strict=True)
         ]
-        numbers = {**self._losses(loaded), **shares(said)}
+        numbers = {**self._losses(scored), **shares(said)}
         seconds = round(time.perf_counter() - began, 4)
         vitals = Vitals(
             step=step,
@@ -118,6 +117,7 @@ class Prober:
                 "answer": one.text,
                 "stopped": one.stopped,
                 "had_room": one.had_room,
+                "would_stop": one.would_stop,
                 "expected": asked.expected_text,
                 "held_out": asked.held_out,
                 "prompt": asked.prompt_text,
@@ -126,16 +126,24 @@ class Prober:
         ]
         return Measured(vitals, samples, said)
 
-    def _losses(self, loaded: LoadedModel) -> dict[str, float]:
+    def _scored(self, loaded: LoadedModel) -> dict[_Row, Scored]:
+        """What the model says of every row that is measured; a prompt whose row is trained too is
+        one row."""
+        examples = [*self.trained, *self.held_out, *self.keep]
+        rows = list(dict.fromkeys([*map(_key, examples), *map(_row, self.prompts)]))
+        return dict(zip(rows, row_scores(loaded, rows), strict=True))
+
+    def _losses(self, scored: Mapping[_Row, Scored]) -> dict[str, float]:
         """Losses of the fixed examples, by the name of their vital sign."""
         sets = {
             "trained_loss": self.trained,
             "held_out_loss": self.held_out,
             "keep_loss": self.keep,
         }
-        rows = [example for examples in sets.values() for example in examples]
-        scored = iter(row_scores(loaded, [(example.ids, example.mask) for example in rows]))
-        found = {name: [next(scored).losses for _ in examples] for name, examples in sets.items()}
+        found = {
+            name: [scored[_key(example)].losses for example in examples]
+            for name, examples in sets.items()
+        }
         # The stop token that ends an answer is the last of its targets.
         found["stop_loss"] = [
             losses[-1:]
@@ -149,6 +157,54 @@ class Prober:
         return {name: mean for name, mean in means.items() if mean is not None}
 
 
+# ids and mask of a row that is scored.
+_Row = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _key(example: SFTExample) -> _Row:
+    return tuple(example.ids), tuple(example.mask)
+
+
+def _row(asked: Asked) -> _Row:
+    """A prompt with its row's own answer."""
+    answer = asked.answer
+    return (*asked.ids, *answer), (*[0] * len(asked.ids), *[1] * len(answer))
+
+
+def greedy_replies(
+    loaded: LoadedModel, contract: PromptContract, prompts: Sequence[Asked], limit: int
+) -> list[Reply]:
+    """Greedy replies of at most so many tokens: where one begins as the row's own answer, that part
+    is read off one pass over the answers."""
+    rows = [_row(asked) for asked in prompts]
+    scored = dict(zip(rows, row_scores(loaded, rows), strict=True))
+    return _greedy(loaded, contract, prompts, scored, limit)
+
+
+def _greedy(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    prompts: Sequence[Asked],
+    scored: Mapping[_Row, Scored],
+    limit: int,
+) -> list[Reply]:
+    begun = [_begun(scored[_row(asked)], asked) for asked in prompts]
+    ids = [asked.ids for asked in prompts]
+    return replies_to_ids(loaded, contract, ids, Sampling(max_new_tokens=limit), begun=begun)
+
+
+def _begun(scored: Scored, asked: Asked) -> tuple[int, ...]:
+    """The tokens of a row's own answer with which a greedy reply begins."""
+    same = next((at for at, on in enumerate(scored.likeliest) if not on), len(scored.likeliest))
+    return asked.answer[:same]
+
+
+def _end(scored: Scored, asked: Asked) -> bool | None:
+    """Whether the model would stop behind the row's own answer; None of an answer without a stop
+    token."""
+    return scored.likeliest[-1] if asked.stop is not None and scored.likeliest else None
+
+
 def _mean(losses: Sequence[float]) -> float | None:
     """None of nothing, and of what is no number: of that the loop itself says what has to be
     said."""
@@ -156,11 +212,11 @@ def _mean(losses: Sequence[float]) -> float | None:
     return total / len(losses) if losses and math.isfinite(total) else None
 
 
-def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
+def _few(examples: Sequence[SFTExample], most: int) -> list[SFTExample]:
     """Some examples, spread over all; as many as their length allows, one at least."""
     chosen: list[SFTExample] = []
     tokens = 0
-    for at in spread(len(examples), EXAMPLES):
+    for at in spread(len(examples), most):
         example = examples[at]
         tokens += len(example.ids)
         if chosen and tokens > _EXAMPLE_TOKENS:
@@ -182,7 +238,11 @@ def whole(ids: Sequence[int]) -> SFTExample:
 
 
 def own_samples(
-    loaded: LoadedModel, contract: PromptContract, seed: int, tokens: int = PIECE_TOKENS
+    loaded: LoadedModel,
+    contract: PromptContract,
+    seed: int,
+    tokens: int = PIECE_TOKENS,
+    number: int = PIECES,
 ) -> list[list[int]]:
     """Text of a model's own, drawn at temperature 1 from the token that begins a text: how much
     less likely it becomes is the Kullback-Leibler divergence from the model as it was, in nats a
@@ -190,6 +250,7 @@ def own_samples(
 
     Args:
         tokens: of each piece.
+        number: of pieces.
 
     Returns:
         [] where the model writes next to nothing, has no token to begin with, or knows nothing that
@@ -204,15 +265,16 @@ def own_samples(
     drawn = replies_to_ids(
         loaded,
         contract,
-        [[first]] * _PIECES,
+        [[first]] * number,
         Sampling(max_new_tokens=tokens, temperature=1.0, seed=seed),
     )
     pieces = [[first, *reply.ids] for reply in drawn if len(reply.ids) > 1]
     targets = sum(len(ids) - 1 for ids in pieces)
-    if targets < _PIECES * _FEWEST_TOKENS:
+    if targets < number * _FEWEST_TOKENS:
         return []
-    examples = [whole(ids) for ids in pieces]
-    loss = sum(row_losses(loaded, [(e.ids, e.mask) for e in examples])) / targets
+    # A few of them tell what knows nothing.
+    few = [whole(ids) for ids in pieces[:_FEW_PIECES]]
+    loss = sum(row_losses(loaded, [(e.ids, e.mask) for e in few])) / sum(sum(e.mask) for e in few)
     return pieces if loss < _KNOWS * math.log(rows) else []
 
 

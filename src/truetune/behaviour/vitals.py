@@ -182,12 +182,12 @@ def _unlearned(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
 
 # The loop's own loss and that of the same rows as served are one number, up to the choice of rows
 # and to dropout: times and nats of which either is too much, on so many rows at least.
-_APART, _FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
+_APART, FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
 
 
 def _another_loss(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     served, loop = history[-1].trained_loss, history[-1].loop_loss
-    if served is None or loop is None or history[-1].examples < _FEWEST_EXAMPLES:
+    if served is None or loop is None or history[-1].examples < FEWEST_EXAMPLES:
         return
     if any(served > times * loop + nats for times, nats in _APART):
         yield Finding(

@@ -40,7 +40,7 @@ from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
 from truetune.model.new_tokens import RowsBefore
 from truetune.model.save import SaveReport
-from truetune.run.answers import held_out_answers, outcome_of, trained_answers
+from truetune.run.answers import outcome_of, sampled_answers, trained_answers
 from truetune.run.artifact import rows_of_new_tokens, save_artifact
 from truetune.run.checkpoint import write_checkpoint
 from truetune.run.environment import environment
@@ -589,7 +589,7 @@ class Job:
             return
         self.listener.stage("answering trained prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
-        self.answers = (*trained, *held_out_answers(self._samples_now))
+        self.answers = (*trained, *sampled_answers(self._samples_now))
         # What came behind the step that is saved says nothing of it.
         lines = [v for v in self.run.lines("metrics.jsonl") if v["step"] <= self.trainer.step]
         for finding in judge(outcome_of(self.answers, lines, self.prepared, self.plan)):
