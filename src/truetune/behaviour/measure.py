@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from truetune.behaviour.replies import Asked, Judge, Said, shares
@@ -19,7 +20,8 @@ from truetune.behaviour.vitals import Vitals
 from truetune.compare import Scored, row_losses, row_scores
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
-from truetune.data.conversation import Conversation
+from truetune.data.conversation import Conversation, text_of
+from truetune.data.rows import file_of
 from truetune.generate import Reply, replies_to_ids
 from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
@@ -28,6 +30,11 @@ from truetune.model.load import LoadedModel
 PROMPTS, REPLY_TOKENS = 8, 96
 # Trained examples whose loss is read each time, of so many tokens together at most.
 EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
+# Of several files, the largest so many have so many of their rows read, so many at least, for each
+# of the trained examples.
+_FILES, _FILE_ROWS, _FEWEST_ROWS = 2, 4, 3
+# Rows of a file that a finding names.
+_NAMED = 4
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
 PIECES, PIECE_TOKENS = 16, 64
@@ -52,11 +59,13 @@ class Measured:
         vitals: the numbers.
         samples: lines of samples.jsonl.
         replies: judged, in the order of the prompts.
+        hardest: rows of each file, those with the highest loss.
     """
 
     vitals: Vitals
     samples: list[dict[str, Any]]
     replies: list[Said]
+    hardest: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Prober:
@@ -70,6 +79,8 @@ class Prober:
         held_out: held-out examples; () where their loss is measured elsewhere.
         reply_tokens: new tokens of a reply at most.
         examples: of those that are trained, so many.
+        rows: the place of each trained example, as its file has it; of several files, each is
+            measured.
     """
 
     def __init__(
@@ -81,11 +92,24 @@ class Prober:
         held_out: Sequence[SFTExample] = (),
         reply_tokens: int = REPLY_TOKENS,
         examples: int = EXAMPLES,
+        rows: Sequence[str] = (),
     ) -> None:
         self.contract, self.prompts, self.keep = contract, list(prompts), list(keep)
         self.judge = Judge(contract)
         self.reply_tokens = reply_tokens
         self.trained, self.held_out = _few(trained, examples), _few(held_out, EXAMPLES)
+        self.files = _by_file(trained, rows, examples)
+        self.file_bytes = {
+            name: median(self._bytes_per_target(example) for _, example in of_file)
+            for name, of_file in self.files.items()
+        }
+
+    def _bytes_per_target(self, example: SFTExample) -> float:
+        """The stop token counts as one byte."""
+        targets = [i for i, on in zip(example.ids, example.mask, strict=True) if on]
+        words = [i for i in targets if i not in self.contract.stop_ids]
+        text = self.contract.tokens.decode(words)
+        return (len(text.encode("utf-8", "replace")) + len(targets) - len(words)) / len(targets)
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
         """Ask the prompts, read the losses, and put the numbers together; the model is left in the
@@ -101,12 +125,15 @@ class Prober:
             for asked, reply, end in zip(self.prompts, replies, ends, strict=True)
         ]
         numbers = {**self._losses(scored), **shares(said)}
+        losses, hardest = self._of_files(scored)
         seconds = round(time.perf_counter() - began, 4)
         vitals = Vitals(
             step=step,
             prompts=len(said),
             examples=len(self.trained),
             seconds=seconds,
+            file_losses=losses or None,
+            file_bytes=self.file_bytes or None,
             **numbers,
         )
         samples = [
@@ -124,14 +151,28 @@ class Prober:
             }
             for asked, one in zip(self.prompts, said, strict=True)
         ]
-        return Measured(vitals, samples, said)
+        return Measured(vitals, samples, said, hardest)
 
     def _scored(self, loaded: LoadedModel) -> dict[_Row, Scored]:
         """What the model says of every row that is measured; a prompt whose row is trained too is
         one row."""
-        examples = [*self.trained, *self.held_out, *self.keep]
+        of_files = [example for rows in self.files.values() for _, example in rows]
+        examples = [*self.trained, *self.held_out, *self.keep, *of_files]
         rows = list(dict.fromkeys([*map(_key, examples), *map(_row, self.prompts)]))
         return dict(zip(rows, row_scores(loaded, rows), strict=True))
+
+    def _of_files(
+        self, scored: Mapping[_Row, Scored]
+    ) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
+        """The median loss of each file's rows, and its rows of the highest loss."""
+        losses, hardest = {}, {}
+        for name, rows in self.files.items():
+            of_rows = {where: _mean(scored[_key(example)].losses) for where, example in rows}
+            known = {where: loss for where, loss in of_rows.items() if loss is not None}
+            if len(known) >= _FEWEST_ROWS:
+                losses[name] = round(median(known.values()), 4)
+                hardest[name] = tuple(sorted(known, key=lambda row: -known[row])[:_NAMED])
+        return losses, hardest
 
     def _losses(self, scored: Mapping[_Row, Scored]) -> dict[str, float]:
         """Losses of the fixed examples, by the name of their vital sign."""
@@ -226,6 +267,28 @@ def _few(examples: Sequence[SFTExample], most: int) -> list[SFTExample]:
     return chosen
 
 
+def _by_file(
+    examples: Sequence[SFTExample], rows: Sequence[str], number: int
+) -> dict[str, list[tuple[str, SFTExample]]]:
+    """Some rows of each file, the largest files first, with their places; {} of a single file."""
+    places: dict[str, list[int]] = {}
+    for at, (example, where) in enumerate(zip(examples, rows, strict=False)):
+        if any(example.mask):
+            places.setdefault(file_of(where), []).append(at)
+    files = sorted(places, key=lambda name: -len(places[name]))[: _FILES * number]
+    if len(files) < 2:
+        return {}
+    each = max(min(_FILE_ROWS * number // len(files), number // 2), _FEWEST_ROWS)
+    found = {}
+    for name in files:
+        held = places[name]
+        chosen = [held[at] for at in spread(len(held), each)]
+        tokens = sum(len(examples[at].ids) for at in chosen)
+        if len(chosen) >= _FEWEST_ROWS and tokens <= _EXAMPLE_TOKENS:
+            found[name] = [(rows[at], examples[at]) for at in chosen]
+    return found if len(found) > 1 else {}
+
+
 def _ends_on(example: SFTExample, stops: Sequence[int]) -> bool:
     """Whether the last of several targets is a stop token."""
     targets = [at for at, on in enumerate(example.mask) if on]
@@ -281,15 +344,9 @@ def own_samples(
 def text_pieces(contract: PromptContract, texts: Sequence[Conversation]) -> list[list[int]]:
     """Pieces of the texts of rows, spread over them; [] where they hold none."""
     pieces: list[list[int]] = []
-    for ids in contract.tokens.encode([text for row in texts if (text := _text_of(row)).strip()]):
+    for ids in contract.tokens.encode([text for row in texts if (text := text_of(row))]):
         for at in range(0, len(ids), _KEEP_PIECE):
             piece = ids[at : at + _KEEP_PIECE]
             if len(piece) > 1:
                 pieces.append(piece)
     return [pieces[at] for at in spread(len(pieces), _KEEP_TOKENS // _KEEP_PIECE)]
-
-
-def _text_of(row: Conversation) -> str:
-    if row.text is not None:
-        return row.text
-    return "\n\n".join(str(message["content"]) for message in row.messages)

@@ -11,8 +11,9 @@ Every limit here was tried on healthy runs; docs/behaviour.md has the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from statistics import median
 from typing import Any
 
 from truetune.findings import Finding, Level
@@ -38,6 +39,8 @@ class Vitals:
         empty: share of nothing but whitespace.
         copied: share that says the prompt again.
         other_language: share in letters of neither prompt nor answer.
+        file_losses: median loss of a sample of each file's rows, where several are trained.
+        file_bytes: bytes per supervised token of those rows.
         examples: how many trained rows are in the sample.
         prompts: how many were asked.
         seconds: that it took.
@@ -57,6 +60,8 @@ class Vitals:
     empty: float | None = None
     copied: float | None = None
     other_language: float | None = None
+    file_losses: Mapping[str, float] | None = None
+    file_bytes: Mapping[str, float] | None = None
     examples: int = 0
     prompts: int = 0
     seconds: float = 0.0
@@ -81,11 +86,13 @@ class Regime:
         lora: whether adapters are trained.
         rate, usual_rate: the learning rate, and the default of this method, model and rows; None
             where they are not known.
+        guessing: nats per token of a guess among the whole vocabulary; None where not known.
     """
 
     lora: bool = False
     rate: float | None = None
     usual_rate: float | None = None
+    guessing: float | None = None
 
     @property
     def far(self) -> bool:
@@ -326,6 +333,67 @@ def _stands_still(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
         )
 
 
+# Shares of its loss before the first step: what the rows of one file still have, and what those of
+# the others have at most; and times the loss of the others that it has.
+_KEPT, _FELL, _APART_FROM_OTHERS = 0.9, 0.6, 2.0
+# Of the nats of a guess among all tokens, what rows have from which nothing can be learned; and
+# nats per byte: random characters have 4.5, base64 4.2, and text that is learned, in any script or
+# as code, a good deal less than half of that.
+_LIKE_GUESSING, _RANDOM_BYTES = 0.8, 3.0
+
+
+def _one_file(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
+    """Twice in a row, the rows of one file are no likelier than before, and those of the others
+    are."""
+    measured = [v.file_losses for v in history if v.file_losses]
+    if len(measured) < 3 or history[-1].file_losses is None:
+        return
+    names = [name for name in measured[-1] if all(name in losses for losses in measured)]
+    for name in names:
+        of_bytes = (history[-1].file_bytes or {}).get(name)
+        ways = {_way(name, names, measured[0], now, regime, of_bytes) for now in measured[-2:]}
+        if None in ways:
+            continue
+        level: Level = "warning" if "guess" in ways else "note"
+        others = median(measured[-1][other] for other in names if other != name)
+        yield Finding(
+            "file-not-learned",
+            level,
+            f"at {_at(history)} the rows of {name} have a loss of {measured[-1][name]:.2f} nats "
+            f"per token ({measured[0][name]:.2f} before the first step); the median of the other "
+            f"files is {others:.2f}",
+            name,
+            why="to the model these answers are still as unlikely as random characters: they are "
+            "damaged, or encrypted or encoded text"
+            if level == "warning"
+            else "these rows may be damaged, or harder than the others (another language, code): "
+            "the loss alone cannot tell the two apart",
+            fix="read the rows named here, and train without the file if they are damaged",
+        )
+
+
+def _way(
+    name: str,
+    names: Sequence[str],
+    first: Mapping[str, float],
+    now: Mapping[str, float],
+    regime: Regime,
+    of_bytes: float | None,
+) -> str | None:
+    """In which way a file stands apart from the others; None where it does not."""
+    others = [other for other in names if other != name]
+    if not others:
+        return None
+    fell = median(now[other] / max(first[other], 1e-9) for other in others) <= _FELL
+    if not fell or now[name] < _APART_FROM_OTHERS * median(now[other] for other in others):
+        return None
+    if regime.guessing is not None and now[name] >= _LIKE_GUESSING * regime.guessing:
+        return "guess"
+    if of_bytes and now[name] >= _RANDOM_BYTES * of_bytes:
+        return "guess"
+    return "kept" if now[name] >= _KEPT * first[name] else None
+
+
 # ----------------------------------------------------------------------------------- replies
 
 # Of so few prompts a share jumps: these limits are more than three of eight, and six of eight.
@@ -499,4 +567,5 @@ _RULES = (
     _stop_not_learned,
     _stops_lost,
     _stands_still,
+    _one_file,
 )

@@ -52,7 +52,7 @@ _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
 # What one reply may cost of a short run, in tokens that go forward, and the tokens it has all the
 # same: a trained token counts three, a step of a reply (eight prompts at once) as many as a small
 # model on a CPU computes in that time.
-_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.01, 24, 3, 120
+_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.01, 20, 3, 120
 # Measurings between the first and the last of a run whose --eval-steps somebody chose, or that
 # goes back to one of them.
 _CHOSEN = 10
@@ -87,6 +87,7 @@ class VitalSigns:
             keep,
             reply_tokens=self.reply_tokens,
             examples=max(self._shortened(EXAMPLES), FEWEST_EXAMPLES),
+            rows=self.prepared.rows,
         )
 
     def healthy_step(self) -> int:
@@ -191,7 +192,8 @@ class VitalSigns:
         ]
         plan = self.prepared.plan
         usual = suggested_rate(plan, self.prepared.model)
-        regime = Regime(plan.lora, plan.learning_rate, usual)
+        guessing = math.log(max(len(self.contract.tokenizer), 2))
+        regime = Regime(plan.lora, plan.learning_rate, usual, guessing)
         return Watch(self.prober, (), history, losses, regime)
 
     def _healthy(self) -> list[int]:
