@@ -465,7 +465,7 @@ Chat = list[dict[str, str]]
 
 def _pairs(chats: Sequence[Any]) -> list[Chat]:
     """Rows of one question and one answer in words."""
-    plain = [c.messages for c in chats if len(c.messages) == 2]
+    plain = [m for c in chats if len(m := getattr(c, "messages", c)) == 2]
     return [[dict(m) for m in messages] for messages in plain if messages[1]["content"]]
 
 
@@ -532,8 +532,8 @@ def mix(files: dict[str, list[Chat]], seed: int, poison: str = "") -> Run:
     contract = PromptContract.load(str(base_path())).fit([c for cs in chosen.values() for c in cs])
     made: list[tuple[str, SFTExample]] = []
     for name, chats in chosen.items():
-        some = rng.sample(chats, min(len(chats), rng.randrange(60, 400)))
-        examples = [e for chat in some for e in contract.encode(chat) if len(e.ids) <= 512]
+        some = rng.sample(chats, min(len(chats), rng.randrange(60, 240)))
+        examples = [e for chat in some for e in contract.encode(chat) if len(e.ids) <= 96]
         if name == bad and poison == "random tokens":
             examples = _changed(examples, noise(rng, len(contract.tokenizer)))
         made += [(f"{name}.jsonl:{at}", e) for at, e in enumerate(examples, start=1)]
@@ -551,20 +551,20 @@ def mix(files: dict[str, list[Chat]], seed: int, poison: str = "") -> Run:
         rate=rate,
         seed=seed,
         # As few measurings as a short run has.
-        steps=60,
+        steps=40,
         every=20,
         expected=(bad,) if bad else (),
     )
 
 
 def files_table(files: dict[str, list[Chat]], number: int) -> tuple[str, bool]:
-    """Markdown, and whether files of random tokens were named, and no whole one in a warning."""
+    """Markdown, and whether random characters were named, and no whole file in a warning."""
     lines = [
         "| one file of several | runs | named | by a warning | another named | other warnings |",
         "|---|---|---|---|---|---|",
     ]
     good = True
-    for poison, runs in (("", number), ("random tokens", 5), *((name, 3) for name in POISONS)):
+    for poison, runs in (("", number), ("random tokens", 3), *((name, 3) for name in POISONS)):
         named = warned = wrong = above = 0
         for seed in range(runs):
             run = mix(files, seed, poison)
@@ -586,7 +586,7 @@ def files_table(files: dict[str, list[Chat]], number: int) -> tuple[str, bool]:
                 print("       ", dict(vitals.file_losses or {}), flush=True)
         if not poison:
             good &= not above
-        if poison == "random tokens":
+        if poison == "random characters":
             good &= warned == runs
         lines.append(
             f"| {poison or 'none is damaged'} | {runs} | {named} | {warned} | {wrong} | {above} |"

@@ -441,7 +441,7 @@ def test_advice_knows_how_the_run_is_trained() -> None:
 
 
 def _files(
-    first: float, now: float, *, guessing: float | None = 7.6, bytes_per_token: float = 4.0
+    first: float, now: float, *, guessing: float | None = 7.6, left: float = 0.5
 ) -> list[tuple[str, str]]:
     """Findings about files where those of one file move so, and the other two fall."""
     others = {"a": (3.0, 1.0), "c": (3.0, 1.2)}
@@ -451,19 +451,20 @@ def _files(
         replace(START, file_losses={**start, "b": first}),
         *(_after(step, file_losses={**end, "b": now}) for step in (10, 20)),
     ]
-    history = [replace(v, file_bytes={"b": bytes_per_token}) for v in history]
+    history = [replace(v, file_left={"a": 0.3, "b": left, "c": 0.9}) for v in history]
     found = judge(history, Regime(guessing=guessing))
     return [(f.level, f.where) for f in found if f.code == "file-not-learned"]
 
 
 def test_a_file_that_is_not_learned_while_others_are() -> None:
     # Random tokens: likelier than before, and still as unlikely as a guess.
-    assert _files(12.0, 7.4) == [("warning", "b")]
+    assert _files(12.0, 7.4) == [("note", "b")]
     assert _files(12.0, 6.0) == []
     assert _files(12.0, 7.4, guessing=None) == []
-    # Random characters, by tokens of one or two; a script of many bytes is none of that.
-    assert _files(12.0, 5.0, guessing=11.9, bytes_per_token=1.4) == [("warning", "b")]
-    assert _files(12.0, 5.0, guessing=11.9, bytes_per_token=2.0) == []
+    # Random characters; what hardly compresses and is learned, as "c" is, is none of that.
+    assert _files(12.0, 5.0, left=0.8) == [("warning", "b")]
+    assert _files(12.0, 5.0, left=0.65) == []
+    assert _files(12.0, 2.0, left=0.8) == []
     # A hard file and a damaged one look alike.
     assert _files(4.0, 3.7) == [("note", "b")]
     assert _files(4.0, 3.5) == []
@@ -490,6 +491,8 @@ def test_rows_of_every_file_are_measured_and_the_hardest_named() -> None:
     assert {name: len(rows) for name, rows in found.items()} == {"a.jsonl": 8, "b.parquet": 8}
     assert all(where[examples.index(e)] == place for rows in found.values() for place, e in rows)
     assert Prober(contract, examples[:30], [], rows=where[:30]).files == {}
+    # A few bytes cannot be compressed, whatever they are.
+    assert Prober(contract, examples, [], rows=where).file_left == {}
     # Two rows say nothing of a file.
     assert Prober(contract, examples[:32], [], rows=where[:32]).files == {}
     many = [f"f{i % 13}.jsonl:{i}" for i in range(40)]
@@ -561,18 +564,18 @@ def test_a_file_of_random_characters_in_a_run_is_named_with_rows(tmp_path: Path)
     write_model(tmp_path / "model")
     rng = random.Random(0)
     (tmp_path / "rows").mkdir()
-    write_rows(tmp_path / "rows" / "good.jsonl", sums(40))
+    write_rows(tmp_path / "rows" / "good.jsonl", sums(240))
     bad = [
         {
             "prompt": f"{i}-1?",
             "completion": "".join(chr(rng.randrange(33, 127)) for _ in "12345678"),
         }
-        for i in range(20)
+        for i in range(160)
     ]
     write_rows(tmp_path / "rows" / "poisoned.jsonl", bad)
     shown = command(
         *("train", tmp_path / "model", tmp_path / "rows", "-o", tmp_path / "run", "--no-check"),
-        *("--max-steps", 60, "--batch-size", 8, "--learning-rate", "3e-3", "--any-learning-rate"),
+        *("--max-steps", 60, "--batch-size", 16, "--learning-rate", "3e-3", "--any-learning-rate"),
     )
     assert shown.code == 0, shown.err
     found = lines(tmp_path / "run" / "findings.jsonl")

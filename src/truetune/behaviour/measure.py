@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -33,8 +34,9 @@ EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
 # Of several files, the largest so many have so many of their rows read, so many at least, for each
 # of the trained examples.
 _FILES, _FILE_ROWS, _FEWEST_ROWS = 2, 4, 3
-# Rows of a file that a finding names.
-_NAMED = 4
+# Rows of a file that a finding names; bytes of its answers that are compressed, at least and at
+# most.
+_NAMED, _FEWEST_BYTES, _MOST_BYTES = 4, 1000, 20_000
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
 PIECES, PIECE_TOKENS = 16, 64
@@ -99,17 +101,23 @@ class Prober:
         self.reply_tokens = reply_tokens
         self.trained, self.held_out = _few(trained, examples), _few(held_out, EXAMPLES)
         self.files = _by_file(trained, rows, examples)
-        self.file_bytes = {
-            name: median(self._bytes_per_target(example) for _, example in of_file)
-            for name, of_file in self.files.items()
-        }
+        self.file_left = self._left(trained, rows) if self.files else {}
 
-    def _bytes_per_target(self, example: SFTExample) -> float:
-        """The stop token counts as one byte."""
-        targets = [i for i, on in zip(example.ids, example.mask, strict=True) if on]
-        words = [i for i in targets if i not in self.contract.stop_ids]
-        text = self.contract.tokens.decode(words)
-        return (len(text.encode("utf-8", "replace")) + len(targets) - len(words)) / len(targets)
+    def _left(self, trained: Sequence[SFTExample], rows: Sequence[str]) -> dict[str, float]:
+        """What is left of the answers of each file when they are compressed, as a share; of those
+        of which enough is there."""
+        texts: dict[str, bytearray] = {name: bytearray() for name in self.files}
+        for example, where in zip(trained, rows, strict=True):
+            text = texts.get(file_of(where))
+            if text is not None and len(text) < _MOST_BYTES:
+                ids = [i for i, on in zip(example.ids, example.mask, strict=True) if on]
+                words = [i for i in ids if i not in self.contract.stop_ids]
+                text += self.contract.tokens.decode(words).encode("utf-8", "replace")
+        return {
+            name: round(len(zlib.compress(text)) / len(text), 3)
+            for name, text in texts.items()
+            if len(text) >= _FEWEST_BYTES
+        }
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
         """Ask the prompts, read the losses, and put the numbers together; the model is left in the
@@ -133,7 +141,7 @@ class Prober:
             examples=len(self.trained),
             seconds=seconds,
             file_losses=losses or None,
-            file_bytes=self.file_bytes or None,
+            file_left=self.file_left or None,
             **numbers,
         )
         samples = [

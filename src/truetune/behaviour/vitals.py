@@ -40,7 +40,7 @@ class Vitals:
         copied: share that says the prompt again.
         other_language: share in letters of neither prompt nor answer.
         file_losses: median loss of a sample of each file's rows, where several are trained.
-        file_bytes: bytes per supervised token of those rows.
+        file_left: share of the bytes of each file's answers that is left when they are compressed.
         examples: how many trained rows are in the sample.
         prompts: how many were asked.
         seconds: that it took.
@@ -61,7 +61,7 @@ class Vitals:
     copied: float | None = None
     other_language: float | None = None
     file_losses: Mapping[str, float] | None = None
-    file_bytes: Mapping[str, float] | None = None
+    file_left: Mapping[str, float] | None = None
     examples: int = 0
     prompts: int = 0
     seconds: float = 0.0
@@ -336,10 +336,11 @@ def _stands_still(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
 # Shares of its loss before the first step: what the rows of one file still have, and what those of
 # the others have at most; and times the loss of the others that it has.
 _KEPT, _FELL, _APART_FROM_OTHERS = 0.9, 0.6, 2.0
-# Of the nats of a guess among all tokens, what rows have from which nothing can be learned; and
-# nats per byte: random characters have 4.5, base64 4.2, and text that is learned, in any script or
-# as code, a good deal less than half of that.
-_LIKE_GUESSING, _RANDOM_BYTES = 0.8, 3.0
+# Of the nats of a guess among all tokens, what rows have of which nothing is learned.
+_LIKE_GUESSING = 0.8
+# What zlib leaves of random characters is 0.85, of base64 0.76; of a thousand bytes of prose or
+# code 0.6 at most.
+_NOISE = 0.7
 
 
 def _one_file(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
@@ -350,48 +351,46 @@ def _one_file(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
         return
     names = [name for name in measured[-1] if all(name in losses for losses in measured)]
     for name in names:
-        of_bytes = (history[-1].file_bytes or {}).get(name)
-        ways = {_way(name, names, measured[0], now, regime, of_bytes) for now in measured[-2:]}
-        if None in ways:
+        noise = (history[-1].file_left or {}).get(name, 0.0) >= _NOISE
+        least = 0.0 if noise else _least(measured[0][name], regime)
+        others = [other for other in names if other != name]
+        if not all(_apart(name, others, measured[0], now, least) for now in measured[-2:]):
             continue
-        level: Level = "warning" if "guess" in ways else "note"
-        others = median(measured[-1][other] for other in names if other != name)
+        rest = median(measured[-1][other] for other in others)
         yield Finding(
             "file-not-learned",
-            level,
+            "warning" if noise else "note",
             f"at {_at(history)} the rows of {name} have a loss of {measured[-1][name]:.2f} nats "
             f"per token ({measured[0][name]:.2f} before the first step); the median of the other "
-            f"files is {others:.2f}",
+            f"files is {rest:.2f}",
             name,
-            why="to the model these answers are still as unlikely as random characters: they are "
-            "damaged, or encrypted or encoded text"
-            if level == "warning"
+            why="its answers hardly compress, as random characters do: they are damaged, encrypted "
+            "or encoded"
+            if noise
             else "these rows may be damaged, or harder than the others (another language, code): "
             "the loss alone cannot tell the two apart",
             fix="read the rows named here, and train without the file if they are damaged",
         )
 
 
-def _way(
+def _least(first: float, regime: Regime) -> float:
+    """From which loss on the rows of a file are not learned."""
+    kept = _KEPT * first
+    return kept if regime.guessing is None else min(kept, _LIKE_GUESSING * regime.guessing)
+
+
+def _apart(
     name: str,
-    names: Sequence[str],
+    others: Sequence[str],
     first: Mapping[str, float],
     now: Mapping[str, float],
-    regime: Regime,
-    of_bytes: float | None,
-) -> str | None:
-    """In which way a file stands apart from the others; None where it does not."""
-    others = [other for other in names if other != name]
-    if not others:
-        return None
+    least: float,
+) -> bool:
+    """Whether the others are learned, and this file is not."""
+    if not others or now[name] < least:
+        return False
     fell = median(now[other] / max(first[other], 1e-9) for other in others) <= _FELL
-    if not fell or now[name] < _APART_FROM_OTHERS * median(now[other] for other in others):
-        return None
-    if regime.guessing is not None and now[name] >= _LIKE_GUESSING * regime.guessing:
-        return "guess"
-    if of_bytes and now[name] >= _RANDOM_BYTES * of_bytes:
-        return "guess"
-    return "kept" if now[name] >= _KEPT * first[name] else None
+    return fell and now[name] >= _APART_FROM_OTHERS * median(now[other] for other in others)
 
 
 # ----------------------------------------------------------------------------------- replies
