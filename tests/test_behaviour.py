@@ -424,6 +424,15 @@ def test_rows_in_a_language_foreign_to_the_model_cost_it_some_of_its_own(
     assert (found.level, "unlike what the model knew" in found.why) == (level, start > 6)
 
 
+def test_a_sample_of_rows_that_differ_much_is_no_other_loss() -> None:
+    def codes(error: float) -> set[str]:
+        last = _after(20, loop_loss=1.32, trained_loss=3.31, trained_error=error)
+        return {f.code for f in judge([START, _after(10), last])}
+
+    assert "loss-not-of-answers" in codes(0.05)
+    assert "loss-not-of-answers" not in codes(0.9)
+
+
 def test_advice_knows_how_the_run_is_trained() -> None:
     history = [replace(START, trained_loss=6.1), _after(10), _after(20, keep_loss=5.7)]
 

@@ -203,6 +203,7 @@ class Prober:
             name: _mean([loss for losses in each for loss in losses])
             for name, each in found.items()
         }
+        means["trained_error"] = _standard_error(found["trained_loss"])
         return {name: mean for name, mean in means.items() if mean is not None}
 
 
@@ -259,6 +260,15 @@ def _mean(losses: Sequence[float]) -> float | None:
     said."""
     total = sum(losses)
     return total / len(losses) if losses and math.isfinite(total) else None
+
+
+def _standard_error(rows: Sequence[Sequence[float]]) -> float | None:
+    """Of the mean loss of all tokens, where whole rows were drawn."""
+    mean = _mean([loss for row in rows for loss in row])
+    if mean is None or len(rows) < 2:
+        return None
+    squares = sum((sum(row) - mean * len(row)) ** 2 for row in rows)
+    return math.sqrt(len(rows) / (len(rows) - 1) * squares) / sum(map(len, rows))
 
 
 def _few(examples: Sequence[SFTExample], most: int) -> list[SFTExample]:
