@@ -192,8 +192,8 @@ def _unlearned(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
 # The loop's own loss and that of the same rows as served are one number, up to the choice of rows
 # and to dropout: times and nats of which either is too much, on so many rows at least.
 _APART, FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
-# Standard errors of the sample that are allowed for.
-_ERRORS = 2.0
+# Standard errors of the sample that are allowed for: two of them miss supervised padding.
+_ERRORS = 1.0
 
 
 def _another_loss(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
