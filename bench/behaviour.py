@@ -1,7 +1,8 @@
 """Runs driven into collapse on purpose, and healthy ones: which probe stops which, and when.
 
-    python -m bench.behaviour                    both tables on the screen
+    python -m bench.behaviour                    all tables on the screen
     python -m bench.behaviour --only collapse    twelve ways to break a run
+    python -m bench.behaviour --only files       runs over several files, one of them poisoned
     python -m bench.behaviour --only healthy     healthy runs, which must raise nothing above a note
     ... --rows alpaca=FILE gsm8k=FILE            more data for the healthy ones
     ... --write                                  and the tables of docs/behaviour.md
@@ -14,14 +15,16 @@ what is served, as `truetune train` and `truetune.HealthCallback` give it to the
 from __future__ import annotations
 
 import argparse
+import base64
 import dataclasses
 import json
+import math
 import random
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +38,18 @@ from bench.page import put
 from truetune.behaviour.measure import PROMPTS, Prober, own_samples, whole
 from truetune.behaviour.replies import ask
 from truetune.behaviour.steps import StepFacts
-from truetune.behaviour.vitals import Vitals
+from truetune.behaviour.vitals import Regime, Vitals
 from truetune.behaviour.watch import Watch
 from truetune.compute.batch import Limits, PaddedBatcher, RowOrder
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.data.load import load
+from truetune.data.rows import file_of
 from truetune.engine.trainer import SFTTrainer
 from truetune.errors import Collapsed
 from truetune.findings import Finding
 from truetune.lab import base_path
-from truetune.lab.evaluate import load_instructions
+from truetune.lab.evaluate import held_out_documents, load_instructions
 from truetune.lab.reasoning import TEMPLATE, problems, rows
 from truetune.lab.world import World
 from truetune.model.load import LoadedModel, load_model
@@ -65,12 +69,14 @@ class Task:
         name: of the rows.
         contract: their template.
         train, held_out: examples.
+        rows: the place of each trained example, where they come from several files.
     """
 
     name: str
     contract: PromptContract
     train: list[SFTExample]
     held_out: list[SFTExample]
+    rows: tuple[str, ...] = ()
 
 
 def task(name: str, chats: Sequence[Any], template: str | None, held_out: int = 24) -> Task:
@@ -112,6 +118,7 @@ class Run:
         touch: changes the model before the first step.
         halfway: changes the model in the middle of the run.
         onset: step at which it is broken.
+        steps, every: its length, and the steps between two measurings.
         expected: codes of the probes, any of which names it.
     """
 
@@ -125,6 +132,8 @@ class Run:
     touch: Callable[[Any], None] | None = None
     halfway: Callable[[Any], None] | None = None
     onset: int = 0
+    steps: int = STEPS
+    every: int = EVERY
     expected: tuple[str, ...] = ()
 
 
@@ -167,7 +176,8 @@ def drive(run: Run) -> Ended:
     questions = [ask(contract, e, f"held-out {i}") for i, e in enumerate(run.task.held_out)]
     prompts = [q for q in questions if q][:PROMPTS]
     keep = [whole(ids) for ids in own_samples(loaded, contract, run.seed)]
-    watch = Watch(Prober(contract, good, prompts, keep, run.task.held_out))
+    prober = Prober(contract, good, prompts, keep, run.task.held_out, rows=run.task.rows)
+    watch = Watch(prober, regime=Regime(guessing=math.log(len(contract.tokenizer))))
     findings: list[Finding] = []
     losses: list[float] = []
 
@@ -193,10 +203,10 @@ def drive(run: Run) -> Ended:
         max_seq_len=max(len(e.ids) for e in examples),
         pad_id=contract.pad_id,
         batch_size=BATCH,
-        max_steps=STEPS,
+        max_steps=run.steps,
         max_lr=run.rate,
         warmup_steps=3,
-        eval_every=EVERY,
+        eval_every=run.every,
         seed=run.seed,
         batcher=run.batcher(examples, contract.pad_id) if run.batcher else None,
         probes=[probe],
@@ -438,12 +448,151 @@ def healthy(tasks: dict[str, Task], number: int) -> list[Run]:
         ("all weights, gentle", False, FULL / 3),
         ("LoRA, 1e-3", True, LORA / 3),
     ]
-    found = []
+    found: list[Run] = []
     for seed in range(number):
         for name, each in tasks.items():
             label, lora, rate = kinds[(seed + len(found)) % len(kinds)]
             found.append(Run(f"{name}, {label}", each, lora=lora, rate=rate, seed=seed))
     return found[:number]
+
+
+# --------------------------------------------------------------------------- several files
+
+# What one file of several may be: its rows, or what is done to them.
+_CYRILLIC = str.maketrans("abcdefghijklmnopqrstuvwxyz", "абцдефгхийклмнопщрстувшжыз")
+Chat = list[dict[str, str]]
+
+
+def _pairs(chats: Sequence[Any]) -> list[Chat]:
+    """Rows of one question and one answer in words."""
+    plain = [m for c in chats if len(m := getattr(c, "messages", c)) == 2]
+    return [[dict(m) for m in messages] for messages in plain if messages[1]["content"]]
+
+
+def _said_otherwise(chats: Sequence[Chat], change: Callable[[str], str]) -> list[Chat]:
+    return [
+        [question, {**answer, "content": change(answer["content"])}] for question, answer in chats
+    ]
+
+
+def files_of(more: Mapping[str, Sequence[Any]]) -> dict[str, list[Chat]]:
+    """Rows of many kinds: of the package, as another language would be, and those of the user."""
+    world = World.generate()
+    made = rows(
+        problems(world, num_sums=250, num_places=250, seed=0, held_out=False), reasoning=False
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+        facts = _pairs(load(file).conversations)
+    prose = [
+        [{"role": "user", "content": "Tell me more."}, {"role": "assistant", "content": text}]
+        for text in held_out_documents(world, 120)
+    ]
+    foreign = [
+        [{**m, "content": m["content"].lower().translate(_CYRILLIC)} for m in chat]
+        for chat in facts
+    ]
+    return {
+        "facts": facts,
+        "instructions": _pairs(load_instructions()),
+        "prose": prose,
+        "another script": foreign,
+        **{name: _pairs(chats) for name, chats in more.items()},
+    }
+
+
+def _shuffled(chats: Sequence[Chat], rng: random.Random) -> list[Chat]:
+    answers = [chat[1] for chat in chats]
+    rng.shuffle(answers)
+    return [[chat[0], answer] for chat, answer in zip(chats, answers, strict=True)]
+
+
+def _letters(rng: random.Random) -> Callable[[str], str]:
+    return lambda text: "".join(chr(rng.randrange(33, 127)) for _ in text[:200])
+
+
+POISONS: dict[str, Callable[[list[Chat], random.Random], list[Chat]]] = {
+    "random characters": lambda chats, rng: _said_otherwise(chats, _letters(rng)),
+    "answers in base64": lambda chats, _: _said_otherwise(
+        chats, lambda text: base64.b64encode(text.encode()[:150]).decode()
+    ),
+    "answers of other rows": _shuffled,
+}
+
+
+def mix(files: dict[str, list[Chat]], seed: int, poison: str = "") -> Run:
+    """A run over two to four files, shuffled; one of them poisoned, or of random tokens."""
+    rng = random.Random(f"{seed} {poison}")
+    names = rng.sample(sorted(files), rng.randrange(2, 5))
+    chosen = {name: list(files[name]) for name in names}
+    bad = rng.choice(names) if poison else ""
+    if poison in POISONS:
+        chosen[bad] = POISONS[poison](chosen[bad], rng)
+    contract = PromptContract.load(str(base_path())).fit([c for cs in chosen.values() for c in cs])
+    made: list[tuple[str, SFTExample]] = []
+    for name, chats in chosen.items():
+        some = rng.sample(chats, min(len(chats), rng.randrange(60, 240)))
+        examples = [e for chat in some for e in contract.encode(chat) if len(e.ids) <= 96]
+        if name == bad and poison == "random tokens":
+            examples = _changed(examples, noise(rng, len(contract.tokenizer)))
+        made += [(f"{name}.jsonl:{at}", e) for at, e in enumerate(examples, start=1)]
+    order = rng.sample(range(len(made)), len(made))
+    held, kept = order[:24], sorted(order[24:])
+    lora = seed % 2 == 1
+    rate = (LORA if lora else FULL) / (1, 3)[seed // 2 % 2]
+    title = " + ".join(sorted(names))
+    where = tuple(made[at][0] for at in kept)
+    named = Task(title, contract, [made[at][1] for at in kept], [made[at][1] for at in held], where)
+    return Run(
+        title,
+        named,
+        lora=lora,
+        rate=rate,
+        seed=seed,
+        # As few measurings as a short run has.
+        steps=40,
+        every=20,
+        expected=(bad,) if bad else (),
+    )
+
+
+def files_table(files: dict[str, list[Chat]], number: int) -> tuple[str, bool]:
+    """Markdown, and whether random characters were named, and no whole file in a warning."""
+    lines = [
+        "| one file of several | runs | named | by a warning | another named | other warnings |",
+        "|---|---|---|---|---|---|",
+    ]
+    good = True
+    for poison, runs in (("", number), ("random tokens", 3), *((name, 3) for name in POISONS)):
+        named = warned = wrong = above = 0
+        for seed in range(runs):
+            run = mix(files, seed, poison)
+            ended = drive(run)
+            found = [f for f in ended.findings if f.code == "file-not-learned"]
+            mine = [
+                f for f in found if run.expected and file_of(f.where) == f"{run.expected[0]}.jsonl"
+            ]
+            named += bool(mine)
+            warned += any(f.level == "warning" for f in mine)
+            wrong += any(f not in mine for f in found)
+            others = [f for f in ended.findings if f.level != "note" and f not in mine]
+            above += bool(others)
+            good &= not (any(f not in mine and f.level != "note" for f in found))
+            print(f"{poison or 'whole'}, seed {seed}, {run.name}: {run.expected}", flush=True)
+            for finding in [*found, *others]:
+                print("   ", finding.level, finding.code, finding.what[:200], flush=True)
+            for vitals in (ended.history[0], ended.history[-1]):
+                print("       ", dict(vitals.file_losses or {}), flush=True)
+        if not poison:
+            good &= not above
+        if poison == "random characters":
+            good &= warned == runs
+        lines.append(
+            f"| {poison or 'none is damaged'} | {runs} | {named} | {warned} | {wrong} | {above} |"
+        )
+        print(lines[-1], flush=True)
+    return "\n".join(lines), good
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -509,8 +658,9 @@ def healthy_table(runs: Sequence[Run]) -> tuple[str, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--only", choices=("collapse", "healthy"))
+    parser.add_argument("--only", choices=("collapse", "files", "healthy"))
     parser.add_argument("--number", type=int, default=50, help="healthy runs")
+    parser.add_argument("--mixes", type=int, default=24, help="healthy runs over several files")
     parser.add_argument("--rows", nargs="*", default=[], metavar="NAME=FILE")
     parser.add_argument("--match", default="", help="only runs whose name matches")
     parser.add_argument("--write", action="store_true")
@@ -518,16 +668,22 @@ def main() -> int:
     torch.manual_seed(0)
     tasks = own_tasks()
     good = True
-    if options.only != "healthy":
+    given = {
+        name: load(file).conversations[:600]
+        for name, _, file in (pair.partition("=") for pair in options.rows)
+    }
+    if options.only in (None, "collapse"):
         runs = [r for r in collapses(tasks) if re.search(options.match, r.name)]
         table, good = collapse_table(runs)
         if options.write:
             put(table, "<!-- collapse -->", "<!-- /collapse -->", PAGE)
-    if options.only != "collapse":
-        more = dict(tasks)
-        for pair in options.rows:
-            name, _, file = pair.partition("=")
-            more[name] = task(name, load(file).conversations[:600], None)
+    if options.only in (None, "files"):
+        table, named = files_table(files_of(given), options.mixes)
+        good &= named
+        if options.write:
+            put(table, "<!-- files -->", "<!-- /files -->", PAGE)
+    if options.only in (None, "healthy"):
+        more = {**tasks, **{name: task(name, chats, None) for name, chats in given.items()}}
         runs = [r for r in healthy(more, options.number) if re.search(options.match, r.name)]
         table, quiet = healthy_table(runs)
         good &= quiet

@@ -13,13 +13,15 @@ import pytest
 
 from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
+from truetune.behaviour.measure import Prober, greedy_replies
 from truetune.behaviour.replies import Judge, ask, shares
 from truetune.behaviour.schedule import SHARE, is_due
 from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
 from truetune.behaviour.text import goes_round, other_script, says_again
 from truetune.behaviour.vitals import Regime, Vitals, is_suspect, judge
 from truetune.contract.contract import PromptContract
-from truetune.generate import Reply
+from truetune.generate import Reply, Sampling, replies_to_ids
+from truetune.model.load import load_model
 
 # ------------------------------------------------------------------------------- single texts
 
@@ -129,6 +131,75 @@ def test_a_reply_without_room_says_nothing_about_stops() -> None:
     assert "stop_rate" not in shares([cut])
     roomy = Judge(contract).judge(asked, Reply("abc", (1, 2, 3), False, 3), asked.most_tokens)
     assert shares([roomy])["stop_rate"] == 0.0
+
+
+def test_a_reply_without_room_is_judged_by_the_stop_behind_the_rows_own_answer() -> None:
+    contract = PromptContract.load(tiny_tokenizer())
+    (example,) = contract.encode(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": "a long answer"}]
+    )
+    asked = ask(contract, example, "row")
+    assert asked
+    assert asked.answer == (*asked.expected, contract.stop_ids[0])
+    judge, cut = Judge(contract), Reply("abc", (1, 2, 3), False, 3)
+    for would_stop in (True, False):
+        said = judge.judge(asked, cut, 3, would_stop)
+        assert shares([said])["stop_rate"] == float(would_stop)
+        # A reply that had room says it itself.
+        assert shares([judge.judge(asked, cut, asked.most_tokens, would_stop)])["stop_rate"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that knows its rows by heart."""
+    folder = tmp_path_factory.mktemp("learned")
+    rows = write_rows(folder / "rows.jsonl", sums(4))
+    write_model(folder / "model")
+    shown = command(
+        *("train", folder / "model", rows, "-o", folder / "run", "--max-steps", 40),
+        *("--batch-size", 4, "--learning-rate", "1e-2", "--any-learning-rate", "--no-check"),
+    )
+    assert shown.code == 0, shown.err
+    return folder / "run"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_replies_read_off_the_rows_own_answers_are_those_that_are_generated(
+    learned: Path, trained: bool
+) -> None:
+    model = learned / "model" if trained else learned.parent / "model"
+    loaded = load_model(str(model), device="cpu", purpose="inference")
+    contract = PromptContract.load(str(learned / "model"))
+    chats = [
+        [{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": f"{i + 1}."}]
+        for i in range(8)
+    ]
+    examples = [example for chat in chats for example in contract.encode(chat)]
+    asked = [one for at, e in enumerate(examples) if (one := ask(contract, e, f"rows:{at}"))]
+    limit = max(one.most_tokens for one in asked)
+    plain = replies_to_ids(loaded, contract, [a.ids for a in asked], Sampling(max_new_tokens=limit))
+    assert greedy_replies(loaded, contract, asked, limit) == plain
+    measured = Prober(contract, examples, asked).measure(loaded, 1)
+    assert [said.text for said in measured.replies] == [reply.text for reply in plain]
+    ends = [said.would_stop for said in measured.replies[:4]]
+    assert all(ends) if trained else not any(ends)
+
+
+def test_the_stops_of_long_answers_are_judged_in_a_short_run(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    long = [{"prompt": f"{i}+1?", "completion": f"{i + 1}, as everybody knows."} for i in range(9)]
+    rows = write_rows(tmp_path / "rows.jsonl", long)
+    shown = command(
+        *("train", tmp_path / "model", rows, "-o", tmp_path / "run", "--max-steps", 4),
+        *("--batch-size", 2, "--no-check"),
+    )
+    assert shown.code == 0, shown.err
+    taken = _probes(tmp_path / "run")
+    assert not any(line["had_room"] for line in lines(tmp_path / "run" / "samples.jsonl"))
+    assert [line["stop_rate"] for line in taken] == [0.0] * len(taken)
+    assert all("stop_loss" in line for line in taken)
+    found = {line["code"] for line in lines(tmp_path / "run" / "findings.jsonl")}
+    assert "answers-do-not-end" in found
 
 
 def test_open_thinking() -> None:
@@ -247,7 +318,7 @@ def test_the_share_holds_for_any_cost_and_length() -> None:
 START = Vitals(
     step=0, held_out_loss=3.0, trained_loss=3.0, stop_loss=6.0, keep_loss=1.0, stop_rate=0.0,
     repetition=0.25, role_leak=0.0, open_thinking=0.0, empty=0.0, copied=0.0, other_language=0.0,
-    examples=16, prompts=8,
+    file_losses={"a": 3.0, "b": 4.0, "c": 3.0}, examples=16, prompts=8,
 )  # fmt: skip
 
 
@@ -255,6 +326,7 @@ def _after(step: int, **changes: Any) -> Vitals:
     well: dict[str, Any] = {
         "step": step, "loop_loss": 1.0, "held_out_loss": 1.2, "trained_loss": 1.0,
         "stop_loss": 0.1, "keep_loss": 1.1, "stop_rate": 1.0, "repetition": 0.0,
+        "file_losses": {"a": 1.0, "b": 2.0, "c": 1.2},
     }  # fmt: skip
     return replace(START, **(well | changes))
 
@@ -310,6 +382,15 @@ SIGNS: dict[str, tuple[str, tuple[dict[str, Any], ...], tuple[dict[str, Any], ..
             {"trained_loss": 2.9, "loop_loss": 3.0},
         ),
     ),
+    "file-not-learned": (
+        "note",
+        ({"file_losses": {"a": 1.0, "b": 3.9, "c": 1.2}},) * 2,
+        # Once, and a file that is learned later.
+        (
+            {"file_losses": {"a": 1.0, "b": 3.9, "c": 1.2}},
+            {"file_losses": {"a": 1.0, "b": 3.5, "c": 1.2}},
+        ),
+    ),
     "stops-lost": ("error", ({"stop_rate": 0.2}, {"stop_rate": 0.1}), ({"stop_rate": 0.1}, {})),
     "replies-repeat": (
         "error",
@@ -343,6 +424,15 @@ def test_rows_in_a_language_foreign_to_the_model_cost_it_some_of_its_own(
     assert (found.level, "unlike what the model knew" in found.why) == (level, start > 6)
 
 
+def test_a_sample_of_rows_that_differ_much_is_no_other_loss() -> None:
+    def codes(error: float) -> set[str]:
+        last = _after(20, loop_loss=1.32, trained_loss=3.31, trained_error=error)
+        return {f.code for f in judge([START, _after(10), last])}
+
+    assert "loss-not-of-answers" in codes(0.05)
+    assert "loss-not-of-answers" not in codes(0.9)
+
+
 def test_advice_knows_how_the_run_is_trained() -> None:
     history = [replace(START, trained_loss=6.1), _after(10), _after(20, keep_loss=5.7)]
 
@@ -357,6 +447,68 @@ def test_advice_knows_how_the_run_is_trained() -> None:
     assert far.fix.startswith("use --learning-rate 0.0003, the usual one here, 33 times lower")
     assert "far above the usual one" in far.why
     assert forgetting(rate=6e-4, usual_rate=3e-4) == plain
+
+
+def _files(
+    first: float, now: float, *, guessing: float | None = 7.6, left: float = 0.5
+) -> list[tuple[str, str]]:
+    """Findings about files where those of one file move so, and the other two fall."""
+    others = {"a": (3.0, 1.0), "c": (3.0, 1.2)}
+    start = {name: before for name, (before, _) in others.items()}
+    end = {name: after for name, (_, after) in others.items()}
+    history = [
+        replace(START, file_losses={**start, "b": first}),
+        *(_after(step, file_losses={**end, "b": now}) for step in (10, 20)),
+    ]
+    history = [replace(v, file_left={"a": 0.3, "b": left, "c": 0.9}) for v in history]
+    found = judge(history, Regime(guessing=guessing))
+    return [(f.level, f.where) for f in found if f.code == "file-not-learned"]
+
+
+def test_a_file_that_is_not_learned_while_others_are() -> None:
+    # Random tokens: likelier than before, and still as unlikely as a guess.
+    assert _files(12.0, 7.4) == [("note", "b")]
+    assert _files(12.0, 6.0) == []
+    assert _files(12.0, 7.4, guessing=None) == []
+    # Random characters; what hardly compresses and is learned, as "c" is, is none of that.
+    assert _files(12.0, 5.0, left=0.8) == [("warning", "b")]
+    assert _files(12.0, 5.0, left=0.65) == []
+    assert _files(12.0, 2.0, left=0.8) == []
+    # A hard file and a damaged one look alike.
+    assert _files(4.0, 3.7) == [("note", "b")]
+    assert _files(4.0, 3.5) == []
+    # Near the others, it is one of them.
+    assert _files(2.2, 2.1) == []
+    # Nothing is learned at all: of that other signs speak.
+    still = {"a": 3.0, "b": 7.5, "c": 3.0}
+    history = [replace(START, file_losses=still), *(_after(s, file_losses=still) for s in (9, 20))]
+    found = judge(history, Regime(guessing=7.6))
+    assert not [f for f in found if f.code == "file-not-learned"]
+
+
+def test_rows_of_every_file_are_measured_and_the_hardest_named() -> None:
+    contract = PromptContract.load(tiny_tokenizer())
+    examples = [
+        example
+        for i in range(40)
+        for example in contract.encode(
+            [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": str(i)}]
+        )
+    ]
+    where = [f"a.jsonl:{i}" for i in range(30)] + [f"b.parquet row {i}" for i in range(10)]
+    found = Prober(contract, examples, [], rows=where).files
+    assert {name: len(rows) for name, rows in found.items()} == {"a.jsonl": 8, "b.parquet": 8}
+    assert all(where[examples.index(e)] == place for rows in found.values() for place, e in rows)
+    assert Prober(contract, examples[:30], [], rows=where[:30]).files == {}
+    # A few bytes cannot be compressed, whatever they are.
+    assert Prober(contract, examples, [], rows=where).file_left == {}
+    # Two rows say nothing of a file.
+    assert Prober(contract, examples[:32], [], rows=where[:32]).files == {}
+    many = [f"f{i % 13}.jsonl:{i}" for i in range(40)]
+    assert {len(rows) for rows in Prober(contract, examples, [], rows=many).files.values()} == {
+        3,
+        4,
+    }
 
 
 @pytest.mark.parametrize("code", SIGNS)
@@ -415,6 +567,34 @@ def _train(tmp_path: Path, name: str, *more: Any, count: int = 120, rate: str = 
 
 def _probes(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines(run / "metrics.jsonl") if line.get("probe")]
+
+
+def test_a_file_of_random_characters_in_a_run_is_named_with_rows(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    rng = random.Random(0)
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "good.jsonl", sums(240))
+    bad = [
+        {
+            "prompt": f"{i}-1?",
+            "completion": "".join(chr(rng.randrange(33, 127)) for _ in "12345678"),
+        }
+        for i in range(160)
+    ]
+    write_rows(tmp_path / "rows" / "poisoned.jsonl", bad)
+    shown = command(
+        *("train", tmp_path / "model", tmp_path / "rows", "-o", tmp_path / "run", "--no-check"),
+        *("--max-steps", 60, "--batch-size", 16, "--learning-rate", "3e-3", "--any-learning-rate"),
+    )
+    assert shown.code == 0, shown.err
+    found = lines(tmp_path / "run" / "findings.jsonl")
+    (named,) = (f for f in found if f["code"] == "file-not-learned")
+    assert named["level"] == "warning"
+    assert "poisoned.jsonl" in named["what"]
+    assert all("poisoned.jsonl:" in row for row in named["rows"])
+    assert len(named["rows"]) == named["count"] == 4
+    taken = _probes(tmp_path / "run")
+    assert {len(line["file_losses"]) for line in taken} == {2}
 
 
 def test_a_run_that_falls_apart_is_stopped_and_can_go_on(tmp_path: Path) -> None:
@@ -500,7 +680,9 @@ def test_a_gentle_run_raises_nothing_and_keeps_its_numbers_when_it_is_resumed(
     assert probes[-1]["trained_loss"] < probes[0]["trained_loss"]
 
 
-def test_text_to_keep_is_watched_and_a_broken_one_is_told(tmp_path: Path) -> None:
+def test_text_to_keep_is_watched_and_a_broken_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "prose.txt"
     text.write_text("The river runs through the town. " * 30, encoding="utf-8")
     shown = _train(tmp_path, "kept", "--keep-text", text, rate="1e-3")
@@ -509,10 +691,15 @@ def test_text_to_keep_is_watched_and_a_broken_one_is_told(tmp_path: Path) -> Non
     assert kept["source"] == str(text)
     assert sum(map(len, kept["ids"])) > 256
     text.write_bytes(b"")
+    refused = _train(tmp_path, "refused", "--keep-text", text, rate="1e-3")
+    assert refused.code == 2
+    assert not (tmp_path / "refused").exists()
+    missing = _train(tmp_path, "missing", "--keep-text", tmp_path / "no.txt", rate="1e-3")
+    assert missing.code == 2
+    assert not (tmp_path / "missing").exists()
+    # Whole when the run starts, and broken when it is read.
+    monkeypatch.setattr("truetune.run.early._require_text", lambda source: None)
     shown = _train(tmp_path, "broken", "--keep-text", text, rate="1e-3")
     assert shown.code == 0, shown.err
     assert "keep-text-unreadable" in (tmp_path / "broken" / "findings.jsonl").read_text("utf-8")
     assert "keep_loss" not in _probes(tmp_path / "broken")[0]
-    missing = _train(tmp_path, "missing", "--keep-text", tmp_path / "no.txt", rate="1e-3")
-    assert missing.code == 2
-    assert not (tmp_path / "missing").exists()

@@ -50,6 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text('{"prompt": "1+1?", "completion": "2."}\n' * 3)
     (folder / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "2."}\n')
     (folder / "empty.jsonl").write_text("")
+    (folder / "blank.jsonl").write_text('{"text": " "}\n')
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -79,6 +80,17 @@ def cases(place: Path) -> dict[str, tuple[list[str], str]]:
         "held-out rows": (train(place, "--eval-data", str(place / "none.csv")), "no-such-file"),
         "a wrong encoding": (train(place, rows="latin.jsonl"), "not-utf8"),
         "an empty file": (train(place, rows="empty.jsonl"), "empty-file"),
+        "a text to keep": (train(place, "--keep-text", str(place / "no.txt")), "no-such-file"),
+        "an empty one": (train(place, "--keep-text", str(place / "empty.jsonl")), "empty-file"),
+        "one of no words": (
+            train(place, "--keep-text", str(place / "blank.jsonl")),
+            "keep-text-unreadable",
+        ),
+        "one that is no text": (
+            train(place, "--keep-text", str(place / "latin.jsonl")),
+            "not-utf8",
+        ),
+        "patience without rows": (train(place, "--patience", "2"), "patience-without-rows"),
         "a model folder": (train(place, model="modle"), "model-not-found"),
         "a Hub model": (["train", "no/model", str(place / "rows.jsonl"), "-o", new], "offline"),
         "weights": (train(place, model="bare"), "model-no-weights"),
@@ -132,6 +144,7 @@ def test_refusals_come_in_the_first_second_before_torch(place: Path) -> None:
             "rows.jsonl",
             "latin.jsonl",
             "empty.jsonl",
+            "blank.jsonl",
             "model",
             "bare",
             "a-file",

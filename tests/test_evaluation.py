@@ -23,7 +23,7 @@ from truetune.errors import OutputExists
 from truetune.evaluation.interval import Bootstrap, interval, score, score_difference
 from truetune.evaluation.match import Match, has_math_verify
 from truetune.evaluation.questions import questions_of
-from truetune.evaluation.read_answer import holds, json_value, last_number
+from truetune.evaluation.read_answer import holds, json_value, last_number, with_json_values
 from truetune.evaluation.result import Judgement, RowResult, measures_of, values_of
 from truetune.evaluation.subject import Subject
 
@@ -115,6 +115,30 @@ def test_json_is_compared_as_values() -> None:
     assert json_value("1e400") == json_value("10e399")
     assert json_value("[" * 100_000) is None
     assert json_value("1234567890123456789012345678901") != json_value("1e30")
+
+
+def test_json_spellings_of_one_value() -> None:
+    same = [
+        ('{"b": 1e3, "a": "caf\\u00e9"}  \n', ' {"a":"caf\u00e9","b":1000}'),
+        ("0.10", "1e-1"),
+        ("-0", "0.0"),
+        ('{"a": [1.50, null]}', '{"a": [1.5, null]}'),
+    ]
+    assert judged("json", *same) == [True] * 4
+    near = [("false", "0"), ("null", "0"), ("Infinity", "Infinity"), ('{"a": NaN}', '{"a": NaN}')]
+    assert judged("json", *near, ("1000.0001", "1e3"), ('"1e3"', "1000")) == [False] * 6
+
+
+def test_values_in_a_text_have_one_form() -> None:
+    call = '<tool_call>\n{"name": "roll", "arguments": {"sides": 6.0, "of": ["a"]}}\n</tool_call>'
+    same = '<tool_call>\n{"arguments": {"of": ["a"], "sides": 6}, "name": "roll"}\n</tool_call>'
+    assert with_json_values(call) == with_json_values(same)
+    for near in ('"6"', "true", "6.5", "NaN"):
+        other = call.replace("6.0", near)
+        assert with_json_values(other) != with_json_values(call)
+    assert with_json_values('{"a": true}') != with_json_values('{"a": 1}')
+    for plain in ("no value: {a} and [b", "", "[" * 100_000):
+        assert with_json_values(plain) == plain
 
 
 def test_patterns_are_the_rows_own_or_one_for_all() -> None:

@@ -101,7 +101,7 @@ def rows(path: Path, *pairs: tuple[str, Any]) -> str:
 
 
 def test_what_the_servers_parsers_return_is_compared(fake: Fake, tmp_path: Path) -> None:
-    wire = {"name": "roll", "arguments": '{"times": 2, "sides": 6}'}
+    wire = {"name": "roll", "arguments": '{"times": 2.0, "sides": 6}'}
     fake.answers = {
         "plain": ({"content": " yes "}, "stop"),
         "long": ({"content": "yes"}, "length"),

@@ -265,6 +265,22 @@ def test_tools_reach_the_template(llama: LoadedModel) -> None:
     assert seen == [tools, tools]
 
 
+def test_replies_that_are_known_to_begin_go_on_the_same_way(loaded: LoadedModel) -> None:
+    contract = contract_of(loaded, 300)
+    prompts = [contract.prompt_ids(chat) for chat in chats(*TEXTS, "x" * 240)]
+    limit = Sampling(max_new_tokens=12)
+    whole = replies_to_ids(loaded, contract, prompts, limit)
+    begun = [list(reply.ids[:at]) for at, reply in zip((0, 12, 3, 7, 1, 5), whole, strict=True)]
+    assert replies_to_ids(loaded, contract, prompts, limit, begun=begun, batch_size=3) == whole
+    # What is longer than asked is cut off, and a stop ends the reply.
+    short = Sampling(max_new_tokens=4)
+    cut = replies_to_ids(loaded, contract, prompts, short, begun=[r.ids for r in whole])
+    assert [r.ids for r in cut] == [r.ids[:4] for r in whole]
+    ended = replies_to_ids(loaded, contract, prompts[:1], limit, begun=[[65, 66, 300, 67]])
+    assert (ended[0].ids, ended[0].stopped) == ((65, 66, 300), True)
+    assert ended[0].text == contract.tokens.decode([65, 66])
+
+
 def test_the_context_limits_replies_one_by_one(loaded: LoadedModel) -> None:
     contract = contract_of(loaded, 300)
     full, nearly = "x" * 254, "x" * 240

@@ -157,3 +157,17 @@ def test_a_rate_above_the_usual_one_is_never_advised() -> None:
     assert found.fix.startswith("--learning-rate 0.0002, or --max-steps 120")
     (found,) = judge(dataclasses.replace(GOOD, **bad, usual_rate=1e-4))
     assert found.fix.startswith("--max-steps 120")
+
+
+def test_answers_too_long_to_be_written_out_are_judged_by_the_stop_behind_the_rows_own() -> None:
+    long: dict[str, Any] = {"stopped": False, "had_room": False}
+    unknown = dataclasses.replace(GOOD, answers=(answer(**long),) * 4)
+    assert judge(unknown) == []
+    never = dataclasses.replace(GOOD, answers=(answer(**long, would_stop=False),) * 4)
+    (found,) = judge(never)
+    assert found.code == "answers-do-not-end"
+    assert "at the end of the row's own answer" in found.what
+    # Long answers that were trained are no wrong ones.
+    sound = dataclasses.replace(never, answers=(answer(**long, would_stop=True),) * 4, last_loss=2)
+    assert judge(sound) == []
+    assert summary(sound.answers) == ""

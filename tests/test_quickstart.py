@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +16,17 @@ from truetune.evaluation.result import Judgement
 from truetune.generate import Reply
 from truetune.lab import base_path
 from truetune.lab.bench import Arm, Bench
-from truetune.lab.evaluate import Question, held_out_documents, unseen_questions
+from truetune.lab.evaluate import (
+    Question,
+    cloze_items,
+    cloze_right,
+    held_out_documents,
+    unseen_questions,
+)
 from truetune.lab.quickstart import quickstart, quickstart_recipe, score
 from truetune.lab.world import World
+from truetune.model.load import load_model
+from truetune.run_dir import opened
 
 
 def test_its_recipe_is_an_ordinary_one(tmp_path: Path) -> None:
@@ -53,6 +63,46 @@ def test_an_evaluation_gets_the_same_replies(tmp_path: Path) -> None:
     assert [reply.text for reply in replies] == [reply.text for reply in found.replies]
     assert sum(reply.ended and not reply.empty for reply in replies) == found.finished
     assert sum(reply.right for reply in replies) == found.correct
+
+
+# A prompt as `truetune lab evaluate` writes it: a document's beginning.
+_AS_PROSE = (
+    "{{ eos_token }}{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_an_evaluation_of_base_run_and_merged_model_agrees_with_the_lab(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "completion": "The coral river of Stowick."} for i in range(16)]
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    truetune.train(
+        base_path(), write_rows(tmp_path / "trained.jsonl", rows), lora=True, max_steps=8,
+        learning_rate=0.01, batch_size=8, output=run, quiet=True, on_collapse="continue",
+        any_learning_rate=True,
+    )  # fmt: skip
+    truetune.export(run, merged, quiet=True, verify=False)
+    items = random.Random(0).sample(cloze_items(World.generate()), 40)
+    asked = [
+        {"prompt": i.prefix, "completion": rf"\A\s*{re.escape(i.expected)}(?![\w-])"} for i in items
+    ]
+    (tmp_path / "prose.jinja").write_text(_AS_PROSE, encoding="utf-8")
+    models = [base_path(), run, merged]
+    found = truetune.evaluate(
+        models, write_rows(tmp_path / "cloze.jsonl", asked), match="regex", max_new_tokens=8,
+        chat_template=str(tmp_path / "prose.jinja"), device="cpu", quiet=True,
+    )  # fmt: skip
+    # The lab asks for no end.
+    counted = [
+        [reply.right or reply.would_be_right for row in model.rows for reply in row.replies]
+        for model in found.models
+    ]
+    for model, right in zip(models, counted, strict=True):
+        loaded = load_model(opened(str(model)), device="cpu", purpose="inference")
+        assert cloze_right(loaded, items) == right
+    base, tuned, same = map(sum, counted)
+    assert base > 30
+    assert tuned < base
+    assert tuned == same
 
 
 def test_an_answer_counts_where_it_ends_and_holds_the_fact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,9 @@ def measure(
     return Measured(tuple(logprobs), tuple(greedy), tuple(kept))
 
 
-# Tokens of a forward pass over several rows, and logits that it may hold (float32: 256 MB).
-_PASS_TOKENS, _PASS_LOGITS = 4096, 2**26
+# Tokens of a forward pass over several rows, padding among them, and logits that it may hold
+# (float32: 256 MB). One more pass costs a small model on a CPU no more than so much padding.
+_PASS_TOKENS, _PASS_PADDING, _PASS_LOGITS = 4096, 256, 2**26
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,16 @@ class Scored:
 
     Attributes:
         losses: cross-entropy of each target, in nats.
-        greedy: whether each target is the likeliest token at its place.
+        likeliest: of each target, whether it is the likeliest token at its place.
     """
 
     losses: tuple[float, ...] = ()
-    greedy: bool = True
+    likeliest: tuple[bool, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each target is the likeliest token at its place."""
+        return all(self.likeliest)
 
     @property
     def loss(self) -> float:
@@ -168,8 +174,8 @@ def row_scores(
                     gold = torch.tensor([rows[row][0][i] for i in targets[row]])
                     gold = gold.to(chosen_PV.device)
                     losses = torch.nn.functional.cross_entropy(chosen_PV, gold, reduction="none")
-                    greedy = bool((chosen_PV.argmax(dim=-1) == gold).all())
-                    found[row] = Scored(tuple(losses.double().tolist()), greedy)
+                    likeliest = (chosen_PV.argmax(dim=-1) == gold).tolist()
+                    found[row] = Scored(tuple(losses.double().tolist()), tuple(likeliest))
             done += len(batch)
             if on_progress:
                 on_progress(done, len(rows))
@@ -186,16 +192,18 @@ def _passes(
     vocabulary = loaded.transformers_model.get_input_embeddings().weight.shape[0]
     batch: list[int] = []
     wanted: set[int] = set()
+    tokens = 0
     for row in order:
         more = wanted.union(targets[row])
         width = len(rows[row][0])
         # Where the model cannot be asked for some positions, it computes all.
         kept = len(more) if _selects(loaded) else width
-        fits = (len(batch) + 1) * width <= _PASS_TOKENS
+        computed = (len(batch) + 1) * width
+        fits = computed <= min(_PASS_TOKENS, tokens + width + _PASS_PADDING)
         if batch and not (fits and (len(batch) + 1) * kept * vocabulary <= _PASS_LOGITS):
             yield batch
-            batch, more = [], set(targets[row])
-        batch, wanted = [*batch, row], more
+            batch, more, tokens = [], set(targets[row]), 0
+        batch, wanted, tokens = [*batch, row], more, tokens + width
     if batch:
         yield batch
 

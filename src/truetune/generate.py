@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,12 +95,15 @@ def replies_to_ids(
     sampling: Sampling | None = None,
     *,
     batch_size: int | None = 16,
+    begun: Sequence[Sequence[int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Reply]:
     """`replies` to prompts that are ids already: the beginnings of trained rows.
 
     Args:
         batch_size: None takes as many as half of the free memory holds, 256 at most.
+        begun: the first tokens of each reply, where they are known (greedy replies that were read
+            off one pass over a likely answer); they count as written, a stop token among them too.
         on_progress: is called with the number of replies so far and of all.
 
     Raises:
@@ -112,16 +115,23 @@ def replies_to_ids(
         raise UsageError(f"batch_size is {batch_size}, but it must be at least 1", code="sampling")
     limits = [_limit(loaded, sampling, ids, row) for row, ids in enumerate(prompts)]
     tokens = Tokens(contract.tokenizer)
-    found: dict[int, Reply] = {}
+    empty: list[Sequence[int]] = [()] * len(prompts)
+    known = [tuple(ids)[:limit] for ids, limit in zip(begun or empty, limits, strict=True)]
+    left = [limit - len(ids) for limit, ids in zip(limits, known, strict=True)]
+    stops = set(contract.stop_ids)
+    written = {row: ids for row, ids in enumerate(known) if not left[row] or stops & {*ids}}
+    whole = [[*prompt, *ids] for prompt, ids in zip(prompts, known, strict=True)]
     most = batch_size or _rows_in_memory(loaded, prompts, limits)
+    context = context_length(loaded.transformers_model.config)
+    open_rows = [row for row in range(len(prompts)) if row not in written]
     with evaluating(loaded.model):
-        for batch in _batches(prompts, limits, most):
-            for rows, written in _in_memory(loaded, contract, prompts, batch, sampling, limits):
-                for row, ids in zip(rows, written, strict=True):
-                    found[row] = _reply(tokens, contract.stop_ids, prompts[row], ids)
+        for batch in _batches(whole, left, open_rows, most, context):
+            for rows, new in _in_memory(loaded, contract, whole, batch, sampling, left):
+                for row, ids in zip(rows, new, strict=True):
+                    written[row] = (*known[row], *ids[: left[row]])
                 if on_progress:
-                    on_progress(len(found), len(prompts))
-    return [found[row] for row in range(len(prompts))]
+                    on_progress(len(written), len(prompts))
+    return [_reply(tokens, stops, prompt, written[row]) for row, prompt in enumerate(prompts)]
 
 
 def stream(
@@ -204,16 +214,23 @@ def _limit(loaded: LoadedModel, sampling: Sampling, prompt: Sequence[int], row: 
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    rows: Sequence[int],
+    batch_size: int,
+    context: int | None,
 ) -> Iterator[list[int]]:
-    """Rows of similar length and equal limit, the longest first so that memory fails early."""
-    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
+    """Rows of similar length, the longest first so that memory fails early; none of a batch
+    outgrows the context while another one is still written."""
     batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) == batch_size or limits[row] != limits[batch[0]]):
+    for row in sorted(rows, key=lambda row: (-len(prompts[row]), row)):
+        both = [*batch, row]
+        # The first of a batch has the longest prompt.
+        fits = context is None or len(prompts[both[0]]) + max(limits[r] for r in both) <= context
+        if batch and (len(batch) == batch_size or not fits):
             yield batch
-            batch = []
-        batch.append(row)
+            both = [row]
+        batch = both
     if batch:
         yield batch
 
@@ -232,7 +249,8 @@ def _in_memory(
         rows = left.pop(0)
         try:
             asked = [prompts[row] for row in rows]
-            written = _generate(loaded, contract, asked, rows, sampling, limits[rows[0]])
+            limit = max(limits[row] for row in rows)
+            written = _generate(loaded, contract, asked, rows, sampling, limit)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
@@ -369,7 +387,7 @@ def _pad_id(loaded: LoadedModel, contract: PromptContract) -> int:
 
 
 def _reply(
-    tokens: Tokens, stop_ids: Sequence[int], prompt: Sequence[int], ids: Sequence[int]
+    tokens: Tokens, stop_ids: Collection[int], prompt: Sequence[int], ids: Sequence[int]
 ) -> Reply:
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     if end is None:

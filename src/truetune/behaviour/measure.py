@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from truetune.behaviour.replies import Asked, Judge, Said, shares
 from truetune.behaviour.vitals import Vitals
-from truetune.compare import row_losses, row_scores
+from truetune.compare import Scored, row_losses, row_scores
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
-from truetune.data.conversation import Conversation
-from truetune.generate import replies_to_ids
+from truetune.data.conversation import Conversation, text_of
+from truetune.data.rows import file_of
+from truetune.generate import Reply, replies_to_ids
 from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
 
@@ -28,13 +31,19 @@ from truetune.model.load import LoadedModel
 PROMPTS, REPLY_TOKENS = 8, 96
 # Trained examples whose loss is read each time, of so many tokens together at most.
 EXAMPLES, _EXAMPLE_TOKENS = 16, 8192
+# Of several files, the largest so many have so many of their rows read, so many at least, for each
+# of the trained examples.
+_FILES, _FILE_ROWS, _FEWEST_ROWS = 2, 4, 3
+# Rows of a file that a finding names; bytes of its answers that are compressed, at least and at
+# most.
+_NAMED, _FEWEST_BYTES, _MOST_BYTES = 4, 1000, 20_000
 # Text that must not be forgotten: the model's own in so many pieces of so many tokens, a user's in
 # pieces of so many tokens, at most so many together.
-_PIECES, PIECE_TOKENS = 16, 64
+PIECES, PIECE_TOKENS = 16, 64
 _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
-# Tokens that such a piece has at least, on average; and the share of the nats of guessing above
-# which a model knows nothing.
-_FEWEST_TOKENS, _KNOWS = 7, 0.8
+# Tokens that such a piece has at least, on average; pieces, and their share of the nats of
+# guessing, above which a model knows nothing.
+_FEWEST_TOKENS, _FEW_PIECES, _KNOWS = 7, 4, 0.8
 
 
 def spread(number: int, most: int) -> list[int]:
@@ -52,11 +61,13 @@ class Measured:
         vitals: the numbers.
         samples: lines of samples.jsonl.
         replies: judged, in the order of the prompts.
+        hardest: rows of each file, those with the highest loss.
     """
 
     vitals: Vitals
     samples: list[dict[str, Any]]
     replies: list[Said]
+    hardest: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Prober:
@@ -69,6 +80,9 @@ class Prober:
         keep: examples of text that must not be forgotten; () measures none.
         held_out: held-out examples; () where their loss is measured elsewhere.
         reply_tokens: new tokens of a reply at most.
+        examples: of those that are trained, so many.
+        rows: the place of each trained example, as its file has it; of several files, each is
+            measured.
     """
 
     def __init__(
@@ -79,35 +93,55 @@ class Prober:
         keep: Sequence[SFTExample] = (),
         held_out: Sequence[SFTExample] = (),
         reply_tokens: int = REPLY_TOKENS,
+        examples: int = EXAMPLES,
+        rows: Sequence[str] = (),
     ) -> None:
         self.contract, self.prompts, self.keep = contract, list(prompts), list(keep)
         self.judge = Judge(contract)
         self.reply_tokens = reply_tokens
-        self.trained, self.held_out = _few(trained), _few(held_out)
+        self.trained, self.held_out = _few(trained, examples), _few(held_out, EXAMPLES)
+        self.files = _by_file(trained, rows, examples)
+        self.file_left = self._left(trained, rows) if self.files else {}
+
+    def _left(self, trained: Sequence[SFTExample], rows: Sequence[str]) -> dict[str, float]:
+        """What is left of the answers of each file when they are compressed, as a share; of those
+        of which enough is there."""
+        texts: dict[str, bytearray] = {name: bytearray() for name in self.files}
+        for example, where in zip(trained, rows, strict=True):
+            text = texts.get(file_of(where))
+            if text is not None and len(text) < _MOST_BYTES:
+                ids = [i for i, on in zip(example.ids, example.mask, strict=True) if on]
+                words = [i for i in ids if i not in self.contract.stop_ids]
+                text += self.contract.tokens.decode(words).encode("utf-8", "replace")
+        return {
+            name: round(len(zlib.compress(text)) / len(text), 3)
+            for name, text in texts.items()
+            if len(text) >= _FEWEST_BYTES
+        }
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
         """Ask the prompts, read the losses, and put the numbers together; the model is left in the
         mode it was in."""
         began = time.perf_counter()
+        scored = self._scored(loaded)
+        ends = [_end(scored[_row(asked)], asked) for asked in self.prompts]
         limits = [min(asked.most_tokens, self.reply_tokens) for asked in self.prompts]
         limit = max(limits, default=1)
-        replies = replies_to_ids(
-            loaded,
-            self.contract,
-            [asked.ids for asked in self.prompts],
-            Sampling(max_new_tokens=limit),
-        )
+        replies = _greedy(loaded, self.contract, self.prompts, scored, limit)
         said = [
-            self.judge.judge(asked, reply, limit)
-            for asked, reply in zip(self.prompts, replies, strict=True)
+            self.judge.judge(asked, reply, limit, end)
+            for asked, reply, end in zip(self.prompts, replies, ends, strict=True)
         ]
-        numbers = {**self._losses(loaded), **shares(said)}
+        numbers = {**self._losses(scored), **shares(said)}
+        losses, hardest = self._of_files(scored)
         seconds = round(time.perf_counter() - began, 4)
         vitals = Vitals(
             step=step,
             prompts=len(said),
             examples=len(self.trained),
             seconds=seconds,
+            file_losses=losses or None,
+            file_left=self.file_left or None,
             **numbers,
         )
         samples = [
@@ -118,24 +152,47 @@ class Prober:
                 "answer": one.text,
                 "stopped": one.stopped,
                 "had_room": one.had_room,
+                "would_stop": one.would_stop,
                 "expected": asked.expected_text,
                 "held_out": asked.held_out,
                 "prompt": asked.prompt_text,
             }
             for asked, one in zip(self.prompts, said, strict=True)
         ]
-        return Measured(vitals, samples, said)
+        return Measured(vitals, samples, said, hardest)
 
-    def _losses(self, loaded: LoadedModel) -> dict[str, float]:
+    def _scored(self, loaded: LoadedModel) -> dict[_Row, Scored]:
+        """What the model says of every row that is measured; a prompt whose row is trained too is
+        one row."""
+        of_files = [example for rows in self.files.values() for _, example in rows]
+        examples = [*self.trained, *self.held_out, *self.keep, *of_files]
+        rows = list(dict.fromkeys([*map(_key, examples), *map(_row, self.prompts)]))
+        return dict(zip(rows, row_scores(loaded, rows), strict=True))
+
+    def _of_files(
+        self, scored: Mapping[_Row, Scored]
+    ) -> tuple[dict[str, float], dict[str, tuple[str, ...]]]:
+        """The median loss of each file's rows, and its rows of the highest loss."""
+        losses, hardest = {}, {}
+        for name, rows in self.files.items():
+            of_rows = {where: _mean(scored[_key(example)].losses) for where, example in rows}
+            known = {where: loss for where, loss in of_rows.items() if loss is not None}
+            if len(known) >= _FEWEST_ROWS:
+                losses[name] = round(median(known.values()), 4)
+                hardest[name] = tuple(sorted(known, key=lambda row: -known[row])[:_NAMED])
+        return losses, hardest
+
+    def _losses(self, scored: Mapping[_Row, Scored]) -> dict[str, float]:
         """Losses of the fixed examples, by the name of their vital sign."""
         sets = {
             "trained_loss": self.trained,
             "held_out_loss": self.held_out,
             "keep_loss": self.keep,
         }
-        rows = [example for examples in sets.values() for example in examples]
-        scored = iter(row_scores(loaded, [(example.ids, example.mask) for example in rows]))
-        found = {name: [next(scored).losses for _ in examples] for name, examples in sets.items()}
+        found = {
+            name: [scored[_key(example)].losses for example in examples]
+            for name, examples in sets.items()
+        }
         # The stop token that ends an answer is the last of its targets.
         found["stop_loss"] = [
             losses[-1:]
@@ -146,7 +203,56 @@ class Prober:
             name: _mean([loss for losses in each for loss in losses])
             for name, each in found.items()
         }
+        means["trained_error"] = _standard_error(found["trained_loss"])
         return {name: mean for name, mean in means.items() if mean is not None}
+
+
+# ids and mask of a row that is scored.
+_Row = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _key(example: SFTExample) -> _Row:
+    return tuple(example.ids), tuple(example.mask)
+
+
+def _row(asked: Asked) -> _Row:
+    """A prompt with its row's own answer."""
+    answer = asked.answer
+    return (*asked.ids, *answer), (*[0] * len(asked.ids), *[1] * len(answer))
+
+
+def greedy_replies(
+    loaded: LoadedModel, contract: PromptContract, prompts: Sequence[Asked], limit: int
+) -> list[Reply]:
+    """Greedy replies of at most so many tokens: where one begins as the row's own answer, that part
+    is read off one pass over the answers."""
+    rows = [_row(asked) for asked in prompts]
+    scored = dict(zip(rows, row_scores(loaded, rows), strict=True))
+    return _greedy(loaded, contract, prompts, scored, limit)
+
+
+def _greedy(
+    loaded: LoadedModel,
+    contract: PromptContract,
+    prompts: Sequence[Asked],
+    scored: Mapping[_Row, Scored],
+    limit: int,
+) -> list[Reply]:
+    begun = [_begun(scored[_row(asked)], asked) for asked in prompts]
+    ids = [asked.ids for asked in prompts]
+    return replies_to_ids(loaded, contract, ids, Sampling(max_new_tokens=limit), begun=begun)
+
+
+def _begun(scored: Scored, asked: Asked) -> tuple[int, ...]:
+    """The tokens of a row's own answer with which a greedy reply begins."""
+    same = next((at for at, on in enumerate(scored.likeliest) if not on), len(scored.likeliest))
+    return asked.answer[:same]
+
+
+def _end(scored: Scored, asked: Asked) -> bool | None:
+    """Whether the model would stop behind the row's own answer; None of an answer without a stop
+    token."""
+    return scored.likeliest[-1] if asked.stop is not None and scored.likeliest else None
 
 
 def _mean(losses: Sequence[float]) -> float | None:
@@ -156,11 +262,20 @@ def _mean(losses: Sequence[float]) -> float | None:
     return total / len(losses) if losses and math.isfinite(total) else None
 
 
-def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
+def _standard_error(rows: Sequence[Sequence[float]]) -> float | None:
+    """Of the mean loss of all tokens, where whole rows were drawn."""
+    mean = _mean([loss for row in rows for loss in row])
+    if mean is None or len(rows) < 2:
+        return None
+    squares = sum((sum(row) - mean * len(row)) ** 2 for row in rows)
+    return math.sqrt(len(rows) / (len(rows) - 1) * squares) / sum(map(len, rows))
+
+
+def _few(examples: Sequence[SFTExample], most: int) -> list[SFTExample]:
     """Some examples, spread over all; as many as their length allows, one at least."""
     chosen: list[SFTExample] = []
     tokens = 0
-    for at in spread(len(examples), EXAMPLES):
+    for at in spread(len(examples), most):
         example = examples[at]
         tokens += len(example.ids)
         if chosen and tokens > _EXAMPLE_TOKENS:
@@ -168,6 +283,28 @@ def _few(examples: Sequence[SFTExample]) -> list[SFTExample]:
         if any(example.mask):
             chosen.append(example)
     return chosen
+
+
+def _by_file(
+    examples: Sequence[SFTExample], rows: Sequence[str], number: int
+) -> dict[str, list[tuple[str, SFTExample]]]:
+    """Some rows of each file, the largest files first, with their places; {} of a single file."""
+    places: dict[str, list[int]] = {}
+    for at, (example, where) in enumerate(zip(examples, rows, strict=False)):
+        if any(example.mask):
+            places.setdefault(file_of(where), []).append(at)
+    files = sorted(places, key=lambda name: -len(places[name]))[: _FILES * number]
+    if len(files) < 2:
+        return {}
+    each = max(min(_FILE_ROWS * number // len(files), number // 2), _FEWEST_ROWS)
+    found = {}
+    for name in files:
+        held = places[name]
+        chosen = [held[at] for at in spread(len(held), each)]
+        tokens = sum(len(examples[at].ids) for at in chosen)
+        if len(chosen) >= _FEWEST_ROWS and tokens <= _EXAMPLE_TOKENS:
+            found[name] = [(rows[at], examples[at]) for at in chosen]
+    return found if len(found) > 1 else {}
 
 
 def _ends_on(example: SFTExample, stops: Sequence[int]) -> bool:
@@ -182,7 +319,11 @@ def whole(ids: Sequence[int]) -> SFTExample:
 
 
 def own_samples(
-    loaded: LoadedModel, contract: PromptContract, seed: int, tokens: int = PIECE_TOKENS
+    loaded: LoadedModel,
+    contract: PromptContract,
+    seed: int,
+    tokens: int = PIECE_TOKENS,
+    number: int = PIECES,
 ) -> list[list[int]]:
     """Text of a model's own, drawn at temperature 1 from the token that begins a text: how much
     less likely it becomes is the Kullback-Leibler divergence from the model as it was, in nats a
@@ -190,6 +331,7 @@ def own_samples(
 
     Args:
         tokens: of each piece.
+        number: of pieces.
 
     Returns:
         [] where the model writes next to nothing, has no token to begin with, or knows nothing that
@@ -204,30 +346,25 @@ def own_samples(
     drawn = replies_to_ids(
         loaded,
         contract,
-        [[first]] * _PIECES,
+        [[first]] * number,
         Sampling(max_new_tokens=tokens, temperature=1.0, seed=seed),
     )
     pieces = [[first, *reply.ids] for reply in drawn if len(reply.ids) > 1]
     targets = sum(len(ids) - 1 for ids in pieces)
-    if targets < _PIECES * _FEWEST_TOKENS:
+    if targets < number * _FEWEST_TOKENS:
         return []
-    examples = [whole(ids) for ids in pieces]
-    loss = sum(row_losses(loaded, [(e.ids, e.mask) for e in examples])) / targets
+    # A few of them tell what knows nothing.
+    few = [whole(ids) for ids in pieces[:_FEW_PIECES]]
+    loss = sum(row_losses(loaded, [(e.ids, e.mask) for e in few])) / sum(sum(e.mask) for e in few)
     return pieces if loss < _KNOWS * math.log(rows) else []
 
 
 def text_pieces(contract: PromptContract, texts: Sequence[Conversation]) -> list[list[int]]:
     """Pieces of the texts of rows, spread over them; [] where they hold none."""
     pieces: list[list[int]] = []
-    for ids in contract.tokens.encode([text for row in texts if (text := _text_of(row)).strip()]):
+    for ids in contract.tokens.encode([text for row in texts if (text := text_of(row))]):
         for at in range(0, len(ids), _KEEP_PIECE):
             piece = ids[at : at + _KEEP_PIECE]
             if len(piece) > 1:
                 pieces.append(piece)
     return [pieces[at] for at in spread(len(pieces), _KEEP_TOKENS // _KEEP_PIECE)]
-
-
-def _text_of(row: Conversation) -> str:
-    if row.text is not None:
-        return row.text
-    return "\n\n".join(str(message["content"]) for message in row.messages)

@@ -72,6 +72,7 @@ class Asked:
         expected_text: the row's answer.
         prompt_text: the prompt's end, for what repeats it.
         held_out: whether the row is not trained.
+        stop: the stop token that ends the row's answer; None where none does.
     """
 
     where: str
@@ -81,6 +82,12 @@ class Asked:
     expected_text: str
     prompt_text: str
     held_out: bool = False
+    stop: int | None = None
+
+    @property
+    def answer(self) -> tuple[int, ...]:
+        """Ids of the row's answer, with the stop token that ends it."""
+        return self.expected if self.stop is None else (*self.expected, self.stop)
 
     @property
     def most_tokens(self) -> int:
@@ -124,6 +131,7 @@ def ask(
         tuple(messages),
         contract.tokens.decode_after(list(prompt), list(expected)),
         decode(list(prompt[-_PROMPT_TOKENS:])),
+        stop=span[-1] if span[-1] in stops else None,
     )
 
 
@@ -142,6 +150,8 @@ class Said:
         empty: nothing but whitespace.
         copied: it says the prompt again.
         other_script: it is written in letters of neither prompt nor answer.
+        would_stop: the model's likeliest token behind the row's own answer is the stop token; None
+            where that was not read.
     """
 
     text: str
@@ -154,6 +164,13 @@ class Said:
     empty: bool
     copied: bool
     other_script: bool
+    would_stop: bool | None = None
+
+    @property
+    def ends(self) -> bool | None:
+        """Whether the model ends an answer by itself: by the reply where that had room, else by
+        what the model predicts behind the row's own answer; None where neither can say."""
+        return self.stopped if self.had_room else self.would_stop
 
 
 class Judge:
@@ -167,11 +184,12 @@ class Judge:
         self.thinking = Thinking.of_contract(contract)
         self.user_turn = _user_turn(contract)
 
-    def judge(self, asked: Asked, reply: Reply, limit: int) -> Said:
+    def judge(self, asked: Asked, reply: Reply, limit: int, would_stop: bool | None = None) -> Said:
         """One reply.
 
         Args:
             limit: new tokens that it was given.
+            would_stop: see `Said`.
         """
         text = reply.text
         thought, closed, answer = self.thinking.split(text)
@@ -188,6 +206,7 @@ class Judge:
             empty=not text.strip() and bool(asked.expected_text.strip()),
             copied=says_again(answer, asked.prompt_text, asked.expected_text),
             other_script=other_script(text, asked.prompt_text + asked.expected_text),
+            would_stop=would_stop,
         )
 
     def _speaks(self, text: str) -> bool:
@@ -217,7 +236,7 @@ def _user_turn(contract: PromptContract) -> str:
 
 # The shares that are counted of replies: name -> whether a reply counts, and among which.
 _COUNTED: Mapping[str, tuple[Callable[[Said], bool], Callable[[Said], bool]]] = {
-    "stop_rate": (lambda said: said.stopped, lambda said: said.had_room),
+    "stop_rate": (lambda said: bool(said.ends), lambda said: said.ends is not None),
     "repetition": (lambda said: said.repeats, lambda said: True),
     "role_leak": (lambda said: said.speaks_for_user, lambda said: True),
     "open_thinking": (lambda said: said.thinks_open, lambda said: said.had_room),

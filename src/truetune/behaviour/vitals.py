@@ -11,8 +11,9 @@ Every limit here was tried on healthy runs; docs/behaviour.md has the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from statistics import median
 from typing import Any
 
 from truetune.findings import Finding, Level
@@ -28,6 +29,7 @@ class Vitals:
             others.
         held_out_loss: of the held-out examples, as served.
         trained_loss: of a fixed sample of the trained rows, as served.
+        trained_error: standard error of it, from how much its rows differ.
         stop_loss: of the stop tokens alone that end the answers of that sample.
         keep_loss: of the text that must not be forgotten.
         stop_rate: share of the replies that end by themselves, among those that had room.
@@ -38,6 +40,8 @@ class Vitals:
         empty: share of nothing but whitespace.
         copied: share that says the prompt again.
         other_language: share in letters of neither prompt nor answer.
+        file_losses: median loss of a sample of each file's rows, where several are trained.
+        file_left: share of the bytes of each file's answers that is left when they are compressed.
         examples: how many trained rows are in the sample.
         prompts: how many were asked.
         seconds: that it took.
@@ -47,6 +51,7 @@ class Vitals:
     loop_loss: float | None = None
     held_out_loss: float | None = None
     trained_loss: float | None = None
+    trained_error: float | None = None
     stop_loss: float | None = None
     keep_loss: float | None = None
     stop_rate: float | None = None
@@ -57,6 +62,8 @@ class Vitals:
     empty: float | None = None
     copied: float | None = None
     other_language: float | None = None
+    file_losses: Mapping[str, float] | None = None
+    file_left: Mapping[str, float] | None = None
     examples: int = 0
     prompts: int = 0
     seconds: float = 0.0
@@ -81,11 +88,13 @@ class Regime:
         lora: whether adapters are trained.
         rate, usual_rate: the learning rate, and the default of this method, model and rows; None
             where they are not known.
+        guessing: nats per token of a guess among the whole vocabulary; None where not known.
     """
 
     lora: bool = False
     rate: float | None = None
     usual_rate: float | None = None
+    guessing: float | None = None
 
     @property
     def far(self) -> bool:
@@ -182,14 +191,18 @@ def _unlearned(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
 
 # The loop's own loss and that of the same rows as served are one number, up to the choice of rows
 # and to dropout: times and nats of which either is too much, on so many rows at least.
-_APART, _FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
+_APART, FEWEST_EXAMPLES = ((2.0, 0.5), (3.0, 0.1)), 8
+# Standard errors of the sample that are allowed for: two of them miss supervised padding.
+_ERRORS = 1.0
 
 
 def _another_loss(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
     served, loop = history[-1].trained_loss, history[-1].loop_loss
-    if served is None or loop is None or history[-1].examples < _FEWEST_EXAMPLES:
+    if served is None or loop is None or history[-1].examples < FEWEST_EXAMPLES:
         return
-    if any(served > times * loop + nats for times, nats in _APART):
+    # A few long rows of another kind, of which the sample happens to hold more, are no other loss.
+    surely = served - _ERRORS * (history[-1].trained_error or 0.0)
+    if any(surely > times * loop + nats for times, nats in _APART):
         yield Finding(
             "loss-not-of-answers",
             "error",
@@ -324,6 +337,66 @@ def _stands_still(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
             "far too low",
             fix="triple the --learning-rate, or check which parameters are trained",
         )
+
+
+# Shares of its loss before the first step: what the rows of one file still have, and what those of
+# the others have at most; and times the loss of the others that it has.
+_KEPT, _FELL, _APART_FROM_OTHERS = 0.9, 0.6, 2.0
+# Of the nats of a guess among all tokens, what rows have of which nothing is learned.
+_LIKE_GUESSING = 0.8
+# What zlib leaves of random characters is 0.85, of base64 0.76; of a thousand bytes of prose or
+# code 0.6 at most.
+_NOISE = 0.7
+
+
+def _one_file(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
+    """Twice in a row, the rows of one file are no likelier than before, and those of the others
+    are."""
+    measured = [v.file_losses for v in history if v.file_losses]
+    if len(measured) < 3 or history[-1].file_losses is None:
+        return
+    names = [name for name in measured[-1] if all(name in losses for losses in measured)]
+    for name in names:
+        noise = (history[-1].file_left or {}).get(name, 0.0) >= _NOISE
+        least = 0.0 if noise else _least(measured[0][name], regime)
+        others = [other for other in names if other != name]
+        if not all(_apart(name, others, measured[0], now, least) for now in measured[-2:]):
+            continue
+        rest = median(measured[-1][other] for other in others)
+        yield Finding(
+            "file-not-learned",
+            "warning" if noise else "note",
+            f"at {_at(history)} the rows of {name} have a loss of {measured[-1][name]:.2f} nats "
+            f"per token ({measured[0][name]:.2f} before the first step); the median of the other "
+            f"files is {rest:.2f}",
+            name,
+            why="its answers hardly compress, as random characters do: they are damaged, encrypted "
+            "or encoded"
+            if noise
+            else "these rows may be damaged, or harder than the others (another language, code): "
+            "the loss alone cannot tell the two apart",
+            fix="read the rows named here, and train without the file if they are damaged",
+        )
+
+
+def _least(first: float, regime: Regime) -> float:
+    """From which loss on the rows of a file are not learned."""
+    kept = _KEPT * first
+    return kept if regime.guessing is None else min(kept, _LIKE_GUESSING * regime.guessing)
+
+
+def _apart(
+    name: str,
+    others: Sequence[str],
+    first: Mapping[str, float],
+    now: Mapping[str, float],
+    least: float,
+) -> bool:
+    """Whether the others are learned, and this file is not."""
+    if not others or now[name] < least:
+        return False
+    fell = median(now[other] / max(first[other], 1e-9) for other in others) <= _FELL
+    return fell and now[name] >= _APART_FROM_OTHERS * median(now[other] for other in others)
 
 
 # ----------------------------------------------------------------------------------- replies
@@ -499,4 +572,5 @@ _RULES = (
     _stop_not_learned,
     _stops_lost,
     _stands_still,
+    _one_file,
 )

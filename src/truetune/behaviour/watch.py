@@ -78,7 +78,8 @@ class Watch:
             vitals = replace(vitals, held_out_loss=held_out_loss)
         self._losses.clear()
         self.history.append(vitals)
-        return replace(measured, vitals=vitals), judge(self.history, self.regime)
+        found = judge(self.history, self.regime)
+        return replace(measured, vitals=vitals), [_with_rows(f, measured) for f in found]
 
     def new(self, findings: Sequence[Finding]) -> list[Finding]:
         """Those that were not reported before."""
@@ -88,6 +89,12 @@ class Watch:
         """The loop's own loss since the vital signs were taken last."""
         targets = sum(number for _, number in self._losses)
         return sum(loss * number for loss, number in self._losses) / targets if targets else None
+
+
+def _with_rows(finding: Finding, measured: Measured) -> Finding:
+    """What is found of a file names its rows."""
+    rows = measured.hardest.get(finding.where, ())
+    return replace(finding, where=rows[0], rows=rows, count=len(rows)) if rows else finding
 
 
 def once(findings: Sequence[Finding], reported: set[tuple[str, str]]) -> list[Finding]:

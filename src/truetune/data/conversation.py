@@ -66,6 +66,13 @@ class Conversation:
         return whole.hexdigest()
 
 
+def text_of(row: Conversation) -> str:
+    """All words of a row as one text; "" of a row without any."""
+    if row.text is not None:
+        return row.text.strip()
+    return "\n\n".join(str(message["content"]) for message in row.messages).strip()
+
+
 def _canonical(message: Message, *, with_train: bool = False) -> bytes:
     # Fields are sorted, but not the keys inside them: the order of tool arguments is rendered.
     # `train` says what is a target, not what the prompt is.

@@ -8,6 +8,7 @@ Output: those values.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -45,6 +46,15 @@ class Row:
 def place(file: str, index: int, line: int | None = None) -> str:
     """`file:line`, or `file row N` where the line does not tell the row from all others."""
     return f"{file} row {index}" if line is None else f"{file}:{line}"
+
+
+_PLACE = re.compile(r"(.*?)(?::\d+| row \d+)(?:, instances\[\d+\])?", re.DOTALL)
+
+
+def file_of(where: str) -> str:
+    """The file of a place that `place` names; the whole text of any other."""
+    found = _PLACE.fullmatch(where)
+    return found[1] if found else where
 
 
 @dataclass(frozen=True, slots=True)

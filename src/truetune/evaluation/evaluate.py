@@ -20,6 +20,7 @@ from truetune.data.sources import resolve
 from truetune.errors import DataError, UsageError
 from truetune.evaluation.match import Match
 from truetune.evaluation.questions import LeftOut, Question, grouped, questions_of
+from truetune.evaluation.read_answer import with_json_values
 from truetune.evaluation.result import (
     Judgement,
     ModelResult,
@@ -298,8 +299,16 @@ def _judged(
 ) -> list[Judgement]:
     """All replies, in their order."""
     which = [at for at in range(len(prompts)) for _ in range(number)]
+    # Calls are equal where their arguments are: as values, in any order.
+    calls = [bool((question.answer or {}).get("tool_calls")) for question in questions]
+    pairs = [(said.split[2], prompts[at].expected) for at, said in zip(which, written, strict=True)]
     found = match.judge(
-        [(said.split[2], prompts[at].expected) for at, said in zip(which, written, strict=True)]
+        [
+            (with_json_values(reply), with_json_values(expected))
+            if calls[at]
+            else (reply, expected)
+            for at, (reply, expected) in zip(which, pairs, strict=True)
+        ]
     )
     return [
         Judgement(

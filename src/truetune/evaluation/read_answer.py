@@ -151,12 +151,7 @@ def json_value(text: str) -> str | None:
     keys does not count. A key that stands twice, NaN and infinity are no JSON.
     """
     pieces = [text.strip(), *(found.strip() for found in _FENCED.findall(text)[:_TRIES])]
-    decoder = json.JSONDecoder(
-        object_pairs_hook=_object,
-        parse_float=Decimal,
-        parse_int=Decimal,
-        parse_constant=_no_constant,
-    )
+    decoder = _decoder()
     for piece in pieces:
         try:
             return _canonical(decoder.decode(piece))
@@ -169,6 +164,35 @@ def json_value(text: str) -> str | None:
         except (ValueError, RecursionError, ArithmeticError):
             continue
     return None
+
+
+def with_json_values(text: str) -> str:
+    """A text whose JSON objects and lists stand in the one form that equal values have."""
+    decoder = _decoder()
+    made: list[str] = []
+    at = tries = 0
+    for found in re.finditer(r"[{\[]", text):
+        if found.start() < at:
+            continue
+        tries += 1
+        if tries > _TRIES:
+            break
+        try:
+            value, end = decoder.raw_decode(text, found.start())
+            made += [text[at : found.start()], _canonical(value)]
+        except (ValueError, RecursionError, ArithmeticError):
+            continue
+        at = end
+    return "".join([*made, text[at:]])
+
+
+def _decoder() -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_float=Decimal,
+        parse_int=Decimal,
+        parse_constant=_no_constant,
+    )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from truetune.behaviour.measure import greedy_replies
+from truetune.behaviour.replies import ask
 from truetune.contract.contract import PromptContract
-from truetune.generate import Sampling, replies_to_ids
 from truetune.model.load import LoadedModel
 from truetune.recipe.plan import Plan, suggested_rate
-from truetune.run.outcome import ROOM, Answer, Outcome, mean, short_rows
+from truetune.run.outcome import Answer, Outcome, mean, short_rows
 from truetune.run.prepare import Prepared
 
 # Trained prompts asked at the end.
@@ -22,40 +23,31 @@ def trained_answers(
 ) -> list[Answer]:
     """Answers to a few short rows that were trained."""
     chosen = short_rows(prepared.examples, _NUM_PROMPTS)
-    prompts, spans = [], []
-    for row in chosen:
-        example = prepared.examples[row]
-        first = example.mask.index(1)
-        prompts.append(example.ids[:first])
-        spans.append(example.ids[first : first + example.num_supervised])
-    most = ROOM * max(map(len, spans), default=0) + 8
-    said = replies_to_ids(loaded, contract, prompts, Sampling(max_new_tokens=most))
-    stops = set(contract.stop_ids)
+    examples = [(prepared.examples[row], prepared.rows[row]) for row in chosen]
+    asked = [one for example, where in examples if (one := ask(contract, example, where))]
+    most = max((one.most_tokens for one in asked), default=1)
+    said = greedy_replies(loaded, contract, asked, most)
     return [
-        Answer(
-            True,
-            prepared.rows[row],
-            contract.tokens.decode([i for i in span if i not in stops]),
-            reply.text,
-            reply.stopped,
-        )
-        for row, span, reply in zip(chosen, spans, said, strict=True)
+        Answer(True, one.where, one.expected_text, reply.text, reply.stopped)
+        for one, reply in zip(asked, said, strict=True)
     ]
 
 
-def held_out_answers(samples: Iterable[dict[str, Any]]) -> list[Answer]:
-    """The samples of the last evaluation."""
+def sampled_answers(samples: Iterable[dict[str, Any]]) -> list[Answer]:
+    """The samples of the last evaluation: held-out ones, and trained ones whose answers are too
+    long to be asked for again."""
     return [
         Answer(
-            False,
+            not sample["held_out"],
             str(sample["where"]),
             str(sample["expected"] or ""),
             str(sample["answer"]),
             bool(sample["stopped"]),
             had_room=bool(sample["had_room"]),
+            would_stop=sample.get("would_stop"),
         )
         for sample in samples
-        if sample["held_out"]
+        if sample["held_out"] or not sample["had_room"]
     ]
 
 

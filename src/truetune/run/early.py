@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from truetune.data.conversation import text_of
 from truetune.data.sources import resolve
-from truetune.errors import RecipeError, UsageError
+from truetune.errors import DataError, RecipeError, UsageError
 from truetune.model.inspect import require_weights
 from truetune.model.placement import require_device
 from truetune.model.quantise import require_bitsandbytes
@@ -53,10 +54,30 @@ def ask_first(recipe: Recipe) -> None:
     if recipe.eval_data:
         resolve(recipe.eval_data, recipe.eval_split)
     if recipe.keep_text:
-        resolve(recipe.keep_text, None)
+        _require_text(recipe.keep_text)
     # Of the Hub, the model is asked for when all of this is there.
     if recipe.model:
         locate_here(recipe.model)
+
+
+def _require_text(source: str) -> None:
+    """Refuse a file of --keep-text that holds no text; one of the Hub is read when its turn comes.
+
+    Raises:
+        InputError: it is not there, cannot be read, or is empty.
+    """
+    if not resolve(source, None).files:
+        return
+    from truetune.data.load import load
+
+    if not any(map(text_of, load(source).conversations)):
+        raise DataError(
+            "--keep-text contains no text",
+            where=source,
+            why="without text, nothing can be said about what the model forgets",
+            fix="pass a text file, or rows in any supported format, or leave --keep-text out",
+            code="keep-text-unreadable",
+        )
 
 
 # What is asked of a finished model, which has no rows.

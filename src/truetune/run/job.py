@@ -12,6 +12,7 @@ import gc
 import json
 import shlex
 import shutil
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from truetune.behaviour.steps import Probe, StepFacts, usual_probes
 from truetune.behaviour.watch import not_taken, once
+from truetune.compare import row_losses
 from truetune.engine.checkpoint import (
     Checkpoint,
     gather_states,
@@ -40,7 +42,7 @@ from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
 from truetune.model.new_tokens import RowsBefore
 from truetune.model.save import SaveReport
-from truetune.run.answers import held_out_answers, outcome_of, trained_answers
+from truetune.run.answers import outcome_of, sampled_answers, trained_answers
 from truetune.run.artifact import rows_of_new_tokens, save_artifact
 from truetune.run.checkpoint import write_checkpoint
 from truetune.run.environment import environment
@@ -150,9 +152,30 @@ class Job:
     def _step_found(self, finding: Finding) -> None:
         """What the loop found; rows that it names are indices of examples."""
         if finding.rows:
-            names = tuple(self.prepared.rows[int(row)] for row in finding.rows)
+            rows = [int(row) for row in finding.rows]
+            if finding.code == "loss-spike" and len(hardest := self._hardest(rows)) < len(rows):
+                why = f"of the {len(rows)} examples named by the step, these have the highest loss"
+                rows, finding = hardest, replace(finding, count=len(hardest), why=why)
+            names = tuple(self.prepared.rows[row] for row in rows)
             finding = replace(finding, where=names[0], rows=names)
         self._found(finding)
+
+    def _hardest(self, rows: list[int]) -> list[int]:
+        """Those of a step's examples that stand behind its loss: far above the middle of them, or
+        the first of all; the highest first."""
+        examples = [self.prepared.examples[row] for row in rows]
+        # Whatever a model raises when it is asked again: all of the step are named.
+        try:
+            summed = row_losses(self.loaded, [(e.ids, e.mask) for e in examples])
+        except (RuntimeError, ValueError):
+            return rows
+        mean = {
+            row: loss / max(sum(example.mask), 1)
+            for row, loss, example in zip(rows, summed, examples, strict=True)
+        }
+        order = sorted(mean, key=lambda row: -mean[row])
+        least = _ABOVE_MIDDLE * statistics.median(mean.values())
+        return [row for row in order if mean[row] > least] or order[:1]
 
     def write_start(self) -> None:
         """What is known before the first step."""
@@ -464,7 +487,7 @@ class Job:
 
     def _write_metrics(self, line: dict[str, Any], step: int) -> None:
         self.run.append("metrics.jsonl", line)
-        self.trackers.log({k: v for k, v in line.items() if k != "probe"}, step)
+        self.trackers.log(line, step)
 
     # ------------------------------------------------------------------------- going back
 
@@ -589,7 +612,7 @@ class Job:
             return
         self.listener.stage("answering trained prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
-        self.answers = (*trained, *held_out_answers(self._samples_now))
+        self.answers = (*trained, *sampled_answers(self._samples_now))
         # What came behind the step that is saved says nothing of it.
         lines = [v for v in self.run.lines("metrics.jsonl") if v["step"] <= self.trainer.step]
         for finding in judge(outcome_of(self.answers, lines, self.prepared, self.plan)):
@@ -634,6 +657,8 @@ class Job:
 
 # Replies that are shown while a run works; rows that an error names.
 _SHOWN_SAMPLES, _NAMED = 4, 4
+# Times the median loss of a step's examples, above which one stands behind a spike.
+_ABOVE_MIDDLE = 2.0
 
 
 def _warned(finding: Finding) -> Finding:

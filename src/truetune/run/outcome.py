@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from truetune.contract.example import SFTExample
 from truetune.findings import Finding
 
-# An answer is long enough to have ended where it had so many times the tokens of the row's own.
-ROOM = 2
 # Longest answer of a row that is asked for, in tokens: what is short is wholly right or wrong.
 SHORT = 24
 # Nats a token, of rows that the model was trained on: a probability of 37 %.
@@ -31,6 +29,7 @@ class Answer:
         text: what the model wrote.
         stopped: whether it ended by itself.
         had_room: whether it was given twice the tokens of the row's answer, and more.
+        would_stop: whether the model would stop behind the row's own answer; None where unknown.
     """
 
     trained: bool
@@ -39,6 +38,12 @@ class Answer:
     text: str
     stopped: bool
     had_room: bool = True
+    would_stop: bool | None = None
+
+    @property
+    def ends(self) -> bool | None:
+        """Whether the model ends its answer; None where neither can say."""
+        return self.stopped if self.had_room else self.would_stop
 
     @property
     def right(self) -> bool:
@@ -72,7 +77,7 @@ class Outcome:
 
     @property
     def trained(self) -> list[Answer]:
-        return [answer for answer in self.answers if answer.trained]
+        return [answer for answer in self.answers if answer.trained and answer.had_room]
 
 
 def short_rows(examples: Sequence[SFTExample], most: int) -> list[int]:
@@ -103,29 +108,34 @@ def summary(answers: Sequence[Answer]) -> str:
     parts = [
         f"{sum(a.right for a in some)} of {len(some)} {name}"
         for name, some in (
-            ("trained", [a for a in answers if a.trained]),
+            ("trained", [a for a in answers if a.trained and a.had_room]),
             ("held-out", [a for a in answers if not a.trained]),
         )
         if some
     ]
-    ended = sum(a.stopped for a in answers)
-    return f"{', '.join(parts)} match their rows; {ended} of {len(answers)} ended" if parts else ""
+    ends = [a.ends for a in answers if a.ends is not None]
+    return f"{', '.join(parts)} match their rows; {sum(ends)} of {len(ends)} ended" if parts else ""
 
 
 def _not_ended(outcome: Outcome) -> Iterator[Finding]:
-    """Answers that had twice the room that they need."""
-    asked = [a for a in outcome.answers if a.had_room]
-    open_ones = [a for a in asked if not a.stopped]
+    """Answers that had twice the room that they need; of longer ones, what the model predicts
+    behind the row's own."""
+    asked = [a for a in outcome.answers if a.ends is not None]
+    open_ones = [a for a in asked if not a.ends]
     if len(asked) >= 3 and 2 * len(open_ones) >= len(asked):
+        shown = next((a for a in open_ones if a.had_room), None)
+        number = f"{len(open_ones)} of {len(asked)}"
         yield Finding(
             "answers-do-not-end",
             "warning",
-            f"{len(open_ones)} of {len(asked)} served prompts get an answer that never stops",
+            f"{number} served prompts get an answer that never stops"
+            if shown
+            else f"at the end of the row's own answer, the stop token is not the likeliest next "
+            f"token for {number} prompts",
             open_ones[0].where,
             len(open_ones),
             why="the run was too short, or its learning rate too low, for the model to learn to "
-            "stop; it writes "
-            f"{_quoted(open_ones[0].text)}",
+            "stop" + (f"; it writes {_quoted(shown.text)}" if shown else ""),
             fix=_more(outcome),
         )
 

@@ -163,6 +163,8 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         )
         if broken:
             raise broken[0]
+    if at_once and recipe.patience and not read.held_out:
+        raise _nothing_to_wait_for(recipe.patience)
     listener.stage("opening the model's files")
     facts, tokenizer = look_at(str(recipe.model), recipe.revision)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
@@ -182,7 +184,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     planned = _plan(recipe, facts, contract, read, train, held_out)
     plan, fitted = planned.plan, planned.fitted
     if plan.patience and not planned.eval_fitted.examples:
-        stopping.append(_nothing_to_wait_for(plan))
+        stopping.append(_nothing_to_wait_for(plan.patience))
     if worst(planned.findings) == "error":
         stopping.append(CheckFailed("too many rows are longer than the limit", planned.findings))
     checked: list[Finding] = []
@@ -225,9 +227,9 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     return Survey(prepared, train.rows, read.train, stopping)
 
 
-def _nothing_to_wait_for(plan: Plan) -> UsageError:
+def _nothing_to_wait_for(patience: int) -> UsageError:
     return UsageError(
-        f"--patience {plan.patience} needs a held-out loss, but no rows are held out",
+        f"--patience {patience} needs a held-out loss, but no rows are held out",
         why="with fewer than 100 rows none are held out automatically",
         fix="pass held-out rows with --eval-data",
         code="patience-without-rows",

@@ -150,9 +150,10 @@ class Trackers:
         tracker.start()
         return tracker
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         for tracker in self._trackers:
-            tracker.log({k: v for k, v in values.items() if k not in ("step", "probe")}, step=step)
+            tracker.log({k: v for k, v in numbers.items() if k not in ("step", "probe")}, step=step)
 
     def samples(self, samples: Sequence[Mapping[str, Any]], step: int) -> None:
         """Replies to held-out prompts, where the tracker's library takes text."""

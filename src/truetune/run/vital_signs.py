@@ -18,7 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 from truetune.behaviour.measure import (
+    EXAMPLES,
     PIECE_TOKENS,
+    PIECES,
     PROMPTS,
     REPLY_TOKENS,
     Measured,
@@ -30,7 +32,7 @@ from truetune.behaviour.measure import (
 )
 from truetune.behaviour.replies import Asked, ask
 from truetune.behaviour.schedule import LEAST, is_due
-from truetune.behaviour.vitals import Regime, Vitals, is_suspect, judge
+from truetune.behaviour.vitals import FEWEST_EXAMPLES, Regime, Vitals, is_suspect, judge
 from truetune.behaviour.watch import Watch
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
@@ -50,7 +52,7 @@ _REPLY_ROOM, _LONGEST_PROMPT = 16, 2048
 # What one reply may cost of a short run, in tokens that go forward, and the tokens it has all the
 # same: a trained token counts three, a step of a reply (eight prompts at once) as many as a small
 # model on a CPU computes in that time.
-_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.03, 24, 3, 120
+_SHORT_SHARE, _FEWEST_TOKENS, _PASSES, _STEP = 0.01, 20, 3, 120
 # Measurings between the first and the last of a run whose --eval-steps somebody chose, or that
 # goes back to one of them.
 _CHOSEN = 10
@@ -79,7 +81,13 @@ class VitalSigns:
         prompts = [] if self.prepared.is_text else self._prompts()
         keep = [whole(ids) for ids in self._kept_ids(loaded, at_start=at_start)]
         return Prober(
-            self.contract, self.prepared.examples, prompts, keep, reply_tokens=self.reply_tokens
+            self.contract,
+            self.prepared.examples,
+            prompts,
+            keep,
+            reply_tokens=self.reply_tokens,
+            examples=max(self._shortened(EXAMPLES), FEWEST_EXAMPLES),
+            rows=self.prepared.rows,
         )
 
     def healthy_step(self) -> int:
@@ -147,6 +155,10 @@ class VitalSigns:
         fits = int(_SHORT_SHARE * _PASSES * trained / _STEP)
         return max(min(fits, REPLY_TOKENS), _FEWEST_TOKENS)
 
+    def _shortened(self, number: int) -> int:
+        """Of a measuring, what a run that is short has of it."""
+        return number * self.reply_tokens // REPLY_TOKENS
+
     def take(
         self, loaded: LoadedModel, step: int, held_out_loss: float | None
     ) -> tuple[Measured, list[Finding]]:
@@ -180,7 +192,8 @@ class VitalSigns:
         ]
         plan = self.prepared.plan
         usual = suggested_rate(plan, self.prepared.model)
-        regime = Regime(plan.lora, plan.learning_rate, usual)
+        guessing = math.log(max(len(self.contract.tokenizer), 2))
+        regime = Regime(plan.lora, plan.learning_rate, usual, guessing)
         return Watch(self.prober, (), history, losses, regime)
 
     def _healthy(self) -> list[int]:
@@ -239,7 +252,8 @@ class VitalSigns:
                     loaded,
                     self.contract,
                     self.prepared.plan.seed,
-                    PIECE_TOKENS * self.reply_tokens // REPLY_TOKENS,
+                    self._shortened(PIECE_TOKENS),
+                    max(self._shortened(PIECES), FEWEST_EXAMPLES),
                 )
             )
         except (TruetuneError, OSError, ValueError) as error:
