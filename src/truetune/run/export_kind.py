@@ -11,6 +11,8 @@ from truetune.exporting.quantised import QUANTS, require_quantiser
 from truetune.findings import near
 from truetune.listener import Listener
 from truetune.model.served_adapter import SERVERS
+from truetune.model.source import locate
+from truetune.run_dir import opened
 from truetune.servers.llama_cpp import require_llama_cpp
 
 if TYPE_CHECKING:
@@ -78,6 +80,19 @@ def export_as(
         output=output,
         data=data,
     )
+    from truetune.model.load import require_whole_folder
+
+    listener = listener or Listener()
+    listener.stage("opening the model's files")
+    folder = opened(source)
+    # A whole model, or an adapter that is small: their weights are needed in any case.
+    files = locate(folder, weights=True)
+    require_whole_folder(folder, base=base)
+    # A model that is copied is compared where it is copied.
+    if verify and (files.is_adapter or held or what not in _FOLDERS):
+        from truetune.run.export_whole import require_saved
+
+        require_saved(source, listener)
     shared: dict[str, Any] = {"base": base, "device": device, "listener": listener}
     if what in ("gguf", "ollama"):
         from truetune.run.export_gguf import export_adapter, export_gguf
