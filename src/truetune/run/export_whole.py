@@ -113,22 +113,22 @@ _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy",
 def _left_out(path: Path) -> str:
     """Why a file is not copied; "" where it is."""
     if not path.is_file():
-        return "no file"
+        return "a pipe, a device or a link to one is not a file of a model"
     suffix = path.suffix.lower()
     if suffix in _CODE:
-        return "code"
+        return "truetune does not run code that comes with weights, and does not pass it on"
     if suffix in _PICKLE:
-        return "a pickle, which can run code when it is loaded"
+        return _RUNS
     if suffix in (".safetensors", ".gguf"):
         return ""
     with path.open("rb") as file:
         start = file.read(4)
     # A pickle of protocol 2 or newer, and the archive that torch writes.
     pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
-    return "a pickle, which can run code when it is loaded" if pickled or start == _ZIP else ""
+    return _RUNS if pickled or start == b"PK\3\4" else ""
 
 
-_ZIP = b"PK\3\4"
+_RUNS = "a pickle can run code when it is loaded"
 
 
 def _copy(source: Path, folder: Path) -> list[Finding]:
@@ -167,10 +167,10 @@ def _copy(source: Path, folder: Path) -> list[Finding]:
         Finding(
             "export-left-out",
             "warning",
-            f"{len(names)} files were not copied: {phrase(sorted(names), 4)}",
+            f"not copied into the export: {phrase(sorted(names), 4)}",
             str(source),
             len(names),
-            why=f"each is {why}",
+            why=why,
             fix="nothing to do: servers need only the weights in safetensors, the config and the "
             "tokenizer",
         )
