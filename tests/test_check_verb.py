@@ -214,7 +214,7 @@ def test_an_adapter_that_training_refuses_is_an_error(
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *MORE, *APART])
 def test_whole_folders_of_every_family_are_taken(tmp_path: Path, kind: str) -> None:
-    """In one file and in shards, under transformers' own names and under those of the Hub."""
+    """In one file and in shards; some store other names than the model has."""
     made = family(kind)
     for name, size in (("one", "5GB"), ("shards", "20KB")):
         made.save_pretrained(tmp_path / name, max_shard_size=size)
