@@ -216,7 +216,16 @@ def require_export(
         require_llama_cpp(f"--to {what}")
     if quantised and quant is not None:
         require_quantiser(quant)
-    return what, quant or QUANT[what]
+    held = quant or QUANT[what]
+    if go_template:
+        from truetune.exporting.ollama import require_go
+
+        require_go()
+    if what == "mlx":
+        from truetune.exporting.mlx import require_mlx
+
+        require_mlx(held)
+    return what, held
 
 
 _NO_EFFECT = {
