@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tiny_models import tiny_config, tiny_tokenizer
+from refused_folders import REFUSED
+from tiny_families import APART, FAMILIES, MORE, family
+from tiny_models import edit_json, tiny_config, tiny_tokenizer, write_model
 from truetune.cli.verbs import main
+from truetune.contract.contract import PromptContract
+from truetune.errors import ModelError
 from truetune.listener import Listener
+from truetune.model.load import load_model, require_whole_folder
+from truetune.model.lora import LoraSettings, add_lora
+from truetune.model.save import save_model
 from truetune.recipe.sources import make_recipe
 from truetune.run.checkup import check_run
 
@@ -155,3 +163,67 @@ def test_text_of_rows_cannot_draw_on_the_terminal(
     data.write_text(json.dumps(row) + "\n")
     assert run(model, data) == 1
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_what_training_refuses_of_the_files_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    change, code = REFUSED[damage]
+    folder = write_model(tmp_path / "base", max_position_embeddings=4096)
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(20)])
+    assert run(folder, data) == 0
+    capsys.readouterr()
+    change(folder)
+    assert run(folder, data, "--all") in (1, 2)
+    shown = capsys.readouterr()
+    assert f"error[{code}]" in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"r": 10**12}, "model-shape-mismatch"),
+        ({"peft_type": "EVIL"}, "adapter-type"),
+        (None, "model-file-hostile"),
+    ],
+)
+def test_an_adapter_that_training_refuses_is_an_error(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any] | None,
+    code: str,
+) -> None:
+    write_model(tmp_path / "base", max_position_embeddings=4096)
+    loaded = load_model(tmp_path / "base", purpose="lora", device="cpu")
+    folder = tmp_path / "adapter"
+    loaded = add_lora(loaded, LoraSettings(r=4), seed=0)
+    save_model(loaded, PromptContract.load(loaded.tokenizer), folder)
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(20)])
+    assert run(folder, data, "--lora") == 0
+    capsys.readouterr()
+    if changes is None:
+        (folder / "adapter_model.safetensors").unlink()
+        os.mkfifo(folder / "adapter_model.safetensors")
+    else:
+        edit_json(folder / "adapter_config.json", **changes)
+    assert run(folder, data, "--lora") in (1, 2)
+    shown = capsys.readouterr()
+    assert f"error[{code}]" in shown.out + shown.err
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, *MORE, *APART])
+def test_whole_folders_of_every_family_are_taken(tmp_path: Path, kind: str) -> None:
+    """In one file and in shards; some store other names than the model has."""
+    made = family(kind)
+    for name, size in (("one", "5GB"), ("shards", "20KB")):
+        made.save_pretrained(tmp_path / name, max_shard_size=size)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+        require_whole_folder(tmp_path / name)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    # One shard is not the model.
+    first = min((tmp_path / "shards").glob("*.safetensors"))
+    first.unlink()
+    with pytest.raises(ModelError) as caught:
+        require_whole_folder(tmp_path / "shards")
+    assert caught.value.code == "model-shards-missing"

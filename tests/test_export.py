@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 
 from fresh_process import in_this_process  # noqa: F401  (a fixture)
+from refused_folders import REFUSED
 from tiny_models import edit_json, write_model
-from tiny_runs import command, write_rows
+from tiny_runs import command, sums, write_rows
 from truetune.compare import agreement, measure
 from truetune.contract.contract import PromptContract
 from truetune.errors import CheckFailed, ModelError, OutputExists, UsageError
@@ -378,6 +380,81 @@ def test_a_whole_model_is_copied(tmp_path: Path) -> None:
     assert told.code == 1
     assert "config.json" in told.err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_what_training_refuses_is_not_exported(tmp_path: Path, damage: str) -> None:
+    """Copied as it lies, it would be served, or run code, or hold no weights."""
+    change, code = REFUSED[damage]
+    change(write_model(tmp_path / "base"))
+    with pytest.raises(ModelError) as trained:
+        load_model(tmp_path / "base")
+    assert trained.value.code == code
+    before = left(tmp_path)
+    for to in ("merged", "vllm"):
+        told = command("export", tmp_path / "base", "--to", to, "-o", tmp_path / "out")
+        assert (told.code, f"[{code}]" in told.err) == (2, True), told.err
+        assert left(tmp_path) == before
+
+
+def test_code_and_pickles_stay_behind(tmp_path: Path) -> None:
+    """Of an architecture that transformers has, the folder's own code is not needed."""
+    base = write_model(tmp_path / "base")
+    names = left(base)
+    edit_json(base / "config.json", auto_map={"AutoModelForCausalLM": "own.Model"})
+    (base / "own.py").write_text("raise SystemExit")
+    (base / "custom_generate").mkdir()
+    (base / "custom_generate" / "generate.py").write_text("raise SystemExit")
+    (base / "training_args.bin").write_bytes(b"\x80\x04N.")
+    (base / "state").write_bytes(b"\x80\x04N.")
+    os.mkfifo(base / "pipe")
+    (base / "NOTICE").symlink_to("/dev/zero")
+    (base / "LICENSE").write_text("Free.")
+    (base / "model-q8_0.gguf").write_bytes(b"GGUF")
+    told = command("export", base, "-o", tmp_path / "out")
+    assert told.code == 0, told.err
+    copied = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert copied == names | {"LICENSE", "model-q8_0.gguf"}
+    for name in ("own.py", "custom_generate/generate.py", "training_args.bin", "state", "pipe"):
+        assert name in told.out
+
+
+@pytest.mark.parametrize("how", [(), ("--lora",)])
+def test_a_record_decides_where_the_manifest_is_gone(
+    tmp_path: Path,
+    how: tuple[str, ...],
+    in_this_process: None,  # noqa: F811
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run = tmp_path / "run"
+    data = write_rows(tmp_path / "rows.jsonl", sums(40))
+    shown = command(
+        *("train", write_model(tmp_path / "base"), data, "-o", run, "--dtype", "float32"),
+        *("--max-steps", 2, "--batch-size", 4, *how),
+    )
+    assert shown.code == 0, shown.err
+    (run / "manifest.json").unlink()
+    told = command("export", run, "-o", tmp_path / "out")
+    assert told.code == 0, told.err
+    folder = run / ("adapter" if how else "model")
+    path = folder / ("adapter_model.safetensors" if how else "model.safetensors")
+    tensors = load_file(path)
+    if how:
+        # Where the base lies now is not what was trained.
+        (tmp_path / "base").rename(tmp_path / "moved")
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "moved"))
+        assert command("export", run, "-o", tmp_path / "again").code == 0
+        tensors[min(tensors)][0, 0] += 1
+    else:
+        one, two = "model.layers.0.input_layernorm.weight", "model.layers.1.input_layernorm.weight"
+        tensors[one], tensors[two] = tensors[two] + 0.5, tensors[one]
+    save_file(tensors, path, metadata={"format": "pt"})
+    before = left(tmp_path)
+    for to in ("merged", "vllm"):
+        told = command("export", run, "--to", to, "-o", tmp_path / "other")
+        assert (told.code, path.name in told.err) == (1, True), told.err
+        assert left(tmp_path) == before
 
 
 def test_what_can_be_known_at_once(tmp_path: Path) -> None:

@@ -246,21 +246,28 @@ def projection_names(model: Any) -> dict[str, int]:
     return dict(Counter(path.rpartition(".")[2] for path, _ in linear_layers(model)))
 
 
-def require_shapes(config: Any, tensors: Mapping[str, TensorFacts], where: str) -> None:
+def require_shapes(config: Any, tensors: Mapping[str, TensorFacts], where: str) -> bool:
     """Compare the shapes in the weight files with those the config asks for.
 
     Only where every stored name is one of the model's: else transformers renames or merges
     weights on loading, and shapes can be compared only afterwards.
 
+    Returns:
+        Whether the files hold every weight of the model under its name, and nothing else.
+
     Raises:
         ModelError: they differ.
     """
-    wanted = {name: tuple(value.shape) for name, value in meta_model(config).state_dict().items()}
+    values = meta_model(config).state_dict(keep_vars=True)
+    wanted = {name: tuple(value.shape) for name, value in values.items()}
     if not tensors.keys() <= wanted.keys():
-        return
+        return False
     wrong = [(n, f.shape, wanted[n]) for n, f in tensors.items() if f.shape != wanted[n]]
     if wrong:
         raise shape_mismatch(wrong, where)
+    # Tied weights are one under two names.
+    stored = {id(values[name]) for name in tensors}
+    return all(id(value) in stored for value in values.values())
 
 
 def shape_mismatch(

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from truetune.model.architecture import causal_config
-from truetune.model.load import quiet
-from truetune.model.quantise import stored_quantisation
+from truetune.model.load import without_memory
 from truetune.model.source import ModelFiles
 from truetune.model.weights import read_headers, weight_files
 from truetune.system.lazy import torch
@@ -51,25 +50,12 @@ def dry_load(files: ModelFiles) -> DryLoad | None:
     Raises:
         ModelError: no weights, or damaged ones.
     """
-    from transformers import AutoModelForCausalLM
-
     config = causal_config(files)
     stored = read_headers(weight_files(files))
-    if stored_quantisation(config):
+    loaded = without_memory(files, config)
+    if loaded is None:
         return None
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                files.folder,
-                config=config,
-                device_map="meta",
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except Exception:  # an architecture that cannot be made without memory: loading will tell
-        return None
+    model, info = loaded
     missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys)
     unexpected = set(info["unexpected_keys"])
     odd = unexpected | {name for name, _, _ in info["mismatched_keys"]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,20 @@ from truetune.model.tokenizer import (
     num_ids,
     open_tokenizer,
 )
-from truetune.model.weights import TensorFacts, listed, main_dtype, read_headers, weight_files
+from truetune.model.weights import (
+    WEIGHTS,
+    TensorFacts,
+    listed,
+    main_dtype,
+    read_headers,
+    weight_files,
+)
 from truetune.system.lazy import torch
 
 __all__ = ["Choice", "LoadedModel", "load_model", "load_tokenizer"]
+
+# The first matrix of a LoRA pair: its rows are the rank.
+_LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,13 +150,9 @@ def load_model(
     """
     files = locate(source, revision, weights=True)
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
-    config = causal_config(base_files)
-    require_opener(config, str(base_files.folder / "config.json"))
-    adapter_tensors = _require_adapter(files) if files.is_adapter else None
-    if tokenizer is None:
-        tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base_files)
-    tensors = read_headers(weight_files(base_files))
-    require_shapes(config, tensors, str(base_files.folder))
+    require_opener(causal_config(base_files), str(base_files.folder / "config.json"))
+    whole = require_whole(files, base_files, tokenizer)
+    config, tokenizer, tensors = whole.config, whole.tokenizer, whole.tensors
     base_dtype = main_dtype(tensors) or "float32"
     _require_trainable(config, purpose, str(base_files.folder))
     trained = read_fingerprint(files.folder) if files.is_adapter else None
@@ -176,8 +183,8 @@ def load_model(
     findings += _tokenizer_findings(model, tokenizer, files)
     if revision and not files.is_hub:
         findings.append(_useless_revision(revision, files))
-    if adapter_tensors is not None:
-        model = _attach(model, files, base_files, adapter_tensors, trainable=purpose != "inference")
+    if whole.adapter is not None:
+        model = _attach(model, files, base_files, whole.adapter, trainable=purpose != "inference")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -194,6 +201,92 @@ def load_model(
         quantised=quantised,
         fingerprint=fingerprint,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A model whose files belong together, as far as config and headers say.
+
+    Attributes:
+        config: of the base.
+        tokenizer: of the model.
+        tensors: of the base, by name.
+        adapter: tensors of the adapter; None where there is none.
+    """
+
+    config: Any
+    tokenizer: Any
+    tensors: dict[str, TensorFacts]
+    adapter: dict[str, TensorFacts] | None
+
+
+def require_whole(files: ModelFiles, base: ModelFiles, tokenizer: Any = None) -> Whole:
+    """Refuse what cannot be loaded as it is, before a weight is read: training, checking and
+    exporting ask here alike.
+
+    Args:
+        base: of an adapter; `files` where it is none.
+        tokenizer: the model's own, where it is open already.
+
+    Raises:
+        ModelError: no causal language model, code of its own, no or damaged weights, pickles only,
+            weights that are missing or have another shape, an adapter that is not LoRA.
+    """
+    config = causal_config(base)
+    adapter = _require_adapter(files) if files.is_adapter else None
+    if tokenizer is None:
+        tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base)
+    tensors = read_headers(weight_files(base))
+    where = str(base.folder)
+    # Where names differ, weights may be renamed or merged on loading: transformers judges.
+    dry = None if require_shapes(config, tensors, where) else without_memory(base, config)
+    if dry:
+        _judge_loading(*dry, where)
+    return Whole(config, tokenizer, tensors, adapter)
+
+
+def require_whole_folder(
+    source: str | Path,
+    revision: str | None = None,
+    *,
+    base: str | Path | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """As `require_whole`, of a folder of this machine. Nothing is fetched from the Hub: what is not
+    in its cache is judged when it is loaded.
+
+    Raises:
+        ModelError: see `require_whole`.
+    """
+    files = locate(source, revision, weights=False)
+    below = locate_base(files, weights=False, instead=base) if files.is_adapter else files
+    if not below.is_hub or (below.folder / WEIGHTS).is_file():
+        require_whole(files, below, tokenizer)
+    elif files.is_adapter:
+        _require_adapter(files)
+
+
+def without_memory(files: ModelFiles, config: Any) -> tuple[Any, dict[str, Any]] | None:
+    """The model on the meta device, where tensors have names and shapes only, and what transformers
+    says of loading it; None where that says nothing (a quantised model needs its library)."""
+    from transformers import AutoModelForCausalLM
+
+    if stored_quantisation(config):
+        return None
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                config=config,
+                device_map="meta",
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception:  # an architecture that cannot be made without memory: loading will tell
+        return None
+    return model, info
 
 
 def _quantised(load_in: LoadIn, trained: Fingerprint | None, files: ModelFiles) -> Quantised | None:
@@ -351,7 +444,8 @@ def _useless_revision(revision: str, files: ModelFiles) -> Finding:
 def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
     """Facts of the adapter's tensors, once its config and file can be read."""
     path = files.folder / ADAPTER_CONFIG
-    kind = read_json(path).get("peft_type")
+    config = read_json(path)
+    kind = config.get("peft_type")
     if kind != "LORA":
         raise ModelError(
             f"the adapter is of type {kind}, not LORA",
@@ -360,7 +454,32 @@ def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
             fix="merge it into its base with the tool that made it, and load the merged model",
             code="adapter-type",
         )
-    return read_headers(weight_files(files))
+    tensors = read_headers(weight_files(files))
+    _require_rank(config, tensors, str(path))
+    return tensors
+
+
+def _require_rank(config: dict[str, Any], tensors: dict[str, TensorFacts], where: str) -> None:
+    """Raise where the matrices have another rank than the config says: peft makes those first."""
+    # Of all experts of a layer, one matrix holds the ranks of each.
+    if config.get("target_parameters"):
+        return
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    wrong = [
+        (name, facts.shape[0])
+        for name, facts in sorted(tensors.items())
+        if _LORA_A.search(name) and facts.shape and facts.shape[0] not in ranks
+    ]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} of the adapter's matrices do not have the rank that its config "
+            f"requires: {wrong[0][0]} has {wrong[0][1]}, but r is {str(ranks[0])[:40]}",
+            where=where,
+            why="the config and the weights belong to different adapters, or one was edited",
+            fix="use the adapter_config.json that was saved with the weights",
+            code="model-shape-mismatch",
+        )
 
 
 def _attach(

@@ -40,6 +40,16 @@ _TORCH_NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# Bits of one number of each dtype that the format has.
+_BITS = {
+    **dict.fromkeys(("C64", "F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 # A header longer than this is no header; the library has the same limit.
 _MAX_HEADER = 100_000_000
 
@@ -87,6 +97,15 @@ def weight_files(files: ModelFiles) -> list[Path]:
     wanted = ADAPTER_WEIGHTS if files.is_adapter else WEIGHTS
     if (folder / wanted).is_file():
         return [folder / wanted]
+    # A pipe, a device or a folder; a link that leads nowhere is a file that was not copied.
+    if (folder / wanted).exists():
+        raise ModelError(
+            f"{wanted} is not a file but a folder, a pipe or a device, or a link to one",
+            where=str(folder / wanted),
+            why="the folder is damaged or malicious",
+            fix="copy the file again from the source of the model",
+            code="model-file-hostile",
+        )
     if not files.is_adapter and (folder / INDEX).is_file():
         return _shards(folder / INDEX)
     raise _no_weights(files, wanted)
@@ -198,8 +217,13 @@ def _facts(path: Path, data: int, facts: dict[str, Any]) -> TensorFacts:
     start, end = (int(offset) for offset in facts["data_offsets"])
     if not 0 <= start <= end:
         raise ValueError("the offsets of a tensor are inverted")
+    shape = tuple(facts["shape"])
+    if len(shape) > 64 or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError("a shape is not made of whole numbers")
+    if (math.prod(shape) * _BITS[facts["dtype"]] + 7) // 8 != end - start:
+        raise ValueError("a tensor has more or fewer bytes than its shape and dtype need")
     dtype = _TORCH_NAMES.get(facts["dtype"], facts["dtype"].lower())
-    return TensorFacts(dtype, tuple(facts["shape"]), path, data + start, end - start)
+    return TensorFacts(dtype, shape, path, data + start, end - start)
 
 
 def _damaged(path: Path, why: str) -> ModelError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from truetune.checks import saved_model
@@ -23,14 +24,16 @@ from truetune.checks.lengths import (
 from truetune.checks.registry import ask
 from truetune.checks.saved_model.checkpoint import Checkpoint, gather
 from truetune.contract.frame import Frame
-from truetune.errors import BadRows
+from truetune.errors import BadRows, ModelError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model.embeddings import judge_rows, read_tables
+from truetune.model.load import require_whole_folder
 from truetune.model.lora import lora_target_findings
 from truetune.model.source import locate
 from truetune.model.start import StartVerdict, verdict
 from truetune.model.tokenizer import locate_base, num_ids
+from truetune.model.weights import weights_format
 from truetune.recipe.plan import Plan
 from truetune.recipe.rates import EPOCHS, usual_rate, what_follows, words
 from truetune.recipe.settings import Recipe
@@ -115,7 +118,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
         **({"lengths": length_report(rows, *_limits(found))} if len(rows) else {}),
         "plan": fit.as_dict(),
     }
-    reported = [*found.prepared.findings, *fit.findings(), *_targets(recipe)]
+    reported = [*_weights(found), *found.prepared.findings, *fit.findings(), *_targets(recipe)]
     reported += advice(found.prepared, fit.trainable)
     if with_smoke_test and found.prepared.examples:
         listener.stage("taking one real step")
@@ -133,6 +136,20 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
             timed = fit.timed(numbers["seconds_per_token"], _tokens(found))
             summary["plan"] = timed.as_dict()
     return Checkup(_ordered(reported), summary)
+
+
+def _weights(found: Survey) -> list[Finding]:
+    """What training would refuse before it reads a weight; a folder of small files may be checked
+    without them."""
+    plan = found.prepared.plan
+    tokenizer = found.prepared.contract.tokenizer
+    try:
+        require_whole_folder(str(plan.model), plan.revision, tokenizer=tokenizer)
+    except ModelError as error:
+        if error.code == "model-no-weights" and weights_format(Path(error.where)) is None:
+            return []
+        return [error.finding]
+    return []
 
 
 def _measured_verdict(found: Survey, losses: dict[str, float]) -> StartVerdict:

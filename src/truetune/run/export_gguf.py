@@ -16,7 +16,7 @@ from truetune.exporting.gguf_adapter import on_stops as on_base_stops
 from truetune.exporting.gguf_adapter import require_lora, write_adapter
 from truetune.exporting.gguf_file import require_quant
 from truetune.exporting.gguf_shape import require_family
-from truetune.exporting.ollama import MODELFILE, guarded, modelfile, on_trimmed, require_go
+from truetune.exporting.ollama import MODELFILE, guarded, modelfile, on_trimmed
 from truetune.exporting.ollama import go_template as make_go_template
 from truetune.findings import Finding
 from truetune.listener import Listener
@@ -59,8 +59,6 @@ def export_gguf(
             left behind.
     """
     listener = listener or Listener()
-    if go_template:
-        require_go()
     folder = _required(source, output, quant, base)
     with named_at_last(Path(output)) as unnamed:
         loaded, findings = merged_or_whole(folder, base, onto, device, listener)

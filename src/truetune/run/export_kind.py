@@ -11,6 +11,8 @@ from truetune.exporting.quantised import QUANTS, require_quantiser
 from truetune.findings import near
 from truetune.listener import Listener
 from truetune.model.served_adapter import SERVERS
+from truetune.model.source import locate
+from truetune.run_dir import opened
 from truetune.servers.llama_cpp import require_llama_cpp
 
 if TYPE_CHECKING:
@@ -78,6 +80,19 @@ def export_as(
         output=output,
         data=data,
     )
+    from truetune.model.load import require_whole_folder
+
+    listener = listener or Listener()
+    listener.stage("opening the model's files")
+    folder = opened(source)
+    # A whole model, or an adapter that is small: their weights are needed in any case.
+    files = locate(folder, weights=True)
+    require_whole_folder(folder, base=base)
+    # A model that is copied is compared where it is copied.
+    if verify and (files.is_adapter or held or what not in _FOLDERS):
+        from truetune.run.export_whole import require_saved
+
+        require_saved(source, listener)
     shared: dict[str, Any] = {"base": base, "device": device, "listener": listener}
     if what in ("gguf", "ollama"):
         from truetune.run.export_gguf import export_adapter, export_gguf
@@ -201,7 +216,16 @@ def require_export(
         require_llama_cpp(f"--to {what}")
     if quantised and quant is not None:
         require_quantiser(quant)
-    return what, quant or QUANT[what]
+    held = quant or QUANT[what]
+    if go_template:
+        from truetune.exporting.ollama import require_go
+
+        require_go()
+    if what == "mlx":
+        from truetune.exporting.mlx import require_mlx
+
+        require_mlx(held)
+    return what, held
 
 
 _NO_EFFECT = {

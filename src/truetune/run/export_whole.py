@@ -10,6 +10,7 @@ from pathlib import Path
 
 from truetune.contract.contract import PromptContract
 from truetune.errors import CheckFailed, SaveError
+from truetune.findings import Finding, phrase
 from truetune.listener import Listener
 from truetune.model.load import load_model
 from truetune.model.merge import Onto
@@ -17,8 +18,7 @@ from truetune.model.save import save_model
 from truetune.model.source import locate
 from truetune.run.pipeline import ExportResult, export
 from truetune.run_dir import named_at_last, opened, sha256
-from truetune.verification.artifact import run_of
-from truetune.verification.files import check_files
+from truetune.verification.artifact import check_saved, run_of
 from truetune.verification.verdict import Verdict
 
 
@@ -76,30 +76,79 @@ def export_plain(
             check=check,
             listener=listener,
         )
-    run = run_of(source) if check else None
     with named_at_last(Path(output)) as unnamed:
-        verdict = None
-        if run is not None:
-            listener.stage("comparing the files with those that the run saved")
-            verdict = Verdict(folder, (check_files(run, folder),))
-            if not verdict.passed:
-                raise CheckFailed("the model is not what its run saved", verdict.findings())
+        verdict = require_saved(source, listener) if check else None
         if dtype is not None:
             listener.stage(f"casting the weights to {dtype}")
             loaded = load_model(folder, dtype="float32", device=device, purpose="inference")
             save_model(loaded, PromptContract.load(loaded.tokenizer), unnamed, dtype=dtype)
         else:
             listener.stage("copying")
-            _copy(files.folder, unnamed)
+            for finding in _copy(files.folder, unnamed):
+                listener.finding(finding)
         number = sum(path.is_file() for path in unnamed.rglob("*"))
     return WholeExport(Path(output), dtype or "", number, verdict)
 
 
-def _copy(source: Path, folder: Path) -> None:
-    """Copy a model's files, and read them back."""
+def require_saved(source: str, listener: Listener) -> Verdict | None:
+    """The files of a run's model or adapter as the run saved them; None without a run.
+
+    Raises:
+        CheckFailed: they are not.
+    """
+    if run_of(source) is None:
+        return None
+    listener.stage("comparing the files with those that the run saved")
+    verdict = check_saved(source)
+    if verdict and not verdict.passed:
+        raise CheckFailed("the model is not what its run saved", verdict.findings())
+    return verdict
+
+
+# Programs run these; a folder to serve needs none.
+_CODE = (".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".cmd", ".exe")
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+
+
+def _left_out(path: Path) -> str:
+    """Why a file is not copied; "" where it is."""
+    if not path.is_file():
+        return "a pipe, a device or a link to one is not a file of a model"
+    suffix = path.suffix.lower()
+    if suffix in _CODE:
+        return "truetune does not run code that comes with weights, and does not pass it on"
+    if suffix in _PICKLE:
+        return _RUNS
+    if suffix in (".safetensors", ".gguf"):
+        return ""
+    with path.open("rb") as file:
+        start = file.read(4)
+    # A pickle of protocol 2 or newer, and the archive that torch writes.
+    pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    return _RUNS if pickled or start == b"PK\3\4" else ""
+
+
+_RUNS = "a pickle can run code when it is loaded"
+
+
+def _copy(source: Path, folder: Path) -> list[Finding]:
+    """Copy a model's files, and read them back; what is not copied is named."""
+    left: dict[str, list[str]] = {}
+
+    def ignored(place: str, names: list[str]) -> set[str]:
+        skipped = set()
+        for name in names:
+            path = Path(place) / name
+            if name.startswith("."):
+                skipped.add(name)
+            elif not path.is_dir() and (why := _left_out(path)):
+                skipped.add(name)
+                left.setdefault(why, []).append(path.relative_to(source).as_posix())
+        return skipped
+
     try:
         # A Hub cache holds links.
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".*"))
+        shutil.copytree(source, folder, ignore=ignored)
         copied = [path for path in folder.rglob("*") if path.is_file()]
     except (OSError, shutil.Error) as error:
         raise SaveError(
@@ -114,3 +163,16 @@ def _copy(source: Path, folder: Path) -> None:
                 where=str(folder),
                 fix="check the disk, or choose another folder with --output",
             )
+    return [
+        Finding(
+            "export-left-out",
+            "warning",
+            f"not copied into the export: {phrase(sorted(names), 4)}",
+            str(source),
+            len(names),
+            why=why,
+            fix="nothing to do: servers need only the weights in safetensors, the config and the "
+            "tokenizer",
+        )
+        for why, names in left.items()
+    ]

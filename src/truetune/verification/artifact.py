@@ -18,6 +18,7 @@ from typing import Any
 
 from truetune.compare import Agreement
 from truetune.errors import InputError, UsageError
+from truetune.model.source import ADAPTER_CONFIG
 from truetune.run_dir import CONTRACT, MANIFEST, RECIPE, RunDir, opened, parsed
 from truetune.verification.files import check_files, check_record
 from truetune.verification.fresh import VerifyError, ask
@@ -85,6 +86,28 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
         checks += [_contract(run, found, record if final else None), _rows(rows, found)]
         checks += _logits(record, found) if final else [_NO_LOGITS]
     return Verdict(folder, tuple(checks))
+
+
+def check_saved(source: str) -> Verdict | None:
+    """What a run saved against its manifest and its record, without opening it; a manifest that was
+    removed hides nothing. None where it is no run's, or an adapter without a record.
+
+    An adapter is held to the record alone: its base may lie elsewhere now, which a manifest does
+    not know.
+
+    Raises:
+        InputError: manifest or record are damaged.
+    """
+    run = run_of(source)
+    if run is None:
+        return None
+    folder = opened(source)
+    checks = []
+    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        checks.append(check_files(run, folder))
+    if _is_artifact(folder, run) and (record := read_record(run)):
+        checks.append(check_record(run, record, rows_digest(read_rows(run))))
+    return Verdict(folder, tuple(checks)) if checks else None
 
 
 def _holds_anything(folder: Path) -> bool:
