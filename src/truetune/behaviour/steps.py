@@ -12,7 +12,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from truetune.findings import Finding
 
@@ -91,8 +91,11 @@ class NoGradient:
 # the rows that happen to be in them.
 _WINDOW_ROWS, _WINDOW_STEPS = 64, 5
 # A loss has diverged where its median lies above the first one by a quarter and a little more, or
-# above the best one by so many nats: rows that are shuffled do not do that by chance.
+# above the best one by so many nats.
 _ABOVE_FIRST, _NATS_ABOVE_FIRST, _NATS_ABOVE_BEST = 1.25, 0.3, 1.5
+# Its mean has risen by so many standard errors besides: where easy and hard files are mixed, the
+# losses of steps differ by nats, medians jump, and the best of many windows is a lucky one.
+_ERRORS = 6.0
 
 
 class Divergence:
@@ -105,8 +108,12 @@ class Divergence:
     def __init__(self, rows_per_step: int = 1) -> None:
         self.rows_per_step = rows_per_step
         self.losses: deque[float] = deque()
-        self.first: float | None = None
-        self.best = math.inf
+        # Median and mean of a window.
+        self.first: tuple[float, float] | None = None
+        self.best = (math.inf, math.inf)
+        # The sum of the squared changes from step to step, which a trend hardly moves, and their
+        # number.
+        self.changes, self.num_changes = 0.0, 0
         self.reported = False
 
     def __call__(self, facts: StepFacts) -> Finding | None:
@@ -114,25 +121,35 @@ class Divergence:
             return None
         rows = len(facts.rows) or self.rows_per_step
         window = max(_WINDOW_STEPS, math.ceil(_WINDOW_ROWS / rows))
+        if self.losses:
+            self.changes += (facts.loss - self.losses[-1]) ** 2
+            self.num_changes += 1
         self.losses.append(facts.loss)
         while len(self.losses) > window:
             self.losses.popleft()
         if len(self.losses) < window:
             return None
-        now = median(self.losses)
+        now = median(self.losses), fmean(self.losses)
         if self.first is None:
             self.first = now
         before, self.best = self.best, min(self.best, now)
-        over_first = now > _ABOVE_FIRST * self.first + _NATS_ABOVE_FIRST
-        over_best = now > before + _NATS_ABOVE_BEST
+        # The variance of a change is twice that of a step's loss.
+        by_chance = _ERRORS * math.sqrt(self.changes / 2 / self.num_changes / window)
+        over_first = (
+            now[0] > _ABOVE_FIRST * self.first[0] + _NATS_ABOVE_FIRST
+            and now[1] > self.first[1] + by_chance
+        )
+        over_best = now[0] > before[0] + _NATS_ABOVE_BEST and now[1] > before[1] + by_chance
         if self.reported or not (over_first or over_best):
             return None
         self.reported = True
-        reference = f"{self.first:.2f} at the start" if over_first else f"{before:.2f} at its best"
+        reference = (
+            f"{self.first[0]:.2f} at the start" if over_first else f"{before[0]:.2f} at its best"
+        )
         return Finding(
             "loss-diverged",
             "error",
-            f"the training loss is {now:.2f} nats per token at step {facts.step} (median of "
+            f"the training loss is {now[0]:.2f} nats per token at step {facts.step} (median of "
             f"{window} steps), after {reference}",
             why=f"the learning rate is too high ({facts.learning_rate:.1e} at this step), or "
             "these rows are unlike the others",
