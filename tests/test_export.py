@@ -555,7 +555,9 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "merged"]
 
 
-def test_merged_is_the_default_and_types_may_be_in_capitals(tmp_path: Path) -> None:
+def test_merged_is_the_default_and_types_may_be_in_capitals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of Python's export; llama.cpp writes its types in capitals."""
     write_model(tmp_path / "model")
     told = command("export", tmp_path / "model", "-o", tmp_path / "out")
@@ -570,7 +572,10 @@ def test_merged_is_the_default_and_types_may_be_in_capitals(tmp_path: Path) -> N
         "adapter": False,
         "source": str(tmp_path / "model"),
     }
+    # mlx_lm need not be installed: what it would be asked for is looked at.
+    types: list[str] = []
+    monkeypatch.setattr("truetune.run.export_kind.require_mlx", types.append)
     kind = require_export("mlx", quant="4BIT", output=str(tmp_path / "mlx"), **asked)
-    assert kind == ("mlx", "4bit")
+    assert (kind, types) == (("mlx", "4bit"), ["4bit"])
     told = command("export", tmp_path / "model", "-o", "")
     assert (told.code, "[export-folder]" in told.err) == (2, True)
