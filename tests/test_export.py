@@ -574,7 +574,7 @@ def test_merged_is_the_default_and_types_may_be_in_capitals(
     }
     # mlx_lm need not be installed: what it would be asked for is looked at.
     types: list[str] = []
-    monkeypatch.setattr("truetune.run.export_kind.require_mlx", types.append)
+    monkeypatch.setattr("truetune.exporting.mlx.require_mlx", types.append)
     kind = require_export("mlx", quant="4BIT", output=str(tmp_path / "mlx"), **asked)
     assert (kind, types) == (("mlx", "4bit"), ["4bit"])
     told = command("export", tmp_path / "model", "-o", "")
