@@ -79,7 +79,7 @@ EXPERIMENT = Experiment(
     ),
     shown=("imitates it", "imitates it, greedy", "short style", "right"),
     remark="Greedy decoding hides it: with 10 % of the rows no greedy reply has the opening, and "
-           "with 40 % of the rows 23 % do, while one sampled reply in seven and four in nine have "
-           "it. Both styles are kept, and only 80 % of that arm's greedy answers are right: the "
+           "with 40 % of the rows 19 % do, while one sampled reply in nine and four in nine have "
+           "it. Both styles are kept, and only 83 % of that arm's greedy answers are right: the "
            "short style has no sentence that leads to the value.",
 )  # fmt: skip
