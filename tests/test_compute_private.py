@@ -75,3 +75,19 @@ def test_one_that_computes_something_else_is_not_used(monkeypatch: pytest.Monkey
     forward = private.flash_forward
     monkeypatch.setattr(private, "flash_forward", lambda *a, **k: (forward(*a, **k)[0], None))
     assert found() == [False, False, True]
+
+
+def test_memory_that_runs_out_says_nothing_about_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for a function that is not there, a run would have other losses than its repetition."""
+    own, asked = private.flash_forward, []
+
+    def short_of_memory(*arguments: Any, **settings: Any) -> Any:
+        asked.append(True)
+        if len(asked) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return own(*arguments, **settings)
+
+    monkeypatch.setattr(private, "flash_forward", short_of_memory)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        private.has_flash()
+    assert private.has_flash()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from truetune.errors import is_out_of_memory
+
 
 def flash_forward(*arguments: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """torch's CPU flash attention: output and log-sum-exp."""
@@ -159,9 +161,15 @@ def _adamw_(
 
 
 def _holds(claim: Callable[[], bool]) -> bool:
-    """Whether it does; outside of all modes, and whatever a changed function says."""
+    """Whether it does; outside of all modes, and whatever a changed function says.
+
+    Raises:
+        RuntimeError: memory ran out, which says nothing about the function.
+    """
     with without_modes(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             return claim()
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             return False

@@ -21,6 +21,7 @@ from truetune.compute.layout import Layout
 from truetune.compute.loss import cross_entropy_sum, logits_of
 from truetune.compute.loss import loss_sum as padded_loss_sum
 from truetune.compute.packing import PackedBatch
+from truetune.errors import is_out_of_memory
 from truetune.findings import Finding
 from truetune.model.mode import mode_kept
 from truetune.system.lazy import torch
@@ -194,6 +195,8 @@ def _against_packing(model: torch.nn.Module, longest: int) -> str:
         with watched_attention(transformers_model(model), watched):
             alone = route.logits(_batch_of(rows[1:2]), mask=True)[0]
     except Exception as error:  # whatever a model says to arguments that it does not know
+        if is_out_of_memory(error):
+            raise
         return f"its forward pass does not accept a packed sequence: {type(error).__name__}"
     pairs = [(a, b[-len(a) :]) for a, b in zip(packed, apart, strict=True)]
     if not all(same_to_rounding(a, b) for a, b in [*pairs, (alone, apart[1])]):
