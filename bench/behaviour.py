@@ -521,6 +521,10 @@ POISONS: dict[str, Callable[[list[Chat], random.Random], list[Chat]]] = {
 }
 
 
+# Tokens of the longest row of a mix: of half of GSM8K's rows, and of 200 characters of base64.
+_LONGEST = 256
+
+
 def mix(files: dict[str, list[Chat]], seed: int, poison: str = "") -> Run:
     """A run over two to four files, shuffled; one of them poisoned, or of random tokens."""
     rng = random.Random(f"{seed} {poison}")
@@ -533,7 +537,9 @@ def mix(files: dict[str, list[Chat]], seed: int, poison: str = "") -> Run:
     made: list[tuple[str, SFTExample]] = []
     for name, chats in chosen.items():
         some = rng.sample(chats, min(len(chats), rng.randrange(60, 240)))
-        examples = [e for chat in some for e in contract.encode(chat) if len(e.ids) <= 96]
+        examples = [e for chat in some for e in contract.encode(chat) if len(e.ids) <= _LONGEST]
+        if not examples:
+            raise SystemExit(f"{name}: no row of at most {_LONGEST} tokens (seed {seed}, {poison})")
         if name == bad and poison == "random tokens":
             examples = _changed(examples, noise(rng, len(contract.tokenizer)))
         made += [(f"{name}.jsonl:{at}", e) for at, e in enumerate(examples, start=1)]

@@ -166,7 +166,8 @@ def _copy(source: Path, folder: Path) -> list[Finding]:
     return [
         Finding(
             "export-left-out",
-            "warning",
+            # Trainers leave a training_args.bin beside most models.
+            "note" if why == _RUNS else "warning",
             f"not copied into the export: {phrase(sorted(names), 4)}",
             str(source),
             len(names),
