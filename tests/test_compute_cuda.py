@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 WINDOWS = st.one_of(st.none(), st.integers(1, 20))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(layouts(), WINDOWS)
 def test_the_calls_are_who_sees_whom(layout: Layout, window: int | None) -> None:
     """Each pair that sees meets once, no other pair meets; no query is in a call twice."""
@@ -241,7 +241,7 @@ def test_a_kernel_is_proved_before_it_is_used() -> None:
 LONG = Layout((300, 40, 90, 8, 200), (-1, 0, 1, 0, -1))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.one_of(layouts(), st.just(LONG)), WINDOWS, st.integers(1, 40))
 def test_block_masks_are_those_of_every_pair(
     layout: Layout, window: int | None, times: int

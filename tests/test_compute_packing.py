@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from truetune import SFTExample
@@ -39,7 +39,6 @@ rows_of_few_ids = st.lists(
 )
 
 
-@settings(deadline=None)  # the first call imports torch
 @given(rows_of_few_ids, st.sampled_from([None, 1, 2, 4]), st.integers(0, 5))
 def test_a_batch_holds_what_its_rows_hold(
     ids: list[list[int]], min_shared: int | None, first: int

@@ -398,7 +398,7 @@ def contracts() -> dict[str, PromptContract]:
 
 
 @pytest.mark.parametrize("template", ["plain", "ir", "lite"])
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=6))
 def test_the_equation_holds_for_any_text(
     contracts: dict[str, PromptContract], template: str, contents: list[str]
@@ -414,7 +414,7 @@ def test_the_equation_holds_for_any_text(
         assert whole == ChatTemplate.render(messages) + "<|assistant|>\n"
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(contents=st.lists(CONTENT, min_size=2, max_size=4))
 def test_a_stop_inside_an_answer_is_always_refused(
     contracts: dict[str, PromptContract], contents: list[str]

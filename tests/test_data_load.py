@@ -158,6 +158,22 @@ def test_a_mistyped_relative_path_is_not_looked_for_on_the_hub(tmp_path, monkeyp
         refused("no-such-file", source)
 
 
+def test_rows_below_the_working_folder_have_the_name_that_was_typed(tmp_path, monkeypatch):
+    """A resumed run has absolute paths; its samples are those of the rows that it began with."""
+    path = put(tmp_path / "data" / "a.jsonl", PAIR)
+    monkeypatch.chdir(tmp_path)
+    for source in ("data/a.jsonl", path, "./data/a.jsonl", "data", path.parent):
+        assert load(source).conversations[0].where.endswith("data/a.jsonl:1"), source
+        assert not Path(load(source).conversations[0].where).is_absolute(), source
+    monkeypatch.chdir(tmp_path / "data")
+    assert (
+        load(path.parent).conversations[0].where == load(".").conversations[0].where == "a.jsonl:1"
+    )
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert Path(load(path).conversations[0].where).is_absolute()
+
+
 def test_single_file_is_one_split(tmp_path):
     path = put(tmp_path / "a.jsonl", PAIR)
     assert load(path, split="train").num_rows == 1

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truetune.data.read import read_file
@@ -210,7 +210,7 @@ ROWS = st.lists(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(rows=ROWS, indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
 def test_json_round_trips(tmp_path, rows, indent, ascii_only):
     kwargs = {"ensure_ascii": True} if ascii_only else {}
@@ -262,7 +262,7 @@ def test_broken_csv(tmp_path, text, line):
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"))
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(cells=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=4))
 def test_csv_round_trips(tmp_path, cells):
     path = tmp_path / "a.csv"
@@ -338,7 +338,7 @@ def test_long_text_file_is_cut_at_blank_lines(tmp_path):
     assert len(read_file(path, 1)[0].rows) == 1
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(st.lists(st.sampled_from(["", " ", "a", "b" * 1999, "c" * 4001]), min_size=1, max_size=20))
 def test_pieces_hold_all_the_text(tmp_path, parts):
     text = "\n".join([*parts, "end"])

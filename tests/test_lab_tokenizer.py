@@ -51,7 +51,7 @@ _TEXT = st.text() | st.lists(
 ).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=_TEXT)
 def test_any_text_round_trips_with_the_ids_of_the_raw_file(tokenizer, raw, text):
     ids = tokenizer.encode(text)

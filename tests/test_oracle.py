@@ -289,7 +289,7 @@ def require_no_silent_row(name: str, messages: list[dict[str, Any]]) -> None:
     assert found.verdict not in BAD, found.why
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["plain", "history_without_thinking", "string_arguments"]), conversations())
 def test_any_conversation_is_exact_or_refused(name: str, messages: list[dict[str, Any]]) -> None:
     require_no_silent_row(name, messages)
@@ -297,7 +297,7 @@ def test_any_conversation_is_exact_or_refused(name: str, messages: list[dict[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", corpus.CONTROL)
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(messages=conversations())
 def test_any_conversation_is_exact_or_refused_on_every_template(
     name: str, messages: list[dict[str, Any]]

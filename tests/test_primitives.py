@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_models import tiny_tokenizer
@@ -116,7 +116,6 @@ def test_what_cannot_be_rendered_is_a_value_error(messages: list[dict[str, Any]]
         ChatTemplate.render_with_mask(messages, Characters())
 
 
-@settings(deadline=None)
 @given(conversations())
 def test_render_equals_the_shipped_jinja(messages: list[dict[str, str]]) -> None:
     jinja = Renderer(builtin_template("chatml-lite", tiny_tokenizer()), {}, {})

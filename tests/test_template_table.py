@@ -179,7 +179,7 @@ def bare(text: str) -> str:
 @needs_official
 @pytest.mark.slow
 @pytest.mark.parametrize("path", corpus.OFFICIAL, ids=lambda path: path.stem)
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(rows=conversations())
 def test_any_text_survives_on_every_template(path: Path, rows: list[dict[str, Any]]) -> None:
     contract, taken = fitted(path)

@@ -438,7 +438,7 @@ def test_every_template_of_the_folder_has_a_formula() -> None:
 
 
 @pytest.mark.parametrize("name", HABITS)
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_plain_conversation(name: str, data: Any) -> None:
     habit, contract = HABITS[name], contract_for(name, reasoned=False)
@@ -456,7 +456,7 @@ def test_any_plain_conversation(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in HABITS if HABITS[name].think])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_conversation_with_reasoning(name: str, data: Any) -> None:
     habit, contract = HABITS[name], contract_for(name, reasoned=True)
@@ -467,7 +467,7 @@ def test_any_conversation_with_reasoning(name: str, data: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["NFC", "byte fallback"])
 @pytest.mark.parametrize("name", ["plain", "hybrid_switch", "closed_by_nothing", "channels"])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_conversation_under_a_normaliser(name: str, kind: Tokenizer, data: Any) -> None:
     reasoned = HABITS[name].think is not None and data.draw(st.booleans())
@@ -491,7 +491,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", HABITS)
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(data=st.data())
 def test_markers_in_any_text_are_learned_as_they_are_or_refused(name: str, data: Any) -> None:
     """A question may hold what it likes; an answer may hold what is no stop and what the template
@@ -542,7 +542,7 @@ BLOCKS = (("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]"
 
 
 @pytest.mark.parametrize("name", [name for name in HABITS if HABITS[name].think])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_turns_with_and_without_reasoning(name: str, data: Any) -> None:
     """What takes rows of both kinds takes rows that have both; what does not says why."""

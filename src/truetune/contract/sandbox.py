@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -155,6 +156,8 @@ def start() -> None:
         _started()
 
 
+# A contract that is fitted, tried with other arguments and saved asks about one template often.
+@functools.lru_cache(maxsize=64)
 def describe(source: str) -> Answer:
     """What a template reads and writes; see `worker.py`."""
     with _lock:

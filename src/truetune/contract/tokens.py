@@ -95,15 +95,22 @@ class Tokens:
         before what follows, or strip it: each token is tried with what may follow.
         """
         tries = ("a", " a", "\n", "\n\na", "\u00e9", "\u6f22", "assistant\nThe 1", "  x", ".")
-        found = []
-        for text in self.added_texts:
-            # A shorter token that begins like a longer one would cut inside it.
-            if len(text) < 4 or any(o != text and o.startswith(text) for o in self.added_texts):
-                continue
-            joint = self.encode(["z" + text + end for end in tries])
-            head, *rest = self.encode(["z" + text, *tries])
-            if all(whole == head + end for whole, end in zip(joint, rest, strict=True)):
-                found.append(text)
+        # A shorter token that begins like a longer one would cut inside it. In their order, a text
+        # stands right before those that begin with it.
+        ordered = sorted(set(self.added_texts))
+        texts = [
+            text
+            for text, after in itertools.zip_longest(ordered, ordered[1:], fillvalue="")
+            if len(text) >= 4 and not after.startswith(text)
+        ]
+        ends = self.encode(tries)
+        heads = self.encode(["z" + text for text in texts])
+        joint = self.encode(["z" + text + end for text in texts for end in tries])
+        found = [
+            text
+            for i, text in enumerate(texts)
+            if joint[i * len(tries) : (i + 1) * len(tries)] == [heads[i] + end for end in ends]
+        ]
         longest = sorted(found, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest))) if found else None
 

@@ -47,7 +47,7 @@ def resolve(source: str | Path, split: str | None) -> Source:
         DataError: `no-such-file`, `no-data-files`, `no-such-split`.
     """
     _require_a_name(str(source))
-    path = Path(source).expanduser()
+    path = _as_typed(Path(source).expanduser())
     if path.is_dir():
         return Source(()) if is_dataset_folder(path) else _folder(path, split)
     if path.exists():
@@ -60,6 +60,16 @@ def resolve(source: str | Path, split: str | None) -> Source:
     if (described and is_dataset_folder(Path(described))) or is_hub_id(str(source)):
         return Source(())
     raise _no_such_file(path)
+
+
+def _as_typed(path: Path) -> Path:
+    """A path below the working folder, relative to it.
+
+    A run records absolute paths. Resumed from the same folder, its rows have the names that they
+    had before, in samples.jsonl and on the page.
+    """
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _require_a_name(source: str) -> None:
