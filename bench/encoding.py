@@ -11,7 +11,7 @@ alone when the rows are given as prompt and completion: both are measured.
 
 With `--turns` one conversation of so many answers is fitted and encoded, in a fresh process each
 round, and one of half as many questions that are answered behind a call and its result: seconds of
-processor time, those of the process that renders templates included, and seconds that pass.
+processor time, those of the process that renders templates included, and wall-clock time.
 `--write` puts the lines of MODEL (several may be named) into docs/performance.md.
 """
 
@@ -190,7 +190,7 @@ def _long_rows(models: list[str], turns: int, rounds: int, write: bool) -> None:
     lines += [
         "",
         f"Seconds, median of {rounds} fresh processes; two cores, load {load[0]:.0f} to "
-        f"{load[1]:.0f} (it makes the seconds that pass longer, and those of the processor a "
+        f"{load[1]:.0f} (a higher load lengthens wall-clock times, and processor times a "
         f"little). {datetime.date.today()}.",
     ]
     text = "\n".join(lines)

@@ -3,7 +3,7 @@
     python bench/memory.py [--write]
 
 Prints the estimate, the growth of the process's peak over three steps (Linux counts it in
-/proc/self/status), and their quotient; --write puts the table into docs/performance.md.
+/proc/self/status), and their ratio; --write puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from workloads import ROOT, make_model
 
 BEGIN, END = "<!-- made by bench/memory.py -->", "<!-- end of memory -->"
-HEAD = "| case | estimate MB | measured MB | quotient |\n|---|---|---|---|\n"
+HEAD = "| case | estimate MB | measured MB | ratio |\n|---|---|---|---|\n"
 
 
 @dataclass(frozen=True)

@@ -681,7 +681,10 @@ def rounded(model: Any) -> None:
 
 
 def healthy_table(twins: dict[str, Twin]) -> tuple[str, int]:
-    lines = ["| model | export | change of predictions, share of the spread | alarms |", "|---|---|---|---|"]
+    lines = [
+        "| model | export | change of predictions, share of the spread | alarms |",
+        "|---|---|---|---|",
+    ]
     alarms = 0
     for twin in twins.values():
         base = twin.folder / "merged-bf16"

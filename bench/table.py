@@ -13,10 +13,11 @@ from typing import Any
 Run = dict[str, Any]
 
 HEAD = (
-    "| job | side | tokens/s | supervised/s | spread | peak MB | of the limit | truetune is "
-    "| its memory | loss apart |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| job | trainer | tokens/s | supervised/s | spread | peak MB | of peak rate "
+    "| truetune's speed | truetune's memory | loss difference |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
-WHOLE = "| training as a whole | side | seconds | truetune is |\n|---|---|---|---|"
+WHOLE = "| whole training | trainer | seconds | truetune's speed |\n|---|---|---|---|"
 
 
 def rate(run: Run, kind: str = "tokens") -> float:
@@ -127,9 +128,9 @@ def caption(runs: Sequence[Run]) -> str:
     steps = ", ".join(
         f"{job} {count}" for job, count in sorted({(r["job"], len(r["seconds"])) for r in done})
     )
-    clock = {"wall": "seconds that pass", "cpu": "seconds of the process on a core"}
+    clock = {"wall": "wall-clock times", "cpu": "processor times"}
     return (
-        f"Rounds: {len(rounds)}. Measured steps: {steps}. Counted: "
+        f"Rounds: {len(rounds)}. Measured steps: {steps}. Times are "
         f"{' and '.join(clock[c] for c in sorted({r['settings']['clock'] for r in done}))}. "
         f"Machine: {', '.join(sorted({r['machine'] for r in done}))}. One large matrix product, "
         f"GFLOP/s, median: {products}."

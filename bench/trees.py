@@ -27,8 +27,9 @@ Rows = list[tuple[list[int], list[int]]]
 
 BEGIN, END = "<!-- made by bench/trees.py -->", "<!-- end of trees -->"
 HEAD = (
-    "| workload | separate | tree | token ratio | speed-up | spread | share of the ratio "
-    "| gradients apart | separate, from float32 | tree, from float32 |\n"
+    "| workload | tokens, separate | tokens, tree | token ratio | speed-up | spread "
+    "| speed-up / token ratio | gradients: tree to separate | separate to float32 "
+    "| tree to float32 |\n"
     "|---|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -193,11 +194,11 @@ def main() -> None:
         lines.append(f"| {name} | {compared(model, route, rows, given.rounds, exact[name])} |")
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
-    seconds = "that pass" if given.clock == "wall" else "of the process on a core"
+    times = "wall-clock" if given.clock == "wall" else "processor"
     lines += [
         "",
-        f"{given.model}, LoRA, bfloat16, {torch.get_num_threads()} threads; median of "
-        f"{given.rounds} rounds in turn, seconds {seconds}.",
+        f"{given.model}, LoRA, bfloat16, {torch.get_num_threads()} threads; {times} times, "
+        f"median of {given.rounds} rounds in turn.",
     ]
     sys.stdout.write("\n".join(lines[-2:]) + "\n")
     if given.write:

@@ -134,8 +134,8 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 def own_part() -> str:
     about = (
-        "Each of these templates, in tests/templates, shows one behaviour. They use a tiny tokenizer that has\n"
-        "most of their markers as control tokens."
+        "Each of these templates, in tests/templates, shows one behaviour. They use a tiny tokenizer\n"
+        "that has most of their markers as control tokens."
     )
     found = [(name, outcomes(corpus.own_contract(name))) for name in corpus.CONTROL]
     return f"{OWN}\n\n{about}\n\n{table(found)}"
@@ -146,8 +146,8 @@ def official_part(
     models: Sequence[tuple[str, dict[str, Outcome]]],
 ) -> str:
     about = (
-        "These templates are used as published. Those that write a begin-of-text token use Llama 3.2's\n"
-        "tokenizer, the others Qwen2.5's, with their own markers added as control tokens."
+        "These templates are used as published. Those that write a begin-of-text token use Llama\n"
+        "3.2's tokenizer, the others Qwen2.5's, with their own markers added as control tokens."
     )
     with_models = "These models use their own tokenizer, template and stop tokens."
     return (
