@@ -134,8 +134,8 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 def own_part() -> str:
     about = (
-        "Each of these templates, in tests/templates, shows one behaviour. They use a tiny tokenizer\n"
-        "that has most of their markers as control tokens."
+        "Each of these templates, in tests/templates, shows one behaviour. They use a tiny\n"
+        "tokenizer that has most of their markers as control tokens."
     )
     found = [(name, outcomes(corpus.own_contract(name))) for name in corpus.CONTROL]
     return f"{OWN}\n\n{about}\n\n{table(found)}"
