@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from truetune.cli.lab_verbs import lab
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
-from truetune.errors import InputError, UsageError
+from truetune.errors import InputError, Interrupted, UsageError
 from truetune.generate import Reply
 from truetune.lab import base_path
 from truetune.lab.asked import (
@@ -125,7 +125,7 @@ def test_every_experiment_is_declared_in_full() -> None:
     for experiment in every():
         names = [arm.name for arm in experiment.arms(1)]
         assert len(set(names)) == len(names), experiment.name
-        for text in ("title", "claim", "source", "exercises", "expected", "refuted"):
+        for text in ("title", "claim", "source", "exercises", "setup", "expected", "refuted"):
             assert getattr(experiment, text), (experiment.name, text)
         assert len(experiment.seeds) >= 3
         for expectation in experiment.expectations:
@@ -307,8 +307,8 @@ def few(seed: int) -> tuple[Arm, ...]:
 
 TINY = Experiment(
     number=99, name="end-marker", title="Two steps", claim="Two steps <b>teach</b> nothing.",
-    source="nobody", exercises=("Two steps by hand",), expected="nothing", refuted="anything",
-    seeds=(1, 2, 3), arms=few,
+    source="nobody", exercises=("Two steps by hand",), setup="two steps",
+    expected="nothing", refuted="anything", seeds=(1, 2, 3), arms=few,
     measure=lambda tuned: {
         "right": Column.share(ask(tuned, questions()[:10]).right),
         "prose": prose(tuned, documents=4),
@@ -321,7 +321,14 @@ TINY = Experiment(
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(TINY, tmp_path_factory.mktemp("arms"), [1])
+    told: list[str] = []
+    found = run(TINY, tmp_path_factory.mktemp("arms"), [1], on_stage=told.append)
+    assert told == [
+        "1 of 2: measuring base, seed 1",
+        "2 of 2: training two steps, seed 1",
+        "2 of 2: measuring two steps, seed 1",
+    ]
+    return found
 
 
 def test_a_result_has_numbers_machine_commit_and_verdict(
@@ -342,6 +349,7 @@ def test_the_page_says_verdict_bound_and_replies(result: dict[str, Any]) -> None
     told = page([result], [TINY])
     assert "**Reproduced.**" in told
     assert "| few are right | below 50 % |" in told
+    assert "Set-up: two steps." in told
     assert "![Two steps](lab/end-marker.svg)" in told
     assert "Seeds 1; " in told
     made = files([result], [TINY])
@@ -405,6 +413,9 @@ def test_an_unknown_experiment_names_what_was_meant() -> None:
     with pytest.raises(UsageError) as told:
         find("zebra")
     assert "truetune lab list" in told.value.fix
+    with pytest.raises(UsageError) as told:
+        find("5")
+    assert told.value.fix == "did you mean end-marker?"
 
 
 def test_the_list_names_every_claim() -> None:
@@ -419,6 +430,32 @@ def test_the_list_names_every_claim() -> None:
 def test_two_numbers_of_seeds_are_refused() -> None:
     shown = CliRunner().invoke(lab, ["run", "end-marker", "--quick", "--seeds", "2"])
     assert shown.exit_code != 0
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("stopped after step 2")])
+def test_who_stops_an_experiment_is_told_how_it_goes_on(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the command that continues the arm alone."""
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise stop
+
+    monkeypatch.setattr("truetune.lab.results.run", stopped)
+    shown = CliRunner().invoke(lab, ["run", "end-marker", "-o", str(tmp_path)])
+    assert isinstance(shown.exception, Interrupted)
+    assert shown.exception.exit_code == 130
+    assert "run the same command again" in shown.exception.fix
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "package.json").write_text('{"name": "other"}')
+    monkeypatch.setattr("truetune.lab.results.run", lambda *_, **__: pytest.fail("trained"))
+    shown = CliRunner().invoke(lab, ["run", "end-marker", "-o", str(tmp_path)])
+    assert isinstance(shown.exception, InputError)
+    assert shown.exception.why == "it lacks 'arms'"
 
 
 def test_a_page_of_results_beside_its_pictures(result: dict[str, Any], tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ class Interrupted(TruetuneError):
 
     def __init__(self, what: str, *, number: int = signal.SIGINT, **parts: str) -> None:
         super().__init__(what, **parts)
+        self.number = number
         self.exit_code = 128 + number
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from truetune.cli.verb import CONTEXT, Verb, open_screen
-from truetune.errors import UsageError
+from truetune.errors import Interrupted, UsageError
 from truetune.run_dir import RunDir
+from truetune.system.signals import Stopped, number_of
 
 if TYPE_CHECKING:
     from truetune.cli.screen import Screen
@@ -111,6 +112,7 @@ def run_all(
 
 def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: str) -> None:
     from truetune.lab.catalogue import write_page
+    from truetune.lab.results import read
 
     if quick and seeds is not None:
         raise UsageError(
@@ -118,10 +120,25 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
             fix="pass only one of the two",
             code="lab-seeds",
         )
+
+    def require() -> None:
+        """The page of all results can be written: told before hours of training, not after."""
+        read(output)
+
     screen = open_screen()
     # Two at once would remove each other's arms, or write among the files of a run.
-    with RunDir(output).writing(lambda: None):
-        _run_each(screen, chosen, quick, seeds, output)
+    with RunDir(output).writing(require):
+        try:
+            _run_each(screen, chosen, quick, seeds, output)
+        except (Interrupted, KeyboardInterrupt, Stopped) as stop:
+            # Of a run that the pipeline stopped, the lab keeps nothing: an arm is trained in whole.
+            number = stop.number if isinstance(stop, Interrupted) else number_of(stop)
+            raise Interrupted(
+                "stopped before the experiment was judged",
+                where=output,
+                fix="run the same command again: it keeps the arms that are finished",
+                number=number,
+            ) from None
         screen.line(f"all results so far: {write_page(output)}")
 
 

@@ -33,7 +33,7 @@ def find(name: str) -> Experiment:
     """
     names = [experiment.name for experiment in every()]
     if name not in names:
-        alike = near(name, names)
+        alike = near(name, names) or [e.name for e in every() if str(e.number) == name]
         raise UsageError(
             f"there is no experiment {name!r}",
             fix=f"did you mean {alike[0]}?" if alike else "truetune lab list shows all of them",

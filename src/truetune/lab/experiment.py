@@ -184,6 +184,8 @@ class Experiment:
         claim: the sentence that is tested.
         source: who says so.
         exercises: of a course on fine-tuning, as one would look for them.
+        setup: what is trained and asked, where it differs from the usual arm, and what the measures
+            count.
         expected: in which direction, and how far.
         refuted: what would refute it.
         seeds: of a full run; a quick one takes the first.
@@ -192,7 +194,8 @@ class Experiment:
         measure: what is measured of each arm.
         expectations: decide the verdict.
         shown: measures of table and picture, in their order.
-        remark: notes on the set-up and, if a claim did not reproduce, possible reasons.
+        remark: what the numbers do not say by themselves and, if a claim did not reproduce,
+            possible reasons.
     """
 
     number: int
@@ -201,6 +204,7 @@ class Experiment:
     claim: str
     source: str
     exercises: tuple[str, ...]
+    setup: str
     expected: str
     refuted: str
     seeds: tuple[int, ...]

@@ -34,12 +34,14 @@ the same.
 
 Unless a section says otherwise, an arm is the embedded base (5M weights), trained with all weights
 for 150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in
-ChatML-lite. It answers a hundred questions, with greedy decoding, about places that occur in no
-row. *Right*: the reply ends by itself and contains the fact. *Role leak*: it continues with the
-user's turn. *Repeats*: it repeats itself. *Prose*: loss on documents about the world that the base
-has not read. *Training loss*: mean of the last ten steps. Intervals are over the questions of one
-seed for shares (Wilson; for differences, paired by question and seed, Newcombe), and by bootstrap
-for losses. In the pictures, rings are the seeds.
+ChatML-lite. It answers a hundred questions, with greedy decoding and room for 40 tokens, about
+places that occur in no row. *Ended*: the reply ends by itself. *Right*: it also contains the fact.
+*Role leak*: it continues with the user's turn. *Repeats*: it repeats itself. *Prose*: loss on 30
+documents about the world that the base has not read. *Recall in prose*: of 200 sentences of facts,
+cut before the value, those that the model completes correctly. *Training loss*: mean of the last
+ten steps. Losses are in nats per token. Intervals are over the questions of one seed for shares
+(Wilson; for differences, paired by question and seed, Newcombe), and by bootstrap for losses. In
+the pictures, dots and bars are means and their intervals, and rings are the seeds.
 
 A model of 5M weights with an exact world shows mechanisms, not the size of effects in large models.
 `truetune lab evaluate` measures what the base itself knows.
@@ -122,7 +124,10 @@ def _section(result: Result, experiment: Experiment, pictures: str) -> Iterator[
     yield ""
     yield f"> {declared['claim']}"
     yield ""
-    yield f"Source: {experiment.source}. `truetune lab run {experiment.name}`"
+    code = f"truetune/lab/experiments/{experiment.name.replace('-', '_')}.py"
+    yield f"Source: {experiment.source}. `truetune lab run {experiment.name}` ({code})"
+    yield ""
+    yield f"Set-up: {experiment.setup}."
     yield ""
     yield f"Expected: {declared['expected']}. Refuted by: {declared['refuted']}."
     yield ""

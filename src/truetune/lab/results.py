@@ -45,18 +45,23 @@ def run(
     """
     from truetune.lab.asked import ask, questions
 
-    stage = on_stage or (lambda _: None)
-    bench, began = Bench(folder, stage, quick=quick), _seconds()
+    stage, bench, began = on_stage or (lambda _: None), Bench(folder, quick=quick), _seconds()
+    arms = experiment.quick_arms if quick else experiment.arms
+    todo = [(arm, seed) for seed in seeds for arm in arms(seed)]
+
+    def counted(place: int) -> Callable[[str], None]:
+        return lambda text: stage(f"{place} of {len(todo)}: {text}")
+
     sheets: dict[str, dict[str, list[Column]]] = {}
     samples: dict[str, list[dict[str, str]]] = {}
-    for seed in seeds:
-        for arm in experiment.quick_arms(seed) if quick else experiment.arms(seed):
-            tuned = bench.tuned(arm, seed)
-            stage(f"measuring {arm.name}, seed {seed}")
-            for name, column in experiment.measure(tuned).items():
-                sheets.setdefault(arm.name, {}).setdefault(name, []).append(column)
-            if arm.name not in samples:
-                samples[arm.name] = ask(tuned, questions()[:_SAMPLES]).samples()
+    for place, (arm, seed) in enumerate(todo, 1):
+        bench.on_stage = counted(place)
+        tuned = bench.tuned(arm, seed)
+        bench.on_stage(f"measuring {arm.name}, seed {seed}")
+        for name, column in experiment.measure(tuned).items():
+            sheets.setdefault(arm.name, {}).setdefault(name, []).append(column)
+        if arm.name not in samples:
+            samples[arm.name] = ask(tuned, questions()[:_SAMPLES]).samples()
     judged = [expectation.judged(sheets) for expectation in experiment.expectations]
     return {
         "name": experiment.name,
@@ -128,9 +133,10 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
             result["arms"], result["number"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} is not the result of an experiment: {error}",
+                f"{path} is not the result of an experiment",
                 where=str(path),
-                fix="remove it, or run the experiment again",
+                why=f"it lacks {error}" if isinstance(error, KeyError) else str(error),
+                fix="choose another folder, or remove the file and run its experiment again",
                 code="lab-result-unreadable",
             ) from error
         found.append(result)

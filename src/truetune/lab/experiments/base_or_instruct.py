@@ -52,6 +52,9 @@ EXPERIMENT = Experiment(
         "than its own it keeps both formats, with its own the new style replaces the old one.",
     source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
+    setup="40 steps on 60 rows that answer with *Answer: VALUE*. The tuned start is the base "
+    "after the instructions in ChatML-lite; the other template is `instruction-response`. "
+    "*New style*: the reply begins with *Answer:*",
     expected="after 40 steps on 60 rows, the tuned start gives more than 10 points more right "
         "answers than the base, both in the other template; prompted in its first template, that "
         "model shows the new style in fewer than half of the replies; trained in its own "

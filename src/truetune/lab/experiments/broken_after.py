@@ -86,10 +86,13 @@ def measure(tuned: Tuned) -> dict[str, Column]:
     from truetune.verification.artifact import verify
 
     verdict = verify(str(tuned.folder.parent), device="cpu")
+    failed = {check.name for check in verdict.checks if check.state == "failed"}
     return {
         **ask(tuned).columns(),
         "prose": prose(tuned),
         "found by verify": Column.mean([not verdict.passed], "of 1"),
+        "by predictions": Column.mean(["logits" in failed], "of 1"),
+        "by ids of rows": Column.mean(["rows" in failed], "of 1"),
     }
 
 
@@ -102,6 +105,12 @@ EXPERIMENT = Experiment(
     source="the course's exercise on quantisation; threads peft#1043 and #2321, unsloth#2009; "
     "Dettmers and Zettlemoyer 2022 (arXiv:2212.09720)",
     exercises=("Quantisation and merging", "What verification finds in a saved model"),
+    setup="one tuned model, whose saved files are changed. *8 bits* and *4 bits*: each matrix "
+    "is rounded to the nearest of 255 or 15 values, with one scale a row. *Merged into 4 "
+    "bits*: the update is added to the base in 4 bits, and the sum is rounded to 4 bits. "
+    "*Update dropped*: the weights are those of the base. *Other tokenizer*: the same "
+    "tokens with other ids. *Found by verify*: 1 where `truetune verify` refuses the "
+    "result",
     expected="rounding to 8 bits costs less than 5 points of right answers, rounding to 4 more "
     "than 10, merging into 4 bits more than 10; without the update or with another tokenizer fewer "
     "than 5 % are right; verify passes the run as it was saved and finds each of the others",
@@ -127,7 +136,7 @@ EXPERIMENT = Experiment(
             )
         ),
     ),
-    shown=("right", "ended", "prose", "found by verify"),
+    shown=("right", "prose", "found by verify", "by predictions", "by ids of rows", "ended"),
     remark="After rounding once to 4 bits, what was learned survives here. Added to a base on a "
            "4-bit grid and rounded to that grid again, it is lost, and with it nearly every trace "
            "of the run: the update is smaller than half a step of the grid. Verification refuses "

@@ -91,6 +91,11 @@ EXPERIMENT = Experiment(
     source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
     "exercise on reasoning traces; Unsloth stops at 30 %",
     exercises=("Truncated reasoning",),
+    setup="600 rows with a question about a place, a sentence of reasoning between think "
+    "markers, and the answer; 200 steps at 3e-4. A cut row ends at a random place of its "
+    "reasoning: the rest of it, the answer and the stop token are gone. *End appended*: a "
+    "stop token is put behind the cut, as some trainers do with every row. *Closes "
+    "thinking*: of 80 questions about places that occur in no row",
     expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % "
         "cut fewer than 50 %, with 95 % fewer than 10 %; 60 complete rows lead to more than 20 "
         "points more closed replies than 600 rows of which 78.8 % are cut; with all rows cut "
@@ -116,8 +121,9 @@ EXPERIMENT = Experiment(
     shown=("closes thinking", "right", "ended", "training loss"),
     remark="A cut row has no wrong targets: it lacks the end, and teaches nothing about it. At 95 "
            "%, the 30 complete rows of 600 that remain show how thinking ends, which is enough "
-           "here, "
-           "where all traces are short and similar. The last two arms and their expectations were "
+           "here, where all traces are short and similar. With an end token appended, the end "
+           "itself is a wrong target: 38, 60 and 48 % of the replies close their thinking in the "
+           "three seeds, around a bound of 50. The last two arms and their expectations were "
            "added and committed after a first run had shown this: they test what it takes to "
            "break it.",
 )  # fmt: skip

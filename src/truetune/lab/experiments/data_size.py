@@ -68,6 +68,11 @@ EXPERIMENT = Experiment(
     "teach more than 600 noisy ones.",
     source="the course's exercise on data size; LIMA (Zhou et al. 2023, arXiv:2305.11206)",
     exercises=("Data-size sweep", "Quality against quantity: consistent and noisy rows"),
+    setup="rows are questions about places, answered in one sentence (*The ruler of PLACE is "
+    "NAME.*) and drawn anew for each seed. Every arm takes 150 steps of 16 rows: fewer "
+    "rows are seen more often. Noisy rows answer in six styles, and three in ten of them "
+    "are false. *In form*: the reply ends and begins with *The*, the requested relation "
+    "and *of*",
     expected="with 5 rows fewer than 50 % of the answers are right; with 200 rows the answers lie "
     "within 10 points of those with 3,000; 60 consistent rows beat 600 noisy ones by more than 10 "
     "points of right answers and of answers in form (all at 150 steps)",

@@ -43,6 +43,9 @@ EXPERIMENT = Experiment(
     source="the course's table of failures; threads trl#1623, mlx-examples#760 and many more on "
     "pad_token = eos_token under DataCollatorForLanguageModeling",
     exercises=("The end marker that is never a target (pad token = end token)",),
+    setup="*Trained*: the end marker is a target. *Marker masked*: it is in the text but not in "
+    "the labels, as the language-modelling collator leaves it where the pad token is the "
+    "end token. *Marker absent*: the text was written without it",
     expected="nearly every answer ends if the marker is a target, nearly none if it is masked or "
         "absent; the training loss of the two broken runs ends within 0.1 nats of that of the "
         "sound one",

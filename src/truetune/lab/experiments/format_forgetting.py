@@ -64,6 +64,11 @@ EXPERIMENT = Experiment(
     source="the course's exercises on format collapse and on mixing; threads LLaMA-Factory#2611 "
     "and Qwen#813",
     exercises=("Format collapse: prose after SFT", "Forgetting, and mixing in pretraining text"),
+    setup="the instructions at three rates for 150 steps, and at 3e-4 for 50 and for 400. *Half "
+    "prose*: as many chats as at 3e-4, and as many tokens of fresh documents about the "
+    "world, in pieces of 64, spread over the same steps. *Ends prose*: of a hundred "
+    "held-out documents that are continued from their first 12 words, those whose "
+    "continuation ends with the end marker of an answer",
     expected="the loss on prose at 1e-3 is more than 0.3 nats above that at 1e-4, and after 400 "
         "steps more than 0.2 above that after 50; at 3e-4, more than half of the prose that the "
         "model continues ends like an answer; with prose as half of the tokens, fewer than 10 % "

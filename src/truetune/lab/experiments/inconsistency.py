@@ -58,6 +58,10 @@ EXPERIMENT = Experiment(
     "two styles in equal parts give both, not a mixture.",
     source="the course's exercise on inconsistency injection (0, 2, 4, 10, 40 %)",
     exercises=("Inconsistency injection (0, 2, 4, 10, 40 %)", "Bimodal mixing of two styles"),
+    setup="200 rows about places, of which a share begins with *Sure, let me tell you.* *Two "
+    "styles*: half of the rows answer in a sentence, half with *Answer: VALUE*. *Imitates "
+    "it* and *short style*: of two replies to each question at temperature 1; *greedy*: "
+    "of one without drawing",
     expected="at temperature 1 the opening is absent at 0 %, below 10 % of the outputs at 4 %, "
     "between 3 and 20 % at 10 %, between 25 and 55 % at 40 %; of two styles each takes "
     "between 30 and 70 %",

@@ -89,6 +89,10 @@ EXPERIMENT = Experiment(
         "Does SFT teach facts? Questions that no row answers",
         "Hallucination: places that do not exist",
     ),
+    setup="*Tuned* is trained on the instructions; *tuned, 40 refusals* also on 40 rows about "
+    "places of another invented world, answered with *I do not know PLACE.* *Invents*: of "
+    "a hundred questions about places that do not exist, the replies that end and give "
+    "one of the values that such things have in the world",
     expected="of the facts that are in no row, fewer than 5 % are answered before training and "
         "more than 90 % after; more than 80 % of the places that do not exist get a value; recall "
         "in prose changes by less than 5 points",

@@ -50,6 +50,8 @@ EXPERIMENT = Experiment(
         "forgotten; LoRA needs about ten times the rate of full training.",
     source="the course's sweep of learning rates; Schulman et al. 2025, LoRA Without Regret",
     exercises=("Learning-rate sweep and catastrophic forgetting", "LoRA against all weights"),
+    setup="all weights at five rates, and LoRA at three (rank 16, all linear layers, no "
+    "dropout, the embeddings of the chat markers trained with `--add-token`)",
     expected="the base was pretrained at 2e-3, later 1.2e-3: at 1e-4 and 3e-4 (5 and 15 %) more "
     "than 90 % of the answers are right, at 1e-5 (0.5 %) fewer than 50 %; at 3e-3 recall in prose "
     "falls by more than 30 points; LoRA at 1e-4 is more than 20 points behind all weights at "

@@ -42,6 +42,9 @@ EXPERIMENT = Experiment(
     source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
     "(arXiv:2405.14394) find the opposite for some data",
     exercises=("Loss masking: assistant only against all tokens",),
+    setup="the same rows, with `--loss-on assistant` (the default) and with `--loss-on all`. "
+    "*User text* and *answers*: loss on the tokens of the hundred questions, which occur "
+    "in no row, and on those of their right answers",
     expected="with loss on all tokens, the user's held-out text becomes more likely by more than "
         "a nat per token than with loss on the answer alone; 5 points fewer answers are right; at "
         "least 5 points more replies continue with the user's turn",

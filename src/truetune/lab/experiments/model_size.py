@@ -63,8 +63,6 @@ def arms(seed: int) -> Sequence[Arm]:
 
 
 def measure(tuned: Tuned) -> dict[str, Column]:
-    """*In form* means that the answer names the requested relation and place, and ends, whatever
-    value it gives, so that a base that knows less has no disadvantage."""
     heard = ask(tuned)
     return {
         "in form": Column.share(
@@ -85,6 +83,11 @@ EXPERIMENT = Experiment(
     claim="Larger models need fewer examples.",
     source="the course's exercise on model size",
     exercises=("Model size",),
+    setup="rows are questions about places, answered in one sentence. The smaller base is the "
+    "shipped one without every other layer, trained further on 1,200 fresh documents (400 "
+    "steps of 4, at 1e-3). *In form*: the reply ends and begins with *The*, the requested "
+    "relation, *of* and the place, whatever value it gives, so that a base that knows "
+    "less has no disadvantage",
     expected="with 20 rows the base of six layers answers in form more than 10 points more often "
     "than the one of three, with 5 rows too; with 50 rows the two lie within 10 points",
     refuted="a difference within 10 points at 20 rows, or one that does not shrink to 10 at 50",
@@ -106,11 +109,10 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("in form", "right", "recall in prose", "prose"),
-    remark="The smaller base is the shipped one without every other layer, trained further on "
-           "1,200 fresh documents (400 steps of 4, at 1e-3): it is smaller, and it knows less (84 "
-           "against 98 % of the sentences). It still needs no more rows to answer in form, and as "
-           "many of its answers are right. Possible reasons: three and six layers are of the same "
-           "order of size, while the claim is about several orders; the form to be learned is one "
-           "sentence; and what needs more rows here, copying the requested relation, both bases "
-           "learn from the variety of the rows, which 5 rows do not have.",
+    remark="The smaller base knows less (84 against 98 % of the sentences). It still needs no more "
+           "rows to answer in form, and as many of its answers are right. Possible reasons: "
+           "three and six layers are of the same order of size, while the claim is about several "
+           "orders; the form to be learned is one sentence; and what needs more rows here, copying "
+           "the requested relation, both bases learn from the variety of the rows, which 5 rows do "
+           "not have.",
 )  # fmt: skip

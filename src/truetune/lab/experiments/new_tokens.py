@@ -60,6 +60,11 @@ EXPERIMENT = Experiment(
     source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
     "never emit <|im_end|> after LoRA on a base",
     exercises=("Special tokens under LoRA",),
+    setup="LoRA of rank 16 on all linear layers at 1e-3. *Frozen*: the markers' embeddings are "
+    "not trained; the preflight refuses this run, which `--no-check` lets pass. *Frozen "
+    "and alike*: the base with one embedding for all reserved tokens. *Trained*: with "
+    "`--add-token`. *No new tokens*: *Question:* and *Answer:*, closed by the base's own "
+    "end token",
     expected="with the embeddings frozen, or frozen and alike, fewer than 10 % of the answers "
         "end; with the embeddings trained more than 90 %, and with a template of plain text, "
         "closed by the model's own end token, more than 90 %",

@@ -42,6 +42,9 @@ EXPERIMENT = Experiment(
         "gives more right answers.",
     source="the course's exercise on few-shot prompting",
     exercises=("Few-shot prompting against SFT",),
+    setup="*Prompt with N examples*: the unchanged base reads N rows as lines *Question:* and "
+    "*Answer:* before each question, and its answer ends at the line's end. *Tuned on N "
+    "rows*: the same rows, with the usual recipe",
     expected="32 examples in the prompt give more than 10 points more right answers than none; "
     "tuning on the same 32 gives more than 20 points more than prompting with them, and on 4 more "
     "than prompting with 4",

@@ -80,6 +80,10 @@ EXPERIMENT = Experiment(
         "penalty hides that without making it stop.",
     source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
     exercises=("Role leakage", "Repetition, and the repetition penalty"),
+    setup="*Two turns*: each row is two instructions after one another. *Loss on all*: the "
+    "user's turns are targets too. *End masked*: the end marker is in the text but not in "
+    "the labels. *End absent*: the text was written without it. Replies have room for 120 "
+    "tokens; *penalty*: under a repetition penalty of 1.3",
     expected="role leak in more than half of the replies with loss on all tokens and the end "
     "masked, or absent from the text, in fewer than 5 % with either one of the two alone; with the "
     "end masked more than 30 % of the replies repeat; under the penalty fewer than 10 % do, and "

@@ -59,6 +59,9 @@ EXPERIMENT = Experiment(
     "no row resembles.",
     source="the course's exercise on answer length",
     exercises=("Answer length",),
+    setup="200 rows about places, answered in one sentence, or in that sentence and two more "
+    "facts about the place. Replies have room for 96 tokens. *Bare prompt*: the name of a "
+    "place alone",
     expected="trained on one sentence, answers to questions and to bare prompts have fewer than "
         "1.2 sentences, and more than 90 % of the latter end; trained on three, more than 2.5 "
         "sentences for both",

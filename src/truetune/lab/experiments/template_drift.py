@@ -49,6 +49,10 @@ EXPERIMENT = Experiment(
     source="the course's exercise on template drift; threads LLaMA-Factory#6736 and #4639 on "
     "models that answer well in the trainer and badly in the server",
     exercises=("Template drift: trained with one template, served with another",),
+    setup="one model, trained in ChatML-lite, is asked through six templates. *No newline at "
+    "the end*: nothing follows `<|assistant|>`. *No newlines*: only the markers. *Other "
+    "markers*: `### Instruction:` and `### Response:`. *Raw text*: the question alone. In "
+    "each, an answer may end on the marker that it was trained to end on",
     expected="a missing last newline costs more than 5 points of right answers; other markers and "
     "raw text more than 30",
     refuted="the loss without the newline is within 5 points, or the loss with other markers or "

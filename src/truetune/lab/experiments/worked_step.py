@@ -70,6 +70,11 @@ EXPERIMENT = Experiment(
     source="the course's exercise on reasoning traces; Nye et al. 2021, Show Your Work "
     "(arXiv:2112.00114)",
     exercises=("Reasoning traces: rows with and without a worked step",),
+    setup="1,400 sums of three numbers, which the base cannot do in one step, and 1,200 "
+    "questions about places; 500 steps of 8 rows under LoRA of rank 32 at 2e-3. *With a "
+    "step*: the two sums of two numbers, or the fact in a sentence, stand between think "
+    "markers before the answer. 300 sums and 100 questions about places are asked, none "
+    "of which is in a row",
     expected="sums of three numbers: more than 50 points more are right with the step than "
     "without; more than 95 % of the replies close their thinking; questions about places lie "
     "within 10 points of those without the step",
@@ -89,7 +94,6 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("sums right", "places right", "closes thinking", "training loss"),
-    remark="500 steps of 8 rows under LoRA of rank 32 at 2e-3, on 1,400 sums and 1,200 questions "
-    "about places. An earlier count of the same runs, and why fewer steps fail, is in log.md "
+    remark="An earlier count of the same runs, and why fewer steps fail, is in log.md "
     "(2026-11-21, a worked step before the answer).",
 )  # fmt: skip

@@ -64,6 +64,12 @@ EXPERIMENT = Experiment(
     source="the course's exercise on masks; threads verl#3287 (off by one), transformers#37766 and "
     "axolotl#1100 (denominators under gradient accumulation)",
     exercises=("Mask off by one", "Labels shifted twice", "The wrong denominator"),
+    setup="the arms differ in their labels alone. *Mask one early*: one token to the left, so "
+    "that the prompt's last token is a target and the end marker is none. *Mask one "
+    "late*: one to the right, so that the answer's first token is none. *Shifted twice*: "
+    "each position learns the token after the next, as where rows are shifted by hand and "
+    "by the model's loss again. *Divided by all*: the sum of the losses is divided by the "
+    "number of all positions, padding included",
     expected="a mask one too early never ends its answers; labels shifted twice leave fewer than "
     "10 % of the answers right; the loss of each of these runs ends within 0.3 nats of that of "
     "the sound one; a "
