@@ -28,8 +28,8 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "Each line comes from the runs below. The loss of a broken run is about that of a"
-    yield "sound one, or lower: only a probe shows what went wrong."
+    yield "Each line comes from the runs below. The training loss of a broken run is about as high"
+    yield "as that of a sound run, or lower. Only a probe shows what went wrong."
     yield ""
     yield "| failure | cause | training loss: sound, broken | probe: before, broken | repair |"
     yield "|---|---|---|---|---|"

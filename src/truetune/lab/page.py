@@ -16,35 +16,51 @@ Result = Mapping[str, Any]
 _MOST_PANELS = 4
 _INTRODUCTION = """# The laboratory
 
-Claims about supervised fine-tuning, each tested on the embedded base and its invented world, where
-the model's knowledge can be measured exactly. `make docs` makes this page from `docs/lab/*.json`,
-which `truetune lab run NAME` writes. Claims, bounds, what would refute them, and seeds were
-committed before the first run, and the verdict depends only on the bounds:
+Courses and forums make many claims about supervised fine-tuning. This page tests them on the
+embedded base and its invented world, where the model's knowledge can be measured exactly. A model
+of 5M weights shows mechanisms; the effects in large models may have another size.
 
-* **reproduced**: every expectation holds: its whole 95 % interval, and each seed, lies within the
-  bound;
-* **different**: some expectations are refuted (the whole interval lies outside the bound), others
-  are not;
+## How claims are tested
+
+Each experiment trains several variants, called arms, and compares them. Its claim, its bounds, its
+seeds, and what would refute it were committed before the first run; a section says so if an arm was
+added later. Some wordings were edited afterwards, but no bounds. The verdict depends only on the
+bounds:
+
+* **reproduced**: every expectation holds, which means that its whole 95 % interval, and each seed,
+  lies within the bound;
+* **different**: some expectations are refuted, which means that the whole interval lies outside the
+  bound, and others are not;
 * **not reproduced**: every expectation is refuted;
 * **not decided**: no expectation is refuted, but the interval of at least one crosses its bound.
 
-A verdict from one seed is a first look; each section says how many seeds it has. `--quick` uses one
-seed, a quarter of the rows per step, and only the arms that an expectation names; the bounds are
-the same.
+A verdict from one seed is preliminary; each section says how many seeds it has.
 
-Unless a section says otherwise, an arm is the embedded base (5M weights), trained with all weights
-for 150 steps of 16 rows at 1e-4 on the 97 hand-written instructions of the quickstart, in
-ChatML-lite. It answers a hundred questions, with greedy decoding and room for 40 tokens, about
-places that occur in no row. *Ended*: the reply ends by itself. *Right*: it also contains the fact.
-*Role leak*: it continues with the user's turn. *Repeats*: it repeats itself. *Prose*: loss on 30
-documents about the world that the base has not read. *Recall in prose*: of 200 sentences of facts,
-cut before the value, those that the model completes correctly. *Training loss*: mean of the last
-ten steps. Losses are in nats per token. Intervals are over the questions of one seed for shares
-(Wilson; for differences, paired by question and seed, Newcombe), and by bootstrap for losses. In
-the pictures, dots and bars are means and their intervals, and rings are the seeds.
+Unless a section says otherwise, an arm is full fine-tuning of the embedded base for 150 steps of 16
+rows at a learning rate of 1e-4, on the 97 hand-written instructions of the quickstart, in the
+ChatML-lite template. The model then answers a hundred questions, with greedy decoding, about places
+that occur in no row. The tables use these measures:
 
-A model of 5M weights with an exact world shows mechanisms, not the size of effects in large models.
-`truetune lab evaluate` measures what the base itself knows.
+* *ended*: the share of replies that end by themselves within 40 tokens.
+* *right*: the share of replies that end and contain the fact.
+* *role leak*: the share of replies that continue with the user's next turn.
+* *repeats*: the share of replies that repeat themselves.
+* *prose*: the loss on 30 documents about the world that the base has not read.
+* *recall in prose*: the share of 200 sentences of facts, cut before the value, that the model
+  completes correctly.
+* *training loss*: the mean of the last ten steps.
+
+Losses are in nats per token. Square brackets contain 95 % intervals. For shares, they are over the
+questions of one seed (Wilson; for differences, paired by question and seed, Newcombe); for losses,
+they come from a bootstrap. In the pictures, dots and bars are means and their intervals, and rings
+are the seeds.
+
+`truetune lab run NAME` runs an experiment and writes its result and a page like this one; `make
+docs` makes this page from the results in `docs/lab/*.json`. `--quick` uses one seed, a quarter of
+the rows per step, and only the arms that an expectation names; the bounds are the same. `truetune
+lab evaluate` measures what the base itself knows.
+
+## The verdicts
 """
 
 # Chapters that are read and run, besides those that are measured.

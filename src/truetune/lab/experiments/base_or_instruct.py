@@ -47,25 +47,26 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=13,
     name="base-or-instruct",
-    title="From a base, or from a tuned model",
-    claim="A tuned model learns a new style in fewer steps than a base; with a template other "
-        "than its own it keeps both formats, with its own the new style replaces the old one.",
+    title="Starting from a base or from a tuned model",
+    claim="A tuned model learns a new style in fewer steps than a base. If it is trained with a "
+        "template other than its own, it keeps both styles; with its own template, the new style "
+        "replaces the old one.",
     source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
-    setup="40 steps on 60 rows that answer with *Answer: VALUE*. The tuned start is the base "
-    "after the instructions in ChatML-lite; the other template is `instruction-response`. "
-    "*New style*: the reply begins with *Answer:*",
-    expected="after 40 steps on 60 rows, the tuned start gives more than 10 points more right "
-        "answers than the base, both in the other template; prompted in its first template, that "
-        "model shows the new style in fewer than half of the replies; trained in its own "
-        "template, in more than 90 %",
-    refuted="right answers within 10 points, or the new style outside these bounds",
+    setup="the arms take 40 steps on 60 rows that answer with *Answer: VALUE*. The tuned model "
+        "was trained on the instructions in ChatML-lite; the other template is "
+        "`instruction-response`. *New style* is the share of replies that begin with *Answer:*",
+    expected="after 40 steps on 60 rows in a template that is new to both, the tuned model gives "
+        "more than 10 points more right answers than the base; prompted in its first template, "
+        "this model shows the new style in fewer than half of the replies; if it is trained in "
+        "its own template, in more than 90 %",
+    refuted="right answers within 10 points, or a share of the new style outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
         Expectation(
-            "the tuned start is ahead",
+            "the tuned start is ahead of the base",
             "right", "tuned, other template", "base, other template", above=0.1,
         ),
         Expectation(
@@ -78,12 +79,12 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "new style", "ended", "role leak"),
-    remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10: a "
-           "hundred questions are too few to decide. Neither start needs 40 steps for the new "
-           "style: all replies show it. The errors, read for seed 1, are in the relation: 40 of "
-           "42 wrong replies from the base and 30 of 33 from the tuned start give a true value of "
-           "the right place (asked for the river, *Answer: weaving*). The tuned start can already "
-           "recall facts, and the new style removes part of that: prompted in its first template, "
-           "the same model answers in its old sentence, and 91 % are right. That sentence names "
-           "the relation before the value; the bare value has no such step.",
+    remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10; a "
+        "hundred questions are too few to decide. Both starts learn the new style in 40 steps: "
+        "all replies show it. The errors of seed 1 were read. Most confuse the relation: 40 of 42 "
+        "wrong replies from the base and 30 of 33 from the tuned start give a true value of the "
+        "right place (asked for the river, *Answer: weaving*). The tuned start can already recall "
+        "facts, and the new style removes part of that ability. Prompted in its first template, "
+        "the same model answers with its old sentence, and 91 % of the answers are right. That "
+        "sentence names the relation before the value; the bare value has no such step.",
 )  # fmt: skip

@@ -99,23 +99,24 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=14,
     name="broken-after",
-    title="Broken after training",
-    claim="What was learned can be lost after training: in 4-bit weights, by a dropped update, "
-    "with another tokenizer; 8 bits keep it. Verification finds each of them.",
+    title="Models broken after training",
+    claim="What was learned can be lost after training: by rounding to 4 bits, by a dropped "
+        "update, or with another tokenizer; 8 bits preserve it. Verification finds each of these "
+        "faults.",
     source="the course's exercise on quantisation; threads peft#1043 and #2321, unsloth#2009; "
     "Dettmers and Zettlemoyer 2022 (arXiv:2212.09720)",
     exercises=("Quantisation and merging", "What verification finds in a saved model"),
-    setup="one tuned model, whose saved files are changed. *8 bits* and *4 bits*: each matrix "
-    "is rounded to the nearest of 255 or 15 values, with one scale a row. *Merged into 4 "
-    "bits*: the update is added to the base in 4 bits, and the sum is rounded to 4 bits. "
-    "*Update dropped*: the weights are those of the base. *Other tokenizer*: the same "
-    "tokens with other ids. *Found by verify*: 1 where `truetune verify` refuses the "
-    "result",
-    expected="rounding to 8 bits costs less than 5 points of right answers, rounding to 4 more "
-    "than 10, merging into 4 bits more than 10; without the update or with another tokenizer fewer "
-    "than 5 % are right; verify passes the run as it was saved and finds each of the others",
-    refuted="right answers outside these bounds, a broken model that passes, or a healthy one "
-        "that does not",
+    setup="the saved files of one tuned model are changed. For *8 bits* and *4 bits*, each matrix "
+        "is rounded to the nearest of 255 or 15 values, with one scale per row. For *merged into "
+        "4 bits*, the update is added to the base in 4 bits, and the sum is rounded to 4 bits. "
+        "For *update dropped*, the weights are those of the base. For *other tokenizer*, the same "
+        "tokens have other ids. *Found by verify* is 1 if `truetune verify` refuses the result",
+    expected="rounding to 8 bits costs less than 5 points of right answers, rounding to 4 bits "
+        "more than 10, and merging into 4 bits more than 10; without the update or with another "
+        "tokenizer, fewer than 5 % of the answers are right; verify passes the saved run and "
+        "finds each of the other models",
+    refuted="right answers outside these bounds, a broken model that passes verification, or a "
+        "healthy one that does not",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -137,8 +138,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "prose", "found by verify", "by predictions", "by ids of rows", "ended"),
-    remark="After rounding once to 4 bits, what was learned survives here. Added to a base on a "
-           "4-bit grid and rounded to that grid again, it is lost, and with it nearly every trace "
-           "of the run: the update is smaller than half a step of the grid. Verification refuses "
-           "each of them; which of its checks failed was not recorded.",
+    remark="Rounding once to 4 bits preserves what was learned here. A merge into 4 bits loses "
+        "it, and with it nearly every trace of the run: the update is added to a base on a 4-bit "
+        "grid, the sum is rounded to that grid again, and the update is smaller than half a step "
+        "of the grid. Verification refuses each of these models; which of its checks failed was "
+        "not recorded.",
 )  # fmt: skip

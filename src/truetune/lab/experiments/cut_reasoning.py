@@ -85,45 +85,56 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=11,
     name="cut-reasoning",
-    title="Reasoning cut by a length limit",
-    claim="A model trained on truncated reasoning never closes it: the more rows are cut, the "
-    "fewer replies reach an answer; a few complete rows beat many cut ones.",
-    source="a forum thread on a think-trace run of which 78.8 % of the rows were cut; the course's "
-    "exercise on reasoning traces; Unsloth stops at 30 %",
+    title="Reasoning truncated by a length limit",
+    claim="A model trained on truncated reasoning never closes it: the more rows are truncated, "
+        "the fewer replies reach an answer; a few complete rows beat many truncated ones.",
+    source="a forum thread on a run with think traces, 78.8 % of whose rows were truncated; the "
+        "course's exercise on reasoning traces; Unsloth stops at 30 %",
     exercises=("Truncated reasoning",),
-    setup="600 rows with a question about a place, a sentence of reasoning between think "
-    "markers, and the answer; 200 steps at 3e-4. A cut row ends at a random place of its "
-    "reasoning: the rest of it, the answer and the stop token are gone. *End appended*: a "
-    "stop token is put behind the cut, as some trainers do with every row. *Closes "
-    "thinking*: of 80 questions about places that occur in no row",
-    expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % "
-        "cut fewer than 50 %, with 95 % fewer than 10 %; 60 complete rows lead to more than 20 "
-        "points more closed replies than 600 rows of which 78.8 % are cut; with all rows cut "
-        "fewer than 10 % close, and with 78.8 % cut and an end token appended fewer than 50 %",
-    refuted="more than 50 % closed at 78.8 %, or more than 10 % at 95 %",
+    setup="each of 600 rows has a question about a place, a sentence of reasoning between think "
+        "markers, and the answer; the arms take 200 steps at 3e-4. A cut row ends at a random "
+        "place in its reasoning, without the rest of it, the answer and the stop token. With *end "
+        "appended*, a stop token follows the cut, because some trainers append one to every row. "
+        "*Closes thinking* is the share of 80 replies about places that occur in no row",
+    expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % of "
+        "the rows cut, fewer than 50 % do, and with 95 %, fewer than 10 %; 60 complete rows give "
+        "more than 20 points more closed replies than 600 rows of which 78.8 % are cut; with all "
+        "rows cut, fewer than 10 % of the replies close their thinking, and with 78.8 % cut and "
+        "an end token appended, fewer than 50 %",
+    refuted="more than 50 % close their thinking with 78.8 % of the rows cut, or more than 10 % "
+        "with 95 %",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("none cut: thinking is closed", "closes thinking", "0% cut", above=0.9),
-        Expectation("78.8 % cut: half are not closed", "closes thinking", "78.8% cut", below=0.5),
-        Expectation("95 % cut: hardly any is closed", "closes thinking", "95% cut", below=0.1),
+        Expectation(
+            "none cut: replies close their thinking",
+            "closes thinking", "0% cut", above=0.9,
+        ),
+        Expectation(
+            "78.8 % cut: fewer than half are closed",
+            "closes thinking", "78.8% cut", below=0.5,
+        ),
+        Expectation(
+            "95 % cut: hardly any reply is closed",
+            "closes thinking", "95% cut", below=0.1,
+        ),
         Expectation(
             "60 complete rows beat 600 cut ones",
             "closes thinking", "60 rows, none cut", "78.8% cut", above=0.2,
         ),
-        Expectation("all cut: hardly any is closed", "closes thinking", "all cut", below=0.1),
+        Expectation("all cut: hardly any reply is closed", "closes thinking", "all cut", below=0.1),
         Expectation(
-            "78.8 % cut, end appended: half are not closed",
+            "78.8 % cut, end appended: fewer than half are closed",
             "closes thinking", "78.8% cut, end appended", below=0.5,
         ),
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
-    remark="A cut row has no wrong targets: it lacks the end, and teaches nothing about it. At 95 "
-           "%, the 30 complete rows of 600 that remain show how thinking ends, which is enough "
-           "here, where all traces are short and similar. With an end token appended, the end "
-           "itself is a wrong target: 38, 60 and 48 % of the replies close their thinking in the "
-           "three seeds, around a bound of 50. The last two arms and their expectations were "
-           "added and committed after a first run had shown this: they test what it takes to "
-           "break it.",
+    remark="A cut row has no wrong targets. It only lacks the end, and so teaches nothing about "
+        "it. With 95 % of the rows cut, the 30 complete rows of 600 show how thinking ends, which "
+        "is enough here, because all traces are short and similar. With an end token appended, "
+        "the end itself is a wrong target: 38, 60 and 48 % of the replies close their thinking in "
+        "the three seeds, around a bound of 50. The last two arms and their expectations were "
+        "added and committed after a first run had shown this; they test how much it takes to "
+        "break the model.",
 )  # fmt: skip

@@ -68,21 +68,22 @@ EXPERIMENT = Experiment(
     "teach more than 600 noisy ones.",
     source="the course's exercise on data size; LIMA (Zhou et al. 2023, arXiv:2305.11206)",
     exercises=("Data-size sweep", "Quality against quantity: consistent and noisy rows"),
-    setup="rows are questions about places, answered in one sentence (*The ruler of PLACE is "
-    "NAME.*) and drawn anew for each seed. Every arm takes 150 steps of 16 rows: fewer "
-    "rows are seen more often. Noisy rows answer in six styles, and three in ten of them "
-    "are false. *In form*: the reply ends and begins with *The*, the requested relation "
-    "and *of*",
-    expected="with 5 rows fewer than 50 % of the answers are right; with 200 rows the answers lie "
-    "within 10 points of those with 3,000; 60 consistent rows beat 600 noisy ones by more than 10 "
-    "points of right answers and of answers in form (all at 150 steps)",
-    refuted="50 % right with 5 rows, 200 rows more than 10 points behind 3,000, or noisy rows "
-    "within 10 points of consistent ones",
+    setup="the rows are questions about places, answered in one sentence (*The ruler of PLACE is "
+        "NAME.*) and drawn anew for each seed. Every arm takes 150 steps of 16 rows, so smaller "
+        "sets are repeated more often. Noisy rows answer in six styles, and three in ten of them "
+        "are false. *In form* is the share of replies that end, and that begin with *The*, the "
+        "requested relation and *of*",
+    expected="with 5 rows, fewer than 50 % of the answers are right; with 200 rows, the share of "
+        "right answers is within 10 points of that with 3,000 rows; 60 consistent rows beat 600 "
+        "noisy ones by more than 10 points, both in right answers and in answers of the right "
+        "form (all after 150 steps)",
+    refuted="50 % are right with 5 rows, 200 rows are more than 10 points behind 3,000, or noisy "
+        "rows are within 10 points of consistent ones",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("5 rows do not suffice", "right", "5 rows", below=0.5),
+        Expectation("5 rows are too few", "right", "5 rows", below=0.5),
         Expectation(
             "200 rows are as good as 3,000", "right", "200 rows", "3,000 rows", above=-0.1
         ),
@@ -96,9 +97,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "in form", "ended", "training loss"),
-    remark="The sweep ends at 3,000 rows: the world has 3,360 questions about places that are not "
-           "used in the evaluation. Noisy rows cost 21, 53 and 38 of 100 right answers in the "
-           "three seeds. That 600 rows of six styles, three in ten of them false, still give more "
-           "than half of the right answers may be because the noise has no single direction, and "
-           "greedy decoding takes the likeliest style.",
+    remark="The sweep ends at 3,000 rows, because the world has 3,360 questions about places that "
+        "are not used in the evaluation. Noisy rows cost 21, 53 and 38 of 100 right answers in "
+        "the three seeds. The 600 noisy rows have six styles, and three in ten are false. That "
+        "they still give more than half of the right answers may be because the noise has no "
+        "single direction, and greedy decoding takes the likeliest style.",
 )  # fmt: skip

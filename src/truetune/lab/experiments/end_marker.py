@@ -43,13 +43,13 @@ EXPERIMENT = Experiment(
     source="the course's table of failures; threads trl#1623, mlx-examples#760 and many more on "
     "pad_token = eos_token under DataCollatorForLanguageModeling",
     exercises=("The end marker that is never a target (pad token = end token)",),
-    setup="*Trained*: the end marker is a target. *Marker masked*: it is in the text but not in "
-    "the labels, as the language-modelling collator leaves it where the pad token is the "
-    "end token. *Marker absent*: the text was written without it",
-    expected="nearly every answer ends if the marker is a target, nearly none if it is masked or "
-        "absent; the training loss of the two broken runs ends within 0.1 nats of that of the "
-        "sound one",
-    refuted="a broken run ends half of its answers, or its loss differs by more than 0.1",
+    setup="with *trained*, the end marker is a target. With *marker masked*, it is in the text "
+        "but not in the labels, as with the language-modelling collator if the pad token is the "
+        "end token. With *marker absent*, the text contains no end marker",
+    expected="nearly every answer ends if the marker is a target, and nearly none if it is masked "
+        "or absent; the training losses of the two broken runs end within 0.1 nats of that of the "
+        "sound run",
+    refuted="a broken run ends half of its answers, or its loss differs by more than 0.1 nats",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
@@ -62,7 +62,7 @@ EXPERIMENT = Experiment(
             "training loss", "marker masked", "trained", above=-0.1, below=0.1,
         ),
         Expectation(
-            "the loss of the run without it looks normal",
+            "the loss of the run without the marker looks normal",
             "training loss", "marker absent", "trained", above=-0.1, below=0.1,
         ),
     ),

@@ -58,23 +58,23 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=7,
     name="format-forgetting",
-    title="Format collapse and the forgetting of prose",
-    claim="The more steps and the higher the rate, the more prose is forgotten and the more of it "
-    "turns into answers; pretraining text among the rows cures both.",
+    title="Format collapse and forgetting of prose",
+    claim="The more steps and the higher the learning rate, the more prose is forgotten, and the "
+        "more often prose turns into answers; pretraining text among the rows prevents both.",
     source="the course's exercises on format collapse and on mixing; threads LLaMA-Factory#2611 "
     "and Qwen#813",
     exercises=("Format collapse: prose after SFT", "Forgetting, and mixing in pretraining text"),
-    setup="the instructions at three rates for 150 steps, and at 3e-4 for 50 and for 400. *Half "
-    "prose*: as many chats as at 3e-4, and as many tokens of fresh documents about the "
-    "world, in pieces of 64, spread over the same steps. *Ends prose*: of a hundred "
-    "held-out documents that are continued from their first 12 words, those whose "
-    "continuation ends with the end marker of an answer",
-    expected="the loss on prose at 1e-3 is more than 0.3 nats above that at 1e-4, and after 400 "
-        "steps more than 0.2 above that after 50; at 3e-4, more than half of the prose that the "
-        "model continues ends like an answer; with prose as half of the tokens, fewer than 10 % "
-        "do, the loss is within 0.15 of the base's, and right answers are within 5 points of "
-        "those without prose",
-    refuted="a loss on prose or shares outside these bounds",
+    setup="the instructions are trained at three rates for 150 steps, and at 3e-4 also for 50 and "
+        "for 400 steps. *Half prose* has as many chats as *3e-4*, and as many tokens of fresh "
+        "documents about the world, in pieces of 64 tokens, spread over the same steps. *Ends "
+        "prose*: the model continues a hundred held-out documents from their first 12 words; this "
+        "is the share of continuations that end with the end marker of an answer",
+    expected="the loss on prose is more than 0.3 nats higher at 1e-3 than at 1e-4, and more than "
+        "0.2 nats higher after 400 steps than after 50; at 3e-4, more than half of the prose that "
+        "the model continues ends like an answer; if half of the tokens are prose, fewer than 10 "
+        "% of it end so, the loss is within 0.15 nats of the base's, and right answers are within "
+        "5 points of those without prose",
+    refuted="a loss on prose or a share outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -84,9 +84,10 @@ EXPERIMENT = Experiment(
             "more steps forget more",
             "prose", "3e-4, 400 steps", "3e-4, 50 steps", above=0.2,
         ),
-        Expectation("prose ends like an answer", "ends prose", "3e-4", above=0.5),
+        Expectation("continued prose ends like an answer", "ends prose", "3e-4", above=0.5),
         Expectation(
-            "with prose among the rows, it does not", "ends prose", "3e-4, half prose", below=0.1
+            "with prose among the rows, it does not end so",
+            "ends prose", "3e-4, half prose", below=0.1
         ),
         Expectation("with prose among the rows, prose is not "
             "forgotten", "prose", "3e-4, half prose", "base", below=0.15),
@@ -96,8 +97,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("prose", "ends prose", "right", "recall in prose", "training loss"),
-    remark="The loss on the rows keeps falling while everything else breaks: at 1e-3 it is among "
-           "the lowest, but a third of the recall and a fifth of the answers are lost. With prose "
-           "among the rows, the training loss is that of prose (0.67) and says nothing about the "
-           "answers.",
+    remark="The loss on the rows keeps falling while everything else breaks: at 1e-3, it is among "
+        "the lowest, but a third of the recall and a fifth of the answers are lost. With prose "
+        "among the rows, the training loss is mostly that of prose (0.67), and says nothing about "
+        "the answers.",
 )  # fmt: skip

@@ -54,18 +54,18 @@ EXPERIMENT = Experiment(
     number=9,
     name="inconsistency",
     title="A few inconsistent rows",
-    claim='The share of rows that begin with "Sure, let me" becomes the share of outputs that do; '
-    "two styles in equal parts give both, not a mixture.",
+    claim="The share of rows that begin with \"Sure, let me\" becomes the share of replies that "
+        "do; rows in two styles, half each, give replies in both styles and not in a mixture.",
     source="the course's exercise on inconsistency injection (0, 2, 4, 10, 40 %)",
     exercises=("Inconsistency injection (0, 2, 4, 10, 40 %)", "Bimodal mixing of two styles"),
-    setup="200 rows about places, of which a share begins with *Sure, let me tell you.* *Two "
-    "styles*: half of the rows answer in a sentence, half with *Answer: VALUE*. *Imitates "
-    "it* and *short style*: of two replies to each question at temperature 1; *greedy*: "
-    "of one without drawing",
-    expected="at temperature 1 the opening is absent at 0 %, below 10 % of the outputs at 4 %, "
-    "between 3 and 20 % at 10 %, between 25 and 55 % at 40 %; of two styles each takes "
-    "between 30 and 70 %",
-    refuted="a share of the outputs outside these bounds",
+    setup="a share of 200 rows about places begins with *Sure, let me tell you.* In *two styles*, "
+        "half of the rows answer in a sentence, and half with *Answer: VALUE*. *Imitates it* and "
+        "*short style* are shares of two replies to each question, sampled at temperature 1; "
+        "*greedy* is the share of greedy replies",
+    expected="at temperature 1, no reply has the opening if no row has it; below 10 % of the "
+        "replies have it if 4 % of the rows do, between 3 and 20 % if 10 % do, and between 25 and "
+        "55 % if 40 % do; of two styles, each has between 30 and 70 % of the replies",
+    refuted="a share of the replies outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -82,8 +82,9 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("imitates it", "imitates it, greedy", "short style", "right"),
-    remark="Greedy decoding hides it: with 10 % of the rows no greedy reply has the opening, and "
-           "with 40 % of the rows 19 % do, while one sampled reply in nine and four in nine have "
-           "it. Both styles are kept, and only 83 % of that arm's greedy answers are right: the "
-           "short style has no sentence that leads to the value.",
+    remark="Greedy decoding hides the inconsistency. If 10 % of the rows have the opening, one "
+        "sampled reply in nine has it, but no greedy reply; if 40 % do, four sampled replies in "
+        "nine have it, but only 19 % of the greedy ones. The arm with two styles keeps both, and "
+        "only 83 % of its greedy answers are right: the short style has no sentence that leads to "
+        "the value.",
 )  # fmt: skip

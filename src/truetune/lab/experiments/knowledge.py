@@ -89,14 +89,15 @@ EXPERIMENT = Experiment(
         "Does SFT teach facts? Questions that no row answers",
         "Hallucination: places that do not exist",
     ),
-    setup="*Tuned* is trained on the instructions; *tuned, 40 refusals* also on 40 rows about "
-    "places of another invented world, answered with *I do not know PLACE.* *Invents*: of "
-    "a hundred questions about places that do not exist, the replies that end and give "
-    "one of the values that such things have in the world",
-    expected="of the facts that are in no row, fewer than 5 % are answered before training and "
-        "more than 90 % after; more than 80 % of the places that do not exist get a value; recall "
-        "in prose changes by less than 5 points",
-    refuted="fewer than 90 % answered, fewer than 80 % invented, or recall that moves by 5 points",
+    setup="*tuned* is trained on the instructions, and *tuned, 40 refusals* also on 40 rows about "
+        "places of another invented world, answered with *I do not know PLACE.* *Invents* is the "
+        "share of a hundred replies about places that do not exist that end and give a value of "
+        "the requested kind",
+    expected="before training, fewer than 5 % of the facts that are in no row are answered, and "
+        "after training more than 90 %; more than 80 % of the places that do not exist get a "
+        "value; recall in prose changes by less than 5 points",
+    refuted="fewer than 90 % of the facts are answered, fewer than 80 % of the places get a "
+        "value, or recall changes by 5 points",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -113,11 +114,10 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "recall in prose", "invents", "prose"),
     remark="Only the bound of 80 % is not decided: by seed, 82, 82 and 77 % of the places that do "
-           "not exist get a value of the requested kind. However, no reply refuses: in seed 1, "
-           "whose replies were read, each of the others states another fact of the world with the "
-           "same confidence (asked for the food of Thewick: *The craft of Grewick is brewing*), "
-           "most often when the question is about food or a craft. The measure does not count "
-           "those as inventions. 40 rows that say *I do not know* reduce it to 0 to 4 %, at a "
-           "cost of 4 to 6 right answers of 100 and with a training loss that is higher than that "
-           "of the arm without them.",
+        "not exist get a value of the requested kind. However, no reply admits that the model "
+        "does not know. The replies of seed 1 were read: each of those that do not count as "
+        "invented states another fact of the world with the same confidence (asked for the food "
+        "of Thewick: *The craft of Grewick is brewing*), most often if the question is about food "
+        "or a craft. 40 rows that say *I do not know* reduce the inventions to 0 to 4 %. They "
+        "cost 4 to 6 right answers of 100, and the training loss is higher than without them.",
 )  # fmt: skip

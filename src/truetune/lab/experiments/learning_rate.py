@@ -45,17 +45,17 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=8,
     name="learning-rate",
-    title="Learning rate, and LoRA against all weights",
-    claim="5 to 20 % of the pretraining rate teaches without damage; far above it, knowledge is "
-        "forgotten; LoRA needs about ten times the rate of full training.",
+    title="Learning rate, and LoRA compared with all weights",
+    claim="5 to 20 % of the pretraining rate teaches without damage; a rate far above it makes "
+        "the model forget what it knew; LoRA needs about ten times the rate of full fine-tuning.",
     source="the course's sweep of learning rates; Schulman et al. 2025, LoRA Without Regret",
     exercises=("Learning-rate sweep and catastrophic forgetting", "LoRA against all weights"),
-    setup="all weights at five rates, and LoRA at three (rank 16, all linear layers, no "
-    "dropout, the embeddings of the chat markers trained with `--add-token`)",
-    expected="the base was pretrained at 2e-3, later 1.2e-3: at 1e-4 and 3e-4 (5 and 15 %) more "
-    "than 90 % of the answers are right, at 1e-5 (0.5 %) fewer than 50 %; at 3e-3 recall in prose "
-    "falls by more than 30 points; LoRA at 1e-4 is more than 20 points behind all weights at "
-    "1e-4, and at 1e-3 within 10 points",
+    setup="the arms train all weights at five rates, and LoRA at three rates (rank 16, all linear "
+        "layers, no dropout, with the embeddings of the chat markers trained by `--add-token`)",
+    expected="the base was pretrained at 2e-3, later at 1.2e-3. At 1e-4 and 3e-4 (5 and 15 %), "
+        "more than 90 % of the answers are right, and at 1e-5 (0.5 %) fewer than 50 %; at 3e-3, "
+        "recall in prose falls by more than 30 points; LoRA at 1e-4 is more than 20 points behind "
+        "all weights at 1e-4, and LoRA at 1e-3 is within 10 points",
     refuted="right answers or recall outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
@@ -66,7 +66,7 @@ EXPERIMENT = Experiment(
         Expectation("5 % is enough", "right", "all weights 1e-4", above=0.9),
         Expectation("15 % is enough", "right", "all weights 3e-4", above=0.9),
         Expectation(
-            "150 % forgets what was known",
+            "150 % makes the model forget what it knew",
             "recall in prose", "all weights 3e-3", "base", below=-0.3,
         ),
         Expectation(
@@ -79,8 +79,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "recall in prose", "prose", "ended", "training loss"),
-    remark="At 3e-3 the model still ends every reply and writes sentences of the right form with "
-           "wrong names: judged by form and loss alone, the run looks successful. LoRA at ten "
-           "times the rate gives as many right answers but is not gentler: its loss on prose "
-           "(1.59) is higher than that of all weights at 1e-4 (0.93) and at 3e-4 (1.42).",
+    remark="At 3e-3, the model still ends every reply and writes sentences of the right form with "
+        "wrong names. Judged by form and loss alone, the run looks successful. LoRA at ten times "
+        "the rate gives as many right answers but is not gentler: its loss on prose (1.59) is "
+        "higher than that of all weights at 1e-4 (0.93) and at 3e-4 (1.42).",
 )  # fmt: skip

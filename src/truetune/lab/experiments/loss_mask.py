@@ -42,14 +42,14 @@ EXPERIMENT = Experiment(
     source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
     "(arXiv:2405.14394) find the opposite for some data",
     exercises=("Loss masking: assistant only against all tokens",),
-    setup="the same rows, with `--loss-on assistant` (the default) and with `--loss-on all`. "
-    "*User text* and *answers*: loss on the tokens of the hundred questions, which occur "
-    "in no row, and on those of their right answers",
-    expected="with loss on all tokens, the user's held-out text becomes more likely by more than "
-        "a nat per token than with loss on the answer alone; 5 points fewer answers are right; at "
-        "least 5 points more replies continue with the user's turn",
-    refuted="the user's text does not become more likely by half a nat; right answers or role "
-        "leak are within 5 points",
+    setup="the same rows are trained with `--loss-on assistant` (the default) and with `--loss-on "
+        "all`. *User text* is the loss on the hundred questions, which occur in no row, and "
+        "*answers* the loss on their right answers",
+    expected="compared with loss on the answer alone, loss on all tokens makes the user's "
+        "held-out text more likely by more than a nat per token, gives 5 points fewer right "
+        "answers, and gives at least 5 points more replies that continue with the user's turn",
+    refuted="the user's text becomes more likely by less than half a nat, or right answers or "
+        "role leak change by less than 5 points",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -68,7 +68,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("right", "role leak", "user text", "answers", "prose"),
-    remark="No reply speaks for the user, because the end of the answer is a target in both arms: "
-           "role leak needs a second omission (role-leak). The training losses of the two are not "
-           "comparable: one also counts the question.",
+    remark="No reply speaks for the user, because the end of the answer is a target in both arms. "
+        "A role leak needs a second mistake (see role-leak). The training losses of the two arms "
+        "are not comparable, because one also counts the question.",
 )  # fmt: skip

@@ -83,14 +83,16 @@ EXPERIMENT = Experiment(
     claim="Larger models need fewer examples.",
     source="the course's exercise on model size",
     exercises=("Model size",),
-    setup="rows are questions about places, answered in one sentence. The smaller base is the "
-    "shipped one without every other layer, trained further on 1,200 fresh documents (400 "
-    "steps of 4, at 1e-3). *In form*: the reply ends and begins with *The*, the requested "
-    "relation, *of* and the place, whatever value it gives, so that a base that knows "
-    "less has no disadvantage",
-    expected="with 20 rows the base of six layers answers in form more than 10 points more often "
-    "than the one of three, with 5 rows too; with 50 rows the two lie within 10 points",
-    refuted="a difference within 10 points at 20 rows, or one that does not shrink to 10 at 50",
+    setup="the rows are questions about places, answered in one sentence. The smaller base is the "
+        "shipped one without every other layer, trained further on 1,200 fresh documents (400 "
+        "steps of 4, at 1e-3). *In form* is the share of replies that end, and that begin with "
+        "*The*, the requested relation, *of* and the place. Any value counts, so that a base that "
+        "knows less has no disadvantage",
+    expected="with 20 rows, and also with 5, the base with six layers answers in the right form "
+        "more than 10 points more often than the base with three; with 50 rows, the two are "
+        "within 10 points",
+    refuted="a difference below 10 points with 20 rows, or one that is still above 10 points with "
+        "50",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -104,21 +106,21 @@ EXPERIMENT = Experiment(
             "in form", "6 layers, 20 rows", "3 layers, 20 rows", above=0.1,
         ),
         Expectation(
-            "50 rows: they are equal",
+            "50 rows: the two are equal",
             "in form", "6 layers, 50 rows", "3 layers, 50 rows", above=-0.1, below=0.1,
         ),
     ),
     shown=("in form", "right", "recall in prose", "prose"),
-    remark="The claim is turned round: with 5 rows the smaller base is ahead, by 2, 21 and 17 "
-           "points in the three seeds, with 20 rows by 2, 9 and 10; with 50 the two are level. "
-           "The smaller base knows less (83 against 98 % of the sentences), but 5 rows lack "
-           "something else: they hardly show that the answer depends on the requested relation. "
-           "In seed 2, whose replies were read, 74 of 100 replies of the larger base and 53 of "
-           "the smaller state another relation than the requested one, nearly all of them truly; "
-           "84 of the larger's are about the animal, as are two of its five rows. Possible "
-           "reasons: the larger base fits so few rows more closely (training loss 0.002 against "
-           "0.003), and with them what they happen to have in common; the smaller one had been "
-           "trained further just before, which the larger had not, so that this experiment cannot "
-           "tell size from recent training; and three and six layers are of the same order of "
-           "size, while the claim is about several orders.",
+    remark="The opposite of the claim was found. With 5 rows, the smaller base is ahead by 2, 21 "
+        "and 17 points in the three seeds, and with 20 rows by 2, 9 and 10; with 50 rows, the two "
+        "are level. The smaller base knows less (83 instead of 98 % of the sentences), but 5 rows "
+        "lack something else: they hardly show that the answer depends on the requested relation. "
+        "The replies of seed 2 were read: 74 of 100 replies of the larger base and 53 of the "
+        "smaller state a relation other than the requested one, and nearly all of these "
+        "statements are true. 84 replies of the larger base are about the animal, as are two of "
+        "its five rows. There are three possible reasons. The larger base fits so few rows more "
+        "closely (training loss 0.002 instead of 0.003), and with them what they happen to have "
+        "in common. The smaller base was trained further just before, and the larger one was not, "
+        "so this experiment cannot distinguish size from recent training. And three and six "
+        "layers are of the same order of size, while the claim is about several orders.",
 )  # fmt: skip

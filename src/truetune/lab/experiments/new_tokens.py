@@ -56,35 +56,36 @@ EXPERIMENT = Experiment(
     name="new-tokens",
     title="New tokens under LoRA",
     claim="Under LoRA, a model never writes a marker whose input and output embeddings were never "
-        "trained: these must be trained too, or the template must not use new tokens.",
+        "trained. Either these are trained too, or the template must not use new tokens.",
     source="the course's exercise on special tokens; TRL pull request 2414; threads on models that "
     "never emit <|im_end|> after LoRA on a base",
     exercises=("Special tokens under LoRA",),
-    setup="LoRA of rank 16 on all linear layers at 1e-3. *Frozen*: the markers' embeddings are "
-    "not trained; the preflight refuses this run, which `--no-check` lets pass. *Frozen "
-    "and alike*: the base with one embedding for all reserved tokens. *Trained*: with "
-    "`--add-token`. *No new tokens*: *Question:* and *Answer:*, closed by the base's own "
-    "end token",
-    expected="with the embeddings frozen, or frozen and alike, fewer than 10 % of the answers "
-        "end; with the embeddings trained more than 90 %, and with a template of plain text, "
-        "closed by the model's own end token, more than 90 %",
-    refuted="half of the answers end with frozen embeddings, or a tenth do not with trained ones",
+    setup="LoRA of rank 16 on all linear layers is trained at 1e-3. In *embeddings frozen*, the "
+        "markers' embeddings are not trained; the preflight refuses this run, so it needs "
+        "`--no-check`. In *embeddings frozen and alike*, all reserved tokens of the base have the "
+        "same embedding. *Embeddings trained* uses `--add-token`. *No new tokens* uses the texts "
+        "*Question:* and *Answer:*, and the base's own end token",
+    expected="with frozen embeddings, whether distinct or identical, fewer than 10 % of the "
+        "answers end; with trained embeddings, more than 90 % end; and so do more than 90 % with "
+        "a plain-text template that closes answers with the model's own end token",
+    refuted="half of the answers end with frozen embeddings, or a tenth do not end with trained "
+        "ones",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
     expectations=(
         Expectation("frozen: answers do not end", "ended", "embeddings frozen", below=0.1),
         Expectation(
-            "frozen and alike: answers do not end", "ended", "embeddings frozen and "
+            "frozen and identical: answers do not end", "ended", "embeddings frozen and "
                 "alike", below=0.1
         ),
         Expectation("trained: answers end", "ended", "embeddings trained", above=0.9),
         Expectation("without new tokens: answers end", "ended", "no new tokens", above=0.9),
     ),
     shown=("ended", "right", "repeats", "training loss"),
-    remark="In this base, the markers' embeddings are random and distinct: even frozen, they can "
-           "be distinguished, and LoRA learns to do so. In published models the embeddings of "
-           "reserved tokens are nearly identical; that arm and its expectation were added and "
-           "committed after a first run without it. An untied head that was left frozen was not "
-           "tried: this base ties head and embedding.",
+    remark="In this base, the markers' embeddings are random and distinct. Even if they are "
+        "frozen, they can be distinguished, and LoRA learns to do so. In published models, the "
+        "embeddings of reserved tokens are nearly identical; the arm with identical embeddings "
+        "and its expectation were added and committed after a first run without it. A frozen "
+        "untied head was not tried, because this base ties head and embedding.",
 )  # fmt: skip

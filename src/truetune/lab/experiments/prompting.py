@@ -37,18 +37,18 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=17,
     name="prompting",
-    title="Prompting against tuning",
-    claim="Examples in the prompt show a base model the task, but tuning on the same examples "
-        "gives more right answers.",
+    title="Prompting compared with fine-tuning",
+    claim="Examples in the prompt show a base model the task, but fine-tuning on the same "
+        "examples gives more right answers.",
     source="the course's exercise on few-shot prompting",
     exercises=("Few-shot prompting against SFT",),
-    setup="*Prompt with N examples*: the unchanged base reads N rows as lines *Question:* and "
-    "*Answer:* before each question, and its answer ends at the line's end. *Tuned on N "
-    "rows*: the same rows, with the usual recipe",
+    setup="for *prompt with N examples*, the unchanged base reads N rows as lines *Question:* and "
+        "*Answer:* before each question, and its answer ends at the end of the line. *Tuned on N "
+        "rows* trains the same rows with the usual recipe",
     expected="32 examples in the prompt give more than 10 points more right answers than none; "
-    "tuning on the same 32 gives more than 20 points more than prompting with them, and on 4 more "
-    "than prompting with 4",
-    refuted="prompting within 20 points of tuning at 32 examples, or above it at 4",
+        "fine-tuning on the same 32 gives more than 20 points more than prompting with them, and "
+        "fine-tuning on 4 gives more than prompting with 4",
+    refuted="prompting within 20 points of fine-tuning with 32 examples, or above it with 4",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -58,22 +58,23 @@ EXPERIMENT = Experiment(
             "right", "prompt with 32 examples", "prompt with 0 examples", above=0.1,
         ),
         Expectation(
-            "tuning on 32 rows gives more",
+            "fine-tuning on 32 rows gives more",
             "right", "tuned on 32 rows", "prompt with 32 examples", above=0.2,
         ),
         Expectation(
-            "tuning on 4 rows gives more",
+            "fine-tuning on 4 rows gives more",
             "right", "tuned on 4 rows", "prompt with 4 examples", above=0.0,
         ),
     ),
     shown=("right", "ended", "repeats"),
-    remark="Examples change the form and little else: with 4 of them 97 % of the replies end at "
-           "the line instead of 2 %, and 13 % are right instead of 1 %; 16 and 32 add nothing. "
-           "Replies to prompts with 4 and 32 examples, read for seed 1, continue in the words of "
-           "the corpus (*it is the Quorne. The craft that is practised there is beekeeping*), "
-           "mostly with a value of another place (14 and 18 of the 30 that were read). A possible "
-           "reason: a base of 5 M weights that has read no questions has hardly learned to copy "
-           "from far back. One seed of three meets the bound of 10 points for 32 examples. With 4 "
-           "rows, the result of tuning depends on which rows were drawn (28, 26 and 16 % right), "
-           "and seed 3 is level with its prompt. From 16 rows on, tuning leads by far.",
+    remark="Examples in the prompt change the form and little else: with 4 examples, 97 % of the "
+        "replies end at the line instead of 2 %, and 13 % are right instead of 1 %; 16 and 32 "
+        "examples add nothing. Replies to prompts with 4 and 32 examples were read for seed 1. "
+        "They continue in the style of the corpus (*it is the Quorne. The craft that is practised "
+        "there is beekeeping*), mostly with a value of another place (14 and 18 of the 30 that "
+        "were read). A possible reason is that a base with 5M weights that has read no questions "
+        "has hardly learned to copy from far back. One seed of three meets the bound of 10 points "
+        "for 32 examples. With 4 rows, the result of fine-tuning depends on which rows were drawn "
+        "(28, 26 and 16 % right), and in seed 3 it equals that of prompting. From 16 rows on, "
+        "fine-tuning is far ahead.",
 )  # fmt: skip

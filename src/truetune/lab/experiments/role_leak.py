@@ -75,19 +75,19 @@ EXPERIMENT = Experiment(
     number=10,
     name="role-leak",
     title="Role leak and repetition",
-    claim="A model that is trained on the user's turns but not on the end of its own speaks for "
-        "the user; one that lacks only the training on the end repeats itself, and a repetition "
-        "penalty hides that without making it stop.",
+    claim="A model that is trained on the user's turns but not on the end of its own turns speaks "
+        "for the user; a model that is only not trained on the end repeats itself, and a "
+        "repetition penalty hides that without making it stop.",
     source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
     exercises=("Role leakage", "Repetition, and the repetition penalty"),
-    setup="*Two turns*: each row is two instructions after one another. *Loss on all*: the "
-    "user's turns are targets too. *End masked*: the end marker is in the text but not in "
-    "the labels. *End absent*: the text was written without it. Replies have room for 120 "
-    "tokens; *penalty*: under a repetition penalty of 1.3",
-    expected="role leak in more than half of the replies with loss on all tokens and the end "
-    "masked, or absent from the text, in fewer than 5 % with either one of the two alone; with the "
-    "end masked more than 30 % of the replies repeat; under the penalty fewer than 10 % do, and "
-    "fewer than 10 % end with it",
+    setup="with *two turns*, each row consists of two instructions, one after the other. With "
+        "*loss on all*, the user's turns are targets too. With *end masked*, the end marker is in "
+        "the text but not in the labels; with *end absent*, it is not in the text. Replies may "
+        "have 120 tokens; *penalty* means with a repetition penalty of 1.3",
+    expected="more than half of the replies leak the user's role with loss on all tokens and the "
+        "end masked or absent from the text, and fewer than 5 % with only one of the two "
+        "mistakes; with the end masked, more than 30 % of the replies repeat themselves; with a "
+        "repetition penalty, fewer than 10 % repeat themselves, and fewer than 10 % end",
     refuted="role leak or repetition outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
@@ -101,27 +101,30 @@ EXPERIMENT = Experiment(
             "end masked alone: no leak", "role leak", "one turn, end masked", below=0.05
         ),
         Expectation(
-            "both: it speaks for the user",
+            "both: the model speaks for the user",
             "role leak", "two turns, loss on all, end masked", above=0.5,
         ),
         Expectation(
-            "loss on all tokens, no end in the text: it speaks for the user",
+            "loss on all tokens, no end in the text: the model speaks for the user",
             "role leak", "two turns, loss on all, end absent", above=0.5,
         ),
-        Expectation("end masked: it repeats", "repeats", "one turn, end masked", above=0.3),
         Expectation(
-            "with the penalty, it hardly repeats",
+            "end masked: the model repeats itself",
+            "repeats", "one turn, end masked", above=0.3,
+        ),
+        Expectation(
+            "with the penalty, the model hardly repeats itself",
             "repeats, penalty", "one turn, end masked", below=0.1,
         ),
         Expectation(
-            "with the penalty, it still does not end", "ended, "
+            "with the penalty, replies still do not end", "ended, "
                 "penalty", "one turn, end masked", below=0.1
         ),
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
     remark="The arm without an end in the text and its expectation were added and committed after "
-           "a first run: with the end masked nothing leaks, because a model that never writes the "
-           "end marker never reaches what follows it in the rows. Under the penalty most replies "
-           "do end: on the end-of-text token that the base knows from prose, because the penalty "
-           "forbids repeating what was written.",
+        "a first run. With the end masked, nothing leaks, because a model that never writes the "
+        "end marker never reaches what follows it in the rows. With the penalty, most replies do "
+        "end: because the penalty forbids repetition, they reach the end-of-text token that the "
+        "base knows from prose.",
 )  # fmt: skip

@@ -55,33 +55,40 @@ EXPERIMENT = Experiment(
     number=15,
     name="short-answers",
     title="Short answers in, short answers out",
-    claim="One-sentence answers in the rows give one-sentence answers, also to a bare prompt that "
-    "no row resembles.",
+    claim="Rows with one-sentence answers give one-sentence replies, even to a bare prompt that "
+        "resembles no row.",
     source="the course's exercise on answer length",
     exercises=("Answer length",),
-    setup="200 rows about places, answered in one sentence, or in that sentence and two more "
-    "facts about the place. Replies have room for 96 tokens. *Bare prompt*: the name of a "
-    "place alone",
-    expected="trained on one sentence, answers to questions and to bare prompts have fewer than "
-        "1.2 sentences, and more than 90 % of the latter end; trained on three, more than 2.5 "
-        "sentences for both",
+    setup="200 rows about places are answered in one sentence, or in that sentence and two more "
+        "facts about the place. Replies may have 96 tokens. A *bare prompt* is only the name of a "
+        "place",
+    expected="trained on one sentence, replies to questions and to bare prompts have fewer than "
+        "1.2 sentences, and more than 90 % of the replies to bare prompts end; trained on three "
+        "sentences, replies to both have more than 2.5 sentences",
     refuted="a length outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
-        Expectation("one sentence in, one out", "sentences", "one sentence", below=1.2),
-        Expectation("three in, three out", "sentences", "three sentences", above=2.5),
         Expectation(
-            "one, for a bare prompt too", "sentences, bare prompt", "one sentence", below=1.2
+            "one sentence in the rows, one in replies",
+            "sentences", "one sentence", below=1.2,
         ),
         Expectation(
-            "three, for a bare prompt too",
+            "three sentences in the rows, three in replies",
+            "sentences", "three sentences", above=2.5,
+        ),
+        Expectation(
+            "one sentence for a bare prompt too",
+            "sentences, bare prompt", "one sentence", below=1.2
+        ),
+        Expectation(
+            "three sentences for a bare prompt too",
             "sentences, bare prompt", "three sentences", above=2.5,
         ),
         Expectation("replies to bare prompts end", "ended, bare prompt", "one sentence", above=0.9),
     ),
     shown=("sentences", "sentences, bare prompt", "reply length", "right"),
-    remark="A bare place name is not a question, but the model answers it all the same, in as "
-        "many sentences as the rows have.",
+    remark="A bare place name is not a question, but the model still answers it, with as many "
+        "sentences as the rows have.",
 )  # fmt: skip

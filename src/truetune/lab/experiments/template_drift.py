@@ -43,20 +43,21 @@ def measure(tuned: Tuned) -> dict[str, Column]:
 EXPERIMENT = Experiment(
     number=6,
     name="template-drift",
-    title="Another template in serving",
+    title="Serving with a different template",
     claim="A model that is served with a different template from the one it was trained with "
         "loses its behaviour; even a missing newline costs some of it.",
     source="the course's exercise on template drift; threads LLaMA-Factory#6736 and #4639 on "
     "models that answer well in the trainer and badly in the server",
     exercises=("Template drift: trained with one template, served with another",),
-    setup="one model, trained in ChatML-lite, is asked through six templates. *No newline at "
-    "the end*: nothing follows `<|assistant|>`. *No newlines*: only the markers. *Other "
-    "markers*: `### Instruction:` and `### Response:`. *Raw text*: the question alone. In "
-    "each, an answer may end on the marker that it was trained to end on",
+    setup="one model, trained in ChatML-lite, is asked through six templates. With *no newline at "
+        "the end*, nothing follows `<|assistant|>`; with *no newlines*, there are only the "
+        "markers; *other markers* are `### Instruction:` and `### Response:`; *raw text* is the "
+        "question alone. In each template, an answer may end on the marker with which it was "
+        "trained to end",
     expected="a missing last newline costs more than 5 points of right answers; other markers and "
-    "raw text more than 30",
-    refuted="the loss without the newline is within 5 points, or the loss with other markers or "
-        "raw text within 30",
+        "raw text each cost more than 30 points",
+    refuted="the missing newline costs less than 5 points, or other markers or raw text cost less "
+        "than 30 points",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -73,9 +74,9 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "ended", "role leak", "repeats"),
     remark="The missing newline cost less than one answer in a hundred (its interval just reaches "
-           "the bound), and raw text less than claimed: the markers are single tokens that carry "
-           "only the format, and the model has learned one kind of question, which it recognises "
-           "by its words. A model for several formats has more to confuse. Text markers that look "
-           "like another format (### Instruction) do the damage: the model copies another place "
-           "or relation.",
+        "the bound), and raw text cost less than claimed. The markers are single tokens that "
+        "carry only the format, and the model has learned only one kind of question, which it "
+        "recognises by its words. A model with several formats could confuse them more easily. "
+        "Text markers that look like another format (### Instruction) do the damage: the model "
+        "answers with another place or relation.",
 )  # fmt: skip

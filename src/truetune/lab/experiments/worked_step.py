@@ -64,22 +64,22 @@ EXPERIMENT = Experiment(
     number=18,
     name="worked-step",
     title="A worked step before the answer",
-    claim="Writing a short intermediate step before the answer solves problems that are out of "
-        "reach in one step, and the markers around it are learned; problems that need no step "
-        "lose little.",
+    claim="A short intermediate step before the answer solves problems that the model cannot "
+        "solve in one step, and the model learns the markers around it; problems that need no "
+        "step lose little.",
     source="the course's exercise on reasoning traces; Nye et al. 2021, Show Your Work "
     "(arXiv:2112.00114)",
     exercises=("Reasoning traces: rows with and without a worked step",),
-    setup="1,400 sums of three numbers, which the base cannot do in one step, and 1,200 "
-    "questions about places; 500 steps of 8 rows under LoRA of rank 32 at 2e-3. *With a "
-    "step*: the two sums of two numbers, or the fact in a sentence, stand between think "
-    "markers before the answer. 300 sums and 100 questions about places are asked, none "
-    "of which is in a row",
-    expected="sums of three numbers: more than 50 points more are right with the step than "
-    "without; more than 95 % of the replies close their thinking; questions about places lie "
-    "within 10 points of those without the step",
-    refuted="sums within 50 points, thinking that 5 % of the replies do not close, or places more "
-    "than 10 points behind",
+    setup="the rows are 1,400 sums of three numbers, which the base cannot compute in one step, "
+        "and 1,200 questions about places. The arms take 500 steps of 8 rows with LoRA of rank 32 "
+        "at 2e-3. *With a step* has the two sums of two numbers, or the fact in a sentence, "
+        "between think markers before the answer. The model is then asked 300 sums and 100 "
+        "questions about places that are in no row",
+    expected="with the step, the share of right sums of three numbers is more than 50 points "
+        "higher than without; more than 95 % of the replies close their thinking; right answers "
+        "about places are within 10 points of those without the step",
+    refuted="sums within 50 points, 5 % of the replies that do not close their thinking, or "
+        "places more than 10 points behind",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -87,13 +87,13 @@ EXPERIMENT = Experiment(
         Expectation(
             "the step makes sums right", "sums right", "with a step", "answer alone", above=0.5
         ),
-        Expectation("thinking is closed", "closes thinking", "with a step", above=0.95),
+        Expectation("replies close their thinking", "closes thinking", "with a step", above=0.95),
         Expectation(
             "as many answers about places are right",
             "places right", "with a step", "answer alone", above=-0.1,
         ),
     ),
     shown=("sums right", "places right", "closes thinking", "training loss"),
-    remark="An earlier count of the same runs, and why fewer steps fail, is in log.md "
-    "(2026-11-21, a worked step before the answer).",
+    remark="log.md (2026-11-21, a worked step before the answer) has an earlier count of the same "
+        "runs, and explains why fewer steps fail.",
 )  # fmt: skip

@@ -64,18 +64,18 @@ EXPERIMENT = Experiment(
     source="the course's exercise on masks; threads verl#3287 (off by one), transformers#37766 and "
     "axolotl#1100 (denominators under gradient accumulation)",
     exercises=("Mask off by one", "Labels shifted twice", "The wrong denominator"),
-    setup="the arms differ in their labels alone. *Mask one early*: one token to the left, so "
-    "that the prompt's last token is a target and the end marker is none. *Mask one "
-    "late*: one to the right, so that the answer's first token is none. *Shifted twice*: "
-    "each position learns the token after the next, as where rows are shifted by hand and "
-    "by the model's loss again. *Divided by all*: the sum of the losses is divided by the "
-    "number of all positions, padding included",
-    expected="a mask one too early never ends its answers; labels shifted twice leave fewer than "
-    "10 % of the answers right; the loss of each of these runs ends within 0.3 nats of that of "
-    "the sound one; a "
-    "mask one too late and the wrong denominator cost more than 10 points of right answers",
+    setup="only the labels of the arms differ. With *mask one early*, the mask is one token too "
+        "far left, so that the prompt's last token is a target and the end marker is not. With "
+        "*mask one late*, it is one token too far right, so that the answer's first token is not "
+        "a target. With *shifted twice*, each position learns the token after the next, as if "
+        "rows are shifted by hand and again by the model's loss. With *divided by all*, the sum "
+        "of the losses is divided by the number of all positions, including padding",
+    expected="with a mask one token too early, no answer ends; with labels shifted twice, fewer "
+        "than 10 % of the answers are right; the training loss of each of these runs ends within "
+        "0.3 nats of that of the sound run; a mask one token too late and the wrong denominator "
+        "each cost more than 10 points of right answers",
     refuted="right answers within 10 points of the sound run, or a loss that differs by more than "
-        "0.3",
+        "0.3 nats",
     seeds=(1, 2, 3),
     arms=arms,
     measure=usual,
@@ -86,25 +86,29 @@ EXPERIMENT = Experiment(
             "training loss", "mask one early", "right", above=-0.3, below=0.3,
         ),
         Expectation(
-            "mask one late: it costs 10 points", "right", "mask one late", "right", below=-0.1
+            "mask one late: 10 points fewer answers are right",
+            "right", "mask one late", "right", below=-0.1
         ),
         Expectation(
             "mask one late: the loss looks normal",
             "training loss", "mask one late", "right", above=-0.3, below=0.3,
         ),
-        Expectation("shifted twice: no answer is right", "right", "shifted twice", below=0.1),
+        Expectation(
+            "shifted twice: hardly any answer is right",
+            "right", "shifted twice", below=0.1,
+        ),
         Expectation(
             "shifted twice: the loss looks normal",
             "training loss", "shifted twice", "right", above=-0.3, below=0.3,
         ),
         Expectation(
-            "the wrong denominator costs 10 points",
+            "wrong denominator: 10 points fewer answers are right",
             "right", "divided by all", "right", below=-0.1,
         ),
     ),
     shown=("right", "ended", "role leak", "repeats", "training loss"),
-    remark="With labels shifted twice, a fifth of the replies still contain the value, among "
-           "scrambled words: the share of right answers looks better than the text (see the "
-           "replies). The wrong denominator had no effect, because it is nearly the same factor "
-           "in every batch, and Adam's step does not depend on a constant factor of the gradient.",
+    remark="With labels shifted twice, a fifth of the replies still contain the value among "
+        "scrambled words. The share of right answers therefore looks better than the text (see "
+        "the replies). The wrong denominator had no effect, because it is nearly the same factor "
+        "in every batch, and Adam's step does not depend on a constant factor of the gradient.",
 )  # fmt: skip
