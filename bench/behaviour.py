@@ -617,7 +617,7 @@ def collapse_table(runs: Sequence[Run]) -> tuple[str, bool]:
         late = (ended.step - run.onset) / EVERY
         good = code in run.expected and late <= 2
         all_good &= good
-        direction = "falls" if ended.falling else "rises or stands"
+        direction = "falls" if ended.falling else "rises or stays flat"
         lines.append(
             f"| {run.name} | {code} | {ended.step} | {late:.1f} | {direction} | "
             f"{'yes' if good else '**no**'} |"

@@ -70,7 +70,7 @@ def test_a_resume_beside_a_working_run(trials: Trials) -> None:
 
 
 def test_two_exports_at_once(trials: Trials) -> None:
-    assert exports_at_once(trials, 0.0).startswith("one is whole, one was refused: output-")
+    assert exports_at_once(trials, 0.0).startswith("one is complete, one was refused: output-")
 
 
 @needs_mounts

@@ -298,7 +298,7 @@ class Trials:
 
     def go_on(self, run: Path) -> str:
         """Bring a run to its end as its user would; how, or what is wrong."""
-        how = "was finished"
+        how = "already finished"
         for _ in range(3):
             if (run / "manifest.json").is_file():
                 break
@@ -319,7 +319,7 @@ class Trials:
         differing = [key for key in self.whole if now.get(key) != self.whole[key]]
         if differing or now.keys() != self.whole.keys():
             return f"{LOST}other {differing or sorted(now.keys() ^ self.whole.keys())}"
-        if how != "was finished" and (left := sorted(p.name for p in self.temporary.iterdir())):
+        if how != "already finished" and (left := sorted(p.name for p in self.temporary.iterdir())):
             return f"{LOST}left in the temporary folder: {left}"
         shutil.rmtree(run)
         return how
@@ -643,9 +643,9 @@ def at_once(trials: Trials, kind: str, delay: float = 0.0) -> str:
     # Whoever comes when the other has ended is refused for that; --overwrite may then begin.
     known = {"run-busy", "run-exists", "run-finished"}
     if codes == [0, 2] and set(refused) <= known:
-        return trials.go_on(run).replace("was finished", f"one ran, one was refused: {refused[0]}")
+        return trials.go_on(run).replace("already finished", f"one ran, one was refused: {refused[0]}")
     if codes == [0, 0] and kind == "overwrite beside":
-        return trials.go_on(run).replace("was finished", "one after the other")
+        return trials.go_on(run).replace("already finished", "one after the other")
     return f"{LOST}exits {codes}: {[shown.err[:200] for shown in ended]}"
 
 
@@ -681,7 +681,7 @@ def exports_at_once(trials: Trials, delay: float) -> str:
         if one != two:
             return f"{LOST}{path.name} is another"
     shutil.rmtree(output)
-    return f"one is whole, one was refused: {refused[0]}"
+    return f"one is complete, one was refused: {refused[0]}"
 
 
 # Checkpoints that are not as they were written.

@@ -70,10 +70,10 @@ EXPERIMENT = Experiment(
         "prose*: the model continues a hundred held-out documents from their first 12 words; this "
         "is the share of continuations that end with the end marker of an answer",
     expected="the loss on prose is more than 0.3 nats higher at 1e-3 than at 1e-4, and more than "
-        "0.2 nats higher after 400 steps than after 50; at 3e-4, more than half of the prose that "
-        "the model continues ends like an answer; if half of the tokens are prose, fewer than 10 "
-        "% of it end so, the loss is within 0.15 nats of the base's, and right answers are within "
-        "5 points of those without prose",
+        "0.2 nats higher after 400 steps than after 50; at 3e-4, more than half of the "
+        "continuations of prose end like an answer; if half of the tokens are prose, fewer than "
+        "10 % of them do, the loss is within 0.15 nats of the base's, and right answers are "
+        "within 5 points of those without prose",
     refuted="a loss on prose or a share outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,
@@ -86,7 +86,7 @@ EXPERIMENT = Experiment(
         ),
         Expectation("continued prose ends like an answer", "ends prose", "3e-4", above=0.5),
         Expectation(
-            "with prose among the rows, it does not end so",
+            "with prose among the rows, it does not",
             "ends prose", "3e-4, half prose", below=0.1
         ),
         Expectation("with prose among the rows, prose is not "

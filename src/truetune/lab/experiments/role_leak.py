@@ -76,18 +76,19 @@ EXPERIMENT = Experiment(
     name="role-leak",
     title="Role leak and repetition",
     claim="A model that is trained on the user's turns but not on the end of its own turns speaks "
-        "for the user; a model that is only not trained on the end repeats itself, and a "
-        "repetition penalty hides that without making it stop.",
+        "for the user; a model that is trained only on its own turns, without their end, repeats "
+        "itself, and a repetition penalty hides that without making it stop.",
     source="the course's table of failures; threads LLaMA-Factory#5145 and #1450",
     exercises=("Role leakage", "Repetition, and the repetition penalty"),
     setup="with *two turns*, each row consists of two instructions, one after the other. With "
         "*loss on all*, the user's turns are targets too. With *end masked*, the end marker is in "
         "the text but not in the labels; with *end absent*, it is not in the text. Replies may "
         "have 120 tokens; *penalty* means with a repetition penalty of 1.3",
-    expected="more than half of the replies leak the user's role with loss on all tokens and the "
-        "end masked or absent from the text, and fewer than 5 % with only one of the two "
-        "mistakes; with the end masked, more than 30 % of the replies repeat themselves; with a "
-        "repetition penalty, fewer than 10 % repeat themselves, and fewer than 10 % end",
+    expected="more than half of the replies continue with the user's turn if the loss is on all "
+        "tokens and the end is masked or absent from the text, and fewer than 5 % with only one "
+        "of the two mistakes; with the end masked, more than 30 % of the replies repeat "
+        "themselves; with a repetition penalty, fewer than 10 % repeat themselves, and fewer than "
+        "10 % end",
     refuted="role leak or repetition outside these bounds",
     seeds=(1, 2, 3),
     arms=arms,

@@ -68,7 +68,7 @@ EXPERIMENT = Experiment(
         "far left, so that the prompt's last token is a target and the end marker is not. With "
         "*mask one late*, it is one token too far right, so that the answer's first token is not "
         "a target. With *shifted twice*, each position learns the token after the next, as if "
-        "rows are shifted by hand and again by the model's loss. With *divided by all*, the sum "
+        "rows were shifted by hand and again by the model's loss. With *divided by all*, the sum "
         "of the losses is divided by the number of all positions, including padding",
     expected="with a mask one token too early, no answer ends; with labels shifted twice, fewer "
         "than 10 % of the answers are right; the training loss of each of these runs ends within "
