@@ -643,7 +643,9 @@ def at_once(trials: Trials, kind: str, delay: float = 0.0) -> str:
     # Whoever comes when the other has ended is refused for that; --overwrite may then begin.
     known = {"run-busy", "run-exists", "run-finished"}
     if codes == [0, 2] and set(refused) <= known:
-        return trials.go_on(run).replace("already finished", f"one ran, one was refused: {refused[0]}")
+        return trials.go_on(run).replace(
+            "already finished", f"one ran, one was refused: {refused[0]}"
+        )
     if codes == [0, 0] and kind == "overwrite beside":
         return trials.go_on(run).replace("already finished", "one after the other")
     return f"{LOST}exits {codes}: {[shown.err[:200] for shown in ended]}"
