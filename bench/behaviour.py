@@ -3,7 +3,7 @@
     python -m bench.behaviour                    all tables on the screen
     python -m bench.behaviour --only collapse    twelve ways to break a run
     python -m bench.behaviour --only files       runs over several files, one of them poisoned
-    python -m bench.behaviour --only healthy     healthy runs, which must raise nothing above a note
+    python -m bench.behaviour --only healthy     healthy runs, which must raise no warnings
     ... --rows alpaca=FILE gsm8k=FILE            more data for the healthy ones
     ... --write                                  and the tables of docs/behaviour.md
 
@@ -632,7 +632,7 @@ def collapse_table(runs: Sequence[Run]) -> tuple[str, bool]:
 
 
 def healthy_table(runs: Sequence[Run]) -> tuple[str, bool]:
-    """Markdown, and whether none raised anything above a note."""
+    """Markdown, and whether none raised a warning or an error."""
     counts: dict[str, list[int]] = {}
     alarms = []
     seconds = probing = 0.0

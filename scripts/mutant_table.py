@@ -35,12 +35,12 @@ CELLS = {
 }
 INTRO = """# Mutants of chat templates
 
-`python scripts/mutant_table.py` makes this page. A second judge, the oracle in `tests/oracle.py`,
-shares no code with truetune. It renders only with transformers' `apply_chat_template`, requires
-that the trained sequence begins with the served prompt of every trained turn, and parses the
-supervised text back into reasoning, content and calls, which must be the parts of the row, in
-order, exactly once, with nothing added but the words of the format. Here it judges what truetune
-does with deliberately broken templates and with unchanged ones.
+This page shows what truetune does with deliberately broken chat templates, called mutants, and with
+unchanged ones. `python scripts/mutant_table.py` makes it. The judge is an oracle that shares no
+code with truetune (`tests/oracle.py`). It renders only with transformers' `apply_chat_template`,
+and requires that the trained sequence begins with the served prompt of every trained turn. It then
+parses the supervised text back into reasoning, content and calls. These must be the parts of the
+row, in order, exactly once, with nothing added but the words of the format.
 
 | cell | the row is |
 |---|---|

@@ -123,19 +123,19 @@ def page(
     lines = [
         "# The sabotage suite",
         "",
-        "Deliberately broken training scripts, each with a healthy twin: the same script after the",
-        "fix that the finding suggests. Written by",
-        f"`{command}` on {time.strftime('%Y-%m-%d')} with {versions}.",
+        "This page shows which tools notice deliberately broken training scripts. Each script has",
+        "a healthy twin, which is the same script after the fix that the finding suggests.",
+        f"The page was written by `{command}` on {time.strftime('%Y-%m-%d')} with {versions}.",
         "",
-        "* *detected*: `truetune.audit` (for saved models, `truetune check MODEL`) finds",
-        "  something above a note before the first step;",
-        "* *cause*: it names the cause and not only a symptom; *rows*: it lists exactly the broken",
-        "  rows (n/a if the fault is not in the rows);",
-        "* *fix*: the twin applies the finding's fix, and its audit is clean;",
-        "* *alarms*: findings above a note on the healthy twin;",
+        "* *detected*: before the first step, `truetune.audit` (for saved models, `truetune check",
+        "  MODEL`) reports a warning or an error;",
+        "* *cause*: the finding names the cause and not only a symptom;",
+        "* *rows*: the finding lists exactly the broken rows (n/a if no row is broken);",
+        "* *fix*: the audit of the twin, which applies the finding's fix, is clean;",
+        "* *alarms*: the number of warnings and errors on the healthy twin;",
         "* *the libraries*: what TRL, transformers, peft, accelerate and datasets report for the",
         "  broken script but not for its twin, from building the trainer to the end of one step.",
-        "  A custom training loop (`by hand`) has no library that could report anything.",
+        "  In a custom training loop (`by hand`), there is no library that could report anything.",
     ]
     for house, verdicts, alarms in parts:
         silent = sum(v.peers == "silent" for v in verdicts)
@@ -151,8 +151,8 @@ def page(
             f"cause of {sum(v.cause for v in verdicts)}, and raises "
             f"{sum(len(v.false_alarms) for v in verdicts)} false alarms on the twins and "
             f"{sum(map(len, alarms.values()))} on {len(alarms)} hard negatives.",
-            f"The libraries are silent on {silent} of the {len(asked)} that they see, raise "
-            f"an error on {raised} and warn on {len(asked) - silent - raised}.",
+            f"The libraries are silent on {silent} of the {len(asked)} scripts that use them, "
+            f"raise an error on {raised} and warn on {len(asked) - silent - raised}.",
             "",
             "| case | what is broken | finding | detected | cause | rows | fix | alarms | "
             "the libraries |",

@@ -104,7 +104,7 @@ def _peers(broken: Any, heard: Heard, calm: Heard) -> str:
 
 
 def quiet(negative: Negative, house: House) -> tuple[str, ...]:
-    """Codes of findings above a note on something healthy."""
+    """Codes of warnings and errors on something healthy."""
     subject, _ = built(lambda: negative.make(house))
     return tuple(f.code for f in audited(subject).findings if f.level != "note")
 
