@@ -168,7 +168,21 @@ def keep(kept: Path | None, what: str, tally: Tally, points: int) -> None:
         written.replace(kept)
 
 
+# The page's words for phases; the kept counts use the names of the phases.
+WORDED = {
+    "during reading rows": "while rows are read",
+    "during first step": "during the first step",
+    "during step": "during a step",
+    "during evaluation": "during an evaluation",
+    "during checkpoint": "while a checkpoint is saved",
+    "during artifact": "while the artifact is saved",
+    "during verify": "during verification",
+}
+
+
 def line(what: str, promised: str, tally: Tally) -> str:
+    name, _, phase = what.partition(" ")
+    what = f"{name} {WORDED.get(phase, phase)}"
     ends = ", ".join(
         f"{count} {said}" for said, count in sorted(tally.ends.items(), key=lambda end: -end[1])
     )
