@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fresh_process import in_this_process  # noqa: F401  (a fixture)
+from tiny_families import MORE
 from tiny_models import edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, sums, write_rows
 from truetune.compare import Agreement
@@ -295,6 +296,23 @@ def test_an_interrupted_save_leaves_the_old_artifact(
     assert before.pop("README.md") != after.pop("README.md")
     assert after == before
     assert not [p.name for p in run.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("verified_runs")
+def test_positions_that_end_with_the_context(tmp_path: Path) -> None:
+    """Learned positions: no probe, and no padding behind one, reaches beyond the last of them."""
+    context = 40
+    settings = {**MORE["gpt2"], "n_positions": context}
+    write_model(tmp_path / "base", "gpt2", **settings)
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": f"{i} {'ab' * 90}"} for i in range(6)])
+    seen = command(
+        *("train", tmp_path / "base", data, "-o", tmp_path / "run"),
+        *("--max-steps", 2, "--batch-size", 2, "--max-length", context),
+    )
+    assert seen.code == 0, seen.out + seen.err
+    verdict = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert verdict["passed"], verdict
+    assert "logits" in {c["name"] for c in verdict["checks"] if c["state"] == "passed"}
 
 
 @pytest.mark.usefixtures("verified_runs")

@@ -124,12 +124,12 @@ def probes_from(value: Any) -> tuple[Probe, ...]:
 
 
 def cut_rows(
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]], parameters: int
+    examples: Sequence[tuple[Sequence[int], Sequence[int]]], parameters: int, room: int = _MOST
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(ids, mask) of the examples, each cut so that several fit the budget; what comes later
-    changes nothing of what is predicted before it."""
+    """(ids, mask) of the examples, each cut so that several fit the budget and none is longer than
+    `room`; what comes later changes nothing of what is predicted before it."""
     left = token_budget(parameters)
-    longest = max(left // 8, 64)
+    longest = min(max(left // 8, 64), room)
     cut = []
     for ids, mask in examples:
         size = min(len(ids), longest, left)
@@ -157,13 +157,15 @@ def probes_of(
         known_ids: ids that the tokenizer and the model have, without special ones.
         context: positions that the model was made for, None where it does not say.
     """
-    cut = cut_rows(examples_of(rows), parameters)
+    # Learned positions end with the context, and every probe is read once more with padding.
+    room = max((context or _MOST + PADDING) - PADDING, 2)
+    cut = cut_rows(examples_of(rows), parameters, room)
     each = max(_ROW_POSITIONS // max(len(cut), 1), 1)
     probes = []
     for ids, mask in cut:
         targets = [i - 1 for i, on in enumerate(mask) if on and i]
         probes.append(Probe(ids, tuple(_some(targets, each))))
-    length = min(token_budget(parameters), context or _MOST)
+    length = min(token_budget(parameters), room)
     drawn = random.Random(FORMAT).choices(list(known_ids), k=length)
     probes.append(Probe(tuple(drawn), tuple(_some(range(length), _LONG_POSITIONS))))
     return tuple(probes)
