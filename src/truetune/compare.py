@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.data.rows import evenly
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
 from truetune.model.mode import evaluating
@@ -96,14 +97,14 @@ def measure(
             targets = [i for i, on in enumerate(mask) if on and i]
             if not targets:
                 continue
-            targets = _spread(targets, _POSITIONS)
+            targets = list(evenly(targets, _POSITIONS, last=True))
             logits_PV = _logits(loaded, ids, [i - 1 for i in targets])
             log_PV = logits_PV.log_softmax(dim=-1)
             wanted = torch.tensor([ids[i] for i in targets])
             logprobs.append(tuple(log_PV.gather(1, wanted[:, None])[:, 0].tolist()))
             greedy.append(tuple(logits_PV.argmax(dim=-1).tolist()))
             if keep_logits:
-                kept.append(logits_PV[_spread(list(range(len(targets))), _KEPT)].clone())
+                kept.append(logits_PV[list(evenly(range(len(targets)), _KEPT, last=True))].clone())
     return Measured(tuple(logprobs), tuple(greedy), tuple(kept))
 
 
@@ -436,13 +437,6 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
         "the tokens: rounding breaks this model, and the adapter would start from the broken one",
         fix="--lora or --load-in-8bit, or a larger model in 4 bits",
     )
-
-
-def _spread(places: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, evenly spread, the first and the last among them."""
-    if len(places) <= most:
-        return list(places)
-    return [places[(len(places) - 1) * i // (most - 1)] for i in range(most)]
 
 
 def _logits(

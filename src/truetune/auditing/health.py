@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from truetune.auditing.read import IGNORED, ReadRow, read_batches
 from truetune.auditing.state import untouched
 from truetune.auditing.subject import parts_of_loader
-from truetune.behaviour.measure import PROMPTS, Prober, own_samples, spread, text_pieces, whole
+from truetune.behaviour.measure import PROMPTS, Prober, own_samples, text_pieces, whole
 from truetune.behaviour.replies import Asked, ask
 from truetune.behaviour.schedule import is_due
 from truetune.behaviour.steps import StepFacts, usual_probes
@@ -35,6 +35,7 @@ from truetune.contract.example import SFTExample
 from truetune.contract.stops import listed_stop_ids
 from truetune.data.conversation import Conversation
 from truetune.data.load import load
+from truetune.data.rows import evenly
 from truetune.errors import TruetuneError, UsageError
 from truetune.findings import Finding, visible
 from truetune.model.load import LoadedModel
@@ -273,7 +274,7 @@ class HealthCallback(TrainerCallback):
                 for at, chat in enumerate(self.data or ())
             ]
         contract = contract.fit(chats)
-        chosen = [chats[at] for at in spread(len(chats), _ROWS)]
+        chosen = evenly(chats, _ROWS)
         examples = [
             example
             for result in contract.encode_all(chosen)
@@ -325,7 +326,7 @@ class HealthCallback(TrainerCallback):
 def _questions(contract: PromptContract, examples: Sequence[SFTExample], name: str) -> list[Asked]:
     asked = (ask(contract, e, f"{name} {at}") for at, e in enumerate(examples))
     found = [one for one in asked if one is not None]
-    return [found[at] for at in spread(len(found), PROMPTS)]
+    return list(evenly(found, PROMPTS))
 
 
 def _documents(row: ReadRow) -> Iterator[SFTExample]:

@@ -22,7 +22,7 @@ from truetune.compare import Scored, row_losses, row_scores
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.data.conversation import Conversation, text_of
-from truetune.data.rows import file_of
+from truetune.data.rows import evenly, file_of
 from truetune.generate import Reply, replies_to_ids
 from truetune.model.draw import Sampling
 from truetune.model.load import LoadedModel
@@ -44,13 +44,6 @@ _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
 # Tokens that such a piece has at least, on average; pieces, and their share of the nats of
 # guessing, above which a model knows nothing.
 _FEWEST_TOKENS, _FEW_PIECES, _KNOWS = 7, 4, 0.8
-
-
-def spread(number: int, most: int) -> list[int]:
-    """At most so many places of a list, spread over it."""
-    return (
-        sorted({at * number // most for at in range(most)}) if number > most else [*range(number)]
-    )
 
 
 @dataclass(frozen=True)
@@ -275,8 +268,7 @@ def _few(examples: Sequence[SFTExample], most: int) -> list[SFTExample]:
     """Some examples, spread over all; as many as their length allows, one at least."""
     chosen: list[SFTExample] = []
     tokens = 0
-    for at in spread(len(examples), most):
-        example = examples[at]
+    for example in evenly(examples, most):
         tokens += len(example.ids)
         if chosen and tokens > _EXAMPLE_TOKENS:
             break
@@ -300,7 +292,7 @@ def _by_file(
     found = {}
     for name in files:
         held = places[name]
-        chosen = [held[at] for at in spread(len(held), each)]
+        chosen = evenly(held, each)
         tokens = sum(len(examples[at].ids) for at in chosen)
         if len(chosen) >= _FEWEST_ROWS and tokens <= _EXAMPLE_TOKENS:
             found[name] = [(rows[at], examples[at]) for at in chosen]
@@ -367,4 +359,4 @@ def text_pieces(contract: PromptContract, texts: Sequence[Conversation]) -> list
             piece = ids[at : at + _KEEP_PIECE]
             if len(piece) > 1:
                 pieces.append(piece)
-    return [pieces[at] for at in spread(len(pieces), _KEEP_TOKENS // _KEEP_PIECE)]
+    return list(evenly(pieces, _KEEP_TOKENS // _KEEP_PIECE))

@@ -10,6 +10,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def normalised(text: str) -> str:
@@ -82,9 +83,14 @@ def other_script(text: str, known: str) -> bool:
 
 
 def _scripts(text: str) -> Counter[str]:
-    found: Counter[str] = Counter()
-    for char in text:
-        if char.isalpha():
-            name = unicodedata.name(char, "").split(" ")[0]
-            found["CJK" if name in _OF_CHINA_AND_JAPAN else name] += 1
-    return found
+    found = Counter(script_of(char) for char in text)
+    del found[""]
+    return Counter(
+        "CJK" if script in _OF_CHINA_AND_JAPAN else script for script in found.elements()
+    )
+
+
+@lru_cache(maxsize=65536)
+def script_of(char: str) -> str:
+    """The first word of a letter's Unicode name, its script; "" for what is no letter."""
+    return unicodedata.name(char, "").partition(" ")[0] if char.isalpha() else ""

@@ -126,10 +126,12 @@ def not_a_number(what: str, code: str) -> BadRow:
     )
 
 
-def evenly(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most `most` items, evenly over all."""
+def evenly(items: Sequence[T], most: int, *, last: bool = False) -> Sequence[T]:
+    """At most `most` items, evenly spread: the first, and with `last` the last item too."""
     if len(items) <= most:
         return items
+    if last:
+        return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
     return [items[i * len(items) // most] for i in range(most)]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from truetune.data.rows import evenly
 from truetune.findings import LEVELS, escaped, percent
 from truetune.reporting.facts import RunFacts
 from truetune.reporting.html import (
@@ -256,7 +257,7 @@ def _samples(run: RunFacts) -> Iterator[str]:
     for where, samples in list(_prompts(run).items())[:_PROMPTS]:
         if len(samples) < 3:
             continue
-        kept = _spread(samples, _STEPS)
+        kept = evenly(samples, _STEPS, last=True)
         boxes = "".join(_reply(f"step {int(s.get('step', 0)):,}", s) for s in kept)
         left = len(samples) - len(kept)
         more = f'<p class="dim">{left:,} more steps, in samples.jsonl</p>' if left else ""
@@ -264,13 +265,6 @@ def _samples(run: RunFacts) -> Iterator[str]:
             f"{where.rpartition('/')[2]}: {len(samples):,} steps",
             f'{_asked(samples[-1])}<div class="pair">{boxes}</div>{more}',
         )
-
-
-def _spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, the first and the last among them."""
-    if len(values) <= most:
-        return list(values)
-    return [values[round(at * (len(values) - 1) / (most - 1))] for at in range(most)]
 
 
 # ------------------------------------------------------------------------------------ curves
@@ -347,7 +341,7 @@ def _vital_table(run: RunFacts) -> str:
     names = [n for n in (*LOSSES, *SHARES, "reply_tokens") if any(n in v for v in run.vitals)]
     heads = "".join(f"<th>{escaped(n.replace('_', ' '))}</th>" for n in ("step", *names))
     rows = [f"<tr>{heads}</tr>"]
-    for line in _spread(run.vitals, _ROWS):
+    for line in evenly(run.vitals, _ROWS, last=True):
         cells = [f"{int(line['step']):,}", *(_cell(name, line.get(name)) for name in names)]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     left = max(len(run.vitals) - _ROWS, 0)

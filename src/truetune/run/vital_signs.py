@@ -26,7 +26,6 @@ from truetune.behaviour.measure import (
     Measured,
     Prober,
     own_samples,
-    spread,
     text_pieces,
     whole,
 )
@@ -37,6 +36,7 @@ from truetune.behaviour.watch import Watch
 from truetune.contract.contract import PromptContract
 from truetune.contract.encoder import Refused
 from truetune.data.load import load
+from truetune.data.rows import evenly
 from truetune.errors import TruetuneError
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
@@ -215,7 +215,7 @@ class VitalSigns:
     def _prompts(self) -> list[Asked]:
         """Held-out prompts, spread over the rows; trained ones where those are fewer than asked."""
         chats = [c for c in self.prepared.eval_conversations if c.messages]
-        chosen = [chats[at] for at in spread(len(chats), PROMPTS)]
+        chosen = evenly(chats, PROMPTS)
         asked: list[Asked] = []
         encoded = self.contract.encode_all(chosen, loss_on="last") if chosen else []
         for chat, result in zip(chosen, encoded, strict=True):
@@ -226,7 +226,7 @@ class VitalSigns:
                 if one := ask(self.contract, example, chat.where, chat.messages[:turn]):
                     asked.append(replace(one, held_out=True))
         examples, rows = self.prepared.examples, self.prepared.rows
-        for at in spread(len(examples), PROMPTS - len(asked)) if len(asked) < PROMPTS else []:
+        for at in evenly(range(len(examples)), max(PROMPTS - len(asked), 0)):
             if one := ask(self.contract, examples[at], rows[at]):
                 asked.append(one)
         context = self.prepared.model.context_length or _LONGEST_PROMPT

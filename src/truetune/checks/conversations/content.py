@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 
+from truetune.behaviour.text import script_of
 from truetune.checks.conversations.rows import DataFacts, said
 from truetune.checks.registry import check
 from truetune.contract.specials import first_controls
@@ -133,7 +132,9 @@ def _script(text: str) -> str:
     """The script of most letters, by the first word of their Unicode names; "" for too few."""
     if text.isascii():
         return "LATIN" if len(text) >= _LEAST_LETTERS else ""
-    counts = Counter(_script_of(char) for char in text[:2000])
+    counts = Counter(map(script_of, text[:2000]))
+    for script, other in _ONE_LANGUAGE.items():
+        counts[other] += counts.pop(script, 0)
     del counts[""]
     total = sum(counts.values())
     if not total or (total < _LEAST_LETTERS and not counts.keys() & _DENSE):
@@ -144,14 +145,6 @@ def _script(text: str) -> str:
 # One letter of these says as much as several of an alphabet.
 _DENSE = frozenset({"CJK", "HIRAGANA", "KATAKANA", "HANGUL"})
 _ONE_LANGUAGE = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
-
-
-@lru_cache(maxsize=65536)
-def _script_of(char: str) -> str:
-    if not char.isalpha():
-        return ""
-    word = unicodedata.name(char, "").partition(" ")[0]
-    return _ONE_LANGUAGE.get(word, word)
 
 
 def _foreign_words(texts: list[str], main: str) -> list[int]:
