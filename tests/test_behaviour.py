@@ -116,6 +116,12 @@ def test_what_a_reply_shows(name: str, text: str, near: str) -> None:
     assert _judged(near)[name] == 0.0
 
 
+def test_whitespace_without_an_end_is_a_circle_and_not_an_empty_reply() -> None:
+    """A small base on code and GSM8K wrote spaces at step 40, and words from step 80."""
+    endless = _judged(" " * 40, stopped=False)
+    assert (endless["repetition"], endless["empty"]) == (1.0, 0.0)
+
+
 def test_what_the_row_does_too_is_nobodys_fault() -> None:
     dialogue = "Human: hello\nHuman: bye"
     assert _judged(dialogue, expected=dialogue)["role_leak"] == 0.0

@@ -147,7 +147,7 @@ class Said:
         repeats: it goes round in a circle.
         speaks_for_user: it goes on with the next turn.
         thinks_open: it ended, or used its room up, inside a think block.
-        empty: nothing but whitespace.
+        empty: it ended by itself with nothing but whitespace.
         copied: it says the prompt again.
         other_script: it is written in letters of neither prompt nor answer.
         would_stop: the model's likeliest token behind the row's own answer is the stop token; None
@@ -203,7 +203,9 @@ class Judge:
             repeats=goes_round(ids, text) and not goes_round(asked.expected, asked.expected_text),
             speaks_for_user=self._speaks(text) and not self._speaks(asked.expected_text),
             thinks_open=thought and not closed and had_room,
-            empty=not text.strip() and bool(asked.expected_text.strip()),
+            # Whitespace without an end is a circle: a base passes through it before it knows
+            # which words its rows are made of.
+            empty=reply.stopped and not text.strip() and bool(asked.expected_text.strip()),
             copied=says_again(answer, asked.prompt_text, asked.expected_text),
             other_script=other_script(text, asked.prompt_text + asked.expected_text),
             would_stop=would_stop,

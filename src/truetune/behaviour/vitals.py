@@ -37,7 +37,7 @@ class Vitals:
         repetition: share that goes round in a circle.
         role_leak: share that goes on with the user's next turn.
         open_thinking: share that ends, or uses its room up, inside a think block.
-        empty: share of nothing but whitespace.
+        empty: share that ends by itself with nothing but whitespace.
         copied: share that says the prompt again.
         other_language: share in letters of neither prompt nor answer.
         file_losses: median loss of a sample of each file's rows, where several are trained.
