@@ -21,6 +21,7 @@ from truetune.behaviour.schedule import SHARE, is_due
 from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
 from truetune.behaviour.text import goes_round, other_script, says_again
 from truetune.behaviour.vitals import Regime, Vitals, is_suspect, judge
+from truetune.compute.batch import RowOrder
 from truetune.contract.contract import PromptContract
 from truetune.generate import Reply, Sampling, replies_to_ids
 from truetune.model.load import load_model
@@ -629,6 +630,25 @@ def test_a_file_of_random_characters_in_a_run_is_named_with_rows(tmp_path: Path)
     assert len(named["rows"]) == named["count"] == 4
     taken = _probes(tmp_path / "run")
     assert {len(line["file_losses"]) for line in taken} == {2}
+
+
+def test_a_spike_names_the_row_behind_it_and_not_the_others_of_its_step(
+    learned: Path, tmp_path: Path
+) -> None:
+    rows, steps, batch, seed = sums(4) * 17, 17, 4, 42
+    # A row of the last step: it takes sixteen to know what is usual.
+    bad = RowOrder(len(rows), batch, seed).rows(steps - 1)[0]
+    rows[bad] = {"prompt": "1+1?", "completion": "ZQ" * 12}
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    shown = command(
+        *("train", learned / "model", file, "-o", tmp_path / "run", "--no-check"),
+        *("--max-steps", steps, "--batch-size", batch, "--seed", seed, "--learning-rate", "1e-4"),
+    )
+    assert shown.code == 0, shown.err
+    found = lines(tmp_path / "run" / "findings.jsonl")
+    (spike,) = (f for f in found if f["code"] == "loss-spike")
+    row = f"{file}:{bad + 1}"
+    assert (spike["rows"], spike["where"], spike["count"]) == ([row], row, 1)
 
 
 def test_a_run_that_falls_apart_is_stopped_and_can_go_on(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_the_embedded_base_has_a_name(
         (lambda p: truetune.train(p / "no", p / "rows.jsonl", output="x"), "model-not-found"),
         (lambda p: truetune.train(p / "tiny", p / "rows.jsonl", lorra=True), "recipe"),
         (lambda p: truetune.train(p / "tiny", [{"prompt": "a"}], output="x"), "not-a-path"),
+        (lambda p: truetune.chat(p / "tiny", chat_template=5), "not-a-path"),
         (lambda p: truetune.train(p / "tiny", p / "rows.jsonl", learning_rate=5.0), "recipe"),
         (lambda p: truetune.train(resume=p / "no", lora=True), "resume-with-settings"),
         (lambda p: truetune.check(p / "tiny", p / "no.jsonl"), "no-such-file"),
@@ -119,6 +120,30 @@ def test_errors_are_those_of_the_command_line(place: Path, call: Any, code: str)
     with pytest.raises(truetune.TruetuneError) as caught:
         call(place)
     assert caught.value.code == code
+
+
+def test_files_are_given_as_paths(place: Path, tmp_path: Path) -> None:
+    """Whatever is a file on the command line may be a Path."""
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}",
+        encoding="utf-8",
+    )
+    model, rows = place / "tiny", place / "rows.jsonl"
+    given: dict[str, Any] = {"chat_template": template}
+    found = truetune.evaluate(
+        model, rows, **given, limit=2, max_new_tokens=2, match="none", quiet=True
+    )
+    assert found.as_dict()["settings"]["chat_template"] == str(template)
+    assert str(template) in truetune.inspect(model, **given)["template"]
+    assert "[user] " in repr(truetune.inspect(model, rows, **given))
+    assert truetune.chat(model, **given).contract.prompt_text([]) == "[assistant] "
+    assert truetune.PromptContract.load(model, template).prompt_text([]) == "[assistant] "
+    adapter = truetune.train(
+        model, rows, lora=True, max_steps=1, output=tmp_path / "run", quiet=True, **given
+    ).artifact
+    assert truetune.verify(adapter, base=model).passed
 
 
 @pytest.mark.parametrize("verb", ["train", "check"])

@@ -91,8 +91,8 @@ def _on_screen(listener: Listener | None, quiet: bool) -> Iterator[Any]:
             screen.close()
 
 
-def _path(value: Pathlike | None) -> str | None:
-    return None if value is None else path_of(value)
+def _path(value: Pathlike | None, name: str) -> str | None:
+    return None if value is None else path_of(value, name)
 
 
 @_with_settings
@@ -223,7 +223,7 @@ def chat(
     prompt: str | None = None,
     *,
     system: str | None = None,
-    chat_template: str | None = None,
+    chat_template: Pathlike | None = None,
     revision: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -264,13 +264,13 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    opened = open_speaker(path_of(model), chat_template, revision, device)
+    opened = open_speaker(path_of(model), _path(chat_template, "chat_template"), revision, device)
     talk = Chat(opened.model, opened.contract, sampling, system)
     return talk if prompt is None else talk(prompt)
 
 
 @_words_of_python()
-def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> Verdict:
+def verify(run: Pathlike, *, base: Pathlike | None = None, device: str = "auto") -> Verdict:
     """Load what was saved in a fresh process, and compare it with what was trained.
 
     Args:
@@ -286,7 +286,7 @@ def verify(run: Pathlike, *, base: str | None = None, device: str = "auto") -> V
     """
     from truetune.verification.artifact import verify as verified
 
-    return verified(path_of(run), base=base, device=device)
+    return verified(path_of(run), base=_path(base, "base"), device=device)
 
 
 @_words_of_python()
@@ -298,7 +298,7 @@ def export(
     quant: str | None = None,
     adapter: bool = False,
     go_template: bool = False,
-    base: str | None = None,
+    base: Pathlike | None = None,
     onto: str = "auto",
     dtype: str = "auto",
     device: str = "cpu",
@@ -349,12 +349,12 @@ def export(
             quant=quant,
             adapter=adapter,
             go_template=go_template,
-            base=base,
+            base=_path(base, "base"),
             onto=onto,
             dtype=dtype,
             device=device,
             verify=verify,
-            data=_path(data),
+            data=_path(data, "data"),
             listener=screen,
         )
 
@@ -369,7 +369,7 @@ def diagnose(
     url: str | None = None,
     stages: Sequence[str] = (),
     data: Pathlike | None = None,
-    base: str | None = None,
+    base: Pathlike | None = None,
     quiet: bool = False,
     listener: Listener | None = None,
 ) -> Diagnosis:
@@ -402,12 +402,12 @@ def diagnose(
         return diagnosed(
             path_of(source),
             stages=stages,
-            base=base,
-            merged=_path(merged),
-            quantised=_path(quantised),
-            gguf=_path(gguf),
+            base=_path(base, "base"),
+            merged=_path(merged, "merged"),
+            quantised=_path(quantised, "quantised"),
+            gguf=_path(gguf, "gguf"),
             url=url,
-            data=_path(data),
+            data=_path(data, "data"),
             on_stage=screen.stage,
         )
 
@@ -482,7 +482,7 @@ def inspect(
     ids: bool = False,
     html: Pathlike | None = None,
     revision: str | None = None,
-    chat_template: str | None = None,
+    chat_template: Pathlike | None = None,
     **options: Any,
 ) -> Facts | Rows:
     """Describe a model: template, stop tokens, vocabulary, head, LoRA targets, and one turn as it
@@ -513,7 +513,8 @@ def inspect(
             )
         from truetune.cli.model_screen import model_facts
 
-        return Facts(model_facts(path_of(model), revision=revision, chat_template=chat_template))
+        template = _path(chat_template, "chat_template")
+        return Facts(model_facts(path_of(model), revision=revision, chat_template=template))
     from pathlib import Path
 
     from truetune.cli.rows_screen import rows_page, view_rows
@@ -548,7 +549,7 @@ def evaluate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
-    chat_template: str | None = None,
+    chat_template: Pathlike | None = None,
     revision: str | None = None,
     device: str = "auto",
     quiet: bool = False,
@@ -603,7 +604,7 @@ def evaluate(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
-        chat_template=chat_template,
+        chat_template=_path(chat_template, "chat_template"),
         revision=revision,
         device=device,
     )
@@ -625,7 +626,7 @@ def evaluate_tasks(
     shots: int | None = None,
     limit: int | None = None,
     seed: int = 0,
-    chat_template: str | None = None,
+    chat_template: Pathlike | None = None,
     revision: str | None = None,
     device: str = "auto",
     quiet: bool = False,
@@ -663,7 +664,7 @@ def evaluate_tasks(
             shots=shots,
             limit=limit,
             seed=seed,
-            chat_template=chat_template,
+            chat_template=_path(chat_template, "chat_template"),
             revision=revision,
             device=device,
             on_stage=screen.stage,

@@ -44,7 +44,7 @@ class PromptContract(Encoding):
     def load(
         cls,
         source: str | Path | Any,
-        chat_template: str | None = None,
+        chat_template: str | Path | None = None,
         stop: str | Sequence[str | int] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         *,
@@ -78,7 +78,8 @@ class PromptContract(Encoding):
         else:
             tokenizer = source
             name = str(getattr(tokenizer, "name_or_path", "") or "") or None
-        text, tool_text, origin = template_source(chat_template, tokenizer)
+        asked = None if chat_template is None else str(chat_template)
+        text, tool_text, origin = template_source(asked, tokenizer)
         kwargs = dict(template_kwargs or {})
         # A tokenizer that was handed over has its model's files at hand or not: no download.
         own = own_stop_ids(name, revision, tokenizer, local_only=tokenizer is source)

@@ -71,11 +71,11 @@ def recipe_of(
     return make_recipe((file, read_recipe(Path(file))), (origin, given))
 
 
-def path_of(value: Any) -> str:
+def path_of(value: Any, name: str = "the model and the data") -> str:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(
-            f"the model and the data must be a path or a Hub id, not a {type(value).__name__}",
-            fix="save the rows as a .jsonl file and the model as a folder, and pass their paths",
+            f"{name} must be a path or a name, not a {type(value).__name__}",
+            fix="save rows as a .jsonl file and a model as a folder, and pass their paths",
             code="not-a-path",
         )
     return os.fspath(value)
