@@ -506,12 +506,15 @@ def test_a_page_that_cannot_be_written_fails_no_run(
     assert "report-not-written" in codes
 
 
-def test_the_command_is_a_line_to_copy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["/opt/bin/truetune", "/opt/truetune/__main__.py"])
+def test_the_command_is_a_line_to_copy_whose_options_stay_whole(
+    tmp_path: Path, program: str
+) -> None:
     contents = files()
-    contents["env.json"]["command"] = ["/opt/bin/truetune", "train", "my rows.jsonl", "--lora"]
-    assert "<td>truetune train &#x27;my rows.jsonl&#x27; --lora</td>" in shown(
-        write_run(tmp_path / "run", contents)
-    )
+    contents["env.json"]["command"] = [program, "train", "my rows.jsonl", "--lora-r", "8"]
+    html = shown(write_run(tmp_path / "run", contents))
+    assert "truetune train 'my rows.jsonl' --lora-r 8" in Seen(html).text
+    assert '<span class="name">--lora-r</span> 8' in html
 
 
 def test_files_that_the_manifest_came_after_are_not_called_unchecked(tmp_path: Path) -> None:

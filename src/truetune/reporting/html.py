@@ -3,6 +3,7 @@ foreign text is escaped."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,10 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
 th{color:var(--dim);font-weight:500;font-size:.86rem}
 th:first-child,td:first-child,table.facts td,table.facts th{text-align:left}
-tr.now td{font-weight:600}
+tr.now td{font-weight:600}table:not(.facts) td{white-space:nowrap}
 table.facts td{overflow-wrap:anywhere}table.facts td:first-child{color:var(--dim);width:11rem}
 table.facts td:nth-child(2){min-width:6.5rem}
+table.facts td:nth-child(3){overflow-wrap:break-word}
 .scroll{overflow-x:auto}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--dim);font:11px system-ui,sans-serif}
 figure{margin:0;min-width:0}figcaption{font-size:.88rem;color:var(--dim);margin-bottom:.3rem}
@@ -80,7 +82,9 @@ pre span{border-radius:2px;padding:1px 0}pre span:hover{outline:1px solid var(--
 .refused{border-left:4px solid var(--warning);padding-left:1em;white-space:pre-wrap}
 .break{color:var(--dim)}
 @media (max-width:34rem){dl.verdicts{grid-template-columns:1fr;gap:0}
-dl.verdicts dd{margin-bottom:.5rem}table.facts td:first-child{width:8rem}}
+dl.verdicts dd{margin-bottom:.5rem}table.facts td:first-child{width:8rem}
+th,td,table.facts td,table.facts th{padding-left:.3rem;padding-right:.3rem}
+.scroll table.facts td:first-child{width:auto;overflow-wrap:break-word}}
 @media print{body{max-width:none;margin:0;font-size:10pt}.grid{grid-template-columns:1fr 1fr}
 figure,article,tr,.reply{
 break-inside:avoid}h2,h3{break-after:avoid}
@@ -185,6 +189,15 @@ def words(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# An option; a browser would break the line behind its dashes.
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]{0,30}")
+
+
+def _unbroken(text: Any) -> str:
+    """Escaped text, its options in one piece each."""
+    return _OPTION.sub(r'<span class="name">\g<0></span>', clipped(text, 2000))
+
+
 def facts_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> str:
     """Names and values; rows without a value are left out."""
     head = "".join(f"<th>{escaped(name)}</th>" for name in heads)
@@ -192,7 +205,7 @@ def facts_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> str
     for row in rows:
         cells = [words(cell) for cell in row]
         if any(cells[1:]):
-            lines.append("<tr>" + "".join(f"<td>{clipped(c, 2000)}</td>" for c in cells) + "</tr>")
+            lines.append("<tr>" + "".join(f"<td>{_unbroken(c)}</td>" for c in cells) + "</tr>")
     return f'<table class="facts">{"".join(lines)}</table>' if lines else ""
 
 
@@ -214,7 +227,7 @@ def finding_cards(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if more > 0 and where:
             where += f" (and {more:,} more)"
         parts = (("where", where), ("why", finding.get("why")), ("fix", finding.get("fix")))
-        listed = "".join(f"<dt>{k}</dt><dd>{clipped(v, 2000)}</dd>" for k, v in parts if v)
+        listed = "".join(f"<dt>{k}</dt><dd>{_unbroken(v)}</dd>" for k, v in parts if v)
         rows = list(finding.get("rows") or ())
         places = ""
         if len(rows) > 1:
@@ -222,7 +235,7 @@ def finding_cards(findings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             places = folded(f"{len(rows):,} places", f"<ol>{shown}</ol>")
         yield (
             f'<article class="{level}"><h3><span class="level">{level}</span>'
-            f"{clipped(finding.get('what', ''), 2000)} "
+            f"{_unbroken(finding.get('what', ''))} "
             f"<code>{clipped(finding.get('code', ''), 80)}</code></h3>"
             f"<dl>{listed}</dl>{places}</article>"
         )

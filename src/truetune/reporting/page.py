@@ -522,7 +522,9 @@ def _environment(run: RunFacts) -> Iterator[str]:
             rows += [(c.get("name"), f"{c.get('value')} ({c.get('reason')})") for c in value]
         elif name == "command" and isinstance(value, list) and value:
             start, *rest = map(str, value)
-            rows.append((name, shlex.join([PurePath(start).name, *rest])))
+            # As `python -m truetune` is recorded, and everything else by its file.
+            program = PurePath(start).name.replace("__main__.py", "truetune")
+            rows.append((name, shlex.join([program, *rest])))
         else:
             rows.append((name.replace("_", " "), value))
     if rows:
