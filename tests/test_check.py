@@ -160,4 +160,4 @@ def test_the_learning_rate_is_judged_both_ways(contract: PromptContract) -> None
     (low,) = preflight(facts(contract, learning_rate=5e-6))
     assert "20x above" in high.what
     assert "20x below" in low.what
-    assert high.fix == low.fix == "--learning-rate 0.0001"
+    assert high.fix == low.fix == "use --learning-rate 0.0001"

@@ -223,7 +223,7 @@ def test_one_long_answer_to_all_questions() -> None:
     rows = [plain(i, long(1) + " " + long(2)) for i in range(60)]
     told = found(rows)
     assert told["answers-identical"].count == 60
-    assert "join questions and answers" in told["answers-identical"].fix
+    assert "match the questions with their own answers" in told["answers-identical"].fix
     # Told once: their likeness is that of the answer.
     every = {f.code for f in ask(conversations, DataFacts(rows))}
     assert every == {"answers-identical"}

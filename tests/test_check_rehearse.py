@@ -95,7 +95,7 @@ def test_weights_that_tell_another_start_than_the_template(
     if told:
         assert told[0].code == "start-differs"
         rate = "2e-4" if size > 10**8 else "3e-3"
-        assert told[0].fix == f"--learning-rate {rate} --epochs 3"
+        assert told[0].fix == f"use --learning-rate {rate} --epochs 3"
     assert list(start_differs(verdict(Frame.probe(tokenizer, stop_ids=[END])), plan, size)) == []
 
 
@@ -303,7 +303,7 @@ def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
     short = dataclasses.replace(fit, available=fit.low - 1)
     (told,) = short.findings()
     assert (told.code, told.level) == ("memory-short", "warning")
-    assert "in order of increasing cost" in told.fix
+    assert "all options, cheapest first" in told.fix
     assert list(dataclasses.replace(fit, available=fit.low).findings()) == []
     assert list(dataclasses.replace(fit, available=None).findings()) == []
 

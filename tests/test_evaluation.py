@@ -477,7 +477,7 @@ def test_a_reply_that_does_not_end_is_never_right_and_told(tmp_path: Path) -> No
     found = truetune.evaluate(model, data, max_new_tokens=4, quiet=True)
     assert found.models[0].values["match"].value == 0
     said = found.models[0].notes[0]
-    assert "contain the expected answer but did not end do not match: 1;" in said
+    assert "contain the expected answer but did not end do not match (1 of them):" in said
 
 
 def test_empty_and_copied_replies_are_counted(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_numbers_that_float16_does_not_hold(loaded: LoadedModel) -> None:
     narrow = replace(loaded, compute_dtype=torch.float16)
     cause = find_cause(narrow, EXAMPLES, 5)
     assert "overflows on 2 of the step's 2 examples" in cause.why
-    assert cause.fix == "--dtype float32"
+    assert cause.fix == "use --dtype float32"
     assert "gradient" in find_cause(loaded, EXAMPLES, 5).why
 
 

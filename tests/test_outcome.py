@@ -56,7 +56,7 @@ def test_a_run_that_has_not_learned_is_told_with_the_setting_to_change(code: str
     bad, near = CASES[code]
     (found,) = judge(dataclasses.replace(GOOD, **bad))
     assert found.code == code
-    assert found.fix.startswith("--")
+    assert found.fix.startswith("use --")
     assert judge(dataclasses.replace(GOOD, **near)) == []
 
 
@@ -71,23 +71,24 @@ def test_nothing_is_said_of_a_run_that_may_be_well() -> None:
 @pytest.mark.parametrize(("last", "says"), [(2.0, "--learning-rate 0.0003"), (1.2, "--epochs 9")])
 def test_the_setting_follows_the_loss(last: float, says: str) -> None:
     wrong = dataclasses.replace(GOOD, answers=(answer(text="5."),) * 4, last_loss=last)
-    assert judge(wrong)[0].fix.startswith(says)
+    assert judge(wrong)[0].fix.startswith(f"use {says}")
 
 
 def test_a_run_of_steps_is_told_steps() -> None:
     wrong = {"answers": (answer(text="5."),) * 4, "last_loss": 1.2, "by_steps": True}
     (found,) = judge(dataclasses.replace(GOOD, **wrong))
-    assert found.fix == "--max-steps 120 (this run: 40)"
+    assert found.fix == "use --max-steps 120 (this run: 40)"
     assert "a probability of 30 %" in found.why
     rising: dict[str, Any] = {"held_out": ((10, 2.0), (20, 1.0), (40, 1.2))}
     (found,) = judge(dataclasses.replace(GOOD, **rising))
-    assert found.fix.startswith("--epochs 1.5")
+    assert found.fix.startswith("use --epochs 1.5")
     (found,) = judge(dataclasses.replace(GOOD, **rising, by_steps=True))
-    assert found.fix.startswith("--max-steps 20")
+    assert found.fix.startswith("use --max-steps 20")
 
 
 def test_the_line_of_the_screen() -> None:
-    assert summary(GOOD.answers) == "4 of 4 trained, 0 of 4 held-out match their rows; 8 of 8 ended"
+    said = "4 of 4 trained prompts, 0 of 4 held-out prompts get their row's answer"
+    assert summary(GOOD.answers) == f"{said}; 8 of 8 replies ended"
     assert summary(()) == ""
 
 

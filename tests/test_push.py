@@ -297,7 +297,7 @@ def test_the_hub_refuses(hub: Hub, tmp_path: Path, path: str, status: int) -> No
     hub.refuse = (path, status)
     told = command("push", finished(tmp_path / "run"), "me/first")
     assert told.code == 1
-    assert "error[hub-refused]: the Hub refuses it: " in told.err
+    assert "error[hub-refused]: the Hub refused the request: " in told.err
     assert "not today" in told.err
     assert f"status {status}" in told.err
     assert "Traceback" not in told.err

@@ -369,7 +369,7 @@ def test_what_an_optimizer_of_bfloat16_weights_does_not_go_with() -> None:
 
 
 def test_one_setting_spelled_twice_in_one_source() -> None:
-    assert "lr and learning_rate in f are one setting" in problems(
+    assert "lr and learning_rate in f are the same setting" in problems(
         ("f", {"lr": 1, "learning_rate": 1})
     )
 

@@ -211,7 +211,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"max_tokens": 2.5}, 400, "max_tokens", "a whole number"),
         ({"temperature": "hot"}, 400, "temperature", 'is "hot", but must be a number'),
         ({"temperature": True}, 400, "temperature", "is true, but must be a number"),
-        ({"temperature": -1}, 400, None, "temperature is -1.0, must not be negative"),
+        ({"temperature": -1}, 400, None, "temperature is -1.0, but must not be negative"),
         ({"top_p": 2}, 400, None, "top_p is 2.0"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "5 texts, at most 4"),
         ({"stop": 3}, 400, "stop", "a text or a list of texts"),

@@ -174,4 +174,4 @@ def test_a_soft_prompt_on_another_base_is_an_error(tmp_path: Path, kind: str) ->
     path.write_text(json.dumps(config))
     found = _checked(folder)["soft-prompt-unfit"]
     assert found.level == "error"
-    assert "the base takes" in found.what
+    assert "but the base has" in found.what

@@ -414,7 +414,7 @@ def test_from_the_command_line_through_a_fresh_process(
     assert shown.code == 0, shown.err
     assert "passed       opens" in shown.out
     assert "reloaded model compared with the trained one in memory at" in shown.out
-    assert "positions; equal to the last bit" in shown.out
+    assert "positions; bit-identical" in shown.out
     # A process that dies, as one without memory does.
     monkeypatch.setattr(sys, "executable", "/bin/false")
     shown = command("verify", run)

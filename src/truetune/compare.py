@@ -434,8 +434,9 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
         count=num_rows,
         why=f"this is more than {_MOST_LOSS:g} nats of loss, or less than "
         f"{100 * _LEAST_GREEDY:.0f} % of "
-        "the tokens: rounding breaks this model, and the adapter would start from the broken one",
-        fix="--lora or --load-in-8bit, or a larger model in 4 bits",
+        "the tokens: rounding damages this model, and the adapter would be trained on the damaged "
+        "one",
+        fix="use --lora or --load-in-8bit, or a larger model in 4 bits",
     )
 
 

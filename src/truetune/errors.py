@@ -1,22 +1,21 @@
-"""The exceptions truetune raises. The exit code of the command line lives on the class.
+"""The exceptions that truetune raises. Each class defines its exit code for the command line.
 
 TruetuneError                 1   the work failed part way; what was saved stays intact
 ├── UsageError                2   bad options, a folder that may not be written
-│   ├── RecipeError           2   a recipe with unknown or contradicting settings
-│   └── OutputExists          2   the output folder holds something that would be lost
-├── InputError                2   input that cannot be read at all: no file, no model, no weights
-│   ├── DataError             2   a data file that cannot be read
-│   └── ModelError            2   a model folder that cannot be loaded
-├── BadRows                   1   rows that no schema or contract can take (a list of findings)
-├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also ValueError)
-├── CheckFailed               1   the preflight found an error
-├── Collapsed                 1   a probe found that the run has fallen apart
-│   └── NonFiniteLoss         1   loss or gradient is NaN or infinite; nothing was stepped
-├── OutOfMemory               1   a single row does not fit in memory; nothing was stepped
-├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
-├── SaveError                 1   what was written does not read back as what was trained
-├── Interrupted             130   Ctrl-C; a checkpoint was saved (SIGTERM 143, SIGHUP 129)
-└── ToldElsewhere             1   another process of this run stopped, and tells why; its code
+│   ├── RecipeError           2   a recipe with unknown or contradictory settings │   └──
+OutputExists          2   the output folder holds something that would be lost ├── InputError
+2   input that cannot be read at all: no file, no model, no weights │   ├── DataError             2
+a data file that cannot be read │   └── ModelError            2   a model folder that cannot be
+loaded ├── BadRows                   1   rows that no schema or contract can take (a list of
+findings) ├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also
+ValueError) ├── CheckFailed               1   the preflight found an error ├── Collapsed
+1   a probe found that the run has collapsed │   └── NonFiniteLoss         1   loss or gradient is
+NaN or infinite; no weight was changed ├── OutOfMemory               1   a single row does not fit
+in memory; no weight was changed ├── CheckpointError           1   a checkpoint is incomplete or
+belongs to another run ├── SaveError                 1   what was written does not read back as what
+was trained ├── Interrupted             130   Ctrl-C; a checkpoint was saved (SIGTERM 143, SIGHUP
+129) └── ToldElsewhere             1   another process of this run stopped and reports why; its exit
+code
 """
 
 from __future__ import annotations
@@ -57,16 +56,16 @@ class TruetuneError(Exception):
 
     @property
     def finding(self) -> Finding:
-        """The error as a finding, for when the work continues."""
+        """Return the error as a finding, for callers that continue their work."""
         return Finding(self.code, "error", self.what, self.where, why=self.why, fix=self.fix)
 
     @property
     def words(self) -> dict[str, str]:
-        """What it was made of: arguments for another error with the same words."""
+        """Return the arguments for another error with the same texts."""
         return {name: getattr(self, name) for name in ("what", "where", "why", "fix", "code")}
 
     def parts(self) -> list[tuple[str, str]]:
-        """The labelled lines below the first one, in the order they are shown."""
+        """Return the labelled lines below the first one, in the order in which they are shown."""
         return [("where", self.where), ("why", self.why), ("fix", self.fix)]
 
 
@@ -78,7 +77,7 @@ class UsageError(TruetuneError):
 
 
 class RecipeError(UsageError):
-    """Unknown or contradicting settings, all of them gathered."""
+    """Unknown or contradictory settings, all of them in one error."""
 
     default_code = "recipe"
 
@@ -209,7 +208,7 @@ _NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out; each library has its own."""
+    """Whether an exception means that memory ran out; each library raises its own type."""
     return (
         isinstance(error, MemoryError)
         # torch's, for devices; this module does not import torch.

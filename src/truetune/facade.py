@@ -1,4 +1,4 @@
-"""The commands of the command line as functions, with their options as keyword arguments."""
+"""The verbs of the command line as functions, with their options as keyword arguments."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _words_of_python() -> Iterator[None]:
-    """Errors name arguments, not options of the command line."""
+    """Make errors name Python arguments instead of command-line options."""
     try:
         yield
     except TruetuneError as error:
@@ -75,7 +75,7 @@ def _with_settings(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _on_screen(listener: Listener | None, quiet: bool) -> Iterator[Any]:
-    """The listener of a verb: by default the screen, or a cell's output in a notebook."""
+    """Yield the listener of a verb: by default the screen, or the cell's output in a notebook."""
     from truetune.listener import Listener as Silence
 
     screen: Any = listener or Silence()
@@ -112,7 +112,7 @@ def train(
         result.eval_loss, result.artifact
 
     Args:
-        model: a folder, a Hub id, or a recipe.yaml.
+        model: a model folder, a Hub id, `embedded`, or a recipe.yaml.
         data: a file, a folder, or a Hub dataset.
         resume: a run to continue, without other settings except `on_collapse`.
         quiet: print nothing.
@@ -123,7 +123,8 @@ def train(
         The run: `.artifact`, `.train_loss`, `.eval_loss`, `.verdict`, `.findings`, `.plan`.
 
     Raises:
-        TruetuneError: the run failed; the attributes `what`, `where`, `why` and `fix` say how.
+        TruetuneError: the run failed; the attributes `what`, `where`, `why` and `fix` describe the
+            failure and the next step.
     """
     from truetune.run.pipeline import train as run
 
@@ -241,15 +242,16 @@ def chat(
 
     Args:
         model: a run, a model or adapter folder, or a Hub id.
-        prompt: one question; without it, a conversation is returned.
+        prompt: one question; if it is None, a conversation is returned.
         system: the system message.
         chat_template: a .jinja file or built-in name; by default the model's own.
-        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: settings of sampling; a
-            temperature of 0 means greedy decoding.
+        revision: revision of a Hub model.
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed: settings of sampling
+            (`max_new_tokens` in tokens); a temperature of 0 means greedy decoding.
         device: auto, cuda, mps or cpu.
 
     Returns:
-        The answer as text, or without a prompt a `Chat`, which is called with questions.
+        The answer as text; or, without a prompt, a `Chat` that you call with each question.
 
     Raises:
         TruetuneError: the model cannot be loaded, or the prompt leaves no room for an answer.
@@ -320,8 +322,8 @@ def export(
         quant: the type of a GGUF file's weights: f32, f16, bf16, q8_0, q4_k_m and so on (None means
             f16); for MLX f32, f16, bf16, 8bit, 4bit and so on (None means bf16); for merged, vllm
             and sglang nf4, int8, torchao-int8, gptq-w4a16 or gptq-w8a8 (None means plain weights).
-        adapter: for gguf: write the adapter alone.
-        go_template: for ollama: write the template as Go text.
+        adapter: for gguf, write only the adapter.
+        go_template: for ollama, write the template as Go text.
         base: current location of the base, if it has moved.
         onto: original or dequantised weights; auto uses those that the adapter was trained on.
         dtype: dtype of the saved weights; auto uses the base's.
@@ -381,9 +383,9 @@ def diagnose(
 
     Args:
         source: a run, a model or adapter folder, or a GGUF file.
-        merged, quantised: folders made from it.
-        gguf: a file made from it.
-        url: a server that serves it.
+        merged, quantised: folders made from the model.
+        gguf: a GGUF file made from the model.
+        url: address of a server that serves the model.
         stages: names of the stages to compare; by default all.
         data: rows on which to compare the stages; by default rows of the run.
         base: current location of an adapter's base, if it has moved.
@@ -569,11 +571,11 @@ def evaluate(
         pattern: pattern for regex, in place of each row's own answer.
         limit: use only this many rows, from the first.
         shots: how many other rows to put before each question.
-        split, schema, columns: settings of the data, as in `train`.
+        split, schema, columns: how to read the data, as in `train`.
         max_new_tokens: maximum length of a reply, in tokens.
         samples: replies per row, for pass@1 and maj@K.
         temperature: 0 means greedy decoding; by default 0 with one sample and 1 with several.
-        top_p, top_k: settings of sampling.
+        top_p, top_k: sampling settings, used if the temperature is above 0.
         seed: random seed for shots, sampling and intervals.
         chat_template: template for all models; by default each model's own.
         revision: revision of Hub models.
@@ -711,7 +713,7 @@ def watch(run: Pathlike, *, port: int = 8421, quiet: bool = False) -> None:
     Args:
         run: a run, finished or not.
         port: 0 picks a free port.
-        quiet: do not show the address.
+        quiet: do not print the address.
 
     Raises:
         TruetuneError: `run` is not a run, or the port is taken.
@@ -751,7 +753,7 @@ def push(
         `.url`, `.files`, `.private` and `.verified`.
 
     Raises:
-        TruetuneError: the files are not what was trained, or the Hub refuses them.
+        TruetuneError: the files differ from what was trained, or the Hub refuses them.
     """
     from truetune.run.push import push as pushed
 

@@ -1,4 +1,4 @@
-"""The one shape of a diagnosis: what was found, where, how often, why, and what to do.
+"""The one form of every diagnosis: what was found, where, how often, why, and what to do.
 
 Everything that judges (data, contract, check, health) returns `Finding`s; only the command line
 prints them. Codes are stable: scripts may rely on them.
@@ -46,10 +46,12 @@ class Finding:
     rows: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the attributes as plain values, as `--json` prints them."""
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """The finding as plain text; the caller escapes it for its terminal or page."""
+        """Return the finding as lines of plain text; the caller escapes them for its terminal or "
+        "page."""
         head = f"{self.level}[{self.code}]: {self.what}"
         more = self.count - 1
         others = f" (and {more:,} other{'s' if more > 1 else ''})" if more else ""
@@ -59,14 +61,14 @@ class Finding:
 
 
 def labelled(parts: Sequence[tuple[str, str]]) -> list[str]:
-    """The lines below the first one of an error or a finding; empty parts are left out."""
+    """Return the lines below the first one of an error or a finding, without empty parts."""
     indent = "\n" + " " * 9
     return [f"  {name:<5}  {text}".replace("\n", indent) for name, text in parts if text]
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding per (code, level, what): the first place is kept, the counts are added and the
-    rows listed."""
+    """Merge findings with the same code, level and text: keep the first place, add up the counts "
+    "and list the rows."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.code, finding.level, finding.what), []).append(finding)
@@ -79,8 +81,8 @@ _NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 def folded(findings: Iterable[Finding]) -> list[Finding]:
-    """Merged, and many that differ only in a quoted name or a number as one: a template that writes
-    no calls drops each function's name."""
+    """Merge findings, and show many that differ only in a quoted name or a number as one: for "
+    "example, a template that writes no calls drops each function's name."""
     groups: dict[tuple[str, str, str, str], list[Finding]] = {}
     for finding in merged(findings):
         key = (finding.code, finding.level, _NAMES.sub("", finding.what), finding.fix)
@@ -106,7 +108,7 @@ def _joined(group: list[Finding]) -> Finding:
 
 
 def worst(findings: Iterable[Finding]) -> Level | None:
-    """The most severe level present, None if there are none."""
+    """Return the most severe level, or None if there are no findings."""
     levels = {finding.level for finding in findings}
     return next((level for level in LEVELS if level in levels), None)
 
@@ -124,7 +126,7 @@ def rows_finding(
     why: str = "",
     fix: str = "",
 ) -> Finding:
-    """A finding on some of the rows, in their order.
+    """Create a finding about some of the rows, in their order.
 
     Args:
         names: of all rows.
@@ -136,8 +138,9 @@ def rows_finding(
 
 
 def near(word: str, there: Iterable[str], most: int = 1) -> list[str]:
-    """Names that somebody who wrote `word` may have meant, the likeliest first: one begins with
-    the other, or a third of the shorter one's letters are wrong, missing, added or exchanged."""
+    """Return the names that somebody who wrote `word` may have meant, the likeliest first: one "
+    "begins with the other, or at most a third of the shorter one's letters are wrong, missing, "
+    "added or exchanged."""
     own = _letters(word)
     found = []
     for place, name in enumerate(itertools.islice(there, _MOST_NAMES)):
@@ -155,14 +158,15 @@ _MOST_NAMES = 5000
 
 
 def _letters(name: str) -> str:
-    """Without what says little: case, dashes, and the extension that many names share."""
+    """Drop what says little: case, dashes, and the extension that many names share."""
     stem, dot, extension = name.casefold().rpartition(".")
     known = bool(stem) and extension in ("jsonl", "json", "csv", "parquet", "txt", "yaml", "yml")
     return (stem if dot and known else name.casefold()).lstrip("-").replace("-", "_")
 
 
 def _apart(one: str, other: str, allowed: int) -> int:
-    """Letters to change, add, drop or exchange with a neighbour; above `allowed` any number."""
+    """Return the edit distance, counting exchanged neighbours as one; above `allowed`, any "
+    "number."""
     if abs(len(one) - len(other)) > allowed:
         return allowed + 1
     before: list[int] = []
@@ -180,7 +184,7 @@ def _apart(one: str, other: str, allowed: int) -> int:
 
 
 def phrase(names: Iterable[str], most: int, between: str = ", ") -> str:
-    """The first few names, the rest counted."""
+    """Return the first few names as a phrase, with a count of the rest."""
     every = list(names)
     more = f"{between.strip(', ')} and {len(every) - most:,} more" if len(every) > most else ""
     return between.join(every[:most]) + more
@@ -197,7 +201,7 @@ def share(count: int, total: int) -> str:
 
 
 def percent(part: float) -> str:
-    """`78.8 %`; a share that is not none is never shown as 0."""
+    """`78.8 %`; a nonzero share is never shown as 0."""
     value = round(100 * part, 1)
     if part > 0 and not value:
         return "under 0.1 %"
@@ -205,13 +209,14 @@ def percent(part: float) -> str:
 
 
 def gib(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes in readable form."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def visible(text: str, *, keep_newlines: bool = True) -> str:
-    """Foreign text for a terminal or a page: control, format and direction characters, and the line
-    and paragraph separators of Unicode, as escapes; line breaks and tabs stay on demand."""
+    """Make foreign text safe for a terminal or a page: control, format and direction characters,
+    and Unicode's line and paragraph separators, become escapes; line breaks and tabs stay if
+    requested."""
     return "".join(
         char
         if (char in "\n\t" and keep_newlines)
@@ -222,5 +227,5 @@ def visible(text: str, *, keep_newlines: bool = True) -> str:
 
 
 def escaped(text: str) -> str:
-    """Foreign text for a page: `visible`, and no markup."""
+    """Make foreign text safe for a page: `visible`, with markup escaped."""
     return html.escape(visible(text))

@@ -57,18 +57,18 @@ def audit(
         source: a transformers or TRL `Trainer`; or a DataLoader or other iterable that yields
             batches with `input_ids` and `labels`, each (B, T) and unshifted.
         tokenizer: required for batches; a trainer has its own.
-        model: for batches; its embeddings, dtypes and stop ids are checked too.
-        generation_config: the one that the server will read; by default the model's, as the trainer
-            will save it.
-        evaluation: for batches; the held-out ones, whose rows must not occur in training.
+        model: the model, for batches; its embeddings, dtypes and stop ids are checked too.
+        generation_config: the generation config that the server will read; by default the model's,
+            as the trainer will save it.
+        evaluation: the held-out batches, for batches; their rows must not occur in training.
         max_rows: rows to read, spread evenly over the data; None reads all.
 
     Returns:
-        The report; `report.raise_for_errors()` stops a script.
+        The report; `report.raise_for_errors()` raises `CheckFailed` if it contains an error.
 
     Raises:
-        UsageError: there is no tokenizer, or the batches are not language-model batches, or
-            reading them would use them up.
+        UsageError: there is no tokenizer, the batches are not language-model batches, or reading
+            them would consume them.
     """
     started = time.perf_counter()
     with untouched(touched_by_reading(source)) as snapshot:

@@ -45,8 +45,8 @@ def _labels_outside(rows: Sequence[ReadRow], facts: LabelFacts) -> Iterator[Find
             level="error",
             what=f"labels of {share(len(bad), len(rows))} are not ids of the model: "
             f"{', '.join(map(str, sorted(seen)[:4]))}",
-            why="the loss ignores only -100; any other value is an index, and fails on a GPU with "
-            "an unclear message",
+            why="the loss ignores only -100 and uses any other value as an index, which fails on "
+            "a GPU with an unclear message",
             fix="use labels that are ids below the size of the head, and -100 where nothing is to "
             "be learned",
         )
@@ -113,8 +113,8 @@ _HIDDEN = {
     ),
     "inverted": (
         "the attention mask of {rows} is inverted: it is 0 on the tokens and 1 on the padding",
-        "a mask of the other convention was passed (1 - mask, ~mask, True where to hide, as in "
-        "torch's key_padding_mask): the model reads padding alone",
+        "the mask follows the opposite convention (1 - mask, ~mask, or True for hidden tokens, as "
+        "in torch's key_padding_mask): the model reads only padding",
         "invert it: 1 (or True) on every token of the row, 0 on padding",
     ),
     "labels": (
@@ -128,26 +128,26 @@ _HIDDEN = {
     "front": (
         "the attention mask hides the beginning of {rows}: it is in the ids, but the model does "
         "not see it",
-        "the mask was made for rows of other lengths or padded on another side: answers are "
-        "learned with only a part of their question",
+        "the mask was built for rows of different lengths, or padded on the other side: answers "
+        "are learned with only part of their question",
         "set the attention mask to 1 on every token of the row and to 0 only on padding",
     ),
     "pad": (
         "the attention mask hides tokens inside {rows}",
         "a mask made from `ids != pad` hides the end tokens of earlier turns if pad and end are "
-        "the same token; when the model is served, it sees them",
+        "the same token; the served model sees them",
         "take the attention mask from the tokenizer, or build it from lengths",
     ),
     "tail": (
         "the attention mask hides the last tokens of {rows}",
-        "the lengths that the mask was built from are not those of the rows: they were taken "
-        "before the end was appended, or belong to other rows",
+        "the mask was built from the wrong lengths: they were measured before the end token was "
+        "appended, or belong to other rows",
         "take the attention mask from the tokenizer, or build it from the lengths of the final ids",
     ),
     "inside": (
         "the attention mask hides tokens inside {rows}",
-        "it was not made from the lengths of these rows: it belongs to others, or hides tokens on "
-        "purpose; when the model is served, it sees them",
+        "it was not built from the lengths of these rows: it belongs to other rows, or hides "
+        "tokens on purpose; the served model sees these tokens",
         "take the attention mask from the tokenizer, or build it from lengths",
     ),
 }
@@ -190,7 +190,7 @@ def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
     for number, row in enumerate(rows):
         if row.counted is not None and (kind := miscounted(row.counted[row.real != 0])):
             bad.setdefault(kind, []).append(number)
-    fix = "omit position_ids (the model counts by itself), or count from 0 in each document"
+    fix = "omit position_ids (the model creates them), or count from 0 in each document"
     if still := bad.get("still"):
         yield _finding(
             rows,
@@ -199,8 +199,8 @@ def _positions_count(rows: Sequence[ReadRow]) -> Iterator[Finding]:
             level="error",
             what=f"the position ids of {share(len(still), len(rows))} do not increase: the first "
             f"are {_positions(rows[still[0]])}",
-            why="tokens are computed as if they had the same position: the model cannot see the "
-            "order of the words, but a server counts positions",
+            why="several tokens share one position: the model cannot see the order of the words, "
+            "but a server numbers every position",
             fix=fix,
         )
     if wild := bad.get("disordered"):

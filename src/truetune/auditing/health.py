@@ -58,17 +58,17 @@ class HealthCallback(TrainerCallback):
             By default, prompts and answers come from the trainer's own batches and labels.
         every: optimizer steps between measurements; by default, at most ten times in a run, and
             only as often as it costs under 3 % of the run.
-        keep_text: a file with text that must not be forgotten; by default, text that the model
+        keep_text: a file with text that the model must not forget; by default, text that the model
             writes before the first step.
         on_collapse: "stop" ends the run, "continue" only reports the collapse.
-        seed: random seed for that text.
+        seed: random seed for the text that the model writes.
 
     Attributes:
         findings: all findings so far, in order.
         history: the vital signs so far; see `truetune.behaviour.vitals.Vitals`.
 
     Raises:
-        UsageError: an argument that cannot be used.
+        UsageError: an argument is invalid.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class HealthCallback(TrainerCallback):
     ) -> None:
         if on_collapse not in ("stop", "continue"):
             raise UsageError(
-                f"on_collapse is {on_collapse!r}",
+                f"on_collapse cannot be {on_collapse!r}",
                 fix='use "stop" or "continue": only `truetune train` can return to a checkpoint',
                 code="health-setting",
             )
@@ -100,6 +100,7 @@ class HealthCallback(TrainerCallback):
 
     @property
     def history(self) -> list[Any]:
+        """The vital signs so far; empty before training begins."""
         return self._watch.history if self._watch else []
 
     # ------------------------------------------------------------------- what the trainer calls
@@ -113,7 +114,7 @@ class HealthCallback(TrainerCallback):
                     "health-sharded",
                     "note",
                     "the weights are sharded over processes: replies and losses are not measured; "
-                    "only the numbers that the trainer logs are judged",
+                    "only the numbers that the trainer logs are checked",
                     fix="evaluate the saved model with `truetune eval`",
                 )
             )

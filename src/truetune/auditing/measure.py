@@ -152,7 +152,7 @@ def _accumulation(subject: Subject, reading: Reading) -> Iterator[Finding]:
             where="trainer.compute_loss",
             why="it needs values that exist only during a training step; whether gradient "
             "accumulation changes it is unknown",
-            fix="compare one step of 8 rows with 8 steps of one row by hand",
+            fix="compare one step with 8 rows with 8 accumulated passes of one row each by hand",
         )
         return
     ratio = apart / together if together else 1.0

@@ -74,9 +74,9 @@ def _nothing_trainable(model: Any) -> Finding:
         "were not loaded: get_peft_model does not load them"
         if frozen
         else "all parameters have requires_grad False",
-        fix="PeftModel.from_pretrained(base, folder, is_trainable=True)"
+        fix="load it with PeftModel.from_pretrained(base, folder, is_trainable=True)"
         if frozen
-        else "make some trainable: use a LoraConfig, or requires_grad_(True)",
+        else "make parameters trainable: use a LoraConfig, or call requires_grad_(True)",
     )
 
 
@@ -127,8 +127,8 @@ def _virtual_tokens(subject: Subject, reading: Reading) -> Iterator[Finding]:
         f"{max(lengths, default=0):,} tokens becomes {max(lengths, default=0) + number:,}"
         + (f", and max_length={limit:,} means {limit + number:,}" if limit else ""),
         where="trainer.model",
-        why="only these embeddings are learned; they mean nothing to another base, and the base "
-        "alone is unchanged",
+        why="only these embeddings are trained; they are useless with another base, and the base "
+        "itself is unchanged",
         fix="serve it with PeftModel.from_pretrained on this base; it cannot be merged, and "
         "servers with LoRA support do not accept it",
     )

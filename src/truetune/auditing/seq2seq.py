@@ -185,8 +185,8 @@ def _start_token(
             what=f"training starts the decoder with token {start}, but generation starts it with "
             f"{served}",
             where="model.generation_config.decoder_start_token_id",
-            why="the first step of generation is one that was never trained",
-            fix=f"model.generation_config.decoder_start_token_id = {start}",
+            why="generation starts from a token that training never started from",
+            fix=f"set model.generation_config.decoder_start_token_id = {start}",
         )
     doubled = [i for i, labels in enumerate(targets) if len(labels) and int(labels[0]) == start]
     if len(doubled) > len(names) // 2:

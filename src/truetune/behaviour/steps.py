@@ -186,7 +186,7 @@ class Spikes:
         again = sorted({r for r in facts.rows if self.rows[r] > 1} - self.reported)
         self.reported.update(again)
         named = again or sorted(facts.rows)
-        seen = "which stood in an earlier spike too" if again else f"{len(named)} in this step"
+        seen = "which also occurred in an earlier spike" if again else f"{len(named)} in this step"
         return Finding(
             "loss-spike",
             "note",
@@ -197,7 +197,7 @@ class Spikes:
             why=f"one of its examples is unlike the others ({seen})"
             if named
             else "one of its examples is unlike the others",
-            fix="read the rows of that step",
+            fix="inspect the rows of that step",
         )
 
 

@@ -105,7 +105,7 @@ class Regime:
     def gentler(self) -> str:
         """A lower learning rate, as advice."""
         if self.far and self.rate and self.usual_rate:
-            usual = f"use --learning-rate {self.usual_rate:g}, the usual one here"
+            usual = f"use --learning-rate {self.usual_rate:g}, the usual one for this run"
             return f"{usual}, {self.rate / self.usual_rate:.2g} times lower"
         return "use a third of the --learning-rate"
 
@@ -185,7 +185,7 @@ def _unlearned(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
             f"token; it had fallen to {min(losses):.2f}",
             why="the last rows are unlike the others, the weights were changed from outside, or "
             "the learning rate is too high",
-            fix=f"look at the rows of the last steps; {regime.gentler}",
+            fix=f"inspect the rows of the last steps; {regime.gentler}",
         )
 
 
@@ -370,12 +370,12 @@ def _one_file(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
             f"per token ({measured[0][name]:.2f} before the first step); the median of the other "
             f"files is {rest:.2f}",
             name,
-            why="its answers hardly compress, as random characters do: they are damaged, encrypted "
+            why="its answers hardly compress, like random characters: they are damaged, encrypted "
             "or encoded"
             if noise
             else "these rows may be damaged, or harder than the others (another language, code): "
             "the loss alone cannot tell the two apart",
-            fix="read the rows named here, and train without the file if they are damaged",
+            fix="inspect the rows named here, and train without the file if they are damaged",
         )
 
 
@@ -409,7 +409,7 @@ _SOME, _SOME_MORE = 0.5, 0.375
 _MOST, _MOST_MORE = 0.75, 0.6
 _ALL = 0.875
 
-_LOOK = "compare the replies in samples.jsonl with the rows that were trained"
+_LOOK = "compare the replies in samples.jsonl with the training rows"
 # A sign, and what is said of the replies that show it.
 _BAD_REPLIES = (
     (
@@ -469,7 +469,7 @@ _BAD_REPLIES = (
         Finding(
             "replies-switch-script",
             "error",
-            "are in a script of neither prompt nor expected answer",
+            "are in a script that neither the prompt nor the expected answer uses",
             why="there are rows in other languages, or the model is breaking down",
             fix=_LOOK,
         ),
@@ -527,7 +527,7 @@ def _bad_replies(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
                 said,
                 level=level,
                 what=f"{found[-1]:.0%} of the replies to {history[-1].prompts} fixed prompts "
-                f"{said.what} at {_at(history)}; it was {best:.0%}",
+                f"{said.what} at {_at(history)}; the share was {best:.0%} before",
             )
 
 
@@ -554,7 +554,7 @@ def _stops_lost(history: Sequence[Vitals], regime: Regime) -> Iterator[Finding]:
             "stops-lost",
             level,
             f"{now:.0%} of the replies to {history[-1].prompts} fixed prompts end by themselves "
-            f"at {_at(history)}; it was {best:.0%} at best",
+            f"at {_at(history)}; the highest share was {best:.0%}",
             why="the model is forgetting how to stop: the learning rate is too high, or the ends "
             "of answers are cut off or masked",
             fix=f"{regime.gentler}; `truetune check` shows whether the stop token is supervised",

@@ -138,8 +138,8 @@ class Fit:
             f"the run needs {gib(self.low)} to {gib(self.high)} of memory, but only "
             f"{gib(self.available)} is free on {self.device}",
             why=", ".join(f"{name} {gib(n)}" for name, n in self.parts.items() if n),
-            fix=(f"{enough[0]} is sufficient and has the lowest cost; " if enough else "")
-            + f"in order of increasing cost: {ways}",
+            fix=(f"use {enough[0]}, the cheapest option that suffices; " if enough else "")
+            + f"all options, cheapest first: {ways}",
         )
 
 

@@ -18,5 +18,5 @@ Base = Annotated[
         help="Current location of the base model, if it has moved. (default: as recorded)"
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cuda, mps or cpu.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cuda, mps or cpu.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

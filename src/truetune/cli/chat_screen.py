@@ -95,7 +95,7 @@ class Talk:
                 self.screen.line()
                 return
             except UnicodeDecodeError:
-                self.screen.line("that was not UTF-8 text", "yellow")
+                self.screen.line("the input was not UTF-8 text; please enter it again", "yellow")
                 continue
             if question in ("/exit", "/quit"):
                 return
@@ -103,7 +103,7 @@ class Talk:
                 self.reset()
             elif _COMMAND.fullmatch(question):
                 self.screen.line(
-                    f"no command {question}; /reset clears the history, /exit quits", "yellow"
+                    f"unknown command {question}; /reset clears the history, /exit quits", "yellow"
                 )
             elif question:
                 self._ask_safely(question)
@@ -150,7 +150,7 @@ def _base_of(source: str) -> str:
     if not model:
         raise UsageError(
             f"--compare base needs a run, but {source} is not one",
-            fix="pass the model to compare with",
+            fix="pass the model to compare with: --compare MODEL",
             code="no-run",
         )
     return str(model)

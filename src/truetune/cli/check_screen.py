@@ -122,10 +122,14 @@ def _model_lines(model: dict[str, Any]) -> list[tuple[str, str]]:
     base = f" on {model['base']}" if model["base"] else ""
     ends = model["template_ends_with"]
     lines.append(
-        ("model", f"{model['kind']} of {model['architecture']}{base}, weights: {model['weights']}")
+        ("model", f"{model['architecture']} {model['kind']}{base}, weights: {model['weights']}")
     )
     lines.append(
-        ("tokens", f"{model['vocabulary']:,} known, {model['head_rows']:,} embeddings in the model")
+        (
+            "tokens",
+            f"{model['vocabulary']:,} in the tokenizer, {model['head_rows']:,} embeddings in the "
+            f"model",
+        )
     )
     stops = ", ".join(f"{s['token']!r} ({s['id']})" for s in model["stop"]) or "none"
     lines.append(("served stop", f"{stops}, from {model['stop_from']}"))
@@ -138,7 +142,10 @@ def _verdict_lines(verdict: dict[str, Any]) -> list[tuple[str, str]]:
     kind, taken = verdict["kind"], verdict.get("taken_for")
     if kind == "unknown":
         kind = "unknown" + (f", treated as {taken} because of its template" if taken else "")
-    return [("base?", f"{kind}: {'; '.join(verdict['reasons'])}"), ("means", verdict["means"])]
+    return [
+        ("base/instruct", f"{kind}: {'; '.join(verdict['reasons'])}"),
+        ("defaults", verdict["means"]),
+    ]
 
 
 def _contract_lines(contract: dict[str, Any]) -> list[tuple[str, str]]:
@@ -162,7 +169,10 @@ def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if plan["seconds"]:
         lines.append(
-            ("time", f"about {duration(plan['seconds'])} of steps, if nothing else runs here")
+            (
+                "time",
+                f"about {duration(plan['seconds'])} for the steps, on an otherwise idle machine",
+            )
         )
     return lines
 
@@ -174,8 +184,8 @@ def _smoke_test_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     if "loss_after_a_step" in numbers:
         text += f", after a step {numbers['loss_after_a_step']:.3f}"
     text += (
-        f"; row by row the same to {max(numbers['loss_difference'], 1e-9):.0e} (loss) and "
-        f"{max(numbers['gradient_difference'], 1e-9):.0e} (gradient)"
+        f"; row by row, the loss differs by {max(numbers['loss_difference'], 1e-9):.0e} and "
+        f"the gradient by {max(numbers['gradient_difference'], 1e-9):.0e}"
     )
     if "reload_difference" in numbers:
         text += f"; saved, reloaded: logits within {numbers['reload_difference']:.1e}"

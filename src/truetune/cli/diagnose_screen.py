@@ -41,7 +41,7 @@ def _compared(found: Diagnosis) -> list[str]:
     made = [s for s in found.stages if s.name in ("merged", "quantised", "gguf", "url")]
     if not made:
         own = [stage for stage in found.stages if stage.name != "base"]
-        first = "the model is what its run recorded" if own else "only the base was examined"
+        first = "the model matches the record of its run" if own else "only the base was examined"
         return [f"no stage differs: {first}; compare exports with --merged, --gguf or --url"]
     files = [stage.name for stage in made if stage.name != "url"]
     lines = []
@@ -56,7 +56,7 @@ def _compared(found: Diagnosis) -> list[str]:
         lines.append(
             (
                 "the server's replies differ from the trained model's, but they end, and known "
-                "answers are not clearly right less often"
+                "answers are not significantly less often correct"
                 if differ
                 else "the server's replies do not differ from the trained model's"
             )

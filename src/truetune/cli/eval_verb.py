@@ -45,7 +45,7 @@ def evaluate_models(
         ),
     ] = None,
     show: Annotated[
-        int, typer.Option(help="Print the N rows on which the last model is worst.", min=0)
+        int, typer.Option(help="Print this many rows on which the last model does worst.", min=0)
     ] = 0,
     output: Annotated[
         str | None,

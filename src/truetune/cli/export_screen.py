@@ -217,8 +217,8 @@ def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> No
         "as a Go template in the Modelfile, rendered by Go and tokenized by llama.cpp: the "
         "prompts are those of training"
         if go_template
-        else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it differs so "
-        "much from the templates that Ollama knows that none of them replaces it"
+        else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it differs "
+        "enough from the templates that Ollama knows that Ollama does not replace it"
     )
     name = shlex.quote(made.path.parent.name.lower())
     screen.pairs([("template", template), ("Modelfile", str(file))])

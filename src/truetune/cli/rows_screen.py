@@ -118,7 +118,7 @@ def _named(loaded: Loaded, row: str, source: str) -> list[Conversation]:
         raise UsageError(
             f"row {row} cannot be used for training: {why}",
             where=places[0],
-            fix="correct it, or set --set schema=... or --set columns=...",
+            fix="correct the row, or specify --set schema=... or --set columns=...",
             code="no-such-row",
         )
     return chosen
@@ -138,7 +138,7 @@ def _no_such_row(what: str, loaded: Loaded, source: str) -> UsageError:
         where=source,
         fix=f"--row takes 1 to {there}, or a place as findings name it: {loaded.places[0]}"
         if there
-        else "pass other data, or set its --set schema=...",
+        else "pass other data, or specify its schema with --set schema=...",
         code="no-such-row",
     )
 

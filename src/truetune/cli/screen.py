@@ -192,7 +192,9 @@ def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
     """How many rows are held out; of few rows why none are."""
     few = not held["examples"] and trained["examples"] < HELD_OUT_FROM
     return f"{held['examples']:,} held out" + (
-        f" (none below {HELD_OUT_FROM} rows; pass some with --eval-data)" if few else ""
+        f" (none are held out below {HELD_OUT_FROM} rows; pass held-out rows with --eval-data)"
+        if few
+        else ""
     )
 
 

@@ -23,7 +23,8 @@ def export_run(
         typer.Option(
             "--to",
             metavar="NAME",
-            help="merged, gguf, ollama, mlx, vllm or sglang: see above. (default: merged)",
+            help="Format: merged, gguf, ollama, mlx, vllm or sglang, as described above. "
+            "(default: merged)",
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="The same as --to merged.")] = False,
@@ -161,10 +162,11 @@ def diagnose_model(
         typer.Option("--quantised", "--quantized", help="The folder of a quantised model."),
     ] = None,
     gguf: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A GGUF file made from it; needs llama.cpp.")
+        str | None,
+        typer.Option(metavar="FILE", help="A GGUF file made from the model; needs llama.cpp."),
     ] = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Address of a server that serves it.")
+        str | None, typer.Option(metavar="URL", help="Address of a server that serves the model.")
     ] = None,
     stages: Annotated[
         str | None,
@@ -220,7 +222,9 @@ def diagnose_model(
 
 def serve_model(
     source: Source,
-    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8420,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)
+    ] = 8420,
     fast: Annotated[
         bool,
         typer.Option(

@@ -285,7 +285,9 @@ def inspect_model(
     page: Annotated[
         str | None,
         typer.Option(
-            "--html", help="Write an HTML page with 50 rows, or with --row.", rich_help_panel=_ROWS
+            "--html",
+            help="Write an HTML page with the first 50 rows, or with the row of --row.",
+            rich_help_panel=_ROWS,
         ),
     ] = None,
     setting: Annotated[
@@ -293,7 +295,8 @@ def inspect_model(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Any setting of `train`, e.g. loss_on=last; may be repeated.",
+            help="Any setting of `train` that affects the rows, e.g. loss_on=last; may be "
+            "repeated.",
             rich_help_panel=_ROWS,
         ),
     ] = None,
@@ -381,7 +384,11 @@ def report_run(
     output: Annotated[
         str | None,
         typer.Option(
-            "-o", "--output", metavar="FILE", help="(default: RUN/report.html)", show_default=False
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="File to write. (default: RUN/report.html)",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -410,7 +417,9 @@ def report_run(
 @app.command("watch", cls=Verb, short_help="Show the report of a run live in a browser.")
 def watch_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run, finished or not.")],
-    port: Annotated[int, typer.Option(help="0 picks a free port.", min=0, max=65535)] = 8421,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)
+    ] = 8421,
 ) -> None:
     """Serve the report of a run until Ctrl-C. The page is rebuilt for each request.
 
@@ -539,8 +548,8 @@ def _tell_no_memory(said: str) -> None:
     out_of_memory = TruetuneError(
         "this machine, or this process, ran out of memory",
         why=said,
-        fix="free some memory and repeat the command; continue a run that had begun with "
-        "`truetune train --resume RUN`",
+        fix="free some memory and repeat the command; continue an interrupted run with `truetune "
+        "train --resume RUN`",
         code="out-of-memory",
     )
     try:

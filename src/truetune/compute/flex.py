@@ -99,7 +99,7 @@ def flex(
             f"torch compiled the attention of this model {_MOST_COMPILED} times and stopped",
             why="beyond its limit torch would silently compute all attention scores of a layer "
             "at once",
-            fix="--no-packing; please report the model",
+            fix="use --no-packing, and please report the model",
             code="attention-recompiled",
         ) from error
     return out[0].transpose(0, 1)[:length]

@@ -32,7 +32,8 @@ class ChatTemplate:
         """Render the whole conversation as text.
 
         Raises:
-            ValueError: no messages, a role other than user and assistant, or no text as content.
+            ValueError: there are no messages, a role is neither user nor assistant, or a content is
+                not text.
         """
         return "".join(text for text, _ in cls._pieces(messages))
 

@@ -56,9 +56,9 @@ class PromptContract(Encoding):
 
         Args:
             source: folder, Hub id, or a loaded tokenizer.
-            chat_template: a built-in name, the name of one of the model's own, a file with Jinja,
-                or Jinja source; None means the tokenizer's own, or the built-in
-                Instruction/Response if it has none.
+            chat_template: a built-in name, the name of one of the model's own templates, a file
+                with Jinja, or Jinja source; None means the tokenizer's own template, or the
+                built-in Instruction/Response if it has none.
             stop: None or "auto", or tokens to add to the model's own stop set.
             template_kwargs: template arguments; None leaves them to `fit`.
             revision: revision of the Hub model.
@@ -66,7 +66,7 @@ class PromptContract(Encoding):
             date: ISO date for templates that write today's date; None means today.
 
         Raises:
-            UsageError: a template or stop token that does not exist.
+            UsageError: a template or stop token does not exist.
             UnfaithfulTemplate: the template is not valid Jinja.
         """
         sandbox.start()
@@ -108,7 +108,7 @@ class PromptContract(Encoding):
 
         Args:
             source: as in `load`; its template has the run's arguments as defaults.
-            record: what contract.json holds (`as_dict`), or {}.
+            record: the content of contract.json (see `as_dict`), or {}.
         """
         given = record.get("template_kwargs_given", False)
         return cls.load(
@@ -132,8 +132,8 @@ class PromptContract(Encoding):
         """Return a contract whose template arguments render these conversations unchanged.
 
         It first tries no argument, then each value of an argument that the template reads and that
-        changes a served prompt. The first value that accepts the most rows wins. Explicit arguments
-        are kept.
+        changes a served prompt. It chooses the value that accepts the most rows, the first of
+        several. Explicit arguments are kept.
         """
         return self.arguments.fit([_conversation(c, tools) for c in conversations], loss_on)
 
@@ -143,7 +143,7 @@ class PromptContract(Encoding):
         tools: ToolList | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """What an inference server sends for these messages, as text."""
+        """Return the prompt that an inference server sends for these messages, as text."""
         seen = self.behaviour(template_kwargs)
         listed = self.policy.past(self.prepared(messages))
         return self.renderer.render(
@@ -159,7 +159,7 @@ class PromptContract(Encoding):
         tools: ToolList | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """What an inference server sends for these messages, as ids.
+        """Return the prompt that an inference server sends for these messages, as token ids.
 
         Raises:
             UnfaithfulTemplate: the template refuses the messages.
@@ -173,10 +173,10 @@ class PromptContract(Encoding):
         *,
         loss_on: LossOn = "assistant",
     ) -> Encoded:
-        """Encode one conversation; every trained turn is proved.
+        """Encode one conversation, and prove every trained turn.
 
         Raises:
-            UnfaithfulTemplate: no faithful completion exists; it says why.
+            UnfaithfulTemplate: no faithful completion exists; the error says why.
         """
         conversation = _conversation(messages, tools)
         (result,) = self.encode_all([conversation], loss_on=loss_on)
@@ -199,7 +199,7 @@ class PromptContract(Encoding):
             on_progress: called with the number of rows encoded so far.
 
         Raises:
-            ValueError: another loss_on.
+            ValueError: `loss_on` is unknown.
         """
         if loss_on not in LOSS_ON:
             raise ValueError(f"unknown loss_on {loss_on!r}; known: {', '.join(LOSS_ON)}")
@@ -224,7 +224,7 @@ class PromptContract(Encoding):
         }
 
     def fingerprint(self) -> str:
-        """sha256 over template, arguments, stop ids and the tokenizer's own serialisation."""
+        """Return the sha256 over template, arguments, stop ids and the serialised tokenizer."""
         # A call that padded or cut leaves that setting in the tokenizer; this one takes it out.
         self.tokens.encode(["a"])
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -235,7 +235,7 @@ class PromptContract(Encoding):
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        """What contract.json holds."""
+        """Return the content of contract.json."""
         return {
             "fingerprint": self.fingerprint(),
             "template": {
@@ -259,7 +259,7 @@ class PromptContract(Encoding):
 
     @property
     def pad_id(self) -> int:
-        """An id for padding; masks are built from lengths, so any id works."""
+        """Return an id for padding; masks are built from lengths, so any id works."""
         if self.tokenizer.pad_token_id is not None:
             return int(self.tokenizer.pad_token_id)
         return int(self.stop_ids[0]) if self.stop_ids else 0

@@ -31,7 +31,7 @@ class Encoded(Sequence[SFTExample]):
         shared: for each example, the length in tokens of the prefix that it shares with its parent.
         turns: for each example, the indices of the messages that it supervises.
         row: the location of the row.
-        remarks: observations as one word each, repeated for each turn; `remarks.REMARKS` explains
+        remarks: observations, one word each, repeated for each turn; `remarks.REMARKS` explains
             them.
         reasons: for each example, why it does not continue the previous one: the text of history
             that the template rewrote; "" for a root.

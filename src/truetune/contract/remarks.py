@@ -14,7 +14,7 @@ REMARKS = {
     "respaced": Finding(
         code="answer-respaced",
         level="note",
-        what="the template writes other whitespace around answers than the rows have",
+        what="the whitespace that the template writes around answers differs from that of the rows",
         why="the model is trained on the answer as the template writes it",
     ),
     "normalised": Finding(
@@ -54,7 +54,7 @@ REMARKS = {
         level="note",
         what=(
             "the template renders earlier turns of a complete conversation differently from the "
-            "prompt that it serves; the served prompt is trained"
+            "prompt that it serves; training uses the served prompt"
         ),
         why="a server sends only the prompt",
     ),
@@ -81,8 +81,8 @@ REMARKS = {
         code="answer-history-parsed",
         level="note",
         what=(
-            "later prompts are rendered as for a client that returns reasoning_content; without "
-            "a reasoning parser on the server, they will hold the reasoning in another form"
+            "later prompts are rendered for a client that sends reasoning_content back; if the "
+            "server has no reasoning parser, they will contain the reasoning in another form"
         ),
         why="the template renders reasoning in its own field differently from reasoning inside "
         "the content",

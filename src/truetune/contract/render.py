@@ -218,7 +218,7 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
         )
     if kind == "died":
         return UnfaithfulTemplate(
-            f"the process that rendered the chat template ended twice ({answer[1]})",
+            f"the process that rendered the chat template ended unexpectedly, twice ({answer[1]})",
             why="the template ended it, or the system did, for example for lack of memory",
             fix=f"free some memory and try again; if the error remains, {other}",
             code="template-out-of-bounds",

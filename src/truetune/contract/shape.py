@@ -87,7 +87,7 @@ def canonical(message: Mapping[str, Any]) -> Message:
     if len(dict.fromkeys(reasoning)) > 1:
         raise UnfaithfulTemplate(
             "a message has two different reasoning texts",
-            fix="keep one",
+            fix="keep one of them",
             code="unsupported-content",
         )
     if reasoning:

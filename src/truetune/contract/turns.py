@@ -239,8 +239,8 @@ def _dropped(turn: int, opened: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the template drops the reasoning of message {turn}",
         why=f"the prompt ends on {opened!r}, and the rendered turn has no such block",
-        fix="--reasoning inline writes it between think markers, --reasoning drop leaves it "
-        "out of the data",
+        fix="use --reasoning inline to write it between think markers, or --reasoning drop to "
+        "omit it",
         code="target-dropped",
     )
 

@@ -33,11 +33,11 @@ def parse_columns(columns: str | Mapping[str, str] | None) -> dict[str, str]:
         if target not in TARGETS:
             close = near(target, sorted(TARGETS))
             raise _bad(
-                f"no schema knows a column {target!r}",
+                f"no schema has a column named {target!r}",
                 f"did you mean {close[0]}?" if close else f"use one of {names(sorted(TARGETS))}",
             )
         if target in mapping:
-            raise _bad(f"{target} is given twice", "name one source for it")
+            raise _bad(f"{target} is given twice", "specify only one source column for it")
         mapping[target] = source
     return mapping
 
@@ -59,7 +59,7 @@ def rename(rows: list[Row], mapping: dict[str, str], source: str) -> list[Row]:
                 f"there is no column {column!r}",
                 where=source,
                 why=f"the columns are {names(there)}",
-                fix=f"--columns {target}=...: {hint}",
+                fix=f"correct --columns {target}=...: {hint}",
                 code="no-such-column",
             )
     taken = set(mapping.values()) | set(mapping)

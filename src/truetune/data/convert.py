@@ -188,7 +188,9 @@ def _instances(cells: Cells) -> list[Cells | BadRow]:
     """Self-instruct: one task, several inputs with their outputs; an alpaca row of each."""
     instances = cells["instances"]
     if not isinstance(instances, list) or not instances:
-        raise BadRow("no-assistant-turn", "the task has no instances")
+        raise BadRow(
+            "no-assistant-turn", "the task has no instances", fix="add instances, or drop the row"
+        )
     common = {slot: value for slot, value in cells.items() if slot != "instances"}
     return [
         {**common, "input": one.get("input"), "output": one.get("output")}

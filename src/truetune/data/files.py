@@ -129,7 +129,7 @@ class _Bounded(io.RawIOBase):
             f"the archive cannot be unpacked: {error}",
             where=str(self._path),
             why=f"it was cut off, or it is not a {self._path.suffix} file despite its name",
-            fix=f"fetch the file again; `{command} {self._path}` shows how far it goes",
+            fix=f"download the file again; `{command} {self._path}` shows where it breaks off",
             code="broken-gzip" if self._path.suffix.lower() == ".gz" else "broken-zstd",
         )
 
@@ -229,7 +229,9 @@ def _require_text(block: bytes, path: Path) -> None:
             raise DataError(
                 f"the file is {kind}, not text",
                 where=f"{path}:1",
-                why="it was packed twice" if unpack else "its extension belongs to another format",
+                why="it was compressed twice"
+                if unpack
+                else "its extension belongs to another format",
                 fix=f"{unpack}mv {shlex.quote(str(plain))} {shlex.quote(f'{plain}{suffix}')}",
                 code="not-text",
             )

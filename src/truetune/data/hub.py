@@ -133,7 +133,7 @@ def _asked_once(name: str, revision: str | None) -> Iterator[None]:
         raise DataError(
             f"the dataset has no revision {revision}",
             where=name,
-            fix="check --revision",
+            fix="check the value of --revision",
             code="dataset-unreadable",
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
@@ -198,7 +198,7 @@ def _reported(load: Any, name: str, split: str | None = None) -> Any:
                 if "missing" in first
                 else "the dataset has no such configuration",
                 where=name,
-                why=f"there are {names(configs)}",
+                why=f"the configurations are {names(configs)}",
                 fix=f"select one: {name}:{configs[0]}",
                 code="which-config",
             ) from error

@@ -49,7 +49,9 @@ def messages_of(value: Any, unused: Counter[str]) -> list[Message]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRow("bad-message", "the list of turns is broken JSON text") from error
+            raise BadRow(
+                "bad-message", "the list of turns is text that is not valid JSON"
+            ) from error
     if missing(value) or value in ("", []):
         raise BadRow("prompt-missing", "the list of turns is empty", fix="drop the row")
     if not isinstance(value, list | tuple):
@@ -198,7 +200,7 @@ def _only_assistant(role: str, thoughts: set[str], calls: list[dict[str, Any]]) 
 def _one_of(*places: list[dict[str, Any]]) -> list[dict[str, Any]]:
     filled = [calls for calls in places if calls]
     if len(filled) > 1:
-        raise BadRow("bad-tool-call", "a turn has tool calls in two places", fix="keep one")
+        raise BadRow("bad-tool-call", "a turn has tool calls in two places", fix="keep one of them")
     return filled[0] if filled else []
 
 

@@ -107,9 +107,10 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
         "gguf",
         str(path),
         findings=tuple(findings),
-        note=f"alone: this checked its chat template, how prompts begin, {len(_PROMPTS)} replies, "
+        note=f"the file was examined without its model: its chat template, how prompts begin, "
+        f"{len(_PROMPTS)} replies, "
         f"whether its end token ends them, and whether its {held.tensors} tensors are finite. To "
-        "compare its weights with the model: truetune diagnose MODEL --gguf FILE",
+        f"compare its weights with the model: truetune diagnose MODEL --gguf FILE",
         numbers=numbers,
     )
 

@@ -179,7 +179,7 @@ def _require(source: str, stages: Sequence[str], base: str | None, **made: str |
     for name in stages:
         if name not in _MADE and name not in own:
             raise UsageError(
-                f"there is no stage {name} of {source}",
+                f"{source} has no stage {name}",
                 where="--stages",
                 why="it is a GGUF file" if alone else f"its stages are {' and '.join(own)}",
                 fix=f"remove {name} from --stages",
@@ -206,7 +206,7 @@ def _require(source: str, stages: Sequence[str], base: str | None, **made: str |
             raise UsageError(
                 f"there is no {path}",
                 where=f"--{name}",
-                fix="specify what was exported",
+                fix="specify the exported file or folder",
                 code="no-such-file",
             )
         if Path(path).is_dir() == (name == "gguf"):

@@ -319,7 +319,7 @@ def _on_generation(work: Work, name: str, folder: str, contract: PromptContract)
                 f"replies do not end on {work.contract.tokens.named(missing)}",
                 f"its stop tokens are {shown_ids(served)}, but training used "
                 f"{shown_ids(work.contract.stop_ids)}"
-                + ("; the base has the same" if _same_stops(work, served) else ""),
+                + ("; the base has the same stop tokens" if _same_stops(work, served) else ""),
                 _GENERATION_AGAIN,
             )
         )

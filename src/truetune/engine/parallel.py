@@ -160,10 +160,11 @@ def joined() -> Iterator[Group]:
     ours = not dist.is_initialized()
     if ours and missing:
         raise UsageError(
-            f"started as {size} processes that cannot find each other: {', '.join(missing)} "
+            f"this was started as {size} processes, but they cannot find each other: "
+            f"{', '.join(missing)} "
             "is not set",
             why="WORLD_SIZE is set, as a launcher does",
-            fix="torchrun --nproc-per-node N -m truetune train ..., or unset WORLD_SIZE",
+            fix="start with torchrun --nproc-per-node N -m truetune train ..., or unset WORLD_SIZE",
             code="no-launcher",
         )
     if torch.cuda.is_available():

@@ -89,10 +89,10 @@ class SFTTrainer:
         others: settings by name, which override those in `settings`.
 
     Raises:
-        ValueError: empty examples, batch_size < 1, micro_batch_size < 1, max_seq_len < 2, nothing
-            to train, an unknown name, epochs that end before max_steps, or not exactly one of
-            batch_size and tokens_per_step.
-        TypeError: no such setting.
+        ValueError: there are no examples, batch_size < 1, micro_batch_size < 1, max_seq_len < 2, no
+            parameter requires a gradient, an unknown optimizer or schedule, epochs that end before
+            max_steps, or not exactly one of batch_size and tokens_per_step.
+        TypeError: there is no such setting.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class SFTTrainer:
         return True
 
     def lr(self, step: int | None = None) -> float:
-        """Learning rate of a step, counted from 0; None means the next step.
+        """Return the learning rate of a step, counted from 0; None means the next step.
 
         It is max_lr * (step + 1) / warmup_steps during warm-up, then falls to min_lr at max_steps.
         """
@@ -287,7 +287,7 @@ class SFTTrainer:
         )
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step.
+        """Take one optimizer step.
 
         Returns:
             loss (nats per supervised token, over the whole step), lr, grad_norm (before clipping).
@@ -295,7 +295,7 @@ class SFTTrainer:
         Raises:
             NonFiniteLoss: loss or gradient is NaN or infinite; weights and optimizer are unchanged,
                 and `.rows` lists the examples of the step.
-            Collapsed: the same, where another probe found an error.
+            Collapsed: another probe found an error; weights and optimizer are unchanged.
         """
         facts = self._step()
         return {"loss": facts.loss, "lr": facts.learning_rate, "grad_norm": facts.grad_norm}
@@ -372,7 +372,7 @@ class SFTTrainer:
                 f"an example of {batch.num_computed:,} tokens does not fit in memory",
                 where="rows " + ", ".join(map(str, batch.rows)),
                 why="its activations alone need more memory than is free",
-                fix="--gradient-checkpointing, a lower --max-length, or --lora",
+                fix="use --gradient-checkpointing, a lower --max-length, or --lora",
                 rows=batch.rows,
                 code="row-too-large",
             ) from error
@@ -385,8 +385,8 @@ class SFTTrainer:
                     f"in memory at once: from step {self.step + 1} on, at most {limits.rows} "
                     "examples" + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
                     why="the batch size is unchanged; a batch is split into more forward passes",
-                    fix=f"--micro-batch-size {limits.rows} from the start, or "
-                    "--gradient-checkpointing",
+                    fix=f"nothing to do: training continues; to avoid the failed attempt, use "
+                    f"--micro-batch-size {limits.rows} or --gradient-checkpointing from the start",
                 )
             )
 
@@ -452,7 +452,7 @@ class SFTTrainer:
                 self.on_finding(finding)
 
     def evaluate(self, examples: Sequence[SFTExample]) -> float:
-        """Mean loss in nats per supervised token over at most `eval_iters` batches, in order.
+        """Return the mean loss in nats per supervised token, over at most `eval_iters` batches.
 
         Raises:
             ValueError: no examples.
@@ -477,7 +477,7 @@ class SFTTrainer:
         """Train up to max_steps, or until `stop_requested` is set.
 
         Returns:
-            step, train_loss, lr, grad_norm: one entry each log_every steps;
+            step, train_loss, lr, grad_norm: one entry every log_every steps;
             val_step, val_loss: one entry per evaluation.
         """
         history: dict[str, list[Any]] = {
@@ -499,7 +499,7 @@ class SFTTrainer:
         return history
 
     def evaluate_now(self, examples: Sequence[SFTExample] | None) -> float | None:
-        """An evaluation of `train`: the loss of held-out examples, passed to `on_eval`.
+        """Evaluate the held-out examples, as `train` does, and pass the loss to `on_eval`.
 
         Returns:
             None if there are no examples.

@@ -96,7 +96,7 @@ class Settings:
         """
         if samples > 1 and temperature == 0:
             raise UsageError(
-                f"{samples} samples at temperature 0 are {samples} times the same reply",
+                f"{samples} samples at temperature 0 would be {samples} times the same reply",
                 where="--temperature",
                 fix="omit --temperature (it becomes 1), or request one sample",
                 code="samples-greedy",
@@ -356,8 +356,8 @@ def _notes(
     notes = []
     if cut := sum(reply.would_be_right for reply in replies):
         notes.append(
-            f"replies that contain the expected answer but did not end do not match: {cut:,}; a "
-            "higher --max-new-tokens gives them room"
+            "replies that contain the expected answer but did not end do not match "
+            f"({cut:,} of them): raise --max-new-tokens"
         )
     if short:
         notes.append(

@@ -69,7 +69,7 @@ def require_served(name: str, chat_template: str | None) -> None:
         raise UsageError(
             f"{name} is neither the address of a server nor a model",
             why="a model is a run, a folder, a Hub id, a GGUF file, or an HTTP address",
-            fix="for example http://127.0.0.1:8000",
+            fix="pass an address such as http://127.0.0.1:8000",
             code="subject-unsupported",
         )
     try:

@@ -130,8 +130,8 @@ def lines(found: Evaluation) -> Iterator[str]:
             )
     yield ""
     yield from wrapped(
-        "[ ]: 95 % intervals on the same rows for all models: score intervals for shares, else "
-        "bootstrap intervals; a difference on fewer than six rows is inconclusive"
+        "[ ]: 95 % intervals, on the same rows for all models (score intervals for shares, "
+        "bootstrap intervals otherwise); a difference on fewer than six rows is inconclusive"
     )
     for name, model in zip(names, found.models, strict=True):
         for out in model.no_loss:

@@ -137,7 +137,8 @@ class TaskEvaluation:
             + ("each task's own number of shots" if shots is None else f"{shots} shots")
         )
         yield from wrapped(
-            f"{SERVED}: through the model's own contract; {RAW}: the task's text without a template"
+            f"{SERVED}: with the model's own chat template and stop tokens; {RAW}: the task's "
+            f"text without a template"
         )
         for name, model in zip(names, self.models, strict=True):
             if name != model.name:
@@ -167,8 +168,9 @@ class TaskEvaluation:
                     yield _row("  against first", cells)
         yield ""
         yield from wrapped(
-            "[ ]: 95 % intervals over the same documents: score intervals for yes and no, else "
-            "bootstrap intervals; a difference on fewer than six documents is inconclusive"
+            "[ ]: 95 % intervals over the same documents (score intervals for yes/no metrics, "
+            "bootstrap intervals otherwise); a difference on fewer than six documents is "
+            "inconclusive"
         )
         for name, model in zip(names, self.models, strict=True):
             for note in model.notes:
@@ -223,7 +225,7 @@ def require_tasks(
     usage = "truetune eval MODEL --tasks TASK,FILE.yaml"
     require_each_once(models, usage)
     if not tasks:
-        raise UsageError("no task was named", fix=usage, code="no-task")
+        raise UsageError("no task was given", fix=usage, code="no-task")
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(
@@ -354,7 +356,9 @@ def _tasks(tasks: Sequence[str], shots: int | None) -> Any:
             raise UsageError(
                 f"lm-evaluation-harness has no task {task!r}",
                 where="--tasks",
-                fix=f"one of {', '.join(near)}" if near else "lm-eval ls tasks lists them",
+                fix=f"use one of {', '.join(near)}"
+                if near
+                else "`lm-eval ls tasks` lists all tasks",
                 code="task-missing",
             )
     try:

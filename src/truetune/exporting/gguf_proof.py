@@ -364,7 +364,8 @@ def judge(apart: Apart, budget: Budget) -> list[Finding]:
         Finding(
             "gguf-loses-much",
             "warning",
-            f"so few bits harm this model: log-probabilities differ by {apart.relative:.2g} of the "
+            f"so few bits degrade this model: log-probabilities differ by {apart.relative:.2g} of "
+            f"the "
             f"logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are equal",
             why=f"{budget.usual:.2g} is usual for this type; small models suffer more",
             fix="use more bits, for example --quant q8_0; truetune diagnose shows the effect on "

@@ -124,7 +124,7 @@ def _as_ours(repo: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         denied = status in (401, 403)
         raise TruetuneError(
-            f"the Hub refuses it: {str(error.server_message or error).splitlines()[0]}",
+            f"the Hub refused the request: {str(error.server_message or error).splitlines()[0]}",
             where=repo,
             why=f"status {status}" if status else "",
             fix="log in with a token that has write access: hf auth login"

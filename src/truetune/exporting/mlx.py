@@ -219,7 +219,8 @@ def _proved(
             Finding(
                 "mlx-loses-much",
                 "warning",
-                f"so few bits harm this model: log-probabilities differ by {apart.relative:.2g} of "
+                f"so few bits degrade this model: log-probabilities differ by "
+                f"{apart.relative:.2g} of "
                 f"the logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are "
                 "equal",
                 why=f"{budget.usual:.2g} is usual for this type; small models suffer more",

@@ -190,7 +190,8 @@ def _unable(quant: str, why: str) -> UsageError:
         f"{QUANTS[quant].kind} cannot quantise this model",
         where=f"--quant {quant}",
         why=why,
-        fix="use another type, or --to gguf; --to merged without --quant writes the plain model",
+        fix="use another type, or --to gguf; --to merged without --quant writes the unquantised "
+        "model",
         code="quantised-failed",
     )
 

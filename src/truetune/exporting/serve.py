@@ -455,7 +455,9 @@ class _LlamaHandler(_Handler):
             answer = self.model.llama.client.raw(method, self.path, body)
         except ServerError as error:
             self.model.failed = error
-            raise Refused("llama.cpp has ended; the terminal says why", status=502) from error
+            raise Refused(
+                "llama.cpp has stopped; see the terminal for the reason", status=502
+            ) from error
         with contextlib.closing(answer):
             kept = ("Content-Type", "Content-Length")
             headers = {name: answer.headers[name] for name in kept if name in answer.headers}

@@ -123,7 +123,7 @@ def _soft_prompt(
     elif len(found) != 2 or found[0] < number:
         broken = f"the file holds {found[0]:,} of {number:,} virtual tokens"
     elif width and found[1] != width:
-        broken = f"a virtual token has {found[1]:,} numbers, the base takes {width:,}"
+        broken = f"a virtual token has {found[1]:,} dimensions, but the base has {width:,}"
     return {"virtual": number, "virtual_broken": broken}
 
 

@@ -108,7 +108,7 @@ def _require_sizes(config: Any, where: str) -> None:
 
 def _not_sane(what: str, where: str) -> ModelError:
     return ModelError(
-        f"config.json describes no model: {what}",
+        f"config.json does not describe a valid model: {what}",
         where=where,
         why="the file is damaged or malicious",
         fix="copy the file again from the source of the model",

@@ -42,17 +42,17 @@ class Sampling:
     def __post_init__(self) -> None:
         wrong = []
         if self.max_new_tokens < 1:
-            wrong.append(f"max_new_tokens is {self.max_new_tokens}, must be at least 1")
+            wrong.append(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
         if self.temperature < 0:
-            wrong.append(f"temperature is {self.temperature}, must not be negative")
+            wrong.append(f"temperature is {self.temperature}, but must not be negative")
         if not 0 < self.top_p <= 1:
-            wrong.append(f"top_p is {self.top_p}, must be above 0 and at most 1")
+            wrong.append(f"top_p is {self.top_p}, but must be above 0 and at most 1")
         if self.top_k < 0:
-            wrong.append(f"top_k is {self.top_k}, must not be negative")
+            wrong.append(f"top_k is {self.top_k}, but must not be negative")
         if self.repetition_penalty <= 0:
-            wrong.append(f"repetition_penalty is {self.repetition_penalty}, must be above 0")
+            wrong.append(f"repetition_penalty is {self.repetition_penalty}, but must be above 0")
         if wrong:
-            raise UsageError("sampling: " + "; ".join(wrong), code="sampling")
+            raise UsageError("invalid sampling settings: " + "; ".join(wrong), code="sampling")
 
 
 class Draw:

@@ -188,8 +188,10 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
         ModelError: another base, revision, config or tokenizer, with both values.
     """
     where = str(adapter)
-    fix = "load it on the base that it was trained on: set --base, or base_model_name_or_path in "
-    "adapter_config.json"
+    fix = (
+        "load it on the base that it was trained on: set --base, or base_model_name_or_path in "
+        "adapter_config.json"
+    )
     if trained.tokenizer_size != found.tokenizer_size:
         raise ModelError(
             f"the tokenizer has {found.tokenizer_size:,} ids, but the adapter was trained with "
@@ -239,7 +241,7 @@ def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -
             "was trained with: " + listed(changed),
             where=str(found.base),
             why=sides,
-            fix="use the config.json that the base had at that time",
+            fix="use the config.json that the base had when the adapter was trained",
             code="adapter-wrong-config",
         )
 

@@ -451,7 +451,7 @@ def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
             f"the adapter is of type {kind}, not LORA",
             where=str(path),
             why="only LoRA adapters are loaded",
-            fix="merge it into its base with the tool that made it, and load the merged model",
+            fix="merge it into its base with the tool that created it, and load the merged model",
             code="adapter-type",
         )
     tensors = read_headers(weight_files(files))

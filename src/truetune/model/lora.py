@@ -50,15 +50,15 @@ class LoraSettings:
     def __post_init__(self) -> None:
         wrong = []
         if self.r < 1:
-            wrong.append(f"r is {self.r}, must be at least 1")
+            wrong.append(f"r is {self.r}, but must be at least 1")
         if self.alpha <= 0:
-            wrong.append(f"alpha is {self.alpha}, must be above 0")
+            wrong.append(f"alpha is {self.alpha}, but must be above 0")
         if not 0 <= self.dropout < 1:
-            wrong.append(f"dropout is {self.dropout}, must be from 0 up to 1")
+            wrong.append(f"dropout is {self.dropout}, but must be at least 0 and below 1")
         if not self.target_modules:
             wrong.append("target_modules is empty")
         if wrong:
-            raise UsageError("LoRA settings: " + "; ".join(wrong), code="lora-settings")
+            raise UsageError("invalid LoRA settings: " + "; ".join(wrong), code="lora-settings")
 
 
 def add_lora(

@@ -155,7 +155,8 @@ def _choose(onto: Onto, trained_quantised: bool, stored: str | None, where: str)
     quantised = trained_quantised or stored is not None
     if onto == "dequantised" and not quantised:
         raise UsageError(
-            "nothing is quantised: the adapter was trained on the original weights",
+            "--onto has no effect: the adapter was trained on the original weights, which are not "
+            "quantised",
             where=where,
             fix="omit --onto",
             code="merge-not-quantised",
@@ -170,7 +171,7 @@ def _trained_on_other(bits: str) -> Finding:
         f"the adapter was trained on {bits}, but merged onto the original weights",
         why="the adapter also learned to correct rounding errors, so the merged model is not the "
         "one that was trained",
-        fix="--onto dequantised, unless the original scores better on your rows",
+        fix="use --onto dequantised, unless the original scores better on your rows",
     )
 
 

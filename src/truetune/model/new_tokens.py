@@ -61,7 +61,8 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[NewToken], li
         raise UsageError(
             f"{wrong[0]!r} cannot be a token",
             why="it is empty, or begins or ends with whitespace",
-            fix="--add-token '<|think_start|>'",
+            fix="pass text without surrounding whitespace, for example --add-token "
+            "'<|think_start|>'",
             code="add-token",
         )
     known = tokenizer.get_vocab()
@@ -285,6 +286,7 @@ def rows_report(
                 where=changed[0],
                 count=len(changed),
                 why="something outside the adapter was trained",
+                fix="please report this: it is a bug in truetune",
             )
         )
     return report, findings

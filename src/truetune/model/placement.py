@@ -199,7 +199,7 @@ def _choose_compute(
             raise UsageError(
                 "training in float16 is not supported",
                 why="gradients in float16 underflow without loss scaling",
-                fix="--dtype bfloat16, or float32 if the GPU does not support bfloat16",
+                fix="use --dtype bfloat16, or float32 if the GPU does not support bfloat16",
                 code="dtype",
             )
         return choice(asked, "as asked")

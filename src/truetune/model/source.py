@@ -137,7 +137,7 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
     def failed(why: str, fix: str, code: str = "model-not-found") -> ModelError:
         hint = _did_you_mean(Path(text))
         return ModelError(
-            f"no folder and no reachable Hub model: {text}",
+            f"{text} is neither a folder nor a reachable Hub model",
             where=f"revision {revision}" if revision else "",
             why=why,
             fix=f"{hint} Or {fix}" if hint else fix,
@@ -149,7 +149,7 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
         folder = Path(snapshot_download(text, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise failed(
-            "the Hub shares it only with people who accepted its terms",
+            "the Hub shares this model only with people who accepted its terms",
             fix="accept them on its page and log in with `hf auth login`",
             code="model-gated",
         ) from error

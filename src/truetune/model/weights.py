@@ -175,7 +175,11 @@ def _no_weights(files: ModelFiles, wanted: str) -> ModelError:
         why = "only the small files were copied"
         fix = f"copy {wanted} (or all its shards and {INDEX}) into the folder"
     return ModelError(
-        f"no weights: no {wanted}", where=where, why=why, fix=fix, code="model-no-weights"
+        f"there are no weights: {wanted} is missing",
+        where=where,
+        why=why,
+        fix=fix,
+        code="model-no-weights",
     )
 
 
@@ -208,7 +212,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
         raise _damaged(path, "its header is not readable") from error
     if 8 + length + end != size:
         raise _damaged(
-            path, f"its header describes {8 + length + end:,} bytes, the file has {size:,}"
+            path, f"its header describes {8 + length + end:,} bytes, but the file has {size:,}"
         )
     return tensors
 

@@ -131,8 +131,8 @@ def adapter_is_enough(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-adapter-enough",
             "note",
-            f"all {s.num_parameters / 1e9:.1f} B weights for {s.num_rows:,} rows: an adapter "
-            "would learn them equally well",
+            f"all {s.num_parameters / 1e9:.1f} B weights are trained on {s.num_rows:,} rows, "
+            f"which an adapter would learn equally well",
             why="on datasets of this size LoRA on all layers matches full training (Schulman et "
             "al. 2025) and forgets less of what the model knew (Biderman et al. 2024)",
             fix="use --lora, unless you need a model without an adapter",

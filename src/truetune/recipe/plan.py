@@ -147,7 +147,7 @@ def _compute_type(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
     times = bf16_speedup(model.hidden_size)
     chosen = "bfloat16" if times >= _WORTH_ROUNDING else "float32"
     compared = f"{times:.1f} times as fast as float32" if times >= 1 else "slower than float32"
-    return chosen, f"measured: bfloat16, as the weights are, is {compared} on this processor"
+    return chosen, f"measured: bfloat16, the dtype of the weights, is {compared} on this processor"
 
 
 def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:

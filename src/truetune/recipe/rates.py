@@ -76,7 +76,8 @@ def what_follows(kind: str, num_parameters: int | None) -> str:
     """What base, instruct or unknown means for a recipe, in words."""
     if num_parameters is not None and num_parameters < SMALL:
         return (
-            f"no difference for so small a model: {_LORA['small']} for LoRA, {_FULL['small']} for "
+            f"the same defaults for base and instruct models of this size: {_LORA['small']} for "
+            f"LoRA, {_FULL['small']} for "
             "all weights, and many epochs"
         )
     if kind == "base":

@@ -80,7 +80,7 @@ class Recipe:
         "What to do with rows that cannot be trained on: stop, or drop and count them.",
     )
     max_train_samples: int | None = _option(
-        None, INPUT, "Read only the first rows.", minimum=1, shown="all"
+        None, INPUT, "Read only this many rows, from the first.", minimum=1, shown="all"
     )
     eval_data: str | None = _option(
         None, INPUT, "Your own held-out rows.", shown="5 % of the rows, at most 200"
@@ -183,7 +183,9 @@ class Recipe:
         minimum=2,
     )
     overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
-        "drop", LENGTH, "What to do with longer examples; plain text is always split."
+        "drop",
+        LENGTH,
+        "What to do with examples longer than --max-length; plain text is always split.",
     )
     max_dropped: float = _option(
         0.05,

@@ -203,7 +203,7 @@ def _named(
             problems.append(_unknown(spelling, origin, names))
         elif value is not None:
             if name in known:
-                problems.append(f"{spelled[name]} and {spelling} in {origin} are one setting")
+                problems.append(f"{spelled[name]} and {spelling} in {origin} are the same setting")
             spelled[name] = spelling
             known[name] = _plain(name, value)
     return known

@@ -281,7 +281,7 @@ def lengths_section(lengths: Mapping[str, Any]) -> Iterator[str]:
     )
     yield (
         '<div class="scroll"><table><tr><th>cut after</th><th>rows cut</th>'
-        "<th>lose the end token</th><th>lose all of the answer</th>"
+        "<th>lose the end token</th><th>lose the whole answer</th>"
         "<th>never close their reasoning</th><th>tokens kept</th></tr>"
     )
     for damage in lengths["limits"]:

@@ -106,7 +106,7 @@ def _behaves(run: RunFacts) -> Answer:
         return Answer(question, "yes", f"No probe found anything wrong. {numbers}{back}".strip())
     if run.state == "running":
         return Answer(question, "not yet", "The probes have not compared two steps yet.")
-    return Answer(question, "not measured", "The run does not have probes of two steps to compare.")
+    return Answer(question, "not measured", "Vital signs were measured at fewer than two steps.")
 
 
 # Vital signs: (name, words, share); what a good model does first.
@@ -143,4 +143,5 @@ def vital_sentences(run: RunFacts) -> Iterator[str]:
                 yield f"{words.capitalize()}: {percent(last)}{at}{was}."
     points = run.series("keep_loss")
     if len(points) > 1:
-        yield f"Loss on text to keep: {points[-1][1]:.3f} nats per token ({points[0][1]:.3f})."
+        yield f"Loss on text to keep: {points[-1][1]:.3f} nats per token (before: "
+        f"{points[0][1]:.3f})."

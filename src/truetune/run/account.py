@@ -69,7 +69,7 @@ def bad_rows_told(
     bad = [finding for finding in found if finding.level == "error"]
     others = [finding for finding in found if finding.level != "error"]
     if not bad and not num_left:
-        raise DataError("there are no rows to train", where=str(recipe.data))
+        raise DataError("there are no rows to train on", where=str(recipe.data))
     if not bad:
         return others, []
     number = sum(finding.count for finding in bad)
@@ -140,7 +140,7 @@ def length_findings(
                 f"--max-length {limit:,} exceeds the model's context of "
                 f"{facts.context_length:,} tokens",
                 why="the model was never trained on positions beyond its context",
-                fix=f"--max-length {facts.context_length}",
+                fix=f"use --max-length {facts.context_length}",
             )
         )
     counts = ((fitted.num_truncated, "truncated"), (fitted.num_split, "split"))
@@ -172,7 +172,7 @@ def length_findings(
         f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
         where=f"{where} ({tokens:,} tokens)",
         count=len(dropped),
-        why=f"in a trainer that cuts rows, {damage(rows, limit).line()}; {table}",
+        why=f"in a trainer that truncates rows, {damage(rows, limit).line()}; {table}",
         fix=_room_for(limit_keeping(rows), limit, facts.context_length)
         + "cut prompts with --overlong truncate-prompt, or allow it with --max-dropped",
     )
@@ -213,7 +213,7 @@ def data_facts(
         {
             "where": where,
             "code": "eval-overlaps-train",
-            "what": "a held-out row whose prompt is trained",
+            "what": "a held-out row whose prompt also occurs in the training rows",
         }
         for where in overlap
     ]

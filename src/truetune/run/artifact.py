@@ -107,6 +107,7 @@ def _prove_rows(
         raise SaveError(
             "embeddings of other tokens were trained; the artifact was not written",
             where=str(run.file("new_tokens.json")),
+            fix="please report this: it is a bug in truetune",
             code="other-rows-moved",
         )
 

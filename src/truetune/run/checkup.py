@@ -183,7 +183,7 @@ def start_differs(judged: StartVerdict, plan: Plan, num_parameters: int) -> Iter
         f"{_ARTICLE[kind]} one",
         str(plan.model),
         why="; ".join(judged.reasons),
-        fix=f"--learning-rate {words(rate)} --epochs {EPOCHS[kind]:g}",
+        fix=f"use --learning-rate {words(rate)} --epochs {EPOCHS[kind]:g}",
     )
 
 

@@ -74,8 +74,8 @@ def _require_text(source: str) -> None:
         raise DataError(
             "--keep-text contains no text",
             where=source,
-            why="without text, nothing can be said about what the model forgets",
-            fix="pass a text file, or rows in any supported format, or leave --keep-text out",
+            why="without text, forgetting cannot be measured",
+            fix="pass a text file, or rows in any supported format, or omit --keep-text",
             code="keep-text-unreadable",
         )
 
@@ -117,5 +117,5 @@ def require_settings(recipe: Recipe, *others: str) -> None:
     if missing:
         raise RecipeError(
             f"missing: {', '.join(missing)}",
-            fix="truetune train MODEL DATA -o RUN, or set it in a recipe",
+            fix="run truetune train MODEL DATA -o RUN, or set it in a recipe",
         )

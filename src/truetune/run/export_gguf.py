@@ -213,8 +213,8 @@ def rows_of(source: str) -> list[Conversation]:
 def _require_folder(output: Path) -> None:
     if output.suffix.lower() == ".gguf":
         raise UsageError(
-            f"{output} names a file, but an export is a folder",
+            f"{output} is the name of a file, but an export is a folder",
             why="the folder holds the GGUF file and its verification",
-            fix=f"-o {output.with_suffix('')}",
+            fix=f"choose a folder, for example -o {output.with_suffix('')}",
             code="export-folder",
         )

@@ -33,10 +33,10 @@ QUANT = {"gguf": "f16", "ollama": "f16", "mlx": "bf16", "merged": "", **dict.fro
 _FOLDERS = ("merged", *SERVERS)
 # What is asked for by another name.
 _INSTEAD = {
-    "tgi": "--to merged, and then text-generation-launcher --model-id DIR",
-    "lmstudio": "--to gguf: LM Studio loads the file",
-    "llama.cpp": "--to gguf",
-    "transformers": "--to merged, and then transformers serve DIR",
+    "tgi": "use --to merged, and then text-generation-launcher --model-id DIR",
+    "lmstudio": "use --to gguf: LM Studio loads the file",
+    "llama.cpp": "use --to gguf",
+    "transformers": "use --to merged, and then transformers serve DIR",
 }
 
 
@@ -150,7 +150,10 @@ def require_export(
     quant = quant.lower() if quant is not None else None
     if not output:
         raise UsageError(
-            "the output folder has no name", where="--output", fix="-o DIR", code="export-folder"
+            "the output folder has no name",
+            where="--output",
+            fix="choose a folder with -o DIR",
+            code="export-folder",
         )
     if what not in _KINDS or (merge and what != "merged"):
         meant = near(what, _KINDS)
@@ -160,13 +163,13 @@ def require_export(
             else "--merge and --to contradict each other",
             where="--to",
             why=f"did you mean {meant[0]}?" if meant and what not in _KINDS else "",
-            fix=_INSTEAD.get(what, f"one of {', '.join(_KINDS)}"),
+            fix=_INSTEAD.get(what, f"use one of {', '.join(_KINDS)}"),
             code="export-what",
         )
     if onto not in ("auto", "original", "dequantised"):
         raise UsageError(
             f"unknown weights {onto!r}",
-            fix="--onto auto, original or dequantised",
+            fix="use --onto auto, original or dequantised",
             code="export-onto",
         )
     for option, given, kinds in (
@@ -194,7 +197,7 @@ def require_export(
     if data is not None and not (quant in QUANTS and QUANTS[quant].calibrated):
         fits = " or ".join(name for name, one in QUANTS.items() if one.calibrated)
         raise UsageError(
-            "--data has no effect without a type that is calibrated on rows",
+            "--data has no effect without a type that needs calibration rows",
             fix=f"omit it, or use --quant {fits}",
             code="export-what",
         )
@@ -208,7 +211,7 @@ def require_export(
         )
     if os.path.lexists(output):
         raise OutputExists(
-            f"{output} exists already",
+            f"{output} already exists",
             fix="choose another folder with --output",
             code="output-exists",
         )

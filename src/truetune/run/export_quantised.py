@@ -216,7 +216,8 @@ def _loss(apart: Apart, folder: Path) -> tuple[Finding, ...]:
         Finding(
             "quantised-loses-much",
             "warning",
-            f"so few bits harm this model: log-probabilities differ by {apart.relative:.2g} of the "
+            f"so few bits degrade this model: log-probabilities differ by {apart.relative:.2g} of "
+            f"the "
             f"logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are equal",
             why=f"{usual:.2g} is usual for so many bits; small models suffer more",
             fix="use more bits, for example --quant int8; truetune eval compares the answers of "
@@ -275,9 +276,9 @@ def _calibration(
         where = data
     elif run is None:
         raise UsageError(
-            "GPTQ is calibrated on rows, and there are none",
+            "GPTQ needs calibration rows, and there are none",
             where=source,
-            why="it is not the folder of a run, whose training rows are used",
+            why="the source is not a run, whose training rows could be used",
             fix="add --data DATA: a file or folder of rows like those that will be served",
             code="quantised-rows",
         )
@@ -299,7 +300,7 @@ def _calibration(
         where = "the rows that the run was trained on"
     if not examples:
         raise UsageError(
-            "GPTQ is calibrated on rows, and none can be used",
+            "GPTQ needs calibration rows, and none of the rows can be used",
             where=where,
             why="the model's chat template accepts none of them",
             fix="truetune inspect MODEL --data DATA shows the reasons",

@@ -52,32 +52,31 @@ def find_cause(loaded: LoadedModel, examples: Mapping[int, SFTExample], step: in
         return Cause(
             f"{_some(weights)} contain values that are not finite: an earlier step was too large, "
             "or the file contained them in places that no earlier row used",
-            "lower --learning-rate, and look at the model's weights",
+            "lower --learning-rate, and inspect the model's weights",
         )
     if not guilty:
         return Cause(
-            "every example of the step has a finite loss alone, so it is the gradient that "
-            "overflowed: the learning rate of the steps before was too high, or two rows together "
-            "are extreme",
+            "every example of the step has a finite loss alone, so the gradient overflowed: the "
+            "learning rate of the previous steps was too high, or two rows together are extreme",
             "lower --learning-rate, or add warm-up steps",
         )
     if not weights and _finite_in_float32(loaded, [examples[row] for row in guilty]):
         return Cause(
             f"{loaded.compute_dtype} overflows on {len(guilty)} of the step's {len(losses)} "
-            "examples; in float32 their loss is a number",
-            "--dtype float32",
+            "examples; in float32 their loss is finite",
+            "use --dtype float32",
             guilty,
         )
     if len(guilty) < len(losses):
         held = f"; {_some(weights)} contain values that are not finite" if weights else ""
         return Cause(
-            f"{len(guilty)} of the step's {len(losses)} examples have no finite loss alone, the "
-            f"others have one{held}",
-            "look at these rows, and at the embeddings of their tokens, or take the rows out",
+            f"{len(guilty)} of the step's {len(losses)} examples do not have a finite loss when "
+            f"computed alone; the others do{held}",
+            "inspect these rows and the embeddings of their tokens, or remove the rows",
             guilty,
         )
     return Cause(
-        "no example of the step has a finite loss: the steps before were too large",
+        "no example of the step has a finite loss: the previous steps were too large",
         "lower --learning-rate; the last checkpoint is intact",
     )
 

@@ -106,7 +106,7 @@ def judge(outcome: Outcome) -> list[Finding]:
 def summary(answers: Sequence[Answer]) -> str:
     """A line for the screen; empty where nothing was asked."""
     parts = [
-        f"{sum(a.right for a in some)} of {len(some)} {name}"
+        f"{sum(a.right for a in some)} of {len(some)} {name} prompts"
         for name, some in (
             ("trained", [a for a in answers if a.trained and a.had_room]),
             ("held-out", [a for a in answers if not a.trained]),
@@ -114,7 +114,11 @@ def summary(answers: Sequence[Answer]) -> str:
         if some
     ]
     ends = [a.ends for a in answers if a.ends is not None]
-    return f"{', '.join(parts)} match their rows; {sum(ends)} of {len(ends)} ended" if parts else ""
+    return (
+        f"{', '.join(parts)} get their row's answer; {sum(ends)} of {len(ends)} replies ended"
+        if parts
+        else ""
+    )
 
 
 def _not_ended(outcome: Outcome) -> Iterator[Finding]:
@@ -128,7 +132,7 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
         yield Finding(
             "answers-do-not-end",
             "warning",
-            f"{number} served prompts get an answer that never stops"
+            f"the answers to {number} served prompts never stop"
             if shown
             else f"at the end of the row's own answer, the stop token is not the likeliest next "
             f"token for {number} prompts",
@@ -136,7 +140,7 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
             len(open_ones),
             why="the run was too short, or its learning rate too low, for the model to learn to "
             "stop" + (f"; it writes {_quoted(shown.text)}" if shown else ""),
-            fix=_more(outcome),
+            fix=f"use {_more(outcome)}",
         )
 
 
@@ -148,15 +152,15 @@ def _not_learned(outcome: Outcome) -> Iterator[Finding]:
         yield Finding(
             "rows-not-learned",
             "warning",
-            f"{len(wrong)} of {len(asked)} trained prompts get an answer that differs from the "
-            "row's",
+            f"{len(wrong)} of {len(asked)} trained prompts get an answer that differs from that "
+            f"of the row",
             wrong[0].where,
             len(wrong),
             why=f"the loss ended at {outcome.last_loss:.2f} nats per token, from "
             f"{outcome.first_loss:.2f}: on average the model gives the next token of the trained "
             f"answers a probability of {100 * math.exp(-outcome.last_loss):.0f} %; it writes "
             f"{_quoted(wrong[0].text)} for {_quoted(wrong[0].expected)}",
-            fix=_more(outcome),
+            fix=f"use {_more(outcome)}",
         )
 
 
@@ -172,7 +176,7 @@ def _ended_early(outcome: Outcome) -> Iterator[Finding]:
             "note",
             f"the held-out loss was still falling at the end: {before:.3f}, then {last:.3f}",
             why="the run ended before the model had learned what the rows can teach",
-            fix=_longer(outcome),
+            fix=f"use {_longer(outcome)}",
         )
 
 
@@ -187,7 +191,7 @@ def _went_too_far(outcome: Outcome) -> Iterator[Finding]:
             "note",
             f"the held-out loss rose from {best[1]:.3f} at step {best[0]:,} to {losses[-1]:.3f}",
             why="the model memorises the rows after that step",
-            fix=f"{_shorter(outcome, best[0])}, a lower --learning-rate, or more rows",
+            fix=f"use {_shorter(outcome, best[0])}, a lower --learning-rate, or more rows",
         )
 
 

@@ -230,7 +230,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
 def _nothing_to_wait_for(patience: int) -> UsageError:
     return UsageError(
         f"--patience {patience} needs a held-out loss, but no rows are held out",
-        why="with fewer than 100 rows none are held out automatically",
+        why="no rows are held out automatically if there are fewer than 100",
         fix="pass held-out rows with --eval-data",
         code="patience-without-rows",
     )

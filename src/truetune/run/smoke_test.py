@@ -229,7 +229,7 @@ def _two_ways(
             f"{100 * loss:.2g} %, gradient norm by {100 * grad:.2g} %",
             why="packed rows attend to each other, or the loss is averaged per forward pass "
             "instead of over the step",
-            fix="--no-packing",
+            fix="use --no-packing",
         )
     ]
 
@@ -268,7 +268,7 @@ def _one_step(
             len(still),
             why="no gradient reaches them, or the update is too small for their dtype (below "
             "half a unit in the last place)",
-            fix="check what is frozen, or train in float32",
+            fix="check which parameters are frozen, or train in float32",
         )
     moved = [
         name
@@ -290,9 +290,9 @@ def _one_step(
             "step-overshoots",
             "warning",
             f"one step at {prepared.plan.learning_rate:g} increases the loss on its own rows: "
-            f"{first:.3f} to {second:.3f}",
+            f"from {first:.3f} to {second:.3f}",
             why="the learning rate is too high for these weights",
-            fix=f"--learning-rate {prepared.plan.learning_rate / 10:g}",
+            fix=f"use --learning-rate {prepared.plan.learning_rate / 10:g}",
         )
 
 

@@ -52,7 +52,7 @@ class Client:
             raise UsageError(
                 f"{url!r} is not the address of a server",
                 where="--url",
-                fix="for example --url http://127.0.0.1:8080",
+                fix="pass an address such as --url http://127.0.0.1:8080",
                 code="server-address",
             )
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")

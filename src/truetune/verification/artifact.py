@@ -241,7 +241,7 @@ def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Chec
             numbers,
             fix="restore the tokenizer and generation_config that were saved",
         )
-    return Check("contract", "passed", f"it stops on {now['stop']}", numbers)
+    return Check("contract", "passed", f"replies end on the token ids {now['stop']}", numbers)
 
 
 # What a difference in one of the entries of `behaviour_of` means.
@@ -274,12 +274,12 @@ def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
         return Check(
             "rows",
             "failed",
-            f"{len(wrong)} of {len(rows)} rows give different ids than were trained, first "
+            f"{len(wrong)} of {len(rows)} rows give different ids than in training, first "
             f"{wrong[0]}",
             numbers,
             fix="restore the tokenizer and template that were saved",
         )
-    return Check("rows", "passed", f"{len(rows)} rows give the ids that were trained", numbers)
+    return Check("rows", "passed", f"{len(rows)} rows give the same ids as in training", numbers)
 
 
 def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:
@@ -291,7 +291,7 @@ def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:
     checks = [judge_reading(record, found)]
     if record.rounding:
         rounded = Agreement(**record.rounding)
-        words = f"weights saved in {record.dtype} compared with the trained ones in memory"
+        words = f"weights saved in {record.dtype}, compared with the trained weights in memory"
         checks.append(judge("rounding", rounded, record.dtype, words))
     return checks
 

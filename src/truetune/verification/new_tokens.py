@@ -96,7 +96,9 @@ def written_findings(counts: Sequence[Written]) -> list[Finding]:
         return []
     kind = "held-out" if counts[0].held_out else "trained"
     shares = ", ".join(f"{c.text!r} in {c.written} of {c.asked}" for c in counts)
-    what = f"answers to {kind} prompts that should contain them: the trained model writes {shares}"
+    what = (
+        f"in answers to {kind} prompts that should contain them, the trained model writes {shares}"
+    )
     if all(count.written for count in counts):
         return [Finding("new-tokens-written", "note", what)]
     return [

@@ -216,7 +216,7 @@ def shown(check: Check) -> str:
     numbers = check.numbers
     parts = []
     if numbers.get("bit_equal"):
-        return f"{check.what}; equal to the last bit"
+        return f"{check.what}; bit-identical"
     if "tolerance" in numbers and "mean" in numbers and check.state == "passed":
         return (
             f"{check.what}; {numbers['mean']:.2g} nats apart on average, and "

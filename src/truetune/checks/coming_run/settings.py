@@ -24,7 +24,7 @@ def adapter_stop_unread(facts: Preflight) -> Iterator[Finding]:
             "cannot change those",
             why="transformers and peft read only the base's generation_config",
             fix=f"serve with stop_token_ids={ids} (vLLM) or generate(eos_token_id={ids}); "
-            "`truetune chat` does",
+            "`truetune chat` already does",
         )
 
 
@@ -41,7 +41,7 @@ def learning_rate_range(facts: Preflight) -> Iterator[Finding]:
         what=f"the learning rate {facts.learning_rate:g} is {max(ratio, 1 / ratio):.0f}x {side} "
         f"the usual {facts.suggested_rate:g} for this method, model and rows",
         why="full fine-tuning and LoRA need learning rates that differ by about a factor of ten",
-        fix=f"--learning-rate {facts.suggested_rate:g}",
+        fix=f"use --learning-rate {facts.suggested_rate:g}",
     )
 
 
@@ -55,5 +55,5 @@ def warmup_within_run(facts: Preflight) -> Iterator[Finding]:
             what=f"the warm-up of {facts.warmup_steps} steps is as long as the run of "
             f"{facts.max_steps}",
             why="the learning rate reaches its value only at the end, or never",
-            fix="--warmup-ratio 0.03",
+            fix="use --warmup-ratio 0.03",
         )

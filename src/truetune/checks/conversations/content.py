@@ -39,7 +39,7 @@ def control_tokens_absent(facts: DataFacts) -> Iterator[Finding]:
         + (_RENDERED[texts].format(rows=len(rendered)) if twice else ""),
         fix=_MESSAGES
         if texts
-        else "use the messages from before they were rendered"
+        else "use the original messages, from before they were rendered"
         if twice
         else f"remove them, or break them up (`{_broken_up(common[0][0])}`)"
         # In plain text its author wrote the token for the model.
@@ -55,9 +55,9 @@ _RENDERED = {
     "rendered; as plain text, all of their tokens are trained, including the questions",
 }
 _MESSAGES = (
-    "pass them as messages, from before they were rendered, or split them at the markers: "
+    "pass the original messages, or split the text at the markers: "
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
-    "the template then renders them, and the answers alone are trained"
+    "the template then renders them, and only the answers are trained"
 )
 
 
@@ -124,7 +124,7 @@ def one_language(facts: DataFacts) -> Iterator[Finding]:
         + (f": {named}" if named else ""),
         why=f"{percent(number / judged)} of the rows are written in {main} letters; these rows "
         "share almost none of their common words",
-        fix="look at them, and remove those that are there by accident",
+        fix="inspect them, and remove those that do not belong in the data",
     )
 
 
@@ -195,5 +195,5 @@ def one_length(facts: DataFacts) -> Iterator[Finding]:
         what=f"{share(len(rows), len(written))} have answers longer than {int(limit):,} characters "
         f"(the longest has {int(lengths[rows[0]]):,}, a typical one {int(np.exp(middle)):,})",
         why="such answers are often several rows that were never split, or a whole document",
-        fix="look at them: they determine how much memory a step needs",
+        fix="inspect them: they determine how much memory a step needs",
     )

@@ -78,10 +78,11 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         yield _cut(
             facts,
             rows,
-            end="after a colon, without what it announces",
+            end="after a colon, with nothing behind it",
             why="only the first line was kept (split('\\n')[0], or reading line by line), or a "
             "stop text "
-            "cut them at the first line break: the model learns to announce and to stop",
+            "cut them at the first line break: the model learns to announce something and then "
+            "stop",
         )
     if rows := [row for row in _broken(facts) if row not in seen_rows]:
         yield _cut(
@@ -109,7 +110,7 @@ def _cut(facts: DataFacts, rows: list[int], *, end: str, why: str) -> Finding:
         else why,
         fix="generate them again with a higher limit, or remove those rows"
         if same or "limit" in why.partition(":")[0]
-        else "take the whole answer from the source, or remove those rows",
+        else "copy the complete answers from the source, or remove those rows",
     )
 
 
@@ -435,7 +436,7 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
         if everywhere
         else "the source used a fallback or a fixed answer: the model learns to give it to any "
         "question",
-        fix="join questions and answers again"
+        fix="match the questions with their own answers again"
         if everywhere and not refusal
         else "remove those rows, or keep a few of them if the answer is intended",
     )

@@ -51,8 +51,8 @@ def answers_not_missing(facts: DataFacts) -> Iterator[Finding]:
             rows,
             code="answer-missing",
             level=level_of(rows, len(facts.train)),
-            what=f"the answers of {share(len(rows), len(facts.train))} are the name of a missing "
-            f"value, such as {facts.answers[rows[0]].strip()!r}",
+            what=f"the answers of {share(len(rows), len(facts.train))} contain only a word for a "
+            f"missing value, such as {facts.answers[rows[0]].strip()!r}",
             why="an empty cell was written as a word (by pandas, str(None) or a database): the "
             "model learns to answer with it",
             fix="remove those rows before the file is written (df.dropna()), or fill in the answer",

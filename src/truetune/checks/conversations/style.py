@@ -156,8 +156,7 @@ def formats_alike(facts: DataFacts) -> Iterator[Finding]:
             why="the rows were rendered before they were split into messages: the model is trained "
             "on one format inside another"
             if everywhere
-            else "the rows come from several formats: some were rendered before, or were not "
-            "cleaned",
+            else "the rows mix several formats: some were already rendered, or were not cleaned",
             fix="use questions and answers without the markers",
         )
 

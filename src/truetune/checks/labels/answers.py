@@ -216,7 +216,7 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
         "model is never trained to write it"
         if padded and pad is not None
         else "labels stop and resume many times in most answers: they were dropped at random, or "
-        "tokens were chosen to be trained"
+        "only selected tokens are trained"
         if chosen
         else "labels stop and resume: the model is trained on what follows these tokens, but "
         "never to write them",
@@ -224,8 +224,7 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
         "tokenizer.add_special_tokens({'pad_token': '<|pad|>'})), or build labels from lengths"
         if padded
         else "set labels on every token of the answer, from the end of the served prompt through "
-        "the end token"
-        + (", or keep the end token among those that are chosen" if endless else ""),
+        "the end token" + (", or include the end token in the selection" if endless else ""),
     )
 
 

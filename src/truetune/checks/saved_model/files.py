@@ -117,7 +117,7 @@ def terminator_served(found: Checkpoint) -> Iterator[Finding]:
             + (" of the base: an adapter cannot change it" if found.is_adapter else ""),
             fix=f"serve with stop_token_ids={ids}"
             if found.is_adapter
-            else f'"eos_token_id": {ids} in generation_config.json',
+            else f'set "eos_token_id": {ids} in generation_config.json',
         )
     rows = facts.head_rows if facts else 2**31
     beyond = sorted(i for i in frame.served_stops if i >= rows or i < 0)

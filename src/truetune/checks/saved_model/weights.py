@@ -67,7 +67,8 @@ def weights_whole(found: Checkpoint) -> Iterator[Finding]:
             str(found.folder),
             why="the two were trained or resized separately; a loader that follows the config "
             "uses the embedding for both, and the answers are noise",
-            fix='"tie_word_embeddings": false in config.json; for the next run, train them as one '
+            fix='set "tie_word_embeddings": false in config.json; for the next run, train them as '
+            "one "
             "(ensure_weight_tying=True)",
         )
 
