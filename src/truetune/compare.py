@@ -4,9 +4,9 @@ input   a loaded model, rows of ids with their supervised positions
 does    one forward pass a row, no padding; keeps what the supervised positions predict
 output  Measured of one model; Agreement of two
 
-Where one model is held to itself, saved and opened again, the likeliest tokens of each position are
+Where one model is compared with itself, saved and opened again, the likeliest tokens of each position are
 kept with their probabilities (`Reading`): what two readings differ by is measured in nats, so that
-it can be held to what two computations of one model differ by.
+it can be compared with what two computations of one model differ by.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Measured:
     Attributes:
         logprobs: natural logarithm of the probability of each target.
         greedy: the likeliest token at each position.
-        logits: at up to 16 positions a row (P, V), float32 on CPU; () where not kept.
+        logits: at up to 16 positions a row (P, V), float32 on CPU; () if not kept.
     """
 
     logprobs: tuple[tuple[float, ...], ...]
@@ -56,7 +56,7 @@ class Agreement:
     """How far a model is from a reference.
 
     Attributes:
-        max_difference, mean_difference: of logits; None where none were kept.
+        max_difference, mean_difference: of logits; None if none were kept.
         spread: standard deviation of the reference's logits at a position, averaged.
         max_logprob_difference: of the targets' log-probabilities, in nats.
         greedy: share of the positions where both take the same token.
@@ -89,7 +89,7 @@ def measure(
 ) -> Measured:
     """Run a model over rows (ids, mask: 1 is supervised); rows without a target are left out.
 
-    The model is left in the mode it was in.
+    The model is returned to its previous mode.
     """
     logprobs, greedy, kept = [], [], []
     with evaluating(loaded.model):
@@ -153,7 +153,7 @@ def row_scores(
     """Score every target of each row; rows as of `measure`.
 
     Rows of similar length share a forward pass, padded right: attention is causal, so no target
-    sees the padding. The model is left in the mode it was in.
+    sees the padding. The model is returned to its previous mode.
 
     Args:
         on_progress: is called with the number of rows so far and of all.
@@ -320,7 +320,7 @@ def read(
     """Run a model over probes, one at a time.
 
     Args:
-        loaded: left in the mode it was in.
+        loaded: returned to its previous mode.
         top: ids (P, K) to be kept; None keeps the likeliest.
         padding: tokens behind each probe that nothing attends to: the same model computed in
             another shape.
@@ -363,7 +363,7 @@ class Distance:
 
     Attributes:
         mean, largest: divergence in nats, over the positions.
-        flips: positions where the likeliest token is another one, though the reference's lead was
+        flips: positions where the likeliest token is different, though the reference's lead was
             more than four times what the reading may be off by (see `distance`).
         greedy: share of the positions with the same likeliest token.
         positions: compared.

@@ -135,7 +135,7 @@ class Collapsed(TruetuneError):
     """A probe found that a run has collapsed.
 
     Args:
-        rows: indices of the examples of the step that showed it; empty where no step did.
+        rows: indices of the examples of the step that showed it; empty if no step did.
     """
 
     default_code = "collapsed"

@@ -36,7 +36,7 @@ from truetune.system.threads import begin
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Prompt tokens kept in front of a streamed text: enough to complete a character.
+# Prompt tokens kept before a streamed text: enough to complete a character.
 _CONTEXT = 8
 # Rows of a batch whose size memory decides, at most, and where memory or cache are unknown.
 _MOST_ROWS, _FEW_ROWS = 256, 16
@@ -102,7 +102,7 @@ def replies_to_ids(
 
     Args:
         batch_size: None takes as many as half of the free memory holds, 256 at most.
-        begun: the first tokens of each reply, where they are known (greedy replies that were read
+        begun: the first tokens of each reply, if they are known (greedy replies that were read
             off one pass over a likely answer); they count as written, a stop token among them too.
         on_progress: is called with the number of replies so far and of all.
 
@@ -380,7 +380,7 @@ class _HalfEnded:
 
 
 def _pad_id(loaded: LoadedModel, contract: PromptContract) -> int:
-    """Any id that the model has a row for: padding is masked, and cut off behind a stop token."""
+    """Any id that the model has a row for: padding is masked, and cut off after a stop token."""
     rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
     candidates = (contract.tokenizer.pad_token_id, *contract.stop_ids, 0)
     return next(i for i in candidates if i is not None and i < rows)

@@ -494,7 +494,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path, lock: str) -> Iterator[Owner | None]:
-    """Make a folder where there is none, and hold a lock in it; see `RunDir.writing`."""
+    """Make a folder if there is none, and hold a lock in it; see `RunDir.writing`."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with contextlib.ExitStack() as held:
         held.callback(_remove_empty, made)

@@ -44,7 +44,7 @@ from truetune.system.lazy import torch
 _LOG = logging.getLogger("truetune")
 # Rows that are read from the trainer's own batches.
 _ROWS = 64
-# Measurings of a run at most, where nobody says how many.
+# Measurings of a run at most, if nobody says how many.
 _TIMES = 10
 HEALTH = "health.jsonl"
 

@@ -15,7 +15,7 @@ from truetune.auditing.read import IGNORED, Array, Reading, ReadRow
 from truetune.auditing.subject import Subject
 from truetune.findings import Finding, rows_finding, share
 
-# Rows held against their columns, evenly over all.
+# Rows compared with their columns, evenly over all.
 _MOST = 2_000
 # Columns that say which tokens are targets, as transformers and TRL name them.
 _MASKS = ("labels", "completion_mask", "assistant_masks")
@@ -73,7 +73,7 @@ def _targets(row: ReadRow) -> np.ndarray:
 
 
 def _asked(cells: Mapping[str, Any], name: str, row: ReadRow) -> np.ndarray | None:
-    """(T,) what a column of the row wants trained; None where it has none of that length."""
+    """(T,) what a column of the row wants trained; None if it has none of that length."""
     column, ids = cells.get(name), cells.get("input_ids")
     own: Array = row.ids[row.real != 0]
     if column is None or ids is None:

@@ -353,7 +353,7 @@ def _joined_at_ends(facts: LabelFacts) -> bool:
 
 
 def _conversation_start(facts: LabelFacts) -> tuple[int, ...]:
-    """Ids that stand at the beginning of a conversation and nowhere else; () where none do."""
+    """Ids that stand at the beginning of a conversation and nowhere else; () if none do."""
     bos = facts.frame.bos
     return (bos,) if bos is not None else facts.frame.opening_ids
 
@@ -362,7 +362,7 @@ def _change(
     subject: Subject, reading: Reading, row: ReadRow, cut: int, *, use_cache: bool | None = None
 ) -> float | None:
     """By how much the logits of a document change with another neighbour in front of it, relative
-    to their spread; None where it could not be asked.
+    to their spread; None if it could not be asked.
 
     Args:
         cut: where the document begins in its line of the batch.

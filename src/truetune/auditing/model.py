@@ -55,7 +55,7 @@ def _embedding(model: Any, getter: str) -> Any:
 
 
 def _table(module: Any) -> Any:
-    """The (V, D) weight of an embedding or head; None where it cannot be read."""
+    """The (V, D) weight of an embedding or head; None if it cannot be read."""
     weight = getattr(module, "weight", None)
     if weight is None or getattr(weight, "ndim", 0) != 2 or weight.numel() == 0:
         return None
@@ -85,7 +85,7 @@ def _nothing_trainable(model: Any) -> Finding:
 
 def virtual_tokens(model: Any) -> int:
     """Embeddings that a soft prompt (prompt tuning, prefix tuning, p-tuning) puts before each
-    row; 0 where there is none."""
+    row; 0 if there is none."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return 0

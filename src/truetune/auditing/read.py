@@ -31,13 +31,13 @@ class ReadRow:
 
     Attributes:
         name: how the user can look at it: `train_dataset[3]`, or `batch 2, row 0`.
-        index: in the dataset; None where that cannot be known.
+        index: in the dataset; None if that cannot be known.
         batch: number of the batch it came in.
         ids, labels: (T,).
-        mask: (T,) the attention mask; None where there is none.
+        mask: (T,) the attention mask; None if there is none.
         real: (T,) 0 for padding, else the number of the document, from 1.
         isolated: the batch says where documents begin.
-        counted: (T,) the positions that the batch brings; None where it brings none.
+        counted: (T,) the positions that the batch brings; None if it brings none.
         line, offset: the line of the batch it lies in, and where it begins there (a flattened
             batch holds several rows in one line).
     """
@@ -64,7 +64,7 @@ class Reading:
     """What was read.
 
     Attributes:
-        rows: in the order of the dataset where that is known.
+        rows: in the order of the dataset if that is known.
         total: rows of the whole; None for a stream.
         batches: a few batches as the collator made them.
         failures: (row names, error) of batches that could not be made.
@@ -438,7 +438,7 @@ def _without_pad_runs(real: Array, ids: Array, pad_id: int | None, pad_ends: boo
 
 
 def _own_mask(feature: Any, known: int | None) -> Array | None:
-    """The mask that the dataset's row brings, ones where it brings none; None if it is odd."""
+    """The mask that the dataset's row brings, ones if it brings none; None if it is odd."""
     if known is None:
         return None
     try:

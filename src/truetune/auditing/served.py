@@ -198,7 +198,7 @@ def _judge_row(
     contract: PromptContract, row: ReadRow, talk: _Talk, facts: LabelFacts
 ) -> tuple[str, bool] | None:
     """(how the prompt of the last trained answer differs from the served one, whether text of an
-    answer is missing); None where the row cannot be compared."""
+    answer is missing); None if the row cannot be compared."""
     ids = row.ids[row.real != 0].tolist()
     labels = row.labels[row.real != 0]
     turns = [i for i, m in enumerate(talk.messages) if m.get("role") == "assistant"]

@@ -29,10 +29,10 @@ class Subject:
         train: yields the training batches.
         evaluation: names to what yields evaluation batches.
         tokenizer: a transformers tokenizer.
-        model: with its adapter; None where there is none.
+        model: with its adapter; None if there is none.
         served: ids on which the saved model's server ends an answer.
         said: ids that the tokenizer alone would add; used if nothing else specifies them.
-        rows: the dataset with all of its columns, by row number; None where there is none.
+        rows: the dataset with all of its columns, by row number; None if there is none.
         trainer: the trainer; None for plain batches.
         name: of the training dataset in findings.
     """
@@ -49,7 +49,7 @@ class Subject:
 
     @property
     def args(self) -> Any:
-        """The trainer's arguments; an empty value where there is no trainer."""
+        """The trainer's arguments; an empty value if there is no trainer."""
         return getattr(self.trainer, "args", None) or SimpleNamespace()
 
     @property

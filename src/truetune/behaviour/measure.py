@@ -71,7 +71,7 @@ class Prober:
         trained: examples that are trained.
         prompts: questions, the held-out ones first.
         keep: examples of text that must not be forgotten; () measures none.
-        held_out: held-out examples; () where their loss is measured elsewhere.
+        held_out: held-out examples; () if their loss is measured elsewhere.
         reply_tokens: new tokens of a reply at most.
         examples: of those that are trained, so many.
         rows: the place of each trained example, as its file has it; of several files, each is
@@ -243,7 +243,7 @@ def _begun(scored: Scored, asked: Asked) -> tuple[int, ...]:
 
 
 def _end(scored: Scored, asked: Asked) -> bool | None:
-    """Whether the model would stop behind the row's own answer; None of an answer without a stop
+    """Whether the model would stop after the row's own answer; None of an answer without a stop
     token."""
     return scored.likeliest[-1] if asked.stop is not None and scored.likeliest else None
 
@@ -326,7 +326,7 @@ def own_samples(
         number: of pieces.
 
     Returns:
-        [] where the model writes next to nothing, has no token to begin with, or knows nothing that
+        [] if the model writes next to nothing, has no token to begin with, or knows nothing that
         it could forget: its text is nearly as likely as any.
     """
     tokenizer = contract.tokenizer
@@ -352,7 +352,7 @@ def own_samples(
 
 
 def text_pieces(contract: PromptContract, texts: Sequence[Conversation]) -> list[list[int]]:
-    """Pieces of the texts of rows, spread over them; [] where they hold none."""
+    """Pieces of the texts of rows, spread over them; [] if they hold none."""
     pieces: list[list[int]] = []
     for ids in contract.tokens.encode([text for row in texts if (text := text_of(row))]):
         for at in range(0, len(ids), _KEEP_PIECE):

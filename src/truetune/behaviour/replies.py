@@ -47,7 +47,7 @@ class Thinking:
         return cls(bool(seen.opened), tuple(dict.fromkeys(pairs)))
 
     def split(self, text: str) -> tuple[bool, bool, str]:
-        """Whether a reply thinks, whether it ends that, and its answer: what stands behind; "" of
+        """Whether a reply thinks, whether it ends that, and its answer: what is after; "" of
         thinking that does not end."""
         start = text.lstrip()
         closings = [close for begin, close in self.pairs if self.opened or start.startswith(begin)]
@@ -72,7 +72,7 @@ class Asked:
         expected_text: the row's answer.
         prompt_text: the prompt's end, for what repeats it.
         held_out: whether the row is not trained.
-        stop: the stop token that ends the row's answer; None where none does.
+        stop: the stop token that ends the row's answer; None if none does.
     """
 
     where: str
@@ -105,10 +105,10 @@ def ask(
     where: str,
     messages: Sequence[Mapping[str, Any]] = (),
 ) -> Asked | None:
-    """The last answer of an example as a question: what stands before it is the served prompt.
+    """The last answer of an example as a question: what is before it is the served prompt.
 
     Returns:
-        None where nothing is supervised, or no prompt stands before it: a single token (one that
+        None if nothing is supervised, or no prompt is before it: a single token (one that
         begins every text) is none.
     """
     ends = [at for at, on in enumerate(example.mask) if on]
@@ -150,8 +150,8 @@ class Said:
         empty: it ended by itself with nothing but whitespace.
         copied: it says the prompt again.
         other_script: it is written in letters of neither prompt nor answer.
-        would_stop: the model's likeliest token behind the row's own answer is the stop token; None
-            where that was not read.
+        would_stop: the model's likeliest token after the row's own answer is the stop token; None
+            if that was not read.
     """
 
     text: str
@@ -168,8 +168,8 @@ class Said:
 
     @property
     def ends(self) -> bool | None:
-        """Whether the model ends an answer by itself: by the reply where that had room, else by
-        what the model predicts behind the row's own answer; None where neither can say."""
+        """Whether the model ends an answer by itself: by the reply if that had room, else by
+        what the model predicts after the row's own answer; None if neither can say."""
         return self.stopped if self.had_room else self.would_stop
 
 
@@ -227,7 +227,7 @@ _NEXT_TURN = re.compile(
 
 
 def _user_turn(contract: PromptContract) -> str:
-    """What the template writes between an answer's stop and the next question; "" where that is too
+    """What the template writes between an answer's stop and the next question; "" if that is too
     little to be distinguished from an answer."""
     after = contract.behaviour().answer_end[1]
     for stop in contract.stop_ids:

@@ -21,7 +21,7 @@ from truetune.findings import Finding, Level
 
 @dataclass(frozen=True, kw_only=True)
 class Vitals:
-    """Vital signs at one step; None where a run cannot show one.
+    """Vital signs at one step; None if a run cannot show one.
 
     Attributes:
         step: after which they were taken; 0 before the first.
@@ -87,8 +87,8 @@ class Regime:
     Attributes:
         lora: whether adapters are trained.
         rate, usual_rate: the learning rate, and the default of this method, model and rows; None
-            where they are not known.
-        guessing: nats per token of a guess among the whole vocabulary; None where not known.
+            if they are not known.
+        guessing: nats per token of a guess among the whole vocabulary; None if not known.
     """
 
     lora: bool = False
@@ -122,7 +122,7 @@ def judge(history: Sequence[Vitals], regime: Regime = Regime()) -> list[Finding]
 
 
 def _numbers(history: Sequence[Vitals], name: str) -> list[float]:
-    """A sign over time, where it was taken; [] where the last ones do not have it."""
+    """A sign over time, where it was taken; [] if the last ones do not have it."""
     if getattr(history[-1], name) is None:
         return []
     return [value for value in (getattr(v, name) for v in history) if value is not None]
@@ -296,7 +296,7 @@ def _stop_not_learned(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]
     stops, trained = _numbers(history, "stop_loss"), _numbers(history, "trained_loss")
     if len(stops) < 3:
         return
-    # The stop is learned behind the words: one interval says nothing.
+    # The stop is learned after the words: one interval says nothing.
     first, now = stops[0], min(stops[-2:])
     known = bool(trained) and trained[-1] < _KNOWN
     learned = known and len(trained) > 1 and trained[-1] < _LEARNED * trained[0]

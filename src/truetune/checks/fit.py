@@ -38,7 +38,7 @@ _MEMORY_ERROR = (0.85, 1.25)
 _LAYER_SPEED, _PRODUCT_SPEED = 0.84, 0.47
 # Tokens that the layer is timed on, and the largest one that is made for it.
 _TIMED, _LARGEST_LAYER = 256, 60_000_000
-# Most tokens of a forward pass where nobody says, as the loop takes them.
+# Most tokens of a forward pass if nobody says, as the loop takes them.
 _CPU_TOKENS, _DEVICE_TOKENS = 1024, 16_384
 
 
@@ -239,7 +239,7 @@ def _frozen(made: Footprint) -> Footprint:
 
 
 def _footprint(model: Any, config: Any, halved: bool, longest: int) -> Footprint:
-    """Of the loop, on a model without numbers; a usual count where the model cannot run so."""
+    """Of the loop, on a model without numbers; a usual count if the model cannot run so."""
 
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext()

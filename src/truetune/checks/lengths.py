@@ -33,7 +33,7 @@ class RowLengths:
         total: tokens of the row.
         answer: position of the first label.
         stop: position of the last label, the token that ends the last answer.
-        thought: position of the marker that closes the last reasoning, -1 where there is none.
+        thought: position of the marker that closes the last reasoning, -1 if there is none.
         where: names of the rows.
     """
 
@@ -105,7 +105,7 @@ def row_lengths(table: TokenTable, closing: Sequence[int] = ()) -> RowLengths:
 
     Args:
         table: token rows.
-        closing: ids of the marker that closes reasoning; () where rows have none.
+        closing: ids of the marker that closes reasoning; () if rows have none.
     """
     kept = np.flatnonzero(table.num_supervised > 0)
     runs = table.runs

@@ -199,7 +199,7 @@ def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
 
 
 def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a length limit would cost, where there is reasoning to lose: neither the closing marker
+    """What a length limit would cost, if there is reasoning to lose: neither the closing marker
     nor the answer is left."""
     from truetune.checks.lengths import report_lines
 

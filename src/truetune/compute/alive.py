@@ -69,7 +69,7 @@ class Trace:
         backward, end: where the backward pass begins and ends.
         into: where each layer begins, and where the last one ends.
         back: where the gradient of what went into each layer is there, and of what came out of the
-            last one; None where there is none.
+            last one; None if there is none.
     """
 
     curve: list[int]

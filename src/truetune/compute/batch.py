@@ -111,7 +111,7 @@ _WORTH = 8
 
 @dataclass
 class Limits:
-    """What goes through the model at once; one row always does. Lowered where memory runs out.
+    """What goes through the model at once; one row always does. Lowered if memory runs out.
 
     Attributes:
         rows: of a forward pass.
@@ -195,7 +195,7 @@ class RowStream:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps until the stream ends, None where it does not."""
+        """Steps until the stream ends, None if it does not."""
         raise NotImplementedError
 
     def rows(self, step: int) -> list[int]:

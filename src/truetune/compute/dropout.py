@@ -117,7 +117,7 @@ def _by_element(states_T: torch.Tensor, limits_T: torch.Tensor, width: int) -> t
 
 @functools.cache
 def _compiled() -> Any:
-    """None where torch cannot compile for the device: eight times the kernels, the same mask."""
+    """None if torch cannot compile for the device: eight times the kernels, the same mask."""
     import torch
 
     made = torch.compile(_by_element, dynamic=True)

@@ -1,4 +1,4 @@
-"""Attention as a softmax written out: what other kernels are held to, and the way for soft caps,
+"""Attention as a softmax written out: what other kernels are compared with, and the way for soft caps,
 attention sinks and attention dropout, which they do not take."""
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ class Places:
     in G groups that share their keys. Rows are of (T x H, D) and (T x G, D).
 
     Attributes:
-        queries: (N G x H / G x Q,) row of each query; of the node's last token where there is none.
-        keys: (N G x K,) row of each key; some row where there is none.
+        queries: (N G x H / G x Q,) row of each query; of the node's last token if there is none.
+        keys: (N G x K,) row of each key; some row if there is none.
         back: (T x H,) where each token's query is among `queries`.
         unseen: (N G, H / G x Q, K) float, -inf where a query does not see the key, else 0.
-        is_query: (N G, H / G x Q, 1) float, 1 where there is one.
+        is_query: (N G, H / G x Q, 1) float, 1 if there is one.
     """
 
     queries: torch.Tensor
@@ -44,7 +44,7 @@ class Places:
 
 
 def places(layout: Layout, window: int | None, heads: int, groups: int) -> Places | None:
-    """Made once for all layers of a batch that are alike; None where meetings cost less."""
+    """Made once for all layers of a batch that are alike; None if meetings cost less."""
     key = "gathered", window, heads, groups
     if key not in layout.made:
         # A model without numbers is computed inside a mode; its indices have numbers all the same.

@@ -72,7 +72,7 @@ class Matrix:
 
 
 def matrix_of(head: Any) -> Matrix | None:
-    """A head's own; None where its weight is made anew at each access, and would get a gradient of
+    """A head's own; None if its weight is made anew at each access, and would get a gradient of
     the whole table."""
     layer = getattr(head, "token_adapter", head)
     replaced = getattr(layer, "replaced_rows", None)
@@ -92,7 +92,7 @@ class SupervisedHead:
 
     Attributes:
         module: the head.
-        tail: what follows it; None where the model's own head and tail are run instead.
+        tail: what follows it; None if the model's own head and tail are run instead.
     """
 
     def __init__(self, module: torch.nn.Module, tail: Tail | None = None) -> None:
@@ -301,7 +301,7 @@ def _losses_to_gradients_(
 
 
 def find_head(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> SupervisedHead | None:
-    """The head of a model, proved on it; None where the model has none that can be hooked.
+    """The head of a model, proved on it; None if the model has none that can be hooked.
 
     Args:
         model: a transformers model, without peft's wrapper.

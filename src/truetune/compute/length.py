@@ -109,7 +109,7 @@ def _blocks(example: SFTExample, size: int) -> list[SFTExample]:
 
 
 def _truncated(example: SFTExample, size: int) -> SFTExample | None:
-    """Without the beginning of its prompt; None where the supervised part alone is too long.
+    """Without the beginning of its prompt; None if the supervised part alone is too long.
 
     At least one prompt token stays: the first target needs a predecessor.
     """

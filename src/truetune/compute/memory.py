@@ -141,7 +141,7 @@ def without_numbers(model: Any, device: str) -> Iterator[None]:
         found: torch.Tensor = made[id(value)]
         return found
 
-    # torch writes a traceback of its own where a model cannot be computed so.
+    # torch writes a traceback of its own if a model cannot be computed so.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_silent, log.disabled = log.disabled, True
     try:
@@ -201,7 +201,7 @@ def measured_footprint(
 def recomputes(model: Any) -> bool:
     """Whether activations are computed twice, and gradients kept at places of their own."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # The second is its name in transformers 5.17; later ones warn where it is asked.
+    # The second is its name in transformers 5.17; later ones warn if it is asked.
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     name = next((name for name in names if hasattr(type(inner), name)), "")
     return bool(getattr(inner, name, False))
@@ -343,7 +343,7 @@ def _batches(route: Route, longest: int) -> list[PackedBatch]:
 def available_bytes(device: torch.device) -> int:
     """Memory that is free to take now: of the GPU, or of the machine and its control group.
 
-    0 where it cannot be known.
+    0 if it cannot be known.
     """
 
     if device.type == "cuda":
@@ -355,7 +355,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """What this process holds now; 0 where it cannot be known."""
+    """What this process holds now; 0 if it cannot be known."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -373,7 +373,7 @@ def _meminfo_available() -> int:
 
 
 def _control_group() -> list[int]:
-    """What a container may still take; nothing where it has no limit."""
+    """What a container may still take; nothing if it has no limit."""
     values = []
     for name in ("max", "current"):
         try:

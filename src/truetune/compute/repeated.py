@@ -45,7 +45,7 @@ class Cut:
 
 
 def find_cut(model: Any) -> Cut | None:
-    """The layers that stand for all; None where that would spare nothing, or cannot be known."""
+    """The layers that stand for all; None if that would spare nothing, or cannot be known."""
     found = _layers(model)
     if found is None:
         return None

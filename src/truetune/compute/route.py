@@ -42,8 +42,8 @@ class Route:
 
     Attributes:
         kind: "packed"; "apart": rows one at a time, unpadded; "padded": the reference path.
-        reason: why it is not "packed"; empty where it is.
-        head: asked for supervised positions only; None where all logits are made.
+        reason: why it is not "packed"; empty if it is.
+        head: asked for supervised positions only; None if all logits are made.
         adapters: LoRA layers that compute by a fast forward.
     """
 
@@ -63,7 +63,7 @@ class Route:
 
     @contextlib.contextmanager
     def scope(self, batch: MicroBatch) -> Iterator[None]:
-        """The model is as this batch needs it inside, backward pass included, and as it came
+        """The model is as this batch needs it inside, backward pass included, and unchanged
         afterwards."""
         with contextlib.ExitStack() as stack:
             if isinstance(batch, PackedBatch) and self.adapters:
@@ -179,7 +179,7 @@ def _batch_of(rows: list[torch.Tensor], parents: tuple[int, ...] | None = None) 
 
 
 def _against_packing(model: torch.nn.Module, longest: int) -> str:
-    """Why this model's rows cannot be packed; empty where they can."""
+    """Why this model's rows cannot be packed; empty if they can."""
     from truetune.compute.attention import watched_attention
 
     rows = _probe_rows(model)

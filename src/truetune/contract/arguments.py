@@ -127,7 +127,7 @@ class ArgumentSearch(Generic[T]):
     ) -> tuple[str, T | None]:
         """An argument that would take a refused row, and the contract with it; else, of a row that
         the served prompt's think block stands against, one under which it does not; ("", None)
-        where there is neither."""
+        if there is neither."""
         other: tuple[str, T | None] = "", None
         for kwargs in self._changing(self.contract.renderer.variables()):
             if not kwargs:

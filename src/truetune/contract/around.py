@@ -10,7 +10,7 @@ from truetune.contract.twin import Leaf, in_json_forms
 
 # A sign that belongs to no format where it stands against a part of a call.
 _SIGNS = frozenset("!?.+*#$%@^~-\u2026")
-# The quote that holds a part, and what stands between the two.
+# The quote that holds a part, and what is between the two.
 _OPENED = re.compile(r"[\s:,=\[({>](\\*[\"'`])([^\"'`\n]*)$")
 _EXPRESSION = re.compile(r"[\[({:=/]")
 
@@ -39,7 +39,7 @@ def glued(leaf: Leaf, before: str, behind: str, *, quoted: bool = True) -> bool:
     first, last = before[-1:], behind[:1]
     if leaf.kind in ("value", "arguments"):
         return first in _SIGNS or last in _SIGNS
-    # Names have a namespace in front of them, keys the dashes or dots of an option.
+    # Names have a namespace before them, keys the dashes or dots of an option.
     plain = first == "." and (leaf.kind == "key" or re.search(r"\w\.$", before) is not None)
     signed = first in _SIGNS and not plain and not (leaf.kind == "key" and first == "-")
     return signed or last in _SIGNS
@@ -68,7 +68,7 @@ def listed(before: str, behind: str) -> bool:
 
 
 def quoted(before: str, behind: str) -> bool:
-    """Whether a number, true, false or null stands between quotes, as a JSON string does."""
+    """Whether a number, true, false or null is between quotes, as a JSON string does."""
     quote = re.search(r"[:,\[]\s*(\\*[\"'])$", before)
     return quote is not None and behind.startswith(quote[1])
 

@@ -65,22 +65,22 @@ class Behaviour:
 
     Attributes:
         shape: the form of messages.
-        markers: around reasoning; None where the template knows none.
+        markers: around reasoning; None if the template knows none.
         pairs: all opening and closing markers around reasoning that the template holds.
         opened: the end of a served prompt that leaves a think block open, "" if it does not.
         closed: the end of a served prompt that opens and closes one, "" if it does not.
         routes: ways in which reasoning reaches the completion, in the order tried.
         user_end: text between a question and the answer, in a served prompt.
-        lead: what the template writes before every plain answer, "" where nothing.
+        lead: what the template writes before every plain answer, "" if nothing.
         headers: what it writes between a question and the answer, without tools and with them; ""
-            where a served prompt ends on the beginning of that.
+            if a served prompt ends on the beginning of that.
         answer_end: text after an answer where it is last, and where a user turn follows.
         call_end: the same after a tool call, where a tool's answer follows.
-        call_between: text between two calls of one turn, "" where it takes one only.
+        call_between: text between two calls of one turn, "" if it takes one only.
         recipient: text between the name of a tool and its arguments where the name is the first
-            thing behind the served prompt, so that plain answers name a recipient too; else "".
+            thing after the served prompt, so that plain answers name a recipient too; else "".
         marks: texts around reasoning that the template holds, alone or in pairs.
-        parsed_differs: whether a later prompt is another one where the server took the reasoning
+        parsed_differs: whether a later prompt is different where the server took the reasoning
             out of an answer than where the client sends back the answer's whole text.
         stable: whether a turn is written in history as it was written last.
     """
@@ -299,7 +299,7 @@ def _empty_block(prompt: str, through: str, pairs: Sequence[tuple[str, str]]) ->
 def _routes(
     probe: _Probe, plain: str, opened: str, pairs: Sequence[tuple[str, str]]
 ) -> tuple[str, ...]:
-    """Routes under which a sentinel of reasoning stands in a completion, before the answer and
+    """Routes under which a sentinel of reasoning is in a completion, before the answer and
     set apart from it."""
     turn = [user(), answer(reasoning_content=R)]
     tried = [route for route in ROUTES if route != "markers in content"]
@@ -329,7 +329,7 @@ def _leads(before: str, pairs: Sequence[tuple[str, str]]) -> bool:
 
 
 def _call_routes(probe: _Probe) -> tuple[str, ...]:
-    """Fields that carry reasoning in front of a tool call, though in no plain answer."""
+    """Fields that carry reasoning before a tool call, though in no plain answer."""
     tried = [*FIELDS, *(field_route(name) for name in probe.renderer.fields)]
     turn = [user(), _calls(V, reasoning_content=R)]
     texts = probe.texts(*((turn, route, False, True) for route in tried))
@@ -341,7 +341,7 @@ def _call_routes(probe: _Probe) -> tuple[str, ...]:
 
 
 def _lead(plain: str, through: str) -> str:
-    """The text between a served prompt and the answer behind it."""
+    """The text between a served prompt and the answer after it."""
     if not through.startswith(plain):
         return ""
     lead, found, _ = through[len(plain) :].partition(A)
@@ -363,7 +363,7 @@ def _header(probe: _Probe, tools: bool) -> str:
 
 
 def _after(text: str, sentinel: str, end: str) -> str:
-    """What stands behind the last `sentinel`, up to `end`."""
+    """What is after the last `sentinel`, up to `end`."""
     _, found, tail = text.rpartition(sentinel)
     if not found:
         return ""
@@ -428,13 +428,13 @@ class Surroundings:
     """What a template writes around turns of plain text.
 
     Attributes:
-        whole: a conversation of two questions and two answers; "" where the template refuses it.
-        opening: what stands at the beginning of a conversation and before no later turn, found with
+        whole: a conversation of two questions and two answers; "" if the template refuses it.
+        opening: what is at the beginning of a conversation and before no later turn, found with
             a system message; "" if there is none.
         answer_start: before every answer, in history and in served prompts alike, without outer
-            whitespace; "" where it is not known.
+            whitespace; "" if it is not known.
         user_start: between an answer and the next question, without outer whitespace.
-        keeps_reasoning: whether reasoning of an earlier turn stands in a later prompt; None where
+        keeps_reasoning: whether reasoning of an earlier turn is in a later prompt; None if
             the template takes none.
     """
 

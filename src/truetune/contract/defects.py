@@ -52,7 +52,7 @@ def in_objects(twin: Twin, written: str, filled: Sequence[str | None]) -> Iterat
 
 
 def stripped(leaf: Leaf, pieces: Sequence[str | int], at: int) -> bool:
-    """Whether a value stands there without the outer whitespace that the row has."""
+    """Whether a value is there without the outer whitespace that the row has."""
     before, behind = (
         tuple({own, repr(own)[1:-1], *in_json_forms(own)}) if own else ("",) for own in leaf.around
     )
@@ -78,7 +78,7 @@ _TYPED = re.compile(
 
 def is_typed(before: str, text: str, value: Any) -> bool | None:
     """Whether a tag that says if it holds text says so rightly, and holds the value as it stands,
-    or as JSON; None where the tag in front says nothing."""
+    or as JSON; None if the tag in front says nothing."""
     found = _TYPED.search(before)
     if found is None:
         return None
@@ -99,7 +99,7 @@ def without_section(before: str) -> str:
 
 
 def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
-    """Whether what stands between tags around a sentinel is neither its value nor one inside."""
+    """Whether what is between tags around a sentinel is neither its value nor one inside."""
     at = written.find(sentinel)
     text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
     if text is None or (twin.names and twin.names.search(text)):
@@ -167,9 +167,9 @@ def empties_of(
     return {pair: sum(some[pair] < count for some in full) for pair, count in empty.items()}
 
 
-# Keys without a tag around them: key=value behind a bracket or comma, and key:value.
+# Keys without a tag around them: key=value after a bracket or comma, and key:value.
 _BARE_KEYS = {"=": re.compile(r"[,(]\s*(\w+)\s*="), ":": re.compile(r"[,{]\s*(\w+)\s*:")}
-# An argument without a key in front of one that has a key.
+# An argument without a key before one that has a key.
 _POSITIONAL = re.compile(r"\(([^()=,\s]+)\s*,[^()=]*$|,\s*([^=,()\[\]{}\"'\s]+)\s*,\s*$")
 
 
@@ -198,12 +198,12 @@ def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# What a format writes in front of the name of a call: a key, a tag, a marker, a namespace.
+# What a format writes before the name of a call: a key, a tag, a marker, a namespace.
 _NAMED = re.compile(r"(?:\\*[\"']\w+\\*[\"']\s*:\s*\\*[\"']|<[^<>]*>?|\[/?[A-Z_]+\]|\w+=\w+\.)$")
 
 
 def called(twin: Twin, pieces: Sequence[str | int]) -> list[str]:
-    """What stands before the name of a call where the turn has none: a call that nobody made."""
+    """What is before the name of a call where the turn has none: a call that nobody made."""
     names = [
         before[0]
         for piece, held in itertools.pairwise(pieces)

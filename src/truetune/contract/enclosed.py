@@ -61,7 +61,7 @@ def loose_reasoning(
 
 
 def mixed(leaves: Sequence[Leaf], pieces: Sequence[str | int]) -> int | None:
-    """A text that stands between tags in double quotes, as JSON has it, where another value stands
+    """A text that is between tags in double quotes, as JSON has it, where another value is
     between tags in Python's notation; None for none."""
     text = "".join(p if isinstance(p, str) else PART for p in pieces)
     if not _PYTHON.search(text):

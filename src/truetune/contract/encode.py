@@ -63,13 +63,13 @@ class Encoded(Sequence[SFTExample]):
 
 @dataclass(frozen=True)
 class Ends:
-    """How a turn is closed where the template writes no stop behind it.
+    """How a turn is closed where the template writes no stop after it.
 
     Attributes:
-        answer, call: the stop that stands before the next user turn and before a tool's answer;
-            None where the template writes none there either.
+        answer, call: the stop that is before the next user turn and before a tool's answer;
+            None if the template writes none there either.
         own: the model's own end, for templates that close answers with nothing at all.
-        bare: whether the template writes nothing but whitespace behind a last answer.
+        bare: whether the template writes nothing but whitespace after a last answer.
     """
 
     answer: int | None = None
@@ -80,14 +80,14 @@ class Ends:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a turn is trained on behind its served prompt.
+    """What a turn is trained on after its served prompt.
 
     Attributes:
         text: the turn.
         prompt: ids of the served prompt.
         ids: up to and with the first stop.
         body: the text of the ids without the stop.
-        stop: the text of the stop; "" where there is none.
+        stop: the text of the stop; "" if there is none.
         remarks: see `Encoded.remarks`.
         error: where no stop ends it.
     """
@@ -102,7 +102,7 @@ class Completion:
 
     @property
     def written(self) -> str:
-        """What the template writes behind the prompt, to the end of its text."""
+        """What the template writes after the prompt, to the end of its text."""
         return self.text.through[len(self.text.prompt) :]
 
 

@@ -201,7 +201,7 @@ class Encoder:
         return [_outcome(item) if isinstance(item, _Row) else item for item in results]
 
     def _row(self, conversation: Conversation, loss_on: LossOn) -> _Row:
-        """Raises UnfaithfulTemplate where there is nothing to train."""
+        """Raises UnfaithfulTemplate if there is nothing to train."""
         contract, policy = self.contract, self.policy
         messages = contract.prepared(conversation.messages)
         turns = trained_turns(messages, loss_on)
@@ -308,7 +308,7 @@ class Encoder:
     def _behind(
         self, row: _Row, text: TurnText, message: dict[str, Any], rendered: Rendered
     ) -> str | None:
-        """What stands behind the served prompt where the turn is another one; None for nothing."""
+        """What is after the served prompt where the turn is different; None for nothing."""
         if isinstance(rendered, UnfaithfulTemplate):
             return None
         turn, situation = text.turn, self._situation(row)
@@ -406,7 +406,7 @@ class Encoder:
 
     @cached_property
     def _closes_itself(self) -> bool:
-        """Whether a stop stands behind a last answer, so that history holds it as well."""
+        """Whether a stop is after a last answer, so that history holds it as well."""
         tail = self.contract.behaviour().answer_end[0]
         ids = self.contract.tokens.encode([tail])[0] if tail else []
         return any(token in self.contract.stop_ids for token in ids)

@@ -1,9 +1,9 @@
-"""What stands around the turns of a conversation, as the server of a tokenizer would have it.
+"""What is around the turns of a conversation, as the server of a tokenizer would have it.
 
 input   a tokenizer, its chat template (or another one), the ids on which a server stops
 does    renders conversations of sentinel words by the contract's own probe, and looks at what
-        stands before, between and after them
-output  Frame: plain ids and texts; empty where the tokenizer has no template
+        is before, between and after them
+output  Frame: plain ids and texts; empty if the tokenizer has no template
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class Frame:
         tokens: the tokenizer seen from the contract.
         has_template: whether the rest was found in a template.
         served_stops: ids on which a server ends an answer.
-        terminator: the id that the template writes after an answer; None where it writes none.
-        answer_start: the text that stands before every answer, in history and in served prompts
-            alike, without outer whitespace; "" where it is not known.
+        terminator: the id that the template writes after an answer; None if it writes none.
+        answer_start: the text that is before every answer, in history and in served prompts
+            alike, without outer whitespace; "" if it is not known.
         user_start: the same before the second user turn.
         answer_start_ids, user_start_ids: their ids, where they are the same in every context.
-        opening_ids: the ids of what stands at the beginning of a conversation and nowhere else;
-            () where there is nothing of the kind.
+        opening_ids: the ids of what is at the beginning of a conversation and nowhere else;
+            () if there is nothing of the kind.
         think: the markers around reasoning.
         keeps_reasoning: whether reasoning of an earlier turn is still there in a later prompt;
-            None where the template takes none.
-        bos: the id that served prompts begin with, doubled or not; None where there is none.
+            None if the template takes none.
+        bos: the id that served prompts begin with, doubled or not; None if there is none.
         own_stop_is_terminator: the server stops on what the template writes after an answer, in
             history at least: the model was tuned to it.
-        contract: that renders the served template; None where there is no template.
-        broken: why the served template cannot be run at all; None where it can.
+        contract: that renders the served template; None if there is no template.
+        broken: why the served template cannot be run at all; None if it can.
     """
 
     tokens: Tokens
@@ -103,7 +103,7 @@ class Frame:
         Args:
             tokenizer: a transformers tokenizer.
             stop_ids: on which a server ends an answer; None takes the tokenizer's end token.
-            chat_template: what is served, where it is not the tokenizer's own.
+            chat_template: what is served, if it is not the tokenizer's own.
         """
         eos = tokenizer.eos_token_id
         served = frozenset(stop_ids if stop_ids is not None else [] if eos is None else [eos])
@@ -176,7 +176,7 @@ def _stable_ids(text: str, ids: Sequence[int], tokens: Tokens, whole: str) -> tu
 
 
 def _own_bos(tokens: Tokens) -> int | None:
-    """The id that the tokenizer puts before every text of its own accord."""
+    """The id that the tokenizer puts before every text automatically."""
     bos = tokens.tokenizer.bos_token_id
     ids = tokens.tokenizer("a", verbose=False)["input_ids"]
     return bos if bos is not None and list(ids[:1]) == [bos] else None
@@ -190,13 +190,13 @@ class Separators:
     """What a template writes around the texts of turns, under one set of arguments.
 
     Attributes:
-        head: before the first question where there is no system message.
-        system: before a system message and between it and the question; None where the template
+        head: before the first question if there is no system message.
+        system: before a system message and between it and the question; None if the template
             takes none.
         question: before a later question, without what ends the answer before it.
         answered: between a question and its answer, in history.
         asked: between an answer and the next question.
-        served: behind the last question of a served prompt.
+        served: after the last question of a served prompt.
     """
 
     head: str
@@ -210,7 +210,7 @@ class Separators:
 def separators(
     contract: PromptContract, arguments: Mapping[str, Any], bos: str
 ) -> Separators | None:
-    """The separators of served prompts; None where the sentinels do not come out in their order."""
+    """The separators of served prompts; None if the sentinels do not come out in their order."""
     system = {"role": "system", "content": R}
     plain, later, opened = (
         as_served(contract, arguments, talk, bos)
@@ -240,7 +240,7 @@ def as_served(
     messages: Sequence[Mapping[str, Any]],
     bos: str,
 ) -> str | None:
-    """The served prompt as its ids read, begin token off; None where the template refuses."""
+    """The served prompt as its ids read, begin token off; None if the template refuses."""
     ids = served_ids(contract, arguments, messages)
     return None if ids is None else contract.tokens.decode(ids).removeprefix(bos)
 
@@ -248,7 +248,7 @@ def as_served(
 def served_ids(
     contract: PromptContract, arguments: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
 ) -> list[int] | None:
-    """The ids of a served prompt; None where the template refuses."""
+    """The ids of a served prompt; None if the template refuses."""
     try:
         text = contract.prompt_text(messages, None, arguments or None)
     except TruetuneError:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# How Python's own text of a value begins where it is not that of JSON too.
+# How Python's own text of a value begins if it is not that of JSON too.
 _PYTHON = ("'", '"', "[", "{", "True", "False", "None")
 
 
@@ -16,8 +16,8 @@ _SECTION = "<![CDATA["
 
 
 def between_tags(text: str, start: int, end: int) -> str | None:
-    """What stands between the tags around a place, or between the sides of a CDATA section; None
-    where none stands on either side."""
+    """What is between the tags around a place, or between the sides of a CDATA section; None
+    if none is on either side."""
     section = text.rfind(_SECTION, 0, start)
     if section >= 0 and "]]>" not in text[section:start]:
         closed = text.find("]]>", end)

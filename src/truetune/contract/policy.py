@@ -22,7 +22,7 @@ class Policy:
     """How rows meet a template that has no place for a part of them.
 
     Attributes:
-        reasoning: auto (where the template takes it; refused if nowhere), inline (written between
+        reasoning: auto (if the template takes it; refused if nowhere), inline (written between
             think markers before the answer), empty (a block that the prompt opens is closed at
             once, for rows without reasoning), drop (reasoning is left out of the data).
         think_markers: opening and closing marker for inline; None takes the template's own, or
@@ -73,7 +73,7 @@ class Policy:
         """
         made = [canonical(message) for message in messages]
         if self.reasoning == "drop":
-            # Reasoning stands in the content too, between the template's markers or the usual ones.
+            # Reasoning is in the content too, between the template's markers or the usual ones.
             known = (*pairs, (Markers().open, Markers().close))
             made = _without_reasoning([split_reasoning(message, known) for message in made])
         return _merged_system(made) if self.system == "merge" else made
@@ -91,7 +91,7 @@ class Policy:
         return seen.routes or ("reasoning_content",)
 
     def markers(self, seen: Behaviour) -> Markers:
-        """What stands around reasoning that is written into the content."""
+        """What is around reasoning that is written into the content."""
         if self.think_markers:
             opening, closing = self.think_markers
             return Markers(opening, closing, f"{opening}\n", f"\n{closing}\n\n")
@@ -103,7 +103,7 @@ def _without_reasoning(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 def _merged_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A first system turn put in front of the first user turn, as its text."""
+    """A first system turn put before the first user turn, as its text."""
     if len(messages) < 2 or messages[0]["role"] not in ("system", "developer"):
         return messages
     if messages[1]["role"] != "user":

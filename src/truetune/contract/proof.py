@@ -52,7 +52,7 @@ from truetune.contract.words import (
 )
 from truetune.errors import UnfaithfulTemplate
 
-# Skeletons kept for turns of one structure: a template writes it differently by what stands before.
+# Skeletons kept for turns of one structure: a template writes it differently by what is before.
 _MOST_SKELETONS = 16
 
 
@@ -92,7 +92,7 @@ class Proof:
     def unproved(
         self, completion: Completion, message: Mapping[str, Any], frame: Frame, *, named: bool
     ) -> Twin | None:
-        """The twin to render before the turn can be judged; None where nothing is missing."""
+        """The twin to render before the turn can be judged; None if nothing is missing."""
         if self._is_exact(completion, message):
             return None
         for names in (False, True)[: 1 + named]:
@@ -103,7 +103,7 @@ class Proof:
         return twin
 
     def learn(self, twin: Twin, texts: Sequence[str | None]) -> None:
-        """Take in what the template writes for a twin's variants behind the served prompt."""
+        """Take in what the template writes for a twin's variants after the served prompt."""
         known = self._skeletons.setdefault(twin.key_for(str(texts[0])), [])
         known.append(skeleton(twin, texts, self._control))
         del known[:-_MOST_SKELETONS]
@@ -160,7 +160,7 @@ class Proof:
                 raise cut_at(completion.text.number, "the reasoning", closing)
             opened = completion.text.prompt.rstrip().endswith(opening)
             said = content if thought else _without_block(content, opening, closing, opened)
-            # A parser cuts at the first closing marker: behind a block of its own another one is
+            # A parser cuts at the first closing marker: after a block of its own another one is
             # text.
             for marker in (opening,) if thought else (opening, closing):
                 if marker and marker in said:
@@ -261,7 +261,7 @@ class Proof:
         if not (plain or words):
             words = lone_tag(between, (*self._controls, *frame.marks), completion.text.prompt)
         for _, closing in frame.pairs:
-            # A channel is named behind what opens a turn, and never behind reasoning.
+            # A channel is named after what opens a turn, and never after reasoning.
             named = re.search(rf"{re.escape(closing)}\s*([A-Za-z_]+)[ \t]*\n", text)
             words = words or (named[1] if named else "")
         if any(
@@ -313,7 +313,7 @@ class Proof:
         held = not plain and is_held(between, (*self._controls, *frame.marks))
         if held or (plain and around.strip() and not words and not completion.text.lead):
             remarks.append("framed")
-        # Many formats have one space in front of an answer; a client gets any other whitespace.
+        # Many formats have one space before an answer; a client gets any other whitespace.
         elif plain and not around.strip() and around not in ("", " ") and not remarks:
             remarks.append("respaced")
         return remarks
@@ -353,7 +353,7 @@ class Proof:
             )
 
     def _sign_beside(self, known: Skeleton, twin: Twin, tail: str) -> str:
-        """A sign beside the text of a turn with calls, "" where there is none."""
+        """A sign beside the text of a turn with calls, "" if there is none."""
         pieces = [*known.pieces[:-1], tail]
         for number, piece in enumerate(pieces):
             if isinstance(piece, int) and twin.leaves[piece].kind in ("reasoning", "content"):
@@ -368,7 +368,7 @@ class Proof:
         """No part of a turn with calls may hold a marker of its format: a server cuts there.
 
         Args:
-            thoughts: markers of reasoning that the turn has closed in front of its calls.
+            thoughts: markers of reasoning that the turn has closed before its calls.
 
         Raises:
             UnfaithfulTemplate: one does.
@@ -419,7 +419,7 @@ class Proof:
             if place is not None:
                 at = place + 1
                 continue
-            # A template may leave out arguments where there are none; it must not make some up.
+            # A template may leave out arguments if there are none; it must not make some up.
             if not arguments and all(
                 json.dumps(name) in json.dumps(held) or any(is_same(held, v) for v in values)
                 for held in found
@@ -468,7 +468,7 @@ def _texts(message: Mapping[str, Any]) -> str:
 
 
 def _between(known: Skeleton, twin: Twin, tail: str) -> list[tuple[str, str, str]]:
-    """(kind of part before, text, kind of part behind) of what stands around the parts."""
+    """(kind of part before, text, kind of part after) of what is around the parts."""
     pieces = [*known.pieces[:-1], tail]
 
     def kind(at: int) -> str:

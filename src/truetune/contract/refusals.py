@@ -149,7 +149,7 @@ def missing(
 def behind_stop(
     leaf: Leaf | None, completion: Completion, message: Mapping[str, Any]
 ) -> UnfaithfulTemplate:
-    """A part of the target stands behind the stop."""
+    """A part of the target is after the stop."""
     turn, body = completion.text.number, completion.body
     content = str(message.get("content") or "")
     if leaf and leaf.kind == "content" and completion.stop and completion.stop in content:
@@ -189,7 +189,7 @@ def unlike(
 
 
 def rewritten(completion: Completion, message: Mapping[str, Any]) -> UnfaithfulTemplate:
-    """An answer of plain text that is another one in the completion."""
+    """An answer of plain text that is different in the completion."""
     if completion.error is not None:
         return completion.error
     turn, body = completion.text.number, completion.body

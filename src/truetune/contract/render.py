@@ -92,7 +92,7 @@ class Renderer:
         source: Jinja source.
         special_tokens: names to texts, as `tokenizer.special_tokens_map` gives them.
         arguments: template arguments of the run.
-        tool_source: the source that serves conversations with tools, where it is another one.
+        tool_source: the source that serves conversations with tools, where it is different.
         date: ISO date that the template takes for today; None is today.
     """
 
@@ -176,7 +176,7 @@ class Renderer:
 
     @cached_property
     def literals(self) -> str:
-        """All text that stands in the template, pieces set apart by a null character."""
+        """All text that is in the template, pieces set apart by a null character."""
         return "\0".join(text for facts in self._read for text in facts["literals"])
 
     @cached_property

@@ -4,7 +4,7 @@ input   template source, special tokens, date, JSON texts, and jobs by the numbe
 does    keeps one worker process, hands it jobs in batches, has it ended when one answer, or all
         answers of a template, take more processor time than they may; one that ended in another
         way is replaced once, since the system may have ended it
-output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died", how] where there
+output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died", how] if there
         was none; a template that was stopped once is not run again
 """
 
@@ -75,7 +75,7 @@ class Worker:
             self._answers.put(None)
 
     def send(self, request: dict[str, Any], texts: Sequence[str]) -> None:
-        """Hand over a request, and the texts that its jobs name where they are others than those of
+        """Hand over a request, and the texts that its jobs name where they are different than those of
         the request before."""
         if texts is not self._texts:
             request, self._texts = {**request, "texts": texts}, texts

@@ -33,9 +33,9 @@ class Served:
         origin: where the template came from, in words.
         findings: decisions that must be reported.
         explicit_kwargs: whether somebody set template arguments; those stay.
-        tool_template: Jinja source for conversations with tools, where the model has another.
+        tool_template: Jinja source for conversations with tools, if the model has another.
         policy: what happens to rows that the template has no place for.
-        date: ISO date that templates take for today; None where they do not ask.
+        date: ISO date that templates take for today; None if they do not ask.
     """
 
     tokenizer: Any
@@ -119,7 +119,7 @@ class Served:
         return [False, True, *(c for c in choices if not isinstance(c, bool))]
 
     def served_under(self, tried: Sequence[Mapping[str, Any]], messages: Messages) -> list[str]:
-        """The served prompt under each set of arguments, "" where the template refuses."""
+        """The served prompt under each set of arguments, "" if the template refuses."""
         made = self.renderer.render_many(
             [RenderJob(messages, prompt=True, arguments=k) for k in tried]
         )

@@ -159,7 +159,7 @@ def shown(messages: Sequence[Message], shape: Shape, route: str, markers: Marker
 
 @dataclass(frozen=True)
 class Markers:
-    """What stands around reasoning.
+    """What is around reasoning.
 
     Attributes:
         open, close: the bare markers.

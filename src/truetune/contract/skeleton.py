@@ -42,7 +42,7 @@ class Skeleton:
         reordered: whether arguments stand in another order than in the row.
         reach: (piece, offset) where the last part ends that has no sentinel.
         empties: of brackets and pairs of markers with nothing between them, how many stand for an
-            empty value of the row; None where that cannot be asked.
+            empty value of the row; None if that cannot be asked.
         in_json: of each call, whether its arguments are written as one JSON object.
         as_text: whether arguments are written as JSON text inside JSON.
     """
@@ -133,7 +133,7 @@ def skeleton(
     """Read a skeleton off the twin's texts.
 
     Args:
-        texts: what follows the served prompt, for each of the twin's variants; None where the
+        texts: what follows the served prompt, for each of the twin's variants; None if the
             template takes no such message. The first one is there.
         controls: the tokenizer's control tokens: no sign in one of them belongs to a part.
     """
@@ -189,7 +189,7 @@ def skeleton(
         if FILLER not in full or (what == "{}" and emptied(written, full)):
             defects.append(Defect("filled", None, what))
             continue
-        # An argument that is there only where it holds something is lost where it does not.
+        # An argument that is there only where it holds something is lost if it does not.
         filler = FILLER + "zqheld" * (what == "{}")
         if key.strip() and full.count(key) - filler.count(key) > written.count(key):
             defects.append(Defect("missing", None, repr(key)))
@@ -242,7 +242,7 @@ class _Reader:
         pieces: of the twin's text.
         places: leaf -> indices of its pieces.
         written: the twin's text.
-        flips: the texts with a small value turned; None where the template takes none.
+        flips: the texts with a small value turned; None if the template takes none.
         controls: see `skeleton`.
     """
 
@@ -338,7 +338,7 @@ class _Reader:
         return ordered[0][0], max(high for _, high in ordered)
 
     def fixed(self, name: str) -> None:
-        """Find a name that is no sentinel in the text behind what was found last."""
+        """Find a name that is no sentinel in the text after what was found last."""
         piece, offset = self.at
         leaf = Leaf("name", name, "")
         what: Literal["missing", "glued"] = "missing"
@@ -397,7 +397,7 @@ class _Reader:
         return re.search(r"(?:\(|,\s*)[\w.]+=$", text) is not None
 
     def somewhere(self, value: Small) -> None:
-        """Find one of many small values in the text behind what was found last."""
+        """Find one of many small values in the text after what was found last."""
         piece, offset = self.at
         for form in value.pairs:
             at = str(self.pieces[piece]).find(form, offset)
@@ -416,10 +416,10 @@ class _Reader:
         return len(self.pieces) - 1, 0
 
     def misread(self, before: str, form: str, behind: str, value: Any, whole: str) -> bool:
-        """Whether what stands between tags around a small value is no value of the row.
+        """Whether what is between tags around a small value is no value of the row.
 
         Args:
-            whole: all that stands in front of it.
+            whole: all that is before it.
         """
         before, behind = bare(before, self.controls), bare(behind, self.controls)
         text = between_tags(before + form + behind, len(before), len(before) + len(form))

@@ -53,7 +53,7 @@ def template_source(asked: str | None, tokenizer: Any) -> tuple[str, str | None,
 
 
 def require_template(asked: str | None) -> None:
-    """Raise now where `template_source` would: a file that is not there.
+    """Raise now if `template_source` would: a file that is not there.
 
     Raises:
         UsageError: a path of no file. Other names may be those of the model's own templates.

@@ -27,7 +27,7 @@ class StopSet:
 
 
 def listed_stop_ids(config: Any) -> tuple[int, ...] | None:
-    """The ids that a config names as ends; None where it names none.
+    """The ids that a config names as ends; None if it names none.
 
     Args:
         config: a GenerationConfig or another one, or what its file holds.
@@ -152,7 +152,7 @@ def _stop_id(item: str | int, tokens: Tokens) -> int:
 def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int | None:
     """The token that ends an answer: what the template writes behind it, last and in history.
 
-    What stands in both places is the end of the turn (behind it, the end of a text may stand once);
+    What is in both places is the end of the turn (behind it, the end of a text may stand once);
     of several such tokens the last that ends a question too, else the last. Where the two have
     nothing in common, the last answer's own counts; where nothing follows a last answer, what
     begins the next turn does.
@@ -161,7 +161,7 @@ def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int
     common = last[: common_prefix(last, later)] if last and later else []
     asked = _written(behaviour.user_end, tokens, own)
     if asked and asked[0] in common and not any(token in own for token in common):
-        # What holds the text of every turn stands in front of what ends it.
+        # What holds the text of every turn is before what ends it.
         shared = common[common.index(asked[0]) :]
         return shared[common_prefix(shared, asked) - 1]
     for candidates, take in ((common, -1), (last, 0), (later, 0)):
@@ -173,7 +173,7 @@ def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int
 
 
 def closing_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int | None:
-    """The token that ends an answer, where the template writes it behind the last one too."""
+    """The token that ends an answer, where the template writes it after the last one too."""
     found = answer_stop(behaviour, tokens, own)
     return found if found in _written(behaviour.answer_end[0], tokens, own) else None
 
@@ -200,7 +200,7 @@ def _special(text: str, tokens: Tokens, own: Sequence[int]) -> list[int]:
 
 
 def _written(tail: str, tokens: Tokens, own: Sequence[int]) -> list[int]:
-    """The control tokens behind an answer, past whitespace and no further."""
+    """The control tokens after an answer, past whitespace and no further."""
     found = []
     for token in tokens.encode([tail])[0] if tail else []:
         if token in tokens.special_ids or token in own:

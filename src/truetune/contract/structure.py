@@ -18,7 +18,7 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _ABOUT_KEY = re.compile(r"[\s\"'`:;,.]+")
 
 
-# A name between control tokens (see `bare`) or bracketed markers: a number in front of it, or
+# A name between control tokens (see `bare`) or bracketed markers: a number before it, or
 # spaces behind it, are read as a part of it.
 _CONTROL = r"(?:<\x01>|\[/?[A-Z_]+\])"
 _AFTER_CONTROL = re.compile(_CONTROL + r"[^<>\w\"{]*(\d[^<>\w\"{]*)?$")
@@ -26,8 +26,7 @@ _SPACED = re.compile(r"[ \t]+" + _CONTROL)
 
 
 def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
-    """(quote, text in front, text behind) of a part in the attribute of a tag that is open in front
-    of it, as `<function=NAME>` and `<call name="NAME">`; None where it stands in none."""
+    """(quote, text in front, text after) of a part in the attribute of a tag that is open before it, as `<function=NAME>` and `<call name="NAME">`; None if it is in none."""
     opened = before[before.rfind("<") + 1 :] if "<" in before else ">"
     if ">" in opened or "=" not in opened or not re.match(r"[/\uff5c|]*[A-Za-z]", opened):
         return None

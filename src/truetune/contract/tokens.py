@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
-# Texts to put in front of a completion so that it is not encoded as the start of a text; the first
+# Texts to put before a completion so that it is not encoded as the start of a text; the first
 # that stays a token sequence of its own serves.
 _ANCHORS = ("\n", ":", ".", "a", "0", "<", "|")
-# Prompt tokens kept in front of a completion when it is decoded: enough to complete a character.
+# Prompt tokens kept before a completion when it is decoded: enough to complete a character.
 _CONTEXT = 8
 _MOST_CONTEXTS = 10_000
 # Characters of a prompt from which it is cut at each of its splitting tokens.
@@ -52,7 +52,7 @@ class Tokens:
     def encode_turns(self, pairs: Sequence[tuple[str, str]]) -> dict[str, list[int]]:
         """text -> ids for pairs of a prompt and a longer text, which begins with it or does not.
 
-        Where the tokenizer splits at the last special token of the prompt, what stands before it is
+        Where the tokenizer splits at the last special token of the prompt, what is before it is
         encoded once for both.
         """
         parts: dict[str, list[str]] = {}
@@ -80,7 +80,7 @@ class Tokens:
         return [text[a:b] for a, b in itertools.pairwise([0, *ends, len(text)])]
 
     def _cut(self, text: str) -> int:
-        """Where a text may be cut: behind its last splitting token, 0 where there is none."""
+        """Where a text may be cut: after its last splitting token, 0 if there is none."""
         if self._splitting is None:
             return 0
         # The last one is near the end: a generation prompt begins with it.
@@ -89,7 +89,7 @@ class Tokens:
 
     @cached_property
     def _splitting(self) -> re.Pattern[str] | None:
-        """Special tokens behind which a text may be cut without changing its ids, found by trying.
+        """Special tokens after which a text may be cut without changing its ids, found by trying.
 
         A tokenizer takes added tokens out of a text before it merges anything. But some put a space
         before what follows, or strip it: each token is tried with what may follow.
@@ -169,7 +169,7 @@ class Tokens:
         return whole[len(head) :] if whole.startswith(head) else self.decode(ids)
 
     def gains_space(self, prompt_ids: Sequence[int], first: int, written: str) -> bool:
-        """Whether the first token behind a prompt reads with a space that was not written."""
+        """Whether the first token after a prompt reads with a space that was not written."""
         if written[:1] == " ":
             return False
         key = (*prompt_ids[-2:], first)

@@ -5,7 +5,7 @@ prompt. Where it does not go on from there, the two are brought together by what
 prompt that opens a think block is continued with reasoning, closing marker and the turn as the
 template writes it without; a prompt that closes one is continued with the turn; a prompt that
 differs in its earlier part only (a system text that moves to the last question) is continued with
-what stands behind the same question. Everything else is refused.
+what is after the same question. Everything else is refused.
 """
 
 from __future__ import annotations
@@ -169,10 +169,9 @@ def _joined(turn: int, prompt: str, text: str, *remarks: str) -> TurnText:
 def _realigned(
     prompt: str, through: str, before: Mapping[str, Any], message: Mapping[str, Any]
 ) -> str | None:
-    """What follows the same last message in both texts; None where that is not to be found.
+    """What follows the same last message in both texts; None if that is not to be found.
 
-    The end of the prompt from the last message's own text on must stand in the rendering too, in
-    front of the turn.
+    The end of the prompt from the last message's own text on must stand in the rendering too, before the turn.
     """
     said = str(before.get("content") or "").strip()
     answer = str(message.get("content") or "").strip()
@@ -187,7 +186,7 @@ def _realigned(
         if found >= 0:
             return through[found + len(seam) :]
         # The same message, set apart by other whitespace: trimmed, or one line break more. A call
-        # behind it may hold its text too.
+        # after it may hold its text too.
         found = through.rfind(form, 0, limit)
         while found >= 0:
             end = _past(seam[len(form) :], through, found + len(form))
@@ -198,8 +197,8 @@ def _realigned(
 
 
 def _past(tail: str, text: str, at: int) -> int | None:
-    """Where `text` goes on behind `tail`, which stands at `at` up to whitespace between its words;
-    None where it does not."""
+    """Where `text` goes on after `tail`, which is at `at` up to whitespace between its words;
+    None if it does not."""
     body = tail.rstrip()
     for char in body:
         if char.isspace():
@@ -216,7 +215,7 @@ def _past(tail: str, text: str, at: int) -> int | None:
 def _without_block(
     text: str, pairs: Iterable[tuple[str, str]], opened: bool, lead: str = ""
 ) -> tuple[str, bool]:
-    """(the text behind an empty think block at its beginning, whether there was one).
+    """(the text after an empty think block at its beginning, whether there was one).
 
     `lead` is what the template writes before every answer: where that is the block, its line breaks
     are known from those of the answer.

@@ -22,7 +22,7 @@ class Leaf:
         kind: what it is; "arguments" are all those of a call where they are a text and no JSON.
         value: as the row has it, without outer whitespace.
         sentinel: what stands for it in the twin.
-        around: the outer whitespace that the row has before and behind it.
+        around: the outer whitespace that the row has before and after it.
     """
 
     kind: Kind
@@ -52,7 +52,7 @@ class Leaf:
 
     @cached_property
     def quoted_forms(self) -> tuple[str, ...]:
-        """The ways in which it stands between quotes."""
+        """The ways in which it is between quotes."""
         text = str(self.value)
         return tuple(dict.fromkeys((text, *in_json_forms(text), repr(text)[1:-1])))
 
@@ -131,7 +131,7 @@ class Twin:
 
     @cached_property
     def names(self) -> re.Pattern[str] | None:
-        """The names and keys of calls that have no sentinel; None where all have one."""
+        """The names and keys of calls that have no sentinel; None if all have one."""
         fixed = []
         for _, name, held in self.calls:
             keys = [node[1] for node in held[1]] if held[0] == "map" else []

@@ -36,7 +36,7 @@ class Piece:
     Attributes:
         kind: see `KINDS`.
         ids: token ids.
-        texts: the text that each id adds; "" where several ids make up one character.
+        texts: the text that each id adds; "" if several ids make up one character.
     """
 
     kind: Kind

@@ -17,7 +17,7 @@ _MARK = "\x01"
 RESERVED = ("\x00", "\x01", "\x02")
 # A marker with brackets turned outwards, of whose tags the neighbours are none.
 TURNED = r"\]<\][^<>\[\]\n]{1,40}\[>\["
-# Tags and bracketed markers are format where the tokenizer has no token for them either.
+# Tags and bracketed markers are format if the tokenizer has no token for them either.
 _TAG = re.compile(r"</?[^<>\n]{1,120}/?>|\[/?[A-Z][A-Z0-9_ ]*\]|\[\[?[A-Z_]+\]?\]")
 _ENDING = re.compile(rf"(?:{_TAG.pattern}|\s)*$")
 _QUOTED = re.compile(r"\"([^\"\n]{0,60})\"|'([^'\n]{0,60})'")
@@ -27,7 +27,7 @@ _JSON = re.compile(r"^[\"'][{\[].*[}\]][\"']$")
 _SENTENCE = re.compile(r"[^\W\d_]+,? +[^\W\d_]+,? +[^\W\d_]+")
 _CONSTANT = re.compile(r"\b(?:true|false|null|True|False|None)\b")
 _WORD = re.compile(r"[^\W\d_]+")
-# A word of a format is written against code or punctuation, or in lower case behind a marker.
+# A word of a format is written against code or punctuation, or in lower case after a marker.
 _ATTACHED = re.compile(
     r"(?<=[`\[\](){}=./\"'<>:_\x00\x02-])[\w.]+"
     r"|(?<=\x01)[a-z_]+"
@@ -49,10 +49,10 @@ def words_in(
     recipient: str = "",
     own: str = "",
 ) -> str:
-    """The first words in the text around the parts of a turn, "" where it is format alone.
+    """The first words in the text around the parts of a turn, "" if it is format alone.
 
     Format is: control tokens, tags and bracketed markers; a short header between two of them, or
-    one lower-case word behind one and alone on its line (a channel); the recipient that a template
+    one lower-case word after one and alone on its line (a channel); the recipient that a template
     names before every turn. Around tool calls also: quoted keys, words written against code or
     punctuation, and a label that the served prompt announces. Everything else with a letter in it
     is words.
@@ -63,8 +63,8 @@ def words_in(
         calls: whether the turn has tool calls.
         empties: whether they hold empty values, around which tags have nothing between them.
         prompt: what was served.
-        recipient: what stands between the name of a tool and its arguments where the name is the
-            first thing behind the served prompt: there plain answers name a recipient as well.
+        recipient: what is between the name of a tool and its arguments where the name is the
+            first thing after the served prompt: there plain answers name a recipient as well.
         own: whitespace of the row's texts.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
@@ -106,9 +106,9 @@ def words_in(
 
 
 def _unknown_tag(text: str, known: Collection[str], calls: bool, empties: bool) -> str:
-    """A tag that says something instead of holding something, "" where there is none.
+    """A tag that says something instead of holding something, "" if there is none.
 
-    The tokenizer does not know it. Around a plain answer a tag must have its other side behind it,
+    The tokenizer does not know it. Around a plain answer a tag must have its other side after it,
     and so must one that ends a turn of several parts.
     """
     several = calls or text.count(PART) > 1
@@ -132,7 +132,7 @@ def _unknown_tag(text: str, known: Collection[str], calls: bool, empties: bool) 
 
 
 def lone_tag(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str) -> str:
-    """A tag in front of the text or the calls of a turn that nothing closes and that neither the
+    """A tag before the text or the calls of a turn that nothing closes and that neither the
     tokenizer nor the served prompt knows, "" for none.
 
     Args:
@@ -149,7 +149,7 @@ def lone_tag(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], pr
             tag = found.group()
             if tag in known or tag in prompt or stems.count(_stem(tag)) > 1:
                 continue
-            # A call begins with its own marker: what stands in front of that one says nothing.
+            # A call begins with its own marker: what is before that one says nothing.
             first = text[found.end() : behind.start() if behind else len(text)]
             if not first.strip() and (right == "text" if behind is None else right != ""):
                 return tag
@@ -248,9 +248,8 @@ def unpaired(
 
 
 def _lacks(tag: str, text: str, sides: Collection[tuple[str, int]]) -> bool:
-    """Whether a tag that stands in a text with one side should have two: a closing one, one with an
-    attribute, and one in front of a value where others are closed. Some formats have a tag in front
-    of a call alone."""
+    """Whether a tag that is in a text with one side should have two: a closing one, one with an
+    attribute, and one before a value where others are closed. Some formats have a tag before a call alone."""
     if not _TWO_SIDED.fullmatch(tag):
         return False
     if tag.startswith("</") or re.search(r"[=\s]", tag):
@@ -302,7 +301,7 @@ _FENCE = re.compile(r"(?:^|(?<=\n)|(?<=: ))```[\w-]*(?=\n|$)")
 
 
 def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> str:
-    """A sign between a text and what stands around it, "" where there is none."""
+    """A sign between a text and what is around it, "" if there is none."""
     for marker in (controls, _TAG, _BRACKETED, _FENCE):
         if marker:
             before, behind = marker.sub(_MARK, before), marker.sub(_MARK, behind)
@@ -321,14 +320,14 @@ _FORMAT_NAME, _TO = re.compile(r"[\w.]+$"), re.compile(r"(?:[\w.]+=[\w.]*|[\w.]*
 def words_beside_calls(
     pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str, recipient: str
 ) -> str:
-    """The first text of a turn with calls that stands outside of them and is no format.
+    """The first text of a turn with calls that is outside of them and is no format.
 
-    A client gets as content what stands before the first marker or bracket of a call, behind the
+    A client gets as content what is before the first marker or bracket of a call, after the
     last one, or against the text of the turn: there a format has whitespace, and a label that the
     served prompt announces.
 
     Args:
-        pieces: (the kind of part before it, text, the kind of part behind it) of what stands
+        pieces: (the kind of part before it, text, the kind of part after it) of what is
             around the parts: "text", "call", or "" for none.
         controls: texts of control tokens and think markers.
         prompt: what was served.
@@ -354,7 +353,7 @@ def words_beside_calls(
             found.append(_lead(masked, segments))
         if not right and (left == "call" or not has_leaf):
             last = segments[-1]
-            # Behind a marker nothing is left to close, unless arguments begin behind it.
+            # Behind a marker nothing is left to close, unless arguments begin after it.
             open_still = len(segments) == 1 or last.lstrip()[:1] in ("{", "[")
             closing = [c.end() for c in _CALL_ENDS.finditer(last)] if open_still else []
             found.append(last[max(closing, default=0) :])
@@ -365,7 +364,7 @@ def words_beside_calls(
 
 
 def _lead(masked: str, segments: Sequence[str]) -> str:
-    """What stands in front of the first call."""
+    """What is before the first call."""
     if len(segments) > 1:
         return segments[0]
     begun = _CALL_BEGINS.search(masked)
@@ -380,7 +379,7 @@ def _announced(label: str, prompt: str) -> bool:
 
 
 def _is_mark(control: str) -> bool:
-    """Whether what stands around reasoning is a marker, and no words in front of one."""
+    """Whether what is around reasoning is a marker, and no words before one."""
     bare = _TAG.sub(_MARK, control.strip())
     before, found, _ = bare.partition(_MARK)
     if found and _WORD.search(before):

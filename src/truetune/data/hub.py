@@ -74,7 +74,7 @@ def _name_and_config(source: str) -> tuple[str, str | None]:
 def _load(
     name: str, config: str | None, split: str | None, revision: str | None
 ) -> tuple[datasets.Dataset, str | None, list[Finding]]:
-    """The rows, the split they are (None where there are no splits), and a note on the others."""
+    """The rows, the split they are (None if there are no splits), and a note on the others."""
     import datasets
 
     if any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json")):

@@ -186,7 +186,7 @@ def _require_rows_of_a_size(batch: Any, path: Path, before: int) -> None:
 
 
 def _require_columns_once(fields: Iterable[Any], path: Path, inside: str = "") -> None:
-    """Raise where a file, or a struct in it, names a column twice: a row could hold one of them."""
+    """Raise if a file, or a struct in it, names a column twice: a row could hold one of them."""
     import pyarrow as pa
 
     found = list(fields)

@@ -28,7 +28,7 @@ class Row:
         file: the path, or the Hub id with its split.
         index: 1-based number among all rows of the file, bad ones included. File and index are
             the row's identity.
-        line: 1-based physical line on which the row starts; None where that says less than the
+        line: 1-based physical line on which the row starts; None if that says less than the
             index: in formats without lines, and on a line on which another row starts.
     """
 

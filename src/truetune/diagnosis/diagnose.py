@@ -48,7 +48,7 @@ class Diagnosis:
         source: as the user wrote it.
         stages: measured.
         rows: that they were asked.
-        effect: how far training moved the predictions; None where there is no base to compare.
+        effect: how far training moved the predictions; None if there is no base to compare.
     """
 
     source: str

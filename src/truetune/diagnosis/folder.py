@@ -221,7 +221,7 @@ _NORM_MOVED = 0.02
 
 
 def _rescaled(whole: Any, values: Any) -> bool:
-    """Whether norms, which no method rounds, are others: AWQ and SmoothQuant move scales of
+    """Whether norms, which no method rounds, are different: AWQ and SmoothQuant move scales of
     channels into them, and matrices are then not comparable one by one."""
     return any(
         moved(values[name].float(), value.float()) > _NORM_MOVED

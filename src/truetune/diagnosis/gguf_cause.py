@@ -91,7 +91,7 @@ def compare_file(
 
     Args:
         model: merged, in float32.
-        base: makes the model before training, where there is one: an adapter was merged.
+        base: makes the model before training, if there is one: an adapter was merged.
     """
     reader = _reader(path)
     if reader is None:

@@ -53,8 +53,8 @@ class Stage:
     Attributes:
         name: base, adapter, model, merged, quantised, gguf or url.
         what: the folder, file or address.
-        apart: distance of its predictions from the reference's; None where none were read.
-        replies: None where none were taken.
+        apart: distance of its predictions from the reference's; None if none were read.
+        replies: None if none were taken.
         findings: what differs, errors first.
         note: why something was not examined.
     """
@@ -107,7 +107,7 @@ def served_replies(server: LlamaCpp, contract: PromptContract, cases: Sequence[C
 
 
 def reading_of(loaded: LoadedModel, reference: Reference) -> Reading | None:
-    """A model's predictions where the reference's were read; None where it has no rows for the
+    """A model's predictions where the reference's were read; None if it has no rows for the
     ids."""
     rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
     top: torch.Tensor = reference.reading.top

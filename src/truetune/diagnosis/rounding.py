@@ -139,7 +139,7 @@ def coarser_bits(value: torch.Tensor, wanted: torch.Tensor) -> float:
     square = error.square().mean(dim=1)
     known = square > 0
     if float(known.float().mean()) < 0.5:
-        return 0.0  # a few rows are others
+        return 0.0  # a few rows are different
     # 1.8 where errors are spread evenly over a step, 1 where all are as large, 3 of a bell curve.
     peaked = (error.pow(4).mean(dim=1)[known] / square[known].square()).mean()
     return bits if 1.5 < float(peaked) < 2.3 else 0.0

@@ -81,7 +81,7 @@ def _whole(own: str, answer: Answer) -> str:
 
 
 def _fallen(own: Replies, replies: Replies, cases: Sequence[Case]) -> str:
-    """By how much known answers are right less often, "" where the intervals overlap."""
+    """By how much known answers are right less often, "" if the intervals overlap."""
     before, now = (rates(found, cases).get("match") for found in (own, replies))
     if not before or not now or before["low"] <= now["high"]:
         return ""

@@ -4,7 +4,7 @@ input   expected tensors one after the other, the found ones by name, maybe the 
 does    compares each with what rounding to its type makes of the expected one; of those that
         differ says what was done to them: never merged, merged twice, scaled, swapped, rows in
         another order, rounded
-output  a sentence, "" where nothing differs
+output  a sentence, "" if nothing differs
 """
 
 from __future__ import annotations

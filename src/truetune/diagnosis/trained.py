@@ -23,7 +23,7 @@ from truetune.verification.verdict import judge_reading
 
 
 def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding]:
-    """Report where a saved model is not what its run trained.
+    """Report if a saved model is not what its run trained.
 
     Args:
         run: None for a model without a run: nothing is known about its training.

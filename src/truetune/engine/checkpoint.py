@@ -52,7 +52,7 @@ def save_state(
 
     Args:
         run: what must be equal when the run resumes (data, batch size, schedule...).
-        states: of `gather_states`; None where there is one process.
+        states: of `gather_states`; None if there is one process.
         hashes: sha256 by name of files that are on the disk already, as `save_model` reports them.
     """
     from safetensors.torch import save_file
@@ -141,7 +141,7 @@ def last_good(folders: Sequence[Path]) -> tuple[Checkpoint | None, list[Finding]
         folders: oldest first.
 
     Returns:
-        None where there is no checkpoint; a warning for each one that is damaged.
+        None if there is no checkpoint; a warning for each one that is damaged.
 
     Raises:
         CheckpointError: all of them are.

@@ -2,7 +2,7 @@
 
 input   a loaded model, its contract, requests of the harness
 does    a served prompt is what the contract renders from the task's messages, and what is scored
-        stands right behind it; a raw prompt is the task's text alone, cut into context and
+        is right after it; a raw prompt is the task's text alone, cut into context and
         continuation as the harness does it
 output  log-likelihoods and replies
 """
@@ -123,7 +123,7 @@ class ContractModel(LM):
                 on_progress=self.on_progress,
             )
             for at, reply in zip(places, made, strict=True):
-                # A server returns the answer without the thinking in front of it.
+                # A server returns the answer without the thinking before it.
                 text = self._thinking.split(reply.text)[2] if self.served else reply.text
                 written[at] = _until(text, wanted.get("until"))
         return [written[at] for at in range(len(requests))]
@@ -131,12 +131,12 @@ class ContractModel(LM):
     # ------------------------------------------------------------------------------ prompts to ids
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and of what is scored behind it."""
+        """Ids of a context and of what is scored after it."""
         tokens = self.contract.tokens
         if context in self._rendered:
             ids = self._rendered[context]
             return ids, tokens.encode_completion(ids, continuation)
-        # A space belongs to the word behind it.
+        # A space belongs to the word after it.
         kept = context.rstrip()
         if not kept:
             ids = tokens.encode([context + continuation])[0]
@@ -146,7 +146,7 @@ class ContractModel(LM):
         return ids, whole[len(ids) :]
 
     def _plain(self, text: str) -> list[int]:
-        """Ids of raw text, as the tokenizer makes them of its own accord."""
+        """Ids of raw text, as the tokenizer makes them automatically."""
         ids = self.contract.tokens.encode([text])[0]
         return ids if ids[: len(self._bos)] == self._bos else [*self._bos, *ids]
 
@@ -176,7 +176,7 @@ class ContractModel(LM):
 
 
 def _added_in_front(contract: PromptContract) -> list[int]:
-    """Ids that the tokenizer puts before every text of its own accord."""
+    """Ids that the tokenizer puts before every text automatically."""
     ids = list(contract.tokenizer("a", verbose=False)["input_ids"])
     bare = contract.tokens.encode(["a"])[0]
     place = next((at for at in range(len(ids)) if ids[at : at + len(bare)] == bare), 0)

@@ -81,7 +81,7 @@ class Bootstrap:
 
 
 def interval(drawn: torch.Tensor) -> Interval | None:
-    """The middle 95 % of what a measure was on the sets; None where it was nothing at all."""
+    """The middle 95 % of what a measure was on the sets; None if it was nothing at all."""
     import torch
 
     kept = drawn[drawn.isfinite()]

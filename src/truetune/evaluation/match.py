@@ -107,7 +107,7 @@ class Match:
         }[self.kind]
 
     def unfit(self, expected: str) -> str:
-        """Why nothing can be compared with a row's answer; "" where it can."""
+        """Why nothing can be compared with a row's answer; "" if it can."""
         if not self.needs_expected:
             return ""
         if not expected.strip():

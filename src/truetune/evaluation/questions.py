@@ -28,7 +28,7 @@ class Question:
     Attributes:
         where: the row's place.
         asked: shots, then the row's messages before its last assistant turn.
-        answer: that turn; None where the row has none.
+        answer: that turn; None if the row has none.
     """
 
     where: str
@@ -43,7 +43,7 @@ class Question:
 
     @property
     def expected(self) -> str:
-        """The row's answer as text, "" where it has none."""
+        """The row's answer as text, "" if it has none."""
         return "" if self.answer is None else str(self.answer["content"])
 
     @property
@@ -61,7 +61,7 @@ class LeftOut:
         reason: in words.
         count: rows.
         where: the first of them.
-        model: whose template or context it is; "" where it is the row alone.
+        model: whose template or context it is; "" if it is the row alone.
     """
 
     reason: str
@@ -165,7 +165,7 @@ class _Shots:
             self.turns.append(turns)
 
     def before(self, question: Question) -> Conversation:
-        """The question with shots before it, behind its system message."""
+        """The question with shots before it, after its system message."""
         messages = question.asked.messages
         same = set[int]()
         for message in messages:

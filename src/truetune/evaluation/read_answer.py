@@ -26,7 +26,7 @@ _SHORT_FRACTION = re.compile(r"\\[dt]?frac\s?(\d)\s?(\d)(?!\d)")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([-+]?[\d.,]{1,40})\s*\}\s*\{\s*([\d.,]{1,40})\s*\}")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
-    # A sign belongs to the number unless something stands before it: 10-12 ends in 12.
+    # A sign belongs to the number unless something is before it: 10-12 ends in 12.
     r"(?P<sign>(?<![\w)\]}^])[-+][ ]?\$?)?"
     # A digit that is glued to a Latin letter is part of a name: x2, H2O.
     # Behind a letter's sign of a power it is no number of its own: 5 m^2.
@@ -38,7 +38,7 @@ _NUMBER = re.compile(
     r"|\s?(?:\u00d7|\*|x|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?(?P<ten>[-+]?\d{1,3})\}?"
     rf"|\s?/\s?(?P<under>{_WHOLE})(?![\d/]|\.\d))?"
 )
-# What goes on a number in front of a text and behind it: 3.5, 3,000, 3/4; no list and no date.
+# What goes on a number before a text and after it: 3.5, 3,000, 3/4; no list and no date.
 _INSIDE = re.compile(r"(?:\d\.|(?<![\d/])\d{1,12}/)$")
 _INTO = re.compile(r"\.\d|/\d{1,12}(?![\d/])|,\d{3}(?!\d)")
 # Longer rows of digits are no answer that anybody wrote.
@@ -46,7 +46,7 @@ _MOST_DIGITS = 400
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether `part` stands in `text` as whole words, both normalised.
+    """Whether `part` is in `text` as whole words, both normalised.
 
     A letter, digit or hyphen beside it makes it part of a longer word, and a point, comma or slash
     with a digit part of a longer number; letters of scripts that write no spaces do not.
@@ -131,7 +131,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{}, its own braces balanced."""
+    """What is in the last \\boxed{}, its own braces balanced."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -144,7 +144,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def json_value(text: str) -> str | None:
-    """A JSON value as canonical text; None where there is none.
+    """A JSON value as canonical text; None if there is none.
 
     It is the whole text, or the first fenced block that parses, or the first object or list in it.
     Two values have one text where they are equal: 1 and 1.0 are, 1 and true are not; the order of

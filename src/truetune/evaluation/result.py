@@ -67,8 +67,8 @@ class RowResult:
         prompt: as served.
         expected: the row's answer.
         replies: as many as samples.
-        loss: summed over the answer's tokens, in nats; None where it has none.
-        loss_tokens: of the answer, its end included; 0 where it has none.
+        loss: summed over the answer's tokens, in nats; None if it has none.
+        loss_tokens: of the answer, its end included; 0 if it has none.
     """
 
     where: str

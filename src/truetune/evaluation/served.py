@@ -143,7 +143,7 @@ def _asked_of(question: Question) -> dict[str, Any]:
 
 
 def _shown(client: Client, question: Question) -> str:
-    """The prompt as the server makes it where it says so, else the messages."""
+    """The prompt as the server makes it if it says so, else the messages."""
     asked = _asked_of(question)
     try:
         return str(client.post("/apply-template", asked)["prompt"])

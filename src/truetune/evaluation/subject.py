@@ -37,7 +37,7 @@ class Prompt:
 
     Attributes:
         ids: the served prompt.
-        target: prompt and the row's answer, the answer supervised; None where there is none.
+        target: prompt and the row's answer, the answer supervised; None if there is none.
         no_target: why.
         expected: the row's answer as text; a call as the template writes it.
         thinking: how replies may think.
@@ -88,7 +88,7 @@ class Written:
 
     Attributes:
         replies: as many as samples for each prompt, in their order.
-        losses: of each prompt's target, summed over its tokens; None where there is none.
+        losses: of each prompt's target, summed over its tokens; None if there is none.
         shown: each prompt as served.
         findings: what opening the model found.
     """

@@ -26,7 +26,7 @@ class Evaluation:
         num_rows: rows that every model was asked.
         left_out: rows that none was asked, by reason.
         settings: how they were asked and compared.
-        models: in the order given; the first is what the others are held to.
+        models: in the order given; the first is what the others are compared with.
     """
 
     data: str

@@ -47,7 +47,7 @@ class Score:
     Attributes:
         value: as the harness aggregates it.
         interval: 95 %, over documents.
-        each: a number per document; () where the metric is no mean of such.
+        each: a number per document; () if the metric is no mean of such.
         number: of documents.
     """
 
@@ -110,7 +110,7 @@ class TaskEvaluation:
         tasks: as the user named them.
         settings: how they were asked.
         metrics: what was measured.
-        models: in the order given; the first is what the others are held to.
+        models: in the order given; the first is what the others are compared with.
     """
 
     tasks: tuple[str, ...]
@@ -274,7 +274,7 @@ def evaluate_tasks(
     """Ask models the tasks of lm-evaluation-harness, each as it is served and by the raw prompt.
 
     Args:
-        models: runs, model or adapter folders, or Hub ids; the others are held to the first.
+        models: runs, model or adapter folders, or Hub ids; the others are compared with the first.
         tasks: names the harness knows, or YAML files of one's own.
         shots: worked examples before each question; the task's own number where None.
         limit: the first so many documents of each task.
@@ -466,7 +466,7 @@ def _metrics(results: Sequence[Any]) -> tuple[TaskMetric, ...]:
 
 
 def _each(result: Any, task: str, metric: str, of: str) -> tuple[float, ...]:
-    """A metric of each document; () where it is no number there, or the whole is not their mean."""
+    """A metric of each document; () if it is no number there, or the whole is not their mean."""
     kept = [s for s in result["samples"].get(task, []) if s["filter"] == of]
     values = [sample.get(metric) for sample in sorted(kept, key=lambda s: s["doc_id"])]
     numbers = tuple(float(v) for v in values if isinstance(v, int | float))

@@ -28,7 +28,7 @@ class Vocabulary:
 
     Attributes:
         model: llama.cpp's kind: gpt2 merges bytes by rank, llama merges pieces by score.
-        tokens, types, scores: one an embedding row; scores are () where it needs none.
+        tokens, types, scores: one an embedding row; scores are () if it needs none.
         merges: "left right" each, in their order.
         pre: llama.cpp's pre-tokenizer.
         special: id by gguf's name of the role: bos, eos, eot, eom, unk, pad.

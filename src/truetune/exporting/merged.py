@@ -50,7 +50,7 @@ def write_merged(
     Args:
         adapter: its folder.
         folder: must not exist.
-        base: where the base is now; None where the adapter's config says.
+        base: where the base is now; None takes the adapter's config's.
         onto: see `merge_adapter`.
         dtype: type of the written weights; None takes the base's on disk.
         device: where to add.

@@ -140,7 +140,7 @@ class _Template:
 
     @classmethod
     def of(cls, llama: LlamaCpp, arguments: Mapping[str, Any]) -> _Template:
-        """The template that a server has loaded; nothing is refused where it has none."""
+        """The template that a server has loaded; nothing is refused if it has none."""
         props = llama.props()
         special = {key: str(props.get(key) or "") for key in ("bos_token", "eos_token")}
         source = props.get("chat_template")

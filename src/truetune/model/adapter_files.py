@@ -36,8 +36,8 @@ class AdapterFacts:
         missing: layers of the base that target_modules names and the file lacks.
         tables: whether embedding or head rows are in the file.
         finite: whether every number is.
-        virtual: virtual tokens of a soft prompt; 0 where it is none.
-        virtual_broken: why the base cannot take them; "" where it can.
+        virtual: virtual tokens of a soft prompt; 0 if it is none.
+        virtual_broken: why the base cannot take them; "" if it can.
     """
 
     kind: str
@@ -105,7 +105,7 @@ def read_adapter(files: ModelFiles, base: ModelFiles) -> AdapterFacts:
 def _soft_prompt(
     config: dict[str, Any], shapes: dict[str, tuple[int, ...]], base: ModelFiles
 ) -> dict[str, Any]:
-    """What a folder of virtual tokens says of itself, held against its file and its base."""
+    """What a folder of virtual tokens says of itself, compared with its file and its base."""
     number = config.get("num_virtual_tokens")
     if not isinstance(number, int) or isinstance(number, bool):
         return {}

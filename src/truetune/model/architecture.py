@@ -211,7 +211,7 @@ def meta_model(config: Any) -> Any:
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence in tokens that the model was made for; None where it has no limit."""
+    """The longest sequence in tokens that the model was made for; None if it has no limit."""
     text_config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text_config, name, None)

@@ -45,7 +45,7 @@ class DryLoad:
 
 
 def dry_load(files: ModelFiles) -> DryLoad | None:
-    """Load without memory; None where that says nothing (a quantised model needs its library).
+    """Load without memory; None if that says nothing (a quantised model needs its library).
 
     Raises:
         ModelError: no weights, or damaged ones.

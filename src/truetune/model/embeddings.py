@@ -73,7 +73,7 @@ def read_tables(files: ModelFiles, ids: Sequence[int]) -> dict[str, TableFacts]:
         ids: rows whose nearest other row is looked for.
 
     Returns:
-        empty where the tables are not in the files under the model's own names.
+        empty if the tables are not in the files under the model's own names.
 
     Raises:
         ModelError: no weights, or damaged ones.

@@ -133,7 +133,7 @@ def take_fingerprint(
 
 
 def read_fingerprint(folder: Path) -> Fingerprint | None:
-    """The fingerprint beside an adapter; None where another tool made it.
+    """The fingerprint beside an adapter; None if another tool made it.
 
     Raises:
         ModelError: the file is damaged, or of a later format.
@@ -180,7 +180,7 @@ def write_fingerprint(fingerprint: Fingerprint, folder: Path) -> None:
 
 
 def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -> None:
-    """Raise where an adapter would act on something else than it was trained on.
+    """Raise if an adapter would act on something else than it was trained on.
 
     Full hashes are compared where both have them.
 

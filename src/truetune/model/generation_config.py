@@ -36,7 +36,7 @@ def served_generation_config(
     Args:
         model: a transformers model; its own config is left as it is.
         stop_ids: the contract's stop set.
-        tokenizer: gives the pad id where the model has none.
+        tokenizer: gives the pad id if the model has none.
 
     Returns:
         A transformers GenerationConfig, and notes on what was dropped from the model's own.

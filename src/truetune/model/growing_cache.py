@@ -48,7 +48,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def growing_cache(model: Any) -> Any:
-    """A cache for `generate`, where the model's own would hold keys and values alone; None where it
+    """A cache for `generate`, where the model's own would hold keys and values alone; None if it
     is of another kind."""
     takes_any = getattr(model, "_supports_default_dynamic_cache", None)
     if takes_any is None or not takes_any() or "mamba" in type(model).__name__.lower():

@@ -37,26 +37,26 @@ class ModelFacts:
     Attributes:
         source: folder or Hub id, as given.
         revision: commit of a Hub model, None for a folder.
-        base: absolute path or Hub id of the base of an adapter, None where it is none.
+        base: absolute path or Hub id of the base of an adapter, None if it is none.
         architecture: class in transformers.
         model_type: family in transformers.
         num_parameters: weights of the model, a tied head counted once.
         num_layers: decoder layers.
         hidden_size: width of the residual stream.
-        context_length: tokens; None where the architecture has no limit.
+        context_length: tokens; None if the architecture has no limit.
         tokenizer_length: tokens the tokenizer knows, added ones included.
         head_rows: rows of embedding and output head.
         spare_rows: rows above the largest token id: room for new tokens without resizing;
-            negative where the tokenizer has ids that the model lacks.
+            negative if the tokenizer has ids that the model lacks.
         tied: whether head and embedding are one matrix.
-        dtype: of the weights on disk (torch name); the config's where there are none.
+        dtype: of the weights on disk (torch name); the config's if there are none.
         has_chat_template: whether the tokenizer brings one.
         config_eos_ids, generation_eos_ids: of config.json and generation_config.json.
         tokenizer_eos_id, pad_id, bos_id: of the tokenizer.
         lora_targets: names of all linear layers but the output head, with how many there are.
-        weights: format of the weights in the folder; None where there are none, or a Hub model's
+        weights: format of the weights in the folder; None if there are none, or a Hub model's
             are not in the cache.
-        num_weight_bytes: size of the safetensors files; 0 where there are none.
+        num_weight_bytes: size of the safetensors files; 0 if there are none.
     """
 
     source: str
@@ -145,7 +145,7 @@ def look_at(source: str | Path, revision: str | None = None) -> tuple[ModelFacts
 
 
 def _on_disk(files: ModelFiles, config: Any) -> tuple[str | None, int]:
-    """dtype and size in bytes of the weights; (None, 0) where they are not all there.
+    """dtype and size in bytes of the weights; (None, 0) if they are not all there.
 
     Raises:
         ModelError: `model-not-quantised`: config.json says so, and the weights are plain.

@@ -75,10 +75,10 @@ class LoadedModel:
 
     Attributes:
         model: a transformers PreTrainedModel, or a PeftModel around one.
-        tokenizer: what AutoTokenizer gives; an adapter's own where it has one.
+        tokenizer: what AutoTokenizer gives; an adapter's own if it has one.
         source: folder or Hub id, as the user wrote it.
         revision: commit of a Hub model, None for a folder.
-        base: absolute path or Hub id of the model without adapter (the same model where there is
+        base: absolute path or Hub id of the model without adapter (the same model if there is
             none).
         base_revision: commit of a base from the Hub.
         base_dtype: torch name of the dtype that the base's weights have on disk.
@@ -87,7 +87,7 @@ class LoadedModel:
         compute_dtype: for autocast; None to compute in the parameters' own type.
         choices: device, dtype and parameter dtype, each with its reason.
         findings: warnings and notes about this model.
-        quantised: in how many bits the base is held, None where it is not quantised here.
+        quantised: in how many bits the base is held, None if it is not quantised here.
         fingerprint: of the base, where the model is an adapter or is loaded to train one.
     """
 
@@ -137,7 +137,7 @@ def load_model(
         purpose: full: all weights trainable, in float32. lora: base frozen, in the compute type.
             inference: nothing trainable. An adapter's base is frozen whatever the purpose, and
             the adapter's weights are float32.
-        base: where an adapter's base is now; None where its config says.
+        base: where an adapter's base is now; None takes its config's.
         load_in: bits that the (frozen) base is held in; see `LoadIn`.
         full_fingerprint: hash every byte of the base, not samples.
         bf16_weights: purpose full with weights in bfloat16, for an optimizer that keeps the rest.
@@ -211,7 +211,7 @@ class Whole:
         config: of the base.
         tokenizer: of the model.
         tensors: of the base, by name.
-        adapter: tensors of the adapter; None where there is none.
+        adapter: tensors of the adapter; None if there is none.
     """
 
     config: Any
@@ -225,7 +225,7 @@ def require_whole(files: ModelFiles, base: ModelFiles, tokenizer: Any = None) ->
     exporting ask here alike.
 
     Args:
-        base: of an adapter; `files` where it is none.
+        base: of an adapter; `files` if it is none.
         tokenizer: the model's own, where it is open already.
 
     Raises:
@@ -268,7 +268,7 @@ def require_whole_folder(
 
 def without_memory(files: ModelFiles, config: Any) -> tuple[Any, dict[str, Any]] | None:
     """The model on the meta device, where tensors have names and shapes only, and what transformers
-    says of loading it; None where that says nothing (a quantised model needs its library)."""
+    says of loading it; None if that says nothing (a quantised model needs its library)."""
     from transformers import AutoModelForCausalLM
 
     if stored_quantisation(config):
@@ -460,7 +460,7 @@ def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
 
 
 def _require_rank(config: dict[str, Any], tensors: dict[str, TensorFacts], where: str) -> None:
-    """Raise where the matrices have another rank than the config says: peft makes those first."""
+    """Raise if the matrices have another rank than the config says: peft makes those first."""
     # Of all experts of a layer, one matrix holds the ranks of each.
     if config.get("target_parameters"):
         return

@@ -57,14 +57,14 @@ def merge_adapter(
 
     Args:
         source: adapter folder or Hub id.
-        base: where the base is now; None where the adapter's config says.
+        base: where the base is now; None takes the adapter's config's.
         onto: original: the weights as they are stored. dequantised: rounded to the bits that the
             adapter was trained on, then in float32 again. auto: what the adapter was trained on.
         device: where to add; float32 weights must fit there.
 
     Raises:
         UsageError: no adapter, or `dequantised` where nothing is quantised.
-        ModelError: it cannot be loaded, its base is another one, or the sum is not finite.
+        ModelError: it cannot be loaded, its base is different, or the sum is not finite.
     """
     files = locate(source, weights=True)
     if not files.is_adapter:

@@ -1,7 +1,7 @@
 """New tokens: their ids, the first values of their rows, and training those rows alone.
 
 input   texts to add; a tokenizer; a model
-does    takes ids above the tokenizer's, rows from the padded head where it has room, else a longer
+does    takes ids above the tokenizer's, rows from the padded head if it has room, else a longer
         table; starts each row at the mean of the pieces that the text stood for; trains the rows
         in the input embedding and in the output head, tied or not, and nothing else of the tables
 output  an adapter in peft's own format (trainable_token_indices), which PeftModel opens
@@ -35,7 +35,7 @@ class NewToken:
     Attributes:
         text: as it stands in the rows.
         id: of the extended tokenizer.
-        pieces: ids that the text had before; () where the token was there already, whose row
+        pieces: ids that the text had before; () if the token was there already, whose row
             keeps its value.
     """
 
@@ -88,7 +88,7 @@ def add_tokens(tokenizer: Any, texts: Sequence[str]) -> tuple[list[NewToken], li
 
 
 def make_room(model: Any, tokenizer_size: int) -> int:
-    """Lengthen the tables of a model where the tokenizer has more ids than they have rows.
+    """Lengthen the tables of a model if the tokenizer has more ids than they have rows.
 
     Returns:
         How many rows were added; 0 where the padded head had room.
@@ -200,7 +200,7 @@ class RowsBefore:
 
     Attributes:
         rows: table's path -> rows of the new tokens (n, D), on CPU.
-        others: table's path -> sha256 of all other rows; {} where all weights are trained.
+        others: table's path -> sha256 of all other rows; {} if all weights are trained.
     """
 
     rows: dict[str, torch.Tensor]
@@ -246,7 +246,7 @@ def _hash_others(table: torch.Tensor, ids: Sequence[int]) -> str:
 def rows_report(
     before: RowsBefore, after: RowsBefore, tokens: Sequence[NewToken]
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """What training did to the rows: new_tokens.json, and findings where they did not move.
+    """What training did to the rows: new_tokens.json, and findings if they did not move.
 
     A change of any other row is reported as an error: it cannot happen unless something outside the
     adapter was trained.
@@ -293,7 +293,7 @@ def rows_report(
 
 
 def require_room(model_rows: int, tokenizer: Any, tokens: Sequence[NewToken]) -> None:
-    """Raise where a tokenizer was beyond its model before anything was added.
+    """Raise if a tokenizer was beyond its model before anything was added.
 
     Raises:
         ModelError: rows between would start at random.

@@ -132,13 +132,13 @@ def require_device(device: str) -> None:
 
 
 def _why_no_cuda() -> str:
-    """Why no GPU can be used; empty where one may be."""
+    """Why no GPU can be used; empty if one may be."""
     build = importlib.metadata.version("torch")
     if build.endswith("+cpu"):
         return f"torch {build} is a build without GPU support"
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides every GPU"
-    # AMD's driver is another one; a build of torch for it calls its devices cuda too.
+    # AMD's driver is different; a build of torch for it calls its devices cuda too.
     if os.path.exists("/dev/kfd") or _loads("libcuda.so.1"):
         return ""
     return "the NVIDIA driver is not installed" if sys.platform == "linux" else ""

@@ -36,7 +36,7 @@ NAMES: dict[Quantised, str] = {
 
 
 def require_bitsandbytes(what: str) -> None:
-    """Raise where the extra is missing.
+    """Raise if the extra is missing.
 
     Args:
         what: that needs it: an option, or a file that says so.
@@ -99,7 +99,7 @@ _OPENED_WITH = {
 
 
 def require_opener(config: Any, where: str) -> None:
-    """Raise where the files are quantised by a method whose package is not installed.
+    """Raise if the files are quantised by a method whose package is not installed.
 
     Raises:
         UsageError: naming the package.
@@ -117,7 +117,7 @@ def require_opener(config: Any, where: str) -> None:
 
 
 def stored_bits(config: Any) -> int | None:
-    """Bits of the quantised weights in a model's files, the fewest where they differ; None if the
+    """Bits of the quantised weights in a model's files, the fewest if they differ; None if the
     config does not state them."""
     found = getattr(config, "quantization_config", None)
     if not found:
@@ -163,7 +163,7 @@ def plain_weights(model: Any) -> dict[str, Any] | None:
 
 
 def refuse_twice(config: Any, where: str) -> None:
-    """Raise where weights that are quantised already would be quantised again.
+    """Raise if weights that are quantised already would be quantised again.
 
     Raises:
         ModelError: naming the method they have.

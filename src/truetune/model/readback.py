@@ -54,7 +54,7 @@ def check_weights(loaded: LoadedModel, folder: Path, cast: torch.dtype | None) -
     """Compare the files with the model in memory, after the cast, bit for bit.
 
     Returns:
-        The largest absolute rounding error of the cast, None where nothing was cast.
+        The largest absolute rounding error of the cast, None if nothing was cast.
 
     Raises:
         SaveError: a weight is missing, added or different.
@@ -158,7 +158,7 @@ def check_prompts(contract: PromptContract, folder: Path) -> list[Finding]:
     """Reopen the tokenizer as a server does, and compare its prompts with the contract's.
 
     Returns:
-        A warning where the template takes no conversation of one user turn, so that nothing
+        A warning if the template takes no conversation of one user turn, so that nothing
         could be compared: no reason to throw trained weights away.
 
     Raises:

@@ -50,7 +50,7 @@ class RowLayer(TrainableTokensLayer):
         return known[key]
 
     def replaced_rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(ids, rows) that stand in place of the table's own; None where they do not, or where
+        """(ids, rows) that stand in place of the table's own; None if they do not, or where
         several adapters have some."""
         names = list(self.active_adapters)
         plain = type(self.base_layer) in (torch.nn.Embedding, torch.nn.Linear)

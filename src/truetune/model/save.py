@@ -59,7 +59,7 @@ class SaveReport:
         folder: the artifact.
         files: sorted by name.
         dtype: torch name of the dtype the weights were written in.
-        cast_error: largest absolute rounding error of a weight; None where nothing was cast.
+        cast_error: largest absolute rounding error of a weight; None if nothing was cast.
         findings: notes.
     """
 

@@ -23,7 +23,7 @@ def why_merge(
     new_tokens: bool = False,
     stops: Sequence[str] = (),
 ) -> list[str]:
-    """Why an adapter has to be merged before it is served; [] where it can be loaded as it is.
+    """Why an adapter has to be merged before it is served; [] if it can be loaded as it is.
 
     Args:
         config: the adapter's.

@@ -216,7 +216,7 @@ _MOST_TEMPLATE = 2**20
 
 
 def require_bounded(path: Path) -> None:
-    """Raise where a file is too long to be what its name says.
+    """Raise if a file is too long to be what its name says.
 
     Raises:
         ModelError: `model-file-hostile`.
@@ -256,7 +256,7 @@ def _require_one_value(pairs: list[tuple[str, Any]], path: Path) -> None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise where a file of a model is a pointer of Git LFS.
+    """Raise if a file of a model is a pointer of Git LFS.
 
     Raises:
         ModelError: `git-lfs-pointer`.

@@ -1,6 +1,6 @@
 """Is a model base or instruct? By evidence, never by its name.
 
-input   template and stop set; the rows of embedding and head, where there are weights; how well
+input   template and stop set; the rows of embedding and head, if there are weights; how well
         the model predicts a conversation in its template, where it was loaded
 does    weighs each observation; random weights say nothing
 output  StartVerdict: base, instruct or unknown, and the reasons; `recipe/rates.py` has what follows

@@ -29,7 +29,7 @@ _MOST_ADDED = 2**17
 
 
 def require_harmless(folder: Path) -> None:
-    """Raise where the tokenizer takes more memory or time than a tokenizer may, or a chat template
+    """Raise if the tokenizer takes more memory or time than a tokenizer may, or a chat template
     beside it is longer than one can be.
 
     Raises:

@@ -53,7 +53,7 @@ class Translation:
 
 
 def translated(given: Mapping[str, Any]) -> Translation | None:
-    """The recipe of another trainer in our words; None where it is none, or may be one of ours."""
+    """The recipe of another trainer in our words; None if it is none, or may be one of ours."""
     tool = next((t for t, marks in _MARKS.items() if any(m in given for m in marks)), None)
     if tool is None:
         return None

@@ -33,10 +33,10 @@ class Plan(Recipe):
         start: whether training starts from a base or an instruct model.
         reasoning_share: of the conversations, the share with reasoning.
         max_length: longest row in tokens.
-        batch_size: rows per optimizer step; None where tokens are counted instead.
+        batch_size: rows per optimizer step; None if tokens are counted instead.
         micro_batch_size: rows per forward pass, at most; None leaves tokens to decide.
         learning_rate: the peak.
-        epochs: passes over the rows; None where max_steps was set.
+        epochs: passes over the rows; None if max_steps was set.
         max_steps, warmup_steps, eval_steps, save_steps: optimizer steps.
     """
 

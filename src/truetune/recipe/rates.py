@@ -7,7 +7,7 @@ from typing import Literal
 
 Start = Literal["base", "instruct"]
 
-# QLoRA practice for a base; gentler where there is something to forget, and on reasoning traces.
+# QLoRA practice for a base; gentler if there is something to forget, and on reasoning traces.
 LORA = {"base": 2e-4, "instruct": 1e-4, "reasoning": 3e-5, "small": 3e-3}
 FULL = {"base": 2e-5, "instruct": 1e-5, "small": 3e-4}
 EPOCHS: dict[Start, float] = {"base": 3.0, "instruct": 2.0}

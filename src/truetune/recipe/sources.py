@@ -46,7 +46,7 @@ def recorded_recipe(path: Path, *more: tuple[Origin, Mapping[str, Any]]) -> Reci
 
 
 def _set_values(path: Path) -> Iterator[tuple[str, Any, Origin]]:
-    """(name, value, origin) of what was set; the origin is "" where the file has none."""
+    """(name, value, origin) of what was set; the origin is "" if the file has none."""
     for name, value in read_yaml(path).items():
         if isinstance(value, dict) and set(value) == {"value", "origin"}:
             if not str(value["origin"]).startswith("default"):
@@ -359,7 +359,7 @@ def _is_date(value: Any) -> bool:
 
 
 def _whole(value: Any) -> int | None:
-    """A count as the command line or YAML gives it; None where it is none."""
+    """A count as the command line or YAML gives it; None if it is none."""
     try:
         return int(value)
     except (TypeError, ValueError):

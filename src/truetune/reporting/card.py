@@ -50,7 +50,7 @@ def write_merged_card(
         adapter: its folder.
         folder: of the merged model, under the name that it has now.
         name: that it will have.
-        verdict_: what verify.json holds of the merged model; {} where nothing was compared.
+        verdict_: what verify.json holds of the merged model; {} if nothing was compared.
 
     Raises:
         SaveError: it cannot be written.
@@ -125,7 +125,7 @@ def _is_on_hub(name: str) -> bool:
 
 
 def _license(base: str, revision: Any) -> str:
-    """What the base's own card or config says; "" where neither says anything."""
+    """What the base's own card or config says; "" if neither says anything."""
     for name in (CARD, "config.json"):
         here = Path(base) / name
         path = here if os.path.isfile(here) else _cached(base, name, revision)
@@ -349,7 +349,7 @@ def _contract(run: RunFacts, *, is_adapter: bool) -> Iterator[str]:
 
 
 def read_card(folder: Path) -> str:
-    """The card of a folder; "" where it has none.
+    """The card of a folder; "" if it has none.
 
     Raises:
         InputError: it cannot be read.

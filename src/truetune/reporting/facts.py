@@ -40,7 +40,7 @@ class RunFacts:
         state: finished; running, while a process writes it; failed, with what ended it among the
             findings; else unfinished: stopped, or killed.
         recipe: setting -> {value, origin}.
-        contract, data, env, verdict, manifest: of their files; {} where there is none.
+        contract, data, env, verdict, manifest: of their files; {} if there is none.
         adapter: adapter_config.json of the artifact.
         metrics, samples: their lines.
         findings: lines of findings.jsonl.
@@ -99,7 +99,7 @@ class RunFacts:
         return _Files(folder).json("adapter_config.json")
 
     def setting(self, name: str) -> Any:
-        """The value of a setting; None where the recipe does not have it."""
+        """The value of a setting; None if the recipe does not have it."""
         row = self.recipe.get(name)
         return row.get("value") if isinstance(row, Mapping) else None
 
@@ -115,7 +115,7 @@ class RunFacts:
 
     @property
     def total(self) -> int:
-        """Steps that the run is to take; 0 where that is not known."""
+        """Steps that the run is to take; 0 if that is not known."""
         value = self.setting("max_steps")
         return value if isinstance(value, int) else 0
 
@@ -241,7 +241,7 @@ class _Files:
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value is what truetune writes: of a type; each of a list's of one; an object whose
-    values, where it has them, are."""
+    values, if it has them, are."""
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(one, kind[0]) for one in value)
     if isinstance(kind, dict):

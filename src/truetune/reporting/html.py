@@ -174,7 +174,7 @@ def clipped(value: Any, most: int) -> str:
 
 
 def words(value: Any) -> str:
-    """A value of a recipe or of a summary in plain text; empty where there is nothing to say."""
+    """A value of a recipe or of a summary in plain text; empty if there is nothing to say."""
     if isinstance(value, Mapping):
         shown = {name: part for name, part in value.items() if part and name != "sha256"}
         return ", ".join(f"{str(name).replace('_', ' ')} {words(v)}" for name, v in shown.items())

@@ -45,10 +45,10 @@ def chart(
     marks: Sequence[tuple[int, str]] = (),
     until: float = 0,
 ) -> str:
-    """Curves over the steps in one figure; empty where there is no point.
+    """Curves over the steps in one figure; empty if there is no point.
 
     Args:
-        unit: of the values; "" where they have none.
+        unit: of the values; "" if they have none.
         share: values are parts of 1, shown in percent of the whole.
         log: use a logarithmic axis.
         marks: (step, text) of what happened.
@@ -265,8 +265,8 @@ class Dots:
 
     Attributes:
         title: of the panel.
-        unit: of the values; "" where they have none.
-        values: a thing each: (value, low, high, the values that it is the mean of); None where it
+        unit: of the values; "" if they have none.
+        values: a thing each: (value, low, high, the values that it is the mean of); None if it
             has none.
         share: values are parts of 1.
     """

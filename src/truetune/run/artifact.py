@@ -29,7 +29,7 @@ def save_artifact(
     """Write adapter/ or model/ and what a fresh process will hold it to.
 
     Args:
-        rows_before: the rows of new tokens at the start, where there are some.
+        rows_before: the rows of new tokens at the start, if there are some.
         tell: hears what was found.
 
     Raises:

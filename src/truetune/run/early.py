@@ -108,7 +108,7 @@ def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
 
 
 def require_settings(recipe: Recipe, *others: str) -> None:
-    """Raise where something that has no default was not given.
+    """Raise if something that has no default was not given.
 
     Raises:
         RecipeError: naming all that is missing.

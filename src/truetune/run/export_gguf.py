@@ -205,7 +205,7 @@ def merged_or_whole(
 
 
 def rows_of(source: str) -> list[Conversation]:
-    """The rows that a run kept, held-out ones where it has any; none of another folder."""
+    """The rows that a run kept, held-out ones if it has any; none of another folder."""
     run = run_of(source)
     return [row.conversation for row in read_rows(run)] if run else []
 

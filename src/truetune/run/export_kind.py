@@ -136,7 +136,7 @@ def require_export(
     output: str,
     data: str | None = None,
 ) -> tuple[str, str]:
-    """The kind of export that was asked for, and the type of its weights where it has one.
+    """The kind of export that was asked for, and the type of its weights if it has one.
 
     Args:
         source, output: of the export; `output` must not exist.

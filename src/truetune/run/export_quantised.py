@@ -76,7 +76,7 @@ class QuantisedExport:
         written: what the quantiser did.
         stage: how it was compared.
         prompts: conversations whose ids are equal.
-        calibration: None where none was needed.
+        calibration: None if none was needed.
         line: that serves it.
         findings: warnings.
     """

@@ -33,7 +33,7 @@ class ServedExport:
     Attributes:
         folder: of the adapter, or of the merged model.
         line: that serves it.
-        reasons: why it was merged; () where the adapter is loaded as it is.
+        reasons: why it was merged; () if the adapter is loaded as it is.
         merged: how it was merged and verified; None of an adapter.
         whole: how a model that needs no merging was copied.
     """

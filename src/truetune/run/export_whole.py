@@ -111,7 +111,7 @@ _PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy",
 
 
 def _left_out(path: Path) -> str:
-    """Why a file is not copied; "" where it is."""
+    """Why a file is not copied; "" if it is."""
     if not path.is_file():
         return "a pipe, a device or a link to one is not a file of a model"
     suffix = path.suffix.lower()

@@ -118,7 +118,7 @@ class Job:
         self.last_loss = float("nan")
         self.last_eval: float | None = None
         self.answers: tuple[Answer, ...] = ()
-        # None where the trained model is no adapter; and its commit.
+        # None if the trained model is no adapter; and its commit.
         self.base = loaded.base if loaded.is_adapter else None
         self.base_revision = loaded.base_revision if self.base else None
         self._samples_now: list[dict[str, Any]] = []

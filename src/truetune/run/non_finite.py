@@ -24,7 +24,7 @@ class Cause:
 
     Attributes:
         why, fix: as errors have them.
-        rows: indices of the examples that are to blame; () where all are, or none alone.
+        rows: indices of the examples that are to blame; () if all are, or none alone.
     """
 
     why: str
@@ -91,7 +91,7 @@ def _loss(loaded: LoadedModel, example: SFTExample) -> float:
 
 
 def _finite_in_float32(loaded: LoadedModel, examples: list[SFTExample]) -> bool:
-    """False as well where it cannot be asked: the weights themselves are of fewer bits."""
+    """False as well if it cannot be asked: the weights themselves are of fewer bits."""
     held = {p.dtype for p in loaded.model.parameters() if p.dtype.is_floating_point}
     if loaded.compute_dtype is None or held != {torch.float32}:
         return False

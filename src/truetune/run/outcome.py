@@ -29,7 +29,7 @@ class Answer:
         text: what the model wrote.
         stopped: whether it ended by itself.
         had_room: whether it was given twice the tokens of the row's answer, and more.
-        would_stop: whether the model would stop behind the row's own answer; None where unknown.
+        would_stop: whether the model would stop behind the row's own answer; None if unknown.
     """
 
     trained: bool
@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def ends(self) -> bool | None:
-        """Whether the model ends its answer; None where neither can say."""
+        """Whether the model ends its answer; None if neither can say."""
         return self.stopped if self.had_room else self.would_stop
 
     @property
@@ -62,7 +62,7 @@ class Outcome:
         learning_rate: the peak.
         passes: over the rows.
         by_steps: whether the run's length was given in steps.
-        usual_rate: the default learning rate of this method, model and rows; None where unknown.
+        usual_rate: the default learning rate of this method, model and rows; None if unknown.
     """
 
     answers: tuple[Answer, ...]
@@ -104,7 +104,7 @@ def judge(outcome: Outcome) -> list[Finding]:
 
 
 def summary(answers: Sequence[Answer]) -> str:
-    """A line for the screen; empty where nothing was asked."""
+    """A line for the screen; empty if nothing was asked."""
     parts = [
         f"{sum(a.right for a in some)} of {len(some)} {name} prompts"
         for name, some in (

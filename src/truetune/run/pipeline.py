@@ -198,7 +198,7 @@ class ExportResult:
     Attributes:
         folder: the exported model.
         exported: how it was made.
-        verdict: what a fresh process found; None where it was not asked.
+        verdict: what a fresh process found; None if it was not asked.
     """
 
     folder: Path
@@ -227,7 +227,7 @@ def export(
     Args:
         source: a run, or an adapter folder.
         output: must not exist.
-        base: where the adapter's base is now; None where its config says.
+        base: where the adapter's base is now; None takes its config's.
         onto: see `merge_adapter`.
         dtype: type of the written weights; None takes the base's on disk.
         device: where to merge and to compare.

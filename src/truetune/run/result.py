@@ -28,7 +28,7 @@ class RunResult:
         base: the model without adapter, where an adapter was trained.
         base_revision: its commit, where it came from the Hub.
         base_stop_ids: on which a server of the model that training started from ends an answer.
-        verdict: what a fresh process found; None where it was not asked.
+        verdict: what a fresh process found; None if it was not asked.
         answers: to a few trained and held-out prompts, asked as served.
     """
 

@@ -62,7 +62,7 @@ class Saved(Job):
 
 
 def saved_facts(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:
-    """What a run left that waits for nothing but its verification; None where it has to be
+    """What a run left that waits for nothing but its verification; None if it has to be
     trained: its artifact is not whole, or not what these rows and settings give."""
     try:
         facts, whole = read_sealed(run.file(UNVERIFIED))

@@ -102,7 +102,7 @@ def chat_losses(loaded: LoadedModel, contract: PromptContract) -> dict[str, floa
 
     Returns:
         nats per token: of answers `templated` and `plain`, of the `stop` behind a templated answer,
-        and of guessing (`vocabulary`); empty where the template takes no plain turns.
+        and of guessing (`vocabulary`); empty if the template takes no plain turns.
     """
     templated, stops, plain = [], [], []
     for asked, said in _CONVERSATIONS:

@@ -12,13 +12,13 @@ from truetune.findings import visible
 from truetune.reporting.facts import asked
 
 NAMES = ("trackio", "tensorboard", "wandb", "mlflow")
-# What accelerate's class of a tracker imports, where that is not the tracker's own name.
+# What accelerate's class of a tracker imports, if that is not the tracker's own name.
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 LOGS = "trackers"
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raise where a tracker cannot be had; imports none of them.
+    """Raise if a tracker cannot be had; imports none of them.
 
     Raises:
         UsageError: an unknown tracker, or one whose package is not installed.

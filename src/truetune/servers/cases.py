@@ -68,7 +68,7 @@ class Case:
         tools, template_kwargs: sent with them.
         text, ids: the served prompt.
         probe: the prompt, and the row's answer behind it, with the positions that are read.
-        expected: the row's answer; None where there is none.
+        expected: the row's answer; None if there is none.
         seen, seen_tools: messages and tools without those that the template does not render, which
             a server may refuse to lose; the prompt is the same.
     """
@@ -210,8 +210,8 @@ class Prompts:
 
     Attributes:
         refused: cases that the server's template refuses, with its words.
-        texts: (case, the server's text) where it is another one.
-        ids: (case, the server's ids) where they are others.
+        texts: (case, the server's text) where it is different.
+        ids: (case, the server's ids) where they are different.
     """
 
     refused: tuple[tuple[Case, str], ...]

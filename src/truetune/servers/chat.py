@@ -24,7 +24,7 @@ class Answer:
         text, reasoning: as its parsers have them, "" for none.
         calls: of tools.
         ended: by itself, not at the limit.
-        tokens: as it counts them; 0 where it does not.
+        tokens: as it counts them; 0 if it does not.
     """
 
     text: str
@@ -44,7 +44,7 @@ def require_reachable(client: Client) -> None:
 
 
 def first_model(client: Client) -> str:
-    """The name under which a server answers; "" where requests need none.
+    """The name under which a server answers; "" if requests need none.
 
     An adapter that vLLM serves names its base as its parent, and is what was trained. transformers
     lists the models of its cache, of which it serves none where it was started with one.

@@ -20,7 +20,7 @@ class ServerError(TruetuneError):
     """A server did not answer, or refused a request.
 
     Args:
-        status: of HTTP; 0 where there was no answer.
+        status: of HTTP; 0 if there was no answer.
     """
 
     default_code = "server-failed"

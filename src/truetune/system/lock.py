@@ -239,7 +239,7 @@ def _open(path: Path, flags: int = 0) -> int:
 
 
 def _locked(path: Path, descriptor: int) -> bool:
-    """Lock it with the kernel; False where there is no such lock.
+    """Lock it with the kernel; False if there is no such lock.
 
     Raises:
         Busy: another process has.
@@ -332,7 +332,7 @@ def _show_life(path: Path, held: _Held) -> None:
 
 
 def _read(descriptor: int) -> Owner | None:
-    """Who the file names; None where it was not written whole."""
+    """Who the file names; None if it was not written whole."""
     try:
         return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
     except (OSError, ValueError, TypeError):
@@ -369,7 +369,7 @@ def _this() -> Owner:
 
 
 def _began(pid: int) -> str:
-    """When a process began; empty where there is none, "runs" where only that is known."""
+    """When a process began; empty if there is none, "runs" where only that is known."""
     if stat := _text(f"/proc/{pid}/stat"):
         # The name of the program, in brackets, may hold anything.
         fields = stat.rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""A thread, and no waiting for ever where there is no memory for one.
+"""A thread, and no waiting for ever if there is no memory for one.
 
 `threading.Thread.start` waits for the new thread's first sign, however long: a thread that finds no
 memory ends before it gives one.

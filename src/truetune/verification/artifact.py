@@ -34,7 +34,7 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
 
     Args:
         source: folder of either.
-        base: where an adapter's base is now; None where its config says.
+        base: where an adapter's base is now; None takes its config's.
         device: where to open it.
 
     Raises:
@@ -90,9 +90,9 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
 
 def check_saved(source: str) -> Verdict | None:
     """What a run saved against its manifest and its record, without opening it; a manifest that was
-    removed hides nothing. None where it is no run's, or an adapter without a record.
+    removed hides nothing. None if it is no run's, or an adapter without a record.
 
-    An adapter is held to the record alone: its base may lie elsewhere now, which a manifest does
+    An adapter is compared with the record alone: its base may lie elsewhere now, which a manifest does
     not know.
 
     Raises:
@@ -166,7 +166,7 @@ def verify_merge(
 
 
 def run_of(source: str) -> RunDir | None:
-    """The run that a path is or lies in; None where it is no run's."""
+    """The run that a path is or lies in; None if it is no run's."""
     path = Path(source)
     for folder in (path, path.parent, path.parent.parent):
         run = RunDir(folder)
@@ -309,7 +309,7 @@ def _loss_on(run: RunDir | None) -> str:
 
 
 def _recorded(run: RunDir | None) -> dict[str, Any]:
-    """What contract.json says of how prompts were made; {} where it says nothing."""
+    """What contract.json says of how prompts were made; {} if it says nothing."""
     try:
         found = parsed(run.file(CONTRACT).read_text(encoding="utf-8")) if run else {}
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
 """Does the trained model write its new tokens?
 
-input   the trained model, rows with the ids they were proved with (held-out ones where there are)
+input   the trained model, rows with the ids they were proved with (held-out ones if there are)
 does    gives it the beginnings of rows whose answers hold a new token, and reads what it writes
 output  counts for new_tokens.json; a warning where a token is never written
 
@@ -50,7 +50,7 @@ def written_tokens(
     """Ask up to eight of the rows' prompts, greedily.
 
     Args:
-        loaded: left in the mode it was in.
+        loaded: returned to its previous mode.
         rows: the last trained answer of each is what it is asked for.
         tokens: of these, those that stand in such an answer are counted.
     """
@@ -78,7 +78,7 @@ def written_tokens(
 
 
 def _last_answer(row: VerifyRow, new: set[int]) -> tuple[list[int], list[int]] | None:
-    """Prompt and trained answer, as ids; None where no new token is in the answer."""
+    """Prompt and trained answer, as ids; None if no new token is in the answer."""
     ids, mask = row.examples[-1]
     if 1 not in mask:
         return None

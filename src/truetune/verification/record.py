@@ -64,7 +64,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Record:
-    """What a fresh process is held to.
+    """What a fresh process is compared with.
 
     Attributes:
         rows: sha256 of the rows' lines.
@@ -78,7 +78,7 @@ class Record:
         probes: what is read.
         reading: of the trained model in memory, its weights rounded as they are saved.
         floor: divergence of two computations of it, mean and largest.
-        rounding: what rounding the weights changed, as an `Agreement`; None where none was.
+        rounding: what rounding the weights changed, as an `Agreement`; None if none was.
         dtype: that the weights were saved in.
     """
 
@@ -155,7 +155,7 @@ def probes_of(
     Args:
         parameters: of the model.
         known_ids: ids that the tokenizer and the model have, without special ones.
-        context: positions that the model was made for, None where it does not say.
+        context: positions that the model was made for, None if it does not say.
     """
     # Learned positions end with the context, and every probe is read once more with padding.
     room = max((context or _MOST + PADDING) - PADDING, 2)
@@ -284,7 +284,7 @@ def take_record(
         name: that it will have in the run.
         files: its files and their sha256.
         dtype: the type of the saved weights.
-        before_rounding: what `measure_rows` said before the weights were rounded; None where they
+        before_rounding: what `measure_rows` said before the weights were rounded; None if they
             were not.
         context: see `probes_of`.
     """
@@ -343,7 +343,7 @@ def write_rows(run: RunDir, rows: Sequence[VerifyRow], record: Record) -> None:
 
 
 def read_record(run: RunDir) -> Record | None:
-    """The record of a run; None where there is none.
+    """The record of a run; None if there is none.
 
     Raises:
         InputError: it is damaged.

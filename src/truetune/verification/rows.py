@@ -1,6 +1,6 @@
 """The rows that a saved model is verified on, kept in the run that trained it.
 
-verify_rows.jsonl holds up to 32 conversations (held-out ones where there are any) with the ids
+verify_rows.jsonl holds up to 32 conversations (held-out ones if there are any) with the ids
 and masks they were proved with, and, in its last line, what the model in memory predicted when it
 was saved (`record.py`). So a run can be verified when its data is gone, and by a process that
 shares nothing with training.
@@ -57,7 +57,7 @@ def conversation_from(value: dict[str, Any]) -> Conversation:
 
 
 def read_rows(run: RunDir) -> list[VerifyRow]:
-    """The rows of a run; [] where it has none.
+    """The rows of a run; [] if it has none.
 
     Raises:
         InputError: the file is damaged.

@@ -133,7 +133,7 @@ def _own_rows(contract: PromptContract) -> list[tuple[list[int], list[int]]]:
 
 
 def _open(what: dict[str, Any], request: dict[str, Any]) -> tuple[LoadedModel, PromptContract]:
-    """As the model was trained where a run says how (`way_of`), else as it would be served."""
+    """As the model was trained if a run says how (`way_of`), else as it would be served."""
     folder, way = what["folder"], request.get("way") or {}
     contract = PromptContract.of_record(load_tokenizer(folder), request["contract"])
     loaded = load_model(

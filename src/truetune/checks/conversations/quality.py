@@ -48,7 +48,7 @@ def opening(text: str) -> str:
 
 # ------------------------------------------------------------------ cut off
 
-# How a sentence may end: its mark, and what closes behind it.
+# How a sentence may end: its mark, and what closes after it.
 _ENDED = re.compile(r"[.!?\u2026:;\u3002\uff01\uff1f\u061f\u0964][\"'\u201d\u2019)\]*_`~]*\s*\Z")
 # Words that no English sentence ends on.
 _OPEN_WORDS = frozenset(
@@ -530,7 +530,7 @@ def questions_not_echoed(facts: DataFacts) -> Iterator[Finding]:
 
 
 def _last_exchange(conversation: Conversation) -> tuple[str, str]:
-    """(the last question, the trained answer behind it), spaces and case aside."""
+    """(the last question, the trained answer after it), spaces and case aside."""
     asked = ""
     found = ("", "")
     for message in conversation.messages:

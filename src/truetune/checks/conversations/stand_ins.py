@@ -89,7 +89,7 @@ _EVERYWHERE = 0.5
 
 @check()
 def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
-    """No answer is a placeholder, and none stands in most rows."""
+    """No answer is a placeholder, and none is in most rows."""
     asked = [_asked(c) for c in facts.train]
     whole = [
         i

@@ -24,7 +24,7 @@ def rows_without_targets(facts: LabelFacts) -> list[int]:
     if not (unproved(facts) and has_header(facts) and of_turns(facts)):
         return []
     table, header = facts.table, facts.frame.answer_start_ids
-    # The line break behind the marker belongs to the prompt.
+    # The line break after the marker belongs to the prompt.
     starts = table.find(header) + len(header) + 1
     rows = table.rows_of(starts - 1)
     ends = np.flatnonzero(np.isin(table.ids, list(facts.frame.ends)))
@@ -108,7 +108,7 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
     behind = starts + len(header)
     blanks = _blanks_behind(facts)
     if blanks:
-        # The first of them that has a label: what is in front of it is masked.
+        # The first of them that has a label: what is before it is masked.
         inside = behind + len(blanks) < table.starts[table.rows_of(starts) + 1]
         served = inside & ~asked & ~on
         for offset, token in enumerate(blanks):
@@ -157,7 +157,7 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
 
 @once
 def _blanks_behind(facts: LabelFacts) -> list[int]:
-    """The white space that a served prompt has behind the header of the answer, as ids; [] where
+    """The white space that a served prompt has after the header of the answer, as ids; [] if
     it has none, or more than that."""
     contract, header = facts.frame.contract, list(facts.frame.answer_start_ids)
     if contract is None or not header:
@@ -239,7 +239,7 @@ def _ends_unlabelled(facts: LabelFacts) -> int:
 
 
 def _gap(facts: LabelFacts, run: int) -> list[int]:
-    """The ids without a label behind a run of labels."""
+    """The ids without a label after a run of labels."""
     runs = facts.table.runs
     return facts.table.ids[runs[run, 1] + 1 : runs[run + 1, 0]].tolist()
 

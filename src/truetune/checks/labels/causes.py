@@ -14,7 +14,7 @@ from truetune.checks.labels.markers import markers_split, template_twice
 from truetune.checks.registry import ask
 from truetune.findings import Finding, rows_finding, share
 
-# A finding and the rows that it explains; None where there are none.
+# A finding and the rows that it explains; None if there are none.
 Told = tuple[Finding, Sequence[int]] | None
 
 

@@ -32,8 +32,8 @@ class LabelFacts:
     Attributes:
         table: the rows.
         frame: of tokenizer and served template.
-        head_rows: rows of embedding and head; None where they are not known.
-        loss_on: what was declared to be trained; None where nothing was declared.
+        head_rows: rows of embedding and head; None if they are not known.
+        loss_on: what was declared to be trained; None if nothing was declared.
         max_length: where rows were cut; None looks for a length that many rows share.
         is_text: plain text without turns; None decides by the rows.
         proved: the prompts are known to be the served ones: they came out of a contract.
@@ -98,7 +98,7 @@ class LabelFacts:
         return None if self.max_length is None and self._end_well(limit) else limit
 
     def _end_well(self, length: int) -> bool:
-        """Whether half of the rows of a length close with an end token or right behind one."""
+        """Whether half of the rows of a length close with an end token or right after one."""
         table = self.table
         last = table.starts[1:][table.lengths == length] - 1
         ends = list(self.frame.ends)

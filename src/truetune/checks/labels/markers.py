@@ -100,7 +100,7 @@ def template_twice(facts: LabelFacts) -> tuple[Finding, Sequence[int]] | None:
 
 @once
 def _twice(facts: LabelFacts) -> re.Pattern[str] | None:
-    """What opens a turn with what opens a turn or a conversation behind it; None where that is part
+    """What opens a turn with what opens a turn or a conversation after it; None if that is part
     of the template itself, or cannot be distinguished from words."""
     cuts = facts.separators
     if cuts is None or facts.plain:

@@ -61,7 +61,7 @@ def begins_once(facts: LabelFacts) -> Iterator[Finding]:
 
 
 def _token_at(facts: LabelFacts, offset: int) -> np.ndarray:
-    """(R,) the token of each row at an offset, -1 behind its end."""
+    """(R,) the token of each row at an offset, -1 after its end."""
     table = facts.table
     at = table.starts[:-1] + offset
     inside = at < table.starts[1:]
@@ -244,7 +244,7 @@ def labels_begin_behind_headings(facts: LabelFacts) -> Iterator[Finding]:
         begin = int(on[0])
         ids = table.row_ids(row)
         before = facts.tokens.decode(ids[: begin - 1]).rstrip()
-        # One token behind the heading, and it begins a word.
+        # One token after the heading, and it begins a word.
         swallowed = facts.tokens.decode(ids[:begin])[len(before) :]
         above = next((text for text in facts.scaffold if before.endswith(text)), "")
         if above and swallowed.strip().isalnum():

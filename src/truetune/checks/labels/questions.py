@@ -12,7 +12,7 @@ from truetune.checks.labels.served import loosened
 from truetune.checks.registry import check
 from truetune.findings import Finding, rows_finding, share
 
-# Different answers behind one prompt that make it a pattern.
+# Different answers after one prompt that make it a pattern.
 _MANY = 3
 
 

@@ -133,13 +133,13 @@ def _within(positions: Indices, low: int, high: int) -> list[int]:
 
 
 def _positions(facts: LabelFacts, marker: str) -> Indices | None:
-    """Where a think marker stands; None where its tokens depend on what is around it."""
+    """Where a think marker stands; None if its tokens depend on what is around it."""
     ids = facts.tokens.encode([marker])[0]
     return facts.table.find(ids) if len(ids) == 1 else None
 
 
 def _thoughts(facts: LabelFacts) -> tuple[Indices, Indices] | None:
-    """(R,) openings and closings of each row; None where there is no reasoning at all."""
+    """(R,) openings and closings of each row; None if there is no reasoning at all."""
     table = facts.table
     counts = []
     for marker in facts.frame.think:

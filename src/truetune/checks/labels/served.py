@@ -78,7 +78,7 @@ class Rebuilder:
         Args:
             before: the row's text up to what opens the answer.
             row: the whole row.
-            opened: the ids behind the header of the answer; without them only texts are compared.
+            opened: the ids after the header of the answer; without them only texts are compared.
             masked: how many of those have no label.
         """
         first: _Difference | None = None
@@ -359,7 +359,7 @@ def _last(ids: Sequence[int], header: tuple[int, ...]) -> int | None:
 def _judged(
     facts: LabelFacts, rebuilder: Rebuilder, row: int, header: tuple[int, ...]
 ) -> _Difference | bool | None:
-    """The first difference of a row's trained answers; False where there is none, None where the
+    """The first difference of a row's trained answers; False if there is none, None if the
     row has no answer to look at, or was cut."""
     table = facts.table
     ids = table.row_ids(row)

@@ -157,7 +157,7 @@ def ends_once(facts: LabelFacts) -> Iterator[Finding]:
         return
     rows = table.rows_of(twice)
     inside = twice + 2 < table.starts[rows + 1]
-    # White space behind the last end is no turn.
+    # White space after the last end is no turn.
     inside &= over_space(facts, twice + 2, table.starts[rows + 1]) < table.starts[rows + 1]
     name = facts.named(frozenset(np.unique(table.ids[twice]).tolist()))
     found = np.unique(rows)
@@ -203,9 +203,9 @@ def _ends(facts: LabelFacts) -> _Ends:
     if len(headed) < 0.9 * len(table):
         # A row may be cut right there.
         headed = {row for row in headed if table.lengths[row] != facts.cut_at}
-    # Labels that go on behind a few tokens have not come to the end of the answer.
+    # Labels that go on after a few tokens have not come to the end of the answer.
     ended |= np.isin(runs[:, 0], table.runs[label_holes(facts), 0])
-    # Labels may end a few words early: the end token stands behind the rest of the answer.
+    # Labels may end a few words early: the end token is after the rest of the answer.
     for run in np.flatnonzero(~ended & ~follows & final).tolist():
         if (at := _end_behind(facts, int(after[run]), int(rows[run]))) is not None:
             after[run], follows[run] = at, True
@@ -230,7 +230,7 @@ def _ends(facts: LabelFacts) -> _Ends:
 
 
 def _end_behind(facts: LabelFacts, at: int, row: int) -> int | None:
-    """The end token of the answer whose labels stop before a position; None where another turn
+    """The end token of the answer whose labels stop before a position; None if another turn
     begins first, or none is there."""
     table, frame = facts.table, facts.frame
     if not frame.answer_start_ids or not facts.answer_starts[row]:
@@ -291,7 +291,7 @@ def _at_limit(facts: LabelFacts, rows: Indices) -> Flags:
 
 
 def _end_on_header(facts: LabelFacts) -> set[int]:
-    """Rows that stop right behind what stands before an answer."""
+    """Rows that stop right after what is before an answer."""
     table, frame = facts.table, facts.frame
     if not frame.answer_start:
         return set()
@@ -306,7 +306,7 @@ def _end_on_header(facts: LabelFacts) -> set[int]:
     return {row for row in candidates if _is_header_tail(facts, row, len(header) or 16)}
 
 
-# Tokens that a served prompt may have behind its marker: line breaks, empty reasoning; and an end
+# Tokens that a served prompt may have after its marker: line breaks, empty reasoning; and an end
 # token that a collator put there.
 _BEHIND_HEADER = 8
 

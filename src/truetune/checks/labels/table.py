@@ -34,11 +34,11 @@ class TokenTable:
     Attributes:
         ids: (N,) ids of all rows, one after the other.
         labels: (N,) the label at each position as the model is given it (not shifted); IGNORED
-            where there is none.
+            if there is none.
         starts: (R + 1,) row r is ids[starts[r]:starts[r + 1]].
         where: R names of rows.
         padding_supervised: rows that had a label on padding, before it was taken off.
-        blocks: (R,) number of the row as it was given that each document lay in; None where
+        blocks: (R,) number of the row as it was given that each document lay in; None if
             nothing was packed.
     """
 
@@ -127,7 +127,7 @@ class TokenTable:
 
     @cached_property
     def supervised(self) -> Flags:
-        """(N,) where there is a label that a causal model can be trained on: the first token of
+        """(N,) if there is a label that a causal model can be trained on: the first token of
         a row has no predictor."""
         on = self.labels != IGNORED
         on[self.starts[:-1][self.lengths > 0]] = False

@@ -1,4 +1,4 @@
-"""Check what stands between the markers of a conversation: answers are not empty, end tokens end
+"""Check what is between the markers of a conversation: answers are not empty, end tokens end
 turns, and questions are not trained.
 
 The ids suffice; no text of the data is needed.
@@ -19,9 +19,9 @@ from truetune.checks.registry import check
 from truetune.contract.frame import served_ids
 from truetune.findings import Finding, rows_finding, share
 
-# More rows than these are no accident of the text: the template itself goes on behind the token.
+# More rows than these are no accident of the text: the template itself goes on after the token.
 _ACCIDENTS = 0.3
-# Tokens behind an end that are decoded, to see whether a turn begins there.
+# Tokens after an end that are decoded, to see whether a turn begins there.
 _LOOK = 12
 
 
@@ -114,7 +114,7 @@ def ends_end_turns(facts: LabelFacts) -> Iterator[Finding]:
 
 
 def _openings(facts: LabelFacts) -> tuple[str, ...]:
-    """Texts that begin a turn behind an end, where a template writes them in plain letters."""
+    """Texts that begin a turn after an end, where a template writes them in plain letters."""
     end = facts.tokens.decode([facts.frame.terminator or 0])
     found = []
     for marker in (facts.frame.user_start, facts.frame.answer_start):
@@ -185,7 +185,7 @@ _NAME, _RESULT = "upsilon", "Omicron"
 
 @once
 def _served_call(facts: LabelFacts) -> list[int]:
-    """A served prompt that ends with the result of a tool; [] where the template takes none."""
+    """A served prompt that ends with the result of a tool; [] if the template takes none."""
     contract = facts.frame.contract
     if contract is None:
         return []
@@ -200,7 +200,7 @@ def _served_call(facts: LabelFacts) -> list[int]:
 
 @once
 def _tool_results(facts: LabelFacts) -> Indices:
-    """First positions of what the template writes before the result of a tool; empty where that is
+    """First positions of what the template writes before the result of a tool; empty if that is
     not known."""
     unknown = np.zeros(0, np.int64)
     text = facts.tokens.decode(_served_call(facts))

@@ -1,6 +1,6 @@
 """Gather facts on a finished model or adapter, from any tool: would it be served as trained?
 
-input   a folder: its files, tokenizer, template, generation config; weights where there are some
+input   a folder: its files, tokenizer, template, generation config; weights if there are some
 does    gathers plain facts
 output  Checkpoint, which saved_files.py and saved_weights.py judge
 """
@@ -40,13 +40,13 @@ class Checkpoint:
         folder: of the model.
         is_adapter: weights of an adapter, on a base that lies elsewhere.
         tuned: the model was fine-tuned: files of a trainer lie beside it.
-        facts: of config and tokenizer; None where there is no tokenizer.
-        tokenizer: None where there is none.
+        facts: of config and tokenizer; None if there is no tokenizer.
+        tokenizer: None if there is none.
         frame: probed with the stop ids that a server would take.
         served_from: the file that those stop ids come from.
-        tables: embedding and head, where there are weights.
+        tables: embedding and head, if there are weights.
         rows: the chat tokens judged in each.
-        adapter: None where it is none.
+        adapter: None if it is none.
         problems: files that could not be opened.
         dry: the result of a trial load; None if there are no weights.
         unread_stops: stop ids in an adapter's own generation_config, which no loader reads.
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def verdict(self) -> StartVerdict | None:
-        """Base or instruct; None where there is no tokenizer."""
+        """Base or instruct; None if there is no tokenizer."""
         return verdict(self.frame, self.rows) if self.frame else None
 
 
@@ -87,7 +87,7 @@ def gather(
     tuned = any((files.folder / name).is_file() for name in _TRAINED_HERE)
     adapter = _tried(problems, lambda: read_adapter(files, base)) if files.is_adapter else None
     if not (has_tokenizer(files.folder) or (files.is_adapter and has_tokenizer(base.folder))):
-        # Raises where there is no config either: then it is no model.
+        # Raises if there is no config either: then it is no model.
         from truetune.model.architecture import causal_config
 
         causal_config(base)

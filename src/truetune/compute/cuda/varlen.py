@@ -31,7 +31,7 @@ class Placed:
     """A call with its numbers on the device.
 
     Attributes:
-        q, k: indices in the packed sequence (int64); None where they are all of it in order.
+        q, k: indices in the packed sequence (int64); None if they are all of it in order.
         cum_q, cum_k: int32.
     """
 
