@@ -4,9 +4,9 @@ input   a loaded model, rows of ids with their supervised positions
 does    one forward pass a row, no padding; keeps what the supervised positions predict
 output  Measured of one model; Agreement of two
 
-Where one model is compared with itself, saved and opened again, the likeliest tokens of each position are
-kept with their probabilities (`Reading`): what two readings differ by is measured in nats, so that
-it can be compared with what two computations of one model differ by.
+Where one model is compared with itself, saved and opened again, the likeliest tokens of each
+position are kept with their probabilities (`Reading`): what two readings differ by is measured in
+nats, so that it can be compared with what two computations of one model differ by.
 """
 
 from __future__ import annotations

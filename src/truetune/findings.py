@@ -50,8 +50,8 @@ class Finding:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the finding as lines of plain text; the caller escapes them for its terminal or "
-        "page."""
+        """Return the finding as lines of plain text; the caller escapes them for its terminal or
+        page."""
         head = f"{self.level}[{self.code}]: {self.what}"
         more = self.count - 1
         others = f" (and {more:,} other{'s' if more > 1 else ''})" if more else ""
@@ -67,8 +67,8 @@ def labelled(parts: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def merged(findings: Iterable[Finding]) -> list[Finding]:
-    """Merge findings with the same code, level and text: keep the first place, add up the counts "
-    "and list the rows."""
+    """Merge findings with the same code, level and text: keep the first place, add up the counts
+    and list the rows."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.code, finding.level, finding.what), []).append(finding)
@@ -81,8 +81,8 @@ _NAMES = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 
 def folded(findings: Iterable[Finding]) -> list[Finding]:
-    """Merge findings, and show many that differ only in a quoted name or a number as one: for "
-    "example, a template that writes no calls drops each function's name."""
+    """Merge findings, and show many that differ only in a quoted name or a number as one: for
+    example, a template that writes no calls drops each function's name."""
     groups: dict[tuple[str, str, str, str], list[Finding]] = {}
     for finding in merged(findings):
         key = (finding.code, finding.level, _NAMES.sub("", finding.what), finding.fix)
@@ -138,9 +138,9 @@ def rows_finding(
 
 
 def near(word: str, there: Iterable[str], most: int = 1) -> list[str]:
-    """Return the names that somebody who wrote `word` may have meant, the likeliest first: one "
-    "begins with the other, or at most a third of the shorter one's letters are wrong, missing, "
-    "added or exchanged."""
+    """Return the names that somebody who wrote `word` may have meant, the likeliest first: one
+    begins with the other, or at most a third of the shorter one's letters are wrong, missing,
+    added or exchanged."""
     own = _letters(word)
     found = []
     for place, name in enumerate(itertools.islice(there, _MOST_NAMES)):
@@ -165,8 +165,8 @@ def _letters(name: str) -> str:
 
 
 def _apart(one: str, other: str, allowed: int) -> int:
-    """Return the edit distance, counting exchanged neighbours as one; above `allowed`, any "
-    "number."""
+    """Return the edit distance, counting exchanged neighbours as one; above `allowed`, any
+    number."""
     if abs(len(one) - len(other)) > allowed:
         return allowed + 1
     before: list[int] = []

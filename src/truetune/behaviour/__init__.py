@@ -1,1 +1,1 @@
-"""How a model behaves: plain numbers of its steps, replies and losses, and what they say."""
+"""How a model behaves: numbers about its steps, replies and losses, and how they are judged."""

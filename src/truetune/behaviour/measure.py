@@ -1,8 +1,9 @@
-"""Vital signs, taken: fixed prompts asked as served, and losses of fixed examples.
+"""Measure vital signs: generate replies to fixed prompts, as served, and compute the losses of
+fixed examples.
 
 input   a contract, examples that are trained and held out, text that must not be forgotten
 does    chooses prompts and samples once; at each step asks the model the prompts, greedily, and
-        reads the losses; nothing of it changes a weight or a random state
+        reads the losses, without changing a weight or a random state
 output  Vitals, and the replies as samples.jsonl has them
 """
 
@@ -48,12 +49,12 @@ _FEWEST_TOKENS, _FEW_PIECES, _KNOWS = 7, 4, 0.8
 
 @dataclass(frozen=True)
 class Measured:
-    """What one measuring gives.
+    """The result of one measurement.
 
     Attributes:
         vitals: the numbers.
         samples: lines of samples.jsonl.
-        replies: judged, in the order of the prompts.
+        replies: the judged replies, in the order of the prompts.
         hardest: rows of each file, those with the highest loss.
     """
 
@@ -64,7 +65,7 @@ class Measured:
 
 
 class Prober:
-    """Takes the vital signs of one run, always on the same prompts and examples.
+    """Measures the vital signs of one run, always on the same prompts and examples.
 
     Args:
         contract: as served.
@@ -72,8 +73,8 @@ class Prober:
         prompts: questions, the held-out ones first.
         keep: examples of text that must not be forgotten; () measures none.
         held_out: held-out examples; () if their loss is measured elsewhere.
-        reply_tokens: new tokens of a reply at most.
-        examples: of those that are trained, so many.
+        reply_tokens: maximum number of new tokens per reply.
+        examples: number of trained examples to measure.
         rows: the place of each trained example, as its file has it; of several files, each is
             measured.
     """
@@ -97,8 +98,7 @@ class Prober:
         self.file_left = self._left(trained, rows) if self.files else {}
 
     def _left(self, trained: Sequence[SFTExample], rows: Sequence[str]) -> dict[str, float]:
-        """What is left of the answers of each file when they are compressed, as a share; of those
-        of which enough is there."""
+        """Return the compression ratio of each file's answers, for files with enough text."""
         texts: dict[str, bytearray] = {name: bytearray() for name in self.files}
         for example, where in zip(trained, rows, strict=True):
             text = texts.get(file_of(where))
@@ -113,8 +113,8 @@ class Prober:
         }
 
     def measure(self, loaded: LoadedModel, step: int) -> Measured:
-        """Ask the prompts, read the losses, and put the numbers together; the model is left in the
-        mode it was in."""
+        """Generate the replies, compute the losses, and combine the numbers; the model keeps its
+        mode."""
         began = time.perf_counter()
         scored = self._scored(loaded)
         ends = [_end(scored[_row(asked)], asked) for asked in self.prompts]
@@ -155,8 +155,8 @@ class Prober:
         return Measured(vitals, samples, said, hardest)
 
     def _scored(self, loaded: LoadedModel) -> dict[_Row, Scored]:
-        """What the model says of every row that is measured; a prompt whose row is trained too is
-        one row."""
+        """Score every row that is measured; a prompt whose row is also a trained example counts
+        as one row."""
         of_files = [example for rows in self.files.values() for _, example in rows]
         examples = [*self.trained, *self.held_out, *self.keep, *of_files]
         rows = list(dict.fromkeys([*map(_key, examples), *map(_row, self.prompts)]))
@@ -237,7 +237,7 @@ def _greedy(
 
 
 def _begun(scored: Scored, asked: Asked) -> tuple[int, ...]:
-    """The tokens of a row's own answer with which a greedy reply begins."""
+    """Return the tokens of the row's own answer with which a greedy reply begins."""
     same = next((at for at, on in enumerate(scored.likeliest) if not on), len(scored.likeliest))
     return asked.answer[:same]
 
@@ -249,8 +249,8 @@ def _end(scored: Scored, asked: Asked) -> bool | None:
 
 
 def _mean(losses: Sequence[float]) -> float | None:
-    """None of nothing, and of what is no number: of that the loop itself says what has to be
-    said."""
+    """Return the mean, or None if there are no values or the mean is not finite: the training
+    loop itself reports that."""
     total = sum(losses)
     return total / len(losses) if losses and math.isfinite(total) else None
 
@@ -265,7 +265,7 @@ def _standard_error(rows: Sequence[Sequence[float]]) -> float | None:
 
 
 def _few(examples: Sequence[SFTExample], most: int) -> list[SFTExample]:
-    """Some examples, spread over all; as many as their length allows, one at least."""
+    """Return some examples, spread over all: as many as their length allows, at least one."""
     chosen: list[SFTExample] = []
     tokens = 0
     for example in evenly(examples, most):
@@ -317,9 +317,8 @@ def own_samples(
     tokens: int = PIECE_TOKENS,
     number: int = PIECES,
 ) -> list[list[int]]:
-    """Text of a model's own, drawn at temperature 1 from the token that begins a text: how much
-    less likely it becomes is the Kullback-Leibler divergence from the model as it was, in nats a
-    token.
+    """Sample text from the model at temperature 1, from the token that begins a text. The increase
+    of its loss is the Kullback-Leibler divergence from the original model, in nats per token.
 
     Args:
         tokens: of each piece.

@@ -1,9 +1,9 @@
-"""What is wrong with a reply, as yes or no: does it end, repeat itself, speak for the user, leave
-its thinking open, say nothing, say the prompt again, or switch to another script.
+"""Judge a reply with yes-or-no questions: does it end, repeat itself, speak for the user, leave its
+thinking open, stay empty, copy the prompt, or switch to another script?
 
 input   Asked (a prompt as served, and what its row answers), Reply
-does    looks at text and ids alone; what the row's own answer does too is nobody's fault
-output  Said; shares of several
+does    looks only at text and ids; a reply is not blamed for what the row's own answer also does
+output  Said; the shares over several replies
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ class Asked:
         where: the row.
         ids: the served prompt.
         expected: ids of the row's answer, without the stop token.
-        messages: of the prompt, for whoever reads the samples.
+        messages: the messages of the prompt, to be shown with the samples.
         expected_text: the row's answer.
-        prompt_text: the prompt's end, for what repeats it.
+        prompt_text: the end of the prompt, to find replies that repeat it.
         held_out: whether the row is not trained.
         stop: the stop token that ends the row's answer; None if none does.
     """
@@ -144,11 +144,11 @@ class Said:
         tokens: the stop token included.
         stopped: it ended by itself.
         had_room: it was given room to end.
-        repeats: it goes round in a circle.
-        speaks_for_user: it goes on with the next turn.
-        thinks_open: it ended, or used its room up, inside a think block.
+        repeats: it repeats itself in a loop.
+        speaks_for_user: it continues with the user's next turn.
+        thinks_open: it ended, or reached its limit, inside a think block.
         empty: it ended by itself with nothing but whitespace.
-        copied: it says the prompt again.
+        copied: it repeats the prompt.
         other_script: it is written in letters of neither prompt nor answer.
         would_stop: the model's likeliest token after the row's own answer is the stop token; None
             if that was not read.

@@ -1,11 +1,11 @@
-"""When vital signs are taken: as often as their cost, measured in the same run, allows."""
+"""Decide when to measure vital signs: as often as their cost, measured in the same run, allows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# What they may cost of a run. Runs too short for that have them in the middle all the same: what
-# replies show is judged by three measurings.
+# The share of a run's time that they may cost. Shorter runs still measure them in the middle,
+# because judging replies needs three measurements.
 SHARE, LEAST = 0.03, 1
 
 

@@ -1,5 +1,5 @@
-"""What can be seen in a text alone: that it repeats itself, says something again, or is written in
-another script.
+"""Find what a text alone shows: that it repeats itself, repeats another text, or is written in a
+different script.
 
 Replies are untrusted: every reading here takes time in proportion to the text.
 """
@@ -26,8 +26,8 @@ _LONG, _NEW_RUNS, _BYTES, _LEFT = 64, 0.35, 400, 0.12
 
 
 def goes_round(ids: Sequence[int], text: str) -> bool:
-    """Whether a text repeats itself: its end goes round in a circle, hardly any run of four tokens
-    in it is new, or nothing is left of it when it is compressed."""
+    """Whether a text repeats itself: its end loops, hardly any run of four tokens in it is new, or
+    it compresses to almost nothing."""
     if _ends_in_circle(ids):
         return True
     if len(ids) >= _LONG:

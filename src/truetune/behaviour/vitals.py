@@ -1,8 +1,8 @@
-"""The vital signs of a run at one step, and what a row of them says.
+"""The vital signs of a run at one step, and how to judge a series of them.
 
 input   Vitals of step 0 and of each interval: losses and shares of replies, plain numbers
-does    holds the last one to the first, and to the best so far: a base model does not stop before
-        it was trained, so nothing is wrong in itself
+does    compares the latest values with the first and with the best so far: a base model does not
+        stop before it is trained, so no value is wrong by itself
 output  Findings; one of level error says that the run has collapsed
 
 Every limit here was tried on healthy runs; docs/behaviour.md has the table.
@@ -34,17 +34,17 @@ class Vitals:
         keep_loss: of the text that must not be forgotten.
         stop_rate: share of the replies that end by themselves, among those that had room.
         reply_tokens: mean length.
-        repetition: share that goes round in a circle.
-        role_leak: share that goes on with the user's next turn.
-        open_thinking: share that ends, or uses its room up, inside a think block.
-        empty: share that ends by itself with nothing but whitespace.
-        copied: share that says the prompt again.
+        repetition: share of replies that repeat themselves in a loop.
+        role_leak: share of replies that continue with the user's next turn.
+        open_thinking: share of replies that end, or reach their limit, inside a think block.
+        empty: share of replies that end by themselves with nothing but whitespace.
+        copied: share of replies that repeat the prompt.
         other_language: share in letters of neither prompt nor answer.
         file_losses: median loss of a sample of each file's rows, where several are trained.
         file_left: share of the bytes of each file's answers that is left when they are compressed.
-        examples: how many trained rows are in the sample.
-        prompts: how many were asked.
-        seconds: that it took.
+        examples: number of trained rows in the sample.
+        prompts: number of prompts.
+        seconds: duration of the measurement.
     """
 
     step: int
@@ -69,13 +69,13 @@ class Vitals:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: what is known."""
+        """Return the known values, as a line of metrics.jsonl."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
         return {"step": self.step, "probe": True, **known}
 
     @classmethod
     def of_line(cls, line: dict[str, Any]) -> Vitals:
-        """Of a line that `as_dict` made."""
+        """Restore vital signs from a line that `as_dict` made."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in line.items() if name in names})
 
@@ -115,7 +115,7 @@ _FAR = 3.0
 
 
 def judge(history: Sequence[Vitals], regime: Regime = Regime()) -> list[Finding]:
-    """What the last vital signs say, beside those before them, in order."""
+    """Judge the latest vital signs by comparing them with the earlier ones."""
     if not history or not history[-1].step:
         return []
     return [finding for rule in _RULES for finding in rule(history, regime)]
@@ -171,7 +171,7 @@ def _is_unlearned(losses: Sequence[float]) -> bool:
 
 
 def is_suspect(losses: Sequence[float]) -> bool:
-    """Whether losses of held-out rows alone, the last one last, are reason to look closer."""
+    """Whether the held-out losses alone, in order, are a reason to look closer."""
     return bool(losses) and (_is_worse(losses) or _is_unlearned(losses))
 
 
@@ -251,7 +251,7 @@ _FOREIGN = 6.0
 
 
 def _times(nats: float) -> str:
-    """How many times less likely; beyond a thousand the number says nothing more."""
+    """How many times less likely a token becomes; numbers above a thousand are not shown."""
     return f"{math.exp(nats):,.0f}" if nats < math.log(1000) else "over a thousand"
 
 
@@ -478,8 +478,8 @@ _BAD_REPLIES = (
 
 
 def _best(history: Sequence[Vitals], name: str) -> float:
-    """A bad sign as it was before the first step, or once the rows were learned: what a model does
-    by chance while it learns words is no standard."""
+    """Return the best value of a bad sign before the first step, or after the rows were learned:
+    what a model does by chance while it learns words is no standard."""
     found = [
         value
         for at, v in enumerate(history[:-2])
@@ -498,7 +498,7 @@ _LOWEST = 1.02
 
 
 def _still_learns(history: Sequence[Vitals]) -> bool:
-    """The rows are not known yet, and their loss was never lower than now."""
+    """Whether the rows are not known yet, and their loss has never been lower than now."""
     losses = _numbers(history, "trained_loss")
     return bool(losses) and losses[-1] >= _KNOWN and losses[-1] <= _LOWEST * min(losses)
 

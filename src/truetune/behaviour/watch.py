@@ -1,7 +1,7 @@
-"""A run under watch: every step and every measuring of it, judged beside those before.
+"""Watch a run: judge every step and every measurement by comparing it with the earlier ones.
 
 input   facts of steps, and a model at intervals
-does    keeps the history, asks the probes, and says each thing once
+does    keeps the history, runs the probes, and reports each problem once
 output  Findings; one of level error says that the run has collapsed
 """
 
@@ -47,7 +47,7 @@ class Watch:
         self._losses = list(losses)
 
     def step(self, facts: StepFacts) -> list[Finding]:
-        """What a step shows."""
+        """Return the findings of a step."""
         self.trained(facts.loss, max(facts.num_supervised, 1))
         return self.new([finding for probe in self.probes if (finding := probe(facts))])
 
@@ -82,7 +82,7 @@ class Watch:
         return replace(measured, vitals=vitals), [_with_rows(f, measured) for f in found]
 
     def new(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Those that were not reported before."""
+        """Return the findings that were not reported before."""
         return once(findings, self._told)
 
     def _loop_loss(self) -> float | None:

@@ -1,4 +1,5 @@
-"""LoRA on a frozen layer as one step: no gradient of the frozen weight, few things kept.
+"""LoRA on a frozen layer in one autograd function: no gradient of the frozen weight, and few saved
+tensors.
 
 input   a model with peft's LoRA layers (peft itself is not imported)
 does    y = x W^T + b + s drop(x) A^T B^T in one function that keeps x, which layers on the same

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive while a batch goes through a model and back.
+"""Measure how many bytes of tensors are alive during the forward and backward pass of a batch.
 
 input   a route and a batch
 does    looks at what each operation of torch returns, and is notified when a storage is freed

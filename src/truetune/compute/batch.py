@@ -150,7 +150,7 @@ class Limits:
 
 
 class MicroBatch(Protocol):
-    """What the loop counts of one forward pass, padded or packed; see `Batch`."""
+    """What the training loop counts in one forward pass, padded or packed; see `Batch`."""
 
     @property
     def rows(self) -> tuple[int, ...]: ...
@@ -164,7 +164,7 @@ class MicroBatch(Protocol):
 
 
 class Batcher(Protocol):
-    """What the loop needs of a source of batches."""
+    """What the training loop needs from a source of batches."""
 
     def micro_batches(self, step: int) -> Sequence[MicroBatch]:
         """All batches of one optimizer step (0-based); the same list at each call."""

@@ -1,5 +1,5 @@
-"""Which inputs of an adapter are dropped: a function of seed, step, layer and what was read so far,
-drawn again where it is needed again.
+"""Decide which inputs of an adapter are dropped, as a function of seed, step, layer and the tokens
+read so far, so that the mask can be recomputed.
 
 input   ids of a packed sequence and its layout; seed, step, number of a layer
 does    a key for each token, of its ids from the row's first on; each element is dropped by a

@@ -1,5 +1,5 @@
-"""Attention as a softmax written out: what other kernels are compared with, and the way for soft caps,
-attention sinks and attention dropout, which they do not take."""
+"""Attention as a softmax written out: what other kernels are compared with, and the way for soft
+caps, attention sinks and attention dropout, which they do not take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The length policy: which examples fit, which are dropped or cut, and what that costs.
+"""The length policy: which examples fit, which are dropped or truncated, and how much is lost.
 
 input   Encoded rows, the longest length allowed, the policy
 output  examples that fit, and a count with a reason for everything that did not

@@ -33,7 +33,7 @@ def masked_cross_entropy(
 def cross_entropy_sum(
     logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """As `masked_cross_entropy`, before the division: what a step adds up over micro-batches."""
+    """Like `masked_cross_entropy`, but a sum: what a step adds up over its micro-batches."""
     import torch.nn.functional as F
 
     # Selecting first, instead of multiplying by 0, keeps NaN at unsupervised positions out and

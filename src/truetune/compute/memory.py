@@ -1,4 +1,4 @@
-"""Memory that a forward and backward pass takes beside the weights, measured and scaled up.
+"""Estimate the memory that a forward and backward pass needs in addition to the weights.
 
 input   a route, and the longest row that will come
 does    runs two short batches forward and backward, and notes after each operation how many bytes
@@ -75,7 +75,7 @@ class Footprint:
         return self.process + self.apart + math.ceil(fullest)
 
     def fitting(self, room: int) -> int:
-        """Tokens that take no more than `room` bytes; at least one."""
+        """Return the number of tokens that need no more than `room` bytes; at least one."""
         room -= self.process + self.apart
         most = min((room - fixed) / each for fixed, each in self.moments if each > 0)
         return max(int(most), 1)

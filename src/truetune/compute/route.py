@@ -1,4 +1,4 @@
-"""How batches go through a model, proved on the model itself.
+"""How batches are computed by a model, verified on the model itself.
 
 input   a model and a few of its ids
 does    computes short rows packed and apart and compares; looks at which earlier tokens each
@@ -38,7 +38,7 @@ _BRANCHES = (-1, -1, 1, -1)
 
 
 class Route:
-    """The way of batches through a model.
+    """How batches are computed by a model.
 
     Attributes:
         kind: "packed"; "apart": rows one at a time, unpadded; "padded": the reference path.
@@ -63,7 +63,7 @@ class Route:
 
     @contextlib.contextmanager
     def scope(self, batch: MicroBatch) -> Iterator[None]:
-        """The model is as this batch needs it inside, backward pass included, and unchanged
+        """Prepare the model for this batch, including its backward pass, and restore it
         afterwards."""
         with contextlib.ExitStack() as stack:
             if isinstance(batch, PackedBatch) and self.adapters:

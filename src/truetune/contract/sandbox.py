@@ -75,8 +75,8 @@ class Worker:
             self._answers.put(None)
 
     def send(self, request: dict[str, Any], texts: Sequence[str]) -> None:
-        """Hand over a request, and the texts that its jobs name where they are different than those of
-        the request before."""
+        """Hand over a request, and the texts that its jobs name where they are different than those
+        of the request before."""
         if texts is not self._texts:
             request, self._texts = {**request, "texts": texts}, texts
         assert self.process.stdin

@@ -26,7 +26,8 @@ _SPACED = re.compile(r"[ \t]+" + _CONTROL)
 
 
 def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
-    """(quote, text in front, text after) of a part in the attribute of a tag that is open before it, as `<function=NAME>` and `<call name="NAME">`; None if it is in none."""
+    """(quote, text in front, text after) of a part in the attribute of a tag that is open before
+    it, as `<function=NAME>` and `<call name="NAME">`; None if it is in none."""
     opened = before[before.rfind("<") + 1 :] if "<" in before else ">"
     if ">" in opened or "=" not in opened or not re.match(r"[/\uff5c|]*[A-Za-z]", opened):
         return None

@@ -171,7 +171,8 @@ def _realigned(
 ) -> str | None:
     """What follows the same last message in both texts; None if that is not to be found.
 
-    The end of the prompt from the last message's own text on must stand in the rendering too, before the turn.
+    The end of the prompt from the last message's own text on must stand in the rendering too,
+    before the turn.
     """
     said = str(before.get("content") or "").strip()
     answer = str(message.get("content") or "").strip()

@@ -249,7 +249,8 @@ def unpaired(
 
 def _lacks(tag: str, text: str, sides: Collection[tuple[str, int]]) -> bool:
     """Whether a tag that is in a text with one side should have two: a closing one, one with an
-    attribute, and one before a value where others are closed. Some formats have a tag before a call alone."""
+    attribute, and one before a value where others are closed. Some formats have a tag before a call
+    alone."""
     if not _TWO_SIDED.fullmatch(tag):
         return False
     if tag.startswith("</") or re.search(r"[=\s]", tag):

@@ -35,7 +35,8 @@ _CODES = ("qmap1", "qmap2", "absmax1", "absmax2")
 
 
 def gather_states(trainer: SFTTrainer) -> list[dict[str, Any]]:
-    """What each process of the run has of its own: random state and limits. All must call."""
+    """Gather the state that differs between processes: random state and limits. All processes must
+    call this."""
     limits = asdict(trainer.limits) if trainer.limits else None
     return trainer.group.gather({"random": get_random_state(), "limits": limits})
 
@@ -161,7 +162,8 @@ def last_good(folders: Sequence[Path]) -> tuple[Checkpoint | None, list[Finding]
 
 
 def _require_own_name(checkpoint: Checkpoint) -> None:
-    """Two folders whose names were exchanged are whole, and each is another step than it says."""
+    """Refuse a folder whose name is not its step: two complete folders may have exchanged their
+    names."""
     folder, step = checkpoint.folder, checkpoint.facts["step"]
     named = folder.name.removeprefix(STEP)
     if not named.isdecimal() or int(named) != step:

@@ -1,5 +1,5 @@
-"""Memory of the process: freed pages that are kept, where gradients stand, how running out is
-recognised, and what a second try starts from."""
+"""Memory of the process: freed pages to keep, the places of gradients, how to detect that memory
+ran out, and the state from which a failed step is tried again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def peak_bytes() -> int:
 
 
 def give_cached_blocks_back(device: torch.device) -> None:
-    """What torch keeps of freed CUDA memory: a larger block may fit into what smaller ones took."""
+    """Free the CUDA memory that torch caches: a larger block may fit where several smaller ones
+    were."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -61,7 +61,7 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All do what is inside, and go on where none of them failed.
+        """Run the block in all processes, and continue only if none of them failed.
 
         Raises:
             ToldElsewhere: another process failed.

@@ -3,7 +3,7 @@
 input   a model, examples (or any batcher), numbers
 does    per step: fetch all micro-batches, count supervised tokens over the step, backward on
         sum / count, ask the probes, clip, step
-output  history, and the facts of each step to whoever listens
+output  history, and the facts of each step for the callbacks
 
 One big batch and eight small ones give the same step, because the division is by the count of
 the whole step.
@@ -360,7 +360,7 @@ class SFTTrainer:
         return tuple(row for taken in rows for row in taken), sum(tokens), sum(supervised)
 
     def _lower_limits(self, error: BaseException) -> None:
-        """Half the micro-batch at the same batch size.
+        """Halve the micro-batch and keep the batch size.
 
         Raises:
             OutOfMemory: a single row does not fit.

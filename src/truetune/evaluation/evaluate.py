@@ -169,7 +169,8 @@ def evaluate(
 
     Args:
         models: runs, model or adapter folders, Hub ids, GGUF files (served by llama.cpp), or
-            addresses of servers that speak OpenAI's protocol; the others are compared with the first.
+            addresses of servers that speak OpenAI's protocol; the others are compared with the
+            first.
         data: a file, a folder, or a Hub dataset.
         on_stage, on_progress: are called with what is being done, and how far it is.
 

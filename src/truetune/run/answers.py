@@ -1,5 +1,5 @@
-"""Prompts that a run asks as they will be served when it is done: a few short ones that were
-trained; held-out ones were answered with the last vital signs."""
+"""Generate replies to a few short trained prompts at the end of a run, as they will be served.
+Held-out prompts were answered with the last vital signs."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ def save_artifact(
     rows_before: RowsBefore | None,
     tell: Callable[[Finding], None],
 ) -> SaveReport:
-    """Write adapter/ or model/ and what a fresh process will hold it to.
+    """Write adapter/ or model/, and the record with which a fresh process will compare it.
 
     Args:
         rows_before: the rows of new tokens at the start, if there are some.
-        tell: hears what was found.
+        tell: is called with each finding.
 
     Raises:
         SaveError: it cannot be written, or rows of other tokens were trained.

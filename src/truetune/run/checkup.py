@@ -1,4 +1,4 @@
-"""`truetune check`: everything that can be known of a coming run, or of a finished model.
+"""`truetune check`: everything that can be known about a planned run or a finished model.
 
 input   a recipe with model and data; or a model folder alone
 does    the stages of `prepare`, none of which stops; what the lengths cost, whether the model is
@@ -46,7 +46,7 @@ from truetune.run_dir import opened
 
 @dataclass(frozen=True)
 class Checkup:
-    """What was found.
+    """The result of a check.
 
     Attributes:
         findings: the most severe first.
@@ -81,7 +81,7 @@ class Checkup:
 
 
 def check(recipe: Recipe, listener: Listener, *, smoke_test: bool = False) -> Checkup:
-    """Look at the coming run; without data, at a finished model or adapter.
+    """Check the planned run; without data, check a finished model or adapter.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.

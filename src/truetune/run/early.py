@@ -1,4 +1,4 @@
-"""What can be known of a run in its first second, asked before torch is imported."""
+"""Refuse what can be refused in the first second of a run, before torch is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from truetune.run.trackers import require_trackers
 
 
 def ask_early(recipe: Recipe, *, with_weights: bool = False) -> None:
-    """Refuse what needs no model and no row to be refused.
+    """Refuse settings that are invalid whatever the model and the rows are.
 
     Args:
         with_weights: also a model folder without weights, as training would.

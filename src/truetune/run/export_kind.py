@@ -1,4 +1,4 @@
-"""The forms in which a model is exported: what is asked for is judged before anything is loaded."""
+"""Choose the export format, and refuse invalid requests before anything is loaded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def export_as(
     data: str | None,
     listener: Listener | None,
 ) -> Export:
-    """Write what was asked for.
+    """Write the requested export.
 
     Args:
         merge: another word for `to` merged.

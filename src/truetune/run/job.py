@@ -1,4 +1,5 @@
-"""A run at work: the loop's hooks, what they write, and the way to the finished artifact.
+"""One training run: the hooks of the training loop, the files that they write, and the final
+artifact.
 
 input   Prepared (proved examples, contract, plan), the loaded model, the run directory
 does    metrics, samples and checkpoints while the loop runs; then artifact, then manifest
@@ -139,7 +140,7 @@ class Job:
         )
 
     def _milder(self, probe: Probe) -> Probe:
-        """With --on-collapse continue a run goes on as long as its numbers are numbers."""
+        """With --on-collapse continue, a run continues as long as its numbers are finite."""
 
         def ask(facts: StepFacts) -> Finding | None:
             finding = probe(facts)
@@ -241,7 +242,7 @@ class Job:
             self.trainer.evaluate_now(self.prepared.eval_examples)
 
     def _keep_until(self, step: int) -> None:
-        """Take away what was written of the evaluation of a step."""
+        """Remove what was written about the evaluation of a step."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = [v for v in self.run.lines(name) if v["step"] < step or "loss" in v]
             self.run.replace_lines(name, kept)
@@ -313,7 +314,7 @@ class Job:
         self.steps = self.trainer.step
 
     def at_work(self) -> SFTTrainer | None:
-        """The trainer; None while another is made."""
+        """The trainer; None while another one is being created."""
         return getattr(self, "trainer", None)
 
     def _keep_for_later(self, report: SaveReport) -> None:
@@ -662,7 +663,7 @@ _ABOVE_MIDDLE = 2.0
 
 
 def _warned(finding: Finding) -> Finding:
-    """An error of a run that goes on."""
+    """Turn an error into a warning, for a run that continues."""
     return replace(finding, level="warning") if finding.level == "error" else finding
 
 

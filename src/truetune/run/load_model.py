@@ -1,4 +1,4 @@
-"""The model as training finds it.
+"""Load the model in the state in which training starts.
 
 input   Prepared, a checkpoint where a run is resumed
 does    loads the weights, in fewer bits where asked (and compares those with the original before
@@ -141,7 +141,7 @@ def _measure_original(prepared: Prepared) -> tuple[Measured | None, list[Finding
 
 
 def _require_memory(prepared: Prepared) -> None:
-    """On a CPU too much memory is no exception but the end of the process."""
+    """Refuse to run out of memory: on a CPU that raises no exception, but ends the process."""
     device = choose_device(prepared.plan.device)[0]
     needed, free = 4 * prepared.model.num_parameters, available_bytes(device)
     if device.type == "cpu" and free and needed > free:

@@ -1,9 +1,9 @@
-"""Why a step had no finite loss or gradient: its examples are computed again, one by one.
+"""Find out why a step had no finite loss or gradient, by computing its examples again, one by one.
 
 input   the model as it was when the step stopped, before any weight moved
 does    looks for weights that are no numbers, then for examples that have no loss alone, then
         whether those have one in float32
-output  a sentence for the error, what to do, and the examples that are to blame
+output  a sentence for the error, a fix, and the examples that caused it
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a run has plainly learned, by what it answers as served and how its losses went."""
+"""Judge whether a run has clearly learned, by its replies to served prompts and by its losses."""
 
 from __future__ import annotations
 
@@ -99,7 +99,8 @@ def _is_one_answer(example: SFTExample) -> bool:
 
 
 def judge(outcome: Outcome) -> list[Finding]:
-    """What is plainly wrong, each with the setting to change; nothing of a run that may be well."""
+    """Return what is clearly wrong, each with the setting to change; nothing for a run that may
+    be healthy."""
     return [finding for rule in _RULES for finding in rule(outcome)]
 
 
@@ -145,7 +146,7 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
 
 
 def _not_learned(outcome: Outcome) -> Iterator[Finding]:
-    """Short answers to trained prompts, wrong, by a model that is still unsure of the rows."""
+    """Report wrong answers to short trained prompts by a model that is still unsure of the rows."""
     asked = outcome.trained
     wrong = [a for a in asked if not a.right]
     if len(asked) >= 3 and 4 * len(wrong) >= 3 * len(asked) and outcome.last_loss > _UNSURE:

@@ -1,5 +1,5 @@
-"""What a run leaves for people: report.html, and the model card in the artifact; neither can make a
-run fail."""
+"""Write the pages of a run: report.html, and the model card in the artifact; neither can make a run
+fail."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def write_pages(run: RunDir) -> list[Finding]:
 
 
 def write_ending(run: RunDir, error: BaseException) -> list[Finding]:
-    """The page of a run that did not come to its end, which says so; what ended it is recorded,
-    too.
+    """Write the page of a run that ended early, and record what ended it.
 
     Returns:
         A warning where the page could not be written.

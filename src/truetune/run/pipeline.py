@@ -1,4 +1,4 @@
-"""The way of a run, all stages in order. Read this page first.
+"""All stages of a run, in order. Read this file first.
 
     what can be refused in the first second       early.py
     rows -> conversations -> held-out split       data/
@@ -168,7 +168,7 @@ def _follow(job: Follower, checkpoint: Checkpoint | None) -> RunResult:
 
 
 def _refuse_own_input(recipe: Recipe, run: RunDir) -> None:
-    """A run that is replaced must not be what the new one is made from."""
+    """Refuse to replace a run that is the source of the new one."""
     folder = run.path.resolve()
     for name in ("model", "data", "eval_data", "keep_text"):
         value = getattr(recipe, name)
@@ -193,7 +193,7 @@ def _taken_over(dead: Owner) -> Finding:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` leaves.
+    """The result of `export`.
 
     Attributes:
         folder: the exported model.

@@ -50,7 +50,7 @@ from truetune.verification.rows import MOST_ROWS, VerifyRow
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs beside the weights.
+    """Everything that a run needs except the weights.
 
     Attributes:
         contract: with the template arguments that fit the rows.
@@ -82,7 +82,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Survey:
-    """A coming run looked at whole, whatever is wrong with it.
+    """The complete survey of a planned run, whatever is wrong with it.
 
     Attributes:
         prepared: what would be trained; its findings hold errors too.

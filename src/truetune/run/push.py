@@ -1,4 +1,5 @@
-"""A run's artifact or a model folder to the Hub: only what was verified, and is as it was then."""
+"""Push a run's artifact or a model folder to the Hub, only if it was verified and has not changed
+since."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from truetune.verification.files import check_files
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push left.
+    """The result of a push.
 
     Attributes:
         url: of the repository.

@@ -1,4 +1,4 @@
-"""What a run leaves, for whoever started it."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from truetune.verification.verdict import Verdict
 
 @dataclass(frozen=True)
 class RunResult:
-    """What `train` leaves.
+    """The result of `train`.
 
     Attributes:
         run: the directory.

@@ -38,7 +38,7 @@ _OVERSHOT = 1.1
 
 
 def smoke_test(prepared: Prepared) -> tuple[list[Finding], dict[str, Any]]:
-    """Rehearse a run.
+    """Run the smoke test.
 
     Returns:
         findings, and numbers: losses in nats per token, seconds, relative differences.

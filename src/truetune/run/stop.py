@@ -1,4 +1,4 @@
-"""A signal ends a run after its step, or in the middle of an evaluation."""
+"""Let a signal end a run after the current step, or in the middle of an evaluation."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ def check_saved(source: str) -> Verdict | None:
     """What a run saved against its manifest and its record, without opening it; a manifest that was
     removed hides nothing. None if it is no run's, or an adapter without a record.
 
-    An adapter is compared with the record alone: its base may lie elsewhere now, which a manifest does
+    An adapter is compared with the record alone: its base may lie elsewhere now, which a manifest
+        does
     not know.
 
     Raises:
