@@ -1,4 +1,4 @@
-"""Two models on the same tokens: how far their logits are apart.
+"""Compare two models on the same tokens: how far apart their logits are.
 
 input   a loaded model, rows of ids with their supervised positions
 does    one forward pass a row, no padding; keeps what the supervised positions predict
@@ -33,7 +33,7 @@ _KEPT = 16
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model says at the supervised positions of some rows; one entry per row.
+    """The predictions of a model at the supervised positions of some rows; one entry per row.
 
     Attributes:
         logprobs: natural logarithm of the probability of each target.
@@ -53,7 +53,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model is from a reference.
+    """How far a model's predictions are from those of a reference.
 
     Attributes:
         max_difference, mean_difference: of logits; None if none were kept.
@@ -115,7 +115,7 @@ _PASS_TOKENS, _PASS_PADDING, _PASS_LOGITS = 4096, 256, 2**26
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model says of one row's targets, every one of them.
+    """The scores of all targets of one row.
 
     Attributes:
         losses: cross-entropy of each target, in nats.
@@ -189,7 +189,7 @@ def _passes(
     targets: Sequence[Sequence[int]],
     order: Sequence[int],
 ) -> Iterator[list[int]]:
-    """Rows that are computed together, the longest of each pass last."""
+    """Group rows into forward passes, the longest row of each pass last."""
     vocabulary = loaded.transformers_model.get_input_embeddings().weight.shape[0]
     batch: list[int] = []
     wanted: set[int] = set()
@@ -286,7 +286,7 @@ class Reading:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Reading:
-        """What `as_dict` gave.
+        """Restore the value from the output of `as_dict`.
 
         Raises:
             ValueError, KeyError, TypeError: it is something else.
@@ -412,7 +412,7 @@ _MOST_LOSS, _LEAST_GREEDY = 0.1, 0.8
 
 
 def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
-    """What holding the base in fewer bits costs before any training, as a note or a warning.
+    """Report what quantising the base costs before any training, as a note or a warning.
 
     Args:
         found: the quantised base against the original.

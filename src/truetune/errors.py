@@ -172,7 +172,7 @@ class CheckpointError(TruetuneError):
 
 
 class SaveError(TruetuneError):
-    """Writing failed, or what was written does not read back as what was trained."""
+    """Writing failed, or the saved files differ from what was trained when they are read back."""
 
     default_code = "save"
 

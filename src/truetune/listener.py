@@ -18,7 +18,7 @@ class Listener:
         """A stage begins."""
 
     def progress(self, done: int, total: int | None) -> None:
-        """Some of the current stage is done: `done` of `total`, which is None if unknown."""
+        """The current stage made progress: `done` of `total`, which is None if unknown."""
 
     def finding(self, finding: Finding) -> None:
         """A finding was reported; each is reported once."""

@@ -178,14 +178,14 @@ class RunDir:
 
     @contextlib.contextmanager
     def writing(self, require: Callable[[], None]) -> Iterator[Owner | None]:
-        """Be the only process that writes the run; readers are free.
+        """Lock the run for writing by this process; other processes may still read it.
 
         Args:
             require: refuses a folder that may not be written; asked before anything is changed,
                 and again when nobody else can change it any more.
 
         Yields:
-            Who was killed while it wrote the run, if somebody was.
+            The process that was killed while it wrote the run, if there was one.
 
         Raises:
             Busy: another process writes it; nothing was changed.
@@ -225,7 +225,7 @@ class RunDir:
             self._refuse(overwrite)
 
     def require_unfinished(self) -> None:
-        """Refuse a run to which nothing is to be added.
+        """Refuse a run that is finished.
 
         Raises:
             UsageError: it is finished.
@@ -256,7 +256,7 @@ class RunDir:
             ) from error
 
     def discard(self) -> None:
-        """Take away a run that never started."""
+        """Remove a run that never started."""
         self._remove_own()
         with contextlib.suppress(OSError):
             self.path.rmdir()
@@ -304,8 +304,8 @@ class RunDir:
         return self.path / CHECKPOINTS / f"{STEP}{step:08d}"
 
     def require_mine(self) -> None:
-        """Stop a process that no longer is the only one to write the run: somebody moved its lock
-        file away, and another process took it.
+        """Stop this process if it no longer holds the run's lock because somebody moved the lock
+        file and another process took over the run.
 
         Raises:
             SaveError: `lock-lost`.

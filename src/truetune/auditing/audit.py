@@ -128,7 +128,7 @@ _FEW = 0.1
 
 
 def _weighed(findings: list[Finding], num_rows: int) -> list[Finding]:
-    """Merged, the most severe first; of one level, what concerns few rows last."""
+    """Merge the findings, the most severe first; within a level, those on few rows come last."""
     return sorted(
         merged(findings),
         key=lambda f: (LEVELS.index(f.level), bool(f.rows) and f.count < _FEW * num_rows),
@@ -160,7 +160,7 @@ def _facts(subject: Subject, reading: Reading) -> LabelFacts:
 
 
 def _declared(args: Any) -> LossOn | None:
-    """What the trainer was asked to train, where it was asked."""
+    """Return which tokens the trainer was asked to train, if it was asked."""
     asked = getattr(args, "assistant_only_loss", False) or getattr(
         args, "completion_only_loss", False
     )
@@ -168,7 +168,8 @@ def _declared(args: Any) -> LossOn | None:
 
 
 def _failed(reading: Reading) -> list[Finding]:
-    """One finding for each kind of error, with the rows of the batches that could not be made."""
+    """Return one finding per kind of error, with the rows of the batches that could not be
+    built."""
     kinds: dict[str, list[str]] = {}
     for rows, error in reading.failures:
         kinds.setdefault(f"{type(error).__name__}: {str(error)[:300]}", []).append(rows)

@@ -176,10 +176,10 @@ class HealthCallback(TrainerCallback):
         given: Mapping[str, Any],
         began: float | None = None,
     ) -> None:
-        """Take the vital signs, once a step.
+        """Measure the vital signs, at most once per step.
 
         Args:
-            began: when choosing what is asked began; now where None.
+            began: time at which choosing the prompts began; None means now.
         """
         step = int(state.global_step)
         if self._file is None or self._watch is None or step in self._measured:
@@ -266,7 +266,7 @@ class HealthCallback(TrainerCallback):
     def _of_rows(
         self, contract: PromptContract
     ) -> tuple[PromptContract, list[SFTExample], list[Asked]]:
-        """The contract that fits the rows, and examples and prompts as they are served."""
+        """Return the contract that fits the rows, and their examples and prompts as served."""
         if isinstance(self.data, (str, Path)):
             chats = [c for c in load(self.data).conversations if c.messages]
         else:
@@ -287,7 +287,7 @@ class HealthCallback(TrainerCallback):
     def _of_batches(
         self, contract: PromptContract, loader: Any
     ) -> tuple[list[SFTExample], list[Asked]]:
-        """Examples as the trainer's labels have them, and the prompts that they mask."""
+        """Return examples as labelled by the trainer, and the prompts that its labels mask."""
         if loader is None:
             return [], []
         reading = read_batches(

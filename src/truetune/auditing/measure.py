@@ -2,7 +2,7 @@
 packed documents.
 
 A few dozen tokens of the trainer's own rows go through its own loss, without gradients and with
-dropout off; flags and metrics are put back.
+dropout off; flags and metrics are restored.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _can_run(subject: Subject) -> bool:
 
 @contextmanager
 def _asking(model: Any) -> Iterator[None]:
-    """Evaluation mode, and no word of what it warns of."""
+    """Set evaluation mode, and suppress its warnings."""
     with evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -96,7 +96,7 @@ def _recomputing(subject: Subject, reading: Reading) -> Iterator[Finding]:
 
 
 def _fails(model: Any, ids: Sequence[int], *, recomputing: bool) -> Exception | None:
-    """What a forward pass in training mode raises."""
+    """Return the exception that a forward pass in training mode raises."""
     from torch.utils.checkpoint import checkpoint
 
     flags = {

@@ -144,7 +144,7 @@ def new_token_ids(tokenizer: Any) -> list[int]:
     loaded = made.get("added_tokens_decoder")
     if isinstance(loaded, Mapping):
         return sorted(added - {int(i) for i in loaded})
-    # One that was never in a folder knows its special tokens at birth only.
+    # A tokenizer that was never saved knows only the special tokens with which it was created.
     listed = getattr(tokenizer, "extra_special_tokens", None) or []
     born = {
         str(t)
@@ -341,7 +341,7 @@ def _lora_scale(model: Any) -> Iterator[Finding]:
     )
 
 
-# Beyond these a setting is a slip of the decimal point; recipes use 0 to 0.2, and 0 to 0.3.
+# Larger values are probably a misplaced decimal point; recipes use 0 to 0.2, and 0 to 0.3.
 _MOST_DROPOUT, _MOST_DECAY = 0.5, 1.0
 
 

@@ -30,9 +30,9 @@ class ReadRow:
     """One row of a batch, unshifted, padding included.
 
     Attributes:
-        name: how the user can look at it: `train_dataset[3]`, or `batch 2, row 0`.
+        name: how the user can find it: `train_dataset[3]`, or `batch 2, row 0`.
         index: in the dataset; None if that cannot be known.
-        batch: number of the batch it came in.
+        batch: number of its batch.
         ids, labels: (T,).
         mask: (T,) the attention mask; None if there is none.
         real: (T,) 0 for padding, else the number of the document, from 1.
@@ -161,7 +161,7 @@ def _read_apart(
     names: Sequence[str],
     indices: Sequence[Any],
 ) -> None:
-    """Rows that cannot be batched may still be judged one by one."""
+    """Read rows one by one that cannot be batched together."""
     for name, index in zip(names, indices, strict=True):
         try:
             features = _fetch(loader.dataset, [index])
@@ -462,7 +462,7 @@ def _documents(
             continue
         inside = np.flatnonzero(real)
         if key == "position_ids":
-            # Those that do not count say nothing, and are judged apart.
+            # Positions that do not increase say nothing here, and are judged separately.
             if miscounted(value[inside]):
                 continue
             # Positions of padding are anything; only a return to 0 begins a document.

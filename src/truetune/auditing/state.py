@@ -19,7 +19,7 @@ from collections.abc import (
 from contextlib import contextmanager
 from typing import Any
 
-# Containers with more items are put back as a whole, without looking into each of their items.
+# Containers with more items are restored as a whole, without looking at each of their items.
 _FEW = 1_000
 _DEPTH = 4
 
@@ -92,7 +92,7 @@ class Snapshot:
 
 
 def _undo(value: Any) -> Callable[[], None] | None:
-    """How to put a value back in place; None for what is not ours to copy."""
+    """Return how to restore a value in place; None if it must not be copied."""
     kind = type(value)
     if isinstance(value, dict) and hasattr(kind, "copy"):
         kept = dict(value)

@@ -234,7 +234,7 @@ def _folder_eos(tokenizer: Any) -> tuple[int, ...]:
 
 
 def _strictly(generation_config: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What was named as served is all that counts."""
+    """Return only the stop ids of the given generation config."""
     return listed_stop_ids(generation_config) or (), ()
 
 

@@ -225,8 +225,8 @@ def _config(plan: Plan) -> tuple[Any, bool]:
 
 
 def _recomputed(made: Footprint, config: Any) -> Footprint:
-    """About what is left where activations are computed twice: 1.7 times a layer's (measured on
-    six layers of the 0.5B, the allocator's holes included), and what goes into each."""
+    """Estimate the memory with recomputed activations: 1.7 times that of one layer (measured on six
+    layers of the 0.5B, including the allocator's holes), and the input of each layer."""
     text = config.get_text_config(decoder=True)
     layers, inputs = text.num_hidden_layers, text.num_hidden_layers * text.hidden_size * 4
     moments = ((a, min(each, 1.7 * each / layers + inputs)) for a, each in made.moments)
@@ -234,7 +234,7 @@ def _recomputed(made: Footprint, config: Any) -> Footprint:
 
 
 def _frozen(made: Footprint) -> Footprint:
-    """About what is left where no weight is trained: what is kept, and the head."""
+    """Estimate the memory if no weight of the base is trained."""
     return dataclasses.replace(made, moments=(min(made.moments),))
 
 
@@ -291,7 +291,7 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
 
 
 def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
-    """Ways to a smaller run, the cheapest first; each alone."""
+    """Return ways to reduce the memory, the cheapest first; each is estimated by itself."""
     half = max(shape.tokens // 2, plan.max_length)
     if half < shape.tokens:
         option = (

@@ -83,7 +83,7 @@ class Preflight:
 def preflight(
     facts: Preflight, on_progress: Callable[[int, int | None], None] | None = None
 ) -> list[Finding]:
-    """All findings, the most severe first.
+    """Run all checks, and return their findings, the most severe first.
 
     Args:
         on_progress: is called with (families done, families in total).

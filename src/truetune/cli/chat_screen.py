@@ -1,4 +1,4 @@
-"""Talking to one model, or to two side by side.
+"""Chat with one model, or with two side by side.
 
 A run is opened through its artifact (or its last checkpoint), whose template, stop set and
 tokenizer are what was trained.
@@ -45,7 +45,7 @@ class Talk:
         system: str | None,
         sampling: Sampling,
     ) -> Talk:
-        """Load what is to talk.
+        """Load the models.
 
         Raises:
             UsageError, ModelError: it cannot be opened.
@@ -70,7 +70,7 @@ class Talk:
         self.histories = [list(start) for _ in self.speakers]
 
     def ask(self, question: str) -> None:
-        """Ask all, show the answers, remember them.
+        """Send a question to all models, show the answers, and add them to the histories.
 
         Raises:
             UsageError: the question is no text, or leaves no room for an answer.
@@ -85,7 +85,7 @@ class Talk:
             history.append({"role": "assistant", "content": answer})
 
     def loop(self) -> None:
-        """Until /exit or end of input."""
+        """Read questions until /exit or the end of the input."""
         names = " and ".join(speaker.name for speaker in self.speakers)
         self.screen.line(f"chatting with {names}; /reset clears the history, /exit quits", "dim")
         while True:
@@ -109,7 +109,7 @@ class Talk:
                 self._ask_safely(question)
 
     def _ask_safely(self, question: str) -> None:
-        """An answer that fails does not end the conversation."""
+        """Ask a question; a failed answer does not end the conversation."""
         kept = [len(history) for history in self.histories]
         try:
             self.ask(question)

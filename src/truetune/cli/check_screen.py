@@ -1,4 +1,4 @@
-"""How a checkup looks on a terminal: the verdict, at most a screen of findings, the lengths."""
+"""Show a checkup on a terminal: the verdict, at most a screenful of findings, and the lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_LINES = 28
 
 
 class CheckScreen(Screen):
-    """Progress bars while it looks; findings are shown at the end, in their order."""
+    """Show progress bars during the checks, and the findings at the end, in order."""
 
     def finding(self, finding: Finding) -> None:
         pass
@@ -31,7 +31,7 @@ class CheckScreen(Screen):
 def show_checkup(
     screen: Screen, found: Checkup, *, everything: bool = False, page: str | None = None
 ) -> None:
-    """Draw what was found."""
+    """Show the result of a check."""
     shown = _first(found.findings, everything)
     for finding in shown:
         screen.show(finding)
@@ -64,7 +64,7 @@ def show_checkup(
 
 
 def _first(findings: list[Finding], everything: bool) -> list[Finding]:
-    """As many as fit on a screen, at least one."""
+    """Return as many findings as fit on a screen, at least one."""
     if everything:
         return findings
     shown: list[Finding] = []

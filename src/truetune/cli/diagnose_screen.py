@@ -10,7 +10,7 @@ from truetune.diagnosis.measured import Stage
 
 
 def show_diagnosis(screen: Screen, found: Diagnosis) -> None:
-    """Draw the stages, findings and the verdict."""
+    """Show the stages, the findings and the verdict."""
     head = ("stage", "predictions", "replies", "stops", "match", "")
     rows = [head, *(_row(stage) for stage in found.stages)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(head))]
@@ -34,7 +34,7 @@ def show_diagnosis(screen: Screen, found: Diagnosis) -> None:
 
 
 def _compared(found: Diagnosis) -> list[str]:
-    """What was compared where no stage differs, and what that does not mean."""
+    """Say what was compared if no stage differs, and what that does not prove."""
     alone = [stage.note for stage in found.stages if stage.note.startswith("alone")]
     if alone:
         return alone

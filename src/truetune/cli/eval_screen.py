@@ -18,7 +18,7 @@ _MOST = 1200
 
 
 def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
-    """Refuse a file of results that could not be written in the end, or that is the data.
+    """Refuse an output file that could not be written at the end, or that is the data file.
 
     Raises:
         UsageError: its folder is not there, or something is in the way.
@@ -45,7 +45,7 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
 
 
 def write_rows(path: Path, found: Evaluation | TaskEvaluation) -> None:
-    """A row and a model a line, whole or not at all."""
+    """Write one line per row and model; if that fails, the file is unchanged."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in found.rows()))
 
 

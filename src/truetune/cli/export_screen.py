@@ -33,7 +33,7 @@ def show_export(
     go_template: bool,
     as_json: bool,
 ) -> None:
-    """Tell what was made of a run.
+    """Show what was exported.
 
     Args:
         adapter, ollama, go_template: how a GGUF file was asked for.

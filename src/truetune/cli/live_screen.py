@@ -1,4 +1,5 @@
-"""What moves while a run works: stages with their time, the bar of the steps; lines in a pipe."""
+"""The live display of a run: stages with their durations and a progress bar of the steps; plain
+lines in a pipe."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ class _Elapsed(ProgressColumn):
 
 
 class Stages:
-    """The stage at work: on a terminal a line that moves, in a pipe a line when it begins."""
+    """The current stage: an animated line on a terminal, one line per stage in a pipe."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -80,7 +81,7 @@ class Stages:
             self._drawn.update(self._task, completed=done, total=total)
 
     def end(self) -> None:
-        """Take the line away; of a long stage its time stays."""
+        """Remove the line; the duration of a long stage stays on the screen."""
         if self._drawn:
             self._drawn.stop()
             took = time.monotonic() - self._since

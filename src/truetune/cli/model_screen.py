@@ -54,7 +54,7 @@ def _millions(count: int) -> str:
 
 
 def show_model(screen: Screen, facts: dict[str, Any]) -> None:
-    """Draw the facts."""
+    """Show the facts."""
     stops = ", ".join(f"{s['token']!r} ({s['id']})" for s in facts["stop"])
     targets = ", ".join(f"{name} x{count}" for name, count in facts["lora_targets"].items())
     arguments = facts["template_arguments"]

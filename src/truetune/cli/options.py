@@ -1,4 +1,4 @@
-"""One command-line option per setting: made from the recipe, which is the only list of them."""
+"""Create one command-line option per setting of the recipe, which is the only list of settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_USED = (
 
 
 def with_settings(verb: Callable[..., None], *extra: inspect.Parameter) -> Callable[..., None]:
-    """Give a verb one option per recipe setting; the recipe is the only list of them.
+    """Add one option per recipe setting to a verb.
 
     Args:
         verb: takes `source` and `rows`, and the rest by name.
@@ -56,7 +56,7 @@ def with_settings(verb: Callable[..., None], *extra: inspect.Parameter) -> Calla
 
 
 def own_option(name: str, kind: Any, default: Any, *flags: str, **option: Any) -> inspect.Parameter:
-    """An option that is no setting of a recipe; the rest as typer has it."""
+    """Create an option that is not a setting of a recipe; other arguments are those of typer."""
     annotation = Annotated[kind, typer.Option(*flags, rich_help_panel="Run", **option)]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
@@ -113,7 +113,7 @@ def _written(value: Any) -> str:
 
 
 def canonical(arguments: Sequence[str]) -> list[str]:
-    """Hugging Face spellings of settings as ours: `--lr`, `--num_train_epochs`."""
+    """Translate Hugging Face spellings of settings into ours: `--lr`, `--num_train_epochs`."""
     ours = {alias: f.name for f in settings() for alias in f.metadata["aliases"]}
     words = []
     for word in arguments:

@@ -1,4 +1,5 @@
-"""What a finished run shows: where it is, how it is served, whether it was proved, what changed."""
+"""The screen of a finished run: where it is, how to serve it, whether it was verified, and what
+changed."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str]] = ()) -> None:
-    """What was made, and the lines that load, chat with and serve it."""
+    """Show the saved artifact, and the commands that load, chat with and serve it."""
     run = shlex.quote(str(result.run.path))
     merged = shlex.quote(f"{result.run.path}-merged")
     merge = [("merge", f"truetune export {run} --merge -o {merged}")]
@@ -59,7 +60,7 @@ def show_checks(screen: Screen, verdict: Verdict | None) -> None:
 
 
 def _shortened(reply: Said, most: int = 64) -> str:
-    """An answer that fits the table; one that did not end is marked."""
+    """Shorten an answer so that it fits the table, and mark one that did not end."""
     text = reply.text if len(reply.text) <= most else reply.text[: most - 1].rstrip() + "\u2026"
     return text if reply.stopped else f"{text} (not ended)"
 

@@ -31,7 +31,7 @@ _MOST = 12
 
 
 class Screen(Listener):
-    """A run, drawn: what moves on a terminal, plain lines elsewhere."""
+    """The screen of a run: a live display on a terminal, plain lines elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(
@@ -46,7 +46,7 @@ class Screen(Listener):
         self.spell: Callable[[str], str] = str
 
     def line(self, text: str = "", style: str = "") -> None:
-        """A line, made harmless."""
+        """Print a line, with control characters escaped."""
         self.console.print(Text(visible(text), style=style))
 
     def pairs(self, rows: Sequence[tuple[str, str]], *, folded: bool = False) -> None:
@@ -66,7 +66,7 @@ class Screen(Listener):
                 self.console.print(Text(line))
 
     def close(self) -> None:
-        """Nothing moves any more."""
+        """End the live display."""
         self.stages.end()
         self.steps.end()
 
@@ -88,7 +88,7 @@ class Screen(Listener):
         self.show(finding)
 
     def show(self, finding: Finding) -> None:
-        """One finding, in full."""
+        """Show a finding with all its parts."""
         self._print_finding(self.console, finding)
 
     def planned(self, plan: Plan, facts: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class Screen(Listener):
                 console.print(Text(part))
 
     def error(self, error: TruetuneError) -> None:
-        """An error, with the findings behind it."""
+        """Show an error, with the findings that caused it."""
         self.close()
         if isinstance(error, BadRows | CheckFailed):
             found = merged(error.findings)
@@ -208,7 +208,7 @@ def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _batch(plan: Plan, route: dict[str, Any]) -> str:
-    """How a step is cut."""
+    """Describe how a step is divided into forward passes."""
     size, at_once = plan.batch_size, plan.micro_batch_size
     number = f"{size} examples" if size else f"up to {plan.tokens_per_step:,} tokens"
     step = f"{number} per step"

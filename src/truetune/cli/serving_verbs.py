@@ -1,4 +1,4 @@
-"""The verbs from a trained model to its users: export, diagnose, serve, push."""
+"""The verbs that bring a trained model to its users: export, diagnose, serve, push."""
 
 from __future__ import annotations
 

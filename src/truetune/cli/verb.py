@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Verb(typer.core.TyperCommand):
-    """A verb whose help is plain text, options grouped, no name cut off."""
+    """A verb whose help is plain text with grouped options and complete names."""
 
     # typer keeps click's types to itself, so there is nothing to annotate these with.
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
@@ -52,8 +52,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"]}
 
 
 def open_screen() -> Screen:
-    """The terminal, opened when something is to be shown: of several processes that torchrun
-    started, by the first one."""
+    """Open the terminal for output. If torchrun started several processes, only the first one
+    prints."""
     from truetune.cli.screen import Screen
 
     return Screen(quiet=os.environ.get("RANK", "0") != "0")

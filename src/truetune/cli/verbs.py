@@ -62,7 +62,7 @@ def _top(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """The verbs do the work."""
+    """Parse the options that come before a verb."""
 
 
 def train(source: str | None, rows: str | None, resume: str | None = None, **options: Any) -> None:
@@ -233,7 +233,7 @@ def _inspect_rows(
     *,
     with_ids: bool,
 ) -> None:
-    """Rows on the terminal or as a page."""
+    """Show rows on the terminal, or write them as a page."""
     from truetune.cli.rows_screen import rows_page, show_rows, view_rows
     from truetune.reporting.html import write_document
 

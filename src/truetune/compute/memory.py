@@ -355,7 +355,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def resident_bytes() -> int:
-    """What this process holds now; 0 if it cannot be known."""
+    """Return the resident memory of this process in bytes; 0 if it is unknown."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,5 @@
-"""Template arguments: which of them change what is served, and under which the rows fit.
+"""Find the template arguments that change the served prompt, and the values under which the rows
+can be encoded.
 
 input   a contract and rows
 does    renders prompts with each value of each argument that the template reads; encodes rows
@@ -180,7 +181,7 @@ def _num_refused(contract: Encoding, sample: Sequence[Conversation], loss_on: Lo
 
 
 def _under(error: UnfaithfulTemplate, argument: str) -> UnfaithfulTemplate:
-    """A refusal that says under which argument it came about."""
+    """Add the argument under which a row was refused to the refusal."""
     why = f"with --template-arg {argument}: {error.why}"
     return UnfaithfulTemplate(**{**error.words, "why": why})
 

@@ -1,4 +1,4 @@
-"""What stands against a part of a turn, and what it makes of that part."""
+"""Judge the text directly next to a part of a turn: whether it changes what a parser reads."""
 
 from __future__ import annotations
 

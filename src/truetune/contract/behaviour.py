@@ -1,4 +1,4 @@
-"""What a template does, found by rendering sentinels and looking; no names of models.
+"""Find out what a template does by rendering sentinels; model names play no role.
 
 input   a renderer, template arguments, the texts of the tokenizer's added tokens
 does    renders a handful of short conversations and reads off: the shape of messages it takes,
@@ -133,7 +133,7 @@ def _said() -> Message:
 
 
 class _Probe:
-    """Renders with one shape and one set of arguments; a refusal is an empty text."""
+    """Renders with one message shape and one set of arguments; a refusal gives an empty text."""
 
     def __init__(self, renderer: Renderer, arguments: Mapping[str, Any] | None) -> None:
         self.renderer = renderer
@@ -164,7 +164,7 @@ def _text(rendered: Rendered) -> str:
 def observe(
     renderer: Renderer, arguments: Mapping[str, Any] | None, added: Iterable[str]
 ) -> Behaviour:
-    """Probe a template; it raises nothing: what a template refuses, it does not do."""
+    """Probe a template. No error is raised: what a template refuses counts as not supported."""
     probe = _Probe(renderer, arguments)
     added = tuple(added)
     plain, through, later = _plain(probe)

@@ -1,4 +1,4 @@
-"""What a template does wrong to the calls of a turn, as its twin shows."""
+"""Find errors in how a template writes tool calls, by means of a twin of the turn."""
 
 from __future__ import annotations
 

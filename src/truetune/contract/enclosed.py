@@ -1,4 +1,4 @@
-"""Whether a server's parser finds reasoning where the row has it, and values in one notation."""
+"""Judge whether a server's parser finds the reasoning of the row, and values in one notation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Completions, and the examples that they make.
+"""Cut completions at the stop token, and assemble them into examples.
 
 input   the texts of a row's trained turns and their ids, the stop ids
 does    cuts each completion at the first stop; joins what `proof.py` has proved

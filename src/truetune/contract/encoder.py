@@ -2,7 +2,7 @@
 
 input   conversations and what is served
 does    asks for the served prompt and the rendering of each trained turn, a batch ahead of the
-        tokenizer; where one way for the reasoning fails, the row goes on by the next
+        tokenizer; if one reasoning route fails, the row tries the next
 output  `Encoded`, or `Refused` with the reason, in the place of each row
 """
 
@@ -60,7 +60,7 @@ class Refused:
 
 @dataclass
 class _Row:
-    """A conversation on its way to examples, and the ways for it that are not tried yet.
+    """A conversation that is being encoded, and the reasoning routes that have not been tried yet.
 
     Attributes:
         ways: (messages, route of their reasoning); the first is the one in hand.
@@ -164,8 +164,8 @@ class Encoder:
         loss_on: LossOn,
         ahead: ThreadPoolExecutor | None,
     ) -> _Begun:
-        """What is known without rendering, the texts that the rows ask for, and a way to wait for
-        them."""
+        """Return what is known without rendering, the texts that the rows need, and a function that
+        waits for them."""
         results: list[Encoded | Refused | _Row] = []
         for conversation in conversations:
             known = self.kept.get((loss_on, conversation.where))
@@ -223,7 +223,7 @@ class Encoder:
         texts: Sequence[Rendered],
         loss_on: LossOn,
     ) -> None:
-        """Tokenize and prove each row by the way that it has in hand."""
+        """Tokenize and prove each row with its current reasoning route."""
         rendered = iter(texts)
         pairs: list[tuple[str, str]] = []
         for row, some in zip(rows, jobs, strict=True):
@@ -425,12 +425,13 @@ def _beginning(conversation: Conversation, loss_on: LossOn) -> Conversation | No
 
 
 def _merged(row: _Row) -> int:
-    """How many messages a system turn that became part of a question leaves less."""
+    """Return by how many messages merging the system turn into a question shortens the
+    conversation."""
     return len(row.conversation.messages) - len(row.messages)
 
 
 def _failed(row: _Row, error: UnfaithfulTemplate) -> None:
-    """Keep the first reason: the later ways are the less likely ones."""
+    """Keep the first reason: later routes are less likely."""
     row.texts, row.completions = [], []
     if row.plain and len(row.turns) > 1:
         row.shortcut = False  # this row's history may be rewritten where others' is not

@@ -34,7 +34,7 @@ _THINK = ("<think>", "</think>")
 
 @dataclass(frozen=True)
 class Frame:
-    """Around the turns of a conversation.
+    """What the served template writes around the turns of a conversation.
 
     Attributes:
         tokens: the tokenizer seen from the contract.

@@ -1,4 +1,4 @@
-"""Whether what a template writes between two tags is a value of a call, as a server reads it."""
+"""Judge whether the text between two tags is a value of a call, as a server parses it."""
 
 from __future__ import annotations
 

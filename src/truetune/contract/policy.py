@@ -1,4 +1,4 @@
-"""What a run decides about prompts and answers beside the template and its arguments."""
+"""Settings of a run about prompts and answers, besides the template and its arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WordsPolicy = Literal["refuse", "keep"]
 
 @dataclass(frozen=True)
 class Policy:
-    """How rows meet a template that has no place for a part of them.
+    """How to treat rows with parts for which the template has no place.
 
     Attributes:
         reasoning: auto (if the template takes it; refused if nowhere), inline (written between
@@ -51,7 +51,8 @@ class Policy:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Policy:
-        """What `as_dict` wrote; what it lacks is as it was before there was a choice."""
+        """Restore a policy from the output of `as_dict`; missing settings have their earlier fixed
+        values."""
         known = {
             name: record[name]
             for name in ("reasoning", "history", "system", "template_words")
@@ -63,7 +64,8 @@ class Policy:
     def prepared(
         self, messages: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[str, str]]
     ) -> list[dict[str, Any]]:
-        """The messages in their one form: reasoning left out and system merged where asked.
+        """Return the messages in canonical form, with reasoning omitted and the system turn merged
+        if requested.
 
         Args:
             pairs: think markers that the template knows.
@@ -79,11 +81,11 @@ class Policy:
         return _merged_system(made) if self.system == "merge" else made
 
     def past(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Earlier turns as the template is given them."""
+        """Return earlier turns as they are passed to the template."""
         return _without_reasoning(messages) if self.history == "no-reasoning" else messages
 
     def routes(self, seen: Behaviour, messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-        """The ways for the reasoning of a conversation, in the order tried."""
+        """Return the reasoning routes of a conversation, in the order in which they are tried."""
         if not any(message.get("reasoning_content") for message in messages):
             return ("none",)
         if self.reasoning == "inline":

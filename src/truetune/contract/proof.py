@@ -1,4 +1,4 @@
-"""The proof of a turn: its completion read back, part by part, and compared with the row.
+"""Prove a turn: read its completion back, part by part, and compare the parts with the row.
 
 input   completions, and what the template writes for their twins: the same turns with a sentinel
         for each part

@@ -1,4 +1,4 @@
-"""The refusals of the proof: what a template does to a turn, in words."""
+"""The errors of the proof: what a template does wrong to a turn, in words."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Messages to text: a chat template with its arguments, rendered as an inference server renders it.
+"""Render messages as text: a chat template with its arguments, as an inference server renders it.
 
 Rendering goes through transformers' own sandbox and preparation of messages, because that is what
 servers built on it run; there is no second way of making prompt text. It happens in a worker
-process (`sandbox.py`), because a template is a program that nobody has read.
+process (`sandbox.py`), because a template is an untrusted program.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ Rendered: TypeAlias = str | UnfaithfulTemplate
 
 @dataclass(frozen=True)
 class RenderJob:
-    """One text to make.
+    """One text to render.
 
     Attributes:
-        messages: as the template is to see them.
+        messages: in the form that the template receives.
         tools: tool schemas.
-        prompt: whether the generation prompt is added.
+        prompt: whether to add the generation prompt.
         arguments: beside those of the run, and over them.
     """
 
@@ -149,7 +149,7 @@ class Renderer:
         return self.date or datetime.date.today().isoformat()
 
     def require_valid(self) -> None:
-        """Compile the templates; what they make of messages does not matter here.
+        """Compile the templates without rendering any message.
 
         Raises:
             UnfaithfulTemplate: one is not valid Jinja, or cannot be compiled within bounds.
@@ -159,7 +159,7 @@ class Renderer:
                 raise facts
 
     def variables(self) -> list[str]:
-        """Names that the template reads and nobody provides: its arguments, sorted."""
+        """Return the variables of the template that no caller provides: its arguments, sorted."""
         found = {name for facts in self._read for name in facts["variables"]}
         return sorted(found - PROVIDED)
 

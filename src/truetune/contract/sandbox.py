@@ -151,7 +151,7 @@ def _started() -> Worker:
 
 
 def start() -> None:
-    """Begin to start the worker, while the caller does something else."""
+    """Start the worker in the background."""
     with _lock:
         _started()
 
@@ -243,7 +243,7 @@ def _started_twice() -> Worker:
     """A worker that is ready.
 
     Raises:
-        TruetuneError: two did not come to run a template; no template is to blame.
+        TruetuneError: two worker processes failed to start; no template caused this.
     """
     for _ in range(2):
         worker = _started()
@@ -262,7 +262,7 @@ def _started_twice() -> Worker:
 
 
 def placeholder(value: Any) -> str:
-    """As transformers shows a template what is no plain data."""
+    """Return the form in which transformers passes values that are not plain data to a template."""
     return f"<{type(value).__name__}>"
 
 

@@ -1,4 +1,5 @@
-"""What an inference server is given: template, tokenizer, stop tokens and template arguments."""
+"""What defines served prompts and answers: template, tokenizer, stop tokens and template
+arguments."""
 
 from __future__ import annotations
 
@@ -32,9 +33,9 @@ class Served:
         template_kwargs: template arguments of the run.
         origin: where the template came from, in words.
         findings: decisions that must be reported.
-        explicit_kwargs: whether somebody set template arguments; those stay.
+        explicit_kwargs: whether the user set template arguments, which are then kept.
         tool_template: Jinja source for conversations with tools, if the model has another.
-        policy: what happens to rows that the template has no place for.
+        policy: how to treat rows with parts for which the template has no place.
         date: ISO date that templates take for today; None if they do not ask.
     """
 

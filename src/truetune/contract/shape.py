@@ -27,7 +27,7 @@ FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass(frozen=True)
 class Shape:
-    """How a template wants messages.
+    """The form in which a template expects messages.
 
     Attributes:
         content: "string", or "parts" where it reads lists of typed parts only.

@@ -1,4 +1,4 @@
-"""What a template writes around the parts of a turn, read off a twin, and what is wrong with it."""
+"""Derive what a template writes around the parts of a turn from a twin, and find its defects."""
 
 from __future__ import annotations
 

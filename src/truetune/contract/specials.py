@@ -6,7 +6,7 @@ output  the rows' positions, and one finding a row: which token, in which field
 
 A tokenizer turns `<|im_end|>` in a user's message into the control token, in training as on a
 server: the message ends there and whatever follows speaks in a role of its own choice. transformers
-can render such text harmless (`sanitize_control_tokens`), and does not by default.
+can make such text harmless (`sanitize_control_tokens`), but does not by default.
 """
 
 from __future__ import annotations

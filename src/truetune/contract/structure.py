@@ -1,5 +1,5 @@
-"""Whether what a template writes around the parts of calls has the structure that a parser reads:
-brackets, lists, objects and tags that hold one part, whole."""
+"""Judge whether the text around the parts of calls has a structure that a parser can read: complete
+brackets, lists and objects, and tags that hold exactly one part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to ids and back, with the tokenizer's habits found by trying them.
+"""Encode and decode text; the tokenizer's peculiarities are found by trial.
 
 Prompts are tokenized once, with no token added. A completion is encoded so that it gains no
 prefix space, and is read back in the context of its prompt, because some decoders treat the
@@ -24,7 +24,7 @@ _LONG = 4_000
 
 
 class Tokens:
-    """A tokenizer seen from the contract."""
+    """A tokenizer as the contract uses it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

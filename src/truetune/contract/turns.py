@@ -1,4 +1,5 @@
-"""One trained turn as text: what the server sends, and what the model must write after it.
+"""Derive the text of one trained turn: what the server sends, and what the model must write after
+it.
 
 The completion is what the template writes where its rendering of the turn goes on from the served
 prompt. Where it does not go on from there, the two are brought together by what was observed: a

@@ -1,4 +1,5 @@
-"""A turn with a sentinel for each of its parts: where a template puts them, once and in order."""
+"""Create the twin of a turn, which has a sentinel for each part, to find where a template puts the
+parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""An encoded row in pieces to look at: what is served, what is supervised, where it stops.
+"""Divide an encoded row into pieces for display: what is served, what is supervised, where it
+stops.
 
 input   Encoded, a contract
 does    cuts each example at the changes of its mask, token for token
@@ -136,7 +137,7 @@ def token_texts(contract: PromptContract, ids: list[int]) -> list[str]:
 
 
 def story(encoded: Encoded) -> list[str]:
-    """Why the row became what it is, in sentences."""
+    """Explain in sentences how the row was encoded."""
     lines = []
     if len(encoded) == 1:
         turns = len(encoded.turns[0])

@@ -1,4 +1,4 @@
-"""Which text around the parts of a turn is format, and which is words that nobody wrote."""
+"""Distinguish format around the parts of a turn from words that are not in the row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What an Arrow column takes as Python values, from its lengths alone: nothing is made of it."""
+"""Estimate the memory of an Arrow column as Python values from its lengths, without converting
+it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ _REFERENCE, _OBJECT = 8, 64
 
 
 def decoded_bytes(column: Any) -> int:
-    """At least so many bytes the values of a column take, each text as often as it stands there.
+    """Return a lower bound, in bytes, for the values of a column; a repeated text counts each time.
 
     A dictionary column, in a list or not, holds a text once and names it by its number.
     """

@@ -1,8 +1,8 @@
-"""Bytes and text of a file, or an error that says which line is to blame.
+"""Read the bytes and text of a file, or raise an error that names the faulty line.
 
 Input:  a path.
-Does:   opens (unpacks .gz and .zst, as far as is sane), refuses what is no text, cuts into lines
-        of bounded length, decodes strict UTF-8, hashes.
+Does:   opens the file (unpacks .gz and .zst within limits), refuses what is not text, splits it
+        into lines of bounded length, decodes strict UTF-8, hashes.
 Output: a binary stream, lines, or the whole text.
 """
 
@@ -60,7 +60,8 @@ _UNMARKED = {
 
 
 def most_unpacked(path: Path) -> int:
-    """The bytes to which a packed file may grow; more is a bomb and not data."""
+    """Return the size in bytes to which a compressed file may grow; more is a decompression
+    bomb."""
     return max(_MOST_UNPACKED, _MOST_RATIO * path.stat().st_size)
 
 
@@ -103,7 +104,7 @@ def _unpacked(file: IO[bytes], path: Path) -> Any:
 
 
 class _Bounded(io.RawIOBase):
-    """What an archive unpacks to, up to what is sane; every failure is a DataError."""
+    """The decompressed bytes of an archive, within a limit; every failure raises a DataError."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self._stream, self._path = stream, path

@@ -35,7 +35,7 @@ def read_dataset(
         source: id or folder; `:config` names a configuration.
         split: a split, or a slice such as `train[:10%]`.
         revision: branch, tag or commit on the Hub.
-        limit: the first so many rows.
+        limit: read only this many rows, from the first.
 
     Raises:
         DataError: `dataset-unreadable`, `no-such-split`, `which-config`, `empty-file`.

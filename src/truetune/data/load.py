@@ -1,8 +1,8 @@
-"""The way through the data room, from a source to conversations.
+"""Load data: all steps from a source to conversations.
 
 Input:  a file, a folder or a Hub id, and what the user says about it.
 Does:   reads rows, renames columns, decides one schema for all rows, converts each row.
-Output: `Loaded`: conversations, findings on the rows that are none, and what was read.
+Output: `Loaded`: conversations, findings on the rows that cannot be used, and what was read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PROGRESS_EVERY = 1000
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a source held.
+    """The content of a data source.
 
     Attributes:
         conversations: in the order of the rows.
@@ -80,7 +80,7 @@ def load(
         columns: `prompt=question,completion=answer`, or {target: source column}.
         split: of a folder or a dataset; train if there is one.
         revision: of a dataset on the Hub.
-        limit: the first so many rows.
+        limit: read only this many rows, from the first.
         on_progress: called with the number of converted rows and of all, every 1,000 rows and at
             the end.
 
@@ -89,8 +89,8 @@ def load(
 
     Raises:
         DataError: the source cannot be read, or no schema fits it.
-        BadRows: every row of it is refused.
-        UsageError: a schema, mapping or limit that makes no sense.
+        BadRows: every row is refused.
+        UsageError: a schema, mapping or limit is invalid.
     """
     only = schema_named(schema)
     mapping = parse_columns(columns)

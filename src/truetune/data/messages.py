@@ -1,7 +1,7 @@
-"""Turns in their one form.
+"""Convert turns to their canonical form.
 
 Input:  a list of turns: OpenAI's role/content, sharegpt's from/value, typed content parts.
-Does:   gives each OpenAI's roles and keys; refuses what that form cannot say.
+Does:   gives each OpenAI's roles and keys; refuses what that form cannot express.
 Output: a list of messages as `Conversation.messages` describes them.
 """
 

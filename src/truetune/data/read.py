@@ -45,7 +45,7 @@ def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]
 
     Args:
         path: a file that exists.
-        limit: stop after so many rows.
+        limit: stop after this many rows.
 
     Raises:
         DataError: `unknown-extension`, `empty-file`, and those of the reader.

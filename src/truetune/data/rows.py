@@ -80,7 +80,7 @@ class FileRows:
 
     Attributes:
         rows: those that are objects.
-        findings: an error for each row that is none, and notes on the file.
+        findings: an error for each row that is not an object, and notes on the file.
         places: of all rows in order, those that are not objects included.
     """
 
@@ -145,13 +145,13 @@ def excerpt(text: str, limit: int = 60) -> str:
 
 
 def names(columns: Iterable[str], limit: int = 30) -> str:
-    """Column names as a list to read, odd ones quoted."""
+    """Return column names as a readable list; unusual names are quoted."""
     shown = [c if c.isprintable() and c.strip() else repr(c) for c in columns]
     return phrase(shown, limit) or "(none)"
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Return the type of a JSON value, in words."""
     if value is None:
         return "null"
     if missing(value):

@@ -1,4 +1,4 @@
-"""What a source names: files here, a dataset folder, or a dataset on the Hub.
+"""Find what a source refers to: local files, a dataset folder, or a dataset on the Hub.
 
 Input:  the source and split as the user gave them.
 Does:   lists files, tells their splits by their names, finds near names for a missing one.
@@ -41,7 +41,7 @@ class Source:
 
 
 def resolve(source: str | Path, split: str | None) -> Source:
-    """Finds what is there.
+    """Find the files or the dataset of a source.
 
     Raises:
         DataError: `no-such-file`, `no-data-files`, `no-such-split`.
@@ -248,7 +248,7 @@ def _no_such_file(path: Path) -> DataError:
 
 
 def _near(path: Path) -> list[str]:
-    """Names beside a missing path that are nearly its own."""
+    """Return names in the same folder that resemble that of a missing path."""
     if not path.parent.is_dir():
         return []
     there = [p.name for p in path.parent.iterdir()]

@@ -1,4 +1,4 @@
-"""Held-out conversations that training does not contain.
+"""Hold out conversations that training does not contain.
 
 Input:  conversations.
 Does:   holds a share out, conversations of one prompt on one side; drops from a given evaluation

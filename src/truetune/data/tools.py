@@ -1,4 +1,4 @@
-"""Tools and tool calls in their one form.
+"""Convert tools and tool calls to their canonical form.
 
 Input:  what rows hold: OpenAI's form, bare functions, JSON text of either, sharegpt's
         function_call, Anthropic's tool_use.

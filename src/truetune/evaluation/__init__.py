@@ -1,1 +1,1 @@
-"""What a model does on rows, counted: replies, matches, loss, and what tells two models apart."""
+"""Evaluate models on rows: replies, matches, loss, and the differences between models."""

@@ -1,9 +1,9 @@
-"""The way through an evaluation, from names to a table: start reading here.
+"""All steps of an evaluation, from model names to the table. Read this file first.
 
 input   models, a data source, how to ask and how to compare
-does    refuses at once what cannot be; cuts rows to questions; renders them as each model serves
-        them, and keeps those that every model can be asked; then, one model at a time, writes
-        replies in batches, compares them, and takes the loss of the rows' answers
+does    refuses invalid requests immediately; turns rows into questions; renders them as each model
+        serves them, and keeps those that every model can be asked; then, one model at a time,
+        writes replies in batches, compares them, and takes the loss of the rows' answers
 output  Evaluation
 """
 
@@ -92,7 +92,7 @@ class Settings:
         """Settings by the names of the options.
 
         Raises:
-            UsageError: one that makes no sense.
+            UsageError: a setting is invalid.
         """
         if samples > 1 and temperature == 0:
             raise UsageError(
@@ -132,7 +132,7 @@ class Settings:
 
 
 def require_early(models: Sequence[str], data: str | None, settings: Settings) -> None:
-    """Refuse what can be refused without torch.
+    """Refuse invalid requests before torch is imported.
 
     Raises:
         UsageError, InputError: the first thing that is not there.
@@ -165,7 +165,8 @@ def evaluate(
     on_stage: Callable[[str], None] | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
-    """Ask models the rows of a data source, as each of them is served, and compare.
+    """Send the questions of a data source to models, as each of them is served, and compare the
+    replies.
 
     Args:
         models: runs, model or adapter folders, Hub ids, GGUF files (served by llama.cpp), or
@@ -347,7 +348,7 @@ def _notes(
     prompts: Sequence[Prompt],
     settings: Settings,
 ) -> tuple[str, ...]:
-    """What the measures do not say of these replies."""
+    """Return notes on what the measures do not show."""
     replies = [reply for row in rows for reply in row.replies]
     most = settings.drawn.max_new_tokens
     context = subject.context

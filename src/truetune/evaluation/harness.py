@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness asks it: through its contract, or with the raw prompt.
+"""Adapt a model for lm-evaluation-harness: with served prompts, or with raw prompts.
 
 input   a loaded model, its contract, requests of the harness
 does    a served prompt is what the contract renders from the task's messages, and what is scored

@@ -1,4 +1,4 @@
-"""Whether a reply says what the row expects, under one kind of match.
+"""Judge whether a reply matches the row's answer, under one kind of match.
 
 input   the texts of replies and of the rows' answers
 does    reads an answer out of each and compares the two; patterns and mathematics, which may take
@@ -54,7 +54,7 @@ class Match:
             catches nothing there); without a group, it must be found.
 
     Raises:
-        UsageError: another kind, or a pattern that is none.
+        UsageError: the kind is unknown, or the pattern is not a valid regular expression.
     """
 
     kind: Kind = "exact"

@@ -1,4 +1,4 @@
-"""What an evaluation found, as values: measures with intervals, and what tells models apart.
+"""The result of an evaluation: measures with intervals, and the differences between models.
 
 input   replies, judged, and losses: one entry a row, the same rows for every model
 does    turns them into measures, each a ratio of two sums over rows or a quantile of lengths, and
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Judgement:
-    """One reply and what it is worth.
+    """One reply and its judgement.
 
     Attributes:
         text: as written, thinking and all, without the stop token.

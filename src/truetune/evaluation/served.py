@@ -43,7 +43,7 @@ def is_served(name: str) -> bool:
 
 
 def require_served(name: str, chat_template: str | None) -> None:
-    """Say what is wrong with a name, before anything is asked.
+    """Refuse an invalid name before any question is sent.
 
     Raises:
         UsageError, InputError: no address of HTTP, nobody answers there, no file, llama.cpp is
@@ -85,7 +85,7 @@ def require_served(name: str, chat_template: str | None) -> None:
 
 @dataclass(frozen=True)
 class Served:
-    """A model that is asked by messages.
+    """A model that receives its questions as messages.
 
     Attributes:
         name: as the user wrote it.

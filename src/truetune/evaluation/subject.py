@@ -1,7 +1,7 @@
 """A model that is evaluated: its contract, its context, and the rows as it is asked them.
 
 input   a run, a model or adapter folder, or a Hub id
-does    says what is wrong with a name before torch is imported; opens tokenizer and contract, no
+does    reports invalid names before torch is imported; opens tokenizer and contract, but no
         weights; renders each question as served, with the row's answer as it would be trained
 output  Subject, Prompt, and what the model writes
 """
@@ -150,7 +150,7 @@ class Subject:
         return [self._prompt(question, results.get(question.where)) for question in questions]
 
     def write(self, prompts: Sequence[Prompt], asking: Asking) -> Written:
-        """Its replies and losses; its weights are gone afterwards."""
+        """Compute the replies and losses, and release the weights afterwards."""
         asking.stage(f"loading {self.name}")
         loaded = load_model(
             self.folder,
@@ -221,7 +221,7 @@ def require_each_once(models: Sequence[str], usage: str) -> None:
     """Refuse no model, and a model that is given twice.
 
     Raises:
-        UsageError: it is so.
+        UsageError: there is no model, or one is given twice.
     """
     if not models:
         raise UsageError("no model was given", fix=usage, code="no-model")
@@ -231,10 +231,10 @@ def require_each_once(models: Sequence[str], usage: str) -> None:
 
 
 def require_subject(name: str) -> None:
-    """Say what is wrong with a name, as far as that is known without torch.
+    """Refuse an invalid name, as far as that can be judged without torch.
 
     Raises:
-        UsageError, InputError: it leads nowhere.
+        UsageError, InputError: there is no such model.
     """
     folder = opened(name)
     locate(folder, weights=False)

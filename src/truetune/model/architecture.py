@@ -1,4 +1,4 @@
-"""What kind of model a folder holds, known from config.json alone.
+"""Determine the kind of model in a folder from config.json alone.
 
 input   config.json
 does    refuses what is not a causal language model of text; builds the model without weights

@@ -1,4 +1,4 @@
-"""Logits to a drawn token.
+"""Sample a token from logits.
 
 A logits processor that draws itself, with a random stream of its own per row, so that neither the
 batch a row is in nor anybody else's random state matters, and no setting of the model's own
@@ -17,16 +17,16 @@ from truetune.system.lazy import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are sampled.
 
     Attributes:
-        max_new_tokens: at most so many, the stop token included.
+        max_new_tokens: maximum number of new tokens, including the stop token.
         temperature: 0 takes the likeliest token (greedy).
         top_p: draw from the smallest set of tokens with this much probability; 1 for all.
-        top_k: draw from so many likeliest tokens; 0 for all.
+        top_k: sample from this many likeliest tokens; 0 for all.
         repetition_penalty: divides the positive logits of tokens seen in prompt or reply, and
             multiplies negative ones (Keskar et al. 2019); 1 for none.
-        seed: with the conversation's place in the list, of its random stream.
+        seed: together with the conversation's index in the list, the seed of its random stream.
 
     Raises:
         UsageError: a number out of range.
@@ -79,7 +79,7 @@ class Draw:
         return torch.full_like(logits_BV, -torch.inf).scatter(1, chosen_B1, 0.0)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the batch alone."""
+        """Keep only these rows of the batch."""
         self.lengths = [self.lengths[row] for row in rows]
         self.streams = [self.streams[row] for row in rows]
 

@@ -1,4 +1,4 @@
-"""What loading a model's weights would come to, without memory for them.
+"""Try loading a model's weights without allocating memory for them.
 
 input   a model folder with weights
 does    has transformers load it onto the meta device, where tensors have names and shapes only;
@@ -24,7 +24,7 @@ LOOKED_AT = 65_536
 
 @dataclass(frozen=True)
 class DryLoad:
-    """How files and config go together.
+    """How the weight files and the config fit together.
 
     Attributes:
         missing: weights of the model that no file has: loading fills them with random numbers.

@@ -1,4 +1,5 @@
-"""The two tables of a model that have a row a token, and which of their rows were never trained.
+"""Read the input embedding and the output head of a model, and find embeddings that were never
+trained.
 
 input   the weight files of a model folder, or a table in memory; ids to look at closely
 does    reads embedding and output head in pieces of some thousand rows
@@ -178,7 +179,7 @@ class ChatRows:
 
 
 def judge_rows(table: TableFacts, ids: Sequence[int], num_tokens: int) -> ChatRows:
-    """Whether the rows of some tokens were ever trained.
+    """Judge whether the embeddings of some tokens were ever trained.
 
     Args:
         ids: of the tokens, whose nearest rows were looked for.

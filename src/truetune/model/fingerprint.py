@@ -1,4 +1,4 @@
-"""Which base an adapter was trained on, and whether this is it.
+"""Identify the base that an adapter was trained on, and compare it with another one.
 
 input   the headers of a model's safetensors files, its config.json, its tokenizer
 does    hashes bytes sampled across every tensor (all of them on request), so that a sibling model
@@ -56,7 +56,7 @@ class TensorPrint:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """A base model, as an adapter remembers it.
+    """The fingerprint of a base model, saved with an adapter.
 
     Attributes:
         base: absolute path or Hub id; shown, not compared.
@@ -180,7 +180,7 @@ def write_fingerprint(fingerprint: Fingerprint, folder: Path) -> None:
 
 
 def require_same_base(trained: Fingerprint, found: Fingerprint, adapter: Path) -> None:
-    """Raise if an adapter would act on something else than it was trained on.
+    """Raise if the base is not the one that the adapter was trained on.
 
     Full hashes are compared where both have them.
 

@@ -1,4 +1,5 @@
-"""Keys and values that grow in place: transformers' own cache copies all of them for each token."""
+"""A cache of keys and values that grows in place; transformers' own cache copies everything for
+each token."""
 
 from __future__ import annotations
 

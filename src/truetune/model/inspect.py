@@ -96,13 +96,14 @@ def describe(source: str | Path, revision: str | None = None) -> ModelFacts:
     """Facts of a model or adapter.
 
     Raises:
-        ModelError: not there, not a causal language model, without tokenizer, or damaged.
+        ModelError: the model does not exist, is not a causal language model, has no tokenizer, or
+            is damaged.
     """
     return look_at(source, revision)[0]
 
 
 def look_at(source: str | Path, revision: str | None = None) -> tuple[ModelFacts, Any]:
-    """As `describe`, with the tokenizer, which takes a second to open."""
+    """Like `describe`, but also return the tokenizer, which takes a second to open."""
     files = locate(source, revision, weights=False)
     base = locate_base(files, weights=False) if files.is_adapter else files
     config = causal_config(base)

@@ -1,8 +1,8 @@
-"""Model and tokenizer, bound together.
+"""Load a model together with its tokenizer.
 
 input   a folder or Hub id, a purpose
-does    finds what is wrong before weights are read; chooses device and dtypes with reasons;
-        loads safetensors only, runs no code that comes with a model, and refuses weights that
+does    reports errors before weights are read; chooses device and dtypes with reasons; loads
+        safetensors only, runs no code that comes with a model, and refuses weights that
         transformers would fill in at random
 output  LoadedModel
 """
@@ -144,9 +144,9 @@ def load_model(
         tokenizer: the model's own, where it is open already.
 
     Raises:
-        ModelError: the model cannot be loaded as it is; all that can be known before weights are
+        ModelError: the model cannot be loaded; everything that can be checked before weights are
             read is checked first.
-        UsageError: a device or dtype that does not exist here; bitsandbytes is missing.
+        UsageError: a device or dtype is not available here, or bitsandbytes is missing.
     """
     files = locate(source, revision, weights=True)
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
@@ -534,7 +534,7 @@ def _attach(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' tables, bars and warnings off the screen: what matters is returned."""
+    """Suppress transformers' tables, progress bars and warnings; findings report what matters."""
     import warnings
 
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""LoRA: which layers get an adapter, and the switches that training needs."""
+"""LoRA: choose the layers that get an adapter, and prepare the model for training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter merged into its base: in float32, never into quantised weights.
+"""Merge an adapter into its base: in float32, never into quantised weights.
 
 input   an adapter folder
 does    opens the base as it is stored, or rounded to the bits it was trained on and in plain layers

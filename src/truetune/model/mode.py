@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""Put a model into evaluation mode temporarily."""
 
 from __future__ import annotations
 

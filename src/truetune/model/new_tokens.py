@@ -1,4 +1,4 @@
-"""New tokens: their ids, the first values of their rows, and training those rows alone.
+"""Add tokens: assign their ids, initialise their embeddings, and train only those embeddings.
 
 input   texts to add; a tokenizer; a model
 does    takes ids above the tokenizer's, rows from the padded head if it has room, else a longer

@@ -1,4 +1,4 @@
-"""Which device and which dtypes, each with its reason."""
+"""Choose the device and the dtypes, each with its reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A value that was chosen for the user: what, which, and why."""
+    """A value that was chosen for the user: its name, the value, and the reason."""
 
     name: str
     value: str

@@ -1,4 +1,4 @@
-"""A frozen base in 4 or 8 bits, through bitsandbytes; and what other tools quantised.
+"""Load a frozen base in 4 or 8 bits with bitsandbytes, and open models that other tools quantised.
 
 4 bits: NF4 with double quantisation (Dettmers et al. 2023, QLoRA); 8 bits: LLM.int8 (Dettmers et
 al. 2022). Input embedding, norms and output head keep their own type.

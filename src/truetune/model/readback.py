@@ -1,4 +1,5 @@
-"""Reading an artifact back: weights bit for bit, prompts id for id, the stop set."""
+"""Read an artifact back and compare it with the model in memory: weights bit for bit, prompts id
+for id, and the stop set."""
 
 from __future__ import annotations
 

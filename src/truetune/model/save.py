@@ -1,4 +1,4 @@
-"""Writing a model: all of it or nothing, and read back before it gets its name.
+"""Save a model atomically: read it back before the folder gets its final name.
 
 input   a loaded model, the contract it was trained under, a folder that does not exist
 does    writes weights, config, tokenizer with the contract's template, and generation_config with
@@ -88,7 +88,7 @@ def save_model(
     Raises:
         OutputExists: the folder is there already.
         UsageError: an unknown dtype.
-        SaveError: writing failed, or what was written does not read back as what was given.
+        SaveError: writing failed, or the saved files differ from the model when they are read back.
             Nothing is left behind in both cases.
     """
     folder = Path(folder)

@@ -1,4 +1,5 @@
-"""Which adapters a server loads beside their base, and the line that does it; the rest is merged.
+"""Decide which adapters a server can load on their base, and build the command; others must be
+merged.
 
 Read in the sources of vLLM and SGLang: they add pairs of matrices to layers of the base, and take
 tokenizer and stop tokens from the base. Some of what else an adapter can hold they refuse, and some

@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, or the Hub's cache.
+"""Locate a model's files: in a folder, or in the Hub's cache.
 
 input   what the user wrote: a folder or a Hub id, and a revision
 does    finds the folder (a Hub model is fetched into the cache: safetensors only), and says what
@@ -69,13 +69,13 @@ def locate(source: str | Path, revision: str | None = None, *, weights: bool) ->
         weights: also fetch the weights of a Hub model that are not in the cache.
 
     Raises:
-        ModelError: nothing there, or not reachable.
+        ModelError: the model does not exist, or cannot be reached.
     """
     return locate_here(source) or _from_hub(str(source), revision, weights=weights)
 
 
 def locate_here(source: str | Path) -> ModelFiles | None:
-    """A folder of this machine; None for what may be a model of the Hub.
+    """Locate a local folder; return None if the name may be a Hub id.
 
     Raises:
         ModelError: neither.

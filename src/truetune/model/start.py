@@ -1,4 +1,4 @@
-"""Is a model base or instruct? By evidence, never by its name.
+"""Judge whether a model is a base or an instruct model, by evidence and never by its name.
 
 input   template and stop set; the rows of embedding and head, if there are weights; how well
         the model predicts a conversation in its template, where it was loaded
@@ -23,7 +23,7 @@ Kind = Literal["base", "instruct", "unknown"]
 
 @dataclass(frozen=True)
 class StartVerdict:
-    """What a model is, and why.
+    """Whether a model is base or instruct, and why.
 
     Attributes:
         kind: base, instruct, or unknown if it cannot be determined.

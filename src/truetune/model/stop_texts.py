@@ -1,4 +1,4 @@
-"""Cut a text that comes in pieces before the first of some stop texts, none of which ever shows."""
+"""Truncate streamed text before the first stop text, without ever showing part of one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StopTexts:
         return held[: len(held) - keep]
 
     def finish(self) -> str:
-        """What was held back: the reply is over, and it was no stop text."""
+        """Return the held-back text at the end of the reply, because it was not a stop text."""
         held, self._held = self._held, ""
         return held
 

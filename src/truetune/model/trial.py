@@ -1,5 +1,5 @@
-"""A stranger's tokenizer, opened first where it can do no harm: a child with bounded memory and
-time encodes a few lines; what it survives, this process opens.
+"""Try an untrusted tokenizer in a child process with bounded memory and time before this process
+opens it.
 
 This file is also what the child runs; there it imports the tokenizers library and nothing else.
 """

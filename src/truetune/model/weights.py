@@ -1,4 +1,4 @@
-"""Weight files without their weights: which there are, and what their headers say.
+"""List a model's weight files and read their headers, without reading weights.
 
 A safetensors file begins with the length of a JSON header (8 bytes, little endian) that gives
 each tensor's dtype, shape and bytes, so names, shapes and completeness are known before a single

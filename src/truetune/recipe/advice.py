@@ -1,4 +1,4 @@
-"""What is known about runs like this one, as notes: never a reason to stop.
+"""Give advice about runs like this one, as notes that never stop a run.
 
 input   the plan, facts of the model, counts of the rows
 output  notes, each with its source; none for models under 50 million weights, of which nothing is

@@ -1,4 +1,4 @@
-"""A recipe from what a verb was given: on the command line, or as arguments in Python."""
+"""Build a recipe from the arguments of a verb, given on the command line or in Python."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def usual_epochs(num_parameters: int, start: Start, why: str, steps: float) -> t
 
 
 def what_follows(kind: str, num_parameters: int | None) -> str:
-    """What base, instruct or unknown means for a recipe, in words."""
+    """Return the defaults for a base, instruct or unknown model, in words."""
     if num_parameters is not None and num_parameters < SMALL:
         return (
             f"the same defaults for base and instruct models of this size: {_LORA['small']} for "

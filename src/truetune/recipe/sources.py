@@ -1,4 +1,4 @@
-"""Where a recipe comes from: YAML, options of the command line, the record of a run.
+"""Build a recipe from YAML, command-line options, or the record of a run.
 
 input   mappings of settings, each with the place it came from; the later wins
 does    accepts Hugging Face spellings, checks names, types and contradictions, all at once

@@ -1,4 +1,4 @@
-"""Options of the command line, as they stand in messages, written as arguments of Python."""
+"""Rewrite command-line options in messages as Python arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped between its artifact and its verification."""
+"""Resume a run that was stopped after its artifact was saved and before it was verified."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class Saved(Job):
         self._facts = facts
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Nothing is trained any more."""
+        """Do nothing: training is complete."""
 
     def train_and_save(self) -> SaveReport:
-        """What was saved."""
+        """Return the saved artifact."""
         facts = self._facts
         folder = self.run.file(facts["artifact"])
         return SaveReport(folder, (), facts["dtype"], facts["cast_error"], ())
 
     def release(self) -> None:
-        """Nothing was loaded."""
+        """Do nothing: no weights were loaded."""
 
 
 def saved_facts(run: RunDir, prepared: Prepared) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ _CHOSEN = 10
 
 
 class VitalSigns:
-    """Takes and judges the vital signs of a run.
+    """Measures and judges the vital signs of a run.
 
     Args:
         prepared: with the plan, which names the text to keep.
@@ -177,7 +177,7 @@ class VitalSigns:
             self.watch.trained(line["loss"], line["supervised_tokens"])
 
     def went_back(self) -> None:
-        """The files hold less than was seen; what they hold is read again."""
+        """Read the history again after the run went back to an earlier step."""
         self.watch = None
 
     def _begun(self) -> Watch:
@@ -208,7 +208,7 @@ class VitalSigns:
         return [Vitals.of_line(v) for v in self.run.lines(METRICS) if v.get("probe")]
 
     def noticed(self) -> list[Finding]:
-        """What choosing the prompts and the text had to tell, once."""
+        """Return the findings from choosing the prompts and the text, once."""
         found, self.findings = self.findings, []
         return found
 

@@ -1,4 +1,5 @@
-"""A run at work in a process other than the first: the same loop on other rows, nothing written.
+"""A worker process other than the first: the same training loop on other rows, without writing
+files.
 
 input   as job.py, and the group
 does    what keeps step with process 0: gradients, evaluations, states for its checkpoints
@@ -19,7 +20,7 @@ from truetune.system.signals import Stopped, number_of
 
 
 class Follower(Job):
-    """`Job` without files and words."""
+    """A `Job` that writes no files and reports nothing."""
 
     def write_start(self) -> None:
         pass

@@ -1,1 +1,1 @@
-"""Ask servers: llama.cpp in a child process, or any address."""
+"""Clients of model servers: llama.cpp in a child process, or any address."""

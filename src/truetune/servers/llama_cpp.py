@@ -41,7 +41,7 @@ class LlamaError(TruetuneError):
 
 
 def require_llama_cpp(what: str) -> None:
-    """Report first if llama.cpp is missing.
+    """Raise if llama.cpp is missing.
 
     Args:
         what: needs it.
@@ -61,7 +61,7 @@ def require_llama_cpp(what: str) -> None:
 
 
 def require_gguf(path: Path, where: str = "") -> None:
-    """Report first what llama.cpp cannot read at all.
+    """Raise if a file is not a GGUF file.
 
     Raises:
         UsageError: the file does not begin as GGUF files do.

@@ -1,5 +1,5 @@
-"""What a request of OpenAI's chat protocol asks for, or why it is refused: nothing that would
-change the reply is ignored."""
+"""Parse a request of OpenAI's chat protocol. Parameters that would change the reply are refused if
+they are not supported, never ignored."""
 
 from __future__ import annotations
 

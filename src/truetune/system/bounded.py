@@ -1,4 +1,5 @@
-"""A bound on the memory that one call of foreign code may take: more, and its allocator fails."""
+"""Limit the memory that one call of foreign code may use: beyond the limit, its allocations
+fail."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Libraries that are imported when they are first used: torch, for which whoever does not need it
-would wait seconds, and gguf, which comes with an extra.
+"""Libraries that are imported when they are first used: torch, which takes seconds to import, and
+gguf, which comes with an extra.
 
 `from truetune.system.lazy import torch` stands at the top of a module that may be loaded before.
 """

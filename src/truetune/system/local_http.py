@@ -1,4 +1,4 @@
-"""A small HTTP server for programs of this machine, and for nobody else."""
+"""A small HTTP server that only programs on this machine can reach."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def serving_here(handler: type[LocalHandler], port: int, subject: Any) -> Iterat
         subject: what is served; the handler finds it as `self.server.subject`.
 
     Raises:
-        UsageError: the port cannot be had.
+        UsageError: the port cannot be used.
     """
     try:
         server = LocalServer(handler, port, subject)

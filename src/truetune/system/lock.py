@@ -1,4 +1,5 @@
-"""One writer at a time: a lock file that names its owner, and that outlives no owner.
+"""A lock file that allows one writer at a time, names its owner, and is released when the owner
+dies.
 
 The kernel's lock decides wherever there is one: it ends with its process, whatever the file says.
 Where the file system has none, and where the file names another machine whose locks this one may

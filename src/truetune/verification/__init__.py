@@ -1,1 +1,1 @@
-"""A fresh process opens what was saved, and says whether it is what was trained."""
+"""Verify in a fresh process that what was saved is what was trained."""

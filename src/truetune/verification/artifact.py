@@ -1,4 +1,5 @@
-"""Is what was saved what was trained? Asked of files alone, by a process that saw no training.
+"""Verify that what was saved is what was trained, from files alone and in a process that did not
+train.
 
 input   a run directory, or a model or adapter folder
 does    hashes the files against the manifest and the record; opens the artifact in a fresh process;

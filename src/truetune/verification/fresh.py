@@ -1,4 +1,4 @@
-"""Asking a fresh process, and getting plain values back."""
+"""Send a request to a fresh process, and receive plain values."""
 
 from __future__ import annotations
 

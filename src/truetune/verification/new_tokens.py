@@ -1,4 +1,4 @@
-"""Does the trained model write its new tokens?
+"""Test whether the trained model writes its new tokens.
 
 input   the trained model, rows with the ids they were proved with (held-out ones if there are)
 does    gives it the beginnings of rows whose answers hold a new token, and reads what it writes

@@ -1,4 +1,4 @@
-"""What training leaves for verification: the record, the last line of verify_rows.jsonl.
+"""The record that training leaves for verification: the last line of verify_rows.jsonl.
 
 input   the trained model in memory as it is saved, its contract, the rows, the saved folder
 does    reads what the model predicts at some positions, and what two computations of it differ by;
@@ -64,7 +64,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Record:
-    """What a fresh process is compared with.
+    """The values with which a fresh process compares its own.
 
     Attributes:
         rows: sha256 of the rows' lines.

@@ -1,4 +1,4 @@
-"""What verification found: a list of checks, each with its numbers; verify.json."""
+"""The result of verification: a list of checks with their numbers, saved as verify.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = Literal["passed", "failed", "not-checked"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         name: files, record, opens, contract, rows, logits, rounding, merge.

@@ -1,4 +1,4 @@
-"""The fresh process: opens a saved model as anybody would, and tells what it found.
+"""The fresh process: opens a saved model like any other program, and reports what it finds.
 
 input   a request (JSON on standard input): artifact, conversations, rows, maybe a reference
 does    nothing that training did in memory is here: only files
@@ -39,7 +39,7 @@ _PROMPTS = ("What is 17 + 25?", "Write one sentence about a river.", "\u4f60\u59
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What was asked, as plain values."""
+    """Answer a request with plain values."""
     if request.get("reference"):
         return _against_reference(request)
     loaded, contract = _open(request["artifact"], request)

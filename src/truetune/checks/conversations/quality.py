@@ -18,7 +18,7 @@ from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, Level, rows_finding, share
 
-# Fewer rows than these, as a share, are stragglers and a note.
+# A smaller share of the rows is only a note.
 _SOME = 0.01
 LEAST_ROWS = 3
 _SHOWN = 60
@@ -129,7 +129,7 @@ def _broken(facts: DataFacts) -> list[int]:
     return sorted({*sure, *_left_open(prose, sure)})
 
 
-# Of the answers: so many end without their end for it to be how the file was made.
+# Share of the answers that end early, above which the way the file was made is the cause.
 _FENCES, _COLONS = 0.02, 0.3
 _FENCE = re.compile(r"`{3,}|~{3,}")
 
@@ -224,7 +224,7 @@ def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
         known = Counter(w for c in facts.train for w in _WORD.findall(_all_text(c).lower()))
         ends = Counter(parts.values())
         longer = _beginnings(known, set(parts.values()))
-        # Nowhere else a word of its own, and the beginning of one that is used.
+        # It occurs nowhere else as a word, and it is the beginning of a word that does occur.
         found += [i for i, w in parts.items() if known[w] <= ends[w] and w in longer]
     return found
 
@@ -442,7 +442,7 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
     )
 
 
-# Answers of so many words are no labels; and the share of one that leaves nothing to choose.
+# Answers with this many words are not labels; and the share of one answer that leaves no choice.
 _LONG_WORDS, _ONE_ANSWER = 20, 0.6
 
 

@@ -11,7 +11,7 @@ from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, percent, rows_finding, share
 
-# A habit on fewer rows is chance; on more it is the style.
+# On a smaller share of the rows a habit is chance; on a larger one it is the style.
 _SOME, _MOST = 0.01, 0.6
 _LEAST_ROWS = 3
 # Of an opening: the least share of the rows that sampled answers were seen to repeat (docs/lab.md).

@@ -12,7 +12,7 @@ from truetune.checks.registry import check
 from truetune.contract.frame import served_ids
 from truetune.findings import Finding, Level, rows_finding, share
 
-# A mask that is off by some tokens; more is a choice, such as leaving the reasoning out.
+# A mask may be off by a few tokens; more is a choice, such as leaving the reasoning out.
 _SLIP = 4
 # Tokens of a hole in the labels of an answer, and holes an answer beyond which they are chosen.
 _HOLE, _CHOSEN = 8, 3
@@ -120,7 +120,7 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
         lines = sorted({int(r) for r in table.rows_of(starts[served & learned])})
         if lines:
             judged = np.unique(table.rows_of(starts[served]))
-            # Some trainers' own templates mark it in every row: nothing else comes of that.
+            # The templates of some trainers mark it in every row, which has no other effect.
             everywhere = len(lines) > 0.9 * len(judged)
             yield rows_finding(
                 facts.names,

@@ -1,4 +1,4 @@
-"""Find rows with one cause that explains all their other symptoms: it is reported once, alone."""
+"""Find rows for which one cause explains all other symptoms; only that cause is reported."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def _ends(facts: LabelFacts) -> _Ends:
     table = facts.table
     ends = np.array(sorted(facts.frame.ends), np.int64)
     runs = table.runs
-    # What is trained there: the label, which is not the id where labels are shifted.
+    # The label is what is trained; it differs from the id if labels are shifted.
     last = back_over_space(facts, table.labels, runs[:, 0], runs[:, 1])
     said = ~_blank(facts, table.labels[last])
     runs, last = runs[said], last[said]
@@ -251,8 +251,8 @@ _PILE, _PILE_SHARE = 3, 0.02
 def closed_at_limit(facts: LabelFacts) -> list[int]:
     """Rows of the greatest length whose answers break off, where those of the others do not.
 
-    Told by the last character before the end token: prose, code and numbers end in all kinds, so
-    that only a pile of rows of one length that differs from all others is taken for a cut.
+    Judged by the last character before the end token: prose, code and numbers end in many ways, so
+    only a group of rows of one length that differs from all others counts as cut.
     """
     table = facts.table
     longest = int(table.lengths.max(initial=0))

@@ -1,8 +1,9 @@
-"""Gather facts on a finished model or adapter, from any tool: would it be served as trained?
+"""Gather facts about a finished model or adapter from any tool, to judge whether it would be served
+as it was trained.
 
 input   a folder: its files, tokenizer, template, generation config; weights if there are some
 does    gathers plain facts
-output  Checkpoint, which saved_files.py and saved_weights.py judge
+output  Checkpoint, which files.py and weights.py judge
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Checkpoint:
 def gather(
     source: str, revision: str | None = None, chat_template: str | None = None
 ) -> Checkpoint:
-    """Read the facts of a model folder, whatever is wrong with it.
+    """Gather the facts of a model folder, even if parts of it are damaged.
 
     Raises:
         ModelError: it is not a model folder at all.
