@@ -45,7 +45,10 @@ def test_names_of_the_hub_are_metadata(tmp_path: Path) -> None:
         "tags": ["truetune", "sft", "lora"],
     }
     assert "\n# first\n" in text
-    assert "A LoRA adapter for Qwen/Qwen2.5-0.5B: supervised fine-tuning on 100 examples" in text
+    assert (
+        "A LoRA adapter for Qwen/Qwen2.5-0.5B, trained by supervised fine-tuning on 100 examples"
+        in text
+    )
     assert "The base's files name no licence" in text
 
 

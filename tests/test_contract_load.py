@@ -46,7 +46,7 @@ def test_where_the_template_comes_from(tmp_path: Path) -> None:
     bare = byte_level()
     bare.chat_template = None
     default = PromptContract.load(bare)
-    assert default.origin == "built-in instruction-response: the model has none"
+    assert default.origin == "built-in instruction-response, because the model has none"
     assert default.prompt_text(chat("Hello")) == "### Instruction:\nHello\n\n### Response:\n"
     several = byte_level()
     several.chat_template = {"tool_use": tiny.TOOLS, "default": tiny.TRIMMING}

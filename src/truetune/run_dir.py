@@ -234,7 +234,7 @@ class RunDir:
             raise UsageError(
                 "the run is finished: there is nothing to resume",
                 where=str(self.path),
-                fix=f"truetune chat {shlex.quote(str(self.path))}",
+                fix=f"use the model with truetune chat {shlex.quote(str(self.path))}",
                 code="run-finished",
             )
 
@@ -609,7 +609,7 @@ def opened(source: str) -> str:
         raise UsageError(
             "the run has not saved an artifact or a checkpoint yet",
             where=source,
-            fix=f"truetune train --resume {shlex.quote(str(source))}",
+            fix=f"continue it with truetune train --resume {shlex.quote(str(source))}",
             code="run-empty",
         )
     return str(artifact)

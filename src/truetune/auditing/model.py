@@ -277,8 +277,8 @@ def _train_rows_fix(model: Any) -> str:
     entry = _embedding(model, "get_input_embeddings")
     exit_ = _embedding(model, "get_output_embeddings")
     if entry is not None and exit_ is not None and _tied(entry, exit_):
-        return 'LoraConfig(..., modules_to_save=["embed_tokens"], ensure_weight_tying=True)'
-    return 'LoraConfig(..., modules_to_save=["embed_tokens", "lm_head"])'
+        return 'use LoraConfig(..., modules_to_save=["embed_tokens"], ensure_weight_tying=True)'
+    return 'use LoraConfig(..., modules_to_save=["embed_tokens", "lm_head"])'
 
 
 # ------------------------------------------------------------------ adapters
@@ -457,7 +457,7 @@ def _learning_rate(subject: Subject, model: Any) -> Iterator[Finding]:
             what=f"the learning rate is {rate:g}: nothing is learned",
             where="args.learning_rate",
             why="it was never set, or a custom schedule begins at 0",
-            fix=f"learning_rate={usual}",
+            fix=f"set learning_rate={usual}",
         )
     elif rate >= most or rate < least:
         side = "above" if rate >= most else "below"

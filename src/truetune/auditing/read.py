@@ -108,7 +108,9 @@ def read_batches(
     else:
         _read_stream(reading, source, name, pad_id, max_rows)
     if not reading.rows and not reading.failures:
-        raise UsageError(f"{name} yields no rows", code="audit-no-rows")
+        raise UsageError(
+            f"{name} yields no rows", fix="pass data with at least one row", code="audit-no-rows"
+        )
     reading.rows.sort(key=lambda row: (row.index is None, row.index or 0))
     return reading
 

@@ -116,11 +116,15 @@ def subject_of_trainer(trainer: Any, tokenizer: Any, model: Any, generation_conf
         raise UsageError(
             "the trainer has no tokenizer",
             why="neither its processing_class nor its data collator has one",
-            fix="truetune.audit(trainer, tokenizer)",
+            fix="pass a tokenizer: truetune.audit(trainer, tokenizer)",
             code="audit-no-tokenizer",
         )
     if getattr(trainer, "train_dataset", None) is None:
-        raise UsageError("the trainer has no train_dataset", code="audit-no-rows")
+        raise UsageError(
+            "the trainer has no train_dataset",
+            fix="pass train_dataset to the trainer",
+            code="audit-no-rows",
+        )
     model = model or getattr(trainer, "model", None)
     if generation_config is not None:
         served, said = _strictly(generation_config)
@@ -159,20 +163,21 @@ def subject_of_batches(
             f"{str(batches)!r} is a string, not a trainer or batches",
             why="an audit reads the batches of a trainer; a data file is checked together with a "
             "model",
-            fix=f"truetune check MODEL {batches}, or truetune.check(model, {str(batches)!r}); to "
+            fix=f"use truetune check MODEL {batches}, or truetune.check(model, {str(batches)!r}); "
+            f"to "
             "audit, pass the trainer or its DataLoader",
             code="audit-subject",
         )
     if isinstance(batches, Mapping) or hasattr(batches, "input_ids"):
         raise UsageError(
             f"{type(batches).__name__} is one batch, not an iterable of batches",
-            fix="truetune.audit([batch], tokenizer)",
+            fix="pass a list: truetune.audit([batch], tokenizer)",
             code="audit-subject",
         )
     if tokenizer is None:
         raise UsageError(
             "the ids of batches cannot be decoded without their tokenizer",
-            fix="truetune.audit(dataloader, tokenizer)",
+            fix="pass their tokenizer: truetune.audit(dataloader, tokenizer)",
             code="audit-no-tokenizer",
         )
     if not hasattr(batches, "__iter__"):
@@ -187,7 +192,7 @@ def subject_of_batches(
         raise UsageError(
             f"the second argument is {_article(tokenizer)}, not a tokenizer",
             why="tokenizer and model are swapped" if swapped else "",
-            fix="truetune.audit(batches, tokenizer, model)",
+            fix="use this order: truetune.audit(batches, tokenizer, model)",
             code="audit-no-tokenizer",
         )
     tokenizer = found or tokenizer

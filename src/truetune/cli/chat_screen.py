@@ -161,4 +161,6 @@ def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError("the message is not UTF-8 text", code="not-utf8") from error
+        raise UsageError(
+            "the message is not UTF-8 text", fix="enter the message as UTF-8", code="not-utf8"
+        ) from error

@@ -75,7 +75,9 @@ def _readable(plan: Mapping[str, Any]) -> dict[str, Any]:
         "device": plan["device"],
         "memory": f"{gib(plan['low'])} to {gib(plan['high'])}",
         "free": None if plan["available"] is None else gib(plan["available"]),
-        "of it": ", ".join(f"{name} {gib(size)}" for name, size in plan["parts"].items()),
+        "estimate by part": ", ".join(
+            f"{name} {gib(size)}" for name, size in plan["parts"].items()
+        ),
         "time": duration(plan["seconds"]) if plan["seconds"] else "",
     }
     for option, size, cost in plan["ways"]:

@@ -31,7 +31,7 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
         )
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputExists(
-            f"{path} is {'a folder' if path.is_dir() else 'already there'}",
+            f"{path} {'is a folder' if path.is_dir() else 'already exists'}",
             fix="choose another file with -o" + ("" if path.is_dir() else ", or add --overwrite"),
             code="output-exists",
         )
@@ -39,7 +39,7 @@ def require_writable(path: Path, data: str, *, overwrite: bool) -> None:
         raise UsageError(
             f"no such folder: {path.parent}",
             where=f"-o {path}",
-            fix=f"mkdir -p {shlex.quote(str(path.parent))}",
+            fix=f"create it: mkdir -p {shlex.quote(str(path.parent))}",
             code="output-not-writable",
         )
 

@@ -136,7 +136,7 @@ def _no_such_row(what: str, loaded: Loaded, source: str) -> UsageError:
     return UsageError(
         f"{what}: the data has {there:,} rows",
         where=source,
-        fix=f"--row takes 1 to {there}, or a place as findings name it: {loaded.places[0]}"
+        fix=f"pass --row 1 to {there}, or a place as shown in findings: {loaded.places[0]}"
         if there
         else "pass other data, or specify its schema with --set schema=...",
         code="no-such-row",

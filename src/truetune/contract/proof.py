@@ -125,6 +125,7 @@ class Proof:
             raise UnfaithfulTemplate(
                 f"the tokenizer has no token for a part of the answer of message {turn}",
                 why="it encodes to the unknown token, which decodes to something else",
+                fix="remove those characters from the row, or drop the row",
                 code="unknown-token",
             )
         self._require_uncut(completion, message, frame)

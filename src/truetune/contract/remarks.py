@@ -46,7 +46,7 @@ REMARKS = {
     "thinking-unlearned": Finding(
         code="answer-thinking-unlearned",
         level="note",
-        what="answers without reasoning are trained where the template lets the model think",
+        what="the model is trained on answers without reasoning where the template lets it think",
         why="the model will learn not to think there",
     ),
     "prompt-realigned": Finding(

@@ -39,7 +39,11 @@ def template_source(asked: str | None, tokenizer: Any) -> tuple[str, str | None,
             return str(first), tools, "the model's own"
         if own:
             return str(own), None, "the model's own"
-        return builtin_template(DEFAULT, tokenizer), None, f"built-in {DEFAULT}: the model has none"
+        return (
+            builtin_template(DEFAULT, tokenizer),
+            None,
+            f"built-in {DEFAULT}, because the model has none",
+        )
     if asked in named:
         return str(named[asked]), None, f"the model's own, named {asked}"
     if asked in NAMES:

@@ -195,7 +195,11 @@ def _instances(cells: Cells) -> list[Cells | BadRow]:
     return [
         {**common, "input": one.get("input"), "output": one.get("output")}
         if isinstance(one, dict)
-        else BadRow("bad-message", f"an instance is {kind(one)}, not an object")
+        else BadRow(
+            "bad-message",
+            f"an instance is {kind(one)}, not an object",
+            fix='write {"input": "...", "output": "..."}',
+        )
         for one in instances
     ]
 

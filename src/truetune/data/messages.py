@@ -24,6 +24,7 @@ ROLES = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 _CALLING = ("function_call", "tool_call")
+_TURNS_FIX = 'write [{"role": "user", "content": "..."}, ...]'
 _READ = frozenset(
     {"role", "from", "content", "value", "reasoning_content", "reasoning", "thinking"}
     | {"tool_calls", "function_call", "name", "tool_call_id", "train", "weight"}
@@ -50,19 +51,19 @@ def messages_of(value: Any, unused: Counter[str]) -> list[Message]:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise BadRow(
-                "bad-message", "the list of turns is text that is not valid JSON"
+                "bad-message", "the list of turns is text that is not valid JSON", fix=_TURNS_FIX
             ) from error
     if missing(value) or value in ("", []):
         raise BadRow("prompt-missing", "the list of turns is empty", fix="drop the row")
     if not isinstance(value, list | tuple):
-        raise BadRow("bad-message", f"the turns are {kind(value)}, not a list")
+        raise BadRow("bad-message", f"the turns are {kind(value)}, not a list", fix=_TURNS_FIX)
     return [message_of(turn, unused) for turn in value]
 
 
 def message_of(turn: Any, unused: Counter[str]) -> Message:
     """One turn; see `messages_of`."""
     if not isinstance(turn, dict):
-        raise BadRow("bad-message", f"a turn is {kind(turn)}, not an object")
+        raise BadRow("bad-message", f"a turn is {kind(turn)}, not an object", fix=_TURNS_FIX)
     if not turn.keys() <= _READ:
         _unread(turn, unused)
     said = turn.get("role", turn.get("from"))
@@ -81,7 +82,11 @@ def message_of(turn: Any, unused: Counter[str]) -> Message:
     if isinstance(said, str) and said.strip().lower() in _CALLING:
         text, reasoning, calls = "", "", calls_of(content)
         if not calls:
-            raise BadRow("bad-tool-call", "a function_call turn contains no call")
+            raise BadRow(
+                "bad-tool-call",
+                "a function_call turn contains no call",
+                fix="add the call, or drop the row",
+            )
     else:
         text, reasoning, calls = content_of(content)
         if isinstance(content, float) and not (turn.get("tool_calls") or turn.get("function_call")):
@@ -211,10 +216,15 @@ def _train(turn: Message) -> bool | None:
             "bad-train-flag",
             "`train` or `weight` of a turn is neither true, false, 1 nor 0",
             why="a turn is either trained or not",
+            fix="set it to true or false",
         )
     flags = {bool(value) for value in found.values()}
     if len(flags) > 1:
-        raise BadRow("bad-train-flag", "`train` and `weight` of a turn contradict each other")
+        raise BadRow(
+            "bad-train-flag",
+            "`train` and `weight` of a turn contradict each other",
+            fix="keep one of them",
+        )
     return flags.pop() if flags else None
 
 

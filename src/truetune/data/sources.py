@@ -135,7 +135,7 @@ def no_such_split(split: str, there: list[str], where: str, *, why: str = "") ->
         f"there is no split {split!r}",
         where=where,
         why=why or sliced,
-        fix=f"--split {there[0]}" if len(there) == 1 else f"use one of {names(there)}",
+        fix=f"use --split {there[0]}" if len(there) == 1 else f"use one of {names(there)}",
         code="no-such-split",
     )
 

@@ -143,7 +143,7 @@ def require_early(models: Sequence[str], data: str | None, settings: Settings) -
             "no data was given",
             why="rows are passed with --data, so that a data file is never mistaken for a model, "
             "or a run for rows",
-            fix="truetune eval MODEL [MORE...] --data DATA",
+            fix="run truetune eval MODEL [MORE...] --data DATA",
             code="no-data",
         )
     require_device(settings.device)

@@ -100,7 +100,7 @@ def questions_of(
         raise DataError(
             "no row can be used",
             why="; ".join(f"{out.count:,} rows: {out.reason} ({out.where})" for out in left[:4]),
-            fix="rows need a prompt and an answer",
+            fix="pass rows with a prompt and an answer",
             code="nothing-to-ask",
         )
     if shots:

@@ -224,7 +224,7 @@ def require_each_once(models: Sequence[str], usage: str) -> None:
         UsageError: there is no model, or one is given twice.
     """
     if not models:
-        raise UsageError("no model was given", fix=usage, code="no-model")
+        raise UsageError("no model was given", fix=f"run {usage}", code="no-model")
     twice = next((name for at, name in enumerate(models) if name in models[:at]), None)
     if twice is not None:
         raise UsageError(f"{twice} is given twice", fix="pass each model once", code="model-twice")
@@ -252,7 +252,7 @@ def _unfinished(name: str, folder: str) -> list[Finding]:
             "warning",
             f"the run is unfinished: its checkpoint {Path(folder).name} is evaluated",
             where=name,
-            fix=f"truetune train --resume {shlex.quote(name)}",
+            fix=f"finish it with truetune train --resume {shlex.quote(name)}",
         )
     ]
 

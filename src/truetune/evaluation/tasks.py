@@ -225,7 +225,7 @@ def require_tasks(
     usage = "truetune eval MODEL --tasks TASK,FILE.yaml"
     require_each_once(models, usage)
     if not tasks:
-        raise UsageError("no task was given", fix=usage, code="no-task")
+        raise UsageError("no task was given", fix=f"run {usage}", code="no-task")
     for name, value, least in (("shots", shots, 0), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(

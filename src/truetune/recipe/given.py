@@ -51,7 +51,7 @@ def recipe_of(
     if file and second:
         raise UsageError(
             f"there are two arguments, but the first is a recipe: {file}",
-            fix=f"truetune train {shlex.quote(file)} --data {shlex.quote(second)}",
+            fix=f"run truetune train {shlex.quote(file)} --data {shlex.quote(second)}",
             code="recipe-with-data",
         )
     for name, value in (("model", None if file else first), ("data", second)):
@@ -90,7 +90,7 @@ def _resumed_recipe(
         raise UsageError(
             "--resume can be combined only with --on-collapse",
             why="a resumed run continues with its original settings",
-            fix=f"truetune train --resume {shlex.quote(resume)}",
+            fix=f"run truetune train --resume {shlex.quote(resume)}",
             code="resume-with-settings",
         )
     return recorded_recipe(RunDir.open(resume).file(RECIPE), given)

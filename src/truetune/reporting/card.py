@@ -194,7 +194,7 @@ def _summary(run: RunFacts, base: str, *, is_adapter: bool) -> str:
     train = run.data.get("train") or {}
     rows = f" on {train['examples']:,} examples" if train.get("examples") else ""
     local = "" if _is_on_hub(base) or not base else " The base came from a local folder."
-    return f"{what}: supervised fine-tuning{rows} with {tool}.{local}\n"
+    return f"{what}, trained by supervised fine-tuning{rows} with {tool}.{local}\n"
 
 
 def use_block(run: RunFacts, folder: str, base: str | None, repo: str | None = None) -> str:

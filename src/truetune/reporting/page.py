@@ -347,7 +347,7 @@ def _vital_table(run: RunFacts) -> str:
     left = max(len(run.vitals) - _ROWS, 0)
     more = f'<p class="dim">{left:,} more, in metrics.jsonl</p>' if left else ""
     return folded(
-        f"probe values (losses in nats per token{_time(run)})",
+        f"vital signs (losses in nats per token{_time(run)})",
         f'<div class="scroll"><table>{"".join(rows)}</table></div>{more}',
     )
 
@@ -363,7 +363,7 @@ def _time(run: RunFacts) -> str:
     # Not every step has a line.
     whole = sum(training) / len(training) * max(int(line["step"]) for line in run.steps)
     times = "once" if len(probing) == 1 else f"{len(probing):,} times"
-    return f"; measured {times}, in {percent(sum(probing) / whole)} of the time of the steps"
+    return f"; measured {times}, in {percent(sum(probing) / whole)} of the steps' time"
 
 
 def _cell(name: str, value: Any) -> str:

@@ -92,7 +92,9 @@ def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
         UsageError, InputError: the first thing that is not there, or has no use.
     """
     if not recipe.model:
-        raise RecipeError("no model was given", fix="truetune check MODEL, or MODEL DATA")
+        raise RecipeError(
+            "no model was given", fix="run truetune check MODEL, or truetune check MODEL DATA"
+        )
     if not recipe.data:
         idle = [n for n in setting_names() if recipe.given(n) and n not in _OF_A_MODEL]
         options = [f"--{name.replace('_', '-')}" for name in idle]
@@ -101,7 +103,7 @@ def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
             raise UsageError(
                 f"no data was given, so {', '.join(options)} would be ignored",
                 why="without data, `check` examines a finished model and plans no run",
-                fix="truetune check MODEL DATA, or omit the options",
+                fix="pass the data: truetune check MODEL DATA, or omit the options",
                 code="check-without-data",
             )
     ask_first(recipe)

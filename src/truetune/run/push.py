@@ -92,7 +92,7 @@ def _folder(source: str) -> tuple[Path, RunDir | None]:
         raise UsageError(
             "the run is unfinished: there is nothing to push yet",
             where=source,
-            fix=f"truetune train --resume {shlex.quote(source)}",
+            fix=f"finish it with truetune train --resume {shlex.quote(source)}",
             code="push-unfinished",
         )
     folder = Path(opened(source))

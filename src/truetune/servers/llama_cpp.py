@@ -87,7 +87,7 @@ def require_gguf(path: Path, where: str = "") -> None:
         else "it is a Git LFS pointer: the file itself was not downloaded"
         if pointer
         else f"its first bytes are {first[:4]!r} instead of {b'GGUF'!r}",
-        fix="git lfs pull"
+        fix="fetch it with git lfs pull"
         if pointer
         else "specify a GGUF file, or write one: truetune export RUN --to gguf -o DIR",
         code="not-gguf",
