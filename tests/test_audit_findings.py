@@ -116,7 +116,7 @@ def _masked(kind: str, number: int, rows: list[dict[str, Any]], pad: int) -> dic
         ("inverted", "error", "inverted"),
         ("all", "error", "every token"),
         ("labels", "error", "made from the labels"),
-        ("front", "error", "other lengths"),
+        ("front", "error", "different lengths"),
         ("tail", "warning", "last tokens"),
         ("fine", "", ""),
     ],

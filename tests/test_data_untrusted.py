@@ -461,7 +461,7 @@ def test_what_is_packed_though_it_is_called_text(tmp_path):
     twice = write(tmp_path / "a.jsonl.gz", gzip.compress(gzip.compress(row)))
     error = refused(twice, "not-text")
     assert "gzip archive" in error.what
-    assert "packed twice" in error.why
+    assert "compressed twice" in error.why
     for name, content, suffix in (
         ("a.jsonl", gzip.compress(row), ".gz"),
         ("b.csv", zstd(row), ".zst"),
