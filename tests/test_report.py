@@ -158,7 +158,7 @@ def test_every_curve_has_axes_units_and_words(tmp_path: Path) -> None:
     assert html.count("optimizer step</text>") == 8
     # The probes in numbers stand there too.
     assert "stop rate</th>" in html
-    assert "; measured 11 times, in 18.3 % of the steps' time)" in html
+    assert "; measured 11 times, in 18.3 % of the step time)" in html
     assert "held-out from 3.4 at step 0 to 0.5545 at step 100" in html
 
 

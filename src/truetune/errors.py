@@ -2,20 +2,21 @@
 
 TruetuneError                 1   the work failed part way; what was saved stays intact
 ├── UsageError                2   bad options, a folder that may not be written
-│   ├── RecipeError           2   a recipe with unknown or contradictory settings │   └──
-OutputExists          2   the output folder holds something that would be lost ├── InputError
-2   input that cannot be read at all: no file, no model, no weights │   ├── DataError             2
-a data file that cannot be read │   └── ModelError            2   a model folder that cannot be
-loaded ├── BadRows                   1   rows that no schema or contract can take (a list of
-findings) ├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also
-ValueError) ├── CheckFailed               1   the preflight found an error ├── Collapsed
-1   a probe found that the run has collapsed │   └── NonFiniteLoss         1   loss or gradient is
-NaN or infinite; no weight was changed ├── OutOfMemory               1   a single row does not fit
-in memory; no weight was changed ├── CheckpointError           1   a checkpoint is incomplete or
-belongs to another run ├── SaveError                 1   what was written does not read back as what
-was trained ├── Interrupted             130   Ctrl-C; a checkpoint was saved (SIGTERM 143, SIGHUP
-129) └── ToldElsewhere             1   another process of this run stopped and reports why; its exit
-code
+│   ├── RecipeError           2   a recipe with unknown or contradictory settings
+│   └── OutputExists          2   the output folder holds something that would be lost
+├── InputError                2   input that cannot be read at all: no file, no model, no weights
+│   ├── DataError             2   a data file that cannot be read
+│   └── ModelError            2   a model folder that cannot be loaded
+├── BadRows                   1   rows that no schema or contract can take (a list of findings)
+├── UnfaithfulTemplate        1   no faithful completion exists for a conversation (also ValueError)
+├── CheckFailed               1   the preflight found an error
+├── Collapsed                 1   a probe found that the run has collapsed
+│   └── NonFiniteLoss         1   loss or gradient is NaN or infinite; no weight was changed
+├── OutOfMemory               1   a single row does not fit in memory; no weight was changed
+├── CheckpointError           1   a checkpoint is incomplete or belongs to another run
+├── SaveError                 1   the saved files differ from what was trained when read back
+├── Interrupted             130   Ctrl-C; a checkpoint was saved (SIGTERM 143, SIGHUP 129)
+└── ToldElsewhere             1   another process of this run stopped and reports why; its exit code
 """
 
 from __future__ import annotations

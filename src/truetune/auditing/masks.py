@@ -15,7 +15,7 @@ from truetune.auditing.read import IGNORED, Array, Reading, ReadRow
 from truetune.auditing.subject import Subject
 from truetune.findings import Finding, rows_finding, share
 
-# Rows compared with their columns, evenly over all.
+# Number of rows that are compared with their columns, spread evenly.
 _MOST = 2_000
 # Columns that say which tokens are targets, as transformers and TRL name them.
 _MASKS = ("labels", "completion_mask", "assistant_masks")

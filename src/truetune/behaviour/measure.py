@@ -344,7 +344,7 @@ def own_samples(
     targets = sum(len(ids) - 1 for ids in pieces)
     if targets < number * _FEWEST_TOKENS:
         return []
-    # A few of them tell what knows nothing.
+    # A few pieces suffice to recognise a model that knows nothing.
     few = [whole(ids) for ids in pieces[:_FEW_PIECES]]
     loss = sum(row_losses(loaded, [(e.ids, e.mask) for e in few])) / sum(sum(e.mask) for e in few)
     return pieces if loss < _KNOWS * math.log(rows) else []

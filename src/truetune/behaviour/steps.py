@@ -61,7 +61,7 @@ def non_finite(facts: StepFacts) -> Finding | None:
     )
 
 
-# Steps in a row without any gradient: one may hold rows without a target.
+# Consecutive steps without any gradient; a single step may have rows without a target.
 _DEAD_STEPS = 3
 
 
@@ -87,8 +87,8 @@ class NoGradient:
         )
 
 
-# A window of steps holds so many rows at least, and so many steps: the median of fewer moves with
-# the rows that happen to be in them.
+# Minimum number of rows and of steps in a window: the median of fewer depends on which rows are in
+# it.
 _WINDOW_ROWS, _WINDOW_STEPS = 64, 5
 # A loss has diverged where its median lies above the first one by a quarter and a little more, or
 # above the best one by so many nats.

@@ -288,7 +288,7 @@ _STOP_LEFT, _STOP_NATS, _LEARNED = 0.8, 1.5, 0.7
 # Nats a token of answers that are learned so far that their stop is to be as well: who still learns
 # words unlearns at first to stop early.
 _KNOWN = 2.0
-# Above its start by so many nats, it is unlearned.
+# A stop token is unlearned if its loss is this many nats above its first value.
 _STOP_LOST = 2.0
 
 
@@ -296,7 +296,7 @@ def _stop_not_learned(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]
     stops, trained = _numbers(history, "stop_loss"), _numbers(history, "trained_loss")
     if len(stops) < 3:
         return
-    # The stop is learned after the words: one interval says nothing.
+    # The stop token is learned after the words, so one interval proves nothing.
     first, now = stops[0], min(stops[-2:])
     known = bool(trained) and trained[-1] < _KNOWN
     learned = known and len(trained) > 1 and trained[-1] < _LEARNED * trained[0]
@@ -410,7 +410,7 @@ _MOST, _MOST_MORE = 0.75, 0.6
 _ALL = 0.875
 
 _LOOK = "compare the replies in samples.jsonl with the training rows"
-# A sign, and what is said of the replies that show it.
+# A vital sign, and the finding about replies that show it.
 _BAD_REPLIES = (
     (
         "repetition",
@@ -493,7 +493,7 @@ def _best(history: Sequence[Vitals], name: str) -> float:
 # the 5M base on GSM8K went round in a circle from step 20 to 100 while the loss of its rows fell
 # from 10.9 to 2.7 nats per token.
 _OF_WEAK_MODELS = ("repetition", "copied", "other_language")
-# The lowest loss so far, up to the choice of numbers.
+# The lowest loss so far, up to sampling noise.
 _LOWEST = 1.02
 
 

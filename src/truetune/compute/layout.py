@@ -193,7 +193,7 @@ class Layout:
             if stop - start <= window:
                 found.append(Meeting(start, stop, ((start, stop),), "causal"))
                 continue
-            # Blocks of a window's length: no mask grows with the square of the row.
+            # In blocks of the window's length, so that no mask grows with the square of the row.
             for q0 in range(start, stop, window):
                 q1, k0 = min(q0 + window, stop), max(q0 - window + 1, start)
                 found.append(Meeting(q0, q1, ((k0, q1),), "window"))

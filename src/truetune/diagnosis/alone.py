@@ -23,7 +23,7 @@ _ANSWER = "ANSWERED"
 
 
 def gguf_alone(path: Path, tell: Callable[[str], None]) -> Stage:
-    """Find out what a GGUF file would do when it is served."""
+    """Examine how a GGUF file behaves when it is served."""
     tell("running llama.cpp")
     try:
         with serving(path) as server:

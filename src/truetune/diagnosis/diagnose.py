@@ -46,8 +46,8 @@ class Diagnosis:
 
     Attributes:
         source: as the user wrote it.
-        stages: measured.
-        rows: that they were asked.
+        stages: the measured stages.
+        rows: number of rows on which they were compared.
         effect: how far training moved the predictions; None if there is no base to compare.
     """
 
@@ -106,7 +106,7 @@ def diagnose(
     Args:
         source: a run, a model or adapter folder, or a GGUF file.
         stages: the stages to examine; all if empty.
-        base: where an adapter's base is now.
+        base: current location of an adapter's base.
         merged, quantised: folders made from it.
         gguf: a file made from it.
         url: the address of a server that should serve it.
@@ -114,7 +114,7 @@ def diagnose(
         on_stage: is called with the name of each stage.
 
     Raises:
-        UsageError: something with that name does not exist.
+        UsageError: an argument names something that does not exist.
         TruetuneError: the trained model itself cannot be opened.
     """
     tell = on_stage or (lambda _: None)

@@ -65,7 +65,7 @@ def quantised_budget(config: Any) -> Budget:
 
 
 def _may_be(config: Any) -> tuple[float, float]:
-    """How far a healthy matrix may move, and its scale."""
+    """Return how far a healthy matrix may differ from the original, and its scale."""
     method, bits = stored_quantisation(config) or "", stored_bits(config) or 0
     most = _MOVED.get((method, bits), _MOVED_BY_BITS.get(bits, _MOVED_MOST))
     return most, _SCALED.get(bits, _SCALED_MOST)

@@ -64,13 +64,13 @@ _QUANTISED = {"Q8_0", "Q6_K", "Q5_K", "Q5_0", "Q5_1", "Q4_K", "Q4_0", "Q4_1", "Q
 
 @dataclass(frozen=True)
 class FileCompared:
-    """What was found in a file.
+    """The differences between a file and the model.
 
     Attributes:
         wrong: what is certainly not the model's: tensors, settings, tokens.
         other: what differs, but may be another converter's way of writing it.
         ends: ids on which the file ends replies.
-        unread: why or of which tensors nothing was compared; "" if all were.
+        unread: which tensors were not compared, and why; "" if all were.
     """
 
     wrong: tuple[str, ...] = ()

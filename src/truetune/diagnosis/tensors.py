@@ -41,7 +41,7 @@ OTHER = 0.3
 
 @dataclass
 class Differing:
-    """What was found of the tensors that differ.
+    """The tensors that differ, and explanations.
 
     Attributes:
         names: of all.

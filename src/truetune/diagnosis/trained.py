@@ -27,7 +27,7 @@ def recorded(run: RunDir | None, name: str, loaded: LoadedModel) -> list[Finding
 
     Args:
         run: None for a model without a run: nothing is known about its training.
-        name: of the stage.
+        name: name of the stage.
         loaded: in float32.
     """
     if run is None:

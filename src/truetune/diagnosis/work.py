@@ -124,8 +124,8 @@ class Work:
         return there or held[:1]
 
     def cutting(self, ends: Sequence[int]) -> list[int]:
-        """Ids at which replies would end although they were not trained to: text, or a special
-        token that is a part of replies."""
+        """Ids on which replies would end although they should not: text, or a special token that is
+        part of replies."""
         known = num_ids(self.contract.tokenizer)
         special = {*self.contract.tokenizer.all_special_ids, *self.contract.tokens.special_ids}
         said = {i for ids in self.replies.ids for i in ids} | self.supervised
@@ -136,7 +136,7 @@ class Work:
         ]
 
     def again(self, name: str) -> str:
-        """How a stage is made again."""
+        """Return how to create a stage again."""
         if name == "merged" and not self.is_adapter:
             return "copy the model's folder again"
         return AGAIN[name]

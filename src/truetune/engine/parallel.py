@@ -75,7 +75,7 @@ class Group:
         except BaseException as caught:
             error = caught
         codes = self.gather(error and getattr(error, "exit_code", 1))
-        # What all of them run into is reported by process 0.
+        # An error that all processes raise is reported by process 0.
         if error and (self.leads or codes[0] is None):
             raise error
         if code := next((code for code in codes if code is not None), None):

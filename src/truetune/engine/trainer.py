@@ -189,7 +189,7 @@ class SFTTrainer:
             if on_finding:
                 on_finding(finding)
         if self.device.type == "cpu" and recomputes(model):
-            # The model outlives the trainer, and may meet another one.
+            # The model outlives the trainer, and may be used by another one.
             end = keep_gradients_apart([p for _, p in self.named_trainable])
             weakref.finalize(self, end)
         self.optimizer = build_optimizer(
@@ -339,7 +339,7 @@ class SFTTrainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                # Its frames hold the activations that are to be freed.
+                # The exception's frames hold activations that must be freed.
                 failed = error.with_traceback(None)
             self.optimizer.zero_grad(set_to_none=True)
             set_random_state(random_state)
@@ -395,7 +395,7 @@ class SFTTrainer:
         # Gradients of a backward pass outside the loop, or of a step that broke off, are no part
         # of this one.
         self.optimizer.zero_grad(set_to_none=True)
-        # A step without a target divides by 1: its loss and gradients are 0, never NaN.
+        # Without targets, divide by 1, so that loss and gradients are 0 and not NaN.
         num_supervised = max(num_supervised, 1)
         total = self._zero()
         self.route.step = self.step

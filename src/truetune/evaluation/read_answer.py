@@ -123,7 +123,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
         value **= int(match["to"])
     if match["den"] and int(match["den"]):
         part = Fraction(int(match["over"]), int(match["den"]))
-        # More than a whole is a number of its own.
+        # A fraction of 1 or more is a number of its own, not part of a mixed number.
         value = value + part if part < 1 else part
     if power := match["e"] or match["ten"]:
         value *= Fraction(10) ** int(power)

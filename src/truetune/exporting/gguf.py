@@ -38,9 +38,9 @@ class WrittenGGUF:
         path: of the file.
         quant: its type.
         num_bytes: its size.
-        pre_tokenizer: llama.cpp's name of it.
-        context: tokens up to which it computes what the model does.
-        proof: how it was compared.
+        pre_tokenizer: llama.cpp's name of the pre-tokenizer.
+        context: number of tokens up to which llama.cpp computes the same as the model.
+        proof: the result of the comparison.
         findings: notes and warnings.
     """
 
@@ -68,8 +68,8 @@ def write_gguf(
 
     Args:
         loaded: in float32, without adapter.
-        folder: exists; gets the file and proof.json.
-        name: that the file gives itself.
+        folder: an existing folder, into which the file and proof.json are written.
+        name: the model name that is written into the file.
         conversations: rows on which it is verified, besides fixed prompts.
         template: the file's chat template, if it differs in wording from the contract's.
         on_stage: is called with the name of each stage.

@@ -37,7 +37,8 @@ def require_lora(config: Mapping[str, Any], quant: str) -> None:
         config: the adapter's.
 
     Raises:
-        UsageError: it is more than pairs of matrices, or its type is not one for adapters.
+        UsageError: the adapter contains more than pairs of matrices, or the type is not one for
+            adapters.
     """
     if quant not in QUANTS:
         raise UsageError(
@@ -85,8 +86,8 @@ def write_adapter(
     Args:
         base: in float32.
         loaded: the adapter on its base, in float32.
-        folder: exists; gets the file and proof.json.
-        name: that the file gives itself.
+        folder: an existing folder, into which the file and proof.json are written.
+        name: the model name that is written into the file.
         conversations: rows on which it is verified, besides fixed prompts.
 
     Raises:

@@ -64,10 +64,10 @@ _SMALLER = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 def require_quant(name: str) -> Quant:
-    """The quantisation of a name.
+    """Return the quantisation with a name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such quantisation.
     """
     if name in QUANTS:
         return QUANTS[name]
@@ -88,7 +88,7 @@ def write_file(
 
     Args:
         path: must not exist.
-        name: that the file gives itself.
+        name: the model name that is written into the file.
 
     Returns:
         the type of each tensor, by its name in the file.
@@ -123,7 +123,7 @@ def _describe(writer: Any, shape: Shape, vocabulary: Vocabulary, name: str) -> N
 
 
 def write_trial(path: Path, vocabulary: Vocabulary) -> None:
-    """Write a file that holds a vocabulary, and a model of zeros that is as small as can be."""
+    """Write a file with a vocabulary and a minimal model of zeros."""
     width, rows = 32, len(vocabulary.tokens)
     writer = new_writer(path, gguf.MODEL_ARCH.LLAMA)
     writer.add_name(f"{vocabulary.name}trial")
@@ -208,7 +208,7 @@ def _matters(layer: int, layers: int) -> bool:
 
 
 def _fitting(kind: str, width: int) -> str:
-    """The type, or the next that rows of this width can have."""
+    """Return the type, or the next one that supports rows of this width."""
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
     if width % block == 0:
         return kind

@@ -1,8 +1,8 @@
 """Compare llama.cpp's ids with a tokenizer's, and find the pre-tokenizer that makes them equal.
 
 input   a vocabulary, its contract
-does    tries llama.cpp's pre-tokenizers on texts in twenty scripts, each in a file that holds
-        little but the vocabulary, until one gives the tokenizer's ids: its converter knows
+does    tries llama.cpp's pre-tokenizers on texts in twenty scripts, each in a minimal file with the
+        vocabulary, until one gives the tokenizer's ids: llama.cpp's own converter recognises
         tokenizers by a hash, and refuses all others
 output  the vocabulary with its pre-tokenizer
 """

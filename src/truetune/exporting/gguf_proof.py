@@ -26,7 +26,7 @@ from truetune.servers.llama_cpp import LlamaCpp, serving
 
 @dataclass(frozen=True)
 class Budget:
-    """How far llama.cpp may be from transformers in float32 when nothing is wrong.
+    """How far llama.cpp may differ from transformers in float32 if nothing is wrong.
 
     Attributes:
         usual: in units of the logits' spread (`Apart.relative`): about three times what the type
@@ -114,7 +114,7 @@ def apart_of(reference: Reading, other: Reading) -> Apart:
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared.
+    """The result of the comparison with llama.cpp.
 
     Attributes:
         texts: ids of texts.

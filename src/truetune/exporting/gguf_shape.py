@@ -2,9 +2,9 @@
 names in a GGUF file.
 
 input   a loaded model in float32
-does    names tensors by gguf's own name maps; reads hyperparameters from the config, and from the
-        model itself what a config does not say: what its norms add to their weights, what its
-        rotary embedding does to the default one
+does    names tensors by gguf's own name maps; reads hyperparameters from the config, and measures
+        on the model what a config does not say: what its norms add to their weights, and how its
+        rotary embedding differs from the default one
 output  Shape; `gguf_proof.py` verifies that llama.cpp computes the same
 """
 

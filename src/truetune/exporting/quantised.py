@@ -3,7 +3,7 @@
 input   a merged model folder, and for GPTQ the rows on which it is calibrated, as ids
 does    has bitsandbytes, torchao or llm-compressor quantise the weights in a child process; keeps
         tokenizer, template and generation_config byte for byte
-output  WrittenQuantised; whoever asked compares it with the model before it gets its name
+output  WrittenQuantised; the caller compares it with the model before it renames the folder
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Quant:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs rows."""
+        """Whether it needs calibration rows."""
         return self.kind == "llmcompressor"
 
 
@@ -75,7 +75,7 @@ class WrittenQuantised:
 
 
 def require_quantiser(quant: str) -> None:
-    """Report first if a type is unknown or its package is missing.
+    """Raise if a type is unknown or its package is missing.
 
     Raises:
         UsageError: see above.
@@ -172,7 +172,8 @@ def write_quantised(
 
 
 def _short(error: str, most: int = 160) -> str:
-    """Its beginning and its end: libraries say there what happened, and print code between them."""
+    """Shorten an error to its beginning and its end: libraries explain the error there, and print
+    code in between."""
     return error if len(error) <= 2 * most else f"{error[:most]} ... {error.strip()[-most:]}"
 
 

@@ -59,7 +59,7 @@ _SEEDS = 2**32 - 1
 
 @dataclass(frozen=True)
 class Served:
-    """What is served.
+    """The model that is served.
 
     Attributes:
         name: that `/v1/models` lists.
@@ -179,7 +179,7 @@ class _LlamaModel:
 
 
 class _Handler(LocalHandler):
-    """What both servers share: who may ask, and errors as the protocol defines them."""
+    """The common part of both servers: access control, and errors as the protocol defines them."""
 
     timeout = _PATIENCE
     _begun = False
@@ -198,7 +198,7 @@ class _Handler(LocalHandler):
 
     @property
     def where(self) -> str:
-        """The path that is asked for."""
+        """The requested path."""
         return self.path.partition("?")[0].rstrip("/") or "/"
 
     def _answered(self, work: Any) -> None:

@@ -284,7 +284,9 @@ def without_memory(files: ModelFiles, config: Any) -> tuple[Any, dict[str, Any]]
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except Exception:  # an architecture that cannot be made without memory: loading will tell
+    except (
+        Exception
+    ):  # an architecture that cannot be created without memory: errors show when it is loaded
         return None
     return model, info
 
@@ -326,7 +328,7 @@ def _read_weights(
 ) -> tuple[Any, list[Finding]]:
     from transformers import AutoModelForCausalLM
 
-    # On CPU without a device map: the map goes through accelerate, which has nothing to do there.
+    # On CPU without a device map, which would involve accelerate without need.
     where: dict[str, Any] = {}
     if placement.device.type != "cpu":
         where["device_map"] = {"": placement.device}

@@ -16,7 +16,7 @@ from truetune.model.source import first_line
 from truetune.system.lazy import torch
 
 Quantised = Literal["4bit", "8bit"]
-# On a CPU it tells at import (peft's too) which kernel it goes without; nothing is missing for it.
+# On a CPU it warns at import (also that of peft) about a missing kernel that it does not need.
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 # And at every product of 8 bits that it computes in float16, as LLM.int8 is made: thousands of
 # lines in a run of ten steps.

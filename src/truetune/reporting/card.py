@@ -170,7 +170,7 @@ def _cached(base: str, name: str, revision: Any) -> Path | None:
 
 
 def _text(value: Any) -> str:
-    """Foreign text within Markdown: on one line, nothing of it is markup."""
+    """Escape foreign text for Markdown, on one line and without markup."""
     line = " ".join(str(value).split())[:1000]
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", escaped(line))
 

@@ -33,7 +33,7 @@ BEHAVIOUR = frozenset(
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its files have it.
+    """A run, as read from its files.
 
     Attributes:
         path: the run directory.

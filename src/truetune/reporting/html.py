@@ -199,7 +199,7 @@ def _unbroken(text: Any) -> str:
 
 
 def facts_table(rows: Iterable[Sequence[Any]], heads: Sequence[str] = ()) -> str:
-    """Names and values; rows without a value are left out."""
+    """Return a table of names and values, without entries that have no value."""
     head = "".join(f"<th>{escaped(name)}</th>" for name in heads)
     lines = [f"<tr>{head}</tr>"] if heads else []
     for row in rows:
@@ -251,7 +251,7 @@ _PART = "\u00b7"
 
 
 def legend(kinds: Iterable[Kind] = tuple(KINDS)) -> str:
-    """What the colours of tokens mean."""
+    """Return the legend for the colours of tokens."""
     spans = "".join(f'<span class="{k}">{escaped(KINDS[k])}</span> ' for k in kinds)
     return f'<p class="legend">{spans}</p>'
 

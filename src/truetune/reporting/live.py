@@ -20,7 +20,7 @@ def serving(run: RunDir, port: int) -> contextlib.AbstractContextManager[LocalSe
     """Open a server of one page on its port.
 
     Raises:
-        UsageError: the port cannot be had.
+        UsageError: the port cannot be used.
     """
     return serving_here(_Handler, port, run)
 

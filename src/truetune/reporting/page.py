@@ -1,4 +1,4 @@
-"""Write the page of a run: verdict, replies, losses, and what it was made from."""
+"""Write the page of a run: verdict, replies, losses, data and settings."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def _head(run: RunFacts) -> Iterator[str]:
 
 
 def _ended(run: RunFacts) -> str:
-    """How a run ended that did not come to its end, and how it goes on."""
+    """Describe how an unfinished run ended, and how to continue it."""
     if run.state == "failed" and run.behaviour("error"):
         return "A probe stopped the run early; its finding is shown below."
     ended = "failed" if run.state == "failed" else "was stopped or killed"
@@ -363,7 +363,7 @@ def _time(run: RunFacts) -> str:
     # Not every step has a line.
     whole = sum(training) / len(training) * max(int(line["step"]) for line in run.steps)
     times = "once" if len(probing) == 1 else f"{len(probing):,} times"
-    return f"; measured {times}, in {percent(sum(probing) / whole)} of the steps' time"
+    return f"; measured {times}, in {percent(sum(probing) / whole)} of the step time"
 
 
 def _cell(name: str, value: Any) -> str:

@@ -105,7 +105,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
     try:
         found = survey(recipe, listener)
     except BadRows as error:
-        # Not one row is left: the rows are all there is to tell.
+        # No row is left, so only the rows can be reported.
         return Checkup(
             merged(error.findings), {"run": {"model": recipe.model, "data": recipe.data}}
         )
@@ -128,7 +128,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
         judged = _measured_verdict(found, numbers["chat"])
         parameters = found.prepared.model.num_parameters
         reported += start_differs(judged, found.prepared.plan, parameters)
-        # One answer a screen: where weights say nothing, what the template says stands.
+        # Show one verdict: if the weights say nothing, that of the template is kept.
         summary["verdict"] = _verdict_summary(judged, parameters) | {
             "taken_for": found.prepared.plan.start
         }
@@ -174,7 +174,7 @@ def start_differs(judged: StartVerdict, plan: Plan, num_parameters: int) -> Iter
     if kind == "unknown" or kind == plan.start:
         return
     rate = usual_rate(plan.lora, num_parameters, kind, "", plan.reasoning_share)[0]
-    # A rate that somebody gave, or that does not depend on the start, is none that is wrong now.
+    # A learning rate that the user set, or that does not depend on base or instruct, stays right.
     derived = plan.origin("learning_rate").startswith("default") and rate != plan.learning_rate
     yield Finding(
         "start-differs",

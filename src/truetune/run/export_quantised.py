@@ -164,7 +164,8 @@ def export_quantised(
             rows=calibration.rows if calibration else (),
             device=str(choose_device(device)[0]),
         )
-        # Merged onto other weights than it was trained on, it is to be that merged model.
+        # If the adapter was merged onto other weights than it was trained on, compare with that
+        # merged model.
         other = files.is_adapter and onto == "original"
         found = diagnose(
             str(whole) if other else source,

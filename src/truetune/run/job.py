@@ -505,7 +505,7 @@ class Job:
             error.where = self._named(error.rows)
         if self.plan.on_collapse != "rewind" or self.run.file(REWOUND).is_file():
             return False
-        # None writes that it went back before all have seen that it had not.
+        # No process records that the run went back before all processes have seen that it had not.
         self.group.gather("went on")
         healthy = [folder for folder in self.run.checkpoints() if folder <= self._last_healthy()]
         checkpoint, _ = last_good(healthy)
@@ -614,7 +614,7 @@ class Job:
         self.listener.stage("answering trained prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
         self.answers = (*trained, *sampled_answers(self._samples_now))
-        # What came behind the step that is saved says nothing of it.
+        # Whatever followed the saved step does not describe it.
         lines = [v for v in self.run.lines("metrics.jsonl") if v["step"] <= self.trainer.step]
         for finding in judge(outcome_of(self.answers, lines, self.prepared, self.plan)):
             self._found(finding)

@@ -59,7 +59,7 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
         load_in=_bits(plan),
         full_fingerprint=plan.full_fingerprint,
         bf16_weights=plan.optim == "adamw_bf16",
-        # New tokens are not the base's.
+        # New tokens are not known to the base.
         tokenizer=None if prepared.new_tokens else prepared.contract.tokenizer,
     )
     if original:
@@ -68,7 +68,7 @@ def load_start(prepared: Prepared, checkpoint: Path | None) -> tuple[LoadedModel
         bits = NAMES[loaded.quantised] if loaded.quantised else ""
         findings.append(rounding_finding(found, bits, len(rows)))
     loaded = replace(loaded, choices=tuple(_explained(c, plan) for c in loaded.choices))
-    # The contract's tokenizer is the one that the rows were proved with.
+    # Use the contract's tokenizer, with which the rows were proved.
     loaded = replace(loaded, tokenizer=prepared.contract.tokenizer)
     if not checkpoint:
         loaded = _with_adapter(loaded, prepared)

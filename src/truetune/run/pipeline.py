@@ -129,7 +129,7 @@ def _lead(job: Job, checkpoint: Checkpoint | None) -> RunResult:
     try:
         return _led(job, checkpoint)
     except BaseException as error:
-        # The page says how the run ended, however it did.
+        # The page is written however the run ended.
         if not job.run.finished:
             for finding in write_ending(job.run, error):
                 job.listener.finding(finding)

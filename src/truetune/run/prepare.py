@@ -176,7 +176,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     train = _encode(contract, read.train, recipe, listener)
     held_out = _encode(contract, read.held_out, recipe, listener)
     refusals = [*read.loaded.findings, *train.refused, *held_out.refused]
-    # A template that refuses a row refuses others for the same reason, with other names in it.
+    # A template that refuses a row refuses others for the same reason, with different names.
     told_once = folded([*train.refused, *held_out.refused])
     found = [*read.loaded.findings, *told_once]
     bad_rows, stopping = bad_rows_told(found, recipe, len(train.rows))
