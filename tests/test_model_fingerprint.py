@@ -135,6 +135,7 @@ def test_a_sibling_of_every_family(tmp_path: Path, kind: str) -> None:
     error = refused(adapter)
     assert error.code == "adapter-wrong-base"
     assert f"{len(tensors)} of {len(tensors)} weights differ" in error.what
+    assert error.fix.endswith("base_model_name_or_path in adapter_config.json")
 
 
 def test_a_sibling_of_equal_shapes(adapter: Path, base: Path) -> None:
