@@ -155,9 +155,9 @@ def test_an_own_file_on_the_embedded_base_is_learned(tmp_path: Path, count: int)
 def test_a_rate_above_the_usual_one_is_never_advised() -> None:
     bad = {"answers": (answer(text="5."),) * 4, "last_loss": 2.4, "by_steps": True}
     (found,) = judge(dataclasses.replace(GOOD, **bad, usual_rate=2e-4))
-    assert found.fix.startswith("--learning-rate 0.0002, or --max-steps 120")
+    assert found.fix.startswith("use --learning-rate 0.0002, or --max-steps 120")
     (found,) = judge(dataclasses.replace(GOOD, **bad, usual_rate=1e-4))
-    assert found.fix.startswith("--max-steps 120")
+    assert found.fix.startswith("use --max-steps 120")
 
 
 def test_answers_too_long_to_be_written_out_are_judged_by_the_stop_behind_the_rows_own() -> None:
