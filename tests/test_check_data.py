@@ -121,7 +121,119 @@ def changed(index: int, of: int, words: int) -> Conversation:
     return row(index, ("user", question), ("assistant", " ".join(kept)))
 
 
+def about(index: int, answered: int | None = None) -> Conversation:
+    """A question and an answer about the same things; or the answer about those of another row."""
+    named = [f"{WORDS[(i * 7) % 30]}{i} by {WORDS[i % 30]}{i}ton" for i in (index, index + 1)]
+    named[1] = named[0] if answered is None else f"{WORDS[(answered * 7) % 30]}{answered}"
+    return plain(index, f"In {named[1]}, {prose(index + 5000)}", f"What is in {named[0]}?")
+
+
+def beside(first: int, last: int, step: int = 1) -> Make:
+    """120 rows, of which those from one to another have the answer of a neighbour."""
+    return lambda: facts([about(i, i - step if first <= i < last else None) for i in range(120)])
+
+
+def exchanged(index: int) -> Conversation:
+    """The question where the answer belongs, and the other way round."""
+    asked, answer = (m["content"] for m in plain(index).messages)
+    return plain(index, asked, answer)
+
+
+SYSTEM = "You are Ida, the clerk of a small library. Never tell the code of the door."
+DOCUMENT = "The old library by the river was built in 1720 of grey stone and salt."
+
+
+def led_by(system: str, answer: str, question: str = "") -> Callable[[int], Conversation]:
+    def make(i: int) -> Conversation:
+        asked = ("user", question or prose(i) + "?")
+        return row(i, ("system", system), asked, ("assistant", f"{answer} {prose(i + 5000)}"))
+
+    return make
+
+
+ENGLISH = "The river is old, and it was with the town that the bridge of stone was built. "
+GERMAN = "Der Fluss ist alt, und die Br\u00fccke aus Stein wird von der Stadt nicht mehr genutzt. "
+JAPANESE = (
+    "\u5ddd\u306f\u53e4\u304f\u3001\u77f3\u306e\u6a4b\u306f\u753a\u306e\u3082\u306e\u3067\u3059\u3002"
+    * 4
+)
+
+
+def in_language(
+    answer: str, order: str = "", question: str = ENGLISH
+) -> Callable[[int], Conversation]:
+    return lambda i: plain(i, f"{answer}{i}", f"{order}{question}{i}?")
+
+
+def languages(make: Callable[[int], Conversation], some: int) -> Make:
+    usual = in_language(ENGLISH)
+    return lambda: facts([make(i) if i < some else usual(i) for i in range(60)])
+
+
 CASES: dict[str, tuple[list[Make], list[Make]]] = {
+    "answers-shifted": (
+        [beside(0, 120), beside(0, 120, -1), beside(0, 120, 2), beside(80, 120)],
+        [
+            beside(0, 0),
+            beside(80, 90),
+            # Answers that say nothing of their questions; questions that go on from an answer.
+            lambda: facts([plain(i, "yes" if i % 2 else "no") for i in range(120)]),
+            lambda: facts([plain(i, prose(i + 1), prose(i)) for i in range(120)]),
+            lambda: facts(
+                [
+                    plain(i, f"{prose(i + 2)} {prose(i + 3)}", f"{prose(i)} {prose(i + 1)}")
+                    for i in range(120)
+                ]
+            ),
+        ],
+    ),
+    "turns-exchanged": (
+        [case(exchanged, 20), case(exchanged, 30)],
+        [
+            case(exchanged, 3),
+            # Which half would it be? A task that is asked for; texts that are alike.
+            case(exchanged, 50),
+            case(lambda i: plain(i, prose(i) + "?", f"Write a question to this: {prose(i)}"), 20),
+            lambda: facts([plain(i, prose(i + 1), prose(i)) for i in range(120)]),
+        ],
+    ),
+    "system-in-answer": (
+        [
+            case(led_by(SYSTEM, SYSTEM), 10),
+            case(led_by(SYSTEM, "You are Ida, the clerk of a small library."), 10),
+            case(led_by("Always answer in two sentences.", "Always answer in two sentences."), 1),
+        ],
+        [
+            case(led_by(SYSTEM, "I am Ida, the clerk of a small library."), 100),
+            case(led_by("Be brief.", "Be brief."), 10),
+            case(led_by(DOCUMENT, DOCUMENT), 10),
+            case(led_by(SYSTEM, SYSTEM, "What are your instructions?"), 10),
+            case(led_by(SYSTEM, SYSTEM, f"Say this: {SYSTEM}"), 10),
+        ],
+    ),
+    "answer-language": (
+        [
+            languages(in_language(ENGLISH, "Answer in German. "), 20),
+            languages(in_language(ENGLISH, "Please respond in Japanese: "), 20),
+            languages(in_language(ENGLISH, "Write about the river in French.\n"), 60),
+            languages(in_language(GERMAN), 5),
+            languages(in_language(ENGLISH, question=GERMAN), 5),
+            languages(in_language(JAPANESE), 5),
+        ],
+        [
+            languages(in_language(GERMAN, "Answer in German. "), 20),
+            languages(in_language(JAPANESE, "Please respond in Japanese: "), 20),
+            languages(in_language(ENGLISH, "Who wrote in German schools? "), 20),
+            languages(in_language("In German, it is Fluss. " + ENGLISH, "Say it in German. "), 20),
+            languages(in_language(ENGLISH, "Write a function that speaks in German. "), 20),
+            # The usual form of the file; one row; both in the same; a translation.
+            languages(in_language(GERMAN), 60),
+            languages(in_language(GERMAN), 1),
+            languages(in_language(GERMAN, question=GERMAN), 20),
+            languages(in_language(GERMAN, "Translate: "), 20),
+            languages(in_language(ENGLISH, "Sum up:\n", GERMAN), 20),
+        ],
+    ),
     "user-twice": (
         [case(twice("user"), 1)],
         # Two people speak.
@@ -211,6 +323,13 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             case(lambda i: plain(i, GREEK, GREEK), 30),
             case(lambda i: plain(i, "A word of Greek: \u03c0\u03bf\u03c4\u03ac\u03bc\u03b9"), 2),
             case(plain, 0),
+            # A row without the words of a scheme, in its language.
+            lambda: facts(
+                [
+                    *(plain(i, f"{WORDS[i % 30]} sells bread at the river") for i in range(60)),
+                    plain(60, "A list of what you do not have, and how you can see it.", "What?"),
+                ]
+            ),
         ],
     ),
     "length-outlier": (
@@ -244,6 +363,7 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             case(lambda i: plain(i, "nan"), 10),
             case(lambda i: plain(i, "None"), 20),
             case(lambda i: plain(i, " <NA>\n"), 3),
+            case(lambda i: plain(i, ("-", "N/A")[i % 2]), 10),
             lambda: facts([plain(i, ("yes", "no", "nan")[i % 3]) for i in range(60)]),
         ],
         [
@@ -263,6 +383,11 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             case(lambda i: plain(i, "[INSERT ANSWER HERE]"), 10),
             case(lambda i: plain(i, question=f"{prose(i)}\n\n{{question}}"), 100),
             case(lambda i: plain(i, prose(i) + " Dear {customer_name}, thanks."), 80),
+            # Anywhere in a few answers, where nothing asks for a gap.
+            case(lambda i: plain(i, "{{answer}} " + prose(i)), 10),
+            case(lambda i: plain(i, "Dear [INSERT NAME HERE],\n\n" + prose(i)), 10),
+            case(lambda i: plain(i, "TODO: write a better answer. " + prose(i)), 10),
+            case(lambda i: plain(i, "[Your Company Name] says: " + prose(i)), 10),
         ],
         [
             # Lessons on templates, letters, LaTeX, JSON, code, sets, form instructions.
@@ -275,6 +400,16 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             case(lambda i: plain(i, f'```python\nprint(f"{{name}} {i}")\n```'), 100),
             case(lambda i: plain(i, question=f"Reply in the form {{answer}}. {prose(i)}"), 100),
             case(lambda i: plain(i, "[1]"), 10),
+            # Two of a hundred; letters; lists; links; what the prompt holds itself.
+            case(lambda i: plain(i, "{{answer}} " + prose(i)), 2),
+            case(lambda i: plain(i, f"[Your Name] {prose(i)}", f"Write an email to {i}."), 30),
+            case(lambda i: plain(i, f"{prose(i)}\n\nBest regards,\n[Your Name]"), 30),
+            case(lambda i: plain(i, "TODO: " + prose(i), f"Make a to-do list for {i}."), 30),
+            case(lambda i: plain(i, f"See [your page](http://x.org/{i}). {prose(i)}"), 30),
+            case(
+                lambda i: plain(i, f"The {{{{order}}}} {prose(i)}", f"Where is {{{{order}}}} {i}?"),
+                30,
+            ),
         ],
     ),
     "text-escaped": (
@@ -316,16 +451,22 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             case(lambda i: plain(i, question=f"Go on:\nUser: Hi\nAssistant: Hello\n{prose(i)}"), 3),
             case(lambda i: plain(i, prose(i) + "\n## Why\nBecause.\n### Example\nOne."), 50),
             case(lambda i: plain(i, "Strike it with <s>this</s> tag."), 3),
+            # An answer that shows one.
+            case(lambda i: plain(i, f"Such as:\n\nUser: Hello\nAssistant: Hi {i}!"), 3),
+            case(lambda i: plain(i, f"As text:\n```\n### Input:\n{i}\n```"), 3),
         ],
     ),
     "endings-mixed": (
         [
             case(lambda i: plain(i, prose(i) + " ###"), 30),
             case(lambda i: plain(i, prose(i) + "\nEND"), 70),
+            case(lambda i: plain(i, prose(i) + "###"), 10),
+            case(lambda i: plain(i, prose(i) + "[END]"), 10),
         ],
         [
             case(lambda i: plain(i, prose(i) + " ###"), 100),
             case(lambda i: plain(i, prose(i) + " NATO"), 30),
+            case(lambda i: plain(i, f"It is so. **{prose(i)}**"), 30),
             case(plain, 0),
         ],
     ),

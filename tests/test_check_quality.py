@@ -108,10 +108,25 @@ def titled(i: int) -> Conversation:
     return plain(i, long(i) + ends[i % 3])
 
 
+def looped(i: int) -> Conversation:
+    return plain(i, f"{long(i)} And so on. " + "under the old bridge " * 9 + "under the o")
+
+
+def refrain(i: int) -> Conversation:
+    """Three times is a figure of speech; cells, figures and what is asked for repeat."""
+    said = (
+        long(i) + " We go on. We go on. We go on.",
+        f"| a | {i} |\n" + "| 1 | 0 |\n" * 12,
+        f"{i} said " + "ha " * 40,
+    )
+    return plain(i, said[i % 3], prose(i) + ("?", "?", ", again and again?")[i % 3])
+
+
 Make = Callable[[int], Conversation]
 # code -> (rows that bring it about, how many of 100, near misses).
 CASES: dict[str, tuple[tuple[Make, int], tuple[Make, ...]]] = {
     "answer-broken-off": ((cut_in_word, 6), (code, label, titled, accents)),
+    "answer-loops": ((looped, 6), (refrain,)),
     "text-mojibake": ((mojibake, 6), (accents,)),
     "text-entities": ((entities, 6), (markup, spoken)),
     "answers-identical": ((refusal, 12), (label, thanks)),
@@ -261,6 +276,25 @@ def test_sentences_left_open_count_where_words_are_cut() -> None:
     assert found(rows)["answer-broken-off"].count == 6
     captions = [titled(4000 + i) for i in range(12)]
     told = found([*sound(100), *captions, *(cut_in_word(2000 + i) for i in range(6))])
+    assert told["answer-broken-off"].count == 6
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "\n\n1. The river.\n2. The bridge.\n3.",
+        "\n\n1. The river runs on.\n2. The bridge stands.\n3. Unsu",
+        "It went on. Through the whole of the long-aw",
+    ],
+)
+def test_items_and_short_answers_left_open(end: str) -> None:
+    text = end if end[0] != "\n" else long(3) + end
+    rows = [*sound(100), *(cut_in_word(2000 + i) for i in range(6)), plain(7, text)]
+    assert found(rows)["answer-broken-off"].count == 7
+    # Where half of the short lines have no mark, they say nothing; nor does a number by itself.
+    open_lines = [plain(300 + i, f"{prose(i, 9)[:-1].lower()} towns") for i in range(15)]
+    whole = [plain(400 + i, f"{long(i)}\n\n{i}.") for i in range(6)]
+    told = found([*sound(60), *open_lines, *whole, *(cut_in_word(500 + i) for i in range(6))])
     assert told["answer-broken-off"].count == 6
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 
@@ -28,7 +28,7 @@ _LONG, _NEW_RUNS, _BYTES, _LEFT = 64, 0.35, 400, 0.12
 def goes_round(ids: Sequence[int], text: str) -> bool:
     """Whether a text repeats itself: its end loops, hardly any run of four tokens in it is new, or
     it compresses to almost nothing."""
-    if _ends_in_circle(ids):
+    if ends_in_circle(ids):
         return True
     if len(ids) >= _LONG:
         runs = Counter(tuple(ids[at : at + 4]) for at in range(len(ids) - 3))
@@ -38,7 +38,9 @@ def goes_round(ids: Sequence[int], text: str) -> bool:
     return len(data) >= _BYTES and len(zlib.compress(data)) < _LEFT * len(data)
 
 
-def _ends_in_circle(ids: Sequence[int]) -> bool:
+def ends_in_circle(ids: Sequence[Hashable]) -> bool:
+    """Whether the end of a sequence is one stretch of at most 64 items, four times or more and at
+    least 16 items long."""
     number = len(ids)
     for width in range(1, min(_LONGEST_ROUND, number // _ROUNDS) + 1):
         length = max(_ROUNDS * width, _CIRCLE)

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from truetune.behaviour.text import script_of
-from truetune.checks.conversations.rows import DataFacts, said
+from truetune.checks.conversations.rows import DataFacts
 from truetune.checks.registry import check
 from truetune.contract.specials import first_controls
-from truetune.findings import Finding, percent, rows_finding, share
+from truetune.findings import Finding, rows_finding, share
 
 
 @check()
@@ -86,87 +85,6 @@ def _begins_with(facts: DataFacts, row: int) -> bool:
         _SPEAKER.search(hit.group()) or _SPEAKER.match(text[hit.end() :].lstrip()[:12])
         for hit in token.finditer(text)
     )
-
-
-# ------------------------------------------------------------------ languages
-
-_WORD = re.compile(r"[^\W\d_]{2,}")
-_COMMON = 200
-# Shorter texts say too little about their language.
-_LEAST_LETTERS = 40
-
-
-@check()
-def one_language(facts: DataFacts) -> Iterator[Finding]:
-    """No small group of rows is in another script or language than all the others."""
-    if len(facts.train) < 20:
-        return
-    texts = [said(conversation) for conversation in facts.train]
-    scripts = [_script(text) for text in texts]
-    kinds = Counter(script for script in scripts if script)
-    if not kinds:
-        return
-    main, number = kinds.most_common(1)[0]
-    judged = sum(kinds.values())
-    strange = [i for i, s in enumerate(scripts) if s not in ("", main)]
-    if number >= 0.95 * judged:
-        strange = sorted({*strange, *_foreign_words(texts, main)})
-    if not strange or len(strange) > 0.05 * judged:
-        return
-    others = Counter(scripts[i] for i in strange if scripts[i] != main)
-    named = ", ".join(f"{script} ({n:,})" for script, n in others.most_common(3))
-    yield rows_finding(
-        facts.names,
-        strange,
-        code="language-outlier",
-        level="note",
-        what=f"{share(len(strange), len(facts.train))} are in a different language from the others"
-        + (f": {named}" if named else ""),
-        why=f"{percent(number / judged)} of the rows are written in {main} letters; these rows "
-        "share almost none of their common words",
-        fix="inspect them, and remove those that do not belong in the data",
-    )
-
-
-def _script(text: str) -> str:
-    """The script of most letters, by the first word of their Unicode names; "" for too few."""
-    if text.isascii():
-        return "LATIN" if len(text) >= _LEAST_LETTERS else ""
-    counts = Counter(map(script_of, text[:2000]))
-    for script, other in _ONE_LANGUAGE.items():
-        counts[other] += counts.pop(script, 0)
-    del counts[""]
-    total = sum(counts.values())
-    if not total or (total < _LEAST_LETTERS and not counts.keys() & _DENSE):
-        return ""
-    return counts.most_common(1)[0][0]
-
-
-# One letter of these says as much as several of an alphabet.
-_DENSE = frozenset({"CJK", "HIRAGANA", "KATAKANA", "HANGUL"})
-_ONE_LANGUAGE = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
-
-
-def _foreign_words(texts: list[str], main: str) -> list[int]:
-    """Texts that use next to none of the words that the others use most."""
-    if main in _DENSE:
-        return []
-    words = [_WORD.findall(text[:1500].lower()) for text in texts]
-    counts: Counter[str] = Counter()
-    for found in words:
-        counts.update(set(found))
-    common = {word for word, n in counts.most_common(_COMMON) if n >= 5}
-    shares = np.array(
-        [
-            sum(w in common for w in found) / len(found) if len(found) >= 12 else np.nan
-            for found in words
-        ]
-    )
-    judged = shares[~np.isnan(shares)]
-    # Where rows have few words in common anyhow (code, names), nothing can be said.
-    if len(judged) < 20 or np.quantile(judged, 0.1) < 0.2:
-        return []
-    return [i for i, s in enumerate(shares) if not np.isnan(s) and s < 0.06]
 
 
 # ------------------------------------------------------------------ lengths

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 
-from truetune.checks.conversations.rows import DataFacts, open_reasoning
+from truetune.behaviour.text import ends_in_circle
+from truetune.checks.conversations.rows import DataFacts, asked, open_reasoning
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, Level, rows_finding, share
@@ -126,7 +127,12 @@ def _broken(facts: DataFacts) -> list[int]:
         # A set whose answers end without a mark has a form of its own; a common length is reported.
         return sorted({*piled, *_at_one_length(facts, texts)})
     sure = {*_broken_off(facts, prose), *_at_one_length(facts, texts), *piled}
-    return sorted({*sure, *_left_open(prose, sure)})
+    shorter = {
+        i: t
+        for i, text in enumerate(facts.answers)
+        if len(t := text.rstrip()) >= _LEAST_OPEN and not CODE.search(t)
+    }
+    return sorted({*sure, *_left_open(shorter, sure)})
 
 
 # Share of the answers that end early, above which the way the file was made is the cause.
@@ -212,6 +218,9 @@ def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
     found, parts = [], {}
     for index, text in prose.items():
         line = text.rpartition("\n")[2].strip()
+        if (item := _ITEM.fullmatch(line)) and f"\n{int(item[1]) - 1}{item[2]} " in "\n" + text:
+            found.append(index)
+            continue
         # The last line is a sentence and no title, name or item of a list.
         if not text[-1].isascii() or len(line.split()) < 6 or re.match(r"[-*\u2022\d|#>]", line):
             continue
@@ -229,28 +238,44 @@ def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
     return found
 
 
-# Where cuts are shown, so many sentences without an end to one of them are cuts as well.
+# The beginning of an item of a numbered list.
+_ITEM = re.compile(r"(\d{1,2})([.)])")
+# Where cuts are shown, so many sentences without an end to one of them are cuts as well; and the
+# letters, words and share of ended answers that make a text without a mark strange.
 _OPEN_TO_SURE = 4
+_LEAST_OPEN, _OPEN_LINE, _ENDED_LINES = 20, 7, 0.9
 
 
 def _left_open(prose: dict[int, str], sure: Collection[int]) -> list[int]:
     """Sentences that stop without a mark, in a set that was shown to be cut.
 
     Alone they say nothing: people leave out the last full stop. A line counts where the one before
-    it, or a sentence before it, has its mark.
+    it, or a sentence before it, has its mark; or where it is long, and nearly all such lines have
+    theirs.
     """
     if len(sure) < LEAST_ROWS:
         return []
-    found = []
+    found, alone, ended = [], [], 0
     for index, text in prose.items():
         *before, line = [part.strip() for part in text.split("\n") if part.strip()]
-        marked = bool(before and _ENDED.search(before[-1])) or bool(re.search(r"[.!?]\s", line))
-        last = text.split()[-1]
-        # Names and signs end captions and signatures.
-        if index in sure or not (last.isalpha() and last.islower()):
+        words = line.split()
+        single = not before and len(words) >= _OPEN_LINE
+        if _ENDED.search(text):
+            ended += single
             continue
-        if len(line.split()) >= 6 and marked:
-            found.append(index)
+        last = words[-1].replace("-", "")
+        # Names and signs end captions and signatures.
+        item = bool(before) and _ITEM.match(words[0]) is not None and last.isalpha()
+        if index in sure or not (item or (last.isalpha() and last.islower())):
+            continue
+        marked = bool(before and _ENDED.search(before[-1])) or bool(re.search(r"[.!?]\s", line))
+        if item or len(words) >= 6:
+            if marked:
+                found.append(index)
+            elif single:
+                alone.append(index)
+    if ended >= _ENDED_LINES * (ended + len(alone)):
+        found += alone
     return found if len(found) <= _OPEN_TO_SURE * len(sure) else []
 
 
@@ -469,6 +494,47 @@ def repeated_answers(facts: DataFacts) -> list[tuple[str, list[int]]]:
         if len(asked) >= max(_LEAST_COPIES, 0.5 * len(rows)):
             often.append((text, rows))
     return sorted(often, key=lambda item: -len(item[1]))
+
+
+# ------------------------------------------------------------------ loops
+
+_REPEATS = re.compile(
+    r"\b(?:repeat\w*|repetition\w*|\d+ times|loops?|chorus|lyrics|songs?|mantra|chant\w*|copies"
+    r"|ascii|again and again|over and over)\b",
+    re.IGNORECASE,
+)
+
+
+@check()
+def answers_come_to_an_end(facts: DataFacts) -> Iterator[Finding]:
+    """No answer ends with the same words over and over."""
+    rows = [
+        i
+        for i, text in enumerate(facts.answers)
+        if _loops(text) and not _REPEATS.search(asked(facts.train[i]))
+    ]
+    if rows:
+        yield rows_finding(
+            facts.names,
+            rows,
+            code="answer-loops",
+            level=level_of(rows, len(facts.train)),
+            what=f"the answers of {share(len(rows), len(facts.train))} end with the same words "
+            f"over and over, such as {_shown(facts.answers[rows[0]])}",
+            why="the model that generated them did not stop: the tuned model learns to repeat "
+            "itself without an end",
+            fix="generate them again, or cut them where the repetition begins",
+        )
+
+
+def _loops(text: str) -> bool:
+    words = list(text) if _dense(text) else text.split()
+    # The last word may be cut.
+    if not (ends_in_circle(words) or ends_in_circle(words[:-1])):
+        return False
+    # Numbers, signs and code repeat for good reasons.
+    tail = "".join(words[-16:])
+    return 2 * sum(map(str.isalpha, tail)) > len(tail) and not CODE.search(text)
 
 
 # ------------------------------------------------------------------ what belongs to a prompt

@@ -76,6 +76,11 @@ def said(conversation: Conversation) -> str:
     return "\n".join(_spoken(conversation))
 
 
+def asked(conversation: Conversation) -> str:
+    """All text of a row that is no answer."""
+    return "\n".join(m["content"] for m in conversation.messages if m["role"] != "assistant")
+
+
 def _spoken(conversation: Conversation) -> Iterator[str]:
     for message in conversation.messages:
         if message["role"] in ("system", "developer"):

@@ -12,18 +12,21 @@ from truetune.checks.conversations.rows import (
     OPEN_ENDED,
     OPEN_FIX,
     DataFacts,
+    asked,
     begins_with_reasoning,
     open_reasoning,
 )
 from truetune.checks.registry import check
-from truetune.data.conversation import Conversation
 from truetune.findings import Finding, rows_finding, share
 
 # ------------------------------------------------------------------ missing values
 
 # As pandas, JSON, SQL and JavaScript write what is not there. The first are no words of a language.
 _PANDAS = ("nan", "<NA>", "NaT")
-_MISSING = (*_PANDAS, "NaN", "None", "null", "NULL", "undefined")
+_MISSING = (
+    *_PANDAS,
+    *("NaN", "None", "null", "NULL", "undefined", "N/A", "n/a", "-", "--", "\u2014"),
+)
 _VALUE_ASKED = re.compile(
     r"\b(?:nan|none|null|undefined|missing|empty|n/a|not a number|python|pandas|numpy|json|sql"
     r"|javascript|code|function|prints?|outputs?|returns?)\b|```",
@@ -43,7 +46,7 @@ def answers_not_missing(facts: DataFacts) -> Iterator[Finding]:
         i
         for i, text in written
         if text in (_MISSING if prose else _PANDAS)
-        and not _VALUE_ASKED.search(_asked(facts.train[i]))
+        and not _VALUE_ASKED.search(asked(facts.train[i]))
     ]
     if rows and len(rows) < len(written):
         yield rows_finding(
@@ -57,11 +60,6 @@ def answers_not_missing(facts: DataFacts) -> Iterator[Finding]:
             "model learns to answer with it",
             fix="remove those rows before the file is written (df.dropna()), or fill in the answer",
         )
-
-
-def _asked(conversation: Conversation) -> str:
-    """All text of a row that is no answer."""
-    return "\n".join(m["content"] for m in conversation.messages if m["role"] != "assistant")
 
 
 # ------------------------------------------------------------------ placeholders
@@ -85,18 +83,36 @@ _TEMPLATING = re.compile(
 )
 # Of the rows, where the same placeholder stands: those of a few belong to letters and lessons.
 _EVERYWHERE = 0.5
+# What no text has in it for its own sake: a name in double braces, an order to the author in
+# brackets, a reminder. Links of Markdown are none of them.
+_LEFT = re.compile(
+    r"(?<![\\\w}^_$\"'])\{\{\s*[A-Za-z_][\w. ]{1,40}\s*\}\}(?![\w{\"'])"
+    r"|\[\s*(?i:insert|fill in|your|todo)\b[^\]\n]{0,60}\](?!\()"
+    r"|(?<![\w-])(?:TODO|FIXME):\s"
+)
+# Texts that are handed over with gaps for the reader to fill in.
+_WITH_GAPS = re.compile(
+    r"\b(?:letters?|e-?mails?|mails?|messages?|invit\w+|contracts?|agreements?|scripts?|speech\w*"
+    r"|resumes?|cv|notices?|announce\w+|greetings?|to-?do\w*|blanks?|gaps?)\b|\[",
+    re.IGNORECASE,
+)
+_LETTER = re.compile(
+    r"^\s*(?:(?:best|kind|warm)? ?regards|sincerely|yours|cheers|best|thanks)\b[^.\n]{0,30}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LEFT_SHARE = 0.02
 
 
 @check()
 def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
     """No answer is a placeholder, and none is in most rows."""
-    asked = [_asked(c) for c in facts.train]
+    prompts = [asked(c) for c in facts.train]
     whole = [
         i
         for i, text in enumerate(facts.answers)
         if len(text) < 120
         and _WHOLE.fullmatch(text.strip())
-        and not _TEMPLATING.search(_BRACES.sub("", asked[i]))
+        and not _TEMPLATING.search(_BRACES.sub("", prompts[i]))
     ]
     rows = {i: facts.answers[i].strip() for i in whole}
     by_name: dict[str, dict[int, None]] = defaultdict(dict)
@@ -109,9 +125,13 @@ def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
                 continue
             for hit in _BRACES.finditer(text):
                 by_name[hit.group()].setdefault(index)
+    if len(left := _left_in_answers(facts, prompts)) >= max(
+        LEAST_ROWS, _LEFT_SHARE * len(facts.train)
+    ):
+        rows = {**left, **rows}
     for name, found in by_name.items():
         many = len(found) >= max(LEAST_ROWS, _EVERYWHERE * len(facts.train))
-        about = sum(bool(_TEMPLATING.search(_BRACES.sub("", asked[i]))) for i in found)
+        about = sum(bool(_TEMPLATING.search(_BRACES.sub("", prompts[i]))) for i in found)
         if many and about < 0.5 * len(found):
             rows = {**dict.fromkeys(found, name), **rows}
     if rows:
@@ -124,9 +144,23 @@ def placeholders_filled(facts: DataFacts) -> Iterator[Finding]:
             what=f"{share(len(rows), len(facts.train))} contain a placeholder that was not filled "
             f"in, such as {first!r}",
             why="the template of the row was saved before its values were filled in (a missing "
-            "f-prefix or .format call): the model learns to write the placeholder",
+            "f-prefix or .format call), or its author left a gap: the model learns to write the "
+            "placeholder",
             fix="fill in the values where the file is written, or remove those rows",
         )
+
+
+def _left_in_answers(facts: DataFacts, prompts: list[str]) -> dict[int, str]:
+    """Rows whose answers contain a placeholder that neither the prompt nor a form calls for."""
+    found = {}
+    for index, text in enumerate(facts.answers):
+        hit = _LEFT.search(text) if "{{" in text or "[" in text or ":" in text else None
+        if hit is None or hit.group() in prompts[index] or CODE.search(_LEFT.sub("", text)):
+            continue
+        prompt = _BRACES.sub("", prompts[index])
+        if not (_TEMPLATING.search(prompt) or _WITH_GAPS.search(prompt) or _LETTER.search(text)):
+            found[index] = hit.group().strip()
+    return found
 
 
 # ------------------------------------------------------------------ escaped line breaks
@@ -150,7 +184,7 @@ def line_breaks_read(facts: DataFacts) -> Iterator[Finding]:
         if "\\n" not in text or "\n" in text or text.lstrip()[:1] in ("{", "[", '"'):
             continue
         plain = _ESCAPED.sub("\n", text)
-        about = _ABOUT_ESCAPES.search(_asked(facts.train[index]))
+        about = _ABOUT_ESCAPES.search(asked(facts.train[index]))
         if plain != text and not about and not CODE.search(text):
             rows.append(index)
     if len(rows) < max(LEAST_ROWS, _ESCAPED_SHARE * len(facts.train)):

@@ -173,6 +173,8 @@ def _formats_of(conversation: Conversation, control: frozenset[str]) -> Iterator
                 continue
             # A question may quote a dialogue; an answer that goes on with the next question, or a
             # prompt that ends with the heading of its answer, is rendered.
+            if name in _QUOTED and role == "assistant" and _is_quoted(text, hit.start()):
+                continue
             if name != "speaker labels" or _is_rendered(role, text, pattern):
                 yield name
                 break
@@ -185,6 +187,16 @@ def _may_hold(name: str, text: str) -> bool:
     if name == "Instruction/Response headings":
         return "##" in text
     return "<" in text or "[" in text
+
+
+# What an answer about prompts and transcripts shows as an example.
+_QUOTED = ("speaker labels", "Instruction/Response headings")
+
+
+def _is_quoted(text: str, start: int) -> bool:
+    """Whether an example begins there: behind a colon, or in a block of code."""
+    before = text[:start].rstrip()
+    return before.endswith((":", "\uff1a")) or before.count("```") % 2 == 1
 
 
 def _is_rendered(role: str, text: str, pattern: re.Pattern[str]) -> bool:
@@ -218,7 +230,11 @@ def endings_alike(facts: DataFacts) -> Iterator[Finding]:
         )
 
 
-_MARK = re.compile(r"(?:^|\s)([#*=~_<\[(|\-]{1,3}[A-Za-z]{0,12}[#*=~_>\])|\-]{1,3}|[A-Z]{3,8})\Z")
+_MARK = re.compile(
+    r"(?:^|\s)([#*=~_<\[(|\-]{1,3}[A-Za-z]{0,12}[#*=~_>\])|\-]{1,3}|[A-Z]{3,8})\Z"
+    # Directly behind a sentence, signs alone close bold text and brackets.
+    r"|(?<=[.!?\u3002])(#{2,3}|[<\[(][A-Z]{3,8}[>\])])\Z"
+)
 
 
 def _mark(text: str) -> str:
@@ -226,7 +242,9 @@ def _mark(text: str) -> str:
     found = _MARK.search(text[-24:])
     if found is None:
         return ""
-    mark = found.group(1)
+    mark = found[1] or found[2]
+    if _FORMATS["end markers"].search(mark):
+        return ""  # reported as that
     capitals = mark.isalpha()
     return mark if not capitals or mark in ("END", "EOS", "DONE", "STOP", "EOT") else ""
 
