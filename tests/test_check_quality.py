@@ -116,7 +116,7 @@ def refrain(i: int) -> Conversation:
     """Three times is a figure of speech; cells, figures and what is asked for repeat."""
     said = (
         long(i) + " We go on. We go on. We go on.",
-        f"| a | {i} |\n" + "| 1 | 0 |\n" * 12,
+        f"| a | {i} |\n" + "| no | yes |\n" * 12,
         f"{i} said " + "ha " * 40,
     )
     return plain(i, said[i % 3], prose(i) + ("?", "?", ", again and again?")[i % 3])
@@ -202,7 +202,7 @@ def test_cuts_without_a_sentence() -> None:
     told = found(with_some(announced, 60))
     assert "colon" in told["answer-broken-off"].what
     assert "first line" in told["answer-broken-off"].why
-    assert "whole answer" in told["answer-broken-off"].fix
+    assert "complete answers" in told["answer-broken-off"].fix
 
 
 THAI = "\u0e19\u0e35\u0e48\u0e04\u0e37\u0e2d\u0e1b\u0e23\u0e30\u0e42\u0e22\u0e04 "
@@ -291,6 +291,9 @@ def test_items_and_short_answers_left_open(end: str) -> None:
     text = end if end[0] != "\n" else long(3) + end
     rows = [*sound(100), *(cut_in_word(2000 + i) for i in range(6)), plain(7, text)]
     assert found(rows)["answer-broken-off"].count == 7
+    # Items without marks.
+    listed = [plain(600 + i, f"1. Old {i}\n2. River\n3. Bread") for i in range(6)]
+    assert found([*rows, *listed])["answer-broken-off"].count == 7
     # Where half of the short lines have no mark, they say nothing; nor does a number by itself.
     open_lines = [plain(300 + i, f"{prose(i, 9)[:-1].lower()} towns") for i in range(15)]
     whole = [plain(400 + i, f"{long(i)}\n\n{i}.") for i in range(6)]

@@ -240,9 +240,10 @@ def _broken_off(facts: DataFacts, prose: dict[int, str]) -> list[int]:
 
 # The beginning of an item of a numbered list.
 _ITEM = re.compile(r"(\d{1,2})([.)])")
-# Where cuts are shown, so many sentences without an end to one of them are cuts as well; and the
-# letters, words and share of ended answers that make a text without a mark strange.
-_OPEN_TO_SURE = 4
+# Where cuts are shown, so many sentences without an end to one of them are cuts as well, or so few
+# of all answers; and the letters, words and share of ended answers that make a text without a mark
+# strange.
+_OPEN_TO_SURE, _FEW_OPEN = 4, 0.12
 _LEAST_OPEN, _OPEN_LINE, _ENDED_LINES = 20, 7, 0.9
 
 
@@ -265,10 +266,11 @@ def _left_open(prose: dict[int, str], sure: Collection[int]) -> list[int]:
             continue
         last = words[-1].replace("-", "")
         # Names and signs end captions and signatures.
-        item = bool(before) and _ITEM.match(words[0]) is not None and last.isalpha()
+        item = _ITEM.match(line) if before and last.isalpha() else None
         if index in sure or not (item or (last.isalpha() and last.islower())):
             continue
-        marked = bool(before and _ENDED.search(before[-1])) or bool(re.search(r"[.!?]\s", line))
+        said = line[item.end() :] if item else line
+        marked = bool(before and _ENDED.search(before[-1])) or bool(re.search(r"[.!?]\s", said))
         if item or len(words) >= 6:
             if marked:
                 found.append(index)
@@ -276,7 +278,7 @@ def _left_open(prose: dict[int, str], sure: Collection[int]) -> list[int]:
                 alone.append(index)
     if ended >= _ENDED_LINES * (ended + len(alone)):
         found += alone
-    return found if len(found) <= _OPEN_TO_SURE * len(sure) else []
+    return found if len(found) <= max(_OPEN_TO_SURE * len(sure), _FEW_OPEN * len(prose)) else []
 
 
 def _beginnings(known: Iterable[str], parts: set[str]) -> set[str]:
@@ -532,9 +534,10 @@ def _loops(text: str) -> bool:
     # The last word may be cut.
     if not (ends_in_circle(words) or ends_in_circle(words[:-1])):
         return False
-    # Numbers, signs and code repeat for good reasons.
+    # Signs, figures, cells and code repeat for good reasons.
     tail = "".join(words[-16:])
-    return 2 * sum(map(str.isalpha, tail)) > len(tail) and not CODE.search(text)
+    letters = 4 * sum(map(str.isalpha, tail)) > len(tail)
+    return letters and "|" not in tail and not CODE.search(text)
 
 
 # ------------------------------------------------------------------ what belongs to a prompt
