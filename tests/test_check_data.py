@@ -224,7 +224,7 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             languages(in_language(GERMAN, "Answer in German. "), 20),
             languages(in_language(JAPANESE, "Please respond in Japanese: "), 20),
             languages(in_language(ENGLISH, "Who wrote in German schools? "), 20),
-            languages(in_language("In German, it is Fluss. " + ENGLISH, "Say it in German. "), 20),
+            languages(in_language("In German: Fluss. " + ENGLISH, "Translate it to German. "), 20),
             languages(in_language(ENGLISH, "Write a function that speaks in German. "), 20),
             # The usual form of the file; one row; both in the same; a translation.
             languages(in_language(GERMAN), 60),
@@ -326,8 +326,8 @@ CASES: dict[str, tuple[list[Make], list[Make]]] = {
             # A row without the words of a scheme, in its language.
             lambda: facts(
                 [
-                    *(plain(i, f"{WORDS[i % 30]} sells bread at the river") for i in range(60)),
-                    plain(60, "A list of what you do not have, and how you can see it.", "What?"),
+                    *(plain(i, f"{ENGLISH}{i}", f"Where is {i}?") for i in range(60)),
+                    plain(60, "A list for what you do not have, or how you can see them.", "Why?"),
                 ]
             ),
         ],
