@@ -17,11 +17,20 @@ from tiny_runs import command, sums, write_rows
 from truetune.contract.contract import PromptContract
 from truetune.diagnosis import tensors
 from truetune.diagnosis.diagnose import Diagnosis, diagnose
-from truetune.diagnosis.rounding import is_rounded
+from truetune.diagnosis.rounding import (
+    EIGHT_BIT_SHARE,
+    FOUR_BIT_SHARE,
+    Blocks,
+    is_in_blocks,
+    is_rounded,
+)
+from truetune.diagnosis.work import Work
 from truetune.errors import UsageError
 from truetune.exporting.merged import write_merged
+from truetune.exporting.quantised import write_quantised
 from truetune.model.load import load_model
 from truetune.model.lora import LoraSettings
+from truetune.model.source import EMBEDDED_FOLDER
 from truetune.run.export_gguf import export_gguf
 
 needs_llama = pytest.mark.skipif(
@@ -343,6 +352,19 @@ def test_an_adapter_without_effect_is_a_warning(tmp_path: Path) -> None:
     assert found.first is None
 
 
+def test_a_missing_run_is_no_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub id has the same form; the folder of runs is here."""
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    told = command("diagnose", "runs/frist")
+    assert told.code != 0
+    assert "no such model folder: runs/frist" in told.err
+    assert "did you mean runs/first?" in told.err
+    assert "Hub" not in told.err
+    told = command("diagnose", "nobody/first")
+    assert "nobody/first is neither a folder nor a reachable Hub model" in told.err
+
+
 def test_what_cannot_be_asked(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     with pytest.raises(UsageError, match="unknown stage"):
@@ -523,6 +545,90 @@ def test_a_folder_of_fewer_bits_is_a_stage(tmp_path: Path) -> None:
         assert said in told.out
 
 
+def _norm(tensors: dict[str, Any]) -> None:
+    """By 2 %, which predictions hardly show."""
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.02
+
+
+def _matrix(tensors: dict[str, Any]) -> None:
+    ends = ("0.mlp.up_proj.weight.absmax", "0.mlp.up_proj.SCB")
+    (name,) = (n for n in tensors if n.endswith(ends))
+    tensors[name] = tensors[name] // 2 if name.endswith("absmax") else tensors[name] * 1.5
+
+
+def _some_rows(tensors: dict[str, Any]) -> None:
+    """12 rows of 256 as zeros: bitsandbytes' level 7 of 16, two numbers in a byte."""
+    codes = tensors["model.layers.1.mlp.up_proj.weight"]
+    codes.view(256, -1)[20:32] = 0 if codes.shape[0] == 256 else 0x77
+
+
+def _embedding_row(tensors: dict[str, Any]) -> None:
+    tensors["model.embed_tokens.weight"][260] = 0
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("nested", [True, False])
+def test_nearest_rounding_stays_in_its_blocks(nested: bool) -> None:
+    """Normal, heavy-tailed and uneven matrices and those of a trained model; not with a row lost
+    or a quarter too large."""
+    import bitsandbytes.functional as library
+    import torch
+    from safetensors.torch import load_file
+
+    drawn = torch.Generator().manual_seed(0)
+    matrices = []
+    for shape in ((64, 64), (256, 128), (128, 256), (512, 192), (384, 100)):
+        normal = torch.randn(shape, generator=drawn)
+        others = torch.randn((3, *shape), generator=drawn).square().mean(dim=0).sqrt()
+        uneven = torch.randn((shape[0], 1), generator=drawn).exp()
+        matrices += [normal, normal / others, normal * uneven]
+    stored = load_file(EMBEDDED_FOLDER / "model.safetensors")
+    matrices += [value.float() for value in stored.values() if value.ndim == 2][:8]
+    four, eight = Blocks(64, FOUR_BIT_SHARE, 256 if nested else 0), Blocks(0, EIGHT_BIT_SHARE)
+    for wanted in matrices:
+        codes, state = library.quantize_4bit(
+            wanted.bfloat16(), blocksize=64, quant_type="nf4", compress_statistics=nested
+        )
+        low = library.dequantize_4bit(codes, state).float()
+        step = wanted.bfloat16().float().abs().amax(dim=1, keepdim=True) / 127
+        high = (wanted.bfloat16().float() / step).round() * step
+        for value, how in ((low, four), (high, eight)):
+            assert is_in_blocks(value, wanted, how)
+            row = int(wanted.norm(dim=1).argmax())
+            for factor in (0.0, 1.25):
+                damaged = value.clone()
+                damaged[row] *= factor
+                assert not is_in_blocks(damaged, wanted, how)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_damage_below_what_rounding_costs_is_named(tmp_path: Path, quant: str) -> None:
+    """Of tensors that are not quantised, and of rows of those that are."""
+    source = write_model(tmp_path / "model", hidden_size=128, head_dim=32, intermediate_size=256)
+    healthy = tmp_path / "healthy"
+    write_quantised(source, healthy, quant)
+    with pytest.MonkeyPatch.context() as patched:
+        work = Work(str(source), None, [], lambda _: None)
+        # Reloading the plain model for each folder takes most of the time.
+        patched.setattr("truetune.diagnosis.diagnose.Work", lambda *_: work)
+        assert diagnose(str(source), quantised=str(healthy)).findings() == []
+        for number, (damages, said) in enumerate(
+            (
+                ((_norm,), ("model.norm.weight is 1.02 times",)),
+                ((_norm, _matrix), ("model.norm.weight is 1.02", "layers.0.mlp.up_proj.weight")),
+                ((_some_rows,), ("12 of 256 rows of model.layers.1.mlp.up_proj.weight are zero",)),
+                ((_embedding_row,), ("1 of 264 rows of model.embed_tokens.weight are zero",)),
+            )
+        ):
+            folder = tmp_path / str(number)
+            shutil.copytree(healthy, folder)
+            edited(lambda tensors, them=damages: [damage(tensors) for damage in them])(folder)
+            (text,) = errors(diagnose(str(source), quantised=str(folder)))
+            assert all(words in text for words in said), text
+            assert "too few bits" not in text
+
+
 def stopless(folder: Path) -> Path:
     """A copy whose generation_config is another model's."""
     other = folder.with_name("stopless")
@@ -620,7 +726,7 @@ def test_a_table_that_lost_a_row_is_not_called_rounded() -> None:
             lambda name: None if name == "embedding" else (base[name], "F32"),
         )
         assert "rounded" not in text
-    assert "contain different numbers, first embedding" in text
+    assert "1 of 512 rows of embedding contain different numbers, first row 400" in text
 
 
 def test_a_folder_of_rounded_weights_is_called_rounded(place: Path, tmp_path: Path) -> None:

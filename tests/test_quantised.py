@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 from fresh_process import in_this_process  # noqa: F401  (a fixture)
+from test_diagnose import needs_llama
 from test_export import trained
 from tiny_models import edit_json, write_model
 from tiny_runs import command, sums, write_rows
 from truetune.contract.contract import PromptContract
+from truetune.diagnosis.measured import Stage
 from truetune.errors import CheckFailed, UsageError
 from truetune.exporting import quantise_worker, quantised
+from truetune.exporting.gguf_proof import Apart
 from truetune.exporting.quantised import QUANTS, write_quantised
 from truetune.generate import replies
 from truetune.model.draw import Sampling
@@ -94,6 +97,33 @@ def test_the_embedded_base(tmp_path: Path, quant: str) -> None:
     made = export_quantised("embedded", tmp_path / "out", quant=quant, data=str(data or "") or None)
     assert made.findings == ()
     assert made.apart.greedy > 0.95
+
+
+@pytest.mark.parametrize(
+    ("greedy", "same", "replies", "known", "level"),
+    [
+        (0.737, 0.0, 12, True, "warning"),
+        (0.737, 0.0, 12, False, "warning"),
+        (0.97, 0.25, 12, True, "note"),  # long replies, which one token changes
+        (1.0, 2 / 12, 12, False, None),  # the embedded base, which was never trained to answer
+        (0.993, 11 / 12, 12, True, None),
+        (0.737, 0.5, 12, True, None),
+        (0.737, 0.0, 3, True, None),
+    ],
+)
+def test_most_replies_that_change_are_told(
+    greedy: float, same: float, replies: int, known: bool, level: str | None
+) -> None:
+    apart = Apart(0.03, 0.2, 0.1, 0.5, greedy, 148)
+    numbers: dict[str, Any] = {"replies": replies, "same_replies": same}
+    if known:
+        numbers["match"] = {"share": 0.5, "low": 0.2, "high": 0.8, "of": replies}
+    stage = Stage("quantised", "", apart, numbers=numbers)
+    found = room._loss(stage, usual=0.3)
+    assert [finding.level for finding in found] == ([level] if level else [])
+    if found:
+        assert found[0].code == "quantised-replies-differ"
+        assert f"{round((1 - same) * replies)} of {replies} replies" in found[0].what
 
 
 @needs_bitsandbytes
@@ -294,10 +324,24 @@ def test_what_cannot_be_quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert told.code != 0
     assert "[model-too-large]" in told.err
     monkeypatch.undo()
-    edit_json(Path(source) / "config.json", quantization_config={"quant_method": "torchao"})
-    told = command(*words)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(
+    "to", [("merged", "--quant", "nf4"), pytest.param(("gguf",), marks=needs_llama), ("vllm",)]
+)
+def test_a_quantised_folder_is_not_quantised_again(tmp_path: Path, to: tuple[str, ...]) -> None:
+    """It is copied as it is; nothing else can be made of it, which is said before it is opened."""
+    source = wide(tmp_path / "model")
+    write_quantised(source, tmp_path / "made", "nf4")
+    told = command("export", tmp_path / "made", "--to", *to, "-o", tmp_path / "out")
+    if to == ("vllm",):
+        assert told.code == 0, told.err
+        return
     assert told.code != 0
-    assert "quantised already (torchao)" in told.err
+    assert "quantised already (bitsandbytes)" in told.err
+    assert "export the run, or the unquantised model" in told.err
+    assert "--lora" not in told.err
     assert not (tmp_path / "out").exists()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from truetune.cli.screen import Screen
 from truetune.diagnosis.diagnose import Diagnosis
+from truetune.diagnosis.folder import UNCOMPARED
 from truetune.diagnosis.measured import Stage
 
 
@@ -46,8 +47,9 @@ def _compared(found: Diagnosis) -> list[str]:
     files = [stage.name for stage in made if stage.name != "url"]
     lines = []
     if files:
+        last = "predictions" if any(s.note == UNCOMPARED for s in made) else "tensors"
         lines.append(
-            f"no stage differs: prompts, token ids, stop tokens, settings and tensors of "
+            f"no stage differs: prompts, token ids, stop tokens, settings and {last} of "
             f"{' and '.join(files)} are those of the trained model, within the rounding of their "
             "types"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from truetune.diagnosis.measured import (
     replies_of,
     unopened,
 )
-from truetune.diagnosis.rounding import is_rounded
+from truetune.diagnosis.rounding import (
+    EIGHT_BIT_SHARE,
+    FOUR_BIT_SHARE,
+    Blocks,
+    is_in_blocks,
+    is_rounded,
+    sums,
+)
 from truetune.diagnosis.settings import architecture, generation, vocabulary
-from truetune.diagnosis.tensors import OTHER, Lookup, Same, explain
-from truetune.diagnosis.tensors import apart as moved
+from truetune.diagnosis.tensors import OTHER, Same, explain
 from truetune.diagnosis.work import AGAIN, Work, parted
 from truetune.errors import TruetuneError
 from truetune.evaluation.interval import FEWEST_DIFFERENT, score_difference
@@ -33,9 +39,16 @@ from truetune.exporting.gguf_proof import (
 )
 from truetune.findings import Finding
 from truetune.model.load import load_model, quiet
-from truetune.model.quantise import plain_weights, stored_bits, stored_quantisation
-from truetune.model.source import ADAPTER_CONFIG, read_json
+from truetune.model.quantise import (
+    plain_weights,
+    scale_blocks,
+    stored_bits,
+    stored_quantisation,
+)
+from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer, num_ids
+from truetune.model.weights import read_headers, weight_files
+from truetune.system.lazy import torch
 
 # What a folder of a type may be apart from what was trained; see `Budget`.
 _FOLDERS = {
@@ -54,6 +67,10 @@ _FEWER_BITS = Budget(0.3, 1.2)
 _MOVED = {("bitsandbytes", 4): 0.25}
 _MOVED_BY_BITS = {8: 0.06, 4: 0.5}
 _MOVED_MOST = 0.6
+# What it may move a row where levels are not the nearest (GPTQ, AWQ): a row that is not the model's
+# moves by 1 or more.
+_ROW_MOVED = {8: 0.3, 4: 0.8}
+_ROW_MOVED_MOST = 0.9
 # How far from 1 the scale of a whole matrix may be: rounding is to both sides.
 _SCALED = {8: 0.02, 4: 0.08}
 _SCALED_MOST = 0.4
@@ -64,11 +81,11 @@ def quantised_budget(config: Any) -> Budget:
     return _QUANTISED.get(stored_bits(config) or 0, _FEWER_BITS)
 
 
-def _may_be(config: Any) -> tuple[float, float]:
-    """Return how far a healthy matrix may differ from the original, and its scale."""
+def _may_be(config: Any) -> tuple[float, float, float]:
+    """How far a healthy matrix may move, its scale, and any of its rows."""
     method, bits = stored_quantisation(config) or "", stored_bits(config) or 0
     most = _MOVED.get((method, bits), _MOVED_BY_BITS.get(bits, _MOVED_MOST))
-    return most, _SCALED.get(bits, _SCALED_MOST)
+    return most, _SCALED.get(bits, _SCALED_MOST), _ROW_MOVED.get(bits, _ROW_MOVED_MOST)
 
 
 # A stage that is further from what was trained than this share of what training changed has lost
@@ -99,7 +116,11 @@ def folder_stage(work: Work, name: str, folder: str) -> Stage:
     except TruetuneError as error:
         over = f"the rows cannot be run through it: {error.what}"
     # Quantised weights are restored in place: after they were run.
-    shown = _weights_cause(work, model, loaded.base_dtype, name)
+    shown = (
+        _rounded_cause(work, model, folder, loaded.base_dtype)
+        if name == "quantised"
+        else _weights_cause(work, model, loaded.base_dtype)
+    )
     cause = "; ".join([*([shown] if shown else []), *settings])
     if reading is not None:
         apart = apart_of(work.reference.reading, reading)
@@ -118,10 +139,21 @@ def folder_stage(work: Work, name: str, folder: str) -> Stage:
             "its weights or settings are not the trained model's, although its predictions on "
             "these rows are close"
         )
-        cause = cause or _unexplained(name, work.whole.config, model.config)
+        cause = cause or _unexplained(name, work.whole.config, model.config, alike=shown == "")
         findings.append(parted(name, folder, what, cause, work.again(name)))
     findings += on_replies(work, name, folder, replies, findings)
-    return Stage(name, folder, apart, replies, tuple(findings), numbers=work.numbers(replies))
+    return Stage(
+        name,
+        folder,
+        apart,
+        replies,
+        tuple(findings),
+        note=UNCOMPARED if shown is None else "",
+        numbers=work.numbers(replies),
+    )
+
+
+UNCOMPARED = "its tensors cannot be compared one by one with those of the trained model"
 
 
 def as_held(budget: Budget) -> Budget:
@@ -143,14 +175,16 @@ def _shorter(work: Work, config: Any) -> list[str]:
     return [f"config.json: max_position_embeddings is {its:,} instead of {own:,}"]
 
 
-def _unexplained(name: str, own: Any, its: Any) -> str:
+def _unexplained(name: str, own: Any, its: Any, *, alike: bool) -> str:
+    """The cause where neither tensors nor settings show one; `alike`: tensors were compared."""
     one, other = (config.get_text_config(decoder=True) for config in (own, its))
     for setting in ("model_type", "tie_word_embeddings"):
         before, now = getattr(one, setting, None), getattr(other, setting, None)
         if before != now:
             return f"config.json: {setting} is {now!r} instead of {before!r}"
     if name == "quantised":
-        return "the type has too few bits for this model"
+        few = "the type has too few bits for this model"
+        return few if alike else f"{few}, or the weights are damaged: {UNCOMPARED}"
     return "no tensor or setting explains it"
 
 
@@ -168,88 +202,138 @@ def too_far(apart: Apart, budget: Budget, effect: Apart | None) -> str:
     )
 
 
-def _weights_cause(work: Work, model: Any, dtype: str, name: str) -> str:
+def _weights_cause(work: Work, model: Any, dtype: str) -> str:
     """Say what was done to the weights of a folder besides rounding; "" if nothing was."""
-    if name == "quantised":
-        return _rounded_cause(work, model)
 
     def same(_: str, value: Any, kind: str, wanted: Any) -> bool:
         return is_rounded(value, wanted, kind, merged=work.is_adapter)
 
     kind = _TYPES.get(dtype, "F32")
     values = model.state_dict()
-    shown = _explained(work, work.whole, values, kind, same)
-    if shown and work.rounded_base and not _explained(work, work.on_original(), values, kind, same):
-        # A choice that an export offers; what it costs shows in the predictions.
-        return ""
+    shown = _explained(work, values, lambda _: kind, same)
     if shown and work.is_adapter and read_json(Path(work.folder) / ADAPTER_CONFIG).get("use_dora"):
         shown += "; the adapter is a DoRA adapter: a merge without its magnitudes looks like this"
     return shown
 
 
-_TYPES = {"float16": "F16", "bfloat16": "BF16"}
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def _rounded_cause(work: Work, model: Any) -> str:
-    """Say what was done to weights besides rounding; "" if nothing was, or if the weights cannot be
-    restored or compared."""
+def _rounded_cause(work: Work, model: Any, folder: str, dtype: str) -> str | None:
+    """Say what was done to quantised weights besides rounding; "" if nothing was, None if they
+    cannot be restored or compared one by one."""
     method = stored_quantisation(model.config)
-    most, scaled = _may_be(model.config)
-    factor = most / OTHER
+    most, scaled, row = _may_be(model.config)
+    share = FOUR_BIT_SHARE if stored_bits(model.config) == 4 else EIGHT_BIT_SHARE
+    blocks = {
+        name: Blocks(width, share, nested) for name, (width, nested) in scale_blocks(model).items()
+    }
+    plain = _plain(model, folder, dtype)
 
-    def same(_: str, value: Any, kind: str, wanted: Any) -> bool:
-        own, its = wanted.double().flatten(), value.double().flatten()
-        scale = float(own @ its) / max(float(own @ own), 1e-30)
-        return moved(value, wanted) <= most and (abs(scale - 1) <= scaled or not own.any())
+    def same(name: str, value: Any, kind: str, wanted: Any) -> bool:
+        if kind:
+            return is_rounded(value, wanted, kind, merged=False) or (
+                _is_merged(work, name, wanted) and is_rounded(value, wanted, kind, merged=True)
+            )
+        found = sums(value, wanted)
+        if not wanted.any():
+            return not value.any()
+        if not (found.error <= most and abs(found.scale - 1) <= scaled):
+            return False
+        if name in blocks:
+            return is_in_blocks(value, wanted, blocks[name])
+        return float(found.rows.max()) <= row
 
     with quiet():
         values = plain_weights(model)
     if values is None or (method != "bitsandbytes" and _rescaled(work.whole, values)):
-        return ""
-    shown = _explained(work, work.whole, values, "", same, factor)
-    if (
-        shown
-        and work.rounded_base
-        and not _explained(work, work.on_original(), values, "", same, factor)
-    ):
-        return ""
-    return shown
+        return None
+    return _explained(work, values, lambda name: plain.get(name, ""), same, most)
 
 
-# A norm that a quantiser divides by the scales of AWQ or SmoothQuant moves much further.
-_NORM_MOVED = 0.02
+def _plain(model: Any, folder: str, dtype: str) -> dict[str, str]:
+    """The types of the tensors of a quantised folder that are not quantised, by name."""
+    stored = read_headers(weight_files(locate(folder, weights=True)))
+    found = {name: _TYPES[facts.dtype] for name, facts in stored.items() if facts.dtype in _TYPES}
+    if stored_quantisation(model.config) in ("bitsandbytes", "torchao"):
+        # Tensors may have another name in the files; these two mark each that they quantise.
+        for name, value in model.state_dict(keep_vars=True).items():
+            whole = value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            if name not in stored and whole and not hasattr(value, "qdata"):
+                found[name] = _TYPES.get(dtype, "F32")
+    return found
+
+
+def _is_merged(work: Work, name: str, wanted: Any) -> bool:
+    """Whether an adapter was added to a tensor, which costs more than one rounding."""
+    before = work.unmerged.state_dict().get(name) if work.is_adapter else None
+    return before is not None and not torch.equal(before.float(), wanted)
+
+
+# Norms that follow what was done to the columns of a matrix correlate with it so much or more; by
+# chance, 32 columns correlate less.
+_FOLLOWS = -0.7
 
 
 def _rescaled(whole: Any, values: Any) -> bool:
-    """Whether norms, which no method rounds, are different: AWQ and SmoothQuant move scales of
-    channels into them, and matrices are then not comparable one by one."""
-    return any(
-        moved(values[name].float(), value.float()) > _NORM_MOVED
+    """Whether scales of channels were moved from a norm into the columns of a matrix, as AWQ and
+    SmoothQuant do: matrices are then not comparable one by one."""
+    pairs = [
+        (value.float(), values[name].float())
         for name, value in whole.state_dict().items()
-        if value.ndim == 1 and value.is_floating_point() and name in values
-        and value.shape == values[name].shape
-    )  # fmt: skip
+        if value.is_floating_point() and name in values and value.shape == values[name].shape
+    ]
+    columns = [_columns(value, found) for value, found in pairs if value.ndim == 2]
+    for value, found in pairs:
+        if value.ndim != 1 or torch.equal(value, found):
+            continue
+        # Some architectures add 1 to the weight of a norm.
+        for added in (0.0, 1.0):
+            ratio = (found + added) / (value + added)
+            if any(_follows(ratio, scale) for scale in columns if scale.shape == ratio.shape):
+                return True
+    return False
+
+
+def _columns(value: Any, found: Any) -> Any:
+    """By which factor each column of a matrix was multiplied."""
+    return (value * found).sum(dim=0) / value.square().sum(dim=0)
+
+
+def _follows(ratio: Any, scale: Any) -> bool:
+    known = (ratio > 0) & (scale > 0) & torch.isfinite(ratio) & torch.isfinite(scale)
+    if int(known.sum()) < len(ratio) / 2:
+        return False
+    both = torch.stack([ratio[known], scale[known]]).double().log()
+    return float(torch.corrcoef(both)[0, 1]) < _FOLLOWS
 
 
 def _explained(
-    work: Work, whole: Any, values: Any, kind: str, same: Same | None = None, factor: float = 1.0
+    work: Work, values: Any, kind: Callable[[str], str], same: Same, other: float = OTHER
 ) -> str:
     """See `explain`; the weights of models. `values`: those found, by name."""
 
-    def lookup(values: Any) -> Lookup:
-        return lambda tensor: (values[tensor].float(), kind) if tensor in values else None
+    def found(tensor: str) -> Any:
+        return (values[tensor].float(), kind(tensor)) if tensor in values else None
 
     def before(tensor: str) -> Any:
-        return lookup(work.unmerged.state_dict())(tensor)
+        own = work.unmerged.state_dict()
+        return (own[tensor].float(), "") if tensor in own else None
 
-    return explain(
-        ((key, value.float()) for key, value in whole.state_dict().items()),
-        lookup(values),
-        before if work.is_adapter else None,
-        factor=factor,
-        same=same,
-        rows=num_ids(work.contract.tokenizer),
-    )
+    def against(whole: Any) -> str:
+        return explain(
+            ((key, value.float()) for key, value in whole.state_dict().items()),
+            found,
+            before if work.is_adapter else None,
+            other=other,
+            same=same,
+            rows=num_ids(work.contract.tokenizer),
+        )
+
+    shown = against(work.whole)
+    # Onto rounded or original weights is a choice that an export offers; what it costs shows in the
+    # predictions.
+    return "" if shown and work.rounded_base and not against(work.on_original()) else shown
 
 
 def _on_contract(work: Work, name: str, folder: str, contract: PromptContract) -> list[Finding]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from truetune.diagnosis.rounding import coarser_bits
+from truetune.diagnosis.rounding import coarser_bits, sums
 from truetune.findings import percent
 from truetune.system.lazy import torch
 
@@ -75,7 +75,7 @@ def explain(
     base: Lookup | None = None,
     *,
     orders: Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]] | None = None,
-    factor: float = 1.0,
+    other: float = OTHER,
     same: Same | None = None,
     rows: int = 0,
 ) -> str:
@@ -86,7 +86,7 @@ def explain(
         found: value and type by name.
         base: the same before anything was trained.
         orders: other arrangements of a tensor, each with its name.
-        factor: of `ROUNDING`, where the expected tensors were rounded themselves.
+        other: of `ROUNDING`, for types that it does not have.
         same: decides which tensors are the expected ones; None: those within `ROUNDING`.
         rows: tokens of the vocabulary. A table with a row for each may be longer or shorter than
             the expected one by rows that no token has.
@@ -114,13 +114,14 @@ def explain(
                 seen.shapes.append((name, tuple(wanted.shape), tuple(value.shape)))
                 continue
             value, wanted = value[:shared], wanted[:shared]
+        allowed = ROUNDING.get(kind, other)
         if same is not None:
             if same(name, value, kind, wanted):
                 continue
-        elif apart(value, wanted) <= factor * ROUNDING.get(kind, OTHER):
+        elif apart(value, wanted) <= allowed:
             continue
         seen.names.append(name)
-        _look(seen, name, value, wanted, base, orders, factor * ROUNDING.get(kind, OTHER))
+        _look(seen, name, value, wanted, base, orders, allowed)
         if name not in (*seen.merged, *seen.scaled, *seen.explained) and (
             bits := coarser_bits(value, wanted)
         ):
@@ -199,6 +200,28 @@ def _look(
             seen.words.append(f"{name}: {words}")
             seen.explained.add(name)
             return
+    if words := _rows(name, value, wanted, allowed):
+        seen.words.append(words)
+        seen.explained.add(name)
+
+
+# A row that is further off than this, in units of its norm, was not merely rounded; so is one with
+# twice the error that its type allows a whole matrix.
+_ROW_APART = 0.5
+# Rows that differ where others do not: at most this share.
+_SOME_ROWS = 0.5
+
+
+def _rows(name: str, value: torch.Tensor, wanted: torch.Tensor, allowed: float) -> str:
+    """What was done to some rows of a matrix; "" where all or none differ."""
+    if value.ndim != 2:
+        return ""
+    most = min(_ROW_APART, 2 * allowed)
+    wrong = (sums(value, wanted).rows > most).nonzero().flatten().tolist()
+    if not 0 < len(wrong) <= _SOME_ROWS * len(value):
+        return ""
+    what = "are zero" if not value[wrong].any() else "contain different numbers"
+    return f"{len(wrong)} of {len(value)} rows of {name} {what}, first row {wrong[0]}"
 
 
 def _swapped(
@@ -279,15 +302,33 @@ def _in_words(seen: Differing) -> str:
         else:
             how = f"contains {middle:.3g} times the adapter's update: alpha or rank was different"
         parts.append(f"{_first(seen.merged)} {how}")
-    if seen.scaled:
-        scale = next(iter(seen.scaled.values()))
-        parts.append(f"{_first(seen.scaled)} is {scale:.3g} times what it should be")
+    parts += _scales(seen.scaled)
     parts += seen.words[:3]
-    rest = len(seen.names) - len(seen.merged) - len(seen.scaled)
-    if unknown and rest == len(seen.names) and not seen.words:
-        share = percent(len(seen.names) / max(seen.number, 1))
+    if len(seen.words) > 3:
+        parts.append(f"and {len(seen.words) - 3} more tensors")
+    if unknown:
+        share = percent(len(unknown) / max(seen.number, 1))
         parts.append(
-            f"{len(seen.names)} of {seen.number} tensors ({share}) contain different numbers, "
-            f"first {seen.names[0]}"
+            f"{len(unknown)} of {seen.number} tensors ({share}) contain different numbers, "
+            f"first {unknown[0]}"
         )
     return "; ".join(parts)
+
+
+def _scales(scaled: dict[str, float]) -> list[str]:
+    """One line for each factor, of three at most: tensors may be damaged in different ways."""
+    alike: list[dict[str, float]] = []
+    for name, scale in scaled.items():
+        for group in alike:
+            if abs(scale / next(iter(group.values())) - 1) < 0.01:
+                group[name] = scale
+                break
+        else:
+            alike.append({name: scale})
+    found = [
+        f"{_first(group)} is {next(iter(group.values())):.3g} times what it should be"
+        for group in alike[:3]
+    ]
+    rest = sum(map(len, alike[3:]))
+    more = f"{rest} more tensors are multiples of what they should be"
+    return [*found, more] if rest else found

@@ -137,6 +137,23 @@ def stored_bits(config: Any) -> int | None:
     return min(map(int, named), default=None)
 
 
+def scale_blocks(model: Any) -> dict[str, tuple[int, int]]:
+    """The weights of a model that were rounded to the nearest level in blocks, by name: numbers in
+    each block, 0 for a row, and blocks whose scales are quantised together, 0 where they are not.
+    Other methods choose levels by what they do to outputs."""
+    method, bits = stored_quantisation(model.config), stored_bits(model.config)
+    found = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        state = getattr(value, "quant_state", None)
+        if method == "bitsandbytes" and state is not None:
+            found[name] = int(state.blocksize), int(state.state2.blocksize) if state.nested else 0
+        elif (method == "bitsandbytes" and value.dtype == torch.int8) or (
+            method == "torchao" and bits == 8 and hasattr(value, "qdata")
+        ):
+            found[name] = 0, 0
+    return found
+
+
 def plain_weights(model: Any) -> dict[str, Any] | None:
     """What the quantised weights of a model stand for, by their names in the plain model; None if
     nothing here can restore them. The model may be changed: it is not to be run afterwards."""

@@ -135,7 +135,11 @@ def _from_hub(text: str, revision: str | None, *, weights: bool) -> ModelFiles:
     )
 
     def failed(why: str, fix: str, code: str = "model-not-found") -> ModelError:
-        hint = _did_you_mean(Path(text))
+        path = Path(text)
+        if not revision and len(path.parts) > 1 and path.parent.is_dir():
+            # runs/first may be a Hub id as well, but its folder is here.
+            return _no_such_folder(text, path)
+        hint = _did_you_mean(path)
         return ModelError(
             f"{text} is neither a folder nor a reachable Hub model",
             where=f"revision {revision}" if revision else "",

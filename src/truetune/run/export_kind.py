@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from truetune.errors import OutputExists, UsageError
+from truetune.errors import ModelError, OutputExists, UsageError
 from truetune.exporting.quantised import QUANTS, require_quantiser
 from truetune.findings import near
 from truetune.listener import Listener
 from truetune.model.served_adapter import SERVERS
-from truetune.model.source import locate
+from truetune.model.source import ModelFiles, locate, read_json
 from truetune.run_dir import opened
 from truetune.servers.llama_cpp import require_llama_cpp
 
@@ -85,6 +85,8 @@ def export_as(
     listener = listener or Listener()
     listener.stage("opening the model's files")
     folder = opened(source)
+    if held:
+        _refuse_quantised(locate(folder, weights=False))
     # A whole model, or an adapter that is small: their weights are needed in any case.
     files = locate(folder, weights=True)
     require_whole_folder(folder, base=base)
@@ -120,6 +122,28 @@ def export_as(
     from truetune.run.export_served import export_served
 
     return export_served(source, output, server=what, **shared)
+
+
+def _refuse_quantised(files: ModelFiles) -> None:
+    """Raise where weights that are rounded already would be written in another type.
+
+    Raises:
+        ModelError: naming the method they have.
+    """
+    config = files.folder / "config.json"
+    if files.is_adapter or not config.is_file():
+        return
+    stored = read_json(config).get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else None
+        raise ModelError(
+            f"the weights are quantised already{f' ({method})' if method else ''}",
+            where=str(config),
+            why="weights that were rounded cannot be restored, and rounding them again harms them "
+            "more",
+            fix="export the run, or the unquantised model, that the folder was made from",
+            code="model-quantised",
+        )
 
 
 def require_export(

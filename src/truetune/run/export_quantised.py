@@ -30,7 +30,6 @@ from truetune.listener import Listener
 from truetune.model.architecture import causal_config
 from truetune.model.merge import Onto
 from truetune.model.placement import choose_device
-from truetune.model.quantise import refuse_twice
 from truetune.model.served_adapter import model_line
 from truetune.model.source import ModelFiles, locate
 from truetune.model.tokenizer import load_tokenizer, locate_base
@@ -144,8 +143,6 @@ def export_quantised(
     folder, output = opened(source), Path(output)
     files = locate(folder, weights=True)
     below = locate_base(files, weights=True, instead=base) if files.is_adapter else files
-    if not files.is_adapter:
-        refuse_twice(causal_config(files), str(files.folder))
     _require_memory(below)
     calibration = None
     if QUANTS[quant].calibrated:
@@ -190,7 +187,8 @@ def export_quantised(
             model_line(server, str(output)),
             findings,
         )
-        made = replace(made, findings=(*findings, *_loss(made.apart, unnamed)))
+        usual = quantised_budget(causal_config(locate(unnamed, weights=False))).usual
+        made = replace(made, findings=(*findings, *_loss(made.stage, usual)))
         for finding in made.findings:
             listener.finding(finding)
         held = {
@@ -209,20 +207,44 @@ def _named(finding: Finding, unnamed: Path, output: Path) -> Finding:
     )
 
 
-def _loss(apart: Apart, folder: Path) -> tuple[Finding, ...]:
-    usual = quantised_budget(causal_config(locate(folder, weights=False))).usual
-    if apart.relative <= usual:
+# Below this share of equal replies, of this many or more, most replies are different; below this
+# share of equal likeliest tokens, that is more than one early difference does to a long reply.
+_SAME_REPLIES, _FEWEST_REPLIES, _SAME_TOKENS = 0.5, 4, 0.9
+
+
+def _loss(stage: Stage, usual: float) -> tuple[Finding, ...]:
+    """What rounding costs the model. Args: usual: of predictions, see `Budget`."""
+    apart = stage.apart
+    assert apart is not None
+    equal = f"{100 * apart.greedy:.0f} % of the likeliest tokens are equal"
+    fix = "use more bits, for example --quant int8; truetune eval compares both folders' answers"
+    if apart.relative > usual:
+        return (
+            Finding(
+                "quantised-loses-much",
+                "warning",
+                f"so few bits degrade this model: log-probabilities differ by "
+                f"{apart.relative:.2g} of the logits' spread, and {equal}",
+                why=f"{usual:.2g} is usual for so many bits; small models suffer more",
+                fix=fix,
+            ),
+        )
+    number = stage.numbers.get("replies", 0)
+    same = stage.numbers.get("same_replies", 1.0)
+    if number < _FEWEST_REPLIES or same >= _SAME_REPLIES:
+        return ()
+    if apart.greedy >= _SAME_TOKENS and "match" not in stage.numbers:
+        # Replies to fixed prompts alone, which nobody trained: they wander in any case.
         return ()
     return (
         Finding(
-            "quantised-loses-much",
-            "warning",
-            f"so few bits degrade this model: log-probabilities differ by {apart.relative:.2g} of "
-            f"the "
-            f"logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are equal",
-            why=f"{usual:.2g} is usual for so many bits; small models suffer more",
-            fix="use more bits, for example --quant int8; truetune eval compares the answers of "
-            "both folders",
+            "quantised-replies-differ",
+            "warning" if apart.greedy < _SAME_TOKENS else "note",
+            f"rounding changes {number - round(same * number)} of {number} replies, and {equal}",
+            why="this model does not tolerate so few bits: its likeliest tokens lead by little"
+            if apart.greedy < _SAME_TOKENS
+            else "one different token changes the rest of a reply; other wording need not be worse",
+            fix=fix,
         ),
     )
 
