@@ -178,7 +178,7 @@ def _long_rows(models: list[str], turns: int, rounds: int, write: bool) -> None:
                     made.setdefault((model, kind), []).append(found)
     load.append(os.getloadavg()[0])
     steps = ("fit", "encode", "encode alone")
-    heads = [f"{step}, {unit}" for step in steps for unit in ("processor", "clock")]
+    heads = [f"{step}, {unit}" for step in steps for unit in ("CPU", "wall clock")]
     lines = [f"| model | row | tokens | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
     for (model, kind), runs in made.items():
         cells = [f"{_middle(runs, head):.2f}" for head in heads]
@@ -190,7 +190,7 @@ def _long_rows(models: list[str], turns: int, rounds: int, write: bool) -> None:
     lines += [
         "",
         f"Seconds, median of {rounds} fresh processes; two cores, load {load[0]:.0f} to "
-        f"{load[1]:.0f} (a higher load lengthens wall-clock times, and processor times a "
+        f"{load[1]:.0f} (a higher load lengthens wall-clock times, and CPU times a "
         f"little). {datetime.date.today()}.",
     ]
     text = "\n".join(lines)
@@ -222,8 +222,8 @@ def _long(model: str, kind: str, turns: int) -> dict[str, float]:
 
         before, start = spent(), time.perf_counter()
         result = work()
-        made[f"{step}, clock"] = time.perf_counter() - start
-        made[f"{step}, processor"] = spent() - before
+        made[f"{step}, wall clock"] = time.perf_counter() - start
+        made[f"{step}, CPU"] = spent() - before
         return result
 
     contract = PromptContract.load(model)

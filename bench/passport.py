@@ -528,7 +528,9 @@ def faults() -> list[Fault]:
             "bfloat16 saved as float16", "qwen2", "merged", merged_with("f16", weights(overflow))
         ),
         Fault("rows of the embedding cut off", "llama", "merged", merged_with("cut", truncated)),
-        Fault("tied head saved as an old one", "qwen3", "merged", merged_with("untied", untied)),
+        Fault(
+            "tied head saved with stale weights", "qwen3", "merged", merged_with("untied", untied)
+        ),
         Fault(
             "shards swapped",
             "qwen3",

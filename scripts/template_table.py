@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "templates.md"
 OWN, OFFICIAL, MODELS = "## Our own", "## Official templates", "## Models"
 SHORT = {
     "target-dropped": "drops",
-    "target-behind-stop": "behind stop",
+    "target-behind-stop": "after stop",
     "template-refuses": "refuses",
     "thinking-only": "thinks",
     "thinking-off": "off",
@@ -35,7 +35,7 @@ SHORT = {
 INTRO = """# Chat templates
 
 `python scripts/template_table.py` makes this page by running the code. Each template renders each
-kind of conversation, with the template arguments that `fit` chooses for that row. A number means
+kind of conversation, with the template arguments that truetune chooses for that row. A number means
 that the row can be trained exactly: each trained turn follows, token for token, what a server
 sends, and ends on the first stop token. The number counts the sequences: 1 means one sequence with
 all turns; if the template rewrites history, there are more, in a tree that shares prefixes. A
@@ -45,7 +45,7 @@ refused:
 | word | code | what the template does |
 |---|---|---|
 | drops | `target-dropped` | omits reasoning or a tool call |
-| behind stop | `target-behind-stop` | writes a stop token before the end of the turn |
+| after stop | `target-behind-stop` | writes a stop token before the end of the turn |
 | refuses | `template-refuses` | raises an error |
 | thinks | `thinking-only` | opens a think block before an answer without reasoning |
 | off | `thinking-off` | closes the think block before an answer with reasoning |
@@ -109,7 +109,9 @@ def outcomes(contract: PromptContract) -> dict[str, Outcome]:
 def table(found: Iterable[tuple[str, dict[str, Outcome]]]) -> str:
     """A table of templates by kinds, and the refusals' sentences under it."""
     names = [kind.name for kind in corpus.KINDS]
-    lines = ["| template | " + " | ".join(names) + " | arguments, way of the reasoning |"]
+    lines = [
+        "| template | " + " | ".join(names) + " | template arguments; how reasoning is passed |"
+    ]
     lines += ["|---" * (len(names) + 2) + "|"]
     for name, row in found:
         letters = {

@@ -210,7 +210,7 @@ def _tokens(folder: Path) -> None:
         (edited(_nan), "numbers that are not finite"),
         (_truncated, "fewer than its tokenizer has ids"),
         (_stops_on_text, "which is not a stop token of training"),
-        (_two_tokens, "tokens have other ids"),
+        (_two_tokens, "tokens differ"),
     ],
 )
 def test_the_cause_is_named(

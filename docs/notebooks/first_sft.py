@@ -1,9 +1,9 @@
 # %% [markdown]
-# # A first fine-tuning
+# # A first fine-tuning run
 #
 # A base model continues text. It does not answer, and it does not stop. Here we teach the small
-# base that ships with truetune to do both, with 97 hand-written rows and about half a minute of one
-# processor. The base has read about an invented country, so every answer can be counted.
+# base that ships with truetune to do both, with 97 hand-written rows and about half a minute of
+# CPU time. The base has read about an invented country, so every answer can be counted.
 
 # %%
 import json

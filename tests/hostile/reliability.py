@@ -42,7 +42,7 @@ from trials import (  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
-SAME = "continues to the same losses, samples and weights, bit for bit"
+SAME = "continues and reaches the same losses, samples and weights, bit for bit"
 # What happens, what is promised, and one trial after the other.
 Row = tuple[str, str, Iterable[Callable[[], str]]]
 

@@ -304,7 +304,7 @@ def _tokens(reader: Any, vocabulary: Vocabulary) -> list[str]:
         return []
     first = wrong[0]
     return [
-        f"tokenizer.ggml.tokens has {len(wrong):,} different entries, first {first}: "
+        f"tokenizer.ggml.tokens has entries that differ ({len(wrong):,}), first {first}: "
         f"{visible(f'{its[first]!r:.60}', keep_newlines=False)} instead of "
         f"{vocabulary.tokens[first]!r:.60}"
     ]
@@ -324,7 +324,7 @@ def _lists(key: str, own: list[Any], value: Any) -> str:
         return ""
     shown = visible(f"{its[at[0]]!r:.60}", keep_newlines=False)
     return (
-        f"{key} has {len(at):,} different entries, first {at[0]}: {shown} instead of "
+        f"{key} has entries that differ ({len(at):,}), first {at[0]}: {shown} instead of "
         f"{plain[at[0]]!r:.60}"
     )
 

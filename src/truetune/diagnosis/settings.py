@@ -162,7 +162,7 @@ def vocabulary(own: PromptContract, its: PromptContract) -> list[str]:
         there = now.get(first)
         shown = "is missing" if there is None else f"has the id {there:,}"
         return [
-            f"{len(moved):,} of {len(before):,} tokens have other ids, first "
+            f"the ids of {len(moved):,} of {len(before):,} tokens differ, first "
             f"{visible(repr(first), keep_newlines=False):.60}: it {shown} instead of "
             + (f"{before[first]:,}" if there is not None else f"having {before[first]:,}")
         ]

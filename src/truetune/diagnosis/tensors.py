@@ -167,7 +167,7 @@ def _look(
         most = float(wanted.abs().max())
         beyond = bool(torch.isinf(value).any()) and most > _LARGEST_HALF
         seen.words.append(
-            f"{name} contains {number:,} numbers that are not finite"
+            f"{name} contains numbers that are not finite ({number:,})"
             + (": they exceed the range of its type" if beyond else "")
         )
         seen.explained.add(name)

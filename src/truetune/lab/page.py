@@ -175,7 +175,7 @@ def _section(result: Result, experiment: Experiment, pictures: str) -> Iterator[
     trained = f"{result['trained']} arms trained, " if "trained" in result else ""
     yield (
         f"Seeds {seeds}; {form}{result['date']}; commit {result['commit']}; {result['machine']}; "
-        f"{trained}{result['processor_seconds']:,} processor seconds."
+        f"{trained}{result['processor_seconds']:,} CPU seconds."
     )
 
 
