@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from refused_folders import REFUSED
+from refused_folders import REFUSED, REFUSED_ADAPTERS
 from tiny_families import APART, FAMILIES, MORE, family
-from tiny_models import edit_json, tiny_config, tiny_tokenizer, write_model
+from tiny_models import tiny_config, tiny_tokenizer, write_model
+from tiny_runs import command
 from truetune.cli.verbs import main
 from truetune.contract.contract import PromptContract
 from truetune.errors import ModelError
@@ -165,51 +167,64 @@ def test_text_of_rows_cannot_draw_on_the_terminal(
     assert "\x1b" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that passes."""
+    place = tmp_path_factory.mktemp("whole")
+    folder = write_model(place / "base", max_position_embeddings=4096)
+    data = write_rows(place / "rows.jsonl", [answer(i) for i in range(20)])
+    assert run(folder, data) == 0
+    return folder
+
+
 @pytest.mark.parametrize("damage", REFUSED)
 def test_what_training_refuses_of_the_files_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     change, code = REFUSED[damage]
-    folder = write_model(tmp_path / "base", max_position_embeddings=4096)
-    data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(20)])
-    assert run(folder, data) == 0
-    capsys.readouterr()
+    folder = shutil.copytree(whole, tmp_path / "base")
     change(folder)
-    assert run(folder, data, "--all") in (1, 2)
+    assert run(folder, whole.parent / "rows.jsonl", "--all") in (1, 2)
     shown = capsys.readouterr()
     assert f"error[{code}]" in shown.out + shown.err
 
 
-@pytest.mark.parametrize(
-    ("changes", "code"),
-    [
-        ({"r": 10**12}, "model-shape-mismatch"),
-        ({"peft_type": "EVIL"}, "adapter-type"),
-        (None, "model-file-hostile"),
-    ],
-)
-def test_an_adapter_that_training_refuses_is_an_error(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    changes: dict[str, Any] | None,
-    code: str,
-) -> None:
-    write_model(tmp_path / "base", max_position_embeddings=4096)
-    loaded = load_model(tmp_path / "base", purpose="lora", device="cpu")
-    folder = tmp_path / "adapter"
-    loaded = add_lora(loaded, LoraSettings(r=4), seed=0)
-    save_model(loaded, PromptContract.load(loaded.tokenizer), folder)
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On a base beside it."""
+    place = tmp_path_factory.mktemp("adapter")
+    write_model(place / "base", max_position_embeddings=4096)
+    loaded = add_lora(
+        load_model(place / "base", purpose="lora", device="cpu"), LoraSettings(r=4), seed=0
+    )
+    save_model(loaded, PromptContract.load(loaded.tokenizer), place / "adapter")
+    return place / "adapter"
+
+
+def test_a_sound_adapter_passes(adapter: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(20)])
-    assert run(folder, data, "--lora") == 0
-    capsys.readouterr()
-    if changes is None:
-        (folder / "adapter_model.safetensors").unlink()
-        os.mkfifo(folder / "adapter_model.safetensors")
-    else:
-        edit_json(folder / "adapter_config.json", **changes)
-    assert run(folder, data, "--lora") in (1, 2)
+    assert run(adapter, data, "--lora") == 0
+
+
+@pytest.mark.parametrize("damage", REFUSED_ADAPTERS)
+def test_an_adapter_that_training_refuses_is_an_error(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    change, code = REFUSED_ADAPTERS[damage]
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    change(folder)
+    start = time.process_time()
+    with pytest.raises(ModelError) as trained:
+        load_model(folder, purpose="lora", device="cpu")
+    assert trained.value.code == code
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(20)])
+    assert run(folder, data, "--lora", "--all") in (1, 2)
     shown = capsys.readouterr()
     assert f"error[{code}]" in shown.out + shown.err
+    exported = command("export", folder, "-o", tmp_path / "out")
+    assert (exported.code, f"[{code}]" in exported.err) == (2, True), exported.err
+    assert not (tmp_path / "out").exists()
+    assert time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("kind", [*FAMILIES, *MORE, *APART])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -15,9 +17,10 @@ import pytest
 
 from fresh_process import in_this_process  # noqa: F401  (a fixture)
 from refused_folders import REFUSED
-from tiny_models import edit_json, write_model
+from tiny_models import edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, sums, write_rows
 from truetune.compare import agreement, measure
+from truetune.contract import sandbox
 from truetune.contract.contract import PromptContract
 from truetune.errors import CheckFailed, ModelError, OutputExists, UsageError
 from truetune.exporting.merged import write_merged
@@ -401,7 +404,12 @@ def test_code_and_pickles_stay_behind(tmp_path: Path) -> None:
     """Of an architecture that transformers has, the folder's own code is not needed."""
     base = write_model(tmp_path / "base")
     names = left(base)
-    edit_json(base / "config.json", auto_map={"AutoModelForCausalLM": "own.Model"})
+    edit_json(
+        base / "config.json",
+        auto_map={"AutoModelForCausalLM": "own.Model"},
+        custom_generate="own",
+    )
+    edit_json(base / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Words", None]})
     (base / "own.py").write_text("raise SystemExit")
     (base / "custom_generate").mkdir()
     (base / "custom_generate" / "generate.py").write_text("raise SystemExit")
@@ -417,6 +425,96 @@ def test_code_and_pickles_stay_behind(tmp_path: Path) -> None:
     assert copied == names | {"LICENSE", "model-q8_0.gguf"}
     for name in ("own.py", "custom_generate/generate.py", "training_args.bin", "state", "pipe"):
         assert name in told.out
+    # Nor what would look for the code, whoever writes the folder.
+    loaded = load_model(base, purpose="inference", device="cpu")
+    saved = save_model(loaded, PromptContract.load(loaded.tokenizer), tmp_path / "saved")
+    assert "auto_map in config.json" in told.out
+    assert "code-forgotten" in [finding.code for finding in saved.findings]
+    for folder in (tmp_path / "out", tmp_path / "saved"):
+        for name in ("config.json", "tokenizer_config.json"):
+            assert not re.search("auto_map|custom_generate|own", (folder / name).read_text())
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    names = left(base)
+    outside = tmp_path / "outside"
+    (outside / "inner").mkdir(parents=True)
+    (outside / "inner" / "secret.txt").write_text("secret")
+    for name in ("notes.txt", "LICENSE", "README.md", "more.safetensors"):
+        (base / name).symlink_to("../outside/inner/secret.txt")
+    (base / "assets").symlink_to("../outside")
+    (base / "round").symlink_to(".")
+    (base / ".git").mkdir()
+    (base / ".git" / "config").write_text("url = https://secret@host")
+    (base / "NOTICE").symlink_to(".git/config")
+    (base / "COPYING").symlink_to("TERMS")
+    (base / "TERMS").write_text("Free.")
+    # Weights lie on another disk, and the folder itself is known by another name.
+    shutil.move(base / "model.safetensors", outside / "weights")
+    (base / "model.safetensors").symlink_to(outside / "weights")
+    (tmp_path / "alias").symlink_to("base")
+    told = command("export", tmp_path / "alias", "-o", tmp_path / "out")
+    assert told.code == 0, told.err
+    copied = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert copied == names | {"COPYING", "TERMS"}
+    assert not any("secret" in p.read_text("latin-1") for p in (tmp_path / "out").iterdir())
+    for name in ("assets", "round", "NOTICE", "more.safetensors", "[weights-linked]"):
+        assert name in told.out
+    (base / "additional_chat_templates").symlink_to("../outside/inner")
+    told = command("export", base, "-o", tmp_path / "other")
+    assert (told.code, "[model-link-outside]" in told.err) == (2, True)
+
+
+def test_a_folder_of_the_hub_cache_is_copied_whole(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    names = left(base)
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("0" * 40)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in sorted(base.iterdir()):
+        blob = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.move(path, blobs / blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob}")
+    told = command("export", snapshot, "-o", tmp_path / "out")
+    assert (told.code, "links" in told.out) == (0, False), told.err
+    assert left(tmp_path / "out") == names
+
+
+def test_an_export_onto_a_full_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, to: Path) -> None:
+        raise OSError(28, "No space left on device", str(to))
+
+    base = write_model(tmp_path / "base")
+    monkeypatch.setattr(shutil, "copyfile", full)
+    told = command("export", base, "-o", tmp_path / "out")
+    assert told.code != 0
+    assert "cannot be copied: No space left on device\n" in told.err
+    assert "free some space" in told.err
+    assert left(tmp_path) == {"base"}
+
+
+@pytest.mark.parametrize(
+    ("template", "code"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "template-refuses"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "template-out-of-bounds",
+        ),
+    ],
+)
+def test_a_template_that_no_server_should_render_is_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, code: str
+) -> None:
+    monkeypatch.setattr(sandbox, "DEADLINE", 2.0)
+    base = write_model(tmp_path / "base", tokenizer=tiny_tokenizer(template))
+    told = command("export", base, "-o", tmp_path / "out")
+    assert (told.code, code in told.err) == (1, True), told.err
+    assert left(tmp_path) == {"base"}
 
 
 @pytest.mark.parametrize("how", [(), ("--lora",)])

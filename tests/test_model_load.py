@@ -269,6 +269,12 @@ def wrong_shape(folder: Path) -> None:
 
 
 def quantised(folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    save_file(load_file(path) | scale, path, metadata={"format": "pt"})
     edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
 
 

@@ -147,8 +147,10 @@ HOSTILE: dict[str, Edit] = {
     **{f"deep {name}": text(name, DEEP) for name in ("config.json", "tokenizer_config.json")},
     **{f"deep {name}": text(name, DEEP) for name in ("generation_config.json", "tokenizer.json")},
     **{f"long {name}": text(name, LONG) for name in ("config.json", "tokenizer_config.json")},
-    # What is no file is not read: a folder without the others is sound.
-    "endless config.json": endless("config.json"),
+    **{
+        f"endless {name}": endless(name)
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json")
+    },
     **{
         f"empty {name}": text(name, "")
         for name in ("config.json", "tokenizer.json", "model.safetensors")
@@ -198,7 +200,6 @@ HOSTILE: dict[str, Edit] = {
 }
 # Odd, and of no harm.
 SOUND: dict[str, Edit] = {
-    **{f"endless {n}": endless(n) for n in ("generation_config.json", "tokenizer_config.json")},
     "as it is": lambda folder: None,
     "one eos, twice": twice("config.json", "eos_token_id", 257, 257),
     "no stop": config(eos_token_id=None),

@@ -134,8 +134,10 @@ def _contract(
         contract = PromptContract.load(tokenizer, chat_template)
         contract.renderer.render([{"role": "user", "content": "?"}], add_generation_prompt=True)
     except UnfaithfulTemplate as error:
-        # What it refuses of a conversation of ours it may take of others.
-        return (contract, None) if error.code == "template-refuses" else (None, error)
+        # What it refuses of a conversation of ours it may take of others; what the sandbox refuses
+        # of so plain a one, it refuses of all.
+        refuses = error.code == "template-refuses" and not error.what.endswith("is unsafe.")
+        return (contract, None) if refuses else (None, error)
     return contract, None
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truetune.errors import UsageError
-from truetune.findings import near, visible
-from truetune.model.source import locate
+from truetune.exporting.copied import copy_files
+from truetune.findings import Finding, near, visible
+from truetune.model.source import ModelFiles, locate
 from truetune.model.weights import main_dtype, read_headers, weight_files
 from truetune.run_dir import flush_folder, settle
 from truetune.system import child
@@ -65,6 +66,7 @@ class WrittenQuantised:
         matrices: that are quantised.
         num_bytes, plain_bytes: of the weights, quantised and before.
         versions: of the libraries.
+        findings: what of the model's other files was not copied.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class WrittenQuantised:
     num_bytes: int
     plain_bytes: int
     versions: dict[str, str]
+    findings: tuple[Finding, ...] = ()
 
 
 def require_quantiser(quant: str) -> None:
@@ -133,7 +136,8 @@ def write_quantised(
         UsageError: the library cannot quantise this model; nothing is left.
     """
     how = QUANTS[quant]
-    tensors = read_headers(weight_files(locate(source, weights=True)))
+    plain = locate(source, weights=True)
+    tensors = read_headers(weight_files(plain))
     asked = {
         "kind": how.kind,
         "how": how.how,
@@ -147,7 +151,7 @@ def write_quantised(
         said = child.ask_json(_WORKER, asked)
         if "error" in said:
             raise _unable(quant, visible(_short(said["error"]), keep_newlines=False))
-        _keep_other_files(source, folder)
+        findings = _keep_other_files(plain, folder)
         made = read_headers(weight_files(locate(folder, weights=True)))
         whole = {"int8", "uint8", "int32"}
         matrices = sum(1 for name, facts in made.items() if _is_matrix(name, facts, whole))
@@ -168,6 +172,7 @@ def write_quantised(
         sum(facts.num_bytes for facts in made.values()),
         sum(facts.num_bytes for facts in tensors.values()),
         dict(said["versions"]),
+        tuple(findings),
     )
 
 
@@ -205,14 +210,10 @@ _KEPT = (
 )
 
 
-def _keep_other_files(source: Path, folder: Path) -> None:
+def _keep_other_files(source: ModelFiles, folder: Path) -> list[Finding]:
     """Tokenizer, template and generation_config as they are; nothing else that a library left."""
     for file in folder.iterdir():
         if file.name != "config.json" and ".safetensors" not in file.name:
             # llm-compressor writes a recipe.yaml, which is the name of a run's recipe.
             file.unlink()
-    for file in sorted(path for pattern in _KEPT for path in source.glob(pattern)):
-        if file.is_file():
-            to = folder / file.relative_to(source)
-            to.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, to)
+    return copy_files(source, folder, _KEPT)

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from truetune.model.adapter_fit import require_bounded_adapter
 from truetune.model.architecture import causal_config, linear_layers, meta_model
 from truetune.model.source import ADAPTER_CONFIG, ModelFiles, read_json
 from truetune.model.weights import read_headers, weight_files
@@ -63,6 +64,7 @@ def read_adapter(files: ModelFiles, base: ModelFiles) -> AdapterFacts:
     from safetensors import safe_open
 
     config = read_json(files.folder / ADAPTER_CONFIG)
+    require_bounded_adapter(config, str(files.folder / ADAPTER_CONFIG))
     paths = weight_files(files)
     headers = read_headers(paths)
     shapes = {name.removeprefix(_PREFIX): facts.shape for name, facts in headers.items()}

@@ -10,11 +10,12 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from truetune.errors import ModelError
 from truetune.model.source import ModelFiles, first_line, read_json
-from truetune.model.weights import TensorFacts, listed
+from truetune.model.weights import INDEX, WEIGHTS, TensorFacts, listed
 from truetune.system.lazy import torch
 
 _WHAT_IS_TAKEN = "truetune trains text-only decoder language models (transformers' ForCausalLM)"
@@ -25,7 +26,7 @@ def causal_config(files: ModelFiles) -> Any:
 
     Raises:
         ModelError: no config.json, an unknown or remote-code model, an encoder-decoder, a model
-            of images or sound, an encoder, a classifier.
+            of images or sound, an encoder, a classifier, weights under a name of their own.
     """
     path = files.folder / "config.json"
     if not path.is_file():
@@ -34,6 +35,7 @@ def causal_config(files: ModelFiles) -> Any:
     where = str(path)
     _require_known_type(raw, where)
     _require_sane(raw, where)
+    _require_usual_weights(raw, files.folder)
     from transformers import AutoConfig
 
     try:
@@ -104,6 +106,21 @@ def _require_sizes(config: Any, where: str) -> None:
         # A list where layers differ (heads, for some); only whole numbers are judged.
         if isinstance(value, int) and not 1 <= value <= most:
             raise _not_sane(f"{name} is {value:,}", where)
+
+
+def _require_usual_weights(raw: Mapping[str, Any], folder: Path) -> None:
+    """transformers would load the file that the config names, whatever was read of the others."""
+    named = raw.get("transformers_weights")
+    used = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()][:1]
+    if named not in (None, *(used or (WEIGHTS, INDEX))):
+        raise ModelError(
+            f"config.json names weights of its own: transformers_weights is {str(named)[:80]!r}",
+            where=str(folder / "config.json"),
+            why=f"other programs load {WEIGHTS} or the shards of {INDEX}, so they would load a "
+            "different model",
+            fix=f"remove transformers_weights; a single file must be called {WEIGHTS}",
+            code="model-weights-elsewhere",
+        )
 
 
 def _not_sane(what: str, where: str) -> ModelError:

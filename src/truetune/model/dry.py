@@ -15,11 +15,8 @@ from typing import Any
 from truetune.model.architecture import causal_config
 from truetune.model.load import without_memory
 from truetune.model.source import ModelFiles
-from truetune.model.weights import read_headers, weight_files
+from truetune.model.weights import first_rows, look_at_numbers, read_headers, weight_files
 from truetune.system.lazy import torch
-
-# Numbers of each tensor that are looked at: damage of a whole tensor shows in any of them.
-LOOKED_AT = 65_536
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def dry_load(files: ModelFiles) -> DryLoad | None:
     missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys)
     unexpected = set(info["unexpected_keys"])
     odd = unexpected | {name for name, _, _ in info["mismatched_keys"]}
-    broken, zero = _looked_at(files)
+    broken, zero = look_at_numbers(weight_files(files))
     return DryLoad(
         tuple(sorted(missing)),
         tuple(sorted(unexpected)),
@@ -77,34 +74,6 @@ def _declared_ties(model: Any, config: Any) -> Mapping[str, str]:
     return ties if tied and isinstance(ties, Mapping) else {}
 
 
-def _looked_at(files: ModelFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(tensors that are not finite, matrices of zeros), by their first numbers."""
-    from safetensors import safe_open
-
-    broken, zero = [], []
-    for path in weight_files(files):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                piece = _piece(file.get_slice(name))
-                if not piece.is_floating_point() or not piece.numel():
-                    continue
-                if not bool(torch.isfinite(piece.float()).all()):
-                    broken.append(name)
-                elif piece.ndim > 1 and not bool(piece.any()):
-                    zero.append(name)
-    return tuple(broken), tuple(zero)
-
-
-def _piece(table: Any) -> Any:
-    shape = table.get_shape()
-    if not shape:
-        return table[:]
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    return table[: max(LOOKED_AT // max(width, 1), 1)]
-
-
 def _tables_differ(files: ModelFiles, tied: Mapping[str, str], stored: set[str]) -> bool:
     """Whether two tables that are said to be one are in the files with other numbers."""
     from safetensors import safe_open
@@ -117,7 +86,7 @@ def _tables_differ(files: ModelFiles, tied: Mapping[str, str], stored: set[str])
             for path in weight_files(files):
                 with safe_open(path, framework="pt") as file:
                     if wanted in file.keys():  # noqa: SIM118
-                        pieces.append(_piece(file.get_slice(wanted)))
+                        pieces.append(first_rows(file.get_slice(wanted)))
         if len(pieces) == 2 and (
             pieces[0].shape != pieces[1].shape or not torch.equal(pieces[0], pieces[1])
         ):

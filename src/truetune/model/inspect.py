@@ -18,7 +18,7 @@ from truetune.model.architecture import (
     projection_names,
     require_ids,
 )
-from truetune.model.quantise import stored_quantisation
+from truetune.model.quantise import require_quantised
 from truetune.model.source import ModelFiles, locate, read_json
 from truetune.model.tokenizer import locate_base, num_ids, open_tokenizer
 from truetune.model.weights import (
@@ -156,17 +156,7 @@ def _on_disk(files: ModelFiles, config: Any) -> tuple[str | None, int]:
     except ModelError:
         return None, 0
     tensors = read_headers(paths)
-    method = stored_quantisation(config)
-    # Whatever the method, quantised weights are integers or 8-bit numbers, or lie beside scales.
-    plain = all(facts.dtype in ("float32", "bfloat16", "float16") for facts in tensors.values())
-    if method and tensors and plain and not any("scale" in name for name in tensors):
-        raise ModelError(
-            f"config.json says that the weights are quantised ({method}), but they are not",
-            where=str(files.folder / "config.json"),
-            why="the folder holds the config of a quantised model and unquantised weights",
-            fix="remove quantization_config from config.json, or use the weights that belong to it",
-            code="model-not-quantised",
-        )
+    require_quantised(config, tensors, str(files.folder / "config.json"))
     return main_dtype(tensors), sum(path.stat().st_size for path in paths)
 
 

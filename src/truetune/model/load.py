@@ -12,13 +12,19 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import ModelError
 from truetune.findings import Finding
+from truetune.model.adapter_fit import (
+    refused_by_peft,
+    require_bounded_adapter,
+    require_counterparts,
+    require_fit,
+)
 from truetune.model.architecture import (
     causal_config,
     embedding_rows,
@@ -42,10 +48,18 @@ from truetune.model.quantise import (
     refuse_twice,
     require_bitsandbytes,
     require_opener,
+    require_quantised,
     same_in_evaluation,
     stored_quantisation,
 )
-from truetune.model.source import ADAPTER_CONFIG, ModelFiles, first_line, locate, read_json
+from truetune.model.source import (
+    ADAPTER_CONFIG,
+    ModelFiles,
+    first_line,
+    leads_out,
+    locate,
+    read_json,
+)
 from truetune.model.tokenizer import (
     has_tokenizer,
     load_tokenizer,
@@ -54,9 +68,11 @@ from truetune.model.tokenizer import (
     open_tokenizer,
 )
 from truetune.model.weights import (
+    INDEX,
     WEIGHTS,
     TensorFacts,
     listed,
+    look_at_numbers,
     main_dtype,
     read_headers,
     weight_files,
@@ -151,7 +167,14 @@ def load_model(
     files = locate(source, revision, weights=True)
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
     require_opener(causal_config(base_files), str(base_files.folder / "config.json"))
-    whole = require_whole(files, base_files, tokenizer)
+    # Answers may be asked of what is broken, to see how; it is not trained further.
+    whole = require_whole(
+        files,
+        base_files,
+        tokenizer,
+        trainable=purpose != "inference",
+        finite=purpose != "inference",
+    )
     config, tokenizer, tensors = whole.config, whole.tokenizer, whole.tensors
     base_dtype = main_dtype(tensors) or "float32"
     _require_trainable(config, purpose, str(base_files.folder))
@@ -172,6 +195,7 @@ def load_model(
         bf16_weights=bf16_weights,
     )
     model, findings = _read_weights(base_files, config, placement, quantised)
+    findings += whole.findings
     if load_in == "dequantised" and (quantised or stored_quantisation(config)):
         with quiet():
             model = dequantised(model, str(base_files.folder))
@@ -212,25 +236,37 @@ class Whole:
         tokenizer: of the model.
         tensors: of the base, by name.
         adapter: tensors of the adapter; None if there is none.
+        findings: notes.
     """
 
     config: Any
     tokenizer: Any
     tensors: dict[str, TensorFacts]
     adapter: dict[str, TensorFacts] | None
+    findings: tuple[Finding, ...]
 
 
-def require_whole(files: ModelFiles, base: ModelFiles, tokenizer: Any = None) -> Whole:
-    """Refuse what cannot be loaded as it is, before a weight is read: training, checking and
+def require_whole(
+    files: ModelFiles,
+    base: ModelFiles,
+    tokenizer: Any = None,
+    *,
+    trainable: bool = False,
+    finite: bool = True,
+) -> Whole:
+    """Refuse what cannot be loaded as it is, before the weights are: training, checking and
     exporting ask here alike.
 
     Args:
         base: of an adapter; `files` if it is none.
         tokenizer: the model's own, where it is open already.
+        trainable: to be trained further, which whole tables in an adapter cannot be.
+        finite: look at the first numbers of every tensor.
 
     Raises:
         ModelError: no causal language model, code of its own, no or damaged weights, pickles only,
-            weights that are missing or have another shape, an adapter that is not LoRA.
+            weights that are missing, have another shape, are there twice or are not finite; an
+            adapter that is not LoRA or does not fit its base.
     """
     config = causal_config(base)
     adapter = _require_adapter(files) if files.is_adapter else None
@@ -238,11 +274,49 @@ def require_whole(files: ModelFiles, base: ModelFiles, tokenizer: Any = None) ->
         tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base)
     tensors = read_headers(weight_files(base))
     where = str(base.folder)
+    require_quantised(config, tensors, str(base.folder / "config.json"))
     # Where names differ, weights may be renamed or merged on loading: transformers judges.
     dry = None if require_shapes(config, tensors, where) else without_memory(base, config)
     if dry:
         _judge_loading(*dry, where)
-    return Whole(config, tokenizer, tensors, adapter)
+    if finite:
+        # Old files hold masks beside the weights, with infinity in them.
+        _require_finite(base, unused=dry[1]["unexpected_keys"] if dry else ())
+        if files.is_adapter:
+            _require_finite(files)
+    if adapter is not None:
+        require_fit(files, base, config, adapter, num_ids(tokenizer), trainable=trainable)
+    return Whole(config, tokenizer, tensors, adapter, tuple(_linked({files.folder, base.folder})))
+
+
+def _require_finite(files: ModelFiles, unused: Collection[str] = ()) -> None:
+    broken = [name for name in look_at_numbers(weight_files(files))[0] if name not in unused]
+    if broken:
+        raise ModelError(
+            f"{listed(broken)} contain NaN or infinity",
+            where=str(files.folder),
+            why="the training that made them diverged, or float16 overflowed",
+            fix="use an earlier checkpoint, and train in bfloat16 or float32",
+            code="weights-not-finite",
+        )
+
+
+def _linked(folders: Iterable[Path]) -> Iterator[Finding]:
+    """Weights may lie on another disk: their numbers are checked, and they hold no text."""
+    for folder in sorted(folders):
+        found = (*folder.glob("*.safetensors"), folder / INDEX)
+        names = sorted(p.name for p in found if p.is_symlink() and leads_out(p, folder))
+        if names:
+            yield Finding(
+                code="weights-linked",
+                level="note",
+                what=f"weights are links that lead out of the model's folder: {listed(names)}",
+                where=str(folder),
+                count=len(names),
+                why="they lie on another disk, or the folder was made by somebody who knew where "
+                "other weights lie",
+                fix="nothing to do if the links are your own",
+            )
 
 
 def require_whole_folder(
@@ -251,9 +325,10 @@ def require_whole_folder(
     *,
     base: str | Path | None = None,
     tokenizer: Any = None,
-) -> None:
+    trainable: bool = False,
+) -> Whole | None:
     """As `require_whole`, of a folder of this machine. Nothing is fetched from the Hub: what is not
-    in its cache is judged when it is loaded.
+    in its cache is judged when it is loaded, and the answer is None.
 
     Raises:
         ModelError: see `require_whole`.
@@ -261,9 +336,10 @@ def require_whole_folder(
     files = locate(source, revision, weights=False)
     below = locate_base(files, weights=False, instead=base) if files.is_adapter else files
     if not below.is_hub or (below.folder / WEIGHTS).is_file():
-        require_whole(files, below, tokenizer)
-    elif files.is_adapter:
+        return require_whole(files, below, tokenizer, trainable=trainable)
+    if files.is_adapter:
         _require_adapter(files)
+    return None
 
 
 def without_memory(files: ModelFiles, config: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -448,6 +524,7 @@ def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
     path = files.folder / ADAPTER_CONFIG
     config = read_json(path)
     kind = config.get("peft_type")
+    require_bounded_adapter(config, str(path))
     if kind != "LORA":
         raise ModelError(
             f"the adapter is of type {kind}, not LORA",
@@ -492,16 +569,7 @@ def _attach(
     *,
     trainable: bool,
 ) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-
-    def wrong_base(what: str, why: str) -> ModelError:
-        return ModelError(
-            f"the adapter does not fit its base {base.source}: {what}",
-            where=str(files.folder / ADAPTER_CONFIG),
-            why=why,
-            fix="set base_model_name_or_path to the model that the adapter was trained on",
-            code="adapter-wrong-base",
-        )
+    from peft import PeftModel
 
     try:
         with quiet():
@@ -509,28 +577,8 @@ def _attach(
             model = PeftModel.from_pretrained(model, files.folder, is_trainable=trainable)
             use_row_layers(model)
     except Exception as error:  # peft: RuntimeError, ValueError, KeyError, TypeError and own ones
-        message = str(error)
-        shapes = "size mismatch" in message or "not found in the base model" in message
-        why = "shapes or layers differ" if shapes else f"{type(error).__name__} from peft"
-        raise wrong_base(first_line(error), why) from error
-    present = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    lost, absent = tensors.keys() - present, present - tensors.keys()
-    tables = lost & model.state_dict().keys()
-    if tables and trainable:
-        raise ModelError(
-            f"the adapter contains whole embedding tables: {listed(tables)}",
-            where=str(files.folder),
-            why="they would be frozen during training and lost when the adapter is saved",
-            fix="merge the adapter into its base first, and train the result",
-            code="adapter-tables",
-        )
-    lost -= tables
-    if lost or absent:
-        names = lost or absent
-        raise wrong_base(
-            f"{len(names)} weights have no counterpart: {listed(names)}",
-            "the base does not have the layers that the adapter was trained on",
-        )
+        raise refused_by_peft(error, files, base) from error
+    require_counterparts(model, files, base, tensors, trainable=trainable)
     return model
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from truetune.errors import ModelError, UsageError
 from truetune.model.source import first_line
+from truetune.model.weights import TensorFacts
 from truetune.system.lazy import torch
 
 Quantised = Literal["4bit", "8bit"]
@@ -113,6 +115,25 @@ def require_opener(config: Any, where: str) -> None:
             why="transformers opens them with that package",
             fix=f"pip install {package}",
             code="extra-missing",
+        )
+
+
+def require_quantised(config: Any, tensors: Mapping[str, TensorFacts], where: str) -> None:
+    """Raise where config.json calls weights quantised that are plain.
+
+    Raises:
+        ModelError: `model-not-quantised`.
+    """
+    method = stored_quantisation(config)
+    # Whatever the method, quantised weights are integers or 8-bit numbers, or lie beside scales.
+    plain = all(facts.dtype in ("float32", "bfloat16", "float16") for facts in tensors.values())
+    if method and tensors and plain and not any("scale" in name for name in tensors):
+        raise ModelError(
+            f"config.json says that the weights are quantised ({method}), but they are not",
+            where=where,
+            why="the folder holds the config of a quantised model and unquantised weights",
+            fix="remove quantization_config from config.json, or use the weights that belong to it",
+            code="model-not-quantised",
         )
 
 

@@ -32,7 +32,7 @@ from truetune.model.readback import (
     check_stops,
     check_weights,
 )
-from truetune.model.source import first_line
+from truetune.model.source import first_line, read_json
 from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
 from truetune.run_dir import flush_folder, settle
@@ -150,7 +150,44 @@ def _write(
             config.save_pretrained(folder)
         else:
             _write_full(loaded.model, config, folder, cast)
-    return findings + _write_tokenizer(contract, folder)
+    findings += _write_tokenizer(contract, folder)
+    return findings + forget_code(folder)
+
+
+# Files of a model that may name code, and the keys that do.
+_NAME_CODE = ("config", "generation_config", "tokenizer_config", "processor_config")
+_CODE_KEYS = ("auto_map", "custom_generate")
+
+
+def forget_code(folder: Path) -> list[Finding]:
+    """Remove what refers to Python code from the files of a saved model: no code is saved, and a
+    loader that may run it would look for it, or fetch it.
+
+    Raises:
+        ModelError: a file that names code is not JSON.
+    """
+    removed = []
+    for path in [folder / f"{name}.json" for name in (*_NAME_CODE, "preprocessor_config")]:
+        if not path.is_file() or not any(key in path.read_text("utf-8") for key in _CODE_KEYS):
+            continue
+        settings = read_json(path)
+        found = [key for key in _CODE_KEYS if settings.pop(key, None) is not None]
+        if found:
+            path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            removed += [f"{key} in {path.name}" for key in found]
+    if not removed:
+        return []
+    return [
+        Finding(
+            code="code-forgotten",
+            level="note",
+            what=f"references to Python code were removed: {', '.join(removed)}",
+            count=len(removed),
+            why="truetune does not run code that comes with weights and does not save it, so they "
+            "would name what is not there",
+            fix="nothing to do: transformers has this architecture",
+        )
+    ]
 
 
 def _write_full(model: Any, generation_config: Any, folder: Path, cast: torch.dtype | None) -> None:

@@ -8,7 +8,9 @@ output  ModelFiles: everything after this reads plain files in one folder
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -78,11 +80,12 @@ def locate_here(source: str | Path) -> ModelFiles | None:
     """Locate a local folder; return None if the name may be a Hub id.
 
     Raises:
-        ModelError: neither.
+        ModelError: neither, or a small file of the folder is a link that leads out of it.
     """
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
+        _refuse_links(path)
         return ModelFiles(text, path, None)
     if text == EMBEDDED:
         return ModelFiles(text, EMBEDDED_FOLDER, None)
@@ -105,6 +108,66 @@ def locate_here(source: str | Path) -> ModelFiles | None:
     if not _HUB_ID.fullmatch(text):
         raise _no_such_folder(text, path)
     return None
+
+
+# What is read of a model beside its weights, by transformers, by peft and here.
+_READ = (
+    *(
+        "*config.json",
+        "base_fingerprint.json",
+        "tokenizer*",
+        "vocab.*",
+        "merges.txt",
+        "tekken.json",
+    ),
+    *("special_tokens_map.json", "added_tokens.json", "*.jinja", "*.model", "*.tiktoken"),
+    *("chat_template*", "additional_chat_templates"),
+)
+# The Hub cache names a file by a hash of what it holds: a link there names its own contents.
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a path of a model's folder is, or lies behind, a link to what is not the model's.
+
+    A link may lead to a place within the folder, which may itself be a link, or to a file of a Hub
+    cache. Within the folder, what git keeps for itself (addresses with passwords in them) is not
+    the model's; the files that git-annex keeps there are.
+    """
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    if target.is_relative_to(root):
+        inside = target.relative_to(root).parts
+        return inside[:1] == (".git",) and inside[1:3] != ("annex", "objects")
+    # Some installers put links in place of a package's files.
+    if root == Path(os.path.realpath(EMBEDDED_FOLDER)):
+        return False
+    blobs = target.parent
+    cached = blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir()
+    return not (cached and _HASH.fullmatch(target.name))
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise where a small file that is read of a model leads out of its folder: what it holds would
+    be read, and passed on with the trained or exported model. Weights may lie on another disk.
+
+    Raises:
+        ModelError: `model-link-outside`.
+    """
+    with os.scandir(folder) as entries:
+        links = [folder / entry.name for entry in entries if entry.is_symlink()]
+    links = [path for path in links if any(fnmatch.fnmatchcase(path.name, one) for one in _READ)]
+    links += (folder / "additional_chat_templates").glob("*.jinja")
+    for path in links:
+        if path.is_symlink() and leads_out(path, folder):
+            raise ModelError(
+                f"{path.name} is a link that leads out of the model's folder: to "
+                f"{os.path.realpath(path)}",
+                where=str(path),
+                why="what lies there would be read, and passed on with the model; a folder from "
+                "somebody else could name any file of this machine",
+                fix="if the link is your own, put a copy of the file in its place",
+                code="model-link-outside",
+            )
 
 
 def _no_such_folder(text: str, path: Path) -> ModelError:

@@ -1,5 +1,5 @@
-"""Try an untrusted tokenizer in a child process with bounded memory and time before this process
-opens it.
+"""Try an untrusted tokenizer and untrusted patterns in a child process with bounded memory and
+time before this process opens them.
 
 This file is also what the child runs; there it imports the tokenizers library and nothing else.
 """
@@ -7,8 +7,11 @@ This file is also what the child runs; there it imports the tokenizers library a
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,7 +51,6 @@ def require_harmless(folder: Path) -> None:
 @lru_cache(maxsize=64)
 def _tried(path: Path, size: int, changed: int) -> None:
     from truetune.errors import ModelError
-    from truetune.system import child
 
     def refused(what: str) -> ModelError:
         return ModelError(
@@ -59,24 +61,12 @@ def _tried(path: Path, size: int, changed: int) -> None:
             code="model-tokenizer-hostile",
         )
 
-    # One thread: a machine of many cores would reserve the whole memory for its threads' stacks.
-    single = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    process = child.start(
-        Path(__file__),
-        str(path),
-        environment=single,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
     try:
-        out, _ = process.communicate(timeout=30 * _SECONDS)
+        out, status = _child(str(path))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         raise refused(f"a few lines take more than {30 * _SECONDS} seconds") from None
     words = out.decode("utf-8", "replace").strip().splitlines()
-    if words[-1:] == ["memory"] or process.returncode < 0:
+    if words[-1:] == ["memory"] or status < 0:
         raise refused(
             f"a few lines take more than {_MEMORY // 2**30} GiB of memory or {_SECONDS} seconds, "
             "or end the tokenizers library"
@@ -88,13 +78,60 @@ def _tried(path: Path, size: int, changed: int) -> None:
     # Any other failure is reported by the library that opens it for good, in its own words.
 
 
+def are_quick(patterns: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether Python matches patterns with names in bounded time; one that is no pattern is
+    reported by whoever uses it."""
+    return _quick(tuple(patterns), tuple(names))
+
+
+@lru_cache(maxsize=8)
+def _quick(patterns: tuple[str, ...], names: tuple[str, ...]) -> bool:
+    asked = json.dumps({"patterns": patterns, "names": names}).encode("ascii")
+    try:
+        out, _ = _child(_MATCH, asked=asked)
+    except subprocess.TimeoutExpired:
+        return False
+    return out.strip() == b"fine"
+
+
+# In place of a tokenizer's path, which is absolute.
+_MATCH = "match"
+
+
+def _child(argument: str, *, asked: bytes = b"") -> tuple[bytes, int]:
+    """(standard output, exit status)."""
+    from truetune.system import child
+
+    # One thread: a machine of many cores would reserve the whole memory for its threads' stacks.
+    single = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    process = child.start(
+        Path(__file__),
+        argument,
+        environment=single,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        out, _ = process.communicate(asked, timeout=30 * _SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return out, process.returncode
+
+
 def _main(path: str) -> str:
+    # Healthy patterns match in milliseconds; Python itself takes a tenth of a second.
+    seconds = 2 if path == _MATCH else _SECONDS
     with contextlib.suppress(ImportError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    if path == _MATCH:
+        return _match(json.loads(sys.stdin.buffer.read()))
     # Each added token has this key; the library is asked afterwards.
     if Path(path).read_bytes().count(b'"single_word"') > _MOST_ADDED:
         return "added"
@@ -104,6 +141,16 @@ def _main(path: str) -> str:
     for line in _LINES:
         if len(tokenizer.encode(line).ids) > _MOST_TOKENS:
             return "tokens"
+    return "fine"
+
+
+def _match(asked: dict[str, list[str]]) -> str:
+    for text in asked["patterns"]:
+        with contextlib.suppress(re.error, RecursionError, OverflowError):
+            pattern = re.compile(text)
+            for name in asked["names"]:
+                # Whole: it tries at least as many ways as the beginning alone.
+                pattern.fullmatch(name)
     return "fine"
 
 

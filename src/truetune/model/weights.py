@@ -18,6 +18,7 @@ from typing import Any, Literal
 from truetune.errors import ModelError
 from truetune.findings import phrase
 from truetune.model.source import ModelFiles, read_json, refuse_pointer
+from truetune.system.lazy import torch
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,11 +92,14 @@ def weight_files(files: ModelFiles) -> list[Path]:
     """The safetensors files that hold the model's weights, in the order of the index.
 
     Raises:
-        ModelError: no weights, weights in another format only, or shards missing.
+        ModelError: no weights, weights in another format only, shards missing, or one file beside
+            shards of which nobody can say which are the model.
     """
     folder = files.folder
     wanted = ADAPTER_WEIGHTS if files.is_adapter else WEIGHTS
     if (folder / wanted).is_file():
+        if not files.is_adapter and (folder / INDEX).is_file():
+            _require_one_model(folder)
         return [folder / wanted]
     # A pipe, a device or a folder; a link that leads nowhere is a file that was not copied.
     if (folder / wanted).exists():
@@ -139,6 +143,31 @@ def _shards(index: Path) -> list[Path]:
             code="model-shards-missing",
         )
     return [index.parent / name for name in names]
+
+
+def _require_one_model(folder: Path) -> None:
+    """An index that stayed when the model was saved again as one file names shards that are gone,
+    or that file itself."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    others = {name for name in named if _is_name(name) and name != WEIGHTS}
+    there = sorted(name for name in others if (folder / name).is_file())
+    if there:
+        raise _twice(
+            f"{WEIGHTS} and the shards that {INDEX} lists ({listed(there)}) are both there",
+            str(folder),
+        )
+
+
+def _twice(what: str, where: str) -> ModelError:
+    return ModelError(
+        f"the folder holds weights twice: {what}",
+        where=where,
+        why="programs differ in which of them they load, so they would load different models",
+        fix="remove the weights that do not belong to the model, or fetch it again into an empty "
+        "folder",
+        code="model-weights-twice",
+    )
 
 
 def _is_name(value: Any) -> bool:
@@ -187,12 +216,43 @@ def read_headers(paths: Iterable[Path]) -> dict[str, TensorFacts]:
     """Facts of all tensors in some safetensors files, by name; no weight is read.
 
     Raises:
-        ModelError: a file is damaged or shorter than its header says.
+        ModelError: a file is damaged or shorter than its header says; two files hold a tensor of
+            one name with other numbers.
     """
     tensors: dict[str, TensorFacts] = {}
     for path in paths:
-        tensors.update(_read_header(path))
+        found = _read_header(path)
+        for name in sorted(tensors.keys() & found):
+            if not _equal(tensors[name], found[name]):
+                raise _twice(
+                    f"{name} is in {tensors[name].path.name} and, with other numbers, in "
+                    f"{path.name}",
+                    str(path.parent),
+                )
+        tensors.update(found)
     return tensors
+
+
+def _equal(one: TensorFacts, other: TensorFacts) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.path.open("rb") as first, other.path.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        left = one.num_bytes
+        while left:
+            size = min(left, 2**22)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is there twice")
+    return made
 
 
 def _read_header(path: Path) -> dict[str, TensorFacts]:
@@ -204,7 +264,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
             raise _damaged(path, "its header is cut off or is not a safetensors header")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         end = max((facts["data_offsets"][1] for facts in header.values()), default=0)
         tensors = {name: _facts(path, 8 + length, facts) for name, facts in header.items()}
@@ -238,6 +298,36 @@ def _damaged(path: Path, why: str) -> ModelError:
         fix="fetch the file again",
         code="model-weights-damaged",
     )
+
+
+# Numbers of each tensor that are looked at: damage of a whole tensor shows in any of them.
+LOOKED_AT = 65_536
+
+
+def look_at_numbers(paths: Iterable[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(tensors that hold NaN or infinity, matrices of zeros), by their first numbers."""
+    from safetensors import safe_open
+
+    broken, zero = [], []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                piece = first_rows(file.get_slice(name))
+                if not piece.is_floating_point() or not piece.numel():
+                    continue
+                if not bool(torch.isfinite(piece.float()).all()):
+                    broken.append(name)
+                elif piece.ndim > 1 and not bool(piece.any()):
+                    zero.append(name)
+    return tuple(broken), tuple(zero)
+
+
+def first_rows(table: Any) -> Any:
+    """The rows of a tensor in a file that are looked at."""
+    shape = table.get_shape()
+    if not shape:
+        return table[:]
+    return table[: max(LOOKED_AT // max(math.prod(shape[1:]), 1), 1)]
 
 
 def main_dtype(tensors: Mapping[str, TensorFacts]) -> str | None:

@@ -144,12 +144,14 @@ def _weights(found: Survey) -> list[Finding]:
     plan = found.prepared.plan
     tokenizer = found.prepared.contract.tokenizer
     try:
-        require_whole_folder(str(plan.model), plan.revision, tokenizer=tokenizer)
+        whole = require_whole_folder(
+            str(plan.model), plan.revision, tokenizer=tokenizer, trainable=True
+        )
     except ModelError as error:
         if error.code == "model-no-weights" and weights_format(Path(error.where)) is None:
             return []
         return [error.finding]
-    return []
+    return list(whole.findings) if whole else []
 
 
 def _measured_verdict(found: Survey, losses: dict[str, float]) -> StartVerdict:

@@ -80,6 +80,7 @@ def export_as(
         output=output,
         data=data,
     )
+    from truetune.contract.frame import Frame
     from truetune.model.load import require_whole_folder
 
     listener = listener or Listener()
@@ -89,7 +90,14 @@ def export_as(
         _refuse_quantised(locate(folder, weights=False))
     # A whole model, or an adapter that is small: their weights are needed in any case.
     files = locate(folder, weights=True)
-    require_whole_folder(folder, base=base)
+    whole = require_whole_folder(folder, base=base)
+    if whole is not None:
+        for finding in whole.findings:
+            listener.finding(finding)
+        # A template that cannot be rendered would end or hang whatever serves the model.
+        broken = Frame.probe(whole.tokenizer).broken
+        if broken is not None:
+            raise broken
     # A model that is copied is compared where it is copied.
     if verify and (files.is_adapter or held or what not in _FOLDERS):
         from truetune.run.export_whole import require_saved

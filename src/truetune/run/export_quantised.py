@@ -188,7 +188,7 @@ def export_quantised(
             findings,
         )
         usual = quantised_budget(causal_config(locate(unnamed, weights=False))).usual
-        made = replace(made, findings=(*findings, *_loss(made.stage, usual)))
+        made = replace(made, findings=(*findings, *written.findings, *_loss(made.stage, usual)))
         for finding in made.findings:
             listener.finding(finding)
         held = {

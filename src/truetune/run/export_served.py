@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.contract.contract import PromptContract
 from truetune.contract.stops import own_stop_ids
+from truetune.exporting.copied import copy_files
 from truetune.listener import Listener
 from truetune.model.fingerprint import read_fingerprint
 from truetune.model.merge import Onto
@@ -69,6 +69,7 @@ def export_served(
         TruetuneError: it cannot be merged, or what was merged is not the adapter's; nothing is left
             behind.
     """
+    listener = listener or Listener()
     folder = opened(source)
     files = locate(folder, weights=False)
     if not files.is_adapter:
@@ -105,10 +106,8 @@ def export_served(
         line = model_line(server, str(made.folder))
         return ServedExport(made.folder, line, tuple(reasons), made)
     with named_at_last(Path(output)) as unnamed:
-        unnamed.mkdir()
-        for pattern in _FILES:
-            for file in sorted(files.folder.glob(pattern)):
-                shutil.copyfile(file, unnamed / file.name)
+        for finding in copy_files(files, unnamed, _FILES):
+            listener.finding(finding)
         if not (unnamed / _TEMPLATE).is_file():
             template = contract.saved_template()
             text = template if isinstance(template, str) else template["default"]

@@ -4,20 +4,19 @@ copied, and compared with what its run saved.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.contract.contract import PromptContract
-from truetune.errors import CheckFailed, SaveError
-from truetune.findings import Finding, phrase
+from truetune.errors import CheckFailed
+from truetune.exporting.copied import copy_files
 from truetune.listener import Listener
 from truetune.model.load import load_model
 from truetune.model.merge import Onto
 from truetune.model.save import save_model
 from truetune.model.source import locate
 from truetune.run.pipeline import ExportResult, export
-from truetune.run_dir import named_at_last, opened, sha256
+from truetune.run_dir import named_at_last, opened
 from truetune.verification.artifact import check_saved, run_of
 from truetune.verification.verdict import Verdict
 
@@ -28,7 +27,7 @@ class WholeExport:
 
     Attributes:
         folder: the exported model.
-        dtype: that the weights were cast to; "" if every file is a copy.
+        dtype: that the weights were cast to; "" if the weights are a copy.
         files: that were written.
         verdict: whether the files are those that the run saved; None without a run, or unasked.
     """
@@ -84,7 +83,7 @@ def export_plain(
             save_model(loaded, PromptContract.load(loaded.tokenizer), unnamed, dtype=dtype)
         else:
             listener.stage("copying")
-            for finding in _copy(files.folder, unnamed):
+            for finding in copy_files(files, unnamed):
                 listener.finding(finding)
         number = sum(path.is_file() for path in unnamed.rglob("*"))
     return WholeExport(Path(output), dtype or "", number, verdict)
@@ -103,77 +102,3 @@ def require_saved(source: str, listener: Listener) -> Verdict | None:
     if verdict and not verdict.passed:
         raise CheckFailed("the model is not what its run saved", verdict.findings())
     return verdict
-
-
-# Programs run these; a folder to serve needs none.
-_CODE = (".py", ".pyc", ".pyo", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".cmd", ".exe")
-_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
-
-
-def _left_out(path: Path) -> str:
-    """Why a file is not copied; "" if it is."""
-    if not path.is_file():
-        return "a pipe, a device or a link to one is not a file of a model"
-    suffix = path.suffix.lower()
-    if suffix in _CODE:
-        return "truetune does not run code that comes with weights, and does not pass it on"
-    if suffix in _PICKLE:
-        return _RUNS
-    if suffix in (".safetensors", ".gguf"):
-        return ""
-    with path.open("rb") as file:
-        start = file.read(4)
-    # A pickle of protocol 2 or newer, and the archive that torch writes.
-    pickled = start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5")
-    return _RUNS if pickled or start == b"PK\3\4" else ""
-
-
-_RUNS = "a pickle can run code when it is loaded"
-
-
-def _copy(source: Path, folder: Path) -> list[Finding]:
-    """Copy a model's files, and read them back; what is not copied is named."""
-    left: dict[str, list[str]] = {}
-
-    def ignored(place: str, names: list[str]) -> set[str]:
-        skipped = set()
-        for name in names:
-            path = Path(place) / name
-            if name.startswith("."):
-                skipped.add(name)
-            elif not path.is_dir() and (why := _left_out(path)):
-                skipped.add(name)
-                left.setdefault(why, []).append(path.relative_to(source).as_posix())
-        return skipped
-
-    try:
-        # A Hub cache holds links.
-        shutil.copytree(source, folder, ignore=ignored)
-        copied = [path for path in folder.rglob("*") if path.is_file()]
-    except (OSError, shutil.Error) as error:
-        raise SaveError(
-            f"the model cannot be copied: {error}",
-            where=str(folder),
-            fix="free some space, or choose another folder with --output",
-        ) from error
-    for path in copied:
-        if sha256(path) != sha256(source / path.relative_to(folder)):
-            raise SaveError(
-                f"{path.name} does not read back as it was written",
-                where=str(folder),
-                fix="check the disk, or choose another folder with --output",
-            )
-    return [
-        Finding(
-            "export-left-out",
-            # Trainers leave a training_args.bin beside most models.
-            "note" if why == _RUNS else "warning",
-            f"not copied into the export: {phrase(sorted(names), 4)}",
-            str(source),
-            len(names),
-            why=why,
-            fix="nothing to do: servers need only the weights in safetensors, the config and the "
-            "tokenizer",
-        )
-        for why, names in left.items()
-    ]
