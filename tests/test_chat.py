@@ -180,7 +180,7 @@ def test_reset_forgets(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_command_is_not_asked(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no command /help; /reset" in talk(monkeypatch, place.run, "/help\n").out
+    assert "unknown command /help; /reset" in talk(monkeypatch, place.run, "/help\n").out
 
 
 def test_an_answer_that_fails_does_not_end_the_conversation(

@@ -126,8 +126,13 @@ def test_a_rate_that_overshoots(place: Path) -> None:
     assert codes["learning-rate-unusual"] == "warning"
 
 
-def test_weights_that_hold_nan(place: Path, tmp_path: Path) -> None:
+def test_weights_that_hold_nan(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
+
+    # Of a large tensor, not every number is looked at before training.
+    monkeypatch.setattr("truetune.model.load._require_finite", lambda *_, **__: None)
 
     shutil.copytree(place, tmp_path / "p")
 

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+import psutil
 import pytest
 
 import tiny_contracts as tiny
@@ -134,7 +135,10 @@ def _kill_at_work(times: int) -> threading.Thread:
         for _ in range(times):
             while (worker := sandbox._worker) is known or not worker or worker._ready != ["ready"]:
                 time.sleep(0.005)
-            time.sleep(0.1)
+            process = psutil.Process(worker.process.pid)
+            idle = sum(process.cpu_times()[:2])
+            while sum(process.cpu_times()[:2]) < idle + 0.05:
+                time.sleep(0.005)
             worker.process.kill()
             known = worker
 
@@ -157,7 +161,9 @@ def test_a_template_that_ends_its_process_twice_is_told() -> None:
     renderer = Renderer("{{ messages[0].content }}", {})
     renderer.render([{"role": "user", "content": "a"}])
     killer = _kill_at_work(2)
-    with pytest.raises(UnfaithfulTemplate, match=r"ended twice \(signal SIGKILL\)") as caught:
+    with pytest.raises(
+        UnfaithfulTemplate, match=r"unexpectedly, twice \(signal SIGKILL\)"
+    ) as caught:
         Renderer(LOOPS, {}).render([{"role": "user", "content": "a"}])
     killer.join()
     assert caught.value.code == "template-out-of-bounds"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import itertools
 import re
+from pathlib import Path
 
 import pytest
 
+import truetune
 from truetune import errors
 from truetune.errors import BadRows, CheckFailed, NonFiniteLoss, TruetuneError, UsageError
 from truetune.findings import Finding
@@ -69,3 +73,18 @@ def test_rows_travel_with_a_non_finite_loss() -> None:
 
 def test_an_unfaithful_template_is_a_value_error_too() -> None:
     assert issubclass(errors.UnfaithfulTemplate, ValueError)
+
+
+def test_no_text_is_cut_off_from_its_statement() -> None:
+    """A second line of a text without brackets is a statement of its own, which does nothing."""
+    for path in sorted(Path(truetune.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for part in ("body", "orelse", "finalbody"):
+                block = getattr(node, part, None)
+                for before, after in itertools.pairwise(block if isinstance(block, list) else ()):
+                    lost = isinstance(after, ast.Expr) and (
+                        isinstance(after.value, ast.JoinedStr)
+                        or isinstance(getattr(after.value, "value", None), str)
+                    )
+                    # A text after a field describes it.
+                    assert not lost or isinstance(before, ast.AnnAssign), (path, after.lineno)

@@ -288,7 +288,7 @@ def quantised(folder: Path) -> None:
         (invalid_config, "model-config-unreadable", "not a valid llama config"),
         (no_tokenizer, "model-no-tokenizer", "copy tokenizer.json"),
         (broken_tokenizer, "model-tokenizer-unreadable", "cannot be opened"),
-        (no_weights, "model-no-weights", "no model.safetensors"),
+        (no_weights, "model-no-weights", "model.safetensors is missing"),
         (pickled, "model-pickle", "can run arbitrary code"),
         (gguf, "model-no-weights", "GGUF"),
         (misnamed, "model-no-weights", "must be called model.safetensors"),

@@ -602,7 +602,9 @@ def poison(folder: Path, token: int) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops_before_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import torch
     from safetensors.torch import load_file
 
@@ -610,6 +612,8 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
     broken = tiny_tokenizer()("Z")["input_ids"][0]
     assert broken < NUM_TOKENS
     poison(folder, broken)
+    # Of a large tensor, not every number is looked at before training.
+    monkeypatch.setattr("truetune.model.load._require_finite", lambda *_, **__: None)
     data = write_rows(tmp_path / "rows.jsonl", [*sums(11), {"prompt": "Z", "completion": "z"}])
     shown = command(
         *("train", folder, data, "-o", tmp_path / "run", "--max-steps", "12", "--batch-size", "1"),

@@ -103,7 +103,7 @@ def test_a_healthy_run(tmp_path: Path) -> None:
         "<|endoftext|> (0), <|end|> (4)",
         "5 checks passed",
         "Replies that end by themselves: 100 % (before: 0 %)",
-        "Loss on text to keep: 0.950 nats per token (0.800)",
+        "Loss on text to keep: 0.950 nats per token (before: 0.800)",
         "before the first step",
         "a base goes on plain",
         "tuned, step 100",

@@ -19,7 +19,7 @@ from truetune.compare import Agreement
 from truetune.errors import InputError, UsageError
 from truetune.run_dir import RunDir, sha256
 from truetune.verification.artifact import verify
-from truetune.verification.record import _digest, read_record, settings_of
+from truetune.verification.record import PADDING, _digest, read_record, settings_of
 from truetune.verification.rows import VERIFY_ROWS, read_rows
 from truetune.verification.verdict import Verdict, judge
 
@@ -137,7 +137,7 @@ def test_rows_are_those_held_out_and_whole(place: Path) -> None:
     assert record is not None
     # The last probe is a long row of random ids.
     assert [len(probe.ids) for probe in record.probes[:-1]] == [len(r.examples[0][0]) for r in rows]
-    assert len(record.probes[-1].ids) == 256
+    assert len(record.probes[-1].ids) == 256 - PADDING  # the context, with room for padding
     assert len(record.reading.greedy) == sum(len(probe.positions) for probe in record.probes)
 
 

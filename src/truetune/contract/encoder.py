@@ -29,8 +29,7 @@ from truetune.contract.twin import Twin
 from truetune.data.conversation import Conversation
 from truetune.errors import UnfaithfulTemplate
 
-CHUNK = 256
-"""Rows rendered together."""
+CHUNK = 256  # rows rendered together
 
 # Messages from which a row is not encoded twice: its prompts grow with its square.
 _LONG_ROW = 20

@@ -143,5 +143,5 @@ def vital_sentences(run: RunFacts) -> Iterator[str]:
                 yield f"{words.capitalize()}: {percent(last)}{at}{was}."
     points = run.series("keep_loss")
     if len(points) > 1:
-        yield f"Loss on text to keep: {points[-1][1]:.3f} nats per token (before: "
-        f"{points[0][1]:.3f})."
+        before, now = points[0][1], points[-1][1]
+        yield f"Loss on text to keep: {now:.3f} nats per token (before: {before:.3f})."

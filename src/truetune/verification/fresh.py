@@ -52,8 +52,10 @@ def _crashed(code: int, said: str, folder: str) -> VerifyError:
         fix = "free some memory and run `truetune verify` again"
     elif any(line.startswith("Traceback") for line in lines):
         why = f"{last}\n{frames[-1]}" if frames else last
-        fix = "repair the Python environment if the error names a package or a file of another "
-        "program; otherwise report it, with these lines"
+        fix = (
+            "repair the Python environment if the error names a package or a file of another "
+            "program; otherwise report it, with these lines"
+        )
     else:
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         why = last or f"it printed nothing ({died})"
