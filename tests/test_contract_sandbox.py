@@ -164,7 +164,8 @@ def test_a_template_that_ends_its_process_twice_is_told() -> None:
     with pytest.raises(
         UnfaithfulTemplate, match=r"unexpectedly, twice \(signal SIGKILL\)"
     ) as caught:
-        Renderer(LOOPS, {}).render([{"role": "user", "content": "a"}])
+        # A text of its own: one that another test saw stopped is not run again.
+        Renderer(LOOPS + "twice", {}).render([{"role": "user", "content": "a"}])
     killer.join()
     assert caught.value.code == "template-out-of-bounds"
     assert renderer.render([{"role": "user", "content": "b"}]) == "b"
