@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from truetune.cli.lab_verbs import lab
@@ -44,6 +45,7 @@ from truetune.lab.failures import table
 from truetune.lab.page import files, number, page
 from truetune.lab.results import read, run, write
 from truetune.lab.words import words
+from truetune.model.new_tokens import row_layers
 from truetune.reporting.svg import Dots, dot_plot
 
 RESULTS = Path(__file__).parents[1] / "docs" / "lab"
@@ -239,6 +241,20 @@ def test_a_changed_batch_changes_the_loss_and_nothing_else_does(tmp_path: Path) 
     assert plain == pytest.approx(sound, abs=1e-4)
     assert losses(by_all_tokens)[0] < 0.6 * sound[0]
     assert losses(shifted_again)[0] > sound[0] + 1
+
+
+def test_a_forgotten_head_keeps_its_rows(tmp_path: Path) -> None:
+    """Of the markers, whose input embeddings are trained."""
+    [arm] = [arm for arm in find("new-tokens").arms(1) if arm.adapter is not None]
+    few = replace(arm, recipe={**arm.recipe, "max_steps": 2, "batch_size": 4})
+    moved = {
+        path.split(".")[-2]: not torch.equal(
+            layer.trainable_tokens_delta["default"],
+            layer.get_base_layer().weight[layer.token_indices["default"]].float(),
+        )
+        for path, layer in row_layers(Bench(tmp_path).tuned(few, 1).loaded.model)
+    }
+    assert moved == {"embed_tokens": True, "lm_head": False}
 
 
 def test_labels_shifted_again_are_the_token_after_the_next() -> None:

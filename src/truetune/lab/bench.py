@@ -17,6 +17,7 @@ from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.lab import base_path
 from truetune.model.load import LoadedModel, load_model
+from truetune.model.placement import Purpose
 from truetune.run_dir import RunDir
 
 Row = Mapping[str, Any]
@@ -48,6 +49,8 @@ class Arm:
         rows: what is trained through `truetune.train`.
         examples: what is trained through `SFTTrainer`, made under the arm's contract.
         batches: changes a padded batch of examples before the loop sees it.
+        adapter: puts an adapter on the frozen model, with a seed, before examples are trained; all
+            weights are trained where None.
         recipe: settings beside `RECIPE`.
         start: an arm whose result is trained further.
         build: writes another model to start from into a folder that it is given.
@@ -62,6 +65,7 @@ class Arm:
     rows: Sequence[Row] | None = None
     examples: Callable[[PromptContract], Sequence[SFTExample]] | None = None
     batches: Callable[[Any], Any] | None = None
+    adapter: Callable[[LoadedModel, int], LoadedModel] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     start: Arm | None = None
     build: Callable[[Path], None] | None = None
@@ -218,17 +222,22 @@ class Bench:
         """Train examples through the trainer."""
         from truetune.model.save import save_model
 
-        change = arm.batches
-        named = json.dumps([[e.ids, e.mask] for e in examples]) + getattr(change, "__name__", "")
+        change, adapter = arm.batches, arm.adapter
+        named = json.dumps([[e.ids, e.mask] for e in examples])
+        named += getattr(change, "__name__", "") + getattr(adapter, "__name__", "")
         folder = self.folder / self._key(named, settings)
         history = folder.with_suffix(".losses.json")
         if not (folder.is_dir() and history.is_file()):
             self._training(arm.name, settings)
             shutil.rmtree(folder, ignore_errors=True)
-            loaded = load_model(settings["model"], device="cpu", purpose="full")
+            purpose: Purpose = "full" if adapter is None else "lora"
+            loaded = load_model(settings["model"], device="cpu", purpose=purpose)
+            if adapter is not None:
+                loaded = adapter(loaded, settings["seed"])
             trainer = _trainer(loaded, examples, contract, settings, change)
             losses = trainer.train()["train_loss"]
-            save_model(loaded, contract, folder, dtype=loaded.base_dtype)
+            dtype = None if loaded.is_adapter else loaded.base_dtype
+            save_model(loaded, contract, folder, dtype=dtype)
             history.write_text(json.dumps(losses), encoding="utf-8")
         return folder, tuple(json.loads(history.read_text(encoding="utf-8")))
 
