@@ -38,7 +38,7 @@ from truetune.exporting.gguf_proof import (
     apart_of,
 )
 from truetune.findings import Finding
-from truetune.model.load import load_model, quiet
+from truetune.model.load import load_model
 from truetune.model.quantise import (
     plain_weights,
     scale_blocks,
@@ -49,6 +49,7 @@ from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer, num_ids
 from truetune.model.weights import read_headers, weight_files
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 # What a folder of a type may be apart from what was trained; see `Budget`.
 _FOLDERS = {

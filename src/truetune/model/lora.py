@@ -15,12 +15,13 @@ from truetune.model.architecture import (
     meta_model,
     projection_names,
 )
-from truetune.model.load import LoadedModel, quiet
+from truetune.model.load import LoadedModel
 from truetune.model.new_tokens import NewToken, row_targets, start_adapter_rows, use_row_layers
 from truetune.model.quantise import num_weights
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 ALL_LINEAR = "all-linear"
 

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from truetune.checks.conversations.quality import level_of, opening
-from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.conversations.rows import DataFacts, level_of, opening
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, rows_finding, share

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from truetune.behaviour.text import script_of
-from truetune.checks.conversations.quality import CODE, level_of, opening
-from truetune.checks.conversations.rows import DataFacts, asked, said
+from truetune.checks.conversations.rows import CODE, DataFacts, asked, level_of, opening, said
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, percent, rows_finding, share
