@@ -193,7 +193,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S04c",
-        "the model's own generation config lacks the end that the tokenizer has",
+        "the model's own generation config lacks the end token that the tokenizer has",
         s04_config,
         ("stop-not-served",),
         "generation config",

@@ -343,8 +343,8 @@ def held_out_findings(
                 asked,
                 code="eval-prompt-in-train",
                 level="warning" if len(asked) > 0.1 * len(rows) else "note",
-                what=f"{share(len(asked), len(rows))} held out have a prompt that also occurs in "
-                "training",
+                what=f"{share(len(asked), len(rows))} held out for evaluation have a prompt that "
+                "also occurs in training",
                 why="rows with the same prompt are on both sides of the split",
                 fix="keep rows with the same prompt on one side of the split",
             )

@@ -96,12 +96,12 @@ def require_bounded_adapter(config: Mapping[str, Any], where: str) -> None:
     try:
         layers = sum(end - start for start, end in copies)
     except (TypeError, ValueError) as error:
-        raise _hostile("layer_replication is no list of (first, last) layers", where) from error
+        raise _hostile("layer_replication is not a list of (first, last) layers", where) from error
     if layers > _MOST_LAYERS or len(copies) > _MOST_LAYERS:
         raise _hostile(f"layer_replication makes {layers:,} layers", where)
     if config.get("megatron_config"):
         raise ModelError(
-            "the adapter is one for Megatron's parallel layers",
+            "the adapter is for Megatron's parallel layers",
             where=where,
             why="peft would import the library that megatron_core names",
             fix="export the adapter from Megatron in the usual format of peft",
@@ -111,7 +111,7 @@ def require_bounded_adapter(config: Mapping[str, Any], where: str) -> None:
 
 def _hostile(what: str, where: str) -> ModelError:
     return ModelError(
-        f"{ADAPTER_CONFIG} describes no adapter: {what}",
+        f"{ADAPTER_CONFIG} does not describe a valid adapter: {what}",
         where=where,
         why="the file is damaged or malicious",
         fix="copy the file again from the source of the adapter",
@@ -274,7 +274,7 @@ def _require_counterparts(
     tables = lost & model.state_dict().keys()
     if tables and trainable:
         raise ModelError(
-            f"the adapter contains whole embedding tables: {listed(tables)}",
+            f"the adapter contains whole embedding matrices: {listed(tables)}",
             where=str(files.folder),
             why="they would be frozen during training and lost when the adapter is saved",
             fix="merge the adapter into its base first, and train the result",

@@ -184,9 +184,9 @@ def forget_code(folder: Path) -> list[Finding]:
             level="note",
             what=f"references to Python code were removed: {', '.join(removed)}",
             count=len(removed),
-            why="truetune does not run code that comes with weights and does not save it, so they "
-            "would name what is not there",
-            fix="nothing to do: transformers has this architecture",
+            why="truetune does not run code that comes with weights and does not save it, so the "
+            "references would point to files that are not there",
+            fix="nothing to do: transformers includes this architecture",
         )
     ]
 

@@ -118,8 +118,8 @@ def _linked(folders: Iterable[Path]) -> Iterator[Finding]:
                 what=f"weights are links that lead out of the model's folder: {listed(names)}",
                 where=str(folder),
                 count=len(names),
-                why="they lie on another disk, or the folder was made by somebody who knew where "
-                "other weights lie",
+                why="they are stored on another disk, or the folder was made by somebody who knew "
+                "where other weights are stored",
                 fix="nothing to do if the links are your own",
             )
 

@@ -57,11 +57,10 @@ def answers_whole(facts: DataFacts) -> Iterator[Finding]:
         yield _cut(
             facts,
             rows,
-            end="after a colon, with nothing behind it",
+            end="after a colon, with nothing after it",
             why="only the first line was kept (split('\\n')[0], or reading line by line), or a "
-            "stop text "
-            "cut them at the first line break: the model learns to announce something and then "
-            "stop",
+            "stop string cut them at the first line break: the model learns to announce something "
+            "and then stop",
         )
     if rows := [row for row in _broken(facts) if row not in seen_rows]:
         yield _cut(

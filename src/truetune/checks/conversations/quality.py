@@ -123,7 +123,7 @@ def answers_come_to_an_end(facts: DataFacts) -> Iterator[Finding]:
             what=f"the answers of {share(len(rows), len(facts.train))} end with the same words "
             f"over and over, such as {ending(facts.answers[rows[0]])}",
             why="the model that generated them did not stop: the tuned model learns to repeat "
-            "itself without an end",
+            "itself endlessly",
             fix="generate them again, or cut them where the repetition begins",
         )
 

@@ -43,7 +43,7 @@ class DataFacts:
 
 # ------------------------------------------------------------------ reasoning without an end
 
-OPEN_ENDED = "the model learns to think without an end and to give no answer"
+OPEN_ENDED = "the model learns to think endlessly and never to answer"
 OPEN_FIX = "generate them again with a higher limit, or remove those rows"
 _THINKS = re.compile(r"\s*(<(think|thinking|thought|reasoning)>|\[(THINK)\])", re.IGNORECASE)
 
