@@ -312,7 +312,7 @@ def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[F
             where=str(files.folder),
             count=ids - rows,
             why="tokens were added to the tokenizer, but the model's embeddings were not resized",
-            fix="rows with these tokens cannot be trained: use the tokenizer that came with the "
+            fix="rows with these tokens cannot be trained on: use the tokenizer that came with the "
             "weights",
         )
     ]
