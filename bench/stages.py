@@ -203,8 +203,8 @@ def _table(measured: dict[str, dict[str, Any]]) -> str:
     loads = [job["load"] for job in measured.values()]
     lines += [
         "",
-        f"Processor seconds, with child processes. Machine: {platform.machine()}, {os.cpu_count()} "
-        f"cores, {os.environ.get('OMP_NUM_THREADS', 'all')} thread(s) of torch, load "
+        f"CPU seconds, with child processes. Machine: {platform.machine()}, {os.cpu_count()} "
+        f"cores, {os.environ.get('OMP_NUM_THREADS', 'all')} torch thread(s), load "
         f"{min(loads, default=0):.0f} to {max(loads, default=0):.0f} (a higher load makes "
         f"these larger). {' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
     ]

@@ -198,7 +198,7 @@ def main() -> None:
     lines += [
         "",
         f"{given.model}, LoRA, bfloat16, {torch.get_num_threads()} threads; {times} times, "
-        f"median of {given.rounds} rounds in turn.",
+        f"median of {given.rounds} alternating rounds.",
     ]
     sys.stdout.write("\n".join(lines[-2:]) + "\n")
     if given.write:

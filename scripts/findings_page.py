@@ -76,7 +76,8 @@ def findings_page() -> str:
         "reported with its location, a count, a likely cause and a fix. An *error* ends the",
         "command with the exit code of its class (`errors.py`). A *row error* refuses one row and",
         "is counted. Codes are stable. Values that are filled in when a finding is reported appear",
-        "in \u2039quotes\u203a.",
+        "in \u2039quotes\u203a. A slash separates alternatives, and text in brackets is not always",
+        "shown.",
     ]
     for code, places in sorted(by_code.items()):
         kinds = ", ".join(dict.fromkeys(_kind(site) for site in places))
@@ -106,6 +107,14 @@ class _Module:
     def __init__(self, tree: ast.Module) -> None:
         self.tree = tree
         self.functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+        self.constants = _constants(tree)
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("truetune."):
+                path = SOURCE.parent / f"{node.module.replace('.', '/')}.py"
+                if path.exists():
+                    theirs = _constants(ast.parse(path.read_text(encoding="utf-8")))
+                    names = [n.name for n in node.names if n.name in theirs]
+                    self.constants |= {name: theirs[name] for name in names}
 
     def calls(self) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
         yield from self._within(self.tree, None)
@@ -118,6 +127,17 @@ class _Module:
             if isinstance(child, ast.Call):
                 yield inside, child
             yield from self._within(child, inside)
+
+
+def _constants(tree: ast.Module) -> dict[str, ast.expr]:
+    """Texts that a module gives a name."""
+    return {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and _is_text(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 def _site(
@@ -195,12 +215,16 @@ class _Said:
                 return _either(self.of(body), self.of(other))
             case ast.Constant(value=value):
                 return str(value)
+            case ast.Name(id=name) if name in self.module.constants:
+                return self.of(node)
         return _quoted(node)
 
     def _named(self, name: str) -> str:
-        """What a local variable was set to, where that is text."""
+        """What a local variable or a constant was set to, where that is text."""
+        if name in self.module.constants:
+            return self.of(self.module.constants[name])
         if self.function is None or name in self._open:
-            return f"\u2039{name.replace('_', ' ').strip()}\u203a"
+            return _gap(name)
         self._open.add(name)
         found = []
         for node in ast.walk(self.function):
@@ -209,11 +233,11 @@ class _Said:
                 if name in targets and _is_text(node.value):
                     found.append(self.of(node.value))
         self._open.discard(name)
-        return _either(*found) if found else f"\u2039{name.replace('_', ' ').strip()}\u203a"
+        return _either(*found) if found else _gap(name)
 
     def _returned(self, name: str) -> str:
         if name in self._open:
-            return f"\u2039{name.strip('_').replace('_', ' ')}\u203a"
+            return _gap(name)
         self._open.add(name)
         inner = _Said(self.module, self.module.functions[name])
         inner._open = self._open
@@ -223,7 +247,7 @@ class _Said:
             if isinstance(node, ast.Return) and node.value is not None and _is_text(node.value)
         ]
         self._open.discard(name)
-        return _either(*found) if found else f"\u2039{name.strip('_').replace('_', ' ')}\u203a"
+        return _either(*found) if found else _gap(name)
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -255,16 +279,24 @@ def _quoted(node: ast.expr) -> str:
             return _quoted(value)
         case ast.Call(func=ast.Attribute(attr="join"), args=[inner, *_]):
             return _quoted(inner)
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=key), *_]):
+            text = str(key)
+        case ast.Call(func=ast.Attribute(value=inner), args=[ast.Constant(), *_]):
+            return _quoted(inner)
         case ast.Call(args=[inner, *_]):
             return _quoted(inner)
         case ast.Call(func=func):
             return _quoted(func)
-        case ast.BinOp(left=left):
-            return _quoted(left)
+        case ast.BinOp(left=left, right=right):
+            return _quoted(right if isinstance(left, ast.Constant) else left)
         case ast.GeneratorExp(generators=[ast.comprehension(iter=source), *_]):
             return _quoted(source)
         case ast.Constant(value=value):
             return str(value)
         case _:
             text = "\u2026"
-    return f"\u2039{text.replace('_', ' ').strip()}\u203a"
+    return _gap(text)
+
+
+def _gap(name: str) -> str:
+    return f"\u2039{name.replace('_', ' ').strip().lower()}\u203a"

@@ -23,7 +23,7 @@ from truetune import PromptContract, UnfaithfulTemplate  # noqa: E402
 
 PAGE = ROOT / "docs" / "mutants.md"
 NUMBER, NUMBER_OFFICIAL = 200, 108
-MUTANTS, SPOILT = "## Mutants", "## Official templates, spoilt"
+MUTANTS, SPOILT = "## Mutants", "## Official templates, deliberately broken"
 OWN, OFFICIAL = "## Our own templates", "## Official templates and models"
 HEADS = (MUTANTS, SPOILT, OWN, OFFICIAL)
 CELLS = {

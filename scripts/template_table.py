@@ -36,7 +36,7 @@ INTRO = """# Chat templates
 
 `python scripts/template_table.py` makes this page by running the code. Each template renders each
 kind of conversation, with the template arguments that truetune chooses for that row. A number means
-that the row can be trained exactly: each trained turn follows, token for token, what a server
+that the row can be trained on exactly: each trained turn follows, token for token, what a server
 sends, and ends on the first stop token. The number counts the sequences: 1 means one sequence with
 all turns; if the template rewrites history, there are more, in a tree that shares prefixes. A
 letter names the template argument that was chosen. If no faithful completion exists, the row is
@@ -54,7 +54,7 @@ refused:
 | differs | `prompt-differs` | renders a prompt differently from how it serves it |
 
 Some refusals can be avoided with an option. `--reasoning inline` writes dropped reasoning between
-markers, and `--reasoning drop` removes it from the rows. `--reasoning empty` trains rows without
+markers, and `--reasoning drop` removes it from the rows. `--reasoning empty` trains on rows without
 reasoning if the template opens or invents a think block."""
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from test_check_data import plain, prose, row, sound, with_some
 from truetune.checks import conversations
-from truetune.checks.conversations import quality
+from truetune.checks.conversations import cut_off, letters, quality
 from truetune.checks.conversations.rows import DataFacts
 from truetune.checks.registry import ask
 from truetune.data.conversation import Conversation
@@ -22,7 +22,7 @@ REFUSAL = "I am sorry, but I cannot help with that request."
 
 def found(rows: list[Conversation]) -> dict[str, Finding]:
     facts = DataFacts(rows)
-    return {f.code: f for f in ask(quality, facts)}
+    return {f.code: f for family in (cut_off, letters, quality) for f in ask(family, facts)}
 
 
 def long(i: int) -> str:

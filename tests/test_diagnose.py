@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from truetune.diagnosis.diagnose import Diagnosis, diagnose
 from truetune.diagnosis.rounding import (
     EIGHT_BIT_SHARE,
     FOUR_BIT_SHARE,
-    Blocks,
     is_in_blocks,
     is_rounded,
 )
@@ -30,6 +30,7 @@ from truetune.exporting.merged import write_merged
 from truetune.exporting.quantised import write_quantised
 from truetune.model.load import load_model
 from truetune.model.lora import LoraSettings
+from truetune.model.quantise import Blocks
 from truetune.model.source import EMBEDDED_FOLDER
 from truetune.run.export_gguf import export_gguf
 
@@ -585,7 +586,8 @@ def test_nearest_rounding_stays_in_its_blocks(nested: bool) -> None:
         matrices += [normal, normal / others, normal * uneven]
     stored = load_file(EMBEDDED_FOLDER / "model.safetensors")
     matrices += [value.float() for value in stored.values() if value.ndim == 2][:8]
-    four, eight = Blocks(64, FOUR_BIT_SHARE, 256 if nested else 0), Blocks(0, EIGHT_BIT_SHARE)
+    four = Blocks(64, 256 if nested else 0), FOUR_BIT_SHARE
+    eight = Blocks(), EIGHT_BIT_SHARE
     for wanted in matrices:
         codes, state = library.quantize_4bit(
             wanted.bfloat16(), blocksize=64, quant_type="nf4", compress_statistics=nested
@@ -593,13 +595,14 @@ def test_nearest_rounding_stays_in_its_blocks(nested: bool) -> None:
         low = library.dequantize_4bit(codes, state).float()
         step = wanted.bfloat16().float().abs().amax(dim=1, keepdim=True) / 127
         high = (wanted.bfloat16().float() / step).round() * step
-        for value, how in ((low, four), (high, eight)):
-            assert is_in_blocks(value, wanted, how)
+        for value, (how, share) in ((low, four), (high, eight)):
+            assert is_in_blocks(value, wanted, how, share)
+            assert is_in_blocks(value.T, wanted.T, replace(how, turned=True), share)
             row = int(wanted.norm(dim=1).argmax())
             for factor in (0.0, 1.25):
                 damaged = value.clone()
                 damaged[row] *= factor
-                assert not is_in_blocks(damaged, wanted, how)
+                assert not is_in_blocks(damaged, wanted, how, share)
 
 
 @needs_bitsandbytes

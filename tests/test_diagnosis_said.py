@@ -161,7 +161,8 @@ def test_wrong_replies_are_an_error_with_their_cause(
     assert (found.code, found.level, stage.parts) == ("stage-parts", "error", True)
     assert what in found.what
     assert why in found.why
-    assert "known answers that are right fall from 100 % (76 to 100) to 0 % (0 to 24)" in found.what
+    fallen = "the share of known answers that are right falls from 100 % (76 to 100) to 0 %"
+    assert f"{fallen} (0 to 24)" in found.what
 
 
 def test_what_parsers_take_apart_is_put_together(work: Work, server: Server) -> None:

@@ -25,7 +25,7 @@ from truetune.exporting.quantised import QUANTS, write_quantised
 from truetune.generate import replies
 from truetune.model.draw import Sampling
 from truetune.model.load import load_model
-from truetune.model.quantise import stored_bits
+from truetune.model.quantise import LoadIn, dequantised, stored_bits
 from truetune.run import export_quantised as room
 from truetune.run.export_quantised import export_quantised
 from truetune.run_dir import RunDir
@@ -88,6 +88,37 @@ def test_a_quantised_folder_is_the_model(tmp_path: Path, kind: str, quant: str) 
     assert proof["holds"]
     assert set(proof["files"]) == {p.name for p in (tmp_path / "out").iterdir()} - {"proof.json"}
     assert not (tmp_path / "out" / "recipe.yaml").exists()
+
+
+@needs_bitsandbytes
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_matrices_that_are_held_transposed(tmp_path: Path, quant: str) -> None:
+    """GPT-2's inputs are the rows of its matrices, and bitsandbytes makes linear layers of them."""
+    from safetensors.torch import load_file, save_file
+
+    size = {"n_positions": 256, "n_embd": 128, "n_layer": 2, "n_head": 4}
+    source = write_model(tmp_path / "model", "gpt2", hidden_size=128, **size)
+    made = export_quantised(str(source), tmp_path / "out", quant=quant)
+    assert made.written.matrices == 8
+    whole = load_model(source, device="cpu", purpose="inference").model.state_dict()
+    load_in: LoadIn = "4bit" if quant == "nf4" else "8bit"
+    held = load_model(source, device="cpu", purpose="inference", load_in=load_in).model
+    for name, value in dequantised(held, "").state_dict().items():
+        assert value.shape == whole[name].shape
+        assert (value.float() - whole[name]).norm() < 0.2 * whole[name].norm().clamp(min=1e-3)
+    # One input of a layer, and one output.
+    for place in ((3, slice(None)), (slice(None), 3)):
+        wrong = tmp_path / "wrong"
+        shutil.copytree(source, wrong, dirs_exist_ok=True)
+        tensors = load_file(source / "model.safetensors")
+        tensors["transformer.h.1.mlp.c_fc.weight"][place] *= 1.25
+        save_file(tensors, wrong / "model.safetensors", metadata={"format": "pt"})
+        write_quantised(wrong, tmp_path / "made", quant)
+        told = command("diagnose", source, "--quantised", tmp_path / "made")
+        assert told.code == 1
+        assert "h.1.mlp.c_fc.weight" in told.out
+        shutil.rmtree(tmp_path / "made")
 
 
 @pytest.mark.usefixtures("quick")

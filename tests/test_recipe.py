@@ -275,7 +275,7 @@ def test_all_problems_come_in_one_error() -> None:
         ("epochs", "many", "a number"),
         ("lora", "maybe", "true or false"),
         ("loss_on", "prompt", "assistant, last or all"),
-        ("stop", 5, "a list of texts"),
+        ("stop", 5, "a list of strings"),
         ("columns", "prompt", "pairs such as"),
         ("columns", ["prompt"], "pairs such as"),
         ("model", 5, "text"),

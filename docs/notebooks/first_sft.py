@@ -3,7 +3,7 @@
 #
 # A base model continues text. It does not answer, and it does not stop. Here we teach the small
 # base that ships with truetune to do both, with 97 hand-written rows and about half a minute of
-# CPU time. The base has read about an invented country, so every answer can be counted.
+# CPU time. The base has read about an invented country, so every answer can be checked.
 
 # %%
 import json

@@ -569,7 +569,7 @@ def evaluate(
         data: a file, a folder, or a Hub dataset, with questions and answers.
         match: exact, contains, number, regex, json or none.
         pattern: pattern for regex, in place of each row's own answer.
-        limit: use only this many rows, from the first.
+        limit: use only the first rows, up to this number.
         shots: how many other rows to put before each question.
         split, schema, columns: how to read the data, as in `train`.
         max_new_tokens: maximum length of a reply, in tokens.
@@ -644,7 +644,7 @@ def evaluate_tasks(
             with the first.
         tasks: names of the harness's tasks, or YAML files of your own.
         shots: worked examples before each question; by default as the task specifies.
-        limit: use only this many documents of each task, from the first.
+        limit: use only the first documents of each task, up to this number.
         seed: random seed for shots, sampling and intervals.
         chat_template: template for all models; by default each model's own.
         revision: revision of Hub models.

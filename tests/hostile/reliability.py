@@ -67,7 +67,7 @@ def rows(trials: Trials, points: int) -> Iterator[Row]:
     for kind, what in (
         ("start", "two starts in one folder at once"),
         ("resume", "two `--resume` of one run at once"),
-        ("resume beside", "`--resume` beside an active run"),
+        ("resume beside", "`--resume` while the run is active"),
         ("overwrite beside", "`--overwrite` of an active run"),
     ):
         delays = [0.0 if i % 2 else trials.seconds * i / few for i in range(few)]

@@ -85,7 +85,8 @@ def test_a_file_system_that_becomes_read_only(trials: Trials) -> None:
 
 def test_a_checkpoint_of_which_a_bit_was_flipped(trials: Trials) -> None:
     killed = trials.killed_run(5)
-    for both, ends in ((False, "resumed from the one before"), (True, "refused, nothing changed")):
+    previous = "resumed from the previous checkpoint"
+    for both, ends in ((False, previous), (True, "refused, nothing changed")):
         said = damaged(trials, killed, killed, "trainer_state.json", "a bit flipped", both)
         assert said == ends
 

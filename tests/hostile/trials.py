@@ -748,4 +748,5 @@ def damaged(trials: Trials, killed: Path, other: Path, file: str, how: str, both
     said = trials.go_on(run)
     if said.startswith(LOST):
         return said + place
-    return "resumed from it" if how == "the same bytes" else "resumed from the one before"
+    which = "that" if how == "the same bytes" else "the previous"
+    return f"resumed from {which} checkpoint"

@@ -110,7 +110,7 @@ def decoder_shifted(house: House, broken: bool) -> Any:
 CASES: tuple[Case, ...] = (
     Case(
         "D01",
-        "targets of an encoder-decoder without end token",
+        "targets of an encoder-decoder without an end token",
         decoder_no_end,
         ("stop-missing",),
         "end token",

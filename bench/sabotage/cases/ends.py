@@ -159,7 +159,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S02",
-        "template closes no assistant turn",
+        "template does not close assistant turns",
         s02,
         ("stop-missing",),
         "not end with an end token",
@@ -167,7 +167,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S03",
-        "tokenized rows without end token (every third)",
+        "tokenized rows without an end token (every third)",
         s03,
         ("stop-missing",),
         "not end with an end token",
@@ -193,7 +193,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "S04c",
-        "the model's own generation config lacks the end that the tokenizer has",
+        "the model's own generation config lacks the end token that the tokenizer has",
         s04_config,
         ("stop-not-served",),
         "generation config",

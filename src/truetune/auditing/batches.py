@@ -253,8 +253,8 @@ def _rows_again(subject: Subject, rows: Sequence[ReadRow]) -> Iterator[Finding]:
         level="warning" if often else "note",
         what=f"{share(len(set(copies)), len(rows))} are exact copies of earlier ones; "
         f"{rows[first[most]].name} occurs {len(again) + 1:,} times",
-        why="each copy trains the row once more in every epoch: the model memorises it, and other "
-        "rows count less",
+        why="each copy is one more pass over the row in every epoch: the model memorises it, and "
+        "other rows count less",
         fix="remove the copies",
     )
 
@@ -343,8 +343,8 @@ def held_out_findings(
                 asked,
                 code="eval-prompt-in-train",
                 level="warning" if len(asked) > 0.1 * len(rows) else "note",
-                what=f"{share(len(asked), len(rows))} held out have a prompt that also occurs in "
-                "training",
+                what=f"{share(len(asked), len(rows))} held out for evaluation have a prompt that "
+                "also occurs in training",
                 why="rows with the same prompt are on both sides of the split",
                 fix="keep rows with the same prompt on one side of the split",
             )

@@ -57,7 +57,7 @@ class HealthCallback(TrainerCallback):
             message dicts). With them, the probes check whether what is trained is what is served.
             By default, prompts and answers come from the trainer's own batches and labels.
         every: optimizer steps between measurements; by default, at most ten times in a run, and
-            only as often as it costs under 3 % of the run.
+            only as often as 3 % of its time allows.
         keep_text: a file with text that the model must not forget; by default, text that the model
             writes before the first step.
         on_collapse: "stop" ends the run, "continue" only reports the collapse.

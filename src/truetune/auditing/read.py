@@ -329,7 +329,7 @@ def batch_fields(batch: Any) -> dict[str, Array]:
     if "input_ids" not in values:
         raise UsageError(
             "the batches have no input_ids",
-            why=f"they hold {', '.join(map(str, batch)) or 'nothing by name'}",
+            why=f"they hold {', '.join(map(str, batch)) or 'no fields'}",
             fix="pass batches that are mappings with input_ids and labels",
             code="audit-no-ids",
         )

@@ -58,7 +58,7 @@ def _compared(found: Diagnosis) -> list[str]:
         lines.append(
             (
                 "the server's replies differ from the trained model's, but they end, and known "
-                "answers are not significantly less often correct"
+                "answers are correct about as often (the 95 % intervals overlap)"
                 if differ
                 else "the server's replies do not differ from the trained model's"
             )

@@ -27,7 +27,7 @@ from truetune.compute.cuda.varlen import fits, varlen
 from truetune.compute.explicit import explicit_attention
 from truetune.compute.gathered import Gathered, places
 from truetune.compute.layout import Layout, Meeting, visible
-from truetune.model.load import quiet
+from truetune.system.quiet import quiet
 
 # The interface's name for it, and the keyword that carries the layout.
 IMPLEMENTATION = "truetune"

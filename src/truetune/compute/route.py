@@ -108,8 +108,8 @@ class Route:
             Finding(
                 "rows-apart",
                 "note",
-                "examples go through the model one at a time, not packed: slower, but just as "
-                "exact",
+                "examples go through the model one at a time, unpacked: slower, but with the same "
+                "results",
                 where=type(transformers_model(self.model)).__name__,
                 why=self.reason,
                 fix="nothing to do; --no-packing pads them to the same length instead",

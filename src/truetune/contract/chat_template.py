@@ -78,7 +78,7 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
             if not isinstance(content, str):
-                raise ValueError(f"message {number}: content must be a text, not {content!r}")
+                raise ValueError(f"message {number}: content must be a string, not {content!r}")
             if role == "user":
                 pieces.append((f"{cls.USER}\n{content}\n", False))
             elif role == "assistant":

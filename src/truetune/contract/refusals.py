@@ -260,7 +260,7 @@ def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
         "the template has no generation prompt: the served prompt ends before "
         f"{excerpt(header)} of message {turn}",
         why="the model would have to write it, and a server would return it with the answer",
-        fix="end the template on {%- if add_generation_prompt -%}{{- "
+        fix="end the template with {%- if add_generation_prompt -%}{{- "
         f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train the header too "
         "with --template-words keep",
         code="generation-prompt-missing",

@@ -224,8 +224,8 @@ def _error(answer: sandbox.Answer) -> UnfaithfulTemplate:
             code="template-out-of-bounds",
         )
     what = {
-        "hang": f"does not finish: no output after {sandbox.DEADLINE:g} seconds of processor time",
-        "slow": f"takes too long: more than {sandbox.TOTAL:g} seconds for its texts together",
+        "hang": f"does not finish: no output after {sandbox.DEADLINE:g} seconds of CPU time",
+        "slow": f"takes too long: more than {sandbox.TOTAL:g} seconds in total",
         "memory": "exhausts the memory",
         "size": "writes unlimited text",
     }[kind]

@@ -254,7 +254,7 @@ def _started_twice() -> Worker:
     how = f"no answer within {_START:g} seconds" if ready == ["hang"] else ready[1]
     raise TruetuneError(
         f"the process that renders chat templates did not start: {how}",
-        why="the machine is out of memory or processor time, or the installation is damaged",
+        why="the machine is out of memory or overloaded, or the installation is damaged",
         fix="free some memory and try again; otherwise check the output of `python -c 'import "
         "transformers'`",
         code="renderer-not-started",

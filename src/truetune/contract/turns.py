@@ -239,7 +239,7 @@ def _without_block(
 def _dropped(turn: int, opened: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the template drops the reasoning of message {turn}",
-        why=f"the prompt ends on {opened!r}, and the rendered turn has no such block",
+        why=f"the prompt ends with {opened!r}, and the rendered turn has no such block",
         fix="use --reasoning inline to write it between think markers, or --reasoning drop to "
         "omit it",
         code="target-dropped",
@@ -249,7 +249,7 @@ def _dropped(turn: int, opened: str) -> UnfaithfulTemplate:
 def _thinks(turn: int, opened: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"the served prompt opens a think block before message {turn}, which has no reasoning",
-        why=f"the prompt ends on {opened!r}: training there would begin inside the block",
+        why=f"the prompt ends with {opened!r}: training there would begin inside the block",
         fix="give the row reasoning, set the template's own thinking switch with --template-arg, "
         "if it has one, or close the block immediately with --reasoning empty",
         code="thinking-only",
@@ -271,7 +271,7 @@ def _invented(turn: int, markers: Markers) -> UnfaithfulTemplate:
 def _off(turn: int, closed: str) -> UnfaithfulTemplate:
     return UnfaithfulTemplate(
         f"message {turn} has reasoning, but the served prompt closes the think block before it",
-        why=f"the prompt ends on {closed!r}",
+        why=f"the prompt ends with {closed!r}",
         fix="remove the template argument that disables thinking, or leave the reasoning out "
         "with --reasoning drop",
         code="thinking-off",

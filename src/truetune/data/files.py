@@ -257,7 +257,7 @@ def row_too_large(where: str) -> DataError:
     return DataError(
         f"a row is longer than {MOST_TEXT:,} bytes",
         where=where,
-        why="a line break or a closing quote is missing, or the file is damaged: so many bytes are "
+        why="a line break or a closing quote is missing, or the file is damaged: this limit is "
         "about four million tokens, more than a model's context",
         fix="separate the rows, or cut the text into several rows",
         code="row-too-large",

@@ -20,7 +20,6 @@ from truetune.diagnosis.measured import (
 from truetune.diagnosis.rounding import (
     EIGHT_BIT_SHARE,
     FOUR_BIT_SHARE,
-    Blocks,
     is_in_blocks,
     is_rounded,
     sums,
@@ -38,7 +37,7 @@ from truetune.exporting.gguf_proof import (
     apart_of,
 )
 from truetune.findings import Finding
-from truetune.model.load import load_model, quiet
+from truetune.model.load import load_model
 from truetune.model.quantise import (
     plain_weights,
     scale_blocks,
@@ -49,6 +48,7 @@ from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer, num_ids
 from truetune.model.weights import read_headers, weight_files
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 # What a folder of a type may be apart from what was trained; see `Budget`.
 _FOLDERS = {
@@ -225,9 +225,7 @@ def _rounded_cause(work: Work, model: Any, folder: str, dtype: str) -> str | Non
     method = stored_quantisation(model.config)
     most, scaled, row = _may_be(model.config)
     share = FOUR_BIT_SHARE if stored_bits(model.config) == 4 else EIGHT_BIT_SHARE
-    blocks = {
-        name: Blocks(width, share, nested) for name, (width, nested) in scale_blocks(model).items()
-    }
+    blocks = scale_blocks(model)
     plain = _plain(model, folder, dtype)
 
     def same(name: str, value: Any, kind: str, wanted: Any) -> bool:
@@ -241,7 +239,7 @@ def _rounded_cause(work: Work, model: Any, folder: str, dtype: str) -> str | Non
         if not (found.error <= most and abs(found.scale - 1) <= scaled):
             return False
         if name in blocks:
-            return is_in_blocks(value, wanted, blocks[name])
+            return is_in_blocks(value, wanted, blocks[name], share)
         return float(found.rows.max()) <= row
 
     with quiet():

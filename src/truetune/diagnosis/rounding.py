@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from truetune.model.quantise import Blocks
 from truetune.system.lazy import torch
 
 # One unit in the last place, in units of the number. Merged sums in float32 differ in the order of
@@ -155,21 +156,6 @@ _FEWEST_BITS, _MOST_BITS = 1.7, 9.5
 _ROWS = 4096
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """How a quantiser rounds a matrix: in blocks of consecutive numbers, each with one scale.
-
-    Attributes:
-        width: numbers in a block; 0 for a row.
-        share: how far a number may move, in units of the largest in its block.
-        nested: blocks whose scales are quantised together; 0 where they are not.
-    """
-
-    width: int
-    share: float
-    nested: int = 0
-
-
 # Half the widest gap between two levels, 0.152 (NF4), 0.167 (FP4) and 0.5/127 (8 bits), and 0.012
 # for rounding to bfloat16 before, after and in the scales. docs/log.md has what healthy ones need.
 FOUR_BIT_SHARE, EIGHT_BIT_SHARE = 0.18, 0.016
@@ -178,14 +164,20 @@ FOUR_BIT_SHARE, EIGHT_BIT_SHARE = 0.18, 0.016
 _SCALE_SHARE = 0.0075
 
 
-def is_in_blocks(value: torch.Tensor, wanted: torch.Tensor, how: Blocks) -> bool:
-    """Whether no number is further off than nearest rounding in such blocks can move it."""
+def is_in_blocks(value: torch.Tensor, wanted: torch.Tensor, how: Blocks, share: float) -> bool:
+    """Whether no number is further off than nearest rounding in such blocks can move it.
+
+    Args:
+        share: how far a number may move, in units of the largest in its block.
+    """
+    if how.turned:
+        value, wanted = value.T, wanted.T
     width = how.width or wanted.shape[-1]
     largest_N, apart_N = (
         torch.cat([part.abs().amax(dim=1) for part in _in_blocks(numbers, width)])
         for numbers in (wanted, value - wanted)
     )
-    room_N = how.share * largest_N + _LEAST
+    room_N = share * largest_N + _LEAST
     if how.nested:
         off_N = (largest_N - largest_N.mean()).abs()
         off_G = torch.cat([part.amax(dim=1) for part in _in_blocks(off_N, how.nested)])

@@ -85,7 +85,7 @@ def _fallen(own: Replies, replies: Replies, cases: Sequence[Case]) -> str:
     before, now = (rates(found, cases).get("match") for found in (own, replies))
     if not before or not now or before["low"] <= now["high"]:
         return ""
-    return "known answers that are right fall from {} to {}".format(
+    return "the share of known answers that are right falls from {} to {}".format(
         *(
             f"{100 * m['share']:.0f} % ({100 * m['low']:.0f} to {100 * m['high']:.0f})"
             for m in (before, now)

@@ -150,7 +150,7 @@ def joined() -> Iterator[Group]:
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UsageError(
                 f"{name} was requested but would not take effect: each process holds all weights",
-                why=f"ACCELERATE_USE_{name} is set, as accelerate launch does",
+                why=f"ACCELERATE_USE_{name} is set, as by `accelerate launch`",
                 fix="start it with torchrun, or with accelerate launch --multi_gpu",
                 code="sharding",
             )
@@ -163,7 +163,7 @@ def joined() -> Iterator[Group]:
             f"this was started as {size} processes, but they cannot find each other: "
             f"{', '.join(missing)} "
             "is not set",
-            why="WORLD_SIZE is set, as a launcher does",
+            why="WORLD_SIZE is set, which a launcher normally does",
             fix="start with torchrun --nproc-per-node N -m truetune train ..., or unset WORLD_SIZE",
             code="no-launcher",
         )

@@ -168,7 +168,7 @@ def without(value: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 ENDED = Measure("ended", "ended, %", 1)
-CLOSED = Measure("closed_thinking", "closes think, %", 1)
+CLOSED = Measure("closed_thinking", "closes thinking, %", 1)
 LOSS = Measure("loss", "loss, nats/token", -1, percent=False)
 EMPTY = Measure("empty", "empty, %", -1)
 COPIED = Measure("copied", "copied, %", -1)

@@ -145,9 +145,10 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
 
 def machine() -> str:
     """Where an experiment ran, in words."""
+    number = torch.get_num_threads()
     return (
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{number} thread{'s' if number > 1 else ''}, torch {torch.__version__}"
     )
 
 

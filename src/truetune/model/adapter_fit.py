@@ -1,9 +1,10 @@
-"""Whether an adapter fits its base, before a weight of the base is read.
+"""Put an adapter on its base, and tell before a weight of the base is read whether it fits.
 
-input   an adapter's folder, its base's config, the headers of its weights
-does    bounds what its config makes peft compute; has peft put it on the base on the meta device,
-        where the base has no memory; compares the weights that peft asks for with those in the file
-output  nothing, or the error that loading would end in
+input   an adapter's folder; its base, or the config of one
+does    bounds what the adapter's config makes peft compute; has peft put it on the base, first on
+        the meta device, where the base has no memory; compares the weights that peft asks for with
+        those in the file
+output  the model with its adapter, or an error that names what does not fit
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 from truetune.errors import ModelError
 from truetune.model.architecture import meta_model
-from truetune.model.new_tokens import grow_for
+from truetune.model.new_tokens import grow_for, use_row_layers
 from truetune.model.source import ADAPTER_CONFIG, ModelFiles, first_line, read_json
 from truetune.model.trial import are_quick
-from truetune.model.weights import TensorFacts, listed
+from truetune.model.weights import TensorFacts, listed, read_headers, weight_files
+from truetune.system.quiet import quiet
 
 # An adapter that names every layer of a large mixture of experts has 20,000 names.
 _MOST_NAMES = 2**15
@@ -28,6 +30,55 @@ _MOST_LAYERS = 1_024
 _KEPT_PATTERNS, _MOST_COMPILED = 512, 2**19
 # A name of layers, or the end of one; anything else is a pattern.
 _PLAIN = re.compile(r"[\w.-]*")
+# The first matrix of a LoRA pair: its rows are the rank.
+_LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
+
+
+def require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
+    """Facts of the adapter's tensors, by name, from its config and the headers of its file.
+
+    Raises:
+        ModelError: `adapter-type`, `adapter-config-hostile`, `model-shape-mismatch`, and those of
+            damaged files.
+    """
+    path = files.folder / ADAPTER_CONFIG
+    config = read_json(path)
+    kind = config.get("peft_type")
+    require_bounded_adapter(config, str(path))
+    if kind != "LORA":
+        raise ModelError(
+            f"the adapter is of type {kind}, not LORA",
+            where=str(path),
+            why="only LoRA adapters are loaded",
+            fix="merge it into its base with the tool that created it, and load the merged model",
+            code="adapter-type",
+        )
+    tensors = read_headers(weight_files(files))
+    _require_rank(config, tensors, str(path))
+    return tensors
+
+
+def _require_rank(config: dict[str, Any], tensors: dict[str, TensorFacts], where: str) -> None:
+    """Raise if the matrices have another rank than the config says: peft makes those first."""
+    # Of all experts of a layer, one matrix holds the ranks of each.
+    if config.get("target_parameters"):
+        return
+    patterns = config.get("rank_pattern")
+    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
+    wrong = [
+        (name, facts.shape[0])
+        for name, facts in sorted(tensors.items())
+        if _LORA_A.search(name) and facts.shape and facts.shape[0] not in ranks
+    ]
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} of the adapter's matrices do not have the rank that its config "
+            f"requires: {wrong[0][0]} has {wrong[0][1]}, but r is {str(ranks[0])[:40]}",
+            where=where,
+            why="the config and the weights belong to different adapters, or one was edited",
+            fix="use the adapter_config.json that was saved with the weights",
+            code="model-shape-mismatch",
+        )
 
 
 def require_bounded_adapter(config: Mapping[str, Any], where: str) -> None:
@@ -45,12 +96,12 @@ def require_bounded_adapter(config: Mapping[str, Any], where: str) -> None:
     try:
         layers = sum(end - start for start, end in copies)
     except (TypeError, ValueError) as error:
-        raise _hostile("layer_replication is no list of (first, last) layers", where) from error
+        raise _hostile("layer_replication is not a list of (first, last) layers", where) from error
     if layers > _MOST_LAYERS or len(copies) > _MOST_LAYERS:
         raise _hostile(f"layer_replication makes {layers:,} layers", where)
     if config.get("megatron_config"):
         raise ModelError(
-            "the adapter is one for Megatron's parallel layers",
+            "the adapter is for Megatron's parallel layers",
             where=where,
             why="peft would import the library that megatron_core names",
             fix="export the adapter from Megatron in the usual format of peft",
@@ -60,7 +111,7 @@ def require_bounded_adapter(config: Mapping[str, Any], where: str) -> None:
 
 def _hostile(what: str, where: str) -> ModelError:
     return ModelError(
-        f"{ADAPTER_CONFIG} describes no adapter: {what}",
+        f"{ADAPTER_CONFIG} does not describe a valid adapter: {what}",
         where=where,
         why="the file is damaged or malicious",
         fix="copy the file again from the source of the adapter",
@@ -83,15 +134,13 @@ def require_fit(
         config: the transformers config of the base.
         tensors: of the adapter.
         tokenizer_size: one more than the largest id.
-        trainable: see `require_counterparts`.
+        trainable: see `_require_counterparts`.
 
     Raises:
         ModelError: `adapter-wrong-base`, `adapter-tables`, `adapter-config-hostile`,
             `adapter-wrong-tokenizer`.
     """
     from peft import LoraConfig, PeftModel
-
-    from truetune.model.load import quiet
 
     path = files.folder / ADAPTER_CONFIG
     # Making room for new rows changes the config.
@@ -116,8 +165,42 @@ def require_fit(
     except Exception as error:  # as in `load._attach`
         if "meta" in str(error):
             return
-        raise refused_by_peft(error, files, base) from error
-    require_counterparts(model, files, base, tensors, trainable=trainable)
+        raise _refused_by_peft(error, files, base) from error
+    _require_counterparts(model, files, base, tensors, trainable=trainable)
+
+
+def attach(
+    model: Any,
+    files: ModelFiles,
+    base: ModelFiles,
+    tensors: dict[str, TensorFacts],
+    *,
+    trainable: bool,
+) -> Any:
+    """Put an adapter on its base, with its weights in float32.
+
+    Args:
+        model: the base, a transformers PreTrainedModel.
+        tensors: of the adapter.
+        trainable: whether the adapter's weights get gradients.
+
+    Returns:
+        A PeftModel.
+
+    Raises:
+        ModelError: `adapter-wrong-base`, `adapter-tables`.
+    """
+    from peft import PeftModel
+
+    try:
+        with quiet():
+            # peft casts adapter weights to float32 itself.
+            model = PeftModel.from_pretrained(model, files.folder, is_trainable=trainable)
+            use_row_layers(model)
+    except Exception as error:  # peft: RuntimeError, ValueError, KeyError, TypeError and own ones
+        raise _refused_by_peft(error, files, base) from error
+    _require_counterparts(model, files, base, tensors, trainable=trainable)
+    return model
 
 
 def _require_quick(config: Mapping[str, Any], layers: list[str], where: str) -> None:
@@ -149,7 +232,7 @@ def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
                 yield around.replace("%s", str(text))
 
 
-def refused_by_peft(error: Exception, files: ModelFiles, base: ModelFiles) -> ModelError:
+def _refused_by_peft(error: Exception, files: ModelFiles, base: ModelFiles) -> ModelError:
     """What peft raised (RuntimeError, ValueError, KeyError, TypeError and its own) as ours."""
     message = str(error)
     shapes = "size mismatch" in message or "not found in the base model" in message
@@ -167,7 +250,7 @@ def _wrong_base(what: str, why: str, files: ModelFiles, base: ModelFiles) -> Mod
     )
 
 
-def require_counterparts(
+def _require_counterparts(
     model: Any,
     files: ModelFiles,
     base: ModelFiles,
@@ -191,7 +274,7 @@ def require_counterparts(
     tables = lost & model.state_dict().keys()
     if tables and trainable:
         raise ModelError(
-            f"the adapter contains whole embedding tables: {listed(tables)}",
+            f"the adapter contains whole embedding matrices: {listed(tables)}",
             where=str(files.folder),
             why="they would be frozen during training and lost when the adapter is saved",
             fix="merge the adapter into its base first, and train the result",

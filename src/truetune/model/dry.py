@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from truetune.model.architecture import causal_config
-from truetune.model.load import without_memory
 from truetune.model.source import ModelFiles
 from truetune.model.weights import first_rows, look_at_numbers, read_headers, weight_files
+from truetune.model.whole import without_memory
 from truetune.system.lazy import torch
 
 

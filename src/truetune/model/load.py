@@ -11,25 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
-from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truetune.errors import ModelError
 from truetune.findings import Finding
-from truetune.model.adapter_fit import (
-    refused_by_peft,
-    require_bounded_adapter,
-    require_counterparts,
-    require_fit,
-)
+from truetune.model.adapter_fit import attach
 from truetune.model.architecture import (
     causal_config,
     embedding_rows,
-    require_shapes,
-    shape_mismatch,
 )
 from truetune.model.fingerprint import (
     Fingerprint,
@@ -37,7 +28,7 @@ from truetune.model.fingerprint import (
     require_same_base,
     take_fingerprint,
 )
-from truetune.model.new_tokens import grow_for, use_row_layers
+from truetune.model.new_tokens import grow_for
 from truetune.model.placement import Choice, Placement, Purpose, place
 from truetune.model.quantise import (
     NAMES,
@@ -48,7 +39,6 @@ from truetune.model.quantise import (
     refuse_twice,
     require_bitsandbytes,
     require_opener,
-    require_quantised,
     same_in_evaluation,
     stored_quantisation,
 )
@@ -56,33 +46,22 @@ from truetune.model.source import (
     ADAPTER_CONFIG,
     ModelFiles,
     first_line,
-    leads_out,
     locate,
-    read_json,
 )
 from truetune.model.tokenizer import (
     has_tokenizer,
     load_tokenizer,
     locate_base,
     num_ids,
-    open_tokenizer,
 )
 from truetune.model.weights import (
-    INDEX,
-    WEIGHTS,
-    TensorFacts,
-    listed,
-    look_at_numbers,
     main_dtype,
-    read_headers,
-    weight_files,
 )
+from truetune.model.whole import judge_loading, require_whole
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 __all__ = ["Choice", "LoadedModel", "load_model", "load_tokenizer"]
-
-# The first matrix of a LoRA pair: its rows are the rank.
-_LORA_A = re.compile(r"\.lora_(embedding_)?A(\.weight)?$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +187,7 @@ def load_model(
     if revision and not files.is_hub:
         findings.append(_useless_revision(revision, files))
     if whole.adapter is not None:
-        model = _attach(model, files, base_files, whole.adapter, trainable=purpose != "inference")
+        model = attach(model, files, base_files, whole.adapter, trainable=purpose != "inference")
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -225,146 +204,6 @@ def load_model(
         quantised=quantised,
         fingerprint=fingerprint,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Whole:
-    """A model whose files belong together, as far as config and headers say.
-
-    Attributes:
-        config: of the base.
-        tokenizer: of the model.
-        tensors: of the base, by name.
-        adapter: tensors of the adapter; None if there is none.
-        findings: notes.
-    """
-
-    config: Any
-    tokenizer: Any
-    tensors: dict[str, TensorFacts]
-    adapter: dict[str, TensorFacts] | None
-    findings: tuple[Finding, ...]
-
-
-def require_whole(
-    files: ModelFiles,
-    base: ModelFiles,
-    tokenizer: Any = None,
-    *,
-    trainable: bool = False,
-    finite: bool = True,
-) -> Whole:
-    """Refuse what cannot be loaded as it is, before the weights are: training, checking and
-    exporting ask here alike.
-
-    Args:
-        base: of an adapter; `files` if it is none.
-        tokenizer: the model's own, where it is open already.
-        trainable: to be trained further, which whole tables in an adapter cannot be.
-        finite: look at the first numbers of every tensor.
-
-    Raises:
-        ModelError: no causal language model, code of its own, no or damaged weights, pickles only,
-            weights that are missing, have another shape, are there twice or are not finite; an
-            adapter that is not LoRA or does not fit its base.
-    """
-    config = causal_config(base)
-    adapter = _require_adapter(files) if files.is_adapter else None
-    if tokenizer is None:
-        tokenizer = open_tokenizer(files if has_tokenizer(files.folder) else base)
-    tensors = read_headers(weight_files(base))
-    where = str(base.folder)
-    require_quantised(config, tensors, str(base.folder / "config.json"))
-    # Where names differ, weights may be renamed or merged on loading: transformers judges.
-    dry = None if require_shapes(config, tensors, where) else without_memory(base, config)
-    if dry:
-        _judge_loading(*dry, where)
-    if finite:
-        # Old files hold masks beside the weights, with infinity in them.
-        _require_finite(base, unused=dry[1]["unexpected_keys"] if dry else ())
-        if files.is_adapter:
-            _require_finite(files)
-    if adapter is not None:
-        require_fit(files, base, config, adapter, num_ids(tokenizer), trainable=trainable)
-    return Whole(config, tokenizer, tensors, adapter, tuple(_linked({files.folder, base.folder})))
-
-
-def _require_finite(files: ModelFiles, unused: Collection[str] = ()) -> None:
-    broken = [name for name in look_at_numbers(weight_files(files))[0] if name not in unused]
-    if broken:
-        raise ModelError(
-            f"{listed(broken)} contain NaN or infinity",
-            where=str(files.folder),
-            why="the training that made them diverged, or float16 overflowed",
-            fix="use an earlier checkpoint, and train in bfloat16 or float32",
-            code="weights-not-finite",
-        )
-
-
-def _linked(folders: Iterable[Path]) -> Iterator[Finding]:
-    """Weights may lie on another disk: their numbers are checked, and they hold no text."""
-    for folder in sorted(folders):
-        found = (*folder.glob("*.safetensors"), folder / INDEX)
-        names = sorted(p.name for p in found if p.is_symlink() and leads_out(p, folder))
-        if names:
-            yield Finding(
-                code="weights-linked",
-                level="note",
-                what=f"weights are links that lead out of the model's folder: {listed(names)}",
-                where=str(folder),
-                count=len(names),
-                why="they lie on another disk, or the folder was made by somebody who knew where "
-                "other weights lie",
-                fix="nothing to do if the links are your own",
-            )
-
-
-def require_whole_folder(
-    source: str | Path,
-    revision: str | None = None,
-    *,
-    base: str | Path | None = None,
-    tokenizer: Any = None,
-    trainable: bool = False,
-) -> Whole | None:
-    """As `require_whole`, of a folder of this machine. Nothing is fetched from the Hub: what is not
-    in its cache is judged when it is loaded, and the answer is None.
-
-    Raises:
-        ModelError: see `require_whole`.
-    """
-    files = locate(source, revision, weights=False)
-    below = locate_base(files, weights=False, instead=base) if files.is_adapter else files
-    if not below.is_hub or (below.folder / WEIGHTS).is_file():
-        return require_whole(files, below, tokenizer, trainable=trainable)
-    if files.is_adapter:
-        _require_adapter(files)
-    return None
-
-
-def without_memory(files: ModelFiles, config: Any) -> tuple[Any, dict[str, Any]] | None:
-    """The model on the meta device, where tensors have names and shapes only, and what transformers
-    says of loading it; None if that says nothing (a quantised model needs its library)."""
-    from transformers import AutoModelForCausalLM
-
-    if stored_quantisation(config):
-        return None
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                files.folder,
-                config=config,
-                device_map="meta",
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except (
-        Exception
-    ):  # an architecture that cannot be created without memory: errors show when it is loaded
-        return None
-    return model, info
 
 
 def _quantised(load_in: LoadIn, trained: Fingerprint | None, files: ModelFiles) -> Quantised | None:
@@ -449,38 +288,7 @@ def _read_weights(
         ) from error
     if quantised or stored_quantisation(config):
         same_in_evaluation(model)
-    return model, _judge_loading(model, info, str(files.folder))
-
-
-def _judge_loading(model: Any, info: dict[str, Any], where: str) -> list[Finding]:
-    if info["mismatched_keys"]:
-        wrong = [(name, tuple(a), tuple(b)) for name, a, b in info["mismatched_keys"]]
-        raise shape_mismatch(wrong, where)
-    missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys)
-    if missing:
-        raise ModelError(
-            f"{len(missing)} weights are not in the files: {listed(missing)}",
-            where=where,
-            why="transformers would fill them with random numbers; the model was saved without "
-            "them, or config.json describes another model",
-            fix="fetch the model again; if only the output head is missing and it shares the "
-            "input embedding, config.json needs tie_word_embeddings: true",
-            code="model-weights-missing",
-        )
-    unused = info["unexpected_keys"]
-    if not unused:
-        return []
-    return [
-        Finding(
-            code="weights-unused",
-            level="warning",
-            what=f"some weights in the files do not belong to the model: {listed(unused)}",
-            where=where,
-            count=len(unused),
-            why="config.json describes a smaller model (with fewer layers?) or a different one",
-            fix="compare config.json with the one that came with the weights",
-        )
-    ]
+    return model, judge_loading(model, info, str(files.folder))
 
 
 def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[Finding]:
@@ -504,7 +312,7 @@ def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[F
             where=str(files.folder),
             count=ids - rows,
             why="tokens were added to the tokenizer, but the model's embeddings were not resized",
-            fix="rows with these tokens cannot be trained: use the tokenizer that came with the "
+            fix="rows with these tokens cannot be trained on: use the tokenizer that came with the "
             "weights",
         )
     ]
@@ -517,86 +325,3 @@ def _useless_revision(revision: str, files: ModelFiles) -> Finding:
         what=f"--revision {revision} has no effect: {files.source} is a local folder",
         fix="omit it, or pass a Hub id",
     )
-
-
-def _require_adapter(files: ModelFiles) -> dict[str, TensorFacts]:
-    """Facts of the adapter's tensors, once its config and file can be read."""
-    path = files.folder / ADAPTER_CONFIG
-    config = read_json(path)
-    kind = config.get("peft_type")
-    require_bounded_adapter(config, str(path))
-    if kind != "LORA":
-        raise ModelError(
-            f"the adapter is of type {kind}, not LORA",
-            where=str(path),
-            why="only LoRA adapters are loaded",
-            fix="merge it into its base with the tool that created it, and load the merged model",
-            code="adapter-type",
-        )
-    tensors = read_headers(weight_files(files))
-    _require_rank(config, tensors, str(path))
-    return tensors
-
-
-def _require_rank(config: dict[str, Any], tensors: dict[str, TensorFacts], where: str) -> None:
-    """Raise if the matrices have another rank than the config says: peft makes those first."""
-    # Of all experts of a layer, one matrix holds the ranks of each.
-    if config.get("target_parameters"):
-        return
-    patterns = config.get("rank_pattern")
-    ranks = [config.get("r", 8), *(patterns.values() if isinstance(patterns, dict) else ())]
-    wrong = [
-        (name, facts.shape[0])
-        for name, facts in sorted(tensors.items())
-        if _LORA_A.search(name) and facts.shape and facts.shape[0] not in ranks
-    ]
-    if wrong:
-        raise ModelError(
-            f"{len(wrong)} of the adapter's matrices do not have the rank that its config "
-            f"requires: {wrong[0][0]} has {wrong[0][1]}, but r is {str(ranks[0])[:40]}",
-            where=where,
-            why="the config and the weights belong to different adapters, or one was edited",
-            fix="use the adapter_config.json that was saved with the weights",
-            code="model-shape-mismatch",
-        )
-
-
-def _attach(
-    model: Any,
-    files: ModelFiles,
-    base: ModelFiles,
-    tensors: dict[str, TensorFacts],
-    *,
-    trainable: bool,
-) -> Any:
-    from peft import PeftModel
-
-    try:
-        with quiet():
-            # peft casts adapter weights to float32 itself.
-            model = PeftModel.from_pretrained(model, files.folder, is_trainable=trainable)
-            use_row_layers(model)
-    except Exception as error:  # peft: RuntimeError, ValueError, KeyError, TypeError and own ones
-        raise refused_by_peft(error, files, base) from error
-    require_counterparts(model, files, base, tensors, trainable=trainable)
-    return model
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress transformers' tables, progress bars and warnings; findings report what matters."""
-    import warnings
-
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -15,12 +15,13 @@ from truetune.model.architecture import (
     meta_model,
     projection_names,
 )
-from truetune.model.load import LoadedModel, quiet
+from truetune.model.load import LoadedModel
 from truetune.model.new_tokens import NewToken, row_targets, start_adapter_rows, use_row_layers
 from truetune.model.quantise import num_weights
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 ALL_LINEAR = "all-linear"
 
@@ -122,8 +123,8 @@ def _refuse_table_twice(targets: Sequence[str], rows: Mapping[str, Any]) -> None
     twice = [t for t in targets for path in rows if path == t or path.endswith(f".{t}")]
     if twice:
         raise UsageError(
-            f"{twice[0]} is both a LoRA target and the table that holds new tokens",
-            why="a LoRA update changes every embedding in the table, including the new ones",
+            f"{twice[0]} is both a LoRA target and the embedding matrix that holds new tokens",
+            why="a LoRA update changes every embedding in the matrix, including the new ones",
             fix=f"remove {twice[0]} from --target-modules, or omit --add-token",
             code="lora-table-twice",
         )

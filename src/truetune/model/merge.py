@@ -18,11 +18,12 @@ from truetune.errors import ModelError, UsageError
 from truetune.findings import Finding
 from truetune.model.architecture import causal_config
 from truetune.model.fingerprint import read_fingerprint
-from truetune.model.load import LoadedModel, load_model, quiet
+from truetune.model.load import LoadedModel, load_model
 from truetune.model.quantise import NAMES, LoadIn, stored_quantisation
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 Onto = Literal["auto", "original", "dequantised"]
 

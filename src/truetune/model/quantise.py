@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from truetune.errors import ModelError, UsageError
@@ -158,20 +159,36 @@ def stored_bits(config: Any) -> int | None:
     return min(map(int, named), default=None)
 
 
-def scale_blocks(model: Any) -> dict[str, tuple[int, int]]:
-    """The weights of a model that were rounded to the nearest level in blocks, by name: numbers in
-    each block, 0 for a row, and blocks whose scales are quantised together, 0 where they are not.
-    Other methods choose levels by what they do to outputs."""
+@dataclass(frozen=True)
+class Blocks:
+    """How a quantiser rounds a matrix: in blocks of consecutive numbers, each with one scale.
+
+    Attributes:
+        width: numbers in a block; 0 for a row.
+        nested: blocks whose scales are quantised together; 0 where they are not.
+        turned: whether it rounds the transposed matrix.
+    """
+
+    width: int = 0
+    nested: int = 0
+    turned: bool = False
+
+
+def scale_blocks(model: Any) -> dict[str, Blocks]:
+    """The weights of a model that were rounded to the nearest level in blocks, by name. Other
+    methods choose levels by what they do to outputs."""
     method, bits = stored_quantisation(model.config), stored_bits(model.config)
+    turned = {f"{name}.weight" for name in _turned_layers(model)}
     found = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         state = getattr(value, "quant_state", None)
         if method == "bitsandbytes" and state is not None:
-            found[name] = int(state.blocksize), int(state.state2.blocksize) if state.nested else 0
+            nested = int(state.state2.blocksize) if state.nested else 0
+            found[name] = Blocks(int(state.blocksize), nested, name in turned)
         elif (method == "bitsandbytes" and value.dtype == torch.int8) or (
             method == "torchao" and bits == 8 and hasattr(value, "qdata")
         ):
-            found[name] = 0, 0
+            found[name] = Blocks(turned=name in turned)
     return found
 
 
@@ -218,13 +235,14 @@ def refuse_twice(config: Any, where: str) -> None:
 
 
 def dequantised(model: Any, where: str) -> Any:
-    """The model with plain linear layers that hold the rounded weights.
+    """The model with plain layers that hold the rounded weights.
 
     Raises:
         ModelError: transformers cannot dequantise this method.
     """
+    turned = _turned_layers(model)
     try:
-        plain = model.dequantize()
+        plain = _turned_back(model.dequantize(), turned)
     except (NotImplementedError, ValueError) as error:
         raise ModelError(
             f"the weights cannot be dequantised: {first_line(error)}",
@@ -246,6 +264,28 @@ def dequantised(model: Any, where: str) -> Any:
     if conversions:
         plain._weight_conversions = [c for c in conversions if _is_reversible(c)]
     return plain
+
+
+def _turned_layers(model: Any) -> list[str]:
+    """Names of layers whose inputs were the rows of their matrix (Conv1D of GPT-2): bitsandbytes
+    holds them as linear layers, with the matrix transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    modules = model.named_modules(remove_duplicate=False)
+    return [name for name, module in modules if getattr(module, "source_cls", None) is Conv1D]
+
+
+def _turned_back(model: Any, names: list[str]) -> Any:
+    from transformers.pytorch_utils import Conv1D
+
+    for name in names:
+        linear = model.get_submodule(name)
+        layer = Conv1D(0, 0)
+        layer.nx, layer.nf = linear.in_features, linear.out_features
+        layer.weight = torch.nn.Parameter(linear.weight.detach().T.contiguous(), False)
+        layer.bias = linear.bias
+        model.set_submodule(name, layer)
+    return model
 
 
 def _is_reversible(conversion: Any) -> bool:

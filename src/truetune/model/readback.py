@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from truetune.contract.tokens import common_prefix
 from truetune.errors import SaveError, UnfaithfulTemplate
 from truetune.findings import Finding
-from truetune.model.load import LoadedModel, quiet
+from truetune.model.load import LoadedModel
 from truetune.model.placement import parse_dtype
 from truetune.model.weights import listed
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract

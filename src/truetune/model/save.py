@@ -23,7 +23,7 @@ from truetune.errors import OutputExists, SaveError, TruetuneError
 from truetune.findings import Finding
 from truetune.model.fingerprint import write_fingerprint
 from truetune.model.generation_config import served_generation_config
-from truetune.model.load import LoadedModel, quiet
+from truetune.model.load import LoadedModel
 from truetune.model.placement import dtype_name, parse_dtype
 from truetune.model.readback import (
     adapter_state,
@@ -37,6 +37,7 @@ from truetune.model.tokenizer import num_ids
 from truetune.model.weights import ADAPTER_WEIGHTS
 from truetune.run_dir import flush_folder, settle
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 
 if TYPE_CHECKING:
     from truetune.contract.contract import PromptContract
@@ -183,9 +184,9 @@ def forget_code(folder: Path) -> list[Finding]:
             level="note",
             what=f"references to Python code were removed: {', '.join(removed)}",
             count=len(removed),
-            why="truetune does not run code that comes with weights and does not save it, so they "
-            "would name what is not there",
-            fix="nothing to do: transformers has this architecture",
+            why="truetune does not run code that comes with weights and does not save it, so the "
+            "references would point to files that are not there",
+            fix="nothing to do: transformers includes this architecture",
         )
     ]
 

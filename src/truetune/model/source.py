@@ -163,8 +163,8 @@ def _refuse_links(folder: Path) -> None:
                 f"{path.name} is a link that leads out of the model's folder: to "
                 f"{os.path.realpath(path)}",
                 where=str(path),
-                why="what lies there would be read, and passed on with the model; a folder from "
-                "somebody else could name any file of this machine",
+                why="the file it points to would be read, and passed on with the model; a folder "
+                "from somebody else could point to any file on this machine",
                 fix="if the link is your own, put a copy of the file in its place",
                 code="model-link-outside",
             )
@@ -298,7 +298,7 @@ def require_bounded(path: Path) -> None:
     if size <= most:
         return
     raise ModelError(
-        f"{path.name} has {gib(size)}; in a model it never exceeds {gib(most)}",
+        f"{path.name} is {gib(size)} large; in a model it never exceeds {gib(most)}",
         where=str(path),
         why="the folder is damaged or malicious",
         fix="copy the file again from the source of the model",

@@ -59,7 +59,7 @@ def few_rows(s: RunOutline) -> Iterator[Finding]:
             f"{s.num_rows} rows are few enough to put into a prompt as examples, which is quicker "
             "to try",
             why="fine-tuning typically shows clear gains from 50 to 100 rows (OpenAI's guide)",
-            fix=f"try a prompt first; for more see {_PAGE}",
+            fix=f"try a prompt first; for more, see {_PAGE}",
         )
 
 
@@ -70,11 +70,11 @@ def reasoning_rows(s: RunOutline) -> Iterator[Finding]:
     yield Finding(
         "advice-reasoning-rows",
         "note",
-        f"{s.num_rows:,} reasoning traces on {s.num_parameters / 1e9:.1f} B weights will teach "
+        f"{s.num_rows:,} reasoning traces on a {s.num_parameters / 1e9:.1f}B model will teach "
         "their format and their kind of problem, not better reasoning in general",
-        why="817 to 1,000 traces were enough on 32 B weights that could already reason (LIMO, Ye "
-        "et al. 2025; s1, Muennighoff et al. 2025); models up to 3 B learn better from short "
-        "traces (Li et al. 2025); DeepSeek-R1's distilled models took 800,000",
+        why="817 to 1,000 traces were enough for 32B models that could already reason (LIMO, Ye "
+        "et al. 2025; s1, Muennighoff et al. 2025); models up to 3B learn better from short "
+        "traces (Li et al. 2025); DeepSeek-R1's distilled models needed 800,000",
         fix="use them for one skill, as a held-out set, or as seeds for more traces; start with "
         "short ones",
     )
@@ -88,7 +88,7 @@ def base_start(s: RunOutline) -> Iterator[Finding]:
             "note",
             f"{s.num_rows:,} rows have to teach a base model to answer and to stop, in addition "
             "to their content",
-            why="about 1,000 curated rows taught a 65 B base to respond like an assistant (LIMA, "
+            why="about 1,000 curated rows taught a 65B base to respond like an assistant (LIMA, "
             "Zhou et al. 2023); an instruct model can do that already",
             fix="start from the instruct model of the family, unless you do not want its style",
         )
@@ -105,7 +105,7 @@ def text_rows(s: RunOutline) -> Iterator[Finding]:
             "in a single wording are stored but not recalled (Allen-Zhu and Li 2023); retrieval "
             "beat fine-tuning for knowledge (Ovadia et al. 2023)",
             fix="for facts, state each one in many wordings and add rows that ask for it, or put "
-            f"the documents into the prompt; for more see {_PAGE}",
+            f"the documents into the prompt; for more, see {_PAGE}",
         )
 
 
@@ -131,8 +131,8 @@ def adapter_is_enough(s: RunOutline) -> Iterator[Finding]:
         yield Finding(
             "advice-adapter-enough",
             "note",
-            f"all {s.num_parameters / 1e9:.1f} B weights are trained on {s.num_rows:,} rows, "
-            f"which an adapter would learn equally well",
+            f"all weights of this {s.num_parameters / 1e9:.1f}B model are trained on "
+            f"{s.num_rows:,} rows, which an adapter would learn equally well",
             why="on datasets of this size LoRA on all layers matches full training (Schulman et "
             "al. 2025) and forgets less of what the model knew (Biderman et al. 2024)",
             fix="use --lora, unless you need a model without an adapter",

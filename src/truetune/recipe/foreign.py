@@ -315,10 +315,11 @@ _WITHOUT = {
             "flash_attention", "flash_attn", "xformers_attention", "sdp_attention",
             "attn_implementation",
         ),
-        "not needed: the attention is chosen and tested on the model",
+        "not needed: an attention implementation is chosen and tested on the model",
     ),
     **dict.fromkeys(("val_set_size", "val_size"),
-        "no counterpart: 5 % of 100 rows or more, at most 200, are held out; or --eval-data"),
+        "no counterpart: of 100 rows or more, 5 % (at most 200) are held out; --eval-data names "
+        "others"),
     **dict.fromkeys(("eval_strategy", "evaluation_strategy", "per_device_eval_batch_size"),
         "not needed: held-out rows are evaluated every --eval-steps"),
     **dict.fromkeys(("pad_to_sequence_len", "group_by_length", "eval_sample_packing"),

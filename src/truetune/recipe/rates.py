@@ -47,14 +47,14 @@ def usual_rate(
         return LORA["small"], f"LoRA on {num_parameters:,} parameters; ten times the full rate"
     if lora:
         if start == "base":
-            return LORA["base"], f"LoRA on a base model ({why}); QLoRA practice"
+            return LORA["base"], f"LoRA on a base model ({why}); the rate of QLoRA"
         if reasoning_share > 0.5:
             return LORA["reasoning"], f"LoRA on reasoning traces, instruct model ({why})"
         return LORA["instruct"], f"LoRA on an instruct model ({why}); gentler than on a base"
     if num_parameters < SMALL:
         return FULL["small"], f"all weights of a model of {num_parameters:,} parameters"
     if start == "base":
-        return FULL["base"], f"all weights of a base model ({why}); Alpaca"
+        return FULL["base"], f"all weights of a base model ({why}); the rate of Alpaca"
     return FULL["instruct"], f"all weights of an instruct model ({why})"
 
 

@@ -70,7 +70,7 @@ class Recipe:
     data: str | None = _option(None, INPUT, "A file, folder or Hub dataset.", aliases=["dataset"])
     revision: str | None = _option(None, INPUT, "Revision of a model on the Hub.")
     split: str | None = _option(None, INPUT, "Split of a Hub dataset.", shown="train")
-    schema: str = _option("auto", INPUT, "Schema of the rows; by default it is recognised.")
+    schema: str = _option("auto", INPUT, "Schema of the rows; detected automatically by default.")
     columns: dict[str, str] | None = _option(
         None, INPUT, "Column names, e.g. prompt=question,completion=answer."
     )
@@ -80,10 +80,13 @@ class Recipe:
         "What to do with rows that cannot be trained on: stop, or drop and count them.",
     )
     max_train_samples: int | None = _option(
-        None, INPUT, "Read only this many rows, from the first.", minimum=1, shown="all"
+        None, INPUT, "Read only the first rows, up to this number.", minimum=1, shown="all"
     )
     eval_data: str | None = _option(
-        None, INPUT, "Your own held-out rows.", shown="5 % of the rows, at most 200"
+        None,
+        INPUT,
+        "Your own held-out rows.",
+        shown="5 % of the rows, at most 200; none if there are fewer than 100 rows",
     )
     eval_split: str | None = _option(None, INPUT, "Held-out split of --eval-data, or of DATA.")
 
@@ -308,8 +311,8 @@ class Recipe:
     eval_steps: int | None = _option(
         None,
         WATCH,
-        "Steps between evaluations. If unset, vital signs are measured at as many evaluations as "
-        "cost under 3 % of the run; if set, at every one, up to ten.",
+        "Steps between evaluations. If unset, vital signs are measured as often as 3 % of the "
+        "training time allows; if set, at every evaluation, up to ten.",
         shown="10 per run",
         minimum=1,
     )
@@ -329,8 +332,7 @@ class Recipe:
     keep_text: str | None = _option(
         None,
         WATCH,
-        "Text that the model must not forget, as a text file or rows: its loss is measured but "
-        "not trained.",
+        "Text that the model must not forget, as a text file or rows; only its loss is measured.",
         shown="text that the model writes before the first step",
     )
     on_collapse: Literal["stop", "rewind", "continue"] = _option(

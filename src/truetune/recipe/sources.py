@@ -399,7 +399,7 @@ def _described(declared: Any) -> str:
         float: "a number",
         bool: "true or false",
         str: "text",
-        list[str]: "a list of texts",
+        list[str]: "a list of strings",
         dict[str, str]: "pairs such as prompt=question",
         dict[str, Any]: "pairs such as enable_thinking=false",
     }

@@ -74,8 +74,8 @@ def bad_rows_told(
         return others, []
     number = sum(finding.count for finding in bad)
     error = BadRows(
-        f"{number:,} row{'s' if number > 1 else ''} cannot be trained"
-        + ("" if num_left else "; no row is left to train"),
+        f"{number:,} row{'s' if number > 1 else ''} cannot be trained on"
+        + ("" if num_left else "; no row is left to train on"),
         merged(bad),
         fix="correct them, or leave them out with --bad-rows drop"
         if num_left

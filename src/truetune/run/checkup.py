@@ -28,12 +28,12 @@ from truetune.errors import BadRows, ModelError
 from truetune.findings import LEVELS, Finding, merged, worst
 from truetune.listener import Listener
 from truetune.model.embeddings import judge_rows, read_tables
-from truetune.model.load import require_whole_folder
 from truetune.model.lora import lora_target_findings
 from truetune.model.source import locate
 from truetune.model.start import StartVerdict, verdict
 from truetune.model.tokenizer import locate_base, num_ids
 from truetune.model.weights import weights_format
+from truetune.model.whole import require_whole_folder
 from truetune.recipe.plan import Plan
 from truetune.recipe.rates import EPOCHS, usual_rate, what_follows, words
 from truetune.recipe.settings import Recipe

@@ -102,7 +102,7 @@ def ask_first_of_check(recipe: Recipe, smoke_test: bool) -> None:
         if options:
             raise UsageError(
                 f"no data was given, so {', '.join(options)} would be ignored",
-                why="without data, `check` examines a finished model and plans no run",
+                why="without data, `check` examines a finished model and does not plan a run",
                 fix="pass the data: truetune check MODEL DATA, or omit the options",
                 code="check-without-data",
             )

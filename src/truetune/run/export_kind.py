@@ -81,7 +81,7 @@ def export_as(
         data=data,
     )
     from truetune.contract.frame import Frame
-    from truetune.model.load import require_whole_folder
+    from truetune.model.whole import require_whole_folder
 
     listener = listener or Listener()
     listener.stage("opening the model's files")

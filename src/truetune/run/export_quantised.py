@@ -225,7 +225,7 @@ def _loss(stage: Stage, usual: float) -> tuple[Finding, ...]:
                 "warning",
                 f"so few bits degrade this model: log-probabilities differ by "
                 f"{apart.relative:.2g} of the logits' spread, and {equal}",
-                why=f"{usual:.2g} is usual for so many bits; small models suffer more",
+                why=f"{usual:.2g} is usual for this number of bits; small models suffer more",
                 fix=fix,
             ),
         )
@@ -241,7 +241,8 @@ def _loss(stage: Stage, usual: float) -> tuple[Finding, ...]:
             "quantised-replies-differ",
             "warning" if apart.greedy < _SAME_TOKENS else "note",
             f"rounding changes {number - round(same * number)} of {number} replies, and {equal}",
-            why="this model does not tolerate so few bits: its likeliest tokens lead by little"
+            why="this model does not tolerate so few bits: its likeliest tokens have only a small "
+            "lead"
             if apart.greedy < _SAME_TOKENS
             else "one different token changes the rest of a reply; other wording need not be worse",
             fix=fix,

@@ -155,7 +155,7 @@ class Job:
         if finding.rows:
             rows = [int(row) for row in finding.rows]
             if finding.code == "loss-spike" and len(hardest := self._hardest(rows)) < len(rows):
-                why = f"of the {len(rows)} examples named by the step, these have the highest loss"
+                why = f"of the {len(rows)} examples of the step, these have the highest loss"
                 rows, finding = hardest, replace(finding, count=len(hardest), why=why)
             names = tuple(self.prepared.rows[row] for row in rows)
             finding = replace(finding, where=names[0], rows=names)

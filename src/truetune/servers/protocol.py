@@ -272,13 +272,12 @@ def _message(message: Any, index: int) -> dict[str, Any]:
             message.get("tool_calls") or message.get("reasoning_content")
         ):
             raise Refused(
-                f"{place} ({visible(role[:40], keep_newlines=False)}) has no content: give it a "
-                "text",
+                f"{place} ({visible(role[:40], keep_newlines=False)}) has no content: give it text",
                 param=param,
             )
         content = ""
     if not isinstance(content, str):
-        raise _wrong(param, content, "a text or a list of parts", param=param)
+        raise _wrong(param, content, "a string or a list of parts", param=param)
     return {**message, "content": content}
 
 
@@ -287,7 +286,7 @@ def _require_model(model: Any, names: Sequence[str]) -> None:
     if model is None or model == "":
         return
     if not isinstance(model, str):
-        raise _wrong("model", model, "a text")
+        raise _wrong("model", model, "a string")
     if model not in names:
         raise no_such_model(model, names)
 
@@ -381,10 +380,10 @@ def _flag(asked: Mapping[str, Any], name: str) -> bool:
 def _stops(stop: Any) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
-        raise _wrong("stop", stop, "a text or a list of texts")
+        raise _wrong("stop", stop, "a string or a list of strings")
     if len(stops) > _MOST_STOPS:
         raise Refused(
-            f"stop has {len(stops)} texts, at most {_MOST_STOPS} are allowed", param="stop"
+            f"stop has {len(stops)} strings, at most {_MOST_STOPS} are allowed", param="stop"
         )
     return tuple(text for text in stops if text)
 

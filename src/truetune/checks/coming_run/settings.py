@@ -54,6 +54,6 @@ def warmup_within_run(facts: Preflight) -> Iterator[Finding]:
             level="warning",
             what=f"the warm-up of {facts.warmup_steps} steps is as long as the run of "
             f"{facts.max_steps}",
-            why="the learning rate reaches its value only at the end, or never",
+            why="the learning rate reaches its peak only at the end, or never",
             fix="use --warmup-ratio 0.03",
         )

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from truetune.checks.conversations.quality import level_of, opening
-from truetune.checks.conversations.rows import DataFacts
+from truetune.checks.conversations.rows import DataFacts, level_of, opening
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, rows_finding, share
@@ -78,11 +77,11 @@ def answers_beside_their_questions(facts: DataFacts) -> Iterator[Finding]:
             code="answers-shifted",
             level="warning",
             what=f"the answers of {share(len(rows), len(facts.train))} fit the question that "
-            f"stands {by} {side} theirs",
+            f"is {by} {side} theirs",
             why=f"questions have {moved[part].mean():.0%} of their words in common with that "
             f"answer and {own[part].mean():.0%} with their own (chance: {chance.mean():.0%}): a "
-            "line was lost or added in one of two columns or files that were put together",
-            fix="join questions and answers again, from the first of these rows on",
+            "line was lost or added in one of two columns or files that were joined",
+            fix="join questions and answers again, starting with the first of these rows",
         )
         return
 
@@ -156,11 +155,11 @@ def questions_and_answers_in_place(facts: DataFacts) -> Iterator[Finding]:
         code="turns-exchanged",
         level="warning",
         what=f"the question and the answer of {share(len(rows), len(facts.train))} seem to be "
-        f"exchanged, such as {opening(asked)}, which is answered with {opening(said)}",
-        why="in these rows the question begins, ends and is as long as the answers of the others, "
-        "and the answer as their questions: the model learns to answer with a question",
-        fix="exchange them, or remove those rows; nothing to do if they are a task of their own, "
-        "such as finding the question to an answer",
+        f"swapped, such as {opening(asked)}, which is answered with {opening(said)}",
+        why="in these rows the question has the form and length of the other rows' answers, and "
+        "the answer those of their questions: the model learns to answer with a question",
+        fix="swap them, or remove those rows; nothing to do if this is the task, such as finding "
+        "the question to an answer",
     )
 
 

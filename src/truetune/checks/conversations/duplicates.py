@@ -49,7 +49,7 @@ def exact_duplicates(facts: DataFacts) -> Iterator[Finding]:
             code="rows-duplicate",
             level="warning" if len(again) > _LEAST_SHARE * total else "note",
             what=f"{share(len(again), total)} are exact copies of earlier ones",
-            why="each copy trains the row once more in every epoch",
+            why="each copy is one more pass over the row in every epoch",
             fix="remove the copies",
         )
 

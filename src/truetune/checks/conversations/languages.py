@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from truetune.behaviour.text import script_of
-from truetune.checks.conversations.quality import CODE, level_of, opening
-from truetune.checks.conversations.rows import DataFacts, asked, said
+from truetune.checks.conversations.rows import CODE, DataFacts, asked, level_of, opening, said
 from truetune.checks.registry import check
 from truetune.data.conversation import Conversation
 from truetune.findings import Finding, percent, rows_finding, share
@@ -179,9 +178,9 @@ def answers_in_their_language(facts: DataFacts) -> Iterator[Finding]:
             what=f"the answers of {share(len(rows), len(facts.train))} are not in the language "
             f"that their prompt names ({_listed(wrong.values())}), such as "
             f"{opening(facts.answers[rows[0]])}",
-            why="the model that generated them ignored the order, or answers of another language "
-            "were joined to these prompts: the model learns to ignore it as well",
-            fix="take the answers in that language, or remove those rows",
+            why="the model that generated them ignored the instruction, or answers in another "
+            "language were joined to these prompts: the model learns to ignore it as well",
+            fix="use answers in that language, or remove those rows",
         )
     pairs = {i: _languages(c) for i, c in enumerate(facts.train) if i not in wrong}
     judged = {i: pair for i, pair in pairs.items() if all(pair)}
@@ -197,8 +196,8 @@ def answers_in_their_language(facts: DataFacts) -> Iterator[Finding]:
             what=f"the answers of {share(len(rows), len(facts.train))} are in another language "
             f"than their prompt: {_listed(other.values())}",
             why="the other answers are in the language of their prompt, and these prompts name no "
-            "language: the model learns to change the language without being asked",
-            fix="take the answers in the language of the prompt, or name the language there",
+            "language: the model learns to switch languages without being asked",
+            fix="use answers in the language of the prompt, or name the language in the prompt",
         )
 
 

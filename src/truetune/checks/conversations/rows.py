@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from truetune.data.conversation import Conversation
+from truetune.findings import Level
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,7 @@ class DataFacts:
 
 # ------------------------------------------------------------------ reasoning without an end
 
-OPEN_ENDED = "the model learns to think without an end and to give no answer"
+OPEN_ENDED = "the model learns to think endlessly and never to answer"
 OPEN_FIX = "generate them again with a higher limit, or remove those rows"
 _THINKS = re.compile(r"\s*(<(think|thinking|thought|reasoning)>|\[(THINK)\])", re.IGNORECASE)
 
@@ -103,3 +104,40 @@ def _last_answer(conversation: Conversation) -> str:
         if message["role"] == "assistant" and message.get("train") is not False:
             return str(message["content"])
     return ""
+
+
+# A smaller share of the rows is only a note.
+SOME = 0.01
+LEAST_ROWS = 3
+_SHOWN = 60
+
+# What source text, markup and queries hold, and prose does not.
+CODE = re.compile(
+    r"```|[{};]\s*$|^\s*(?:def|class|import|from|return|SELECT|INSERT|UPDATE|function|const|let|var"
+    r"|public|private|#include|<\?php|<!DOCTYPE)\b|</?[a-zA-Z][\w-]*(?:\s[^<>]*)?/?>|=>|\w\(\w*\)\s*$"
+    r"|^\s*\$ |==|:=",
+    re.MULTILINE,
+)
+
+
+def level_of(rows: Collection[int], total: int) -> Level:
+    """Of a finding about some of all rows."""
+    return "warning" if len(rows) >= max(LEAST_ROWS, SOME * total) else "note"
+
+
+def ending(text: str) -> str:
+    """The end of a text, for a finding."""
+    return repr("\u2026" + text[-_SHOWN:] if len(text) > _SHOWN else text)
+
+
+def opening(text: str) -> str:
+    """The beginning of a text, for a finding."""
+    return repr(text[:_SHOWN] + "\u2026" if len(text) > _SHOWN else text)
+
+
+_DENSE = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]")
+
+
+def is_dense(text: str) -> bool:
+    """Whether a text is of a script in which a few letters say much."""
+    return len(_DENSE.findall(text)) >= 0.3 * len(text)

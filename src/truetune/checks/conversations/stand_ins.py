@@ -7,14 +7,17 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from truetune.checks.conversations.quality import CODE, LEAST_ROWS, level_of, opening
 from truetune.checks.conversations.rows import (
+    CODE,
+    LEAST_ROWS,
     OPEN_ENDED,
     OPEN_FIX,
     DataFacts,
     asked,
     begins_with_reasoning,
+    level_of,
     open_reasoning,
+    opening,
 )
 from truetune.checks.registry import check
 from truetune.findings import Finding, rows_finding, share

@@ -130,9 +130,10 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
                 what="the text between the header of the answer and its first word, "
                 f"{facts.tokens.decode(blanks)!r}, has labels in "
                 f"{share(len(lines), len(table))}, but the header has none",
-                why="it belongs to the served prompt: the mask begins too early, because it was "
-                "counted without the generation prompt, or looks for the header without its line "
-                "break, or the template marks it (TRL's for assistant_only_loss do); "
+                why="it belongs to the served prompt, so the labels begin too early: the prompt "
+                "was measured without the generation prompt, the header is searched for without "
+                "its line break, or the template marks the text as part of the answer (TRL's "
+                "templates for assistant_only_loss do); "
                 + (
                     "the model learns one token per answer that the server always writes, and "
                     "nothing else changes"
@@ -149,8 +150,8 @@ def headers_unlearned(facts: LabelFacts) -> Iterator[Finding]:
             level="warning",
             what=f"the header of the answer, {facts.frame.answer_start!r}, has labels in "
             f"{share(len(rows), len(table))}, but the question before it has none",
-            why="the server writes the header itself: the mask ends a few tokens early, and the "
-            "model learns to open a turn",
+            why="the server writes the header itself: the labels begin a few tokens too early, and "
+            "the model learns to open a turn",
             fix=fix,
         )
 

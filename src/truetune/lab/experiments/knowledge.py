@@ -80,9 +80,9 @@ EXPERIMENT = Experiment(
     number=1,
     name="knowledge",
     title="Behaviour, not knowledge",
-    claim="SFT changes behaviour, not knowledge: the tuned model answers facts that the base "
-        "knows from prose although no row contains them, invents confident answers about places "
-        "that it never saw, and recalls as much in prose as before.",
+    claim="SFT changes behaviour, not knowledge: the tuned model answers questions about facts "
+        "that the base knows from prose, although no row contains them, invents confident answers "
+        "about places that it never saw, and recalls as much in prose as before.",
     source="the course; LIMA (Zhou et al. 2023, arXiv:2305.11206); Gekhman et al. 2024 "
     "(arXiv:2405.05904)",
     exercises=(
@@ -93,18 +93,18 @@ EXPERIMENT = Experiment(
         "places of another invented world, answered with *I do not know PLACE.* *Invents* is the "
         "share of a hundred replies about places that do not exist that end and give a value of "
         "the requested kind",
-    expected="before training, fewer than 5 % of the facts that are in no row are answered, and "
-        "after training more than 90 %; more than 80 % of the places that do not exist get a "
-        "value; recall in prose changes by less than 5 points",
-    refuted="fewer than 90 % of the facts are answered, fewer than 80 % of the places get a "
+    expected="before training, fewer than 5 % of the questions about facts that are in no row are "
+        "answered, and after training more than 90 %; more than 80 % of the places that do not "
+        "exist get a value; recall in prose changes by less than 5 points",
+    refuted="fewer than 90 % of the questions are answered, fewer than 80 % of the places get a "
         "value, or recall changes by 5 points",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
     expectations=(
         Expectation("the base does not answer", "right", "base", below=0.05),
-        Expectation("the tuned model answers facts that are in no "
-            "row", "right", "tuned", above=0.9),
+        Expectation("the tuned model answers questions about facts that are in no row",
+            "right", "tuned", above=0.9),
         Expectation("it invents values for places that do not "
             "exist", "invents", "tuned", above=0.8),
         Expectation(

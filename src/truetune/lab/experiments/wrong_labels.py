@@ -58,7 +58,7 @@ def arms(seed: int) -> Sequence[Arm]:
 EXPERIMENT = Experiment(
     number=4,
     name="wrong-labels",
-    title="Labels one off, shifted twice, divided by the wrong number",
+    title="Labels off by one, shifted twice, divided by the wrong number",
     claim="A mask that is off by one, labels that are shifted twice and a wrong denominator ruin "
         "the replies while the loss looks normal.",
     source="the course's exercise on masks; threads verl#3287 (off by one), transformers#37766 and "
