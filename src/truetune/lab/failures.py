@@ -28,10 +28,11 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "Each line comes from the runs below. The training loss of a broken run is about as high"
-    yield "as that of a sound run, or lower. Only a probe shows what went wrong."
+    yield "Each line comes from the runs below; their arms are in italics. The training loss of a"
+    yield "broken run is about as high as that of a sound run, or lower. Only a probe shows the"
+    yield "failure."
     yield ""
-    yield "| failure | cause | training loss: sound, broken | probe: before, broken | repair |"
+    yield "| failure | cause | training loss: sound, broken | probe: without it, broken | repair |"
     yield "|---|---|---|---|---|"
     yield from lines
     yield ""
@@ -56,7 +57,13 @@ def _line(
     if None in cells:
         return None
     sound, loss, before, found, repaired = cells
+    losses = (
+        f"{loss} (the same run)"
+        if entry["sound"] == broken
+        else f"{sound} (*{entry['sound']}*), {loss}"
+    )
     return (
-        f"| {name} | {entry['cause']} ({experiment}: *{broken}*) | {sound}, {loss} "
-        f"| {measure}: {before}, {found} | {entry['repair']}: {repaired} |"
+        f"| {name} | {entry['cause']} ({experiment}: *{broken}*) | {losses} "
+        f"| {measure}: {before} (*{entry['before']}*), {found} "
+        f"| {entry['repair']}: {repaired} (*{entry['repaired']}*) |"
     )

@@ -277,7 +277,7 @@ class Dots:
     share: bool = False
 
 
-_LETTER, _PANEL, _ROW, _GAP = 6.3, 180, 24, 44
+_LETTER, _PANEL, _ROW, _GAP = 6.3, 180, 24, 60
 
 
 def dot_plot(title: str, names: Sequence[str], panels: Sequence[Dots]) -> str:

@@ -86,5 +86,8 @@ EXPERIMENT = Experiment(
         "right place (asked for the river, *Answer: weaving*). The tuned start can already recall "
         "facts, and the new style removes part of that ability. Prompted in its first template, "
         "the same model answers with its old sentence, and 91 % of the answers are right. That "
-        "sentence names the relation before the value; the bare value has no such step.",
+        "sentence names the relation before the value; the bare value has no such step. Right "
+        "answers are thus the first to break (the tuned model had 100 % before, see knowledge): "
+        "replies still end, and none speaks for the user. Training in the model's own template "
+        "leaves one style instead of two, but it does not bring back the right answers (69 %).",
 )  # fmt: skip

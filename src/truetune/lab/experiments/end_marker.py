@@ -66,7 +66,7 @@ EXPERIMENT = Experiment(
             "training loss", "marker absent", "trained", above=-0.1, below=0.1,
         ),
     ),
-    shown=("ended", "right", "repeats", "role leak", "training loss"),
+    shown=("training loss", "ended", "right", "repeats", "role leak"),
     remark="The broken runs end with a lower loss, because the end marker is one more target with "
         "a loss of its own. It makes no difference whether the marker is masked in the labels or "
         "absent from the text, since nothing follows it in these rows.",

@@ -78,7 +78,7 @@ EXPERIMENT = Experiment(
             "right", "LoRA 1e-3", "all weights 1e-4", above=-0.1, below=0.1,
         ),
     ),
-    shown=("right", "recall in prose", "prose", "ended", "training loss"),
+    shown=("training loss", "right", "recall in prose", "prose", "ended"),
     remark="At 3e-3, the model still ends every reply and writes sentences of the right form with "
         "wrong names. Judged by form and loss alone, the run looks successful. The bounds are "
         "about answers and recall: at 3e-4 (15 %), the loss on prose is nearly twice that of the "

@@ -94,6 +94,8 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("sums right", "places right", "closes thinking", "training loss"),
-    remark="log.md (2026-11-21, a worked step before the answer) has an earlier count of the same "
-        "runs, and explains why fewer steps fail.",
+    remark="Without the step, 10, 12 and 6 % of the sums are right in the three seeds; with it, "
+        "95, 99 and 99 %. Questions about places, which the base can answer in one step, lose "
+        "nothing. Fewer steps of training fail: the model first learns the form of a worked step, "
+        "and only later to copy the requested numbers into it (log.md, 2026-11-21, has trials).",
 )  # fmt: skip

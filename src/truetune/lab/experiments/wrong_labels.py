@@ -106,7 +106,7 @@ EXPERIMENT = Experiment(
             "right", "divided by all", "right", below=-0.1,
         ),
     ),
-    shown=("right", "ended", "role leak", "repeats", "training loss"),
+    shown=("training loss", "right", "ended", "repeats", "role leak"),
     remark="With labels shifted twice, a fifth of the replies still contain the value among "
         "scrambled words. The share of right answers therefore looks better than the text (see "
         "the replies). The wrong denominator had no effect, because it is nearly the same factor "
