@@ -18,9 +18,10 @@ from truetune.cli.verbs import main
 from truetune.contract.contract import PromptContract
 from truetune.errors import ModelError
 from truetune.listener import Listener
-from truetune.model.load import load_model, require_whole_folder
+from truetune.model.load import load_model
 from truetune.model.lora import LoraSettings, add_lora
 from truetune.model.save import save_model
+from truetune.model.whole import require_whole_folder
 from truetune.recipe.sources import make_recipe
 from truetune.run.checkup import check_run
 
