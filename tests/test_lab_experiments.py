@@ -440,6 +440,7 @@ def test_the_list_names_every_claim() -> None:
     for experiment in every():
         assert experiment.name in shown.output
         assert experiment.claim in shown.output
+        assert experiment.source in shown.output
         assert all(exercise in shown.output for exercise in experiment.exercises)
 
 

@@ -65,14 +65,15 @@ def pretrain(
 
 @lab.command("list", cls=Verb, short_help="Show the experiments and their claims.")
 def list_experiments() -> None:
-    """Show each experiment: its name, the claim about fine-tuning that it tests, and the course
-    exercises that it covers."""
+    """Show each experiment: its name, the claim about fine-tuning that it tests, who makes it, and
+    the course exercises that it covers."""
     from truetune.lab.catalogue import every
 
     screen = open_screen()
     for experiment in every():
         screen.line(f"{experiment.number:>2}  {experiment.name}")
         screen.line(f"    {experiment.claim}")
+        screen.line(f"    source: {experiment.source}")
         screen.line(f"    exercise: {'; '.join(experiment.exercises)}")
 
 
