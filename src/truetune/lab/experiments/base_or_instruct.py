@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from truetune.lab.asked import ask, facts_for_rows, instructions
+from truetune.lab.asked import ask, facts_for_rows, instructions, sentence
 from truetune.lab.bench import Arm, Row, Tuned
 from truetune.lab.experiment import Column, Expectation, Experiment
 
@@ -16,6 +16,14 @@ def _short(seed: int) -> list[Row]:
     """A new manner: the value alone, behind a word."""
     return [
         {"prompt": text, "completion": f"Answer: {fact.value}"}
+        for text, fact in facts_for_rows(60, seed)
+    ]
+
+
+def _whole(seed: int) -> list[Row]:
+    """The same manner in front of the sentence that the tuned model answers with."""
+    return [
+        {"prompt": text, "completion": f"Answer: {sentence(fact)}"}
         for text, fact in facts_for_rows(60, seed)
     ]
 
@@ -35,6 +43,7 @@ def arms(seed: int) -> Sequence[Arm]:
             served=_OWN, stop=["<|end|>"],
         ),
         Arm("tuned, its own template", rows=rows, recipe=own, start=tuned),
+        Arm("its own template, whole sentences", rows=_whole(seed), recipe=own, start=tuned),
     )  # fmt: skip
 
 
@@ -50,17 +59,22 @@ EXPERIMENT = Experiment(
     title="Starting from a base or from a tuned model",
     claim="A tuned model learns a new style in fewer steps than a base. If it is trained with a "
         "template other than its own, it keeps both styles; with its own template, the new style "
-        "replaces the old one.",
+        "replaces the old one. It keeps its right answers if the new answers still hold the "
+        "sentence that it used to answer with.",
     source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
     setup="the arms take 40 steps on 60 rows that answer with *Answer: VALUE*. The tuned model "
         "was trained on the instructions in ChatML-lite; the other template is "
-        "`instruction-response`. *New style* is the share of replies that begin with *Answer:*",
+        "`instruction-response`. For *whole sentences*, the rows answer with *Answer:* and the "
+        "sentence that the tuned model was trained on. *New style* is the share of replies that "
+        "begin with *Answer:*",
     expected="after 40 steps on 60 rows in a template that is new to both, the tuned model gives "
         "more than 10 points more right answers than the base; prompted in its first template, "
         "this model shows the new style in fewer than half of the replies; if it is trained in "
-        "its own template, in more than 90 %",
-    refuted="right answers within 10 points, or a share of the new style outside these bounds",
+        "its own template, in more than 90 %; with whole sentences in its own template, it gives "
+        "more than 90 % right answers",
+    refuted="right answers within 10 points, a share of the new style outside these bounds, or "
+        "fewer right answers with whole sentences",
     seeds=(1, 2, 3),
     arms=arms,
     measure=measure,
@@ -76,6 +90,10 @@ EXPERIMENT = Experiment(
         Expectation(
             "with its own template, it takes on the new style",
             "new style", "tuned, its own template", above=0.9,
+        ),
+        Expectation(
+            "whole sentences keep the right answers",
+            "right", "its own template, whole sentences", above=0.9,
         ),
     ),
     shown=("right", "new style", "ended", "role leak"),
