@@ -9,8 +9,9 @@
 A run is trained as by `truetune train` and verified; for every fifth seed again with other kernels
 (one thread more, oneDNN off), which stands for another machine. For the first seed of each cell a
 fresh process verifies, as after every run; for the others its part is computed in this process:
-what it is given are files and JSON alone. Each run is a line of a file (`--results`), and a run
-that stands there is not made again: the matrix can be stopped, and goes on where it was.
+what it is given are files and JSON alone. Each run is a line of docs/verification_runs.jsonl (or of
+`--results FILE`), and a run that stands there is not made again: the matrix can be stopped, and
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ from bench.page import put  # noqa: E402
 
 PAGE = HERE.parent / "docs" / "verification.md"
 RELIABILITY = HERE.parent / "docs" / "reliability.md"
+# A run of the healthy matrix is a line with its date here, so that several machines and days can
+# fill it.
+RUNS = HERE.parent / "docs" / "verification_runs.jsonl"
 
 # Method to its settings; `adamw_bf16` computes in bfloat16 whatever is asked.
 METHODS: dict[str, dict[str, Any]] = {
@@ -54,7 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "new tokens": {"lora": True, "add_token": ["<|think|>"]},
 }
 DTYPES = ("float32", "bfloat16")
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3")
+# The last three: learned positions, scaled logits, and one whose rows are not packed.
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "gpt2", "granite", "bloom")
 LARGE = "tied 0.5B"
 MODELS = ("embedded base", *FAMILIES, LARGE)
 # Method, type, device, model, seed.
@@ -129,7 +134,7 @@ def model_folder(name: str, place: Path) -> Path:
         from truetune.lab import base_path
 
         return Path(base_path())
-    from tiny_families import FAMILIES as SETTINGS
+    from tiny_families import settings_of
     from tiny_models import write_model
 
     # It gets its name when it is whole.
@@ -137,7 +142,7 @@ def model_folder(name: str, place: Path) -> Path:
     if name == LARGE:
         write_half_billion(unfinished)
     else:
-        write_model(unfinished, name, dtype="bfloat16", **SETTINGS[name])
+        write_model(unfinished, name, dtype="bfloat16", **settings_of(name))
     return unfinished.rename(folder)
 
 
@@ -404,7 +409,7 @@ def main() -> None:
     if options.tamper is not None:
         tamper_table(options, options.results or work / "verify_tampering.jsonl")
     else:
-        healthy_table(options, options.results or work / "verify_matrix.jsonl", work / "verify")
+        healthy_table(options, options.results or RUNS, work / "verify")
 
 
 def known(results: Path) -> list[dict[str, Any]]:

@@ -46,6 +46,9 @@ APART: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def settings_of(kind: str) -> dict[str, Any]:
+    return FAMILIES.get(kind) or MORE.get(kind) or (APART[kind][0] if kind in APART else {})
+
+
 def family(kind: str) -> Any:
-    settings = FAMILIES.get(kind) or MORE.get(kind) or (APART[kind][0] if kind in APART else {})
-    return tiny_model(kind, **settings)
+    return tiny_model(kind, **settings_of(kind))
