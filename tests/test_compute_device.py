@@ -4,14 +4,18 @@ CPU. What the device's own kernels compute is left to tests/gpu."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model  # bitsandbytes with it, before there is a device
 
 from device_on_cpu import DEVICE, device
-from tiny_models import tiny_model
+from tiny_models import NUM_TOKENS, tiny_model, tiny_tokenizer, write_model
+from tiny_runs import command, lines, sums, write_rows
 from truetune import SFTExample, SFTTrainer
 from truetune.compute.cuda import varlen
 
@@ -42,8 +46,6 @@ TREES = [row(30, n, m) for n in (20, 9) for m in (3, 5)] + [row(40, 9)]
 
 
 def lora(model: Any, **changes: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
     settings: dict[str, Any] = {"r": 3, "target_modules": "all-linear"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -202,3 +204,42 @@ def test_the_heads_chunks_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert there.waits == []
     for one, other in zip(made, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--lora", "--add-token", "<think>"), ()])
+def test_a_whole_run_on_a_device(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading, probes, answers, training, saving and reloading; the fresh process has no device."""
+    import transformers
+
+    import truetune.model.placement
+    import truetune.run.pipeline
+
+    kind = transformers.AutoModelForCausalLM
+    own = kind.from_pretrained
+
+    def loaded(*arguments: Any, **settings: Any) -> Any:
+        # Weights come by the CPU: accelerate would ask the driver.
+        settings.pop("device_map", None)
+        made = own(*arguments, **settings)
+        return (made[0].to("cuda"), *made[1:]) if isinstance(made, tuple) else made.to("cuda")
+
+    folder = write_model(
+        tmp_path / "model", tokenizer=tiny_tokenizer(), **SHAPE | {"vocab_size": NUM_TOKENS + 3}
+    )
+    rows = write_rows(tmp_path / "rows.jsonl", sums(30))
+    monkeypatch.setattr(kind, "from_pretrained", loaded)
+    monkeypatch.setattr(truetune.run.pipeline, "verify", lambda *_, **__: None)
+    monkeypatch.setattr(truetune.model.placement, "_why_no_cuda", lambda: "")
+    with device(monkeypatch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shown = command(
+            "train", folder, rows, "-o", tmp_path / "run", *options, "--max-steps", 2,
+            "--device", "cuda",
+        )  # fmt: skip
+    assert shown.code == 0, shown.err
+    losses = [r["loss"] for r in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
