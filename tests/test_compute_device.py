@@ -18,6 +18,7 @@ from tiny_models import NUM_TOKENS, tiny_model, tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import SFTExample, SFTTrainer
 from truetune.compute.cuda import varlen
+from truetune.model.lora import enable_gradient_checkpointing
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:.*is_gradient_checkpointing")
 
@@ -56,6 +57,12 @@ def small(kind: str = "llama", **changes: Any) -> Any:
     return tiny_model(kind, **(SHAPE | changes))
 
 
+def recomputed() -> Any:
+    model = lora(small(), lora_dropout=0.3)
+    enable_gradient_checkpointing(model)
+    return model
+
+
 def new_rows() -> Any:
     from truetune.model.new_tokens import use_row_layers
 
@@ -81,6 +88,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sinks": (lambda: small("gpt_oss", **WINDOW, **EXPERTS), HALF),
     "new tokens": (new_rows, HALF),
     "halves": (lambda: small().bfloat16(), {"optim": "adamw_bf16"}),
+    "recomputed": (recomputed, {}),
     "padded": (lambda: lora(small()), HALF | {"packing": False}),
 }
 
