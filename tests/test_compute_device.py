@@ -251,3 +251,28 @@ def test_a_whole_run_on_a_device(
     losses = [r["loss"] for r in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert len(losses) == 2
     assert losses[1] < losses[0]
+
+
+def test_a_device_that_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache is emptied, the pass is halved, and the step is the one that it would have been."""
+    right = trainer(lora(small(), lora_dropout=0.3), micro_batch_tokens=100, **HALF).train_step()
+    found: list[str] = []
+    with device(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append("emptied"))
+        made = trainer(
+            lora(small(), lora_dropout=0.3).to("cuda"), micro_batch_tokens=100, **HALF,
+            on_finding=lambda finding: found.append(finding.code),
+        )  # fmt: skip
+        own = made.route.loss_sum
+
+        def full_at_first(batch: Any) -> Any:
+            if not found:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return own(batch)
+
+        monkeypatch.setattr(made.route, "loss_sum", full_at_first)
+        step = made.train_step()
+    assert found == ["emptied", "out-of-memory"]
+    assert made.limits is not None
+    assert made.limits.rows == 2
+    assert step["loss"] == pytest.approx(right["loss"], rel=2e-2)
