@@ -51,7 +51,7 @@ EXPERIMENT = Experiment(
     claim="A tuned model learns a new style in fewer steps than a base. If it is trained with a "
         "template other than its own, it keeps both styles; with its own template, the new style "
         "replaces the old one.",
-    source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
+    source="the course's exercise on base against instruct; thread LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
     setup="the arms take 40 steps on 60 rows that answer with *Answer: VALUE*. The tuned model "
         "was trained on the instructions in ChatML-lite; the other template is "
