@@ -261,8 +261,8 @@ def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
         f"{excerpt(header)} of message {turn}",
         why="the model would have to write it, and a server would return it with the answer",
         fix="end the template with {%- if add_generation_prompt -%}{{- "
-        f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train the header too "
-        "with --template-words keep",
+        f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train on the header "
+        "too with --template-words keep",
         code="generation-prompt-missing",
     )
 
