@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +201,17 @@ def test_the_heads_chunks_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head._chunk_rows(152_000, torch.bfloat16, DEVICE) == 1766
     assert head._chunk_rows(32_000, torch.bfloat16, DEVICE) == 4096
     assert head._chunk_rows(152_000, torch.bfloat16, torch.device("cpu")) == 512
+    supervised = head.SupervisedHead(torch.nn.Linear(8, 50), head.Tail())
+    chunk = 50 * 4
+    assert supervised.buffer_bytes(nullcontext) == 512 * chunk
     hidden, weight = (torch.randn(n, 8).requires_grad_() for n in (10, 50))
     targets, weights = torch.arange(10), torch.linspace(1, 2, 10)
     right = cross_entropy_sum(hidden @ weight.t(), targets, weights)
     wanted = [right, *torch.autograd.grad(right, [hidden, weight])]
     with device(monkeypatch) as there:
         h, w, t, s = (x.detach().to("cuda") for x in (hidden, weight, targets, weights))
+        on_device = head.SupervisedHead(torch.nn.Linear(8, 50).to("cuda"), head.Tail())
+        assert on_device.buffer_bytes(nullcontext) == 4096 * chunk + 2 * head.BLOCK_BYTES_DEVICE
         leaves = [h.requires_grad_(), w.requires_grad_()]
         loss = head.fused_cross_entropy_sum(h, head.Matrix(w), head.Tail(), t, s)
         made = [loss, *torch.autograd.grad(loss, leaves)]

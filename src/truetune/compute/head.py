@@ -101,7 +101,8 @@ class SupervisedHead:
         self.module, self.tail = module, tail
 
     def buffer_bytes(self, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
-        """Of the fused loss: a chunk of logits; a batch of few targets takes less."""
+        """Of the fused loss: a chunk of logits, and on a GPU a block of them in float32 with what a
+        soft cap keeps beside it; a batch of few targets takes less."""
         matrix = matrix_of(self.module)
         if self.tail is None or matrix is None:
             return 0
@@ -109,7 +110,8 @@ class SupervisedHead:
         with autocast():
             compute = _compute_dtype(weight)
         rows = _chunk_rows(len(weight), compute, weight.device)
-        return rows * len(weight) * compute.itemsize
+        block = 0 if weight.device.type == "cpu" else 2 * BLOCK_BYTES_DEVICE
+        return rows * len(weight) * compute.itemsize + block
 
     def loss_sum(
         self,
