@@ -22,6 +22,9 @@ _FINDING_FIELDS = ("code", "level", "what", "where", "count", "why", "fix")
 # Helpers whose result is plain to say.
 _CALLS = {"share": "N of M rows", "len": "N", "gib": "N GiB", "percent": "N %"}
 
+# Methods that say less about a value than the value that they are called on.
+_CHANGES = ("strip", "splitlines", "items", "values", "format")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -282,6 +285,12 @@ def _quoted(node: ast.expr) -> str:
         case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=key), *_]):
             text = str(key)
         case ast.Call(func=ast.Attribute(value=inner), args=[ast.Constant(), *_]):
+            return _quoted(inner)
+        case ast.Call(func=ast.Name(id="map"), args=[_, inner]):
+            return _quoted(inner)
+        case ast.Call(func=ast.Attribute(attr="iterdir")):
+            text = "\u2026"
+        case ast.Call(func=ast.Attribute(value=inner, attr=name)) if name in _CHANGES:
             return _quoted(inner)
         case ast.Call(args=[inner, *_]):
             return _quoted(inner)

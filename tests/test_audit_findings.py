@@ -449,7 +449,7 @@ def test_mask_ignored(kept: bool) -> None:
         trained = sum(len(row["labels"]) - 1 for row in rows)
         wanted = sum(sum(row["completion_mask"]) for row in rows)
         assert f"{wanted:,} tokens" in finding.what
-        assert f"{trained:,} are trained" in finding.what
+        assert f"{trained:,} are supervised" in finding.what
         assert "loss-on-everything" not in report.codes
 
 

@@ -297,10 +297,14 @@ def test_flex_is_compiled_twice_for_each_kind_of_layer(monkeypatch: pytest.Monke
         for _ in range(50 // 8 + 1):
             count = draw.randint(1, 8)
             lengths = tuple(draw.randint(1, 200) for _ in range(count))
-            layout = Layout(lengths, (-1, *draw.choices(range(-1, 1), k=count - 1)))
+            parents = sorted(draw.choices((0, -1), k=count - 1), reverse=True)
+            layout = Layout(lengths, (-1, *parents))
             leaves = [torch.randn(1, n, layout.num_tokens, 16) for n in (4, 2, 2)]
             given = [t.requires_grad_(grad) for t in leaves]
-            flex.flex(*given, layout, window, 0.25, softcap)
+            with warnings.catch_warnings():
+                # Of torch's compiler, which looks at the gradient of what is no leaf.
+                warnings.simplefilter("ignore")
+                flex.flex(*given, layout, window, 0.25, softcap)
         assert len(graphs) - before <= 2, (window, grad, softcap)
     torch._dynamo.reset()
 

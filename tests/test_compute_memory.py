@@ -232,7 +232,7 @@ def test_where_the_cut_fails_all_layers_are_measured(monkeypatch: pytest.MonkeyP
     def fails(*_: object, **__: object) -> None:
         raise ValueError("layers were not called one after the other")
 
-    monkeypatch.setattr(repeated, "composed", fails)
+    monkeypatch.setattr(memory, "composed", fails)
     again = memory.footprint_without_numbers(route, contextlib.nullcontext, longest=40)
     assert again.of(1000) == usual.of(1000)
 
@@ -265,7 +265,7 @@ def test_a_few_of_24_layers_stand_for_all(lora: bool, recomputed: bool) -> None:
     found = []
     for cut in (repeated.find_cut, lambda _: None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(repeated, "find_cut", cut)
+            patch.setattr(memory, "find_cut", cut)
             began = time.process_time()
             made = foreseen_footprint(model, in_bfloat16, longest=512)
             found.append((made, time.process_time() - began))

@@ -622,7 +622,7 @@ def test_a_template_without_a_generation_prompt_is_refused_by_that_name() -> Non
         error = refused(silent, row, tools=[TOOL])
         assert (error.code, "<|assistant|>" in error.what) == ("generation-prompt-missing", True)
     # The advice is the block that is missing.
-    block = error.fix.partition(" on ")[2].partition(", or train")[0]
+    block = error.fix.partition(" with ")[2].partition(", or train")[0]
     mended = loaded(turns("{{- m.content -}}" + CALLS, prompt="") + block)
     assert mended.encode(chat("Hi", "Hello.")).remarks == ()
     kept = loaded(

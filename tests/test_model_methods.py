@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from test_compute_adapter import step
 from tiny_models import edit_json, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune.compare import Agreement, rounding_finding
@@ -286,3 +287,36 @@ def test_qlora_from_the_command_line(base: Path, tmp_path: Path) -> None:
     assert held > 0
     answered = command("chat", tmp_path / "run", "--prompt", "1+1?", "--max-new-tokens", 2)
     assert answered.code == 0, answered.err
+
+
+def drawn(base: Path, dropout: float) -> Any:
+    """A base in 4 bits with an adapter that does something: B is no longer zeros."""
+    import torch
+
+    model = adapter_on(base, LoraSettings(r=4, dropout=dropout), load_in="4bit").model
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@needs_bitsandbytes
+def test_a_step_on_four_bits_is_pefts_own(base: Path) -> None:
+    """float32, to 2e-6 of the largest gradient."""
+    (loss, fast), (expected, own) = (step(drawn(base, 0.0), fast) for fast in (True, False))
+    assert loss == pytest.approx(expected, rel=1e-6)
+    largest = max(float(g.abs().max()) for g in own.values())
+    assert fast.keys() == own.keys()
+    for name, gradient in own.items():
+        assert float((fast[name] - gradient).abs().max()) <= 2e-6 * largest, name
+
+
+@needs_bitsandbytes
+def test_dropout_on_four_bits_is_the_same_however_a_step_is_cut(base: Path) -> None:
+    whole, cut, other = (
+        step(drawn(base, 0.3), True, **more) for more in ({}, {"micro_batch_size": 1}, {"seed": 1})
+    )
+    assert cut[0] == pytest.approx(whole[0], rel=2e-6)
+    assert other[0] != pytest.approx(whole[0], rel=1e-4)

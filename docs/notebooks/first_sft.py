@@ -30,7 +30,7 @@ before("What is the river of Flanbarrow?")
 # ## Check first
 #
 # `check` renders every row through the template, compares what will be trained with what a server
-# will send, and says what would go wrong. No weights are read.
+# will send, and says what would go wrong. No weights are loaded.
 
 # %%
 options = {

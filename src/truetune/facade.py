@@ -447,7 +447,7 @@ class Facts(dict[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows as they are trained: served prompt, supervised tokens and stop tokens.
+    """Rows as they are used in training: served prompt, supervised tokens and stop tokens.
 
     Attributes:
         views: the rows, each with its `number`, `conversation`, `result` and `findings`.
@@ -488,20 +488,21 @@ def inspect(
     **options: Any,
 ) -> Facts | Rows:
     """Describe a model: template, stop tokens, vocabulary, head, LoRA targets, and one turn as it
-    is served and supervised. With data, show rows as they are trained. No weights are read.
+    is served and supervised. With data, show rows as they are used in training. No weights are
+    loaded.
 
         truetune.inspect("Qwen/Qwen2.5-0.5B-Instruct", "rows.jsonl", row=17)
 
     Args:
         model: a run, a model or adapter folder, a Hub id, or `embedded`.
-        data: rows to show as they are trained.
+        data: rows to show as they are used in training.
         row: number of the row, from 1, or its place as shown in findings; by default the first.
         ids: show token ids next to the text.
-        html: a file for an HTML page with 50 rows, or with `row`.
+        html: a file for an HTML page with the first 50 rows, or with only the row `row`.
         revision: revision of a Hub model.
         chat_template: a .jinja file or built-in name; by default the model's own.
         options: any setting of docs/settings.md, by name, that affects how rows are read and
-            trained.
+            used in training.
 
     Raises:
         TruetuneError: the model or the data cannot be read, or there is no such row.

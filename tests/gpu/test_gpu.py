@@ -70,7 +70,7 @@ def losses(model: Any, device: str, examples: Any = None, **changes: Any) -> lis
     }  # fmt: skip
     made = SFTTrainer(model.to(device), **(settings | changes))
     found: list[float] = made.train()["train_loss"]
-    assert made.route.kind == "packed"
+    assert made.route.kind == ("packed" if changes.get("packing", True) else "padded")
     return found
 
 
@@ -366,3 +366,19 @@ def test_out_of_memory_halves_the_pass_and_goes_on(note: Any) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
     note(f"loss {loss:.3f}, {[f.code for f in found]}")
     assert "out-of-memory" in [f.code for f in found]
+
+
+def test_layers_of_four_bits_are_one_function(tmp_path: Path, note: Any) -> None:
+    """Proved on the device against peft's forward, as `find_adapters` does."""
+    pytest.importorskip("bitsandbytes")
+    from truetune.compute.adapter import find_adapters
+    from truetune.model.load import load_model
+    from truetune.model.lora import LoraSettings, add_lora
+
+    folder = write_model(tmp_path / "model", tokenizer=tiny_tokenizer(), **WIDE)
+    loaded = load_model(folder, purpose="lora", device="cuda", load_in="4bit")
+    model = add_lora(loaded, LoraSettings(r=8), seed=0).model
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    found = find_adapters(model)
+    note(f"{len(found)} of {len(layers)} layers")
+    assert len(found) == len(layers) > 0

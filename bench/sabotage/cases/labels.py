@@ -205,7 +205,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "L01b",
-        "inverted mask: prompts trained, answers not",
+        "inverted mask: prompts supervised, answers not",
         mask_turned,
         ("answers-masked",),
         "inverted",
@@ -230,7 +230,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "L01d",
-        "mask made once: the user's later turns are trained too",
+        "mask made once: the user's later turns are supervised too",
         mask_made_once,
         ("question-supervised",),
         "ends at the first answer",
@@ -248,7 +248,7 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "L03",
-        "padding is trained",
+        "padding is supervised",
         padding_trained,
         ("padding-supervised",),
         "padding",

@@ -57,10 +57,12 @@ def audit(
         source: a transformers or TRL `Trainer`; or a DataLoader or other iterable that yields
             batches with `input_ids` and `labels`, each (B, T) and unshifted.
         tokenizer: required for batches; a trainer has its own.
-        model: the model, for batches; its embeddings, dtypes and stop ids are checked too.
+        model: the model, if `source` is batches; its embeddings, dtypes and stop ids are checked
+            too.
         generation_config: the generation config that the server will read; by default the model's,
             as the trainer will save it.
-        evaluation: the held-out batches, for batches; their rows must not occur in training.
+        evaluation: the held-out batches, if `source` is batches; their rows must not occur in
+            training.
         max_rows: rows to read, spread evenly over the data; None reads all.
 
     Returns:

@@ -52,7 +52,7 @@ def mask_findings(subject: Subject, reading: Reading) -> Iterator[Finding]:
             code="mask-ignored",
             level="warning",
             what=f"the column {name!r} marks {wanted[name]:,} tokens of "
-            f"{share(len(bad), len(rows))} as targets, but {trained[name]:,} are trained",
+            f"{share(len(bad), len(rows))} as targets, but {trained[name]:,} are supervised",
             why=_why(subject, name),
             fix=_fix(subject, name),
         )

@@ -21,26 +21,26 @@ from truetune.findings import Finding, Level
 
 @dataclass(frozen=True, kw_only=True)
 class Vitals:
-    """Vital signs at one step; None if a run cannot show one.
+    """The vital signs at one step; a sign that was not measured is None. Losses are in nats per
+    token.
 
     Attributes:
-        step: after which they were taken; 0 before the first.
-        loop_loss: mean training loss of the steps since the last ones, in nats per token, as the
-            others.
-        held_out_loss: of the held-out examples, as served.
-        trained_loss: of a fixed sample of the trained rows, as served.
-        trained_error: standard error of it, from how much its rows differ.
-        stop_loss: of the stop tokens alone that end the answers of that sample.
-        keep_loss: of the text that must not be forgotten.
+        step: the step after which they were measured; 0 before the first.
+        loop_loss: mean training loss of the steps since the last measurement.
+        held_out_loss: loss on the held-out examples, as served.
+        trained_loss: loss on a fixed sample of the trained rows, as served.
+        trained_error: standard error of `trained_loss`, from the differences between its rows.
+        stop_loss: loss on the stop tokens alone that end the answers of that sample.
+        keep_loss: loss on the text that must not be forgotten.
         stop_rate: share of the replies that end by themselves, among those that had room.
-        reply_tokens: mean length.
+        reply_tokens: mean length of the replies, in tokens.
         repetition: share of replies that repeat themselves in a loop.
         role_leak: share of replies that continue with the user's next turn.
         open_thinking: share of replies that end, or reach their limit, inside a think block.
         empty: share of replies that end by themselves with nothing but whitespace.
         copied: share of replies that repeat the prompt.
-        other_language: share in letters of neither prompt nor answer.
-        file_losses: median loss of a sample of each file's rows, where several are trained.
+        other_language: share of replies in a script that neither prompt nor answer uses.
+        file_losses: median loss of a sample of each file's rows, if there are several files.
         file_left: share of the bytes of each file's answers that is left when they are compressed.
         examples: number of trained rows in the sample.
         prompts: number of prompts.
@@ -417,7 +417,7 @@ _BAD_REPLIES = (
         Finding(
             "replies-repeat",
             "error",
-            "repeat themselves in a loop",
+            "replies repeat themselves in a loop",
             why="the model has collapsed into its most likely words: the learning rate is too "
             "high, or answers in the data repeat themselves",
             fix=_LOOK,
@@ -428,7 +428,7 @@ _BAD_REPLIES = (
         Finding(
             "role-leak",
             "error",
-            "continue with the user's next turn",
+            "replies continue with the user's next turn",
             why="answers in the data contain the next user turn, or the stop token is not learned",
             fix=_LOOK,
         ),
@@ -438,8 +438,8 @@ _BAD_REPLIES = (
         Finding(
             "thinking-open",
             "error",
-            "never close their think block",
-            why="reasoning in the rows is cut off, or its closing marker is not trained",
+            "replies never close their think block",
+            why="reasoning in the rows is cut off, or its closing marker is not supervised",
             fix=_LOOK,
         ),
     ),
@@ -448,7 +448,7 @@ _BAD_REPLIES = (
         Finding(
             "replies-empty",
             "error",
-            "are empty",
+            "replies are empty",
             why="the model has learned only the stop token: padding is supervised, or answers "
             "are empty",
             fix=_LOOK,
@@ -459,7 +459,7 @@ _BAD_REPLIES = (
         Finding(
             "replies-copy",
             "error",
-            "repeat the prompt",
+            "replies repeat the prompt",
             why="the prompt is supervised, or answers repeat their questions",
             fix=_LOOK,
         ),
@@ -469,7 +469,7 @@ _BAD_REPLIES = (
         Finding(
             "replies-switch-script",
             "error",
-            "are in a script that neither the prompt nor the expected answer uses",
+            "replies are in a script that neither the prompt nor the expected answer uses",
             why="there are rows in other languages, or the model is breaking down",
             fix=_LOOK,
         ),
@@ -527,7 +527,8 @@ def _bad_replies(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
                 said,
                 level=level,
                 what=f"{found[-1]:.0%} of the replies to {history[-1].prompts} fixed prompts "
-                f"{said.what} at {_at(history)}; the share was {best:.0%} before",
+                f"{said.what.removeprefix('replies ')} at {_at(history)}; the share was "
+                f"{best:.0%} before",
             )
 
 

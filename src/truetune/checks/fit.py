@@ -26,6 +26,7 @@ from truetune.compute.memory import (
 from truetune.findings import Finding, gib
 from truetune.model.architecture import causal_config, linear_layers, meta_model
 from truetune.model.lora import enable_gradient_checkpointing
+from truetune.model.mode import random_state_kept
 from truetune.model.source import locate
 from truetune.model.tokenizer import locate_base
 from truetune.recipe.plan import Plan
@@ -195,7 +196,7 @@ def run_shape(plan: Plan, device: str) -> RunShape:
     if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     most = plan.max_length
-    made = _footprint(model, config, halved, most)
+    made = _footprint(model, config, halved, most, device)
     # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
     packed = max(plan.micro_batch_tokens or usual, most)
@@ -238,14 +239,14 @@ def _frozen(made: Footprint) -> Footprint:
     return dataclasses.replace(made, moments=(min(made.moments),))
 
 
-def _footprint(model: Any, config: Any, halved: bool, longest: int) -> Footprint:
+def _footprint(model: Any, config: Any, halved: bool, longest: int, device: str) -> Footprint:
     """Of the loop, on a model without numbers; a usual count if the model cannot run so."""
 
     def autocast() -> Any:
         return torch.autocast("cpu", torch.bfloat16) if halved else contextlib.nullcontext()
 
     try:
-        return foreseen_footprint(model, autocast, longest=longest)
+        return foreseen_footprint(model, autocast, longest=longest, device=device)
     except Exception:  # code of a model that asks its numbers while it computes
         text = config.get_text_config(decoder=True)
         wide = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -344,10 +345,12 @@ def layer_speed(plan: Plan, device: str) -> float | None:
         size = sum(p.numel() for p in meta_model(config).parameters())
         if size > _LARGEST_LAYER * (1 if where == "cpu" else 8) or layers < 1:
             return None
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with random_state_kept(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(where)
-            ids = torch.zeros(1, _TIMED, dtype=torch.long, device=where)
+            # A GPU is at full speed with as many tokens as a forward pass brings it.
+            tokens = _TIMED if where == "cpu" else _DEVICE_TOKENS // 4
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=where)
             best = float("inf")
             for _ in range(3):
                 began = undisturbed(where)
@@ -355,7 +358,7 @@ def layer_speed(plan: Plan, device: str) -> float | None:
                 best = min(best, undisturbed(where) - began)
     except Exception:  # a layer that cannot stand alone
         return None
-    return _LAYER_SPEED * 6.0 * size * _TIMED / best
+    return _LAYER_SPEED * 6.0 * size * tokens / best
 
 
 def product_speed(device: str) -> float:

@@ -75,7 +75,9 @@ def evaluate_models(
     ] = "auto",
     columns: Annotated[
         str | None,
-        typer.Option(help="prompt=question,completion=answer.", rich_help_panel=_READING),
+        typer.Option(
+            help="Column names, e.g. prompt=question,completion=answer.", rich_help_panel=_READING
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(help="Maximum length of a reply, in tokens.", rich_help_panel=_SAMPLING)

@@ -22,7 +22,7 @@ lab = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
     rich_markup_mode=None,
-    help="Run experiments on the embedded base model and its invented world.",
+    help="Run experiments on the embedded base and its invented world.",
 )
 
 

@@ -97,6 +97,8 @@ def show_model(screen: Screen, facts: dict[str, Any]) -> None:
         screen.line("a simple turn has no faithful completion:", "yellow")
         screen.line(turn["refused"])
         return
-    screen.line("how one turn is trained: the served prompt, then the supervised tokens", "dim")
+    screen.line(
+        "how one turn is used in training: the served prompt, then the supervised tokens", "dim"
+    )
     screen.line(turn["prompt"], "dim")
     screen.line(turn["supervised"], "green")

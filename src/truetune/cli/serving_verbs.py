@@ -105,14 +105,14 @@ def export_run(
     mlx: a folder for MLX, written by mlx_lm and compared with the model. This needs the extra
     `mlx`.
 
-    With --quant, merged, vllm and sglang write a folder with quantised weights, which transformers
-    and vLLM load: nf4 and int8 by bitsandbytes, torchao-int8 by torchao, gptq-w4a16 and gptq-w8a8
-    by llm-compressor, each an extra. The folder is reloaded and compared with the model, as by
-    `truetune diagnose RUN --quantised DIR`.
-
     vllm, sglang: the adapter if the server can load it on its base, otherwise the merged model, and
     the command that serves it. The model is merged for DoRA, new tokens, whole layers, quantised
     bases, and stop tokens that the base does not have.
+
+    With --quant, merged, vllm and sglang write a folder with quantised weights, which transformers
+    and vLLM load: nf4 and int8 by bitsandbytes, torchao-int8 by torchao, gptq-w4a16 and gptq-w8a8
+    by llm-compressor. Each of these libraries is an extra. The folder is reloaded and compared with
+    the model, as by `truetune diagnose RUN --quantised DIR`.
 
     If a comparison fails, nothing is written to the output folder.
 

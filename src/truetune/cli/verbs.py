@@ -257,7 +257,7 @@ def _inspect_rows(
 
 
 @app.command(
-    "inspect", cls=Verb, short_help="Show a model's properties, or rows as they are trained."
+    "inspect", cls=Verb, short_help="Show a model's properties, or rows as used in training."
 )
 def inspect_model(
     model: Annotated[
@@ -269,7 +269,7 @@ def inspect_model(
     ] = None,
     as_json: Json = False,
     data: Annotated[
-        str | None, typer.Option(help="Show these rows as they are trained.", rich_help_panel=_ROWS)
+        str | None, typer.Option(help="Show these rows as used in training.", rich_help_panel=_ROWS)
     ] = None,
     row: Annotated[
         str | None,
@@ -286,7 +286,7 @@ def inspect_model(
         str | None,
         typer.Option(
             "--html",
-            help="Write an HTML page with the first 50 rows, or with the row of --row.",
+            help="Write an HTML page with the first 50 rows, or with only the row given by --row.",
             rich_help_panel=_ROWS,
         ),
     ] = None,
@@ -303,7 +303,7 @@ def inspect_model(
 ) -> None:
     """Show a model's template, stop tokens, vocabulary, head and LoRA targets.
 
-    With --data, show rows as they are trained: served prompt, supervised tokens, stop tokens.
+    With --data, show rows as used in training: served prompt, supervised tokens, stop tokens.
 
     \b
     truetune inspect MODEL

@@ -23,12 +23,27 @@ import torch.nn.functional as F
 from truetune.compute.dropout import dropped, salt
 
 
+class FourBits:
+    """The frozen weight of a bitsandbytes layer, which is made dense for one product at a time."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """(O, D)."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self.layer.weight
+        made: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return made.to(dtype)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_TD: torch.Tensor,
-        weight_OD: torch.Tensor,
+        weight_OD: torch.Tensor | FourBits,
         bias_O: torch.Tensor | None,
         a_RD: torch.Tensor,
         b_OR: torch.Tensor,
@@ -38,11 +53,15 @@ class _LoraLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         scaling = scaling / (1 - p)
         a, b = a_RD.to(x_TD.dtype), b_OR.to(x_TD.dtype)
+        packed = weight_OD if isinstance(weight_OD, FourBits) else None
+        if isinstance(weight_OD, FourBits):
+            weight_OD = weight_OD.dense(x_TD.dtype)
         y_TO = F.linear(x_TD, weight_OD, bias_O)
         xa_TR = _without(x_TD, p, states_T) @ a.t()
         y_TO.addmm_(xa_TR, b.t(), alpha=scaling)
-        ctx.save_for_backward(x_TD, weight_OD, a_RD, b_OR, xa_TR, states_T)
-        ctx.scaling, ctx.p = scaling, p
+        kept_OD = None if packed else weight_OD
+        ctx.save_for_backward(x_TD, kept_OD, a_RD, b_OR, xa_TR, states_T)
+        ctx.scaling, ctx.p, ctx.packed = scaling, p, packed
         return y_TO
 
     @staticmethod
@@ -59,7 +78,7 @@ class _LoraLinear(torch.autograd.Function):
             of_x = inner_TR @ a
             if mask_TD is not None:
                 of_x.masked_fill_(mask_TD, 0)
-            of_x.addmm_(grad_TO, weight_OD)
+            of_x.addmm_(grad_TO, ctx.packed.dense(x_TD.dtype) if ctx.packed else weight_OD)
         return of_x, None, None, of_a, of_b, None, None, None
 
 
@@ -94,10 +113,11 @@ class Draw:
 def _fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
     base, a, b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
     dropout = layer.lora_dropout[adapter]
+    packed = FourBits(base) if _is_four_bits(base) else None
 
     def forward(x: torch.Tensor, draw: Draw | None = None) -> torch.Tensor:
         device = x.device.type
-        compute = x.dtype
+        compute = _computed_in(base, x.dtype)
         if torch.is_autocast_enabled(device):
             compute = torch.get_autocast_dtype(device)
         bias = None if base.bias is None else base.bias.to(compute)
@@ -110,7 +130,7 @@ def _fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Te
         with torch.autocast(device, enabled=False):
             y_TO = _LoraLinear.apply(
                 x.to(compute).reshape(-1, x.shape[-1]).contiguous(),
-                base.weight.to(compute),
+                packed or base.weight.to(compute),
                 bias,
                 a.weight,
                 b.weight,
@@ -118,9 +138,21 @@ def _fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Te
                 p,
                 states_T,
             )
-        return y_TO.view(*x.shape[:-1], -1)
+        y = y_TO.view(*x.shape[:-1], -1)
+        return y.to(x.dtype) if packed else y
 
     return forward
+
+
+def _is_four_bits(base: Any) -> bool:
+    """By its name: bitsandbytes is an extra, and takes a second to import."""
+    return type(base).__name__ == "Linear4bit" and hasattr(base.weight, "quant_state")
+
+
+def _computed_in(base: Any, given: torch.dtype) -> torch.dtype:
+    """The type of a layer's product, outside of autocast."""
+    asked: torch.dtype | None = getattr(base, "compute_dtype", None)
+    return asked if asked is not None and _is_four_bits(base) else given
 
 
 def find_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
@@ -160,7 +192,7 @@ def _plain_adapter(layer: Any) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = (
         len(active) == 1
-        and type(layer.base_layer) is torch.nn.Linear
+        and (type(layer.base_layer) is torch.nn.Linear or _is_four_bits(layer.base_layer))
         and not any(p.requires_grad for p in layer.base_layer.parameters())
         and not layer.merged
         and not layer.disable_adapters
@@ -178,7 +210,9 @@ def _is_equal(layer: Any, adapter: str, fast: Callable[..., torch.Tensor]) -> bo
         return torch.randn(shape, generator=generator).to(b.device)
 
     swapped = {f"lora_B.{adapter}.weight": (normal(*b.shape) * 0.1).to(b.dtype).requires_grad_()}
-    x = normal(1, 3, a.shape[1]).to(layer.base_layer.weight.dtype).requires_grad_()
+    base = layer.base_layer
+    dtype = _computed_in(base, base.weight.dtype if base.weight.is_floating_point() else b.dtype)
+    x = normal(1, 3, a.shape[1]).to(dtype).requires_grad_()
     trained = [swapped.get(n, p) for n, p in layer.named_parameters() if p.requires_grad]
     before, was_training = layer.forward, layer.training
     layer.eval()

@@ -26,8 +26,10 @@ from truetune.compute.loss import cross_entropy_sum
 # 128 rows of 152 k columns run at half of it), and no more than a model's layer would take.
 CHUNK_BYTES = 256 * 2**20
 CHUNK_ROWS = 512
-# Rows whose softmax is taken at one time on CPU.
-BLOCK_BYTES = 4 * 2**20
+# On a GPU: each chunk passes over all of a trained table's gradient in float32.
+CHUNK_BYTES_DEVICE, CHUNK_ROWS_DEVICE = 512 * 2**20, 4096
+# Float32 logits whose softmax is taken at one time: on a CPU what stays in the cache.
+BLOCK_BYTES, BLOCK_BYTES_DEVICE = 4 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,17 @@ class SupervisedHead:
         self.module, self.tail = module, tail
 
     def buffer_bytes(self, autocast: Callable[[], contextlib.AbstractContextManager[Any]]) -> int:
-        """Of the fused loss: a chunk of logits; a batch of few targets takes less."""
+        """Of the fused loss: a chunk of logits, and on a GPU a block of them in float32 with what a
+        soft cap keeps beside it; a batch of few targets takes less."""
         matrix = matrix_of(self.module)
         if self.tail is None or matrix is None:
             return 0
         weight = matrix.weight
         with autocast():
             compute = _compute_dtype(weight)
-        return _chunk_rows(len(weight), compute) * len(weight) * compute.itemsize
+        rows = _chunk_rows(len(weight), compute, weight.device)
+        block = 0 if weight.device.type == "cpu" else 2 * BLOCK_BYTES_DEVICE
+        return rows * len(weight) * compute.itemsize + block
 
     def loss_sum(
         self,
@@ -213,7 +218,7 @@ class _Fused(torch.autograd.Function):
         dw: torch.Tensor | None = None
         db = torch.zeros(len(weight_VD), device=w.device) if wants_b else None
         total = torch.zeros((), device=w.device)
-        rows = _chunk_rows(len(w), compute)
+        rows = _chunk_rows(len(w), compute, w.device)
         z_buffer = w.new_empty(min(rows, len(hidden_ND)), len(w))
         for start in range(0, len(hidden_ND), rows):
             part = slice(start, start + rows)
@@ -261,8 +266,11 @@ class _Fused(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
-def _chunk_rows(columns: int, compute: torch.dtype) -> int:
-    return max(min(CHUNK_BYTES // (compute.itemsize * columns), CHUNK_ROWS), 1)
+def _chunk_rows(columns: int, compute: torch.dtype, device: torch.device) -> int:
+    most, rows = CHUNK_BYTES, CHUNK_ROWS
+    if device.type == "cuda":
+        most, rows = CHUNK_BYTES_DEVICE, CHUNK_ROWS_DEVICE
+    return max(min(most // (compute.itemsize * columns), rows), 1)
 
 
 def _losses_to_gradients_(
@@ -274,13 +282,12 @@ def _losses_to_gradients_(
 ) -> torch.Tensor:
     """Weighted sum of the cross-entropies of tail(z); z becomes its gradient, in place.
 
-    In float32, and on CPU in blocks of rows that stay in the cache: each number is touched in
-    several passes.
+    In float32, in blocks of rows: on a CPU each number is touched in several passes while it is in
+    the cache; on a GPU there is no second copy of a whole chunk.
     """
     total = torch.zeros((), device=z_NV.device)
-    rows = len(z_NV)
-    if z_NV.device.type == "cpu":
-        rows = max(BLOCK_BYTES // (4 * z_NV.shape[1]), 1)
+    most = BLOCK_BYTES if z_NV.device.type == "cpu" else BLOCK_BYTES_DEVICE
+    rows = max(most // (4 * z_NV.shape[1]), 1)
     for start in range(0, len(z_NV), rows):
         part = slice(start, start + rows)
         targets, weights = targets_N[part, None], weights_N[part]

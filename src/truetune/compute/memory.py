@@ -19,14 +19,14 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from truetune.compute.layout import MOST_KEYS
 from truetune.compute.packing import PackedBatch, pack
 from truetune.compute.repeated import Cut, composed, find_cut, shortened
 from truetune.contract.example import SFTExample
-from truetune.model.mode import mode_kept
+from truetune.model.mode import mode_kept, random_state_kept
 from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def measured_footprint(
         apart = _apart(model, next(model.parameters()).device.type)
     handles = [p.register_post_accumulate_grad_hook(_drop) for p, _ in before] if apart else []
     try:
-        with mode_kept(model), torch.random.fork_rng():
+        with mode_kept(model), random_state_kept():
             model.train()
             curves = []
             measured, batches = _measuring(route, longest, standing, gradients_kept=not apart)
@@ -273,12 +273,14 @@ def foreseen_footprint(
     autocast: Callable[[], AbstractContextManager[Any]],
     *,
     longest: int,
+    device: str = "cpu",
 ) -> Footprint:
     """`footprint` of a model whose weights are not there: the loop's own computation on tensors
     that have shapes and types, and no numbers; of a small model on zeros, which is sooner done.
 
     Args:
         model: on the meta device, with its adapter if it has one; a small one leaves it.
+        device: whose allocator will hold the tensors. Operations are those of a CPU.
     """
     from truetune.compute.adapter import plain_adapters
     from truetune.compute.head import SupervisedHead, Tail
@@ -295,9 +297,13 @@ def foreseen_footprint(
     head = SupervisedHead(inner.get_output_embeddings(), Tail())
     # Whether rows may be packed is asked of numbers, at the start of the run.
     route = Route(model, "packed", head=head, adapters=plain_adapters(model))
-    if small:
-        return measured_footprint(route, autocast, longest=longest)
-    return footprint_without_numbers(route, autocast, longest=longest, device="cpu")
+    compute = measured_footprint if small else footprint_without_numbers
+    made = compute(route, autocast, longest=longest)
+    if device == "cpu":
+        return made
+    share = _DEVICE / (_HEAP_RECOMPUTED if recomputes(model) else _HEAP)
+    moments = tuple((int(fixed * share), each * share) for fixed, each in made.moments)
+    return replace(made, moments=moments)
 
 
 def _measuring(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,7 +141,9 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
     with mode_kept(model):
         model.eval()
         # A compiled forward writes masks for the probe's lengths only: the model is probed bare.
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            # FlexAttention too, which would say so.
+            warnings.filterwarnings("ignore", "flex_attention called without")
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 reason = _against_packing(model, longest)
             route = Route(model, "apart" if reason else "packed", reason=reason)

@@ -132,8 +132,8 @@ class PromptContract(Encoding):
         """Return a contract whose template arguments render these conversations unchanged.
 
         It first tries no argument, then each value of an argument that the template reads and that
-        changes a served prompt. It chooses the value that accepts the most rows, the first of
-        several. Explicit arguments are kept.
+        changes a served prompt. It chooses the value that accepts the most rows, and the
+        first of these if there are several. Explicit arguments are kept.
         """
         return self.arguments.fit([_conversation(c, tools) for c in conversations], loss_on)
 
@@ -270,7 +270,7 @@ def _dated(today: str, *, given: bool) -> Finding:
         code="template-date",
         level="note",
         what=f"the template writes the date into prompts; this run always uses {today}",
-        why="otherwise the same rows would be trained differently on another day; a server "
+        why="otherwise the same rows would be encoded differently on another day; a server "
         "writes the current date",
         fix="nothing to do" if given else "set it with --date YYYY-MM-DD",
     )

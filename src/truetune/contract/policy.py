@@ -22,12 +22,13 @@ class Policy:
     """How to treat rows with parts for which the template has no place.
 
     Attributes:
-        reasoning: auto (if the template takes it; refused if nowhere), inline (written between
-            think markers before the answer), empty (a block that the prompt opens is closed at
-            once, for rows without reasoning), drop (reasoning is left out of the data).
-        think_markers: opening and closing marker for inline; None takes the template's own, or
+        reasoning: auto (passed to the template; rows are refused if it has no place for it),
+            inline (written between think markers before the answer), empty (for rows without
+            reasoning, a block that the prompt opens is closed at once), drop (reasoning is left
+            out of the data).
+        think_markers: opening and closing marker for inline; None means the template's own, or
             <think> and </think>.
-        history: whether earlier turns show the template their reasoning.
+        history: whether the template receives the reasoning of earlier turns.
         system: keep, or merge a system turn into the first user turn.
         template_words: refuse answers to which the template adds words, or keep: they become
             targets, and are counted.

@@ -18,7 +18,7 @@ AS_THEY_ARE = "use a template that renders the arguments as they are"
 _REFUSALS: dict[str, tuple[str, str, str, str]] = {
     "added": (
         "the template adds the argument {text!r} to a tool call of message {turn}",
-        "only text from the data may be trained",
+        "only text from the data may be a target",
         AS_THEY_ARE,
         "target-invented",
     ),
@@ -244,12 +244,12 @@ def cut_at(turn: int, label: str, marker: str) -> UnfaithfulTemplate:
 
 
 def worded(turn: int, words: str, behind: bool, calls: bool) -> UnfaithfulTemplate:
-    where = "behind" if behind else "beside" if calls else "around"
+    where = "after" if behind else "next to" if calls else "around"
     return UnfaithfulTemplate(
         f"the template adds {excerpt(words)} {where} the answer of message {turn}",
-        why="only text from the data may be trained",
-        fix="set the template argument that leaves it out, use another template, or train the "
-        "words too with --template-words keep",
+        why="only text from the data may be a target",
+        fix="set the template argument that leaves it out, use another template, or train on "
+        "the words too with --template-words keep",
         code="target-invented",
     )
 
@@ -261,8 +261,8 @@ def unannounced(turn: int, header: str) -> UnfaithfulTemplate:
         f"{excerpt(header)} of message {turn}",
         why="the model would have to write it, and a server would return it with the answer",
         fix="end the template with {%- if add_generation_prompt -%}{{- "
-        f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train the header too "
-        "with --template-words keep",
+        f"{json.dumps(header, ensure_ascii=False)} -}}}}{{%- endif -%}}, or train on the header "
+        "too with --template-words keep",
         code="generation-prompt-missing",
     )
 

@@ -73,8 +73,8 @@ REMARKS = {
     "template-words": Finding(
         code="answer-template-words",
         level="note",
-        what="the template adds words to answers, and they are trained because of "
-        "--template-words keep",
+        what="the template adds words to answers, and the model is trained on them "
+        "because of --template-words keep",
         why="the rows do not contain them, but the model learns to write them",
     ),
     "history-parsed": Finding(

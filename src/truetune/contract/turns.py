@@ -262,8 +262,7 @@ def _invented(turn: int, markers: Markers) -> UnfaithfulTemplate:
         why=f"{markers.open}{markers.close} is not in the data: the model would learn to write it "
         "and not to think",
         fix="set the template's own thinking switch with --template-arg, if it has one, or train "
-        "the "
-        "answer without the block with --reasoning empty",
+        "on the answer without the block with --reasoning empty",
         code="target-invented",
     )
 
@@ -309,14 +308,14 @@ def trained_turns(messages: Sequence[Mapping[str, Any]], loss_on: str) -> list[i
     ]
     if not turns:
         raise UnfaithfulTemplate(
-            "the conversation has no assistant turn to train",
+            "the conversation has no assistant turn to train on",
             fix="add an answer, or drop the row with --bad-rows drop",
             code="no-assistant-turn",
         )
     turns = turns[-1:] if loss_on == "last" else turns
     if turns[0] == 0:
         raise UnfaithfulTemplate(
-            "the conversation begins with an answer to train",
+            "the conversation begins with an answer to train on",
             why="a server cannot send an empty conversation as the prompt",
             fix="add a message before it, or set train: false on it",
             code="no-prompt",

@@ -94,7 +94,7 @@ def check_turns(messages: list[Message], *, turns: bool = True) -> None:
     if not any(m.get("train", True) for m in answers):
         raise BadRow(
             "no-assistant-turn",
-            "every assistant turn is marked as not to be trained",
+            'every assistant turn is marked "train": false',
             why="there is nothing to learn from it",
             fix='remove "train": false from the answer that is to be learned, or remove the row',
         )

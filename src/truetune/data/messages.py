@@ -143,7 +143,7 @@ def content_of(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
             if "role" in part:
                 raise _unsupported(
                     "the content of a turn is a list of messages",
-                    why="a message with a role stands where text or a typed part belongs",
+                    why="a message with a role is in the place of text or of a typed part",
                     fix="use the text of one turn as its content",
                 )
             named = f"the type {excerpt(what)}" if isinstance(what, str) else "no type"
@@ -214,8 +214,8 @@ def _train(turn: Message) -> bool | None:
     if any(value not in (0, 1) for value in found.values()):
         raise BadRow(
             "bad-train-flag",
-            "`train` or `weight` of a turn is neither true, false, 1 nor 0",
-            why="a turn is either trained or not",
+            "`train` or `weight` of a turn is not true, false, 1 or 0",
+            why="the model is either trained on a turn or not",
             fix="set it to true or false",
         )
     flags = {bool(value) for value in found.values()}

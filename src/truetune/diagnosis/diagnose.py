@@ -45,7 +45,7 @@ class Diagnosis:
     """All stages in order.
 
     Attributes:
-        source: as the user wrote it.
+        source: the model, as the user named it.
         stages: the measured stages.
         rows: number of rows on which they were compared.
         effect: how far training moved the predictions; None if there is no base to compare.

@@ -183,14 +183,20 @@ class _Wrong:
             certain = False
             first = [i for i, equal in enumerate(same) if not equal][:AGAIN]
             if any(again(cases[i]) != self.answers[i].text for i in first):
-                why = "the server samples although greedy replies were requested: asked twice, it "
-                why += "gives two replies"
+                why = (
+                    "the server samples although greedy replies were requested: asked twice, it "
+                    "gives two replies"
+                )
                 fix = "start it without a sampling temperature of its own"
             else:
-                why = "the server uses other weights or fewer bits, renders other prompts, or "
-                why += "changes replies"
-                fix = "compare its files with the run: truetune diagnose RUN --gguf FILE or "
-                fix += "--merged DIR"
+                why = (
+                    "the server uses other weights or fewer bits, renders other prompts, or "
+                    "changes replies"
+                )
+                fix = (
+                    "compare its files with the run: truetune diagnose RUN --gguf FILE or "
+                    "--merged DIR"
+                )
         if self.fallen or certain:
             return self._parts(what, why, fix)
         return Finding(
@@ -223,8 +229,8 @@ class _Wrong:
         else:
             why = "the server, or a proxy in front of it, adds this text to the model's reply, "
             why += "for example the stop token of another model's template"
-            fix = "start the server with the chat template that was saved, and without texts of "
-            fix += "its own"
+            fix = "start the server with the chat template that was saved, and without "
+            fix += "text of its own"
         return self._parts(what, why, fix)
 
     def _parts(self, what: str, why: str, fix: str) -> Finding:

@@ -139,6 +139,8 @@ class SFTTrainer:
         self.model, self.group = model, group or Group()
         self.step = 0
         self._alike = False
+        # Of a step that was packed ahead: its number and its micro-batches.
+        self._ahead: tuple[int, Sequence[MicroBatch]] = (-1, ())
         self.max_steps, self.batch_size = max_steps, batch_size
         self.max_lr, self.min_lr, self.warmup_steps = max_lr, min_lr, warmup_steps
         self.settings = settings
@@ -328,7 +330,9 @@ class SFTTrainer:
     def _fetch_and_backward(self) -> tuple[torch.Tensor, tuple[tuple[int, ...], int, int]]:
         """This process's part of the step's loss, where the model is; rows, tokens and supervised
         tokens of all processes; gradients in place; on limits that memory allows."""
-        batches = self.batcher.micro_batches(self.step)
+        step, batches = self._ahead
+        if step != self.step:
+            batches = self.batcher.micro_batches(self.step)
         counted = self._counted(batches)
         while True:
             # A second try draws the same dropout as a run that had these limits from the start.
@@ -347,6 +351,9 @@ class SFTTrainer:
             self._lower_limits(failed)
             batches = self.batcher.micro_batches(self.step)
         self.group.sum_gradients([p for _, p in self.named_trainable])
+        if self.step + 1 < self.max_steps:
+            # A device has this step's work now, and computes while the host packs the next one.
+            self._ahead = self.step + 1, self.batcher.micro_batches(self.step + 1)
         return loss, counted
 
     def _counted(self, batches: Sequence[MicroBatch]) -> tuple[tuple[int, ...], int, int]:

@@ -23,10 +23,10 @@ class Evaluation:
 
     Attributes:
         data: where the rows came from.
-        num_rows: rows that every model was asked.
-        left_out: rows that none was asked, by reason.
-        settings: how they were asked and compared.
-        models: in the order given; the first is what the others are compared with.
+        num_rows: number of rows on which all models were evaluated.
+        left_out: rows that were left out for all models, by reason.
+        settings: how replies were generated and compared.
+        models: the results, in the order given; the others are compared with the first.
     """
 
     data: str
@@ -47,7 +47,7 @@ class Evaluation:
         return f"<pre>{html.escape(repr(self))}</pre>"
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: everything but the rows."""
+        """Return everything but the rows as plain values."""
         return {
             "data": self.data,
             "rows": self.num_rows,
@@ -67,7 +67,7 @@ class Evaluation:
         }
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """For programs: a row and a model each, rows in their order, models side by side."""
+        """Yield one dict per row and model, in the order of the rows."""
         for row in range(self.num_rows):
             for model in self.models:
                 yield model.rows[row].as_dict(model.name)

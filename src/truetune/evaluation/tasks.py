@@ -107,10 +107,10 @@ class TaskEvaluation:
     """Models on the same tasks.
 
     Attributes:
-        tasks: as the user named them.
-        settings: how they were asked.
+        tasks: the tasks, as the user named them.
+        settings: how replies were generated and scored.
         metrics: what was measured.
-        models: in the order given; the first is what the others are compared with.
+        models: the results, in the order given; the others are compared with the first.
     """
 
     tasks: tuple[str, ...]
@@ -129,7 +129,7 @@ class TaskEvaluation:
         return f"<pre>{html.escape(repr(self))}</pre>"
 
     def lines(self) -> Iterator[str]:
-        """The whole: how the models were asked, scores, differences, notes."""
+        """Yield the table as lines: how the models were prompted, scores, differences, notes."""
         names = short_names([model.name for model in self.models])
         shots = self.settings["shots"]
         yield from wrapped(
@@ -177,7 +177,7 @@ class TaskEvaluation:
                 yield from wrapped(f"{name}: {note}")
 
     def as_dict(self) -> dict[str, Any]:
-        """For programs: everything but the documents."""
+        """Return everything but the documents as plain values."""
         return {
             "tasks": list(self.tasks),
             "settings": self.settings,
@@ -205,7 +205,7 @@ class TaskEvaluation:
         }
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """For programs: a line for each document, model and way of asking."""
+        """Yield one dict per document, model and kind of prompt."""
         for model in self.models:
             for asked, tasks in model.samples.items():
                 for task, samples in tasks.items():

@@ -16,6 +16,7 @@ from truetune.model.architecture import (
     projection_names,
 )
 from truetune.model.load import LoadedModel
+from truetune.model.mode import random_state_kept
 from truetune.model.new_tokens import NewToken, row_targets, start_adapter_rows, use_row_layers
 from truetune.model.quantise import num_weights
 from truetune.model.source import locate
@@ -108,7 +109,7 @@ def add_lora(
         use_dora=settings.dora,
         trainable_token_indices=rows,
     )
-    with quiet(), torch.random.fork_rng():
+    with quiet(), random_state_kept():
         torch.manual_seed(seed)
         # autocast_adapter_dtype makes LoRA weights float32 on a bfloat16 base.
         model = get_peft_model(loaded.model, config, autocast_adapter_dtype=True)

@@ -158,6 +158,8 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
     Raises:
         UsageError: it does not exist here.
     """
+    if device != "cpu":
+        _grow_segments()
     if device == "auto":
         if torch.cuda.is_available():
             index = torch.cuda.current_device()
@@ -185,6 +187,17 @@ def choose_device(device: str) -> tuple[torch.device, Choice]:
             code="device",
         )
     return chosen, Choice("device", device, "as asked")
+
+
+def _grow_segments() -> None:
+    """Have CUDA's allocator extend its segments, so that batches of many lengths leave fewer holes
+    between them. torch reads the variable when it first uses the device; what the user set stands.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if sys.platform != "linux" or any(name in os.environ for name in names):
+        return
+    old = tuple(map(int, importlib.metadata.version("torch").split(".")[:2])) < (2, 9)
+    os.environ[names[old]] = "expandable_segments:True"
 
 
 def _choose_compute(

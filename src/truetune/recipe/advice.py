@@ -70,7 +70,7 @@ def reasoning_rows(s: RunOutline) -> Iterator[Finding]:
     yield Finding(
         "advice-reasoning-rows",
         "note",
-        f"{s.num_rows:,} reasoning traces on a {s.num_parameters / 1e9:.1f}B model will teach "
+        f"{s.num_rows:,} reasoning traces will teach a {s.num_parameters / 1e9:.1f}B model "
         "their format and their kind of problem, not better reasoning in general",
         why="817 to 1,000 traces were enough for 32B models that could already reason (LIMO, Ye "
         "et al. 2025; s1, Muennighoff et al. 2025); models up to 3B learn better from short "

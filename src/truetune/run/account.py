@@ -148,7 +148,7 @@ def length_findings(
         if count:
             what = {
                 "truncated": "prompts lost their beginning because of the length limit",
-                "split": "plain texts were split into blocks; every token is trained",
+                "split": "plain texts were split into blocks; every token is supervised",
             }[how]
             findings.append(Finding(f"rows-{how}", "note", what, str(recipe.data), count))
     if not fitted.dropped and not eval_fitted.dropped:

@@ -50,7 +50,7 @@ class Checkup:
 
     Attributes:
         findings: the most severe first.
-        summary: plain values, by topic; a topic that was not looked at is not there.
+        summary: plain values, by topic; topics that were not examined are missing.
     """
 
     findings: list[Finding]
@@ -64,11 +64,11 @@ class Checkup:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is worse than a warning."""
+        """Whether there is no error."""
         return worst(self.findings) != "error"
 
     def as_dict(self) -> dict[str, Any]:
-        """What --json prints."""
+        """Return the values that --json prints."""
         return {
             "ok": self.ok,
             "findings": [finding.as_dict() for finding in self.findings],
@@ -76,7 +76,7 @@ class Checkup:
         }
 
     def counts(self) -> dict[str, int]:
-        """level -> findings of that level."""
+        """Return the number of findings of each level."""
         return {level: sum(f.level == level for f in self.findings) for level in LEVELS}
 
 

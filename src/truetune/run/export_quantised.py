@@ -70,13 +70,13 @@ class QuantisedExport:
     """A folder with quantised weights.
 
     Attributes:
-        folder: of it.
+        folder: the folder.
         quant: one of `quantised.QUANTS`.
         written: what the quantiser did.
-        stage: how it was compared.
-        prompts: conversations whose ids are equal.
-        calibration: None if none was needed.
-        line: that serves it.
+        stage: how the folder was compared with the model.
+        prompts: number of conversations whose prompts have the same ids.
+        calibration: the calibration rows; None if none were needed.
+        line: the command that serves the folder.
         findings: warnings.
     """
 
@@ -91,12 +91,12 @@ class QuantisedExport:
 
     @property
     def apart(self) -> Apart:
-        """Predictions."""
+        """How far the predictions are from those of the model."""
         assert self.stage.apart is not None
         return self.stage.apart
 
     def as_dict(self) -> dict[str, Any]:
-        """What proof.json holds, besides the files."""
+        """Return the content of proof.json, without the files."""
         return {
             "holds": True,
             "quant": self.quant,

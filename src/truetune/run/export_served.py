@@ -31,10 +31,10 @@ class ServedExport:
     """A folder for a server.
 
     Attributes:
-        folder: of the adapter, or of the merged model.
-        line: that serves it.
-        reasons: why it was merged; () if the adapter is loaded as it is.
-        merged: how it was merged and verified; None of an adapter.
+        folder: the folder of the adapter or of the merged model.
+        line: the command that serves it.
+        reasons: why the adapter was merged; () if the server loads the adapter itself.
+        merged: how the model was merged and verified; None if it was not.
         whole: how a model that needs no merging was copied.
     """
 

@@ -24,9 +24,9 @@ class Pushed:
     """The result of a push.
 
     Attributes:
-        url: of the repository.
-        private: whether only its owner reads it.
-        files: names that were pushed.
+        url: the address of the repository.
+        private: whether the repository is private.
+        files: names of the files that were pushed.
         verified: whether what was pushed is known to be what was trained.
         findings: notes and warnings.
     """

@@ -21,15 +21,15 @@ class RunResult:
         run: the directory.
         artifact: adapter/ or model/ in it.
         plan: the numbers of the run.
-        contract: what was trained and will be served.
-        train_loss, eval_loss: of the last step and the last evaluation (None without held-out
-            rows), in nats per supervised token.
-        findings: all that was found.
-        base: the model without adapter, where an adapter was trained.
-        base_revision: its commit, where it came from the Hub.
-        base_stop_ids: on which a server of the model that training started from ends an answer.
-        verdict: what a fresh process found; None if it was not asked.
-        answers: to a few trained and held-out prompts, asked as served.
+        contract: how prompts are made and where answers end, in training and serving.
+        train_loss, eval_loss: losses of the last step and of the last evaluation (None without
+            held-out rows), in nats per supervised token.
+        findings: all findings of the run.
+        base: the base model, if an adapter was trained.
+        base_revision: the commit of the base, if it came from the Hub.
+        base_stop_ids: the tokens on which a server of the original model ends an answer.
+        verdict: what a fresh process found; None if verification was turned off.
+        answers: the model's answers to a few trained and held-out prompts, as served.
     """
 
     run: RunDir

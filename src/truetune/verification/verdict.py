@@ -43,11 +43,11 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed; what could not be checked is no failure."""
+        """Whether no check failed. A check that could not be made does not count as failed."""
         return all(check.state != "failed" for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """What verify.json holds."""
+        """Return the content of verify.json."""
         return {
             "passed": self.passed,
             "artifact": self.artifact,

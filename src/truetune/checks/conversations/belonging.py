@@ -243,7 +243,7 @@ def system_prompt_kept(facts: DataFacts) -> Iterator[Finding]:
             what=f"the answers of {share(len(rows), len(facts.train))} repeat the beginning of "
             f"their system prompt, word for word: {opening(_system(facts.train[rows[0]]))}",
             why="the rendered prompt was saved as a part of the answer, or the model that "
-            "generated it recited its instructions: the model learns to tell them to users",
+            "generated it recited its instructions: the model learns to reveal them",
             fix="remove the system prompt from the answers",
         )
 

@@ -51,12 +51,12 @@ _RENDERED = {
     False: "; the text of {rows:,} rows begins with one, as rendered conversations do: the chat "
     "template would be applied twice",
     True: "; the text of {rows:,} rows begins with one: they are conversations that were already "
-    "rendered; as plain text, all of their tokens are trained, including the questions",
+    "rendered; as plain text, all of their tokens are supervised, including the questions",
 }
 _MESSAGES = (
     "pass the original messages, or split the text at the markers: "
     '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; '
-    "the template then renders them, and only the answers are trained"
+    "the template then renders them, and only the answers are supervised"
 )
 
 

@@ -87,7 +87,8 @@ def ends_with_an_answer(facts: DataFacts) -> Iterator[Finding]:
             code="answer-not-last",
             level="warning" if len(rows) > 0.01 * len(facts.train) else "note",
             what=f"{share(len(rows), len(facts.train))} end with an unanswered turn ({last})",
-            why="the conversations were cut in the middle; the last turn is not trained",
+            why="the conversations were cut in the middle; the model is not trained on the last "
+            "turn",
             fix="nothing to do; or cut the conversations after their last answer",
         )
 

@@ -199,7 +199,7 @@ def line_breaks_read(facts: DataFacts) -> Iterator[Finding]:
         level="warning",
         what=f"the answers of {share(len(rows), len(facts.train))} contain the two characters "
         f"\\n where a line break belongs, such as {opening(_around(facts.answers[rows[0]]))}",
-        why="the text was escaped twice (json.dumps of a text that was JSON already, or repr): the "
+        why="the text was escaped twice (json.dumps of text that was already JSON, or repr): the "
         "model learns to write a backslash and an n",
         fix="undo one escaping: json.loads('\"' + text + '\"'), or text.replace('\\\\n', '\\n')",
     )

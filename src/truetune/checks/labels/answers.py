@@ -217,7 +217,7 @@ def answers_have_no_holes(facts: LabelFacts) -> Iterator[Finding]:
         "model is never trained to write it"
         if padded and pad is not None
         else "labels stop and resume many times in most answers: they were dropped at random, or "
-        "only selected tokens are trained"
+        "only selected tokens are supervised"
         if chosen
         else "labels stop and resume: the model is trained on what follows these tokens, but "
         "never to write them",

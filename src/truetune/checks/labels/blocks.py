@@ -113,8 +113,8 @@ def borders(facts: LabelFacts, found: Pieces) -> Iterator[Finding]:
         f"{heads:,} begin "
         f"inside a conversation, and {ends:,} stop before its end",
         why="conversations were joined and cut into blocks of "
-        f"{int(np.bincount(blocks, weights=table.lengths).max()):,} tokens; inside the blocks "
-        "they begin and end correctly. The rest of a cut answer is trained without its "
+        f"{int(np.bincount(blocks, weights=table.lengths).max()):,} tokens. The model is "
+        "trained on the rest of a cut answer without its "
         "prompt, and an answer without its end does not teach the model to stop",
         fix="fill blocks with whole conversations and leave the rest of each block empty "
         '(packing_strategy="bfd" in TRL; truetune always packs this way)',

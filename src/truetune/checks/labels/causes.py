@@ -129,7 +129,7 @@ def _beginnings_cut(facts: LabelFacts) -> Told:
         what=f"{share(len(cut), len(table))} lost their beginning because of the length limit of "
         f"{limit:,} tokens",
         why=f"they are as long as the limit and do not begin with {name!r} as the other rows do: "
-        f"their answers are trained after an incomplete prompt",
+        "their answers are learned after an incomplete prompt",
         fix="raise the limit above the longest row, or remove those rows",
     )
     return finding, explained

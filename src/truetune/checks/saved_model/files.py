@@ -25,7 +25,7 @@ def files_open(found: Checkpoint) -> Iterator[Finding]:
             str(found.folder),
             why="the model was saved without one: a server finds neither a vocabulary nor a chat "
             "template",
-            fix="tokenizer.save_pretrained(FOLDER), with the tokenizer of the training run",
+            fix="save the tokenizer of the training run: tokenizer.save_pretrained(FOLDER)",
         )
     elif found.is_adapter and not found.own_tokenizer:
         yield Finding(

@@ -61,7 +61,7 @@ EXPERIMENT = Experiment(
         "template other than its own, it keeps both styles; with its own template, the new style "
         "replaces the old one. It keeps its right answers if the new answers still hold the "
         "sentence that it used to answer with.",
-    source="the course's exercise on base against instruct; threads LLaMA-Factory#6736",
+    source="the course's exercise on base against instruct; thread LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
     setup="the arms take 40 steps on 60 rows that answer with *Answer: VALUE*. The tuned model "
         "was trained on the instructions in ChatML-lite; the other template is "
