@@ -132,7 +132,7 @@ def test_weights_that_hold_nan(
     import shutil
 
     # Of a large tensor, not every number is looked at before training.
-    monkeypatch.setattr("truetune.model.load._require_finite", lambda *_, **__: None)
+    monkeypatch.setattr("truetune.model.whole._require_finite", lambda *_, **__: None)
 
     shutil.copytree(place, tmp_path / "p")
 

@@ -613,7 +613,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step(
     assert broken < NUM_TOKENS
     poison(folder, broken)
     # Of a large tensor, not every number is looked at before training.
-    monkeypatch.setattr("truetune.model.load._require_finite", lambda *_, **__: None)
+    monkeypatch.setattr("truetune.model.whole._require_finite", lambda *_, **__: None)
     data = write_rows(tmp_path / "rows.jsonl", [*sums(11), {"prompt": "Z", "completion": "z"}])
     shown = command(
         *("train", folder, data, "-o", tmp_path / "run", "--max-steps", "12", "--batch-size", "1"),
