@@ -15,13 +15,13 @@ from fresh_process import in_this_process  # noqa: F401  (a fixture)
 from tiny_families import MORE
 from tiny_models import edit_json, tiny_tokenizer, write_model
 from tiny_runs import command, sums, write_rows
-from truetune.compare import Agreement
+from truetune.compare import Agreement, Measured, agreement, at_clear_leads
 from truetune.errors import InputError, UsageError
 from truetune.run_dir import RunDir, sha256
 from truetune.verification.artifact import verify
 from truetune.verification.record import PADDING, _digest, read_record, settings_of
 from truetune.verification.rows import VERIFY_ROWS, read_rows
-from truetune.verification.verdict import Verdict, judge
+from truetune.verification.verdict import Verdict, judge, judge_rounding
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
@@ -400,6 +400,39 @@ def test_what_is_too_far_for_this_model(changes: dict[str, Any], state: str) -> 
     # The same is within what any model is allowed, or not far beyond it.
     if "mean_difference" in changes:
         assert judge("merge", asked, "bfloat16", "a against b").state == "passed"
+
+
+def test_a_token_without_a_lead_may_change_when_weights_are_rounded() -> None:
+    """A model that has hardly been trained favours no token; only clear favourites count."""
+    import torch
+
+    def measured(logits_PV: torch.Tensor) -> Measured:
+        logprobs = logits_PV.log_softmax(dim=-1)[:, 0].tolist()
+        greedy = tuple(logits_PV.argmax(dim=-1).tolist())
+        return Measured((tuple(logprobs),), (greedy,), (logits_PV,))
+
+    draw = torch.Generator().manual_seed(0)
+    unsure = 0.01 * torch.randn((200, 50), generator=draw)
+    noise = 0.01 * torch.randn((200, 50), generator=draw)
+    found = at_clear_leads(measured(unsure), measured(unsure + noise))
+    assert agreement(measured(unsure), measured(unsure + noise)).greedy < 0.2
+    assert (found.greedy, found.num_positions) == (1.0, 0)
+    # The same noise beside clear favourites; and one of ten favourites that is another one.
+    sure = unsure.clone()
+    sure[:, 7] += 1
+    found = at_clear_leads(measured(sure), measured(sure + noise))
+    assert (found.greedy, found.num_positions) == (1.0, 200)
+    turned = (sure + noise).clone()
+    turned[::10, 7] -= 2
+    assert at_clear_leads(measured(sure), measured(turned)).greedy == pytest.approx(0.9)
+
+
+def test_training_that_saving_undid_is_named() -> None:
+    check = judge_rounding(found(loss=2.12, mean_difference=0.0), "bfloat16")
+    assert check.state == "failed"
+    assert "less than bfloat16 can hold" in check.numbers["why"]
+    assert "higher learning rate" in check.fix
+    assert judge_rounding(found(loss=2.05, mean_difference=0.0), "bfloat16").state == "passed"
 
 
 def test_from_the_command_line_through_a_fresh_process(

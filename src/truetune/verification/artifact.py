@@ -25,7 +25,7 @@ from truetune.verification.files import check_files, check_record
 from truetune.verification.fresh import VerifyError, ask
 from truetune.verification.record import Record, read_record, rows_digest
 from truetune.verification.rows import VerifyRow, examples_of, read_rows
-from truetune.verification.verdict import Check, Verdict, judge, judge_reading
+from truetune.verification.verdict import Check, Verdict, judge, judge_reading, judge_rounding
 
 _NUM_REPLIES = 8
 
@@ -292,9 +292,7 @@ def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:
         ]
     checks = [judge_reading(record, found)]
     if record.rounding:
-        rounded = Agreement(**record.rounding)
-        words = f"weights saved in {record.dtype}, compared with the trained weights in memory"
-        checks.append(judge("rounding", rounded, record.dtype, words))
+        checks.append(judge_rounding(Agreement(**record.rounding), record.dtype))
     return checks
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truetune.compare import Measured, Probe, Reading, agreement, distance, measure, read
+from truetune.compare import Measured, Probe, Reading, at_clear_leads, distance, measure, read
 from truetune.contract.contract import PromptContract
 from truetune.errors import InputError
 from truetune.model.load import LoadedModel
@@ -78,7 +78,8 @@ class Record:
         probes: what is read.
         reading: of the trained model in memory, its weights rounded as they are saved.
         floor: divergence of two computations of it, mean and largest.
-        rounding: what rounding the weights changed, as an `Agreement`; None if none was.
+        rounding: what rounding the weights changed, as an `Agreement` at clear leads; None if none
+            was.
         dtype: that the weights were saved in.
     """
 
@@ -297,7 +298,7 @@ def take_record(
     rounding = None
     if before_rounding is not None:
         now = measure_rows(loaded, rows)
-        rounding = dataclasses.asdict(agreement(before_rounding, now))
+        rounding = dataclasses.asdict(at_clear_leads(before_rounding, now))
     return Record(
         rows=rows_digest(rows),
         run={file: sha256(run.file(file)) for file in RUN_FILES if run.file(file).is_file()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from truetune.compare import Agreement, Reading, distance
@@ -156,6 +156,31 @@ def judge(
         fix="do not serve it; train or merge again, and report it if the error remains"
         if over
         else "",
+    )
+
+
+def judge_rounding(found: Agreement, dtype: str) -> Check:
+    """The check of what saving the weights in a coarser type changed.
+
+    Rounding by chance hardly changes a model. A few steps of a small learning rate, though, move
+    all weights a little in one direction, by less than the type can hold.
+
+    Args:
+        found: the saved weights against the trained ones, at clear leads.
+    """
+    what = f"weights saved in {dtype}, compared with the trained weights in memory"
+    check = judge("rounding", found, dtype, what)
+    if check.state == "passed":
+        return check
+    why = (
+        f"training moved many weights by less than {dtype} can hold, so saving them in the model's "
+        "dtype undid part of it"
+    )
+    return replace(
+        check,
+        numbers={**check.numbers, "why": why},
+        fix="train more steps or with a higher learning rate, or train an adapter (--lora), which "
+        "is saved in float32",
     )
 
 
