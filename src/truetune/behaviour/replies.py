@@ -71,7 +71,7 @@ class Asked:
         messages: the messages of the prompt, to be shown with the samples.
         expected_text: the row's answer.
         prompt_text: the end of the prompt, to find replies that repeat it.
-        held_out: whether the row is not trained.
+        held_out: whether the row is held out of training.
         stop: the stop token that ends the row's answer; None if none does.
     """
 

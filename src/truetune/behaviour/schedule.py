@@ -12,12 +12,12 @@ SHARE, LEAST = 0.03, 1
 def is_due(
     place: int, places: int, last: int, costs: Sequence[float], training: float, least: int = LEAST
 ) -> bool:
-    """Whether vital signs are due at an evaluation: before the first step, after the last, and
-    between at as many, evenly spread, as cost less than their share.
+    """Whether vital signs are due at an evaluation: before the first step, after the last, and at
+    as many evenly spread evaluations in between as their share of the time allows.
 
     Args:
         place, places: the evaluation, 0 before the first step, and the one after the last step.
-        last: the evaluation at which they were taken last.
+        last: the evaluation at which they were last measured.
         costs: seconds of each measuring so far.
         training: seconds that all steps of the run take, as far as it is known.
         least: measurings between the first and the last, whatever they cost.

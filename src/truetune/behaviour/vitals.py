@@ -122,7 +122,7 @@ def judge(history: Sequence[Vitals], regime: Regime = Regime()) -> list[Finding]
 
 
 def _numbers(history: Sequence[Vitals], name: str) -> list[float]:
-    """A sign over time, where it was taken; [] if the last ones do not have it."""
+    """The known values of a sign over time; [] if it is missing in the last measurement."""
     if getattr(history[-1], name) is None:
         return []
     return [value for value in (getattr(v, name) for v in history) if value is not None]

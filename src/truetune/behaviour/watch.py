@@ -21,10 +21,10 @@ class Watch:
     """Watches one run whose history is kept in memory.
 
     Args:
-        prober: takes the vital signs.
-        probes: of the steps; new ones where None.
-        history: vital signs that were taken before.
-        losses: loss and number of targets of the steps since the last of them.
+        prober: measures the vital signs.
+        probes: the probes of the steps; None creates new ones.
+        history: the vital signs measured so far.
+        losses: loss and number of targets of each step since the last measurement.
         regime: how the run is trained.
 
     Attributes:
@@ -52,7 +52,7 @@ class Watch:
         return self.new([finding for probe in self.probes if (finding := probe(facts))])
 
     def trained(self, loss: float, targets: int) -> None:
-        """A step was taken; its loss is compared with that of the vital signs."""
+        """Record the loss of a step, to be compared with the next vital signs."""
         self._losses.append((loss, targets))
 
     def take(
@@ -86,13 +86,13 @@ class Watch:
         return once(findings, self._told)
 
     def _loop_loss(self) -> float | None:
-        """The loop's own loss since the vital signs were taken last."""
+        """The mean training loss since the last measurement."""
         targets = sum(number for _, number in self._losses)
         return sum(loss * number for loss, number in self._losses) / targets if targets else None
 
 
 def _with_rows(finding: Finding, measured: Measured) -> Finding:
-    """What is found of a file names its rows."""
+    """A finding about a file, with the rows of the file that have the highest loss."""
     rows = measured.hardest.get(finding.where, ())
     return replace(finding, where=rows[0], rows=rows, count=len(rows)) if rows else finding
 
@@ -106,7 +106,7 @@ def once(findings: Sequence[Finding], reported: set[tuple[str, str]]) -> list[Fi
 
 
 def not_taken(step: int, error: Exception) -> Finding:
-    """The vital signs could not be taken; the training does not depend on them."""
+    """The finding for vital signs that could not be measured; training continues."""
     return Finding(
         "probe-failed",
         "warning",

@@ -1,15 +1,16 @@
-"""Attention over a packed sequence, without a mask of its square.
+"""Attention over a packed sequence, without a T x T mask.
 
-input   queries, keys and values of one layer, as transformers' attention interface hands them
-        over, and the `Layout` that came as a keyword of the model's call
-does    each stretch of queries meets the stretches of keys that it sees, one kernel call each;
-        parts are merged by their log-sum-exp, so that a shared prefix is met in one call
-output  (1, T, H, D) as the interface wants it
+input   queries, keys and values of one layer, as transformers' attention interface passes them,
+        and the `Layout`, a keyword of the model's call
+does    computes each range of queries with the ranges of keys that it attends to, in one kernel
+        call each; partial results are merged by their log-sum-exp, so that a shared prefix takes
+        one call
+output  (1, T, H, D), as the interface requires
 
 Kernels: torch's flash attention on CPU (for short nodes one padded product: gathered.py), its
-variable-length flash attention on CUDA (cuda/varlen.py), and FlexAttention for what that does not
-take. On CPU soft caps and attention sinks, and anywhere attention dropout and other devices, take a
-softmax written out, node by node.
+variable-length flash attention on CUDA (cuda/varlen.py), and FlexAttention for what that kernel
+does not support. An explicit softmax, node by node, computes soft caps and attention sinks on a
+CPU, and attention dropout and other devices in every case.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ IMPLEMENTATION = "truetune"
 KEYWORD = "segments"
 
 # Queries times keys up to which torch's CPU kernel is faster backward in float32 than in bfloat16
-# (2 groups of 7 heads of width 64: at 131 x 131 in 1.9 ms for 10.5, at 512 x 512 in 56 for 46).
+# (2 groups of 7 heads of width 64: 1.9 ms instead of 10.5 at 131 x 131, but 56 ms instead of 46 at
+# 512 x 512).
 SMALL = 300 * 300
 
 
@@ -247,12 +249,12 @@ def _mask(
 
 
 def packed_arguments(layout: Layout, device: torch.device, *, mask: bool = False) -> dict[str, Any]:
-    """Keywords of the model's call beside the ids (1, T).
+    """Return the keywords of the model's call, in addition to the ids (1, T).
 
     Args:
-        mask: let the model build its own masks, for those who look at them.
+        mask: let the model build its own masks, for callers that examine them.
     """
-    # A mask of four dimensions is taken as it is: none of T x T is built.
+    # The model uses a mask of four dimensions unchanged, so it builds none of T x T.
     dummy = {} if mask else {"attention_mask": torch.zeros(1, 1, 1, 1, device=device)}
     positions = sent(torch.tensor([layout.positions]), device)
     return {"position_ids": positions, KEYWORD: layout, **dummy}

@@ -77,8 +77,8 @@ class Batch:
         ids_BT: int64 input ids, padded right.
         targets_BT: int64, the token after each input token.
         supervised_BT: int64, 1 where the target counts.
-        rows: index of the example behind each row.
-        num_tokens: unpadded tokens of the rows, each row whole.
+        rows: index of the example of each row.
+        num_tokens: unpadded tokens of the rows.
         num_supervised: targets that count.
     """
 
@@ -105,19 +105,19 @@ class Batch:
         )
 
 
-# A tree may pass the usual limit where a cut would compute an eighth of a forward pass again.
+# A tree may exceed the usual limit if splitting it would repeat an eighth of a forward pass.
 _WORTH = 8
 
 
 @dataclass
 class Limits:
-    """What goes through the model at once; one row always does. Lowered if memory runs out.
+    """Limits of a forward pass, lowered if memory runs out. A single row is always allowed.
 
     Attributes:
-        rows: of a forward pass.
-        tokens: of a forward pass; None leaves the rows to decide.
-        tree_tokens: of one tree of rows that share a beginning, where that is more and pays:
-            cutting a tree computes what is shared again.
+        rows: maximum number of rows.
+        tokens: maximum number of tokens; None if only the rows are limited.
+        tree_tokens: maximum number of tokens of one tree of rows that share a prefix, if that is
+            more and saves time: splitting a tree computes the prefix again.
     """
 
     rows: int
@@ -125,7 +125,7 @@ class Limits:
     tree_tokens: int | None = None
 
     def take(self, tokens: int, rows: int, *, shared: int = 0) -> bool:
-        """Whether so much is within the limits.
+        """Whether this number of tokens and rows is within the limits.
 
         Args:
             shared: tokens that would be computed again if a tree were cut before its last row.
@@ -184,8 +184,8 @@ def rows_of_epochs(num_rows: int, epochs: float) -> int:
 class RowStream:
     """The rows of a run in their order: epochs, each a permutation drawn from (seed, epoch).
 
-    A step that reaches the end of an epoch goes on in the next one, so every row is seen equally
-    often. With `epochs` the stream ends there and the last step may be smaller.
+    A step that reaches the end of an epoch continues in the next one, so every row is used equally
+    often. With `epochs`, the stream ends there, and the last step may be smaller.
     """
 
     def __init__(self, num_rows: int, seed: int, epochs: float | None = None) -> None:

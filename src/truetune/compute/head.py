@@ -1,14 +1,14 @@
 """Output head and cross-entropy at supervised positions only, without keeping logits.
 
 input   a model's own forward pass; which positions are supervised, their targets and weights
-does    a hook on the output head takes the hidden states and hands on none of them, so the
-        model's forward costs no logits; loss and gradients are then made chunk by chunk
+does    a hook on the output head takes the hidden states and passes none of them on, so that the
+        model's forward pass computes no logits; loss and gradients are then computed in chunks
 output  the summed loss
 
-What a model does to its logits after the head (a scale, a soft cap) is found by putting known
-numbers through its own forward, and the whole is compared with the model's own logits and
-gradients before it is used. Where it does not fit, the model's own head and tail are run on the
-supervised positions, which is right for every model and keeps their logits.
+What a model does to its logits after the head (a scale, a soft cap) is found by sending known
+numbers through its own forward pass. Before the result is used, it is compared with the model's own
+logits and gradients. If it differs, the model's own head and tail run on the supervised positions,
+which is correct for every model but keeps their logits.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from truetune.compute.loss import cross_entropy_sum
 
 # Logits that exist at one time: enough rows for a matrix product to run at full speed (measured:
-# 128 rows of 152 k columns run at half of it), and no more than a model's layer would take.
+# 128 rows of 152 k columns run at half of it), but no more memory than a layer of a model needs.
 CHUNK_BYTES = 256 * 2**20
 CHUNK_ROWS = 512
-# On a GPU: each chunk passes over all of a trained table's gradient in float32.
+# On a GPU: each chunk passes over the whole float32 gradient of a trained matrix.
 CHUNK_BYTES_DEVICE, CHUNK_ROWS_DEVICE = 512 * 2**20, 4096
-# Float32 logits whose softmax is taken at one time: on a CPU what stays in the cache.
+# Float32 logits whose softmax is computed at one time: on a CPU, as many as stay in the cache.
 BLOCK_BYTES, BLOCK_BYTES_DEVICE = 4 * 2**20, 64 * 2**20
 
 
@@ -53,11 +53,11 @@ class Tail:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Rows of a head's weight that stand elsewhere, and are trained there (new tokens).
+    """Rows of a head's weight that are stored and trained separately (new tokens).
 
     Attributes:
-        ids_M: int64, which rows of the weight they stand for.
-        rows_MD: what is there instead.
+        ids_M: int64, the rows of the weight that are replaced.
+        rows_MD: the rows that replace them.
     """
 
     ids_M: torch.Tensor
@@ -66,7 +66,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Matrix:
-    """What an output head multiplies by: weight (V, D), bias (V,), rows that stand elsewhere."""
+    """What an output head multiplies by: weight (V, D), bias (V,), rows stored separately."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
@@ -74,12 +74,12 @@ class Matrix:
 
 
 def matrix_of(head: Any) -> Matrix | None:
-    """A head's own; None if its weight is made anew at each access, and would get a gradient of
-    the whole table."""
+    """The matrix of a head; None if its weight is computed at each access, and would get a gradient
+    of the whole matrix."""
     layer = getattr(head, "token_adapter", head)
     replaced = getattr(layer, "replaced_rows", None)
     if replaced is not None:
-        # Rows of new tokens over a table: the table itself has another module.
+        # Rows of new tokens on top of a matrix, which belongs to another module.
         found = replaced()
         base = layer.get_base_layer()
         return found and Matrix(base.weight, getattr(base, "bias", None), Replaced(*found))

@@ -1,12 +1,14 @@
-"""Which tokens of a packed sequence see which: rows side by side, or trees of shared prefixes.
+"""Which tokens of a packed sequence attend to which: separate rows, or trees of shared prefixes.
 
 input   the lengths of the pieces and where each one branches from
-does    says for every attention layer which stretches of queries meet which stretches of keys
-output  Layout, which travels as a keyword of the model's call; Meeting, what a kernel computes
+does    determines for every attention layer which ranges of queries attend to which ranges of keys
+output  Layout, which is passed as a keyword of the model's call; Meeting, what one kernel call
+        computes
 
-A sequence is cut into nodes, each a run of tokens. A token sees the tokens before it in its own
-node and all tokens of the node's ancestors. Nodes stand depth first, so that all descendants of
-a node follow it without a gap: its keys meet them in one call. Packed rows are trees of one node.
+A sequence is divided into nodes, each a contiguous run of tokens. A token attends to itself, to the
+tokens before it in its own node and to all tokens of the node's ancestors. Nodes are in depth-first
+order, so that all descendants of a node follow it without a gap and attend to its keys in one call.
+Packed rows are trees of one node.
 """
 
 from __future__ import annotations
@@ -17,21 +19,22 @@ from typing import Any
 
 from truetune.system.lazy import torch
 
-# Keys of a query up to which nodes may go through attention in one padded product: beyond, the
-# weights that it keeps take more memory than the rest of a layer.
+# Up to this number of keys per query, nodes may go through attention in one padded product. With
+# more, the attention weights that it keeps take more memory than the rest of a layer.
 MOST_KEYS = 64
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Queries [q0, q1) of the sequence meet the keys of some stretches.
+    """Queries [q0, q1) of the sequence attend to one or more ranges of keys.
 
     Attributes:
-        keys: (begin, end) of each stretch of keys, one but for "full".
-        kind: "causal": both are the same tokens of one node, each sees those up to itself;
-            "full": every query sees every key; "window": as the positions say, within the window.
-        count: so many stretches of equal length follow each other and are alike (causal only);
-            q1 and the end of the keys are those of the first.
+        keys: (begin, end) of each range of keys; several only if the kind is "full".
+        kind: "causal": queries and keys are the same tokens of one node, and each attends to those
+            up to itself; "full": every query attends to every key; "window": every query attends
+            to the keys within the window, by their positions.
+        count: number of consecutive ranges of equal length that are computed in the same way
+            (causal only); q1 and the end of the keys are those of the first.
     """
 
     q0: int
@@ -42,12 +45,12 @@ class Meeting:
 
     @property
     def queries(self) -> slice:
-        """Of the sequence."""
+        """The queries, as a slice of the sequence."""
         return slice(self.q0, self.q0 + self.num_queries)
 
     @property
     def spans(self) -> list[slice]:
-        """Of the keys in the sequence."""
+        """The ranges of keys, as slices of the sequence."""
         return [slice(k0, k0 + self.count * (k1 - k0)) for k0, k1 in self.keys]
 
     @property
@@ -60,9 +63,9 @@ class Layout:
     """The nodes of a packed sequence, depth first.
 
     Attributes:
-        lengths: tokens of each node, none of them empty.
+        lengths: number of tokens of each node, at least 1.
         parents: index of the node that each one continues, -1 for a root.
-        made: what kernels made of it, by kernel and what it depends on.
+        made: what kernels derived from the layout, by kernel and by what it depends on.
 
     Raises:
         ValueError: an empty node, or nodes that are not depth first.
@@ -141,8 +144,9 @@ class Layout:
         return line[::-1]
 
     def meetings(self, window: int | None = None) -> list[Meeting]:
-        """All stretches that meet, for layers in which a token sees the last `window` positions,
-        itself included (all where None). Every query meets some key in each of its meetings."""
+        """All meetings, for layers in which a token attends to the last `window` positions, itself
+        included (all positions if None). In each of its meetings, every query attends to at least
+        one key."""
         if window is not None and window >= self.longest:
             window = None
         if window not in self._meetings:
@@ -169,8 +173,9 @@ class Layout:
         return found
 
     def _is_deep(self) -> bool:
-        """Whether a node had better meet all its ancestors in one call of its own than each
-        ancestor all of its descendants: fewer outputs to merge, more keys to bring together."""
+        """Whether it is faster if each node attends to all its ancestors in one call than if all
+        descendants of a node attend to it in one call: fewer outputs to merge, but more keys to
+        gather."""
         below = sum(end - stop for end, stop in zip(self.ends, self.starts[1:], strict=True))
         own = sum(n for n, parent in zip(self.lengths, self.parents, strict=True) if parent >= 0)
         gathered = sum(d for node, d in enumerate(self.depths) if len(self.ancestors(node)) > 1)
@@ -181,7 +186,8 @@ class Layout:
         for node, start in enumerate(self.starts[:-1]):
             stop, depth = self.starts[node + 1], self.depths[node]
             for ancestor in self.ancestors(node):
-                # Keys that the node's first token sees, queries that see the ancestor's last.
+                # Keys that the node's first token attends to; queries that attend to the ancestor's
+                # last key.
                 first, after = self.depths[ancestor], self.depths[ancestor] + self.lengths[ancestor]
                 hidden = max(depth - window + 1 - first, 0)
                 reach = min(after - 1 + window - depth, stop - start)

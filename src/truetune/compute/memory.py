@@ -1,15 +1,16 @@
 """Estimate the memory that a forward and backward pass needs in addition to the weights.
 
 input   a route, and the longest row that will come
-does    runs two short batches forward and backward, and notes after each operation how many bytes
-        of tensors are alive: the same operation takes a part that is always the same and a part
-        in proportion to the tokens, and the two batches tell them apart. On a CPU the tensors have
-        shapes and types and no numbers, and a few layers stand for all of their kind (repeated.py),
-        since a first step would take less time than computing all of it
-output  Footprint: bytes as a function of the tokens
+does    runs two short batches forward and backward, and records after each operation how many bytes
+        of tensors are alive. Each number has a constant part and a part proportional to the number
+        of tokens, which the two batches separate. On a CPU, the tensors have shapes and dtypes but
+        no values, and a few layers represent all layers of their kind (repeated.py), because
+        computing everything would take longer than a first step
+output  Footprint: bytes as a function of the number of tokens
 
-Which operation is the fullest depends on the size of the batch (of a large one that where the
-activations are, of a small one that where all gradients are), so all are kept that can be it.
+Which operation needs the most memory depends on the size of the batch (with a large batch, one that
+holds activations; with a small batch, one that holds all gradients), so every operation is kept
+that needs the most for some size.
 """
 
 from __future__ import annotations
@@ -40,16 +41,17 @@ _SMALL, _LARGE = MOST_KEYS + 1, MOST_KEYS + 17
 
 # Code that a process loads and compiles on first use.
 _PROCESS = 40 * 2**20
-# What the C library holds for each byte that is alive: it cannot lay an aligned block into a hole
-# of its own size, so blocks that come and go leave holes; more where each layer is computed anew
-# (bench/memory.py and docs/log.md: with every block mapped by itself it is 1.0). That of CUDA's
-# caching allocator is not measured.
+# Bytes that the C library holds for each byte that is alive: it cannot put an aligned block into a
+# hole of exactly its size, so blocks that are freed and allocated again leave holes, and more of
+# them if activations are recomputed (bench/memory.py and docs/log.md: if every block is mapped
+# separately, the factor is 1.0). The factor of CUDA's caching allocator was not measured.
 _HEAP, _HEAP_RECOMPUTED, _DEVICE = 1.45, 1.8, 1.1
 
-# Times that all inputs and outputs of a model's weights, in float32, may be alive (tests hold it to
-# be more than is measured on every family).
+# How many times all inputs and outputs of a model's weights, in float32, may be alive (tests check
+# that every family needs less).
 _MOST = 3
-# Weights of which two short batches are computed sooner than tensors without numbers are made.
+# Up to this number of weights, computing two short batches takes less time than creating tensors
+# without values.
 _SMALL_MODEL = 50_000_000
 
 Moment = tuple[int, float]
@@ -57,13 +59,13 @@ Moment = tuple[int, float]
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a micro-batch takes at its fullest moment, gradients of trained weights included.
+    """Peak memory of a micro-batch in bytes, gradients of trained weights included.
 
     Attributes:
-        moments: (bytes whatever the size, bytes per token) of each moment that is the fullest one
-            of batches of some size.
-        process: beside all tensors.
-        apart: gradients that stand at places of their own all the time, in no moment.
+        moments: (constant bytes, bytes per token) of each moment that is the peak for some size of
+            the batch.
+        process: bytes that the process needs in addition to all tensors.
+        apart: bytes of gradients that are allocated separately and permanently; part of no moment.
     """
 
     moments: tuple[Moment, ...]
@@ -87,14 +89,14 @@ def footprint(
     """Measure the model on two short batches; its gradients and the random state are as before.
 
     Args:
-        autocast: how the loop computes.
-        longest: tokens of the longest row: short rows go through attention by another way.
+        autocast: the autocast context of the training loop.
+        longest: number of tokens of the longest row; short rows use another attention path.
     """
     weights = sum(p.numel() for p in route.model.parameters())
     if next(route.model.parameters()).device.type == "cpu" and weights > _SMALL_MODEL:
         try:
             return footprint_without_numbers(route, autocast, longest=longest)
-        except Exception:  # code of a model that asks its numbers while it computes
+        except Exception:  # the model's code reads values while it computes
             pass
     return measured_footprint(route, autocast, longest=longest)
 
@@ -106,7 +108,7 @@ def footprint_without_numbers(
     longest: int,
     device: str = "cpu",
 ) -> Footprint:
-    """`footprint`, on tensors without numbers, of a few layers where they stand for all."""
+    """`footprint` on tensors without values, and with few layers if they can represent all."""
     cut = find_cut(route.model)
     if cut is not None:
         apart = _apart(route.model, device)
@@ -116,7 +118,7 @@ def footprint_without_numbers(
                 return measured_footprint(
                     route, autocast, longest=longest, apart=apart, standing=standing
                 )
-        except Exception:  # layers that ask for each other: all of them are measured
+        except Exception:  # layers that refer to each other: all of them are measured
             pass
     with without_numbers(route.model, device):
         return measured_footprint(route, autocast, longest=longest)
@@ -124,8 +126,8 @@ def footprint_without_numbers(
 
 @contextlib.contextmanager
 def without_numbers(model: Any, device: str) -> Iterator[None]:
-    """Inside, the model's tensors have shapes and types and claim a device, and no numbers:
-    operations cost no arithmetic and no memory. Afterwards the model is as before."""
+    """Inside the context, the model's tensors have shapes, dtypes and a device but no values:
+    operations need neither arithmetic nor memory. Afterwards, the model is unchanged."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     before = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
@@ -141,7 +143,7 @@ def without_numbers(model: Any, device: str) -> Iterator[None]:
         found: torch.Tensor = made[id(value)]
         return found
 
-    # torch writes a traceback of its own if a model cannot be computed so.
+    # torch logs a traceback if a model cannot be computed in this way.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     was_silent, log.disabled = log.disabled, True
     try:
@@ -165,11 +167,11 @@ def measured_footprint(
     apart: int | None = None,
     standing: tuple[Cut, Any] | None = None,
 ) -> Footprint:
-    """`footprint`, on the tensors that the model has.
+    """`footprint` on the tensors that the model has.
 
     Args:
-        apart: bytes of gradients at places of their own, where the model was cut.
-        standing: how it was cut, and the layers that are left.
+        apart: bytes of separately allocated gradients, if layers were removed from the model.
+        standing: how the layers were reduced, and the layers that are left.
     """
     model = route.model
     before = [(p, p.grad) for p in model.parameters() if p.requires_grad]
@@ -199,16 +201,16 @@ def measured_footprint(
 
 
 def recomputes(model: Any) -> bool:
-    """Whether activations are computed twice, and gradients kept at places of their own."""
+    """Whether activations are recomputed, and gradients therefore allocated separately."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # The second is its name in transformers 5.17; later ones warn if it is asked.
+    # The second is the name in transformers 5.17; later versions warn if it is read.
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     name = next((name for name in names if hasattr(type(inner), name)), "")
     return bool(getattr(inner, name, False))
 
 
 def _apart(model: Any, device: str) -> int:
-    """Bytes of gradients that the loop keeps at places of their own, all the time."""
+    """Bytes of gradients that the loop allocates separately and keeps."""
     if device != "cpu" or not recomputes(model):
         return 0
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -275,12 +277,13 @@ def foreseen_footprint(
     longest: int,
     device: str = "cpu",
 ) -> Footprint:
-    """`footprint` of a model whose weights are not there: the loop's own computation on tensors
-    that have shapes and types, and no numbers; of a small model on zeros, which is sooner done.
+    """`footprint` of a model whose weights are not loaded: the loop's own computation on tensors
+    that have shapes and dtypes but no values, or, for a small model, on zeros, which is faster.
 
     Args:
-        model: on the meta device, with its adapter if it has one; a small one leaves it.
-        device: whose allocator will hold the tensors. Operations are those of a CPU.
+        model: the model on the meta device, with its adapter if it has one; a small model is moved
+            to the CPU.
+        device: the device whose allocator will hold the tensors. Operations are those of a CPU.
     """
     from truetune.compute.adapter import plain_adapters
     from truetune.compute.head import SupervisedHead, Tail
@@ -295,7 +298,7 @@ def foreseen_footprint(
                 tensor.zero_()
     inner.tie_weights()
     head = SupervisedHead(inner.get_output_embeddings(), Tail())
-    # Whether rows may be packed is asked of numbers, at the start of the run.
+    # Whether rows may be packed depends on values, so it is tested at the start of the run.
     route = Route(model, "packed", head=head, adapters=plain_adapters(model))
     compute = measured_footprint if small else footprint_without_numbers
     made = compute(route, autocast, longest=longest)
@@ -309,7 +312,8 @@ def foreseen_footprint(
 def _measuring(
     route: Route, longest: int, standing: tuple[Cut, Any] | None, *, gradients_kept: bool
 ) -> tuple[Any, list[PackedBatch]]:
-    """What tells a pass's bytes, and the batches to ask it of, the two that count last."""
+    """Return the function that measures the bytes of a pass, and the batches to measure; the last
+    two are used."""
     from truetune.compute.alive import alive_bytes, traced
 
     if standing is not None:
@@ -321,7 +325,7 @@ def _measuring(
 
         return whole, _batches(route, longest)
     first = next(route.model.parameters())
-    # A tensor without numbers claims to be on a device, and takes no memory there.
+    # A tensor without values has a device, but takes no memory there.
     if first.device.type != "cuda" or hasattr(first, "fake_mode"):
         return alive_bytes, _batches(route, longest)
     from truetune.compute.cuda import footprint as cuda

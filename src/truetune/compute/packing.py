@@ -2,9 +2,9 @@
 
 input   SFTExample(ids, mask), in any number and length
 does    cuts a step's rows into micro-batches by first-fit decreasing (Johnson 1973); within one,
-        rows that begin alike become a tree, in which the shared beginning stands once
-output  PackedBatch: ids, the layout of who sees whom, and the supervised positions with their
-        targets; shifted here, as `batch.py` shifts for the padded path
+        rows with a common prefix become a tree, which contains the prefix once
+output  PackedBatch: ids, the layout of which tokens attend to which, and the supervised positions
+        with their targets; labels are shifted here, and in `batch.py` for the padded path
 
 A step's batches depend on its number alone, so a resumed run needs no state but the step.
 """
@@ -24,8 +24,8 @@ from truetune.contract.example import SFTExample
 from truetune.contract.tokens import common_prefix
 from truetune.system.lazy import torch
 
-# A beginning is shared from so many tokens on: below, the merging costs what the tokens save. Short
-# rows go through attention together, and nothing is merged.
+# The shortest prefix that is shared: merging attention results for a shorter one costs as much as
+# it saves. Short rows go through attention together, and nothing is merged.
 MIN_SHARED, MIN_SHARED_SHORT = 16, 3
 
 
@@ -35,15 +35,15 @@ class PackedBatch:
 
     Attributes:
         ids_T: int64 input ids, each node's tokens in a run.
-        layout: the nodes, and who sees whom.
+        layout: the nodes, and which tokens attend to which.
         positions_N: int64, index in the sequence from which each target is predicted. In a tree
             a position may predict several targets.
         targets_N: int64.
-        weights_N: float32, in how many rows the target stands; 1 where rows share nothing.
-        rows: index of the example behind each row.
-        num_tokens: unpadded tokens of the rows, each row whole, however much of it is shared.
+        weights_N: float32, the number of rows that contain the target; 1 if rows share nothing.
+        rows: index of the example of each row.
+        num_tokens: unpadded tokens of the rows; shared tokens count once for each row.
         num_supervised: targets of the rows: the sum of the weights.
-        keys_T: int64, what adapters drop by, see `token_keys`.
+        keys_T: int64, the keys that determine adapter dropout, see `token_keys`.
     """
 
     ids_T: torch.Tensor
@@ -58,7 +58,7 @@ class PackedBatch:
 
     @property
     def num_computed(self) -> int:
-        """Tokens that go through the model: a shared beginning counts once."""
+        """Tokens that go through the model: a shared prefix counts once."""
         return self.layout.num_tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -101,12 +101,13 @@ def pack(
 
 
 def _inputs(example: SFTExample) -> int:
-    """Tokens that go into the model: the last one predicts nothing. One token goes in alone."""
+    """Number of tokens that go into the model: all but the last, which predicts nothing, and at
+    least one."""
     return max(len(example.ids) - 1, 1)
 
 
 class _Forest:
-    """Nodes of a packed sequence while they are laid down, depth first."""
+    """The nodes of a packed sequence while they are added, depth first."""
 
     def __init__(self, examples: Sequence[SFTExample], min_shared: int | None) -> None:
         self.examples, self.min_shared = examples, min_shared
@@ -117,10 +118,10 @@ class _Forest:
         self.targets: dict[tuple[int, int], int] = {}
 
     def grow(self, rows: Sequence[int], depth: int, parent: int, line: Sequence[int] = ()) -> None:
-        """Lay down rows that are sorted by their ids and share their first `depth` tokens.
+        """Add rows that are sorted by their ids and share their first `depth` tokens.
 
         Args:
-            parent: the node that holds the last shared token; -1 where depth is 0.
+            parent: the node that contains the last shared token; -1 if depth is 0.
             line: index in the sequence of each shared token.
         """
         # Nodes of equal length side by side go through attention together.
@@ -162,7 +163,7 @@ class _Forest:
 
 
 def common_inputs(one: SFTExample, other: SFTExample) -> int:
-    """Input tokens with which two examples begin alike."""
+    """Number of input tokens in the common prefix of two examples."""
     return min(_inputs(one), _inputs(other), common_prefix(one.ids, other.ids))
 
 
@@ -170,12 +171,12 @@ class PackedBatcher:
     """Rows packed without padding.
 
     Args:
-        examples: what is trained.
-        max_seq_len: longest row; longer ones lose their end, with a warning.
-        order: which rows a step trains.
-        limits: of a micro-batch; may be lowered while the run goes on.
-        min_shared: see `pack`; "auto" shares what pays.
-        share: of a step's rows, (this process, processes).
+        examples: the training examples.
+        max_seq_len: maximum length of a row; longer rows lose their end, with a warning.
+        order: the rows of each step.
+        limits: the limits of a micro-batch, which may be lowered during the run.
+        min_shared: see `pack`; "auto" shares prefixes where that saves time.
+        share: this process's share of a step's rows, as (index of the process, number of them).
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class PackedBatcher:
     def micro_batches(self, step: int) -> list[PackedBatch]:
         bins: list[tuple[int, list[int]]] = []  # (tokens, rows)
         step_rows = self.order.rows(step)
-        # Of the whole step, so that all processes share alike.
+        # Computed for the whole step, so that all processes share the same prefixes.
         least = self._least(self.examples, step_rows)
         for size, rows in self._trees(self._dealt(step_rows, least), self.limits, least):
             for index, (filled, there) in enumerate(bins):
@@ -207,16 +208,16 @@ class PackedBatcher:
         return [pack(self.examples, rows, min_shared=least) for _, rows in bins]
 
     def _least(self, examples: Sequence[SFTExample], rows: Sequence[int]) -> int | None:
-        """Tokens from which a beginning is shared."""
+        """The length in tokens from which a prefix is shared."""
         if self.min_shared != "auto":
             return self.min_shared
         longest = max((_inputs(examples[row]) for row in rows), default=0)
         return MIN_SHARED_SHORT if longest <= MOST_KEYS else MIN_SHARED
 
     def _dealt(self, rows: Sequence[int], least: int | None) -> Sequence[int]:
-        """This process's rows of a step. Rows that share a beginning stay together, and the next
-        largest tree goes to whoever has least; a rule of the rows alone, whatever the limits have
-        come to in one of the processes."""
+        """This process's rows of a step. Rows that share a prefix stay together, and the next
+        largest tree goes to the process with the fewest tokens. This depends only on the rows, not
+        on limits that one of the processes has lowered."""
         rank, size = self.share
         if size == 1:
             return rows
@@ -230,8 +231,8 @@ class PackedBatcher:
     def _trees(
         self, rows: Sequence[int], limits: Limits, least: int | None
     ) -> list[tuple[int, list[int]]]:
-        """(tokens, rows) of runs of rows that share a beginning, each within the limits; the
-        largest first."""
+        """(tokens, rows) of groups of rows that share a prefix, each within the limits, the largest
+        first."""
         return sorted(self._runs(rows, limits, least), key=lambda tree: -tree[0])
 
     def _runs(

@@ -1,10 +1,10 @@
-"""Layers that are built alike take memory alike: a few of a model's layers stand for all of them.
+"""Measure a few of a model's layers in place of all: layers of one kind need the same memory.
 
 input   a model with a list of decoder layers
-does    tells kinds of layers apart by their modules, numbers and shapes; cuts the list to the first
-        layer, the last one and two of each kind between them; puts the bytes of a pass through
-        those together to the bytes of a pass through all
-output  Cut: the layers that stand for others; bytes after each operation, of the whole model
+does    distinguishes kinds of layers by their modules, numbers and shapes; reduces the list to the
+        first layer, the last one and two of each kind between them; computes the bytes of a pass
+        through all layers from those of a pass through these
+output  Cut: the layers that represent others; bytes after each operation, for the whole model
 who     memory.py
 """
 
@@ -21,18 +21,19 @@ from truetune.system.lazy import torch
 if TYPE_CHECKING:
     from truetune.compute.alive import Trace
 
-# Layers of a model that is measured as it is.
+# A model with at most this number of layers is measured with all of them.
 _FEW = 4
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A model's layers, and those that stand for them.
+    """A model's layers, and those that represent them.
 
     Attributes:
         owner, name: the module that has the list, and its name there.
-        kept: places of the layers that are computed.
-        stands_for: for each layer of the model the one of `kept`, counted in `kept`.
+        kept: indices of the layers that are computed.
+        stands_for: for each layer of the model, the index in `kept` of the layer that represents
+            it.
         gradients: bytes of each kept layer's gradients.
     """
 
@@ -45,7 +46,7 @@ class Cut:
 
 
 def find_cut(model: Any) -> Cut | None:
-    """The layers that stand for all; None if that would spare nothing, or cannot be known."""
+    """The layers that represent all; None if this would save nothing, or cannot be determined."""
     found = _layers(model)
     if found is None:
         return None
@@ -54,7 +55,7 @@ def find_cut(model: Any) -> Cut | None:
     if kinds is None:
         return None
     last = len(layers) - 1
-    # The first layer of a kind may make what the others find made, so the second one stands for it.
+    # The first layer of a kind may create what the others reuse, so the second one represents it.
     kept, standing = [0], {}
     for place in range(1, last):
         kind = kinds[place]
@@ -165,12 +166,12 @@ def _layers(model: Any) -> tuple[torch.nn.Module, str, torch.nn.ModuleList] | No
 
 
 def _kinds(model: Any, layers: list[Any]) -> list[Any] | None:
-    """What each layer is made of, and whether a gradient goes back through it."""
+    """What each layer consists of, and whether a gradient flows back through it."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     embedding = inner.get_input_embeddings()
     reached = any(p.requires_grad for p in embedding.parameters())
     made = [_structure(layer) for layer in layers]
-    # A number that counts the layers is no difference between them.
+    # A number that counts the layers does not distinguish them.
     names = {name for name, _ in made[0][1]}
     counters = {
         name

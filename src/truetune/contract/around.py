@@ -16,11 +16,11 @@ _EXPRESSION = re.compile(r"[\[({:=/]")
 
 
 def glued(leaf: Leaf, before: str, behind: str, *, quoted: bool = True) -> bool:
-    """Whether something stands against a part of a call that makes another one of it: a sign or a
-    digit, or anything between it and the quotes that hold it.
+    """Whether something next to a part of a call turns it into a different one: a sign or a digit,
+    or anything between the part and its quotes.
 
     Args:
-        quoted: whether quotes may hold it.
+        quoted: whether the part may be in quotes.
     """
     if leaf.kind in ("reasoning", "content"):
         return False
@@ -46,18 +46,18 @@ def glued(leaf: Leaf, before: str, behind: str, *, quoted: bool = True) -> bool:
 
 
 def in_quotes(pieces: Sequence[str | int], piece: int, at: int = 0) -> bool:
-    """Whether a quote is open at a place, as far as their number says."""
+    """Whether a quote is open at a place, judged by the number of quotes before it."""
     before = "".join(p for p in pieces[:piece] if isinstance(p, str))
     return (before + str(pieces[piece])[:at]).count('"') % 2 == 1
 
 
 def _is_space(text: str, own: str) -> bool:
-    """Whether a text is nothing, or the row's own outer whitespace in one of its forms."""
+    """Whether a text is empty, or is the row's own outer whitespace in one of its forms."""
     return not text or text in (own, repr(own)[1:-1], *in_json_forms(own))
 
 
 def bare(piece: str | int, controls: re.Pattern[str] | None) -> str:
-    """A text in which a tag stands for each control token."""
+    """The text, with a tag in place of each control token."""
     return controls.sub("<\x01>", str(piece)) if controls else str(piece)
 
 
@@ -74,6 +74,6 @@ def quoted(before: str, behind: str) -> bool:
 
 
 def is_cut_from(short: str, full: str) -> bool:
-    """Whether a text is another one without one stretch of it."""
+    """Whether `short` is `full` with one contiguous piece removed."""
     both = common_prefix(short, full) + common_prefix(short[::-1], full[::-1])
     return both >= len(short)

@@ -62,10 +62,10 @@ class _Row:
     """A conversation that is being encoded, and the reasoning routes that have not been tried yet.
 
     Attributes:
-        ways: (messages, route of their reasoning); the first is the one in hand.
+        ways: (messages, route of their reasoning); the first is the one that is being tried.
         history: the messages as a client sends them back.
-        past: the same as the template is given them.
-        shortcut: whether a served prompt may stand for the rendering of the turn before it.
+        past: the same messages as they are passed to the template.
+        shortcut: whether a served prompt may replace the rendering of the turn before it.
     """
 
     conversation: Conversation

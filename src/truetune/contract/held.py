@@ -41,7 +41,7 @@ def values_in(value: Any) -> Iterator[Any]:
 
 
 def is_written(text: str, value: Any) -> bool:
-    """Whether a text is the value: itself, as JSON or in Python's own notation, and no more."""
+    """Whether a text is exactly the value: as text, as JSON or in Python notation."""
     form = text.strip()
     if isinstance(value, str) and form == value.strip():
         return True
@@ -60,19 +60,19 @@ def _readings(text: str) -> Iterator[Any]:
 
 
 def is_same(read: Any, value: Any) -> bool:
-    """Equal with their types: true is no 1, and 1.0 no 1."""
+    """Whether two values are equal and of the same types: true is not 1, and 1.0 is not 1."""
     return json.dumps(read, sort_keys=True, default=repr) == json.dumps(
         value, sort_keys=True, default=repr
     )
 
 
-# Keys that may stand beside those of the arguments where a format has all in one object.
+# Keys that may be next to those of the arguments, if a format puts everything into one object.
 CALL_KEYS = frozenset({"name", "tool_name", "type", "id", "tool_call_id", "index"})
 
 
 def is_call(held: Mapping[str, Any], arguments: Any) -> bool:
-    """Whether a JSON object is the arguments of a call, or the call with its arguments beside its
-    name."""
+    """Whether a JSON object is the arguments of a call, or a call that has its arguments next to
+    its name."""
     if not isinstance(arguments, Mapping):
         return False
     bare = {k: v for k, v in held.items() if k in arguments or k not in CALL_KEYS}
@@ -80,7 +80,7 @@ def is_call(held: Mapping[str, Any], arguments: Any) -> bool:
 
 
 def json_objects(text: str, *, elements: bool = True) -> Iterator[dict[str, Any]]:
-    """Objects that stand in a text as JSON, those inside others and inside strings too.
+    """The JSON objects in a text, including those inside other objects and inside strings.
 
     Args:
         elements: also those in a list that belongs to a key.

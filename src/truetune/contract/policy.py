@@ -41,7 +41,7 @@ class Policy:
     template_words: WordsPolicy = "refuse"
 
     def as_dict(self) -> dict[str, object]:
-        """What contract.json holds."""
+        """Return the policy as contract.json contains it."""
         return {
             "reasoning": self.reasoning,
             "think_markers": list(self.think_markers) if self.think_markers else None,

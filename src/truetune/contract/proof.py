@@ -2,8 +2,8 @@
 
 input   completions, and what the template writes for their twins: the same turns with a sentinel
         for each part
-does    reads off a twin what the template writes around the parts; the completion must be that,
-        filled with the parts of the row: each of them once, in its place, and no words beside them
+does    takes from a twin what the template writes around the parts; the completion must equal that,
+        filled with the parts of the row: each of them once, in its place, and no other words
 output  remarks, or `UnfaithfulTemplate` with the reason
 """
 

@@ -1,8 +1,8 @@
 """Render messages as text: a chat template with its arguments, as an inference server renders it.
 
-Rendering goes through transformers' own sandbox and preparation of messages, because that is what
-servers built on it run; there is no second way of making prompt text. It happens in a worker
-process (`sandbox.py`), because a template is an untrusted program.
+Rendering uses transformers' own sandbox and preparation of messages, because servers built on it do
+the same; no other code makes prompt text. It happens in a worker process (`sandbox.py`), because a
+template is an untrusted program.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RenderJob:
         messages: in the form that the template receives.
         tools: tool schemas.
         prompt: whether to add the generation prompt.
-        arguments: beside those of the run, and over them.
+        arguments: template arguments in addition to those of the run, which they override.
     """
 
     messages: Messages

@@ -1,10 +1,10 @@
-"""Rendering in a process of its own, with a memory limit and a deadline.
+"""Render in a separate process, with a memory limit and a deadline.
 
 input   template source, special tokens, date, JSON texts, and jobs by the numbers of those texts
-does    keeps one worker process, hands it jobs in batches, has it ended when one answer, or all
-        answers of a template, take more processor time than they may; one that ended in another
-        way is replaced once, since the system may have ended it
-output  one answer per job, as `worker.py` gives it; ["hang"], ["slow"] or ["died", how] if there
+does    keeps one worker process, sends it jobs in batches, and stops it if one answer, or all
+        answers of a template, exceed their limit of CPU time; a worker that ended in any other way
+        is replaced once, because the system may have ended it
+output  one answer per job, as `worker.py` returns it; ["hang"], ["slow"] or ["died", how] if there
         was none; a template that was stopped once is not run again
 """
 

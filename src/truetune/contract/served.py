@@ -82,9 +82,9 @@ class Served:
     def past(self, messages: Sequence[dict[str, Any]], seen: Behaviour) -> list[dict[str, Any]]:
         """Prepared messages as a server gets them from a client that sends back what it received.
 
-        A server with a reasoning parser gave it the reasoning in a field, and hands the field that
-        comes back to the template by the usual names; whether the template writes it is the
-        template's affair. Reasoning that the run trains between markers of its own (`--reasoning
+        A server with a reasoning parser returned the reasoning in a field, and passes the field
+        that the client sends back to the template under its usual names; the template decides
+        whether to write it. Reasoning that is trained between markers of the run (`--reasoning
         inline`) comes back inside the content.
         """
         route = next((r for r in seen.routes if r in FIELDS), "reasoning_content")
@@ -92,10 +92,10 @@ class Served:
         return shown(messages, seen.shape, route, self.policy.markers(seen))
 
     def is_switched(self, template_kwargs: Mapping[str, Any]) -> bool:
-        """Whether an argument that changes served prompts was set by hand.
+        """Whether the user set an argument that changes served prompts.
 
         Args:
-            template_kwargs: those of a row.
+            template_kwargs: the template arguments of a row.
         """
         given = {*(self.template_kwargs if self.explicit_kwargs else ()), *template_kwargs}
         return any(name in given for name in self._switches)

@@ -56,11 +56,12 @@ class Skeleton:
     as_text: bool = False
 
     def spans(self, written: str, leaves: Sequence[Leaf]) -> list[tuple[int, int, int]] | None:
-        """(leaf, start, end) of each part in a text that is this skeleton, filled; else None."""
+        """(leaf, start, end) of each part in a text that is this skeleton with its parts filled in;
+        None for any other text."""
         return _spans(self.pieces, written, leaves, 0, 0)
 
     def reached(self, spans: Sequence[tuple[int, int, int]]) -> int:
-        """Where the last part ends that has no sentinel, in a text with these spans."""
+        """The end of the last part that has no sentinel, in a text with these spans."""
         piece, offset = self.reach
         before = sum(isinstance(p, int) for p in self.pieces[:piece])
         return offset + (spans[before - 1][2] if before else 0)

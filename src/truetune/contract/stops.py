@@ -150,12 +150,13 @@ def _stop_id(item: str | int, tokens: Tokens) -> int:
 
 
 def answer_stop(behaviour: Behaviour, tokens: Tokens, own: Sequence[int]) -> int | None:
-    """The token that ends an answer: what the template writes behind it, last and in history.
+    """The token that ends an answer, from what the template writes after a last answer and after
+    an answer in the history.
 
-    What is in both places is the end of the turn (behind it, the end of a text may stand once);
-    of several such tokens the last that ends a question too, else the last. Where the two have
-    nothing in common, the last answer's own counts; where nothing follows a last answer, what
-    begins the next turn does.
+    What it writes in both places is the end of the turn (the end of the whole text may follow
+    once). If these are several tokens, it is the last one that also ends a question, or else the
+    last one. If the two places have nothing in common, it is what follows the last answer; if
+    nothing follows a last answer, it is what begins the next turn.
     """
     last, later = (_written(tail, tokens, own) for tail in behaviour.answer_end)
     common = last[: common_prefix(last, later)] if last and later else []

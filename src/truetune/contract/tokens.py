@@ -74,13 +74,13 @@ class Tokens:
         }
 
     def _pieces(self, text: str) -> list[str]:
-        """A text cut behind each of its splitting tokens."""
+        """The text, split after each of its splitting tokens."""
         assert self._splitting is not None
         ends = [found.end() for found in self._splitting.finditer(text)]
         return [text[a:b] for a, b in itertools.pairwise([0, *ends, len(text)])]
 
     def _cut(self, text: str) -> int:
-        """Where a text may be cut: after its last splitting token, 0 if there is none."""
+        """The position at which a text may be split: after its last splitting token, or 0."""
         if self._splitting is None:
             return 0
         # The last one is near the end: a generation prompt begins with it.
@@ -89,10 +89,10 @@ class Tokens:
 
     @cached_property
     def _splitting(self) -> re.Pattern[str] | None:
-        """Special tokens after which a text may be cut without changing its ids, found by trying.
+        """Special tokens after which text may be split without changing its ids, found by trying.
 
-        A tokenizer takes added tokens out of a text before it merges anything. But some put a space
-        before what follows, or strip it: each token is tried with what may follow.
+        A tokenizer separates added tokens from the text before it merges anything. But some add a
+        space before what follows, or strip one, so each token is tried with what may follow.
         """
         tries = ("a", " a", "\n", "\n\na", "\u00e9", "\u6f22", "assistant\nThe 1", "  x", ".")
         # A shorter token that begins like a longer one would cut inside it. In their order, a text

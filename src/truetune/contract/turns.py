@@ -1,12 +1,12 @@
 """Derive the text of one trained turn: what the server sends, and what the model must write after
 it.
 
-The completion is what the template writes where its rendering of the turn goes on from the served
-prompt. Where it does not go on from there, the two are brought together by what was observed: a
-prompt that opens a think block is continued with reasoning, closing marker and the turn as the
-template writes it without; a prompt that closes one is continued with the turn; a prompt that
-differs in its earlier part only (a system text that moves to the last question) is continued with
-what is after the same question. Everything else is refused.
+If the template's rendering of the turn continues the served prompt, the completion is that
+continuation. Otherwise, the completion follows from the observed behaviour: a prompt that opens a
+think block is continued with the reasoning, the closing marker and the turn as the template writes
+it without reasoning; a prompt that closes one is continued with the turn; a prompt that differs
+only in an earlier part (a system text that moves to the last question) is continued with what
+follows the same question. Everything else is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TurnText:
     Attributes:
         turn: index of the message.
         prompt: what the server sends.
-        through: the same text and what follows; the completion is cut out of it by tokens.
+        through: the prompt and what follows it, from which the completion is taken by tokens.
         remarks: see `Encoded.remarks`.
         lead: what was put before the answer that is not in the row: the marker of a block that is
             closed at once.
@@ -46,22 +46,22 @@ class TurnText:
 
     @property
     def number(self) -> int:
-        """The index of the message as the row counts."""
+        """The index of the message in the row."""
         return self.turn + self.merged
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a turn is derived under.
+    """The conditions under which a turn is derived.
 
     Attributes:
-        behaviour: of the template under the row's arguments.
+        behaviour: the template's behaviour under the row's arguments.
         route: how reasoning reaches the template.
-        markers: around composed reasoning.
-        empty: whether a row without reasoning may close an opened block at once, or stand where
-            the template would write an empty block.
+        markers: the markers around composed reasoning.
+        empty: whether a row without reasoning may close an opened block at once, or replace an
+            empty block that the template would write.
         merged: see `TurnText`.
-        unlearn: returns whether a think switch was set by hand, so that an empty block is left out.
+        unlearn: returns whether the user set a think switch, so that an empty block is left out.
     """
 
     behaviour: Behaviour
@@ -138,8 +138,8 @@ def _behind(
     """What the template writes for the turn, and remarks.
 
     Args:
-        tail: a think block that the prompt opens or closes at its end: the rendering may go on
-            behind it, or beside it from the same place.
+        tail: a think block that the prompt opens or closes at its end: the rendering may continue
+            after the block, or from its beginning.
     """
     base = prompt.removesuffix(tail)
     for start in dict.fromkeys((prompt, base)):
@@ -153,7 +153,7 @@ def _behind(
 
 
 def _once(rest: str, opened: str, closed: str, markers: Markers) -> str:
-    """The turn without a think block that the prompt has written already."""
+    """The turn without a think block that the prompt already contains."""
     if opened and rest.lstrip().startswith(markers.open):
         return rest.lstrip()[len(markers.open) :].lstrip("\n")
     if closed:
@@ -170,9 +170,9 @@ def _joined(turn: int, prompt: str, text: str, *remarks: str) -> TurnText:
 def _realigned(
     prompt: str, through: str, before: Mapping[str, Any], message: Mapping[str, Any]
 ) -> str | None:
-    """What follows the same last message in both texts; None if that is not to be found.
+    """What follows the same last message in both texts; None if it cannot be found.
 
-    The end of the prompt from the last message's own text on must stand in the rendering too,
+    The end of the prompt, from the text of its last message on, must also be in the rendering,
     before the turn.
     """
     said = str(before.get("content") or "").strip()
@@ -199,8 +199,8 @@ def _realigned(
 
 
 def _past(tail: str, text: str, at: int) -> int | None:
-    """Where `text` goes on after `tail`, which is at `at` up to whitespace between its words;
-    None if it does not."""
+    """The index at which `text` continues after `tail`, which begins at `at` and may have other
+    whitespace between its words; None if it is not there."""
     body = tail.rstrip()
     for char in body:
         if char.isspace():

@@ -20,9 +20,9 @@ class Leaf:
     """A part of a turn that must reach the completion: a text, or a name or value of a call.
 
     Attributes:
-        kind: what it is; "arguments" are all those of a call where they are a text and no JSON.
+        kind: what it is; "arguments" means all arguments of a call, if they are text and not JSON.
         value: as the row has it, without outer whitespace.
-        sentinel: what stands for it in the twin.
+        sentinel: the text in its place in the twin.
         around: the outer whitespace that the row has before and after it.
     """
 

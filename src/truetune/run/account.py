@@ -143,14 +143,26 @@ def length_findings(
                 fix=f"use --max-length {facts.context_length}",
             )
         )
-    counts = ((fitted.num_truncated, "truncated"), (fitted.num_split, "split"))
-    for count, how in counts:
-        if count:
-            what = {
-                "truncated": "prompts lost their beginning because of the length limit",
-                "split": "plain texts were split into blocks; every token is supervised",
-            }[how]
-            findings.append(Finding(f"rows-{how}", "note", what, str(recipe.data), count))
+    if fitted.num_truncated:
+        findings.append(
+            Finding(
+                "rows-truncated",
+                "note",
+                "prompts lost their beginning because of the length limit",
+                str(recipe.data),
+                fitted.num_truncated,
+            )
+        )
+    if fitted.num_split:
+        findings.append(
+            Finding(
+                "rows-split",
+                "note",
+                "plain texts were split into blocks; every token is supervised",
+                str(recipe.data),
+                fitted.num_split,
+            )
+        )
     if not fitted.dropped and not eval_fitted.dropped:
         return findings
     dropped = [*fitted.dropped, *eval_fitted.dropped]

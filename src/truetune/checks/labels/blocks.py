@@ -75,7 +75,8 @@ def _at_border(odd: Flags, border: Flags, inside: Flags) -> Flags:
 
 
 def _ended(facts: LabelFacts) -> Flags:
-    """(R,) rows whose last token that is no whitespace ends an answer for somebody."""
+    """(R,) rows whose last token other than whitespace ends an answer for the server, the template
+    or the tokenizer."""
     table = facts.table
     filled = table.lengths > 0
     first = table.starts[:-1][filled]

@@ -146,7 +146,8 @@ def _opens(facts: LabelFacts, row: int, others: np.ndarray) -> bool:
 
 
 def _plain_rows(facts: LabelFacts) -> Told:
-    """No plain documents stand among conversations, unmarked and with every token a target."""
+    """No row among conversations is a plain document, without markers and with every token a
+    target."""
     table = facts.table
     if facts.plain or facts.is_stream or not facts.turn_markers:
         return None

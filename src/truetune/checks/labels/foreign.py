@@ -83,7 +83,8 @@ def _moved(tokens: Tokens, ids: Sequence[int]) -> tuple[int, int]:
 
 
 def _borders(tokens: Tokens, ids: Sequence[int]) -> Iterator[int]:
-    """How many letters of the vocabulary precede the end of each token. The letter that stands for
-    a space in some does not count: decoders drop it at the ends and beside special tokens."""
+    """The number of the vocabulary's characters up to the end of each token. The character that
+    represents a space in some vocabularies does not count, because decoders drop it at the ends and
+    next to special tokens."""
     pieces = tokens.tokenizer.convert_ids_to_tokens(list(ids))
     return accumulate(len((piece or "").replace("\u2581", "")) for piece in pieces)

@@ -37,9 +37,9 @@ class TokenTable:
             if there is none.
         starts: (R + 1,) row r is ids[starts[r]:starts[r + 1]].
         where: R names of rows.
-        padding_supervised: rows that had a label on padding, before it was taken off.
-        blocks: (R,) number of the row as it was given that each document lay in; None if
-            nothing was packed.
+        padding_supervised: rows that had a label on padding, before the padding was removed.
+        blocks: (R,) for each document, the number of the original row that contained it; None
+            if nothing was packed.
     """
 
     ids: Ints

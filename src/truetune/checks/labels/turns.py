@@ -68,7 +68,7 @@ def _empty_answers(facts: LabelFacts, table: TokenTable) -> list[tuple[int, int]
 
 @once
 def _template_empties(facts: LabelFacts) -> bool:
-    """Whether the template itself writes an empty answer beside a call."""
+    """Whether the template itself writes an empty answer next to a call."""
     ids = np.array(_served_call(facts), np.int64)
     # One that leaves the call out makes an empty answer of it.
     if _NAME not in facts.tokens.decode(ids.tolist()):
