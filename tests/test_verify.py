@@ -415,7 +415,8 @@ def test_a_token_without_a_lead_may_change_when_weights_are_rounded() -> None:
     unsure = 0.01 * torch.randn((200, 50), generator=draw)
     noise = 0.01 * torch.randn((200, 50), generator=draw)
     found = at_clear_leads(measured(unsure), measured(unsure + noise))
-    assert agreement(measured(unsure), measured(unsure + noise)).greedy < 0.2
+    # The share that is required of tokens is 0.95.
+    assert agreement(measured(unsure), measured(unsure + noise)).greedy < 0.9
     assert (found.greedy, found.num_positions) == (1.0, 0)
     # The same noise beside clear favourites; and one of ten favourites that is another one.
     sure = unsure.clone()
