@@ -226,6 +226,23 @@ def test_an_arm_whose_training_broke_off_is_trained_anew(tmp_path: Path) -> None
     assert len(Bench(tmp_path).tuned(arm, 1).losses) == 2
 
 
+@pytest.mark.parametrize("through", ["trainer", "pipeline"])
+def test_an_arm_that_was_changed_since_is_trained_anew(tmp_path: Path, through: str) -> None:
+    settings = {"max_steps": 2, "batch_size": 4}
+    arm = Arm("few", rows=rows(4, 1), recipe=settings)
+    if through == "trainer":
+        arm = Arm("few", examples=lambda c: encoded(c, rows(4, 1)), recipe=settings)
+    file = Bench(tmp_path).tuned(arm, 1).folder / "model.safetensors"
+    trained = file.read_bytes()
+    file.write_bytes((base_path() / file.name).read_bytes())
+    again = Bench(tmp_path)
+    again.tuned(arm, 1)
+    assert again.trained == 1
+    assert file.read_bytes() == trained
+    again.tuned(arm, 1)
+    assert again.trained == 1
+
+
 def test_a_changed_batch_changes_the_loss_and_nothing_else_does(tmp_path: Path) -> None:
     from truetune.lab.experiments.wrong_labels import by_all_tokens, shifted_again
 
@@ -447,6 +464,15 @@ def test_the_list_names_every_claim() -> None:
 def test_two_numbers_of_seeds_are_refused() -> None:
     shown = CliRunner().invoke(lab, ["run", "end-marker", "--quick", "--seeds", "2"])
     assert shown.exit_code != 0
+
+
+def test_a_quick_run_does_not_replace_a_full_one(tmp_path: Path, result: dict[str, Any]) -> None:
+    write({**result, "name": "end-marker", "quick": False}, tmp_path)
+    kept = (tmp_path / "end-marker.json").read_bytes()
+    shown = CliRunner().invoke(lab, ["run", "end-marker", "--quick", "-o", str(tmp_path)])
+    assert isinstance(shown.exception, UsageError)
+    assert shown.exception.code == "lab-result-full"
+    assert (tmp_path / "end-marker.json").read_bytes() == kept
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("stopped after step 2")])

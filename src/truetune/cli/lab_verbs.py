@@ -123,8 +123,18 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
         )
 
     def require() -> None:
-        """The page of all results can be written: told before hours of training, not after."""
-        read(output)
+        """The page of all results can be written, and none is lost: told before hours of training,
+        not after."""
+        named = {experiment.name for experiment in chosen}
+        full = [r["name"] for r in read(output) if r["name"] in named and not r.get("quick")]
+        if quick and full:
+            raise UsageError(
+                f"--quick would replace the results of full runs: {', '.join(full)}",
+                where=output,
+                why="the quick form has one seed and fewer arms",
+                fix="choose another folder with -o",
+                code="lab-result-full",
+            )
 
     screen = open_screen()
     # Two at once would remove each other's arms, or write among the files of a run.

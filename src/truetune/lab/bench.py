@@ -18,7 +18,8 @@ from truetune.contract.example import SFTExample
 from truetune.lab import base_path
 from truetune.model.load import LoadedModel, load_model
 from truetune.model.placement import Purpose
-from truetune.run_dir import RunDir
+from truetune.run_dir import RunDir, sha256
+from truetune.verification.files import check_files
 
 Row = Mapping[str, Any]
 # The settings of an arm that says nothing else: the quickstart's. A run that falls apart goes on:
@@ -198,7 +199,8 @@ class Bench:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         folder = self.folder / self._key(lines, settings)
         run = RunDir(folder)
-        if not run.finished:
+        # What was changed since it was trained is not what the page would say it is.
+        if not run.finished or check_files(run).state == "failed":
             self._training(name, settings)
             self.folder.mkdir(parents=True, exist_ok=True)
             data = folder.with_suffix(".jsonl")
@@ -227,7 +229,7 @@ class Bench:
         named += getattr(change, "__name__", "") + getattr(adapter, "__name__", "")
         folder = self.folder / self._key(named, settings)
         history = folder.with_suffix(".losses.json")
-        if not (folder.is_dir() and history.is_file()):
+        if _read_history(history, folder) is None:
             self._training(arm.name, settings)
             shutil.rmtree(folder, ignore_errors=True)
             purpose: Purpose = "full" if adapter is None else "lora"
@@ -238,8 +240,25 @@ class Bench:
             losses = trainer.train()["train_loss"]
             dtype = None if loaded.is_adapter else loaded.base_dtype
             save_model(loaded, contract, folder, dtype=dtype)
-            history.write_text(json.dumps(losses), encoding="utf-8")
-        return folder, tuple(json.loads(history.read_text(encoding="utf-8")))
+            kept = {"losses": losses, "files": _digests(folder)}
+            history.write_text(json.dumps(kept), encoding="utf-8")
+        found = _read_history(history, folder)
+        assert found is not None
+        return folder, found
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _read_history(history: Path, folder: Path) -> tuple[float, ...] | None:
+    """The losses of an arm; None if it was not trained to its end, or was changed since."""
+    try:
+        kept = json.loads(history.read_text(encoding="utf-8"))
+        whole = isinstance(kept, dict) and kept["files"] == _digests(folder)
+        return tuple(map(float, kept["losses"])) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _settings(arm: Arm) -> dict[str, Any]:

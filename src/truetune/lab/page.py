@@ -51,8 +51,8 @@ that occur in no row. The tables use these measures:
 * *training loss*: the mean of the last ten steps.
 
 Losses are in nats per token. Square brackets contain 95 % intervals. For shares, they are over the
-questions of one seed (Wilson; for differences, paired by question and seed, Newcombe); for losses,
-they come from a bootstrap. They do not contain the variation between seeds, and so an expectation
+questions of one seed (Wilson; for differences, paired by question and seed, Newcombe), with mean
+counts rounded to whole questions; for losses, they come from a bootstrap. They do not contain the variation between seeds, and so an expectation
 holds only if each seed lies within the bound as well. In the pictures, dots and bars are means and
 their intervals, and rings are the seeds.
 
@@ -60,6 +60,10 @@ their intervals, and rings are the seeds.
 docs` makes this page from the results in `docs/lab/*.json`. `--quick` uses one seed, a quarter of
 the rows per step, and only the arms that an expectation names; the bounds are the same. `truetune
 lab evaluate` measures what the base itself knows.
+
+The commit and the CPU seconds under an experiment are those of its last run. Arms that were in the
+folder by then are not trained again, so the first seed of some experiments was trained on the same
+day at an earlier commit; [log.md](log.md) says which.
 
 ## The verdicts
 """
