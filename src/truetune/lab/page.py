@@ -52,9 +52,9 @@ that occur in no row. The tables use these measures:
 
 Losses are in nats per token. Square brackets contain 95 % intervals. For shares, they are over the
 questions of one seed (Wilson; for differences, paired by question and seed, Newcombe), with mean
-counts rounded to whole questions; for losses, they come from a bootstrap. They do not contain the variation between seeds, and so an expectation
-holds only if each seed lies within the bound as well. In the pictures, dots and bars are means and
-their intervals, and rings are the seeds.
+counts rounded to whole questions; for losses, they come from a bootstrap. They do not contain the
+variation between seeds, and so an expectation holds only if each seed lies within the bound as
+well. In the pictures, dots and bars are means and their intervals, and rings are the seeds.
 
 `truetune lab run NAME` runs an experiment and writes its result and a page like this one; `make
 docs` makes this page from the results in `docs/lab/*.json`. `--quick` uses one seed, a quarter of
