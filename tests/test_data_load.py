@@ -115,6 +115,108 @@ def test_no_schema_lists_columns_and_needs(tmp_path):
     refused("no-schema", path)
 
 
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"chosen": SAID, "rejected": SAID}, "--columns messages=chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "prompt=prompt,completion=chosen"),
+        ({"prompt": "q", "chosen": SAID, "rejected": SAID}, "--columns messages=chosen"),
+        ({"prompt": SAID[:1], "chosen": SAID[1:], "rejected": SAID[1:]}, "completion=chosen"),
+    ],
+)
+def test_preference_data_is_named_and_the_fix_trains_the_chosen_answers(tmp_path, row, fix):
+    path = put(tmp_path / "a.jsonl", row)
+    error = refused("no-schema", path)
+    assert "preference data" in error.why
+    assert error.fix.endswith(fix)
+    loaded = load(path, columns=error.fix.rpartition("--columns ")[2])
+    assert loaded.conversations[0].messages[-1]["content"] == "a"
+    assert [f.code for f in loaded.findings] == ["unused-columns"]
+
+
+def test_rejected_answers_are_trained_with_a_warning_alone(tmp_path):
+    path = put(tmp_path / "a.jsonl", {"prompt": "q", "chosen": "a", "rejected_response": "b"})
+    loaded = load(path, columns="prompt=prompt,completion=rejected_response")
+    assert [f.code for f in loaded.findings if f.level == "warning"] == ["rejected-answers"]
+
+
+@pytest.mark.parametrize(
+    ("row", "fix"),
+    [
+        ({"title": "t", "q": "Q", "a": "A"}, "--columns prompt=q,completion=a"),
+        ({"id": 3, "frage": "x", "antwort": "y"}, "--columns prompt=frage,completion=antwort"),
+        ({"dialog": SAID}, "--columns messages=dialog"),
+        ({"x": "1", "y": "2", "z": "3"}, "prompt=COLUMN,completion=COLUMN, with two of x, y, z"),
+        ({"custom_id": "1", "method": "P"}, "prompt=COLUMN,completion=COLUMN"),
+        ({"context": "c", "question": "q", "n": 1}, "prompt=COLUMN,completion=COLUMN"),
+        (
+            {"context": "c", "question": "q", "answers": {"text": ["a"], "start": [3]}},
+            "jq -c '{instruction: .question, input: .context, output: .answers.text[0]}'",
+        ),
+        (
+            {"id": 0, "data": {"input": {"text": "q"}, "output": {"te xt": "a"}}},
+            """jq -c '{prompt: .data.input.text, completion: .data.output."te xt"}'""",
+        ),
+        ({"id": 0, "body": {"model": "m", "messages": SAID}}, "jq -c '{messages: .body.messages}'"),
+    ],
+)
+def test_a_suggested_mapping_names_only_columns_that_can_be_prompt_and_answer(tmp_path, row, fix):
+    assert fix in refused("no-schema", put(tmp_path / "a.jsonl", row)).fix
+
+
+def test_a_column_that_never_varies_is_not_suggested(tmp_path):
+    rows = [{"kind": "t", "one": f"q{i}", "two": f"a{i}"} for i in range(3)]
+    error = refused("no-schema", put(tmp_path / "a.jsonl", *rows))
+    assert error.fix.endswith("prompt=one,completion=two")
+
+
+def test_nested_fields_are_no_columns(tmp_path):
+    path = put(tmp_path / "a.jsonl", {"data": {"input": {"text": "q"}, "output": "a"}})
+    error = refused("no-such-column", path, columns="prompt=data.input.text")
+    assert "nested fields are not read" in error.what
+    assert "completion: .data.output}" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("row", "keep"),
+    [
+        ({**PAIR, "context": "c"}, "instruction=question,output=answer,input=context"),
+        ({**PAIR, "sys_prompt": "be kind"}, "system=sys_prompt"),
+        ({"instruction": "q", "output": "a", "passage": "p"}, "input=passage"),
+        ({**PAIR, "thinking": "t", "document": "d"}, "input=document"),
+        ({"text": "t", "label": "good"}, "prompt=text,completion=label"),
+    ],
+)
+def test_an_unused_column_of_prompt_or_answer_is_a_warning_that_tells_how_to_keep_it(
+    tmp_path, row, keep
+):
+    path = put(tmp_path / "a.jsonl", row, row)
+    (found,) = load(path).findings
+    assert (found.code, found.level, found.count) == ("column-left-out", "warning", 2)
+    assert f"--columns {keep}," in found.fix
+    loaded = load(path, columns=keep)
+    assert loaded.findings == []
+    assert str(row[keep.rpartition("=")[2]]) in str(loaded.conversations[0].messages)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PAIR, "score": 3, "category": "c", "label": "good"},
+        {**PAIR, "context": "", "passage": None},
+        {"question": "c? q", "answer": "a", "context": "c?"},
+        {"messages": SAID, "context": "c", "document": "d"},
+        {"text": "t", "score": "5", "topic": "x"},
+    ],
+)
+def test_other_unused_columns_are_a_note(tmp_path, row):
+    (found,) = load(put(tmp_path / "a.jsonl", row)).findings
+    assert (found.code, found.level) == ("unused-columns", "note")
+
+
 def test_schema_that_does_not_fit(tmp_path):
     path = put(tmp_path / "a.jsonl", PAIR)
     error = refused("schema-mismatch", path, schema="alpaca")

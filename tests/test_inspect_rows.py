@@ -147,3 +147,21 @@ def test_wrong_input_is_one_error(
     exit_code, _, err = ran(capsys, str(model), *given)
     assert exit_code == 2
     assert f"error[{code}]" in err
+
+
+def test_columns_and_schema_name_the_rows_as_check_does(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"frage": "was?", "antwort": "darum"}) + "\n")
+    words = (str(model), "--data", str(path))
+    code, _, err = ran(capsys, *words)
+    assert code == 2
+    assert "--columns prompt=frage,completion=antwort" in err
+    mapping = ("--columns", "prompt=frage,completion=antwort")
+    code, out, err = ran(capsys, *words, *mapping, "--schema", "prompt-completion")
+    assert code == 0, err
+    assert "darum" in out
+    code, _, err = ran(capsys, str(model), *mapping)
+    assert code == 2
+    assert "need --data" in err

@@ -271,6 +271,16 @@ def inspect_model(
     data: Annotated[
         str | None, typer.Option(help="Show these rows as used in training.", rich_help_panel=_ROWS)
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Column names, e.g. prompt=question,completion=answer.", rich_help_panel=_ROWS
+        ),
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(help="Schema of the rows. (default: auto)", rich_help_panel=_ROWS),
+    ] = None,
     row: Annotated[
         str | None,
         typer.Option(
@@ -312,11 +322,12 @@ def inspect_model(
     """
     if data is not None:
         own = {"model": model, "revision": revision, "chat_template": chat_template, "data": data}
+        own |= {"columns": columns, "schema": schema}
         _inspect_rows(own, setting or [], row, page, with_ids=ids)
         return
-    if row is not None or page or ids or setting:
+    if row is not None or page or ids or setting or columns or schema:
         raise UsageError(
-            "--row, --ids, --html and --set need --data",
+            "--columns, --schema, --row, --ids, --html and --set need --data",
             fix=f"truetune inspect {shlex.quote(model)} --data DATA",
             code="rows-without-data",
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from truetune.data.hints import nested_column
 from truetune.data.rows import Row, names
 from truetune.data.schemas import TARGETS
 from truetune.errors import DataError, UsageError
@@ -53,6 +54,9 @@ def rename(rows: list[Row], mapping: dict[str, str], source: str) -> list[Row]:
     there = dict.fromkeys(column for row in rows for column in row.fields)
     for target, column in mapping.items():
         if column not in there:
+            nested = nested_column(column, rows, source)
+            if nested is not None:
+                raise nested
             close = near(column, there)
             hint = f"did you mean {target}={close[0]}?" if close else f"use one of {names(there)}"
             raise DataError(

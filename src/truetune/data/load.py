@@ -7,7 +7,6 @@ Output: `Loaded`: conversations, findings on the rows that cannot be used, and w
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 from truetune.data.columns import parse_columns, rename
 from truetune.data.conversation import Conversation
 from truetune.data.convert import convert
+from truetune.data.hints import REJECTED, WHICH, columns_hint, keeping, left_out
 from truetune.data.hub import read_dataset
 from truetune.data.read import read_file
 from truetune.data.rows import FileInfo, Row, names
@@ -98,7 +98,7 @@ def load(
         raise UsageError(f"the limit must be at least 1, not {limit}", code="bad-limit")
     rows, findings, places, files = _read(source, split, revision, limit)
     rows = rename(rows, mapping, str(source))
-    reading = _Reading(only, frozenset(mapping), Counter(), Counter())
+    reading = _Reading(only, frozenset(mapping), mapping, Counter(), Counter(), {})
     found = [reading.recognise(row) for row in rows]
     _require_rows(rows, findings)
     decided = _decide(found, rows, only, str(source))
@@ -107,7 +107,7 @@ def load(
         findings += _convert(row, recognised, decided, reading, conversations)
         if on_progress is not None and (done % _PROGRESS_EVERY == 0 or done == len(rows)):
             on_progress(done, len(rows))
-    findings += reading.notes(rows)
+    findings += _rejected(mapping, str(source)) + reading.notes(rows)
     return Loaded(conversations, findings, decided, tuple(places), files)
 
 
@@ -151,8 +151,11 @@ class _Reading:
 
     only: str | None
     mapped: frozenset[str]
+    mapping: Mapping[str, str]
     unused: Counter[str]
     empty: Counter[str]
+    # Places by column that plainly belongs to the prompt or the answer, and how to keep it.
+    lost: dict[tuple[str, str], list[str]]
 
     def recognise(self, row: Row) -> tuple[str, Picks] | None:
         if self.only is None:
@@ -160,7 +163,20 @@ class _Reading:
         return recognise(tuple(row.fields), self.mapped, self.only)
 
     def notes(self, rows: list[Row]) -> list[Finding]:
-        notes = []
+        notes = [
+            Finding(
+                code="column-left-out",
+                level="warning",
+                what=f"the column {names([name])} is not used: the model never sees it",
+                where=places[0],
+                count=len(places),
+                why="by its name it belongs to the prompt or the answer",
+                fix=fix,
+            )
+            for (name, fix), places in sorted(self.lost.items())
+        ]
+        for name, _ in self.lost:
+            self.unused.pop(name, None)
         if self.unused:
             notes.append(
                 Finding(
@@ -186,17 +202,34 @@ class _Reading:
         return notes
 
 
-_WHICH = re.compile(
-    r"(.*[_-])?(id|ids|uid|uuid|guid|idx|index|hash|sha1|sha256|md5|url|source|dataset|subset|split"
-    r"|timestamp|created_at|date|license|language|lang)|__index_level_\d+__|unnamed: \d+|",
-    re.IGNORECASE,
+# What a mapping of these would train.
+_TRAINED = frozenset(
+    {"messages", "conversations", "instances", "solution", "output", "completion", "text"}
 )
+
+
+def _rejected(mapping: Mapping[str, str], source: str) -> list[Finding]:
+    return [
+        Finding(
+            code="rejected-answers",
+            level="warning",
+            what=f"--columns {target}={column} trains the model on rejected answers",
+            where=source,
+            why="in preference data this column holds the worse answer",
+            fix="map the chosen answers instead, for example "
+            + (
+                "messages=chosen" if target in ("messages", "conversations") else f"{target}=chosen"
+            ),
+        )
+        for target, column in mapping.items()
+        if target in _TRAINED and REJECTED.fullmatch(column)
+    ]
 
 
 def _says_which(name: str, value: Any) -> bool:
     """Whether a cell says which row this is and where it is from: nobody expects it to be trained.
     A text of some length may be one that was forgotten, whatever its column is called."""
-    if not _WHICH.fullmatch(name):
+    if not WHICH.fullmatch(name):
         return False
     return not isinstance(value, list | dict) and len(str(value)) <= _LONGEST_NAME
 
@@ -234,7 +267,10 @@ def _decide(
             code="no-schema",
         )
     columns = tuple(dict.fromkeys(name for row in rows[:1000] for name in row.fields))
-    raise no_schema(columns, source) if only is None else schema_mismatch(columns, only, source)
+    if only is not None:
+        raise schema_mismatch(columns, only, source)
+    cause, fix = columns_hint(rows)
+    raise no_schema(columns, source, cause, fix)
 
 
 def _convert(
@@ -258,8 +294,13 @@ def _convert(
             )
         ]
     picks = recognised[1]
-    idle = row.fields.keys() - picks.values()
-    reading.unused.update(name for name in idle if not _says_which(name, row.fields[name]))
+    for name in row.fields.keys() - picks.values():
+        slot = left_out(decided, picks, row.fields, name)
+        if slot is not None:
+            fix = keeping(row, decided, picks, reading.mapping, name, slot)
+            reading.lost.setdefault((name, fix), []).append(row.where)
+        elif not _says_which(name, row.fields[name]):
+            reading.unused[name] += 1
     before, findings = len(conversations), []
     for made in convert(row, decided, picks, reading.unused):
         if isinstance(made, Finding):

@@ -188,15 +188,14 @@ def schema_named(name: str) -> str | None:
     )
 
 
-def no_schema(columns: Names, source: str) -> DataError:
-    """The error for columns that no schema takes."""
-    example = columns[:2] if len(columns) > 1 else ("question", "answer")
+def no_schema(columns: Names, source: str, cause: str, fix: str) -> DataError:
+    """The error for columns that no schema takes; cause and fix of `columns_hint`."""
+    needs = "each schema needs: " + "; ".join(schema.needs() for schema in SCHEMAS)
     return DataError(
         "no schema fits the columns",
         where=source,
-        why=f"the columns are {names(columns)}; each schema needs: "
-        + "; ".join(schema.needs() for schema in SCHEMAS),
-        fix=f"map the columns, for example --columns prompt={example[0]},completion={example[1]}",
+        why=f"the columns are {names(columns)}; {cause or needs}",
+        fix=fix,
         code="no-schema",
     )
 
