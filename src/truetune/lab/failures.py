@@ -28,9 +28,9 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
         return
     yield "## What goes wrong, and what shows it"
     yield ""
-    yield "Each line comes from the runs below; their arms are in italics. The training loss of these"
-    yield "broken runs is about as high as that of the sound ones, or lower, so only a probe shows the"
-    yield "failure. Some other faults do raise the loss: see wrong-labels and new-tokens."
+    yield "Each line comes from the runs below; their arms are in italics. The training loss of"
+    yield "these broken runs is about as high as that of the sound ones, or lower, so only a probe"
+    yield "shows the failure. Some other faults do raise the loss: see wrong-labels and new-tokens."
     yield ""
     yield "| failure | cause | training loss: sound, broken | probe: without it, broken | repair |"
     yield "|---|---|---|---|---|"
