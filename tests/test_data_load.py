@@ -228,6 +228,7 @@ def test_schema_that_does_not_fit(tmp_path):
     assert len(loaded.conversations) == 1
     (finding,) = loaded.findings
     assert finding.code == "mixed-schemas"
+    assert "a row has the schema prompt-completion" in finding.what
     assert "prompt-completion" in finding.what
     assert "alpaca" in finding.what
 

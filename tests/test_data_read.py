@@ -86,8 +86,35 @@ def test_broken_json_is_quoted_without_control_characters(tmp_path):
 def test_an_array_or_pretty_object_named_jsonl_is_recognised(tmp_path):
     error = refused(write(tmp_path / "a.jsonl", '[\n{"text": "a"}\n]'), "broken-json")
     assert "name it .json" in error.why
+    assert error.fix.endswith(f"a.jsonl {tmp_path / 'a.json'}")
     error = refused(write(tmp_path / "a.jsonl", '{\n"text": "a"\n}'), "broken-json")
     assert "name it .json" in error.why
+    # Near miss: it has that name already.
+    error = refused(write(tmp_path / "a.json", '[{"text": a}]'), "broken-json")
+    assert "name it" not in error.why
+    assert "sed -n 1p" in error.fix
+
+
+def test_broken_json_has_the_fix_of_its_cause(tmp_path):
+    error = refused(write(tmp_path / "a.jsonl", '{"text": "a"}\r{"text": "b"}'), "broken-json")
+    assert "tr '\\r' '\\n'" in error.fix
+    error = refused(write(tmp_path / "a.jsonl", "<!DOCTYPE html><html></html>"), "broken-json")
+    assert "web page" in error.why
+    assert "download" in error.fix
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"prompt": ["a", "b"], "completion": ["c", "d"]}, {"text": {"0": "a", "1": "b"}}],
+)
+def test_columns_of_pandas_are_no_rows(tmp_path, value):
+    error = refused(write(tmp_path / "a.json", json.dumps(value)), "no-rows")
+    assert "orient='records', lines=True" in error.fix
+
+
+def test_a_table_with_tabs_named_csv(tmp_path):
+    rows = lines(write(tmp_path / "a.csv", "prompt\ttext\na, b\tc\n"))
+    assert rows == [({"prompt": "a, b", "text": "c"}, 2)]
 
 
 @pytest.mark.parametrize("bad", ["[" * 100_000, '{"n": ' + "1" * 5000 + "}"])

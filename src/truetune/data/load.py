@@ -263,7 +263,8 @@ def _decide(
         raise DataError(
             "no row is an object with named columns",
             where=source,
-            fix='write one object per row, for example {"text": "..."}',
+            fix='write one object per row, for example {"messages": [...]} for a list of turns, '
+            'or {"text": "..."} for plain text',
             code="no-schema",
         )
     columns = tuple(dict.fromkeys(name for row in rows[:1000] for name in row.fields))
@@ -287,7 +288,7 @@ def _convert(
             Finding(
                 code="mixed-schemas",
                 level="error",
-                what=f"a row has the schema {other}, but the others have {decided}",
+                what=f"a row has {other}, but the others have {decided}",
                 where=row.where,
                 why=f"its columns are {names(row.fields)}",
                 fix="put rows of one schema in one file",

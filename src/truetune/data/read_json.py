@@ -159,6 +159,14 @@ def _rows_of_object(
     path: Path,
 ) -> Iterator[_Placed]:
     value, start, _ = placed
+    if _is_columns(value):
+        raise DataError(
+            "the JSON file holds columns, not rows",
+            where=str(path),
+            why="pandas writes this with to_json(), and with to_dict('list')",
+            fix="write rows: df.to_json('rows.jsonl', orient='records', lines=True)",
+            code="no-rows",
+        )
     if ROW_COLUMNS & {name.lower() for name in value}:
         _require_size(text, start, end, path)
         yield placed
@@ -178,6 +186,18 @@ def _rows_of_object(
         )
     opens = _member(text, start, lists[0])
     yield from _elements(parser, text, opens, path, must_end=False)
+
+
+def _is_columns(value: dict[str, Any]) -> bool:
+    """Whether an object has equally long lists, or objects numbered alike, as its columns."""
+    columns = list(value.values())
+    if columns and all(isinstance(column, list) for column in columns):
+        flat = not any(_is_object(cell) for column in columns for cell in column)
+        return flat and len({len(column) for column in columns}) == 1 and bool(columns[0])
+    if columns and all(map(_is_object, columns)):
+        keys = {tuple(column) for column in columns}
+        return len(keys) == 1 and bool(columns[0]) and all(key.isdigit() for key in columns[0])
+    return False
 
 
 def _elements(
@@ -243,11 +263,15 @@ def _file_rows(values: list[_Read], path: Path) -> FileRows:
 
 
 def _not_an_object(value: Any) -> BadRow:
+    if isinstance(value, list) and value and all(map(_is_object, value)):
+        fix = """write {"messages": [...]}: jq -c '{messages: .}' ROWS.jsonl > chats.jsonl"""
+    else:
+        fix = 'write {"text": "..."} for plain text, or drop the row with --bad-rows drop'
     return BadRow(
         "row-not-an-object",
         f"a row is {kind(value)}, not an object",
         why="each row must be an object with named columns",
-        fix='write {"text": "..."} for plain text, or drop the row with --bad-rows drop',
+        fix=fix,
     )
 
 
@@ -276,28 +300,51 @@ def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataErr
         f"near {excerpt(text[start : error.pos + 20])}",
         where=f"{path}:{line}",
         why=_cause(error, text, path, first_line),
-        fix=f"correct the line: sed -n {line}p {shlex.quote(str(path))}",
+        fix=_fix(text, path, first_line, line),
         code="broken-json",
     )
 
 
 def _cause(error: json.JSONDecodeError, text: str, path: Path, first_line: int) -> str:
-    if first_line == 1 and text.lstrip()[:1] == "[" and error.lineno == 1 and "\n" not in text:
-        return "the file looks like one JSON array: name it .json"
-    if first_line == 1 and text.strip() == "{":
-        return "the file looks like pretty-printed JSON: name it .json"
+    if first_line == 1 and _is_page(text):
+        return "it is a web page, not JSON: the download failed or needed a login"
+    if _is_json_in_lines(text, path, first_line):
+        return "the file looks like a JSON array or pretty-printed JSON: name it .json"
     if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
         return "the row ends too early: the file was cut off, or a line break is inside a row"
     if text[error.pos : error.pos + 1] == "'" or error.msg.startswith("Expecting property name"):
         return "JSON needs double quotes around names and text, and no comma after the last one"
-    if "\r" in text.strip() and "\n" not in text:
-        plain = shlex.quote(str(path))
-        return (
-            "its lines end with a carriage return alone, as on old Macs; convert it: "
-            f"tr '\\r' '\\n' < {plain} > lines.jsonl"
-        )
+    if _ends_lines_as_old_macs(text):
+        return "its lines end with a carriage return alone, as on old Macs"
     if error.msg == "Extra data":
         return "there are two values on one line"
     if error.msg.startswith("Invalid control character"):
         return "a line break or tab inside text must be written as \\n or \\t"
     return "the row was edited by hand or written without a JSON library"
+
+
+def _fix(text: str, path: Path, first_line: int, line: int) -> str:
+    plain = shlex.quote(str(path))
+    if first_line == 1 and _is_page(text):
+        return "download the file again"
+    if _is_json_in_lines(text, path, first_line):
+        renamed = path.with_name(re.sub(r"\.(jsonl|ndjson)", ".json", path.name, flags=re.I))
+        return f"rename it: mv {plain} {shlex.quote(str(renamed))}"
+    if _ends_lines_as_old_macs(text):
+        return f"convert it: tr '\\r' '\\n' < {plain} > lines.jsonl"
+    return f"correct the line: sed -n {line}p {plain}"
+
+
+def _is_page(text: str) -> bool:
+    return text.lstrip()[:1] == "<"
+
+
+def _is_json_in_lines(text: str, path: Path, first_line: int) -> bool:
+    """Whether the first line of a .jsonl file is the beginning of a value over several lines."""
+    lines = re.search(r"\.(jsonl|ndjson)", path.name, re.IGNORECASE)
+    opens = text.strip() == "{" or text.lstrip()[:1] == "["
+    return bool(lines) and first_line == 1 and "\n" not in text and opens
+
+
+def _ends_lines_as_old_macs(text: str) -> bool:
+    return "\r" in text.strip() and "\n" not in text

@@ -41,7 +41,8 @@ _MEANT_KEYS = frozenset({"tools", "functions", "function", "arguments", "paramet
 
 
 def read_csv(path: Path, limit: int | None) -> FileRows:
-    """Comma-separated values with a header; .tsv by tabs; semicolons if the header has no comma.
+    """Comma-separated values with a header; .tsv by tabs; semicolons or tabs if the header has
+    them and no comma.
 
     Raises:
         DataError: `ragged-csv`, `broken-csv`, `row-too-large`, `not-text`, `not-utf8`,
@@ -52,6 +53,8 @@ def read_csv(path: Path, limit: int | None) -> FileRows:
     delimiter = "\t" if ".tsv" in path.name.lower() else ","
     if delimiter == "," and "," not in header_line and ";" in header_line:
         delimiter = ";"  # what spreadsheets write where the comma is the decimal sign
+    elif delimiter == "," and "," not in header_line and "\t" in header_line:
+        delimiter = "\t"
     # The module's limit of 131,072 characters a field is global, so it is put back.
     previous = csv.field_size_limit(MOST_TEXT)
     try:
@@ -171,7 +174,7 @@ def read_parquet(path: Path, limit: int | None) -> FileRows:
             f"the file cannot be read as parquet: {str(error).splitlines()[0]}",
             where=str(path),
             why="it is truncated, or it is not a parquet file",
-            fix="fetch the file again; a parquet file begins with PAR1 (`head -c 4`)",
+            fix="fetch the file again; a whole parquet file begins and ends with PAR1",
             code="not-parquet",
         ) from error
     if not rows:
