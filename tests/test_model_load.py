@@ -404,6 +404,8 @@ def test_paths_that_lead_nowhere(llama: Path, offline: Path) -> None:
         load_model("nobody/nothing")
     assert caught.value.code == "model-offline"
     assert caught.value.exit_code == 2
+    with pytest.raises(ModelError, match=r"did you mean embedded\?"):
+        load_model("embeded")
 
 
 def test_a_name_without_slash_may_be_a_misspelt_folder(

@@ -184,7 +184,9 @@ def _did_you_mean(path: Path) -> str:
     if not parent.is_dir():
         return ""
     folders = [item.name for item in parent.iterdir() if item.is_dir()]
-    close = near(path.name, folders)
+    # A bare word may also be meant as the model that comes with the package.
+    own = [EMBEDDED] if len(path.parts) == 1 and not path.is_absolute() else []
+    close = near(path.name, [*folders, *own])
     return f"did you mean {parent / close[0]}?" if close else ""
 
 
