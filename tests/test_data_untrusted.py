@@ -476,7 +476,7 @@ def test_carriage_returns_alone_are_named(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": "a"}\r{"text": "b"}\r')
     error = refused(path, "broken-json")
     assert "carriage return" in error.why
-    assert "tr '\\r' '\\n'" in error.why
+    assert "tr '\\r' '\\n'" in error.fix
     assert len(load(write(tmp_path / "b.jsonl", '{"text": "a"}\r\n{"text": "b"}\r\n')).places) == 2
     semicolons = write(tmp_path / "c.csv", "text;b\ra, with a comma;c\r")
     assert read_file(semicolons)[0].rows[0].fields == {"text": "a, with a comma", "b": "c"}
