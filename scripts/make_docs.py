@@ -44,7 +44,7 @@ def settings_page() -> str:
 
 def lab_pages() -> dict[str, str]:
     """docs/lab.md and the pictures, from docs/lab/*.json."""
-    return files(read(ROOT / "docs" / "lab"), every())
+    return files(read(ROOT / "docs" / "lab", every()), every())
 
 
 def pages() -> dict[str, str]:

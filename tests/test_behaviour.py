@@ -6,23 +6,25 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import template_corpus as corpus
 from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune.behaviour.measure import Prober, greedy_replies
-from truetune.behaviour.replies import Judge, ask, shares
+from truetune.behaviour.replies import Asked, Judge, ask, shares
 from truetune.behaviour.schedule import SHARE, is_due
 from truetune.behaviour.steps import Divergence, NoGradient, Spikes, StepFacts
 from truetune.behaviour.text import goes_round, other_script, says_again
 from truetune.behaviour.vitals import Regime, Vitals, is_suspect, judge
 from truetune.compute.batch import RowOrder
 from truetune.contract.contract import PromptContract
+from truetune.errors import UnfaithfulTemplate
 from truetune.generate import Reply, Sampling, replies_to_ids
 from truetune.model.load import load_model
 
@@ -109,12 +111,70 @@ def test_a_sound_reply_shows_nothing() -> None:
         ("role_leak", "four\n<|user|>and 3+3?", "a user asked: four"),
         ("role_leak", "four\n### Instruction:\nMore", "## Four instructions"),
         ("role_leak", "four\nHuman: and then?", "A human: four limbs"),
+        # Its own header, which a reply writes first where the served prompt lacks it.
+        ("role_leak", "four\n<|assistant|>\nfive", "<|assistant|>\n<|assistant|>\nfour"),
         ("empty", " \n", "."),
     ],
 )
 def test_what_a_reply_shows(name: str, text: str, near: str) -> None:
     assert _judged(text)[name] == 1.0
     assert _judged(near)[name] == 0.0
+
+
+_WORDS = (
+    "{%- for m in messages -%}{{- m.role.capitalize() + ': ' + m.content + '\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "leaks"),
+    [("four\nAssistant: five", True), ("four\nSystem: be brief", True), ("four\nUser: Why?", True),
+     ("Ask the Assistant: it says four", False), ("Of the System: nothing", False)],
+)  # fmt: skip
+def test_a_header_of_words_begins_a_line(text: str, leaks: bool) -> None:
+    contract = PromptContract.load(tiny_tokenizer(), _WORDS)
+    asked, reply = Asked("", (1, 2), (3,), (), "four", "2+2?"), Reply(text, (5, 6), True, 2)
+    assert Judge(contract).judge(asked, reply, 40).other_turn is leaks
+
+
+def _answers(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """The supervised spans of an example."""
+    edges = [i for i, (a, b) in enumerate(itertools.pairwise([0, *mask, 0])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _shows_another_turn(judge: Judge, contract: PromptContract, ids: Sequence[int]) -> bool:
+    """Of a reply of these tokens that never stopped."""
+    kept = tuple(t for t in ids if t not in contract.stop_ids)
+    reply = Reply(contract.tokens.decode(list(kept)), kept, False, 2)
+    return judge.judge(Asked("", (1,), (2,), (), "x", "y"), reply, 40).other_turn
+
+
+def test_no_answer_of_any_template_is_another_turn_and_what_follows_one_is() -> None:
+    """Among them think blocks, two calls in one answer, and answers of two messages. What follows
+    is the next question or a tool's answer, with the assistant's header and the next answer."""
+    answers = turns = 0
+    for name in corpus.CONTROL:
+        contract = corpus.own_contract(name)
+        judge = Judge(contract)
+        for kind in corpus.KINDS:
+            try:
+                examples = contract.encode(kind.messages, kind.tools)
+            except UnfaithfulTemplate:
+                continue
+            for ids, mask in examples:
+                spans = _answers(mask)
+                for first, last in spans:
+                    assert not _shows_another_turn(judge, contract, ids[first:last]), (
+                        name,
+                        kind.name,
+                    )
+                for (first, _), (_, last) in itertools.pairwise(spans):
+                    assert _shows_another_turn(judge, contract, ids[first:last]), (name, kind.name)
+                answers, turns = answers + len(spans), turns + max(len(spans) - 1, 0)
+    assert answers > 150
+    assert turns > 50
 
 
 def test_whitespace_without_an_end_is_a_circle_and_not_an_empty_reply() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from truetune.lab.asked import (
     rows,
     sentence,
 )
-from truetune.lab.bench import Arm, Bench
+from truetune.lab.bench import Arm, Bench, digest
 from truetune.lab.catalogue import every, find, write_page
 from truetune.lab.chats import encoded, fresh_prose
 from truetune.lab.experiment import (
@@ -43,7 +44,7 @@ from truetune.lab.experiment import (
 )
 from truetune.lab.failures import table
 from truetune.lab.page import files, number, page
-from truetune.lab.results import read, run, write
+from truetune.lab.results import contradictions, read, run, write
 from truetune.lab.words import words
 from truetune.model.new_tokens import row_layers
 from truetune.reporting.svg import Dots, dot_plot
@@ -90,6 +91,24 @@ def test_arms_that_counted_other_items_are_not_compared() -> None:
         difference([share(1, 10)], [share(1, 11)])
 
 
+def test_intervals_are_of_the_mean_over_seeds_and_not_of_whole_questions() -> None:
+    """0, 1 and 1 of 100 answers lost: with 1 of 100 lost, the interval would reach 5.4 points."""
+    found = difference([share(100), share(99), share(99)], [share(100)] * 3)
+    assert found.low == pytest.approx(-0.0490, abs=1e-4)
+    assert difference([share(99)], [share(100)]).low == pytest.approx(-0.0545, abs=1e-4)
+    assert estimate([share(80), share(81)]).high > estimate([share(80)]).high
+
+
+@pytest.mark.parametrize("column", [
+    share(3, 5), Column.mean([8, 9.5, 1 / 3], "tokens"),
+    Column((1.25, 2.5), (30.0, 41.0), "nats per token"),
+])  # fmt: skip
+def test_items_are_read_as_they_were_kept(column: Column) -> None:
+    again = Column.read(column.text(), column.unit)
+    assert again.values == pytest.approx(column.values, rel=1e-5)
+    assert (again.weights, again.text()) == (column.weights, column.text())
+
+
 @pytest.mark.parametrize(
     ("right", "above", "held"),
     [((95, 96), 0.8, "yes"), ((50, 60), 0.8, "no"), ((85, 84), 0.8, "not decided"),
@@ -116,7 +135,18 @@ def test_a_bound_on_both_sides() -> None:
      (["yes", "not decided"], "not decided"), (["no", "not decided"], "different")],
 )  # fmt: skip
 def test_a_verdict_comes_from_the_expectations_alone(held: Any, found: str) -> None:
-    assert verdict(held) == found
+    assert verdict([Expectation("", "right", "arm", above=0.5)] * len(held), held) == found
+
+
+def test_an_expectation_that_nothing_changes_does_not_save_a_claim() -> None:
+    """It holds as well where the claim is wrong."""
+    lead = Expectation("", "right", "arm", above=0.1)
+    same = Expectation("", "right", "arm", above=-0.1, below=0.1)
+    assert (lead.directed, same.directed) == (True, False)
+    assert verdict([lead, lead, same], ["no", "no", "yes"]) == "not reproduced"
+    assert verdict([lead, lead, same], ["no", "yes", "yes"]) == "different"
+    assert verdict([lead, same], ["not decided", "no"]) == "different"
+    assert verdict([same], ["no"]) == "not reproduced"
 
 
 # ------------------------------------------------------------------------------- declarations
@@ -163,12 +193,11 @@ def test_a_sentence_is_put_as_the_shipped_instructions_put_it() -> None:
     assert sentence(questions()[0].fact) not in answers
 
 
-def test_results_in_the_docs_were_declared_as_they_are_declared_now() -> None:
+def test_results_in_the_docs_are_clean_and_follow_from_their_declarations() -> None:
     """A bound that is moved after the run shows here: the experiment has to be run again."""
-    found = read(RESULTS)
-    assert found
+    found = read(RESULTS, every())
+    assert len(found) == len(every())
     for result in found:
-        assert result["declared"] == json.loads(json.dumps(find(result["name"]).declaration()))
         assert "dirty" not in result["commit"], result["name"]
 
 
@@ -375,7 +404,73 @@ def test_a_result_has_numbers_machine_commit_and_verdict(
     assert tuned["training loss"]["value"] > 1
     assert result["commit"]
     assert "cores" in result["machine"]
-    assert read(write(result, tmp_path).parent) == [json.loads(json.dumps(result))]
+    assert read(write(result, tmp_path).parent, [TINY]) == [json.loads(json.dumps(result))]
+
+
+def _edited(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    made = json.loads(json.dumps(result))
+    *way, last = [int(key) if key.isdigit() else key for key in path.split("/")]
+    place = made
+    for key in way:
+        place = place[key]
+    assert place[last] != value
+    place[last] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("verdict", "different", "the verdict is reproduced"),
+        ("expectations/0/held", "no", "'few are right' is not judged"),
+        ("expectations/0/high", 0.2, "'few are right' is not judged"),
+        ("expectations/0/bound", "below 0.9", "'few are right' is not judged"),
+        ("arms/1/measures/right/value", 0.3, "right of two steps is not what its items give"),
+        ("arms/1/measures/right/items/0", "1111111111", "right of two steps is not what its"),
+        ("arms/1/measures/prose/low", 0.1, "prose of two steps is not what its items give"),
+        ("declared/expectations/0/below", 0.9, "it was declared otherwise"),
+        ("arms/1/name", "three steps", "its arms are not those"),
+        ("arms/1/settings/0", "0123456789abcdef", "two steps, seed 1, has other rows or settings"),
+    ],
+)
+def test_a_result_that_contradicts_itself_is_refused(
+    result: dict[str, Any], tmp_path: Path, path: str, value: Any, told: str
+) -> None:
+    assert contradictions(result, TINY) == []
+    edited = _edited(result, path, value)
+    assert told in "; ".join(contradictions(edited, TINY))
+    write(edited, tmp_path)
+    with pytest.raises(InputError, match="contradicts its declaration"):
+        read(tmp_path, [TINY])
+    assert read(tmp_path, [TINY], [TINY.name])
+
+
+def test_another_setting_is_another_arm() -> None:
+    """Whatever it is called, and in what a function that makes its examples holds."""
+
+    def made(lines: list[Any]) -> Any:
+        return lambda contract: encoded(contract, lines)
+
+    plain = Arm("a", rows=rows(4, 1))
+    through = Arm("a", examples=made(rows(4, 1)))
+    assert digest(plain) == digest(replace(plain, name="b"))
+    assert digest(through) == digest(Arm("b", examples=made(rows(4, 1))))
+    others = [
+        through, Arm("a", examples=made(rows(4, 2))), Arm("a", rows=rows(4, 2)), Arm("a"),
+        replace(plain, recipe={"max_steps": 7}), replace(plain, served="x"),
+        replace(plain, start=plain), replace(plain, before=({"role": "user", "content": "x"},)),
+    ]  # fmt: skip
+    assert len({digest(arm) for arm in [plain, *others]}) == len(others) + 1
+
+
+def test_a_resumed_run_says_what_a_fresh_one_takes(tmp_path: Path) -> None:
+    fresh = run(TINY, tmp_path, [1])
+    again = run(TINY, tmp_path, [1])
+    assert (fresh["trained"], again["trained"]) == (1, 0)
+    assert again["fresh_seconds"] == pytest.approx(fresh["fresh_seconds"], abs=5)
+    assert again["fresh_seconds"] >= again["processor_seconds"]
+    next(tmp_path.glob("*.seconds")).unlink()
+    assert run(TINY, tmp_path, [1])["fresh_seconds"] is None
 
 
 def test_the_page_says_verdict_bound_and_replies(result: dict[str, Any]) -> None:
@@ -401,7 +496,7 @@ def test_the_page_says_what_was_quick_and_what_was_not_run(result: dict[str, Any
 
 
 def test_every_failure_is_in_the_table_of_failures() -> None:
-    told = "\n".join(table(read(RESULTS), number))
+    told = "\n".join(table(read(RESULTS, every()), number))
     for name in words("failures"):
         assert f"| {name} |" in told
     assert list(table([], number)) == []
@@ -410,7 +505,7 @@ def test_every_failure_is_in_the_table_of_failures() -> None:
 def test_every_exercise_is_found_by_name() -> None:
     names = [exercise for experiment in every() for exercise in experiment.exercises]
     assert len(set(names)) == len(names)
-    told = page(read(RESULTS), every())
+    told = page(read(RESULTS, every()), every())
     listed = told.split("## The exercises")[1].split("\n## ")[0]
     for experiment in every():
         for exercise in experiment.exercises:
@@ -436,7 +531,7 @@ def test_a_picture_tells_its_numbers_to_those_who_cannot_see_it() -> None:
 def test_a_folder_with_something_else_in_it_is_told(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(InputError, match=r"x\.json is not the result"):
-        read(tmp_path)
+        read(tmp_path, every())
 
 
 def test_an_unknown_experiment_names_what_was_meant() -> None:
@@ -501,9 +596,9 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_training(
     assert shown.exception.why == "it lacks 'arms'"
 
 
-def test_a_page_of_results_beside_its_pictures(result: dict[str, Any], tmp_path: Path) -> None:
-    """Under the name of a shipped experiment, as the command writes them."""
-    write(result, tmp_path)
+def test_a_page_of_results_beside_its_pictures(tmp_path: Path) -> None:
+    """As the command writes them."""
+    shutil.copy(RESULTS / "end-marker.json", tmp_path)
     told = write_page(tmp_path).read_text(encoding="utf-8")
     assert "(./end-marker.svg)" in told
     assert (tmp_path / "end-marker.svg").is_file()

@@ -1,4 +1,4 @@
-"""Judge a reply with yes-or-no questions: does it end, repeat itself, speak for the user, leave its
+"""Judge a reply with yes-or-no questions: does it end, repeat itself, write another turn, leave its
 thinking open, stay empty, copy the prompt, or switch to another script?
 
 input   Asked (a prompt as served, and what its row answers), Reply
@@ -8,12 +8,14 @@ output  Said; the shares over several replies
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from truetune.behaviour.text import goes_round, other_script, says_again
+from truetune.contract.behaviour import Q2, TOOL, Q
 from truetune.contract.contract import PromptContract
 from truetune.contract.example import SFTExample
 from truetune.generate import Reply
@@ -145,7 +147,8 @@ class Said:
         stopped: it ended by itself.
         had_room: it was given room to end.
         repeats: it repeats itself in a loop.
-        speaks_for_user: it continues with the user's next turn.
+        other_turn: it writes the header of another turn: of the user, the system or a tool, or
+            once more its own after its text.
         thinks_open: it ended, or reached its limit, inside a think block.
         empty: it ended by itself with nothing but whitespace.
         copied: it repeats the prompt.
@@ -159,7 +162,7 @@ class Said:
     stopped: bool
     had_room: bool
     repeats: bool
-    speaks_for_user: bool
+    other_turn: bool
     thinks_open: bool
     empty: bool
     copied: bool
@@ -177,12 +180,12 @@ class Judge:
     """Judges the replies that one contract's prompts get.
 
     Args:
-        contract: says how a user's turn begins and how a reply may think.
+        contract: says how turns begin and how a reply may think.
     """
 
     def __init__(self, contract: PromptContract) -> None:
         self.thinking = Thinking.of_contract(contract)
-        self.user_turn = _user_turn(contract)
+        self.turns = _next_turns(contract)
 
     def judge(self, asked: Asked, reply: Reply, limit: int, would_stop: bool | None = None) -> Said:
         """One reply.
@@ -201,7 +204,7 @@ class Judge:
             stopped=reply.stopped,
             had_room=had_room,
             repeats=goes_round(ids, text) and not goes_round(asked.expected, asked.expected_text),
-            speaks_for_user=self._speaks(text) and not self._speaks(asked.expected_text),
+            other_turn=self._goes_on(text) and not self._goes_on(asked.expected_text),
             thinks_open=thought and not closed and had_room,
             # Whitespace without an end is a circle: a base passes through it before it knows
             # which words its rows are made of.
@@ -211,11 +214,11 @@ class Judge:
             would_stop=would_stop,
         )
 
-    def _speaks(self, text: str) -> bool:
-        return bool(self.user_turn and self.user_turn in text) or bool(_NEXT_TURN.search(text))
+    def _goes_on(self, text: str) -> bool:
+        return any(turn.search(text) for turn in self.turns)
 
 
-# A user's header of fewer characters could stand in any answer.
+# A header of fewer characters could stand in any answer.
 _FEWEST_CHARS = 4
 # How the next turn begins in formats that are written as plain text.
 _NEXT_TURN = re.compile(
@@ -224,23 +227,93 @@ _NEXT_TURN = re.compile(
     r"|<start_of_turn>user)",
     re.IGNORECASE,
 )
+# A header with one of these is a marker; one without is a word that an answer may hold too.
+_BRACKETS = frozenset("<[|\uff5c\u25c1\u300a\u3010")
 
 
-def _user_turn(contract: PromptContract) -> str:
-    """What the template writes between an answer's stop and the next question; "" if that is too
-    little to be distinguished from an answer."""
-    after = contract.behaviour().answer_end[1]
-    for stop in contract.stop_ids:
-        after = after.replace(contract.tokens.decode([stop]), "")
-    after = after.strip()
-    return after if len(after) >= _FEWEST_CHARS and any(not c.isalnum() for c in after) else ""
+def _next_turns(contract: PromptContract) -> tuple[re.Pattern[str], ...]:
+    """What a reply that goes on with another turn holds.
+
+    A header that is only words counts at the beginning of a line, the user's anywhere. The
+    assistant's own counts after some text: a reply writes it first where the served prompt lacks
+    it. A header that the template writes within one answer (between reasoning and answer, or
+    between two calls) is no sign.
+    """
+    seen, decode = contract.behaviour(), contract.tokens.decode
+    stops = [decode([stop]) for stop in contract.stop_ids]
+
+    def without_stops(text: str) -> str:
+        for stop in stops:
+            text = text.replace(stop, "")
+        return text
+
+    def header(text: str, line: int) -> str:
+        return (without_stops(text).strip().splitlines() or [""])[line].strip()
+
+    asked = seen.user_end.removesuffix(seen.opened or seen.closed)
+    within = "\n".join(
+        [
+            *(_before_stop(end, stops) for end in (seen.answer_end[0], seen.call_end[0])),
+            *(mark for pair in seen.pairs for mark in pair),
+            *([seen.markers.open_text, seen.markers.close_text] if seen.markers else []),
+            seen.call_between,
+            seen.lead,
+        ]
+    )
+    user, tool = (header(_added(end, without_stops), 0) for end in (seen.answer_end, seen.call_end))
+    # The tool's own name is another one in each answer.
+    tool = tool.partition(TOOL["function"]["name"])[0]
+    others = dict.fromkeys([tool, header(_system_start(contract), 0)])
+    own = header(asked, -1)
+    found = [_NEXT_TURN]
+    found += [re.compile(re.escape(user))] if _tells(user, within) else []
+    found += [re.compile(_at(text)) for text in others if _tells(text, within)]
+    if _tells(own, within):
+        # Some text of its own, then the header.
+        said = rf"\A\s*(?:{re.escape(own)}\s*)*(?!{re.escape(own)})\S(?s:.*?)"
+        found.append(re.compile(said + _at(own)))
+    return tuple(found)
+
+
+def _tells(header: str, within: str) -> bool:
+    """Whether a header can be distinguished from an answer."""
+    letters = any(c.isalnum() for c in header) and any(not c.isalnum() for c in header)
+    return letters and len(header) >= _FEWEST_CHARS and header not in within
+
+
+def _at(header: str) -> str:
+    """A pattern: the header where it begins a turn."""
+    return ("" if _BRACKETS & set(header) else r"(?:\n|\A)[ \t]*") + re.escape(header)
+
+
+def _before_stop(end: str, stops: Sequence[str]) -> str:
+    """What an answer's end holds before the token on which a reply ends."""
+    return end[: min((at for stop in stops if (at := end.find(stop)) >= 0), default=len(end))]
+
+
+def _added(ends: tuple[str, str], without_stops: Callable[[str], str]) -> str:
+    """What follows an answer's end where another turn does."""
+    last, later = map(without_stops, ends)
+    return later[len(os.path.commonprefix([last, later])) :]  # noqa: RUF071 (of texts)
+
+
+def _system_start(contract: PromptContract) -> str:
+    """What the template writes before a system message; "" if it takes none."""
+    messages = [{"role": "system", "content": Q}, {"role": "user", "content": Q2}]
+    try:
+        text = contract.prompt_text(messages)
+    except ValueError:
+        return ""
+    before, found, _ = text.partition(Q)
+    begins = contract.tokenizer.bos_token or ""
+    return before.strip().removeprefix(begins) if found else ""
 
 
 # The shares that are counted of replies: name -> whether a reply counts, and among which.
 _COUNTED: Mapping[str, tuple[Callable[[Said], bool], Callable[[Said], bool]]] = {
     "stop_rate": (lambda said: bool(said.ends), lambda said: said.ends is not None),
     "repetition": (lambda said: said.repeats, lambda said: True),
-    "role_leak": (lambda said: said.speaks_for_user, lambda said: True),
+    "role_leak": (lambda said: said.other_turn, lambda said: True),
     "open_thinking": (lambda said: said.thinks_open, lambda said: said.had_room),
     "empty": (lambda said: said.empty, lambda said: True),
     "copied": (lambda said: said.copied, lambda said: True),

@@ -35,7 +35,7 @@ class Vitals:
         stop_rate: share of the replies that end by themselves, among those that had room.
         reply_tokens: mean length of the replies, in tokens.
         repetition: share of replies that repeat themselves in a loop.
-        role_leak: share of replies that continue with the user's next turn.
+        role_leak: share of replies that write another turn of the conversation.
         open_thinking: share of replies that end, or reach their limit, inside a think block.
         empty: share of replies that end by themselves with nothing but whitespace.
         copied: share of replies that repeat the prompt.
@@ -428,7 +428,7 @@ _BAD_REPLIES = (
         Finding(
             "role-leak",
             "error",
-            "replies continue with the user's next turn",
+            "replies continue with another turn of the conversation",
             why="answers in the data contain the next user turn, or the stop token is not learned",
             fix=_LOOK,
         ),
@@ -511,7 +511,7 @@ def _bad_replies(history: Sequence[Vitals], _: Regime) -> Iterator[Finding]:
         if len(found) < 3:
             continue
         # Twice in a row: on its way from a base a model passes through much, but not through all
-        # replies going on with the user's turn.
+        # replies going on with another turn.
         now, best = min(found[-2:]), _best(history, name)
         if name == "role_leak" and found[-1] >= _ALL:
             now = found[-1]

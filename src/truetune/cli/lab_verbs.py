@@ -112,7 +112,7 @@ def run_all(
 
 
 def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: str) -> None:
-    from truetune.lab.catalogue import write_page
+    from truetune.lab.catalogue import every, write_page
     from truetune.lab.results import read
 
     if quick and seeds is not None:
@@ -126,7 +126,8 @@ def _run(chosen: Sequence[Experiment], quick: bool, seeds: int | None, output: s
         """The page of all results can be written, and none is lost: told before hours of training,
         not after."""
         named = {experiment.name for experiment in chosen}
-        full = [r["name"] for r in read(output) if r["name"] in named and not r.get("quick")]
+        found = read(output, every(), named)
+        full = [r["name"] for r in found if r["name"] in named and not r.get("quick")]
         if quick and full:
             raise UsageError(
                 f"--quick would replace the results of full runs: {', '.join(full)}",

@@ -95,10 +95,11 @@ def interval(drawn: torch.Tensor) -> Interval | None:
 _Z = 1.959964
 
 
-def score(yes: int, number: int) -> Interval:
+def score(yes: float, number: float) -> Interval:
     """The interval of a share (Wilson 1927).
 
     Args:
+        yes: whole, or a mean over several runs on the same rows.
         number: at least 1.
     """
     share, z2 = yes / number, _Z * _Z
@@ -111,7 +112,7 @@ def score(yes: int, number: int) -> Interval:
     return Interval(low, high)
 
 
-def score_difference(both: int, one: int, other: int, neither: int) -> Interval:
+def score_difference(both: float, one: float, other: float, neither: float) -> Interval:
     """The interval of the difference of two shares of the same rows, one less the other (Newcombe
     1998, Statistics in Medicine 17, 2635-2650, method 10).
 

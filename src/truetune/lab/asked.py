@@ -97,7 +97,7 @@ class Heard:
         return {
             "right": Column.share(self.right),
             "ended": Column.share(s.stopped for s in self.said),
-            "role leak": Column.share(s.speaks_for_user for s in self.said),
+            "role leak": Column.share(s.other_turn for s in self.said),
             "repeats": Column.share(s.repeats for s in self.said),
             "reply length": Column.mean((s.tokens for s in self.said), "tokens"),
         }

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,35 @@ class Arm:
     edit: Callable[[Path], None] | None = None
 
 
+def digest(arm: Arm) -> str:
+    """Of all that an arm is made of, as it is declared: rows, settings, the functions that make its
+    examples with what they hold, how it is asked, and the base. Its name is not part of it."""
+    said = json.dumps(_said(arm), sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _said(value: Any) -> Any:
+    """A part of a declaration as JSON has it."""
+    if isinstance(value, Arm):
+        parts = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "name"}
+        return {"base": _base(), **_said({**parts, "recipe": _settings(value) | {"model": ""}})}
+    if isinstance(value, functools.partial):
+        return _said([value.func, value.args, value.keywords])
+    if callable(value):
+        held = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        return [value.__module__, value.__qualname__, _said(held)]
+    if isinstance(value, Mapping):
+        return {str(key): _said(below) for key, below in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_said(below) for below in value]
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+@cache
+def _base() -> str:
+    return sha256(base_path() / "model.safetensors")
+
+
 @dataclass(frozen=True, eq=False)
 class Tuned:
     """An arm, trained and opened.
@@ -108,6 +140,9 @@ class Bench:
 
     Attributes:
         trained: how many arms were trained; the others lay in the folder.
+        spent: seconds of the processor that their training took.
+        used: the same of each arm that was asked for, by its folder; None of one that was trained
+            without a record of it.
     """
 
     def __init__(
@@ -120,7 +155,8 @@ class Bench:
         self.folder = Path(folder)
         self.on_stage = on_stage or (lambda _: None)
         self.quick = quick
-        self.trained = 0
+        self.trained, self.spent = 0, 0.0
+        self.used: dict[Path, float | None] = {}
 
     def tuned(self, arm: Arm, seed: int) -> Tuned:
         """An arm of one seed, ready for questions."""
@@ -172,8 +208,10 @@ class Bench:
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            build(partial)
+            with self._timed(folder):
+                build(partial)
             partial.rename(folder)
+        self._use(folder)
         return folder
 
     def _edited(self, folder: Path, edit: Callable[[Path], None]) -> Path:
@@ -185,9 +223,25 @@ class Bench:
         edit(copy / folder.name)
         return copy / folder.name
 
-    def _training(self, name: str, settings: Mapping[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _training(self, name: str, settings: Mapping[str, Any], folder: Path) -> Iterator[None]:
         self.trained += 1
         self.on_stage(f"training {name}, seed {settings['seed']}")
+        with self._timed(folder):
+            yield
+
+    @contextlib.contextmanager
+    def _timed(self, folder: Path) -> Iterator[None]:
+        """What it takes is kept beside the folder."""
+        began = seconds()
+        yield
+        spent = seconds() - began
+        self.spent += spent
+        folder.with_suffix(".seconds").write_text(f"{spent:.1f}\n", encoding="utf-8")
+
+    def _use(self, folder: Path) -> None:
+        kept = folder.with_suffix(".seconds")
+        self.used[folder] = float(kept.read_text("utf-8")) if kept.is_file() else None
 
     def _run(
         self, rows: Sequence[Row], settings: dict[str, Any], name: str
@@ -201,13 +255,14 @@ class Bench:
         run = RunDir(folder)
         # What was changed since it was trained is not what the page would say it is.
         if not run.finished or check_files(run).state == "failed":
-            self._training(name, settings)
             self.folder.mkdir(parents=True, exist_ok=True)
             data = folder.with_suffix(".jsonl")
-            data.write_text(lines, encoding="utf-8")
             chosen = {**settings, "data": str(data), "output": str(folder), "overwrite": True}
-            train(make_recipe(("lab", chosen)))
+            with self._training(name, settings, folder):
+                data.write_text(lines, encoding="utf-8")
+                train(make_recipe(("lab", chosen)))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self._use(folder)
         said = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [line for line in map(json.loads, said) if "grad_norm" in line]
         artifact = run.artifact()
@@ -230,21 +285,28 @@ class Bench:
         folder = self.folder / self._key(named, settings)
         history = folder.with_suffix(".losses.json")
         if _read_history(history, folder) is None:
-            self._training(arm.name, settings)
             shutil.rmtree(folder, ignore_errors=True)
-            purpose: Purpose = "full" if adapter is None else "lora"
-            loaded = load_model(settings["model"], device="cpu", purpose=purpose)
-            if adapter is not None:
-                loaded = adapter(loaded, settings["seed"])
-            trainer = _trainer(loaded, examples, contract, settings, change)
-            losses = trainer.train()["train_loss"]
-            dtype = None if loaded.is_adapter else loaded.base_dtype
-            save_model(loaded, contract, folder, dtype=dtype)
+            with self._training(arm.name, settings, folder):
+                purpose: Purpose = "full" if adapter is None else "lora"
+                loaded = load_model(settings["model"], device="cpu", purpose=purpose)
+                if adapter is not None:
+                    loaded = adapter(loaded, settings["seed"])
+                trainer = _trainer(loaded, examples, contract, settings, change)
+                losses = trainer.train()["train_loss"]
+                dtype = None if loaded.is_adapter else loaded.base_dtype
+                save_model(loaded, contract, folder, dtype=dtype)
             kept = {"losses": losses, "files": _digests(folder)}
             history.write_text(json.dumps(kept), encoding="utf-8")
+        self._use(folder)
         found = _read_history(history, folder)
         assert found is not None
         return folder, found
+
+
+def seconds() -> float:
+    """Of the processor, in this process and in those that it started and that have ended."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -45,6 +45,6 @@ def find(name: str) -> Experiment:
 def write_page(folder: Path | str) -> Path:
     """Write lab.md, with its pictures, from the results of a folder."""
     folder = Path(folder)
-    for name, text in files(read(folder), every(), ".").items():
+    for name, text in files(read(folder, every()), every(), ".").items():
         write_text(folder / name, text)
     return folder / "lab.md"

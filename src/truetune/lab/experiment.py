@@ -49,6 +49,29 @@ class Column:
     def value(self) -> float:
         return sum(self.values) / sum(self.weights)
 
+    def text(self) -> str:
+        """The items as a result keeps them: 1 and 0 of a share; else values, each with its weight
+        where that is not 1, to six digits."""
+        if self.unit == "share":
+            return "".join(str(int(value)) for value in self.values)
+        pairs = zip(self.values, self.weights, strict=True)
+        return " ".join(f"{v:.6g}" if w == 1 else f"{v:.6g}/{w:g}" for v, w in pairs)
+
+    @classmethod
+    def read(cls, text: str, unit: str) -> Column:
+        """What `text` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if unit == "share":
+            if set(text) - {"0", "1"}:
+                raise ValueError(f"items of a share are 0 and 1, not {text[:20]!r}")
+            return cls.share(sign == "1" for sign in text)
+        pairs = [item.partition("/") for item in text.split()]
+        values = tuple(float(value) for value, _, _ in pairs)
+        return cls(values, tuple(float(weight or 1) for _, _, weight in pairs), unit)
+
 
 # Columns of an arm, by the measure; one a seed.
 Columns = Mapping[str, Sequence[Column]]
@@ -79,7 +102,8 @@ def estimate(columns: Sequence[Column]) -> Estimate:
         # Seeds ask the same items: they are no further items, and the interval is as wide as
         # that of one seed.
         number = len(columns[0].values)
-        around = score(round(value * number), number)
+        yes = sum(sum(c.values) for c in columns) / len(columns)
+        around = score(yes, number)
         return Estimate(value, min(around.low, value), max(around.high, value), seeds, unit)
     drawn = _drawn(columns)
     found = interval(drawn)
@@ -100,24 +124,17 @@ def difference(one: Sequence[Column], other: Sequence[Column]) -> Estimate:
     value = sum(seeds) / len(seeds)
     unit = one[0].unit
     if unit == "share":
-        counts = [0.0] * 4
+        # The questions of one seed, on average: both right, only the one, only the other, none.
+        both, first, second, neither = 0, 0, 0, 0
         for a, b in pairs:
             for x, y in zip(a.values, b.values, strict=True):
-                counts[int(2 * (1 - x) + (1 - y))] += 1 / len(pairs)
-        around = score_difference(*_whole(counts, len(one[0].values)))
+                both, first = both + (x > 0 and y > 0), first + (x > y)
+                second, neither = second + (y > x), neither + (x <= 0 and y <= 0)
+        around = score_difference(*(n / len(pairs) for n in (both, first, second, neither)))
         return Estimate(value, min(around.low, value), max(around.high, value), seeds, unit)
     found = interval(_drawn(one) - _drawn(other))
     assert found is not None
     return Estimate(value, found.low, found.high, seeds, unit)
-
-
-def _whole(counts: Sequence[float], number: int) -> list[int]:
-    """Counts averaged over seeds, as whole items that sum to their number."""
-    floors = [int(count) for count in counts]
-    order = sorted(range(len(counts)), key=lambda i: floors[i] - counts[i])
-    for i in order[: number - sum(floors)]:
-        floors[i] += 1
-    return floors
 
 
 def _drawn(columns: Sequence[Column]):  # type: ignore[no-untyped-def]
@@ -154,13 +171,20 @@ class Expectation:
             found = estimate(mine)
         else:
             found = difference(mine, sheets[self.than][self.measure])
-        low = -float("inf") if self.above is None else self.above
-        high = float("inf") if self.below is None else self.below
-        if low <= found.low and found.high <= high and all(low <= s <= high for s in found.seeds):
-            return found, "yes"
-        if found.high < low or found.low > high:
-            return found, "no"
-        return found, "not decided"
+        return found, self.held(found.low, found.high, found.seeds)
+
+    def held(self, low: float, high: float, seeds: Iterable[float]) -> Held:
+        """The judgement of an interval and the value of each seed."""
+        above = -float("inf") if self.above is None else self.above
+        below = float("inf") if self.below is None else self.below
+        if above <= low and high <= below and all(above <= seed <= below for seed in seeds):
+            return "yes"
+        return "no" if high < above or low > below else "not decided"
+
+    @property
+    def directed(self) -> bool:
+        """Whether it says in which direction: a bound on both sides says that nothing changes."""
+        return self.above is None or self.below is None
 
     @property
     def bound(self) -> str:
@@ -240,11 +264,13 @@ class Experiment:
         }
 
 
-def verdict(held: Sequence[Held]) -> Verdict:
-    """Reproduced where every expectation holds, not reproduced where every one is refuted,
-    different where some are and some are not."""
+def verdict(expectations: Sequence[Expectation], held: Sequence[Held]) -> Verdict:
+    """Reproduced where every expectation holds, not reproduced where every one that says in which
+    direction is refuted, different where some are and some are not."""
     if all(one == "yes" for one in held):
         return "reproduced"
-    if all(one == "no" for one in held):
+    pairs = zip(expectations, held, strict=True)
+    deciding = [one for e, one in pairs if e.directed] or held
+    if all(one == "no" for one in deciding):
         return "not reproduced"
     return "different" if "no" in held else "not decided"

@@ -9,15 +9,15 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from truetune import __version__
 from truetune.errors import InputError
-from truetune.lab.bench import Bench
-from truetune.lab.experiment import Column, Estimate, Experiment, estimate, verdict
+from truetune.lab.bench import Bench, digest, seconds
+from truetune.lab.experiment import Column, Estimate, Experiment, Held, estimate, verdict
 from truetune.run_dir import write_json
 from truetune.system.lazy import torch
 
@@ -45,7 +45,7 @@ def run(
     """
     from truetune.lab.asked import ask, questions
 
-    stage, bench, began = on_stage or (lambda _: None), Bench(folder, quick=quick), _seconds()
+    stage, bench, began = on_stage or (lambda _: None), Bench(folder, quick=quick), seconds()
     arms = experiment.quick_arms if quick else experiment.arms
     todo = [(arm, seed) for seed in seeds for arm in arms(seed)]
 
@@ -54,15 +54,20 @@ def run(
 
     sheets: dict[str, dict[str, list[Column]]] = {}
     samples: dict[str, list[dict[str, str]]] = {}
+    digests: dict[str, list[str]] = {}
     for place, (arm, seed) in enumerate(todo, 1):
         bench.on_stage = counted(place)
         tuned = bench.tuned(arm, seed)
+        digests.setdefault(arm.name, []).append(digest(arm))
         bench.on_stage(f"measuring {arm.name}, seed {seed}")
         for name, column in experiment.measure(tuned).items():
-            sheets.setdefault(arm.name, {}).setdefault(name, []).append(column)
+            # As it is kept, so that whoever reads the result computes the same.
+            kept = Column.read(column.text(), column.unit)
+            sheets.setdefault(arm.name, {}).setdefault(name, []).append(kept)
         if arm.name not in samples:
             samples[arm.name] = ask(tuned, questions()[:_SAMPLES]).samples()
     judged = [expectation.judged(sheets) for expectation in experiment.expectations]
+    spent = seconds() - began
     return {
         "name": experiment.name,
         "number": experiment.number,
@@ -73,12 +78,14 @@ def run(
         "seeds": list(seeds),
         "quick": quick,
         "trained": bench.trained,
-        "processor_seconds": round(_seconds() - began),
+        "processor_seconds": round(spent),
+        "fresh_seconds": _fresh(spent - bench.spent, list(bench.used.values())),
         "arms": [
             {
                 "name": name,
+                "settings": digests[name],
                 "measures": {
-                    measure: _kept(estimate(columns))
+                    measure: {**_kept(estimate(columns)), "items": [c.text() for c in columns]}
                     for measure, columns in found.items()
                     if all(math.isfinite(c.value) for c in columns)
                 },
@@ -90,14 +97,14 @@ def run(
             {"label": e.label, "bound": e.bound, **_kept(found), "held": held}
             for e, (found, held) in zip(experiment.expectations, judged, strict=True)
         ],
-        "verdict": verdict([held for _, held in judged]),
+        "verdict": verdict(experiment.expectations, [held for _, held in judged]),
     }
 
 
-def _seconds() -> float:
-    """Of the processor, in this process and in those that it started and that have ended."""
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+def _fresh(measuring: float, trained: Sequence[float | None]) -> int | None:
+    """What the run takes in an empty folder; None where an arm's training was not timed."""
+    times = [spent for spent in trained if spent is not None]
+    return round(measuring + sum(times)) if len(times) == len(trained) else None
 
 
 def _kept(found: Estimate) -> dict[str, Any]:
@@ -112,6 +119,63 @@ def _kept(found: Estimate) -> dict[str, Any]:
     }
 
 
+def contradictions(result: Mapping[str, Any], experiment: Experiment) -> list[str]:
+    """Where a result says something else than its declaration and its own numbers: it was edited,
+    or its experiment was changed after the run. Everything is computed again from the items of each
+    arm; of a result that keeps none, what follows from its intervals.
+
+    Args:
+        experiment: as it is declared now.
+    """
+    wrong = []
+    if result["declared"] != json.loads(json.dumps(experiment.declaration())):
+        wrong.append("it was declared otherwise")
+    stored = {arm["name"]: arm for arm in result["arms"]}
+    sheets: dict[str, dict[str, list[Column]]] = {}
+    for name, arm in stored.items():
+        for measure, found in arm["measures"].items():
+            if "items" not in found:
+                continue
+            columns = [Column.read(text, found["unit"]) for text in found["items"]]
+            sheets.setdefault(name, {})[measure] = columns
+            told = {key: value for key, value in found.items() if key != "items"}
+            if len(columns) != len(result["seeds"]) or told != _kept(estimate(columns)):
+                wrong.append(f"{measure} of {name} is not what its items give")
+    wrong += _other_arms(result, experiment, stored)
+    held: list[Held] = []
+    for one, told in zip(experiment.expectations, result["expectations"], strict=False):
+        judged = {key: told[key] for key in ("value", "low", "high", "seeds", "unit", "held")}
+        if all(one.measure in sheets.get(arm, {}) for arm in (one.arm, one.than or one.arm)):
+            found, holds = one.judged(sheets)
+            again = {**_kept(found), "held": holds}
+        else:
+            again = {**judged, "held": one.held(told["low"], told["high"], told["seeds"])}
+        if (told["label"], told["bound"], judged) != (one.label, one.bound, again):
+            wrong.append(f"{one.label!r} is not judged by its numbers")
+        held.append(again["held"])
+    if len(held) != len(experiment.expectations) or len(held) != len(result["expectations"]):
+        wrong.append("its expectations are not those that are declared")
+    elif result["verdict"] != verdict(experiment.expectations, held):
+        wrong.append(f"the verdict is {verdict(experiment.expectations, held)}")
+    return wrong
+
+
+def _other_arms(
+    result: Mapping[str, Any], experiment: Experiment, stored: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Arms whose rows or settings are not the declared ones."""
+    wrong = []
+    for place, seed in enumerate(result["seeds"]):
+        arms = experiment.quick_arms(seed) if result.get("quick") else experiment.arms(seed)
+        if [arm.name for arm in arms] != list(stored):
+            return ["its arms are not those that are declared"]
+        for arm in arms:
+            kept = stored[arm.name].get("settings")
+            if kept is not None and kept[place : place + 1] != [digest(arm)]:
+                wrong.append(f"{arm.name}, seed {seed}, has other rows or settings")
+    return wrong
+
+
 def write(result: Mapping[str, Any], folder: Path | str) -> Path:
     """Keep a result as NAME.json of a folder."""
     path = Path(folder) / f"{result['name']}.json"
@@ -120,17 +184,27 @@ def write(result: Mapping[str, Any], folder: Path | str) -> Path:
     return path
 
 
-def read(folder: Path | str) -> list[dict[str, Any]]:
+def read(
+    folder: Path | str, experiments: Sequence[Experiment], skip: Iterable[str] = ()
+) -> list[dict[str, Any]]:
     """All results of a folder, in the order of their claims.
 
+    Args:
+        experiments: a result of one of them must follow from its declaration.
+        skip: names of experiments whose results are about to be replaced.
+
     Raises:
-        InputError: a file is not a result.
+        InputError: a file is not a result, or contradicts its declaration or its own numbers.
     """
     found = []
+    known = {experiment.name: experiment for experiment in experiments}
     for path in sorted(Path(folder).glob("*.json")):
+        wrong: list[str] = []
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             result["arms"], result["number"]
+            if result["name"] in known and result["name"] not in skip:
+                wrong = contradictions(result, known[result["name"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is not the result of an experiment",
@@ -139,6 +213,14 @@ def read(folder: Path | str) -> list[dict[str, Any]]:
                 fix="choose another folder, or remove the file and run its experiment again",
                 code="lab-result-unreadable",
             ) from error
+        if wrong:
+            raise InputError(
+                f"{path} contradicts its declaration or its own numbers",
+                where=str(path),
+                why=", ".join(wrong[:3]) + (f", and {len(wrong) - 3} more" if wrong[3:] else ""),
+                fix=f"run it again: truetune lab run {result['name']}",
+                code="lab-result-contradicts",
+            )
         found.append(result)
     return sorted(found, key=lambda result: int(result["number"]))
 

@@ -113,7 +113,7 @@ def _behaves(run: RunFacts) -> Answer:
 SHARES: dict[str, str] = {
     "stop_rate": "replies that end by themselves",
     "repetition": "replies that repeat themselves",
-    "role_leak": "replies that speak for the user",
+    "role_leak": "replies that write another turn",
     "open_thinking": "replies that leave their thinking open",
     "empty": "empty replies",
     "copied": "replies that copy the prompt",
