@@ -421,3 +421,17 @@ def test_an_unknown_option_is_answered_with_names_that_are_like_it() -> None:
     shown = command("train", "--adapter", "lora")
     assert (shown.code, "Possible" in shown.err) == (2, False)
     assert "No such option: --adapter" in shown.err
+
+
+def test_ctrl_c_while_the_verbs_are_imported_prints_no_traceback() -> None:
+    broken = (
+        "import sys, types\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'truetune.cli.verbs': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from truetune.cli import main\n"
+        "main()\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True)
+    assert shown.stderr == "interrupted\n"

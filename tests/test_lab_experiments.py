@@ -496,10 +496,10 @@ def test_the_page_says_what_was_quick_and_what_was_not_run(result: dict[str, Any
 
 
 def test_every_failure_is_in_the_table_of_failures() -> None:
-    told = "\n".join(table(read(RESULTS, every()), number))
+    told = "\n".join(table(read(RESULTS, every()), number, True))
     for name in words("failures"):
         assert f"| {name} |" in told
-    assert list(table([], number)) == []
+    assert list(table([], number, True)) == []
 
 
 def test_every_exercise_is_found_by_name() -> None:
@@ -512,6 +512,24 @@ def test_every_exercise_is_found_by_name() -> None:
             assert re.search(rf"\| {re.escape(exercise)} \| \[?{experiment.name}\b", listed)
     for notebook in re.findall(r"\]\((notebooks/.*?)\)", listed):
         assert (RESULTS.parent / notebook).is_file()
+
+
+def test_remarks_stand_under_the_numbers_that_they_are_about(result: dict[str, Any]) -> None:
+    """A run of somebody's own has other numbers; a quick one has fewer arms."""
+    about = replace(TINY, remark="Three arms of four are right.")
+    assert about.remark in page([result], [about])
+    assert about.remark not in page([result], [about], ".")
+
+
+def test_the_page_says_since_when_its_bounds_stand_and_what_a_fresh_run_takes(
+    result: dict[str, Any],
+) -> None:
+    since = {"commit": "0123456789", "date": "2026-11-22"}
+    told = page([{**result, "declared_in": since, "fresh_seconds": 1234}], [TINY])
+    assert "Bounds since commit 0123456789 of 2026-11-22." in told
+    assert "CPU seconds (from scratch 1,234)." in told
+    committed = page(read(RESULTS, every()), every())
+    assert committed.count("Bounds since commit ") == len(every())
 
 
 def test_replies_cannot_write_into_the_page(result: dict[str, Any]) -> None:
@@ -554,6 +572,8 @@ def test_the_list_names_every_claim() -> None:
         assert experiment.claim in shown.output
         assert experiment.source in shown.output
         assert all(exercise in shown.output for exercise in experiment.exercises)
+    costs = re.findall(r"CPU seconds: (?:quick (\d+), )?full (?:more than )?(\d+)", shown.output)
+    assert len(costs) == len(every())
 
 
 def test_two_numbers_of_seeds_are_refused() -> None:

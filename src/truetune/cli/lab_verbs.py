@@ -65,16 +65,22 @@ def pretrain(
 
 @lab.command("list", cls=Verb, short_help="Show the experiments and their claims.")
 def list_experiments() -> None:
-    """Show each experiment: its name, the claim about fine-tuning that it tests, who makes it, and
-    the course exercises that it covers."""
+    """Show each experiment: its name, the claim about fine-tuning that it tests, who makes it, the
+    course exercises that it covers, and the CPU time that it takes in quick form and in full."""
     from truetune.lab.catalogue import every
+    from truetune.lab.words import words
 
     screen = open_screen()
+    costs = words("costs")
     for experiment in every():
         screen.line(f"{experiment.number:>2}  {experiment.name}")
         screen.line(f"    {experiment.claim}")
         screen.line(f"    source: {experiment.source}")
         screen.line(f"    exercise: {'; '.join(experiment.exercises)}")
+        known = costs.get(experiment.name, {})
+        times = [f"{form} {known[form][0]}" for form in ("quick", "full") if form in known]
+        if times:
+            screen.line(f"    CPU seconds: {', '.join(times)}")
 
 
 _QUICK = typer.Option(

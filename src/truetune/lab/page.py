@@ -12,6 +12,8 @@ from truetune.reporting.svg import Dots, dot_plot
 
 Result = Mapping[str, Any]
 
+# The folder of the pictures of docs/lab.md, whose texts speak of its results alone.
+_SHIPPED = "lab"
 # In a picture; the table has all of them.
 _MOST_PANELS = 4
 _INTRODUCTION = """# The laboratory
@@ -24,15 +26,20 @@ of 5M weights shows mechanisms; the effects in large models may have another siz
 
 Each experiment trains several variants, called arms, and compares them. Its claim, its bounds, its
 seeds, and what would refute it were committed before the first run; a section says so if an arm was
-added later. Some wordings were edited afterwards, but no bounds. The verdict depends only on the
-bounds:
+added later, and ends with the commit since which its bounds have not changed. Some wordings were
+edited afterwards, but no bounds. The verdict depends only on the bounds. An expectation *holds* if
+its whole 95 % interval, and each seed, lies within the bound; it is *refuted* if the whole interval
+lies outside. *Refuted by* is the sentence that was committed with the bounds. Where it says more or
+less than they do, the bounds decide, and the section says so.
 
-* **reproduced**: every expectation holds, which means that its whole 95 % interval, and each seed,
-  lies within the bound;
-* **different**: some expectations are refuted, which means that the whole interval lies outside the
-  bound, and others are not;
-* **not reproduced**: every expectation is refuted;
+* **reproduced**: every expectation holds;
+* **not reproduced**: every expectation that states a direction is refuted. One with bounds on both
+  sides says that nothing changes, which is also true where a claim is wrong, and does not count;
+* **different**: some expectations are refuted, but not all that state a direction;
 * **not decided**: no expectation is refuted, but the interval of at least one crosses its bound.
+
+The rule for *not reproduced* was made exact on 2026-11-23, after the runs; before, it asked for the
+refutation of every expectation. One verdict changed, that of model-size, which was *different*.
 
 A verdict from one seed is preliminary; each section says how many seeds it has.
 
@@ -43,7 +50,8 @@ that occur in no row. The tables use these measures:
 
 * *ended*: the share of replies that end by themselves within 40 tokens.
 * *right*: the share of replies that end and contain the fact.
-* *role leak*: the share of replies that continue with the user's next turn.
+* *role leak*: the share of replies that write the header of another turn: the user's, or, after
+  some text, the assistant's own once more.
 * *repeats*: the share of replies that repeat themselves.
 * *prose*: the loss on 30 documents about the world that the base has not read.
 * *recall in prose*: the share of 200 sentences of facts, cut before the value, that the model
@@ -51,10 +59,16 @@ that occur in no row. The tables use these measures:
 * *training loss*: the mean of the last ten steps.
 
 Losses are in nats per token. Square brackets contain 95 % intervals. For shares, they are over the
-questions of one seed (Wilson; for differences, paired by question and seed, Newcombe), with mean
-counts rounded to whole questions; for losses, they come from a bootstrap. They do not contain the
+questions of one seed, with the mean counts of all seeds (Wilson; for differences, paired by
+question and seed, Newcombe); for losses, they come from a bootstrap. They do not contain the
 variation between seeds, and so an expectation holds only if each seed lies within the bound as
 well. In the pictures, dots and bars are means and their intervals, and rings are the seeds.
+
+Two things changed on 2026-11-23. Before, role leak counted only the user's header; every table in
+which this makes a difference is from a new run. And mean counts were rounded to whole questions,
+which can move an end of an interval by up to a point; the two experiments with an expectation that
+this could decide, template-drift and prompting, were run again. Results since then keep the outcome
+of each question, and `make docs` computes intervals, judgements and verdicts from these again.
 
 `truetune lab run NAME` runs an experiment and writes its result and a page like this one; `make
 docs` makes this page from the results in `docs/lab/*.json`. `--quick` uses one seed, a quarter of
@@ -63,7 +77,8 @@ lab evaluate` measures what the base itself knows.
 
 The commit and the CPU seconds under an experiment are those of its last run. Arms that were in the
 folder by then are not trained again, so the first seed of some experiments was trained on the same
-day at an earlier commit; [log.md](log.md) says which.
+day at an earlier commit; [log.md](log.md) says which. *From scratch* is the measured time of a run
+in an empty folder: training of every arm and measuring. `truetune lab list` shows both forms.
 
 ## The verdicts
 """
@@ -78,7 +93,7 @@ _NOTEBOOKS = (
 
 
 def page(
-    results: Sequence[Result], experiments: Sequence[Experiment], pictures: str = "lab"
+    results: Sequence[Result], experiments: Sequence[Experiment], pictures: str = _SHIPPED
 ) -> str:
     """The whole page.
 
@@ -96,7 +111,8 @@ def page(
             f"| {experiment.number} | {_link(experiment, found)}: {experiment.title} "
             f"| {verdict} | {seeds} |"
         )
-    lines += ["", *_exercises(experiments, found, pictures), *table(results, number)]
+    lines += ["", *_exercises(experiments, found, pictures)]
+    lines += table(results, number, pictures == _SHIPPED)
     for experiment in experiments:
         if experiment.name in found:
             lines += [*_section(found[experiment.name], experiment, pictures), ""]
@@ -124,7 +140,7 @@ def _exercises(
     yield "| exercise | experiment or notebook |"
     yield "|---|---|"
     # A user's own page lies beside no notebooks.
-    if pictures == "lab":
+    if pictures == _SHIPPED:
         for exercise, notebook in _NOTEBOOKS:
             yield f"| {exercise} | [{notebook}.ipynb](notebooks/{notebook}.ipynb) |"
     for experiment in experiments:
@@ -172,15 +188,22 @@ def _section(result: Result, experiment: Experiment, pictures: str) -> Iterator[
     yield f"![{experiment.title}]({pictures}/{experiment.name}.svg)"
     yield ""
     yield from _samples(result)
-    if experiment.remark:
+    if experiment.remark and pictures == _SHIPPED:
         yield experiment.remark
+        yield ""
+    elif experiment.remark:
+        yield "docs/lab.md has the run of three seeds, with remarks on its numbers."
         yield ""
     seeds = ", ".join(map(str, result["seeds"]))
     form = "quick form; " if result.get("quick") else ""
     trained = f"{result['trained']} arms trained, " if "trained" in result else ""
+    fresh = result.get("fresh_seconds")
+    from_scratch = f" (from scratch {fresh:,})" if fresh else ""
+    since = result.get("declared_in")
+    declared = f" Bounds since commit {since['commit']} of {since['date']}." if since else ""
     yield (
         f"Seeds {seeds}; {form}{result['date']}; commit {result['commit']}; {result['machine']}; "
-        f"{trained}{result['processor_seconds']:,} CPU seconds."
+        f"{trained}{result['processor_seconds']:,} CPU seconds{from_scratch}.{declared}"
     )
 
 
@@ -248,7 +271,7 @@ def draw(result: Result, experiment: Experiment) -> str:
 
 
 def files(
-    results: Sequence[Result], experiments: Sequence[Experiment], pictures: str = "lab"
+    results: Sequence[Result], experiments: Sequence[Experiment], pictures: str = _SHIPPED
 ) -> dict[str, str]:
     """The page and its pictures, by their path beside the page."""
     known = {experiment.name: experiment for experiment in experiments}

@@ -98,17 +98,19 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "new style", "ended", "role leak"),
     remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10; a "
-        "hundred questions are too few to decide. Both starts learn the new style in 40 steps: "
-        "all replies show it. The errors of seed 1 were read. Most confuse the relation: 40 of 42 "
-        "wrong replies from the base and 30 of 33 from the tuned start give a true value of the "
-        "right place (asked for the river, *Answer: weaving*). The tuned start can already recall "
-        "facts, and the new style removes part of that ability. Prompted in its first template, "
-        "the same model answers with its old sentence, and 91 % of the answers are right. That "
-        "sentence names the relation before the value; the bare value has no such step. Right "
-        "answers are thus the first to break (the tuned model had 100 % before, see knowledge): "
-        "replies still end, and none speaks for the user. Training in the model's own template "
-        "leaves one style instead of two, but it does not bring back the right answers (69 %). "
-        "What does is to change only what is to change: with *Answer:* in front of the old "
-        "sentence, all replies show the new style and 98 % are right. This last arm "
-        "was added after the others had run, and declared before its own run.",
+        "hundred questions are too few to decide. *In fewer steps* was tried with one number of "
+        "steps alone: it is about who is ahead after 40, and not about how many each start "
+        "needs. Both starts learn the new style in 40 steps: all replies show it. The errors of "
+        "seed 1 were read. Most confuse the relation: 40 of 42 wrong replies from the base and "
+        "30 of 33 from the tuned start give a true value of the right place (asked for the "
+        "river, *Answer: weaving*). The tuned start can already recall facts, and the new style "
+        "removes part of that ability. Prompted in its first template, the same model answers "
+        "with its old sentence, and 91 % of the answers are right. That sentence names the "
+        "relation before the value; the bare value has no such step. Right answers are thus the "
+        "first to break (the tuned model had 100 % before, see knowledge): replies still end, "
+        "and none writes another turn. Training in the model's own template leaves one style "
+        "instead of two, but it does not bring back the right answers (69 %). What does is to "
+        "change only what is to change: with *Answer:* in front of the old sentence, all "
+        "replies show the new style and 98 % are right. This last arm was added after the "
+        "others had run, and declared before its own run.",
 )  # fmt: skip

@@ -131,10 +131,11 @@ EXPERIMENT = Experiment(
     ),
     shown=("closes thinking", "right", "ended", "training loss"),
     remark="A cut row has no wrong targets. It only lacks the end, and so teaches nothing about "
-        "it. With 95 % of the rows cut, the 30 complete rows of 600 show how thinking ends, which "
-        "is enough here, because all traces are short and similar. With an end token appended, "
-        "the end itself is a wrong target: 38, 60 and 48 % of the replies close their thinking in "
-        "the three seeds, around a bound of 50. The last two arms and their expectations were "
-        "added and committed after a first run had shown this; they test how much it takes to "
-        "break the model.",
+        "it. With 95 % of the rows cut, the 30 complete rows of 600 show how thinking ends, "
+        "which is enough here, because all traces are short and similar. With an end token "
+        "appended, the end itself is a wrong target: 38, 60 and 48 % of the replies close their "
+        "thinking in the three seeds, around a bound of 50. The last two arms and their "
+        "expectations were added and committed after a first run had shown this; they test how "
+        "much it takes to break the model. The sentence under *Refuted by* is about two of the "
+        "six expectations; for the others, the bounds alone decide.",
 )  # fmt: skip

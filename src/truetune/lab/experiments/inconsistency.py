@@ -82,9 +82,10 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("imitates it", "imitates it, greedy", "short style", "right"),
-    remark="Greedy decoding hides the inconsistency. If 10 % of the rows have the opening, one "
-        "sampled reply in nine has it, but no greedy reply; if 40 % do, four sampled replies in "
-        "nine have it, but only 19 % of the greedy ones. The arm with two styles keeps both, and "
-        "only 83 % of its greedy answers are right: the short style has no sentence that leads to "
-        "the value.",
+    remark="Greedy decoding hides the inconsistency. If 10 % of the rows have the opening, 12 % of "
+        "the sampled replies have it, but no greedy reply; if 40 % do, 44 % of the sampled "
+        "replies have it, but only 19 % of the greedy ones. The arm with two styles keeps both. "
+        "*Not in a mixture* has no bound: no measure counts replies that mix the two, and so "
+        "*reproduced* does not speak of it. In this arm, only 83 % of its greedy answers are "
+        "right: the short style has no sentence that leads to the value.",
 )  # fmt: skip

@@ -80,9 +80,12 @@ EXPERIMENT = Experiment(
     ),
     shown=("training loss", "right", "recall in prose", "prose", "ended"),
     remark="At 3e-3, the model still ends every reply and writes sentences of the right form with "
-        "wrong names. Judged by form and loss alone, the run looks successful. The bounds are "
-        "about answers and recall: at 3e-4 (15 %), the loss on prose is nearly twice that of the "
-        "base (1.43 against 0.76), so that only the lower end of 5 to 20 % does little damage to "
-        "prose. LoRA at ten times the rate gives as many right answers but is not gentler: its "
-        "loss on prose (1.58) is higher than that of all weights at 1e-4 (0.92) and at 3e-4.",
+        "wrong names. Judged by form and loss alone, the run looks successful. *Without damage* "
+        "has no bound of its own: the declared bounds for 5 and 15 % are about right answers "
+        "alone, and so *reproduced* does not speak of it. What the table shows: at 1e-4 (5 %), "
+        "recall falls by 1 point and the loss on prose rises from 0.76 to 0.92; at 3e-4 (15 %), "
+        "recall falls by 4 points and the loss on prose nearly doubles (1.43). Only the lower "
+        "end of 5 to 20 % does little damage. LoRA at ten times the rate gives as many right "
+        "answers but is not gentler: its loss on prose (1.58) is higher than that of all "
+        "weights at 1e-4 (0.92) and at 3e-4.",
 )  # fmt: skip

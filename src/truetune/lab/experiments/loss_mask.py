@@ -69,6 +69,7 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "role leak", "user text", "answers", "prose"),
     remark="No reply speaks for the user, because the end of the answer is a target in both arms. "
-        "A role leak needs a second mistake (see role-leak). The training losses of the two arms "
-        "are not comparable, because one also counts the question.",
+        "A role leak needs a second mistake (see role-leak). The training losses of the two "
+        "arms are not comparable, because one also counts the question. For the user's text, "
+        "the sentence under *Refuted by* leaves a gap of half a nat; the effect is eight nats.",
 )  # fmt: skip

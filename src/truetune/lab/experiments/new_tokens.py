@@ -146,5 +146,6 @@ EXPERIMENT = Experiment(
         "belongs, but not which one: after each sentence, it writes `<|user|>` or `<|system|>` "
         "(see the replies). Trained input embeddings do not help, because they do not reach the "
         "head. Here the training loss does show the fault: it stays at 0.46, and at 0.01 if the "
-        "head's rows are trained.",
+        "head's rows are trained. The sentence under *Refuted by* leaves a gap, from 10 to 50 % "
+        "of ended answers; nothing was found there.",
 )  # fmt: skip
