@@ -152,6 +152,12 @@ def test_an_expectation_that_nothing_changes_does_not_save_a_claim() -> None:
 # ------------------------------------------------------------------------------- declarations
 
 
+@pytest.fixture(scope="module")
+def shipped() -> list[dict[str, Any]]:
+    """The results of docs/lab.md; reading them checks them."""
+    return read(RESULTS, every())
+
+
 def test_every_experiment_is_declared_in_full() -> None:
     assert len({e.number for e in every()}) == len({e.name for e in every()}) == len(every())
     for experiment in every():
@@ -193,11 +199,12 @@ def test_a_sentence_is_put_as_the_shipped_instructions_put_it() -> None:
     assert sentence(questions()[0].fact) not in answers
 
 
-def test_results_in_the_docs_are_clean_and_follow_from_their_declarations() -> None:
+def test_results_in_the_docs_are_clean_and_follow_from_their_declarations(
+    shipped: list[dict[str, Any]],
+) -> None:
     """A bound that is moved after the run shows here: the experiment has to be run again."""
-    found = read(RESULTS, every())
-    assert len(found) == len(every())
-    for result in found:
+    assert len(shipped) == len(every())
+    for result in shipped:
         assert "dirty" not in result["commit"], result["name"]
 
 
@@ -404,7 +411,9 @@ def test_a_result_has_numbers_machine_commit_and_verdict(
     assert tuned["training loss"]["value"] > 1
     assert result["commit"]
     assert "cores" in result["machine"]
-    assert read(write(result, tmp_path).parent, [TINY]) == [json.loads(json.dumps(result))]
+    (again,) = read(write(result, tmp_path).parent, [TINY])
+    assert again.pop("digest")
+    assert again == json.loads(json.dumps(result))
 
 
 def _edited(result: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -443,6 +452,18 @@ def test_a_result_that_contradicts_itself_is_refused(
     with pytest.raises(InputError, match="contradicts its declaration"):
         read(tmp_path, [TINY])
     assert read(tmp_path, [TINY], [TINY.name])
+
+
+def test_a_result_that_was_edited_by_hand_is_refused(
+    result: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where nothing can be computed again, as a question and its reply."""
+    path = write(result, tmp_path)
+    said = result["arms"][1]["samples"][0]["asked"]
+    path.write_text(path.read_text("utf-8").replace(said, "Gunnow."), "utf-8")
+    with pytest.raises(InputError, match="contradicts") as told:
+        read(tmp_path, [TINY])
+    assert told.value.why == "it was edited since it was written"
 
 
 def test_another_setting_is_another_arm() -> None:
@@ -495,17 +516,17 @@ def test_the_page_says_what_was_quick_and_what_was_not_run(result: dict[str, Any
     assert "quick form" not in page([result], [TINY]).split("## 99")[1]
 
 
-def test_every_failure_is_in_the_table_of_failures() -> None:
-    told = "\n".join(table(read(RESULTS, every()), number, True))
+def test_every_failure_is_in_the_table_of_failures(shipped: list[dict[str, Any]]) -> None:
+    told = "\n".join(table(shipped, number, True))
     for name in words("failures"):
         assert f"| {name} |" in told
     assert list(table([], number, True)) == []
 
 
-def test_every_exercise_is_found_by_name() -> None:
+def test_every_exercise_is_found_by_name(shipped: list[dict[str, Any]]) -> None:
     names = [exercise for experiment in every() for exercise in experiment.exercises]
     assert len(set(names)) == len(names)
-    told = page(read(RESULTS, every()), every())
+    told = page(shipped, every())
     listed = told.split("## The exercises")[1].split("\n## ")[0]
     for experiment in every():
         for exercise in experiment.exercises:
@@ -522,13 +543,13 @@ def test_remarks_stand_under_the_numbers_that_they_are_about(result: dict[str, A
 
 
 def test_the_page_says_since_when_its_bounds_stand_and_what_a_fresh_run_takes(
-    result: dict[str, Any],
+    result: dict[str, Any], shipped: list[dict[str, Any]]
 ) -> None:
     since = {"commit": "0123456789", "date": "2026-11-22"}
     told = page([{**result, "declared_in": since, "fresh_seconds": 1234}], [TINY])
     assert "Bounds since commit 0123456789 of 2026-11-22." in told
     assert "CPU seconds (from scratch 1,234)." in told
-    committed = page(read(RESULTS, every()), every())
+    committed = page(shipped, every())
     assert committed.count("Bounds since commit ") == len(every())
 
 

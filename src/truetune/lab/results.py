@@ -4,6 +4,7 @@ JSON."""
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -177,11 +178,16 @@ def _other_arms(
 
 
 def write(result: Mapping[str, Any], folder: Path | str) -> Path:
-    """Keep a result as NAME.json of a folder."""
+    """Keep a result as NAME.json of a folder, with a digest of what it says."""
     path = Path(folder) / f"{result['name']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dict(result))
+    write_json(path, {**result, "digest": _digest(result)})
     return path
+
+
+def _digest(result: Mapping[str, Any]) -> str:
+    said = {key: value for key, value in result.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def read(
@@ -205,6 +211,8 @@ def read(
             result["arms"], result["number"]
             if result["name"] in known and result["name"] not in skip:
                 wrong = contradictions(result, known[result["name"]])
+                if result["digest"] != _digest(result):
+                    wrong.append("it was edited since it was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is not the result of an experiment",
