@@ -445,7 +445,7 @@ def healthy(tasks: dict[str, Task], number: int) -> list[Run]:
     kinds = [
         ("all weights", False, FULL),
         ("LoRA", True, LORA),
-        ("all weights, gentle", False, FULL / 3),
+        ("all weights, 1e-4", False, FULL / 3),
         ("LoRA, 1e-3", True, LORA / 3),
     ]
     found: list[Run] = []

@@ -10,9 +10,12 @@ who     make_docs.py
 from __future__ import annotations
 
 import ast
+import builtins
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "truetune"
@@ -24,6 +27,10 @@ _CALLS = {"share": "N of M rows", "len": "N", "gib": "N GiB", "percent": "N %"}
 
 # Methods that say less about a value than the value that they are called on.
 _CHANGES = ("strip", "splitlines", "items", "values", "format")
+# Values of many parts: a function that is called on one of them says more than its name.
+_WHOLES = ("facts", "outcome", "rows", "train")
+# A table of refusals: a text for each of these fields, with names of values in braces.
+_TABLE_FIELDS = ("what", "why", "fix", "code")
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,9 @@ def sites() -> Iterator[Site]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         module = _Module(tree)
         for function, call in module.calls():
-            found = _site(call, module, function, str(path.relative_to(SOURCE)))
-            if found is not None:
-                yield found
+            yield from _sites_of(call, module, function, str(path.relative_to(SOURCE)))
+        for table in module.tables():
+            yield from _tabled(table, module, str(path.relative_to(SOURCE)))
 
 
 def finding_codes() -> dict[str, set[str]]:
@@ -122,6 +129,14 @@ class _Module:
     def calls(self) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
         yield from self._within(self.tree, None)
 
+    def tables(self) -> Iterator[ast.Dict]:
+        """Dictionaries whose values are the texts of an error."""
+        for node in self.tree.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
+                values = node.value.values
+                if all(isinstance(v, ast.Tuple) and len(v.elts) == 4 for v in values):
+                    yield node.value
+
     def _within(
         self, node: ast.AST, function: ast.FunctionDef | None
     ) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
@@ -143,9 +158,9 @@ def _constants(tree: ast.Module) -> dict[str, ast.expr]:
     }
 
 
-def _site(
+def _sites_of(
     call: ast.Call, module: _Module, function: ast.FunctionDef | None, name: str
-) -> Site | None:
+) -> Iterator[Site]:
     called = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
     values = {word.arg: word.value for word in call.keywords if word.arg}
     finding = called in _FINDINGS
@@ -157,20 +172,64 @@ def _site(
             values.setdefault(field, value)
     elif not finding and call.args:
         values.setdefault("what", call.args[0])
-    code = values.get("code")
-    if not isinstance(code, ast.Constant) or not isinstance(code.value, str) or not code.value:
-        return None
     level = values.get("level")
     said = _Said(module, function)
-    return Site(
-        code=code.value,
-        kind="finding" if finding else "row error" if called == "BadRow" else "error",
-        level=str(level.value) if finding and isinstance(level, ast.Constant) else "",
-        what=said.of(values.get("what")),
-        why=said.of(values.get("why")),
-        fix=said.of(values.get("fix")),
-        module=name,
-    )
+    what = said.of(values.get("what"))
+    for code in _codes(values.get("code"), called):
+        if "code" not in values and re.fullmatch("(\u2039[^\u203a]*\u203a)?", what):
+            # It passes on what another error says.
+            continue
+        yield Site(
+            code=code,
+            kind="finding" if finding else "row error" if called == "BadRow" else "error",
+            level=str(level.value) if finding and isinstance(level, ast.Constant) else "",
+            what=what,
+            why=said.of(values.get("why")),
+            fix=said.of(values.get("fix")),
+            module=name,
+        )
+
+
+def _codes(node: ast.expr | None, called: str) -> list[str]:
+    match node:
+        case ast.Constant(value=str(code)) if code:
+            return [code]
+        case ast.IfExp(body=body, orelse=other):
+            return _codes(body, called) + _codes(other, called)
+        case None if called in _default_codes():
+            return [_default_codes()[called]]
+    return []
+
+
+@cache
+def _default_codes() -> dict[str, str]:
+    """class -> the code of its errors, where they are raised without one."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                for field in node.body:
+                    match field:
+                        case ast.Assign(
+                            targets=[ast.Name(id="default_code")],
+                            value=ast.Constant(value=str(code)),
+                        ):
+                            found[node.name] = code
+    return found
+
+
+def _tabled(table: ast.Dict, module: _Module, name: str) -> Iterator[Site]:
+    said = _Said(module, None)
+    for row in table.values:
+        assert isinstance(row, ast.Tuple)
+        what, why, fix, code = (_unbraced(said.of(part)) for part in row.elts)
+        yield Site(code, "error", "", what, why, fix, name)
+
+
+def _unbraced(text: str) -> str:
+    """A text for str.format, with its names of values as gaps."""
+    filled = re.sub(r"(?<!\{)\{(\w+)(?:![rs])?\}(?!\})", lambda m: _gap(m[1]), text)
+    return filled.replace("{{", "{").replace("}}", "}")
 
 
 class _Said:
@@ -220,7 +279,17 @@ class _Said:
                 return str(value)
             case ast.Name(id=name) if name in self.module.constants:
                 return self.of(node)
+            case ast.Call(func=ast.Name(id=name)) | ast.Attribute(attr=name) if (
+                name in self.module.functions and self._says(name)
+            ):
+                return self._returned(name)
         return _quoted(node)
+
+    def _says(self, name: str) -> bool:
+        """Whether a function or property returns nothing but texts."""
+        function = self.module.functions[name]
+        returned = [n.value for n in ast.walk(function) if isinstance(n, ast.Return) and n.value]
+        return bool(returned) and all(map(_is_text, returned))
 
     def _named(self, name: str) -> str:
         """What a local variable or a constant was set to, where that is text."""
@@ -278,6 +347,8 @@ def _quoted(node: ast.expr) -> str:
             text = name
         case ast.Attribute(attr=name):
             text = name
+        case ast.Subscript(slice=ast.Constant(value=str(key))):
+            text = key
         case ast.Subscript(value=value) | ast.Starred(value=value):
             return _quoted(value)
         case ast.Call(func=ast.Attribute(attr="join"), args=[inner, *_]):
@@ -292,6 +363,13 @@ def _quoted(node: ast.expr) -> str:
             text = "\u2026"
         case ast.Call(func=ast.Attribute(value=inner, attr=name)) if name in _CHANGES:
             return _quoted(inner)
+        case ast.Call(func=ast.Name(id=name), args=[inner, *_]):
+            called = _quoted(inner)
+            return (
+                _gap(name)
+                if called in map(_gap, _WHOLES) and not hasattr(builtins, name)
+                else called
+            )
         case ast.Call(args=[inner, *_]):
             return _quoted(inner)
         case ast.Call(func=func):

@@ -18,7 +18,7 @@ import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 
-from truetune.compute import dropout, flex
+from truetune.compute import dropout, flex, fused
 from truetune.compute.cuda import varlen
 from varlen_on_cpu import OnCpu
 
@@ -227,6 +227,8 @@ def device(monkeypatch: pytest.MonkeyPatch, free: int = 2**40) -> Iterator[Devic
     # torch looks at saved tensors inside of functions, where none says that it is on the device.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     monkeypatch.setitem(checks, "default", lambda tensor: (tensor.shape, tensor.dtype))
+    # liger-kernel's would be compiled for it, where it is installed.
+    monkeypatch.setattr(fused, "liger", lambda: "")
     # Not compiled for it: the form that is.
     monkeypatch.setattr(dropout, "_compiled", lambda: dropout._by_element)
     monkeypatch.setattr(flex, "_compiled", lambda: by_mask)

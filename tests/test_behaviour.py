@@ -540,7 +540,7 @@ def test_advice_knows_how_the_run_is_trained() -> None:
     assert "--lora" not in forgetting(lora=True).fix
     far = forgetting(rate=0.01, usual_rate=3e-4)
     assert far.fix.startswith(
-        "use --learning-rate 0.0003, the usual one for this run, 33 times lower"
+        "use --learning-rate 0.0003, the usual one for this run (33 times lower)"
     )
     assert "far above the usual one" in far.why
     assert forgetting(rate=6e-4, usual_rate=3e-4) == plain

@@ -15,9 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model  # bitsandbytes with it, before there is a device
 
 from device_on_cpu import DEVICE, device
+from liger_on_cpu import STAND_IN
 from tiny_models import NUM_TOKENS, tiny_model, tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import SFTExample, SFTTrainer
+from truetune.compute import fused
 from truetune.compute.cuda import varlen
 from truetune.model.lora import enable_gradient_checkpointing
 
@@ -141,6 +143,26 @@ def test_a_tensor_that_was_left_behind_is_found(monkeypatch: pytest.MonkeyPatch)
             torch.nn.Linear(3, 2)(one)
         assert one.to("cuda").tolist() == [2, 2, 2]
         assert there.waits == ["cpu", "tolist"]
+
+
+@pytest.mark.parametrize("kind", ["all weights", "trees", "recomputed", "halves"])
+def test_steps_by_fused_kernels_on_a_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proved and told at the start; a step waits once, and has the losses of a CPU."""
+    make, changes = KINDS[kind]
+    usual = trainer(make(), **changes)
+    right = [usual.train_step()["loss"] for _ in range(2)]
+    told: list[Any] = []
+    with device(monkeypatch) as there:
+        monkeypatch.setattr(fused, "liger", lambda: STAND_IN)
+        made = trainer(make().to("cuda"), **changes, on_finding=told.append)
+        losses = []
+        for _ in range(2):
+            there.waits.clear()
+            losses.append(made.train_step()["loss"])
+            assert there.waits == ["tolist"]
+    assert [finding.code for finding in told] == ["fused-parts"]
+    assert told[0].what.endswith("RMSNorm (5 of 5), SwiGLU (2 of 2), RoPE (1 of 1)")
+    assert losses == pytest.approx(right, rel=2e-2 if kind in ("trees", "halves") else 1e-5)
 
 
 def test_the_next_step_is_packed_before_the_host_waits() -> None:

@@ -300,6 +300,23 @@ def test_folder_without_splits(tmp_path):
     refused("no-such-split", tmp_path, split="test")
 
 
+def test_columns_that_no_mapping_can_name(tmp_path):
+    path = tmp_path / "faq.csv"
+    path.write_text('"What is it?",It is it.\nWho?,You.\nWhere?,There.\n')
+    error = refused("no-schema", path)
+    assert "reads like a row" in error.why
+    command = error.fix.split(": ", 1)[1]
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    assert len(load(tmp_path / "faq_named.csv").conversations) == 3
+    path.write_text('"q, what","a, that"\nfoo?,bar\nx,y\n')
+    assert refused("no-schema", path).fix == (
+        "rename the columns: 'q, what' to prompt, 'a, that' to completion"
+    )
+    # Long names that a survey has are no text.
+    path.write_text("Your question,The best answer you know\nfoo?,bar\nx,y\n")
+    assert "--columns" in refused("no-schema", path).fix
+
+
 def test_folder_with_splits(tmp_path):
     put(tmp_path / "set_train.jsonl", *pairs("train"))
     put(tmp_path / "set_test.jsonl", *pairs("test"))
@@ -313,6 +330,11 @@ def test_folder_with_splits(tmp_path):
     assert asked(load(tmp_path, split="test")) == ["test0"]
     error = refused("no-such-split", tmp_path, split="extra")
     assert "test, train, validation" in error.fix
+    # A file that belongs to no split was perhaps meant to be read.
+    put(tmp_path / "more.jsonl", *pairs("more"))
+    (warning,) = load(tmp_path).findings
+    assert (warning.level, warning.count) == ("warning", 3)
+    assert warning.what.endswith("; 1 of them belong to no split by their names")
     (tmp_path / "set_train.jsonl").unlink()
     refused("no-such-split", tmp_path)
 

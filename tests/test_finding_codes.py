@@ -168,4 +168,9 @@ def test_the_page_has_a_section_a_code_with_its_sentences() -> None:
     section = page.partition("## `stop-not-supervised`")[2].partition("\n## ")[0]
     assert "the collator masks every pad token" in section
     assert "the mask stops before the end token" in section
+    # Codes of a table, codes by a condition, and the code of a class.
+    section = page.partition("## `target-dropped`")[2].partition("\n## ")[0]
+    assert "* the template strips the outer whitespace of \u2039label\u203a of message" in section
+    assert "* the archive cannot be unpacked" in page.partition("## `broken-zstd`")[2]
+    assert "* the recipe is not valid YAML" in page.partition("## `input`")[2]
     assert page.count("\n## `") == len({site.code for site in sites()})

@@ -146,6 +146,29 @@ def test_the_batch_decides_nothing(llama: LoadedModel) -> None:
     assert same[0].ids != same[1].ids
 
 
+def test_the_head_is_not_copied_for_each_row(llama: LoadedModel) -> None:
+    """torch multiplies a slice of a batch by a copy of the weight per row, in one `bmm`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            if func.overloadpacket is torch.ops.aten.bmm:
+                shapes.add(tuple(args[1].shape))
+            return func(*args, **(kwargs or {}))
+
+    import torch
+
+    weight = llama.transformers_model.get_output_embeddings().weight
+    shapes: set[tuple[int, ...]] = set()
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    with Calls():
+        torch.randn(3, 5, weight.shape[1])[:, -1:] @ weight.T.detach()
+        assert shapes == {(3, *weight.T.shape)}
+        shapes.clear()
+        replies_to_ids(llama, contract_of(llama), prompts, Sampling(max_new_tokens=2))
+    assert (3, *weight.T.shape) not in shapes
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_that_shrinks_decides_nothing(loaded: LoadedModel, temperature: float) -> None:
     asked = chats(*(f"{'long ' * (at % 5)}question {at}" for at in range(24)))

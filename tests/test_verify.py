@@ -129,6 +129,17 @@ def test_a_checkpoint_and_a_plain_folder(place: Path) -> None:
     assert states(verify(str(place / "adapter/adapter")))["logits"] == "passed"
 
 
+def test_a_checkpoint_does_not_stand_for_a_run(place: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(place / "adapter", tmp_path / "run")
+    shutil.rmtree(run / "adapter")
+    (run / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="the run is not finished") as caught:
+        verify(str(run))
+    assert caught.value.code == "run-unfinished"
+    checkpoint = caught.value.fix.rsplit(" ", 1)[1]
+    assert verify(checkpoint).passed
+
+
 def test_rows_are_those_held_out_and_whole(place: Path) -> None:
     rows = read_rows(RunDir(place / "adapter"))
     assert len(rows) == 6

@@ -326,7 +326,7 @@ def _generate(
         )
         ended = _HalfEnded(stops) if shrinks else None
         criteria = [worker.is_cancelled] if worker else [ended] if ended else []
-        with torch.no_grad(), autocast, _own_config(model, config):
+        with torch.no_grad(), autocast, _own_config(model, config), _head_on_whole_rows(model):
             out = model.generate(
                 ids_BT,
                 attention_mask=attended_BT,
@@ -405,6 +405,25 @@ def _own_config(model: Any, config: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = hidden
+
+
+@contextlib.contextmanager
+def _head_on_whole_rows(model: Any) -> Iterator[None]:
+    """Give the output head its input in one piece.
+
+    The hidden states after the prompts, the last of each row, are a slice. torch multiplies a slice
+    by one copy of the weight per row: for eight prompts of a model with 0.5B parameters these
+    copies are 2 GiB, and take 38 of 43 seconds on a CPU.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Writer:

@@ -118,6 +118,27 @@ def test_recomputed_activations(note: Any) -> None:
     assert found <= 1e-3
 
 
+@pytest.mark.parametrize("kind", ["full", "lora dropout", "trees", "soft caps"])
+def test_fused_layers(kind: str, note: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By liger-kernel, in bfloat16 throughout, as the defaults have it: taken, and as near to a CPU
+    as the model's own code."""
+    pytest.importorskip("liger_kernel")
+    from truetune.compute import fused
+
+    make, changes = KINDS[kind]
+    changes = {name: v() if callable(v) else v for name, v in changes.items()}
+    right = losses(make(), "cpu", **changes)
+    told: list[Any] = []
+    wide = {"autocast_dtype": torch.bfloat16, "on_finding": told.append}
+    made = losses(make().bfloat16(), "cuda", **changes, **wide)
+    monkeypatch.setattr(fused, "liger", lambda: "")
+    own = losses(make().bfloat16(), "cuda", **changes, **wide)
+    note(f"{apart(made, right):.1e} by kernels, {apart(own, right):.1e} without; {told[0].what}")
+    assert [finding.code for finding in told] == ["fused-parts"]
+    assert "left out" not in told[0].what
+    assert apart(made, right) <= 2 * BFLOAT16
+
+
 def test_adamw_bf16(note: Any) -> None:
     right = losses(small(), "cpu")
     made = losses(small().bfloat16(), "cuda", optim="adamw_bf16")

@@ -105,8 +105,11 @@ class Regime:
     def gentler(self) -> str:
         """A lower learning rate, as advice."""
         if self.far and self.rate and self.usual_rate:
-            usual = f"use --learning-rate {self.usual_rate:g}, the usual one for this run"
-            return f"{usual}, {self.rate / self.usual_rate:.2g} times lower"
+            usual, factor = self.usual_rate, self.rate / self.usual_rate
+            return (
+                f"use --learning-rate {usual:g}, the usual one for this run "
+                f"({factor:.2g} times lower)"
+            )
         return "use a third of the --learning-rate"
 
 

@@ -28,6 +28,7 @@ from truetune.model.mode import mode_kept
 from truetune.system.lazy import torch
 
 if TYPE_CHECKING:
+    from truetune.compute.fused import Fused
     from truetune.compute.head import SupervisedHead
 
 Kind = Literal["packed", "apart", "padded"]
@@ -46,6 +47,7 @@ class Route:
         reason: why it is not "packed"; empty if it is.
         head: asked for supervised positions only; None if all logits are made.
         adapters: LoRA layers that compute by a fast forward.
+        fused: layers that compute by fused kernels of a library.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Route:
     ) -> None:
         self.model, self.kind, self.reason, self.head = model, kind, reason, head
         self.adapters = adapters or {}
+        self.fused: Fused | None = None
         # What adapters drop, beside what a token is.
         self.seed, self.step = 0, 0
 
@@ -72,6 +75,10 @@ class Route:
 
                 drawn = {"seed": self.seed, "step": self.step}
                 stack.enter_context(fast_adapters(self.adapters, batch.keys_T, **drawn))
+            if isinstance(batch, PackedBatch) and self.fused is not None:
+                from truetune.compute.fused import fused_parts
+
+                stack.enter_context(fused_parts(self.fused))
             if isinstance(batch, PackedBatch) and self.kind == "packed":
                 from truetune.compute.attention import packed_attention
 
@@ -102,20 +109,36 @@ class Route:
         return logits_of(self.model, batch.ids_T[None], **arguments)
 
     def findings(self) -> list[Finding]:
-        """What is to be reported: examples that run one at a time."""
-        if self.kind != "apart":
-            return []
-        return [
-            Finding(
-                "rows-apart",
-                "note",
-                "examples go through the model one at a time, unpacked: slower, but with the same "
-                "results",
-                where=type(transformers_model(self.model)).__name__,
-                why=self.reason,
-                fix="nothing to do; --no-packing pads them to the same length instead",
+        """What is to be reported: examples that run one at a time, and layers that another library
+        computes."""
+        found = []
+        if self.kind == "apart":
+            found.append(
+                Finding(
+                    "rows-apart",
+                    "note",
+                    "examples go through the model one at a time, unpacked: slower, but with the "
+                    "same results",
+                    where=type(transformers_model(self.model)).__name__,
+                    why=self.reason,
+                    fix="nothing to do; --no-packing pads them to the same length instead",
+                )
             )
-        ]
+        if self.fused is not None:
+            left = "; ".join(self.fused.left)
+            found.append(
+                Finding(
+                    "fused-parts",
+                    "note",
+                    f"liger-kernel computes {', '.join(self.fused.taken) or 'no layer'}"
+                    + (f"; left out: {left}" if left else ""),
+                    why="each layer was called on random numbers: outputs and gradients by the "
+                    "kernel are those of the model's own code, to rounding",
+                    fix="nothing to do; without liger-kernel installed, the model's own code "
+                    "computes all layers",
+                )
+            )
+        return found
 
 
 def transformers_model(model: Any) -> Any:
@@ -149,6 +172,7 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
             route = Route(model, "apart" if reason else "packed", reason=reason)
             route.head = _proved_head(route)
             route.adapters = find_adapters(model)
+            route.fused = _proved_kernels(route)
     return route
 
 
@@ -270,3 +294,14 @@ def _proved_head(route: Route) -> SupervisedHead | None:
     batch = _batch_of(_probe_rows(route.model)[:1])
     with route.scope(batch):
         return find_head(transformers_model(route.model), lambda: route.logits(batch))
+
+
+def _proved_kernels(route: Route) -> Fused | None:
+    """Fused layers of a library; on a GPU, where there are some."""
+    batch = _batch_of(_probe_rows(route.model)[:1])
+    if batch.ids_T.device.type != "cuda":
+        return None
+    from truetune.compute.fused import find_fused, liger
+
+    with route.scope(batch):
+        return find_fused(route.model, lambda: route.logits(batch), liger())

@@ -136,7 +136,7 @@ class _Bounded(io.RawIOBase):
 
 
 def unpacks_too_far(path: Path) -> DataError:
-    size = path.stat().st_size
+    size, most = path.stat().st_size, most_unpacked(path)
     command = PACKED.get(path.suffix.lower())
     instead = (
         f"unpack it yourself and pass the result: {command} {path}"
@@ -144,7 +144,7 @@ def unpacks_too_far(path: Path) -> DataError:
         else "convert it to jsonl and pass that"
     )
     return DataError(
-        f"the file of {size:,} bytes unpacks to more than {most_unpacked(path):,}",
+        f"the file of {size:,} bytes unpacks to more than {most:,}",
         where=str(path),
         why=f"more than {_MOST_RATIO} times its size: such a file may be designed to exhaust "
         "memory",

@@ -53,12 +53,17 @@ def columns_hint(rows: Sequence[Row]) -> tuple[str, str]:
     preferences = _preferences(sample, columns)
     if preferences:
         return preferences
+    if any(_reads_like_text(name) for name in columns):
+        return _no_header(rows[0].file, len(columns))
     flat = [_flat(row.fields) for row in sample]
     paths = list(dict.fromkeys(path for fields in flat for path in fields))
     picks = _picks(flat, paths)
     nested = any(len(path) > 1 for path in paths)
     if not nested:
         if picks:
+            if any("," in path[0] for path in picks.values()):
+                renamed = [f"{path[0]!r} to {slot}" for slot, path in picks.items()]
+                return "", f"rename the columns: {', '.join(renamed)}"
             pairs = ",".join(f"{slot}={path[0]}" for slot, path in picks.items())
             return "", f"map the columns, for example --columns {shlex.quote(pairs)}"
         if len(columns) < 2:
@@ -165,6 +170,20 @@ def _preferences(rows: Sequence[Row], columns: list[str]) -> tuple[str, str] | N
         "to train on the chosen answers alone, write them as rows "
         '{"prompt": "...", "completion": "..."}'
     )
+
+
+def _reads_like_text(name: str) -> bool:
+    # No published dataset among those looked at has a column name of more than six words.
+    return len(name.split()) > 6 or (" " in name.strip() and name.rstrip()[-1:] in (".", "?", "!"))
+
+
+def _no_header(file: str, num_columns: int) -> tuple[str, str]:
+    why = "the first line reads like a row, not like column names"
+    if num_columns == 2 and Path(file).suffix.lower() == ".csv":
+        named = shlex.quote(f"{Path(file).stem}_named.csv")
+        command = f"(echo prompt,completion; cat {shlex.quote(file)}) > {named}"
+        return why, f"if the file has no header line, add one: {command}"
+    return why, "if the file has no header line, add one with the names of the columns"
 
 
 def _flat(fields: Mapping[str, Any], before: Path_ = ()) -> dict[Path_, Any]:

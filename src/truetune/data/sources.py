@@ -201,11 +201,14 @@ def _of_split(
     left = [str(path.relative_to(folder)) for path in files if path not in chosen]
     if split is not None or not left:
         return chosen, []
+    # A file of another split is left out as everybody expects, one of no split perhaps by mistake.
+    unmarked = [p for p in files if p not in chosen and not _SPLIT_WORDS.keys() & set(words[p])]
     return chosen, [
         Finding(
             code="split-chosen",
-            level="note",
-            what=f"the split train was read; not read: {names(left, 5)}",
+            level="warning" if unmarked else "note",
+            what=f"the split train was read; not read: {names(left, 5)}"
+            + (f"; {len(unmarked)} of them belong to no split by their names" if unmarked else ""),
             where=str(folder),
             count=len(left),
             why="the split is recognised by the words train, validation and test in file names",

@@ -171,10 +171,9 @@ class _Shots:
         for message in messages:
             if message["role"] == "user":
                 same |= self.asking.get(normalised(message["content"]), set())
-        if len(self.turns) - len(same) < self.shots:
+        if (others := len(self.turns) - len(same)) < self.shots:
             raise UsageError(
-                f"--shots {self.shots} needs that many other rows, but there are only "
-                f"{len(self.turns) - len(same):,}",
+                f"--shots {self.shots} needs that many other rows, but there are only {others:,}",
                 where=question.where,
                 why="shots are plain rows with a question and an answer, without tools, that ask "
                 "a different question from the row itself",

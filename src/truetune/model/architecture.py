@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from truetune.data.read import READERS, extension
+from truetune.data.rows import names
 from truetune.errors import ModelError
 from truetune.model.source import ModelFiles, first_line, read_json
 from truetune.model.weights import INDEX, WEIGHTS, TensorFacts, listed
@@ -136,12 +138,28 @@ def _not_sane(what: str, where: str) -> ModelError:
 def no_config(files: ModelFiles) -> ModelError:
     """The error for a folder without config.json."""
     inner = [name for name in ("model", "adapter") if (files.folder / name).is_dir()]
+    data = [path.name for path in files.folder.iterdir() if _is_data(path)]
+    why, fix = "", "pass a folder with config.json"
+    if inner:
+        why, fix = "a run folder keeps its model in a subfolder", f"pass {files.folder / inner[0]}"
+    elif data:
+        why = f"it holds data files: {names(sorted(data))}"
+        fix = f"put the model first, then the data: MODEL {files.source}"
     return ModelError(
         f"{files.source} is not a model folder: it has no config.json",
         where=str(files.folder),
-        why="a run folder keeps its model in a subfolder" if inner else "",
-        fix=f"pass {files.folder / inner[0]}" if inner else "pass a folder with config.json",
+        why=why,
+        fix=fix,
         code="model-no-config",
+    )
+
+
+def _is_data(path: Path) -> bool:
+    # .json and .txt lie in model folders too, where config.json may be what is missing.
+    return (
+        path.is_file()
+        and extension(path) in READERS
+        and path.suffix not in (".json", ".txt", ".md")
     )
 
 

@@ -93,7 +93,7 @@ def locate_here(source: str | Path) -> ModelFiles | None:
         raise ModelError(
             f"{text} is a file, not a model folder",
             why="a model is a folder with config.json, weights and tokenizer",
-            fix=f"the model comes first: truetune train MODEL {text} -o RUN"
+            fix=f"put the model first, then the data: MODEL {text}"
             if extension(path) in READERS and path.name not in ("config.json", ADAPTER_CONFIG)
             else f"pass the folder: {path.parent}",
             code="model-is-file",
@@ -102,7 +102,7 @@ def locate_here(source: str | Path) -> ModelFiles | None:
         raise ModelError(
             f"{text} is a data file, where a model is expected",
             why="there is no such folder, and no Hub model has this name",
-            fix=f"the model comes first: truetune train MODEL {text} -o RUN",
+            fix=f"put the model first, then the data: MODEL {text}",
             code="model-is-file",
         )
     if not _HUB_ID.fullmatch(text):

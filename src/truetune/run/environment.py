@@ -9,7 +9,16 @@ from typing import Any
 
 from truetune.system.lazy import torch
 
-_PACKAGES = ("truetune", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers")
+_PACKAGES = (
+    "truetune",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "liger-kernel",
+)
 
 
 def environment() -> dict[str, Any]:

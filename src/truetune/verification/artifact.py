@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
         device: where to open it.
 
     Raises:
-        UsageError: there is no such folder, or a run that has saved nothing yet.
+        UsageError: there is no such folder, or it is a run that has not saved its model yet.
     """
     if not os.path.isdir(source):
         raise UsageError(
@@ -59,6 +60,8 @@ def verify(source: str, *, base: str | None = None, device: str = "auto") -> Ver
             code="no-run",
         )
     folder = opened(source)
+    if run is not None:
+        _require_saved(source, run, folder)
     final = run is not None and _is_artifact(folder, run)
     rows = read_rows(run) if run else []
     record = read_record(run) if run else None
@@ -110,6 +113,20 @@ def check_saved(source: str) -> Verdict | None:
     if _is_artifact(folder, run) and (record := read_record(run)):
         checks.append(check_record(run, record, rows_digest(read_rows(run))))
     return Verdict(folder, tuple(checks)) if checks else None
+
+
+def _require_saved(source: str, run: RunDir, folder: str) -> None:
+    """Refuse a run without a final model: a checkpoint that passes must not stand for the run."""
+    if run.path != Path(source) or run.finished or run.artifact() is not None:
+        return
+    raise UsageError(
+        f"{source} has no final model: the run is not finished",
+        where=source,
+        why=f"its last checkpoint is {os.path.basename(folder)}",
+        fix=f"continue it with `truetune train --resume {shlex.quote(source)}`, or verify the "
+        f"checkpoint: truetune verify {shlex.quote(folder)}",
+        code="run-unfinished",
+    )
 
 
 def _holds_anything(folder: Path) -> bool:

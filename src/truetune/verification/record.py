@@ -27,6 +27,7 @@ from truetune.model.load import LoadedModel
 from truetune.model.lora import trainable_share
 from truetune.run_dir import CONTRACT, DATA, RECIPE, RunDir, sha256
 from truetune.system.lazy import torch
+from truetune.system.quiet import quiet
 from truetune.verification.rows import VERIFY_ROWS, VerifyRow, examples_of, row_as_dict
 
 FORMAT = 1
@@ -215,10 +216,13 @@ def behaviour_of(contract: PromptContract) -> dict[str, Any]:
         for token, entry in sorted(getattr(tokenizer, "added_tokens_decoder", {}).items())
     }
     ids = [list(tokenizer(text, verbose=False)["input_ids"]) for text in TEXTS]
+    with quiet():  # transformers warns of a cleaning of texts that it leaves out
+        texts = [tokenizer.decode(row) for row in ids]
+        readable = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     return {
         "ids": ids,
-        "texts": _digest([tokenizer.decode(row) for row in ids]),
-        "readable": _digest([tokenizer.decode(row, skip_special_tokens=True) for row in ids]),
+        "texts": _digest(texts),
+        "readable": _digest(readable),
         "vocabulary": _digest(sorted(tokenizer.get_vocab().items())),
         "added": _digest(added),
         "special": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())},

@@ -27,13 +27,14 @@ _ABOUT_MARKUP = re.compile(
 def letters_decoded(facts: DataFacts) -> Iterator[Finding]:
     """No text is UTF-8 that was read in another encoding or lost letters."""
     if rows := _rows_with(facts, _wrongly_decoded):
+        example = next(iter(rows.values()))
         yield rows_finding(
             facts.names,
             rows,
             code="text-mojibake",
             level=level_of(rows, len(facts.train)),
             what=f"{share(len(rows), len(facts.train))} contain characters that were decoded "
-            f"wrongly, such as {next(iter(rows.values()))!r}",
+            f"wrongly, such as {example!r}",
             why="UTF-8 was read as Windows-1252 or Latin-1, or unreadable characters were "
             "replaced: the model learns to write the wrong characters",
             fix="read the source again as UTF-8, or repair the text (the package ftfy does that)",
@@ -44,13 +45,14 @@ def letters_decoded(facts: DataFacts) -> Iterator[Finding]:
 def entities_read(facts: DataFacts) -> Iterator[Finding]:
     """No text contains HTML entities unless it is HTML."""
     if rows := _rows_with(facts, _entity_in_prose):
+        example = next(iter(rows.values()))
         yield rows_finding(
             facts.names,
             rows,
             code="text-entities",
             level=level_of(rows, len(facts.train)),
             what=f"{share(len(rows), len(facts.train))} contain HTML entities in plain text, such "
-            f"as {next(iter(rows.values()))!r}",
+            f"as {example!r}",
             why="the text came from web pages and was not unescaped: the model learns to write "
             "&amp; instead of &",
             fix="apply html.unescape to these texts; leave HTML as it is",
