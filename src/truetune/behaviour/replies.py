@@ -240,7 +240,7 @@ def _next_turns(contract: PromptContract) -> tuple[re.Pattern[str], ...]:
     between two calls) is no sign.
     """
     seen, decode = contract.behaviour(), contract.tokens.decode
-    stops = [decode([stop]) for stop in contract.stop_ids]
+    stops = [text for stop in contract.stop_ids if (text := decode([stop]))]
 
     def without_stops(text: str) -> str:
         for stop in stops:

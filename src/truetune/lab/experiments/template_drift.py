@@ -73,8 +73,10 @@ EXPERIMENT = Experiment(
         Expectation("raw text costs 30 points", "right", "raw text", "as trained", below=-0.3),
     ),
     shown=("right", "ended", "role leak", "repeats"),
-    remark="The missing newline cost less than one answer in a hundred (its interval just reaches "
-        "the bound), and raw text cost less than claimed. The markers are single tokens that "
+    remark="The missing newline cost 0, 1 and 1 of a hundred answers in the three seeds. Its "
+        "interval ends at 4.9 points, and so the bound of 5 is refuted, though narrowly (before "
+        "2026-11-23, with counts rounded to whole questions, it was not decided; the verdict "
+        "was the same). Raw text cost less than claimed. The markers are single tokens that "
         "carry only the format, and the model has learned only one kind of question, which it "
         "recognises by its words. A model with several formats could confuse them more easily. "
         "Text markers that look like another format (### Instruction) do the damage: the model "
