@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LITGPT := .venv-litgpt
 
-.PHONY: demo test test-slow check docs docs-site bench reliability supply-chain clean
+.PHONY: demo test test-slow check docs docs-site bench bench-gpu reliability supply-chain clean
 
 demo: $(STAMP)
 	$(BIN)/truetune quickstart --overwrite
@@ -38,13 +38,23 @@ supply-chain: $(STAMP)
 	$(BIN)/python scripts/supply_chain.py
 
 # Peers are installed for the measurement alone. About two hours on two quiet cores; it goes on
-# where it was stopped. Real rows and a model's config come from ../shared: without it the embedded
-# base alone is measured.
+# where it was stopped. Real rows and a model's config come from the folder that
+# bench/workloads.py names: without it the embedded base alone is measured.
 bench: $(STAMP) $(LITGPT)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt trl==1.16.0
 	$(BIN)/python bench/compare.py --write
 	$(BIN)/python bench/trees.py --write
 	$(BIN)/python bench/memory.py --write
+
+# On a machine with a GPU; in two runs of about ten minutes, the second of which goes on.
+bench-gpu: $(STAMP) .venv-unsloth/.installed .venv-axolotl/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[liger,bitsandbytes]' trl==1.16.0
+	$(BIN)/python bench/compare.py --gpu --write
+
+.venv-unsloth/.installed .venv-axolotl/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet $(subst .venv-,,$(@D)) \
+		&& touch $@ || echo "$(subst .venv-,,$(@D)) is not measured: it could not be installed"
 
 # LitGPT wants huggingface_hub below 1.4, so it lives apart, with the same torch. Where it cannot be
 # had, its lines of the table say so and the rest is measured.
@@ -61,4 +71,4 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(LITGPT) .venv-versions .venv-supply .reliability.json
+	rm -rf $(VENV) $(LITGPT) .venv-unsloth .venv-axolotl .venv-versions .venv-supply .reliability.json

@@ -35,10 +35,12 @@ HERE = Path(__file__).parent
 BEGIN, END = "<!-- made by make bench -->", "<!-- end -->"
 GPU_BEGIN = "<!-- made by python bench/compare.py --gpu -->"
 DEFAULT = ("truetune", "trl", "trl-kept", "trl-packed", "trainer", "litgpt")
-ON_GPU = ("truetune", "trl", "trl-kept", "trl-packed", "trl-liger")
+ON_GPU = ("truetune", "trl", "trl-kept", "trl-packed", "trl-liger", "unsloth", "axolotl")
 RESULTS = "results.jsonl"
-# LitGPT wants another huggingface_hub than the rest: `make .venv-litgpt`.
-INTERPRETERS = {"litgpt": ROOT / ".venv-litgpt" / "bin" / "python"}
+# Those that want other versions than the rest: `make bench` and `make bench-gpu` install them.
+INTERPRETERS = {
+    side: ROOT / f".venv-{side}" / "bin" / "python" for side in ("litgpt", "unsloth", "axolotl")
+}
 # Left to the system, of what is free, before a side is told that it does not fit.
 SPARE_MB = 512
 

@@ -80,8 +80,17 @@ def truetune(job: Job, folder: Path, rows: list[Row], **changes: Any) -> Measure
     from truetune.model.load import load_model
     from truetune.model.lora import LoraSettings, add_lora
 
-    purpose: Any = "lora" if job.lora else "full"
-    loaded = load_model(folder, purpose=purpose, device=job.device, dtype=job.dtype)
+    # As the plan has it for all weights on a GPU.
+    halves = not job.lora and job.device != "cpu"
+    changes = {"optim": "adamw_bf16" if halves else "adamw", **changes}
+    loaded = load_model(
+        folder,
+        purpose="lora" if job.lora else "full",
+        device=job.device,
+        dtype=job.dtype,
+        load_in="4bit" if job.quantised else "as-trained",
+        bf16_weights=halves,
+    )
     torch.manual_seed(0)
     started = clock()
     if job.lora:
@@ -127,11 +136,28 @@ def padded(job: Job, folder: Path, rows: list[Row]) -> Measured:
     return truetune(job, folder, rows, packing=False)
 
 
+def unfused(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """Without the kernels of liger-kernel, which the library takes where they are installed."""
+    from truetune.compute import fused
+
+    fused.liger = lambda: ""  # type: ignore[assignment]
+    return truetune(job, folder, rows)
+
+
 def load(job: Job, folder: Path) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job.dtype))
+    dtype = getattr(torch, job.dtype)
+    settings: dict[str, Any] = {"dtype": dtype}
+    if job.quantised:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, **settings)
 
 
 def _settings(job: Job, steps: int, output: str) -> dict[str, Any]:
@@ -156,23 +182,32 @@ def _settings(job: Job, steps: int, output: str) -> dict[str, Any]:
     }
 
 
-def _trained(made: Callable[[str, Any], Any], started: float) -> Measured:
-    """Build a transformers trainer, for an output folder and with a callback, and train it."""
+def _times(logged: list[Any], ends: list[float]) -> Any:
+    """A class of callbacks of transformers' trainers, which note the end of each step and what was
+    logged."""
     from transformers import TrainerCallback
-
-    ends: list[float] = []
 
     class Times(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(clock())
 
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            logged.extend(state.log_history)
+
+    return Times
+
+
+def _trained(made: Callable[[str, Any], Any], started: float) -> Measured:
+    """Build a transformers trainer, for an output folder and with a callback, and train it."""
+    ends: list[float] = []
+    logged: list[Any] = []
     with tempfile.TemporaryDirectory() as output:
-        trainer = made(output, Times())
+        trainer = made(output, _times(logged, ends)())
         ready = clock()
         trainer.train()
         whole = clock() - started
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return Measured(between(ready, ends), {e["step"]: e["loss"] for e in logged}, whole)
+    losses = {entry["step"]: entry["loss"] for entry in logged if "loss" in entry}
+    return Measured(between(ready, ends), losses, whole)
 
 
 def _lora_config() -> Any:
@@ -242,6 +277,116 @@ def trl_kept(job: Job, folder: Path, rows: list[Row]) -> Measured:
 def trl_liger(job: Job, folder: Path, rows: list[Row]) -> Measured:
     """TRL without recomputation, with the kernels of liger-kernel: its best setting on a GPU."""
     return trl(job, folder, rows, gradient_checkpointing=False, use_liger_kernel=True)
+
+
+def unsloth(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """Unsloth's model in TRL's trainer, without recomputation, as its notebooks have it. Its fused
+    adapters need a dropout of 0, so that it takes its other way here."""
+    # Before TRL, which it changes.
+    from unsloth import FastLanguageModel  # isort: skip
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=str(folder),
+        max_seq_length=longest(rows),
+        dtype=getattr(torch, job.dtype),
+        load_in_4bit=job.quantised,
+        full_finetuning=not job.lora,
+    )
+    if job.lora:
+        config = _lora_config()
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=[
+                *("q_proj", "k_proj", "v_proj", "o_proj"),
+                *("gate_proj", "up_proj", "down_proj"),
+            ],
+            bias="none",
+            use_gradient_checkpointing=False,
+            random_state=0,
+        )
+    data = Dataset.from_list([{"input_ids": row[0], "labels": labels(row)} for row in rows])
+
+    def made(output: str, times: Any) -> Any:
+        args = _settings(job, len(rows) // job.rows_a_step, output)
+        return SFTTrainer(
+            model=model,
+            args=SFTConfig(**args, max_length=longest(rows), gradient_checkpointing=False),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[times],
+        )
+
+    return _trained(made, clock())
+
+
+def axolotl(job: Job, folder: Path, rows: list[Row]) -> Measured:
+    """Axolotl's own training of a config: padded rows in their order, without recomputation, with
+    its fused adapters where it allows them (they need a dropout of 0)."""
+    import yaml
+    from axolotl.cli.config import load_cfg
+    from axolotl.common.datasets import load_datasets
+    from axolotl.train import train
+    from transformers import trainer as trainers
+
+    noted: list[Any] = []
+    ends: list[float] = []
+    # It builds the trainer itself.
+    trainers.DEFAULT_CALLBACKS.append(_times(noted, ends))
+    with tempfile.TemporaryDirectory() as output:
+        data = Path(output) / "rows.jsonl"
+        lines = (
+            {"input_ids": row[0], "attention_mask": [1] * len(row[0]), "labels": labels(row)}
+            for row in rows
+        )
+        data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        config = {
+            "base_model": str(folder),
+            "datasets": [{"path": str(data), "ds_type": "json", "type": None}],
+            "dataset_prepared_path": str(Path(output) / "prepared"),
+            "shuffle_merged_datasets": False,
+            "curriculum_sampling": True,
+            "sequence_len": longest(rows),
+            "sample_packing": False,
+            "micro_batch_size": job.rows_a_step,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "max_steps": len(rows) // job.rows_a_step,
+            "learning_rate": job.learning_rate,
+            "lr_scheduler": job.schedule,
+            "warmup_steps": job.warmup_steps,
+            "optimizer": "adamw_torch_fused",
+            "weight_decay": 0.0,
+            "bf16": job.dtype == "bfloat16",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "seed": 0,
+            "output_dir": str(Path(output) / "out"),
+        }
+        if job.lora:
+            config |= {
+                "adapter": "qlora" if job.quantised else "lora",
+                "load_in_4bit": job.quantised,
+                "lora_r": 16,
+                "lora_alpha": 32,
+                "lora_dropout": 0.05,
+                "lora_target_linear": True,
+            }
+        file = Path(output) / "config.yml"
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
+        cfg = load_cfg(str(file))
+        rows_of_it = load_datasets(cfg=cfg)
+        started = clock()
+        train(cfg=cfg, dataset_meta=rows_of_it)
+        whole = clock() - started
+    # The first step also loads the model; it belongs to the warm-up.
+    logged = {entry["step"]: entry["loss"] for entry in noted if "loss" in entry}
+    return Measured(between(started, ends), logged, whole)
 
 
 def trl_packed(job: Job, folder: Path, rows: list[Row]) -> Measured:
@@ -425,10 +570,13 @@ def litgpt(job: Job, folder: Path, rows: list[Row]) -> Measured:
 SIDES: dict[str, Callable[..., Measured]] = {
     "truetune": truetune,
     "truetune-padded": padded,
+    "truetune-unfused": unfused,
     "trl": trl,
     "trl-kept": trl_kept,
     "trl-packed": trl_packed,
     "trl-liger": trl_liger,
+    "unsloth": unsloth,
+    "axolotl": axolotl,
     "trainer": trainer,
     "litgpt": litgpt,
 }

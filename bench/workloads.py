@@ -32,6 +32,7 @@ class Job:
     Attributes:
         model: folder; made by `make_model` where it is not the embedded base.
         lora: an adapter of rank 16 on all linear layers, dropout 0.05; else all weights.
+        quantised: the frozen weights are held in 4 bits (NF4, double quantisation).
         dtype: of the frozen weights and of the computation.
         rows_a_step: rows per optimizer step.
         rows: makes the first n rows.
@@ -55,6 +56,7 @@ class Job:
     warmup_steps: int = 0
     whole: bool = False
     device: str = "cpu"
+    quantised: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,13 +242,21 @@ JOBS: dict[str, Job] = {
 }
 
 
-def _on_gpu(model: str, lora: bool, rows: Callable[[int], list[Row]], rows_a_step: int) -> Job:
+def _on_gpu(
+    model: str,
+    lora: bool,
+    rows: Callable[[int], list[Row]],
+    rows_a_step: int,
+    *,
+    quantised: bool = False,
+) -> Job:
     # The first steps compile and fetch memory.
-    return Job(model, lora, "bfloat16", rows_a_step, rows, 8, 3, device="cuda")
+    return Job(model, lora, "bfloat16", rows_a_step, rows, 8, 3, device="cuda", quantised=quantised)
 
 
 GPU_JOBS: dict[str, Job] = {
     "gpu-alpaca-8b-lora": _on_gpu("8b", True, alpaca, 32),
+    "gpu-alpaca-8b-qlora": _on_gpu("8b", True, alpaca, 32, quantised=True),
     "gpu-alpaca-8b-full": _on_gpu("8b", False, alpaca, 32),
     "gpu-long-row-8b-lora": _on_gpu("8b", True, one_long_row, 8),
     "gpu-reasoning-8b-lora": _on_gpu("8b", True, reasoning_turns, 24),

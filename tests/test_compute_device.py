@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from device_on_cpu import DEVICE, device
 from liger_on_cpu import STAND_IN
 from tiny_models import NUM_TOKENS, tiny_model, tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
-from truetune import SFTExample, SFTTrainer
+from truetune import SFTExample, SFTTrainer, compare
 from truetune.compute import fused
 from truetune.compute.cuda import varlen
 from truetune.model.lora import enable_gradient_checkpointing
@@ -279,6 +280,37 @@ def test_a_whole_run_on_a_device(
     losses = [r["loss"] for r in lines(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
     assert len(losses) == 2
     assert losses[1] < losses[0]
+
+
+def test_predictions_are_judged_where_the_logits_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax over the vocabulary would take the host as long as the device takes for the row."""
+    rows = [(row(4, 9).ids, row(4, 9).mask), (row(2, 30).ids, row(2, 30).mask)]
+    probes = [compare.Probe(tuple(ids), (3, 7)) for ids, _ in rows]
+
+    def judged(model: Any, on: torch.device) -> Any:
+        loaded: Any = SimpleNamespace(
+            model=model, transformers_model=model, device=on, compute_dtype=None
+        )
+        top = compare.read(loaded, probes).top
+        return compare.measure(loaded, rows), compare.read(loaded, probes, top)
+
+    right = judged(small(), torch.device("cpu"))
+    own, places = torch.Tensor.log_softmax, []
+
+    def log_softmax(logits: torch.Tensor, **settings: Any) -> torch.Tensor:
+        places.append(logits.device)
+        return own(logits, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", log_softmax)
+    with device(monkeypatch):
+        model = small().to("cuda")
+        places.clear()
+        measured, reading = judged(model, DEVICE)
+    # The mode around calls it once more by name, where nobody says what is on the device.
+    assert places[::2] == [DEVICE] * 6
+    assert (measured.logprobs, measured.greedy) == (right[0].logprobs, right[0].greedy)
+    assert all(torch.equal(a, b) for a, b in zip(measured.logits, right[0].logits, strict=True))
+    assert reading.as_dict() == right[1].as_dict()
 
 
 def test_a_device_that_runs_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

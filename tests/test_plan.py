@@ -302,49 +302,108 @@ def test_all_weights_of_a_bfloat16_model_on_a_gpu_are_kept_in_two_halves(
     monkeypatch.setattr(
         "truetune.recipe.plan.choose_device", lambda _: (torch.device(device), None)
     )
+    monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", lambda *_, **__: 9.0)
     made = plan(replace(tiny, dtype=dtype), settings)
     assert made.optim == optim
     assert ("14 bytes" in made.origin("optim")) == (optim == "adamw_bf16")
 
 
+CUDA, MPS = "cuda", "mps"
+
+
 @pytest.mark.parametrize(
-    ("lora", "size", "stored", "times", "dtype"),
+    ("settings", "size", "stored", "times", "dtype", "said"),
     [
-        (True, 500_000_000, "bfloat16", 4.4, "bfloat16"),
-        (True, 500_000_000, "bfloat16", 1.4, "float32"),
-        (True, 500_000_000, "bfloat16", 0.1, "float32"),
-        # Nothing is measured: all weights are float32 on a CPU, as they are on disk, or few.
-        (False, 500_000_000, "bfloat16", None, "auto"),
-        (True, 500_000_000, "float32", None, "auto"),
-        (True, 49_000_000, "bfloat16", None, "auto"),
+        ({}, 500_000_000, "bfloat16", 4.4, "bfloat16", "4.4 times as fast as float32"),
+        ({}, 500_000_000, "bfloat16", 0.95, "bfloat16", "as fast as float32, and takes half"),
+        ({}, 500_000_000, "bfloat16", 0.8, "float32", "slower than float32"),
+        ({}, 500_000_000, "bfloat16", 0.0, "float32", "slower than float32"),
+        ({"qlora": True}, 500_000_000, "bfloat16", 4.4, "bfloat16", "4.4 times"),
+        ({"device": CUDA}, 500_000_000, "bfloat16", 9.0, "bfloat16", "9.0 times as fast"),
+        ({"device": CUDA}, 500_000_000, "bfloat16", 0.2, "float32", "slower than float32"),
+        # All weights stay in float32, and bfloat16 copies of them cost memory.
+        (
+            {"lora": False},
+            500_000_000,
+            "bfloat16",
+            2.0,
+            "bfloat16",
+            "2.0 times as fast as float32;",
+        ),
+        ({"lora": False}, 500_000_000, "bfloat16", 1.0, "float32", "and takes more memory"),
+        # Nothing is measured: weights in float32 on disk, few, held in halves, or on a device of
+        # which nobody knows more.
+        ({}, 500_000_000, "float32", None, "auto", ""),
+        ({}, 49_000_000, "bfloat16", None, "auto", ""),
+        ({"lora": False, "optim": "adamw_bf16"}, 500_000_000, "bfloat16", None, "auto", ""),
+        ({"device": MPS}, 500_000_000, "bfloat16", None, "auto", ""),
     ],
 )
 def test_the_type_to_compute_in_is_measured(
     tiny: ModelFacts,
     monkeypatch: pytest.MonkeyPatch,
-    lora: bool,
+    settings: dict[str, Any],
     size: int,
     stored: str,
     times: float | None,
     dtype: str,
+    said: str,
 ) -> None:
-    def measured(hidden_size: int) -> float:
-        assert hidden_size == tiny.hidden_size
+    import torch
+
+    settings = {"lora": True, "device": "cpu"} | settings
+
+    def measured(hidden_size: int, device: torch.device, *, trained: bool) -> float:
+        assert (hidden_size, device.type) == (tiny.hidden_size, settings["device"])
+        assert trained == (not settings["lora"] and device.type == "cpu")
         assert times is not None
         return times
 
     monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", measured)
-    settings = {"lora": lora, "device": "cpu"}
+    monkeypatch.setattr(
+        "truetune.recipe.plan.choose_device", lambda device: (torch.device(device), None)
+    )
     made = plan(replace(tiny, dtype=stored), settings, size=size)
     assert made.dtype == dtype
     if times is None:
         return
-    assert made.origin("dtype").startswith("measured: ")
+    assert made.origin("dtype").startswith("measured on this device: ")
+    assert said in made.origin("dtype")
     # A run from its recipe, as a resumed one is, keeps what was measured.
-    monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", lambda _: 5.0 - times)
+    monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", lambda *_, **__: 5.0 - times)
     again = plan(replace(tiny, dtype=stored), settings | {"dtype": dtype}, size=size)
     assert again.dtype == dtype
 
 
-def test_a_processor_is_timed() -> None:
-    assert 0 < bf16_speedup(64) < 1e4
+@pytest.mark.parametrize(("times", "optim"), [(8.0, "adamw_bf16"), (0.2, "adamw")])
+def test_weights_are_kept_in_halves_where_bfloat16_is_computed(
+    tiny: ModelFacts, monkeypatch: pytest.MonkeyPatch, times: float, optim: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr("truetune.recipe.plan.bf16_speedup", lambda *_, **__: times)
+    monkeypatch.setattr(
+        "truetune.recipe.plan.choose_device", lambda device: (torch.device(device), None)
+    )
+    made = plan(replace(tiny, dtype="bfloat16"), {"device": CUDA}, size=500_000_000)
+    assert made.optim == optim
+    again = plan(
+        replace(tiny, dtype="bfloat16"), {"device": CUDA, "dtype": made.dtype}, size=500_000_000
+    )
+    assert again.optim == optim
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_processor_is_timed(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert 0 < bf16_speedup(64, trained=trained) < 1e4
+    own = torch.nn.functional.linear
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("\"addmm\" not implemented for 'BFloat16'")
+        return own(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert bf16_speedup(64, trained=trained) == 0

@@ -100,11 +100,12 @@ def measure(
             targets = list(evenly(targets, _POSITIONS, last=True))
             logits_PV = _logits(loaded, ids, [i - 1 for i in targets])
             log_PV = logits_PV.log_softmax(dim=-1)
-            wanted = torch.tensor([ids[i] for i in targets])
+            wanted = torch.tensor([ids[i] for i in targets], device=log_PV.device)
             logprobs.append(tuple(log_PV.gather(1, wanted[:, None])[:, 0].tolist()))
             greedy.append(tuple(logits_PV.argmax(dim=-1).tolist()))
             if keep_logits:
-                kept.append(logits_PV[list(evenly(range(len(targets)), _KEPT, last=True))].clone())
+                some = list(evenly(range(len(targets)), _KEPT, last=True))
+                kept.append(logits_PV[some].cpu())
     return Measured(tuple(logprobs), tuple(greedy), tuple(kept))
 
 
@@ -356,18 +357,21 @@ def read(
     with evaluating(loaded.model):
         for probe in probes:
             logits_PV = _logits(loaded, probe.ids, probe.positions, padding)
-            digest.update(logits_PV.contiguous().numpy().tobytes())
-            log_PV = logits_PV.double().log_softmax(dim=-1)
+            digest.update(logits_PV.cpu().contiguous().numpy().tobytes())
+            # Where the logits are, but Apple's GPUs have no float64.
+            wide_PV = (logits_PV.cpu() if logits_PV.is_mps else logits_PV).double()
+            log_PV = wide_PV.log_softmax(dim=-1)
             if top is None:
                 ids_PK = logits_PV.topk(min(_TOP, logits_PV.shape[-1]), dim=-1).indices
             else:
                 ids_PK = top[at : at + len(probe.positions)]
                 at += len(probe.positions)
+            ids_PK = ids_PK.to(log_PV.device)
             known_PK = log_PV.gather(1, ids_PK.clamp(max=logits_PV.shape[-1] - 1))
             rest_P = (1 - known_PK.exp().sum(dim=-1)).clamp(min=1e-9).log()
-            tops.append(ids_PK)
-            kept.append(torch.cat([known_PK, rest_P[:, None]], dim=-1).float())
-            greedy.append(logits_PV.argmax(dim=-1))
+            tops.append(ids_PK.cpu())
+            kept.append(torch.cat([known_PK, rest_P[:, None]], dim=-1).float().cpu())
+            greedy.append(logits_PV.argmax(dim=-1).cpu())
             spreads += logits_PV.std(dim=-1).tolist()
     return Reading(
         torch.cat(tops),
@@ -468,13 +472,13 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
 def _logits(
     loaded: LoadedModel, ids: Sequence[int], positions: Sequence[int], padding: int = 0
 ) -> torch.Tensor:
-    """Logits (P, V) of one row at some positions, float32 on CPU."""
+    """Logits (P, V) of one row at some positions, float32."""
     ids_BT = torch.tensor([[*ids, *[ids[0]] * padding]], device=loaded.device)
     asked: dict[str, Any] = {}
     if padding:
         asked["attention_mask"] = torch.ones_like(ids_BT)
         asked["attention_mask"][:, -padding:] = 0
-    return _forward(loaded, ids_BT, positions, asked)[0].float().cpu()
+    return _forward(loaded, ids_BT, positions, asked)[0].float()
 
 
 def _selects(loaded: LoadedModel) -> bool:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from truetune.errors import UsageError
+from truetune.errors import UsageError, is_out_of_memory
 from truetune.system.lazy import torch
 
 Purpose = Literal["full", "lora", "inference"]
@@ -230,32 +230,57 @@ def _choose_compute(
     return choice(torch.float32, "the GPU has no bfloat16, and float16 overflows")
 
 
-# Tokens of the product that is timed, the most columns of its weight, and how often.
-_TIMED_TOKENS, _TIMED_COLUMNS, _TIMES = 256, 4096, 4
+# Tokens of the layer that is timed, the most columns of its weights, and how often, at least.
+_TIMED_TOKENS, _TIMED_COLUMNS, _TIMES, _TIMED_SECONDS = 128, 2048, 3, 0.1
 
 
-def bf16_speedup(hidden_size: int) -> float:
-    """How many times as fast this processor multiplies in bfloat16 as in float32.
+def bf16_speedup(
+    hidden_size: int, device: torch.device | None = None, *, trained: bool = False
+) -> float:
+    """How many times as fast a device computes in bfloat16 as in float32; 0 where it cannot.
 
-    Of products of the width of a model, the shortest of a few times each, in turn: about 100 ms.
+    Of two products of a model's width with an activation between them, forward and backward: the
+    shortest of a few times each, in turn, which takes about 100 ms.
+
+    Args:
+        trained: with gradients of the weights, which are float32 and rounded for each pass.
     """
-    from torch.nn.functional import linear
-
+    where = device or torch.device("cpu")
+    held = torch.float32 if trained else None
     columns = min(4 * hidden_size, _TIMED_COLUMNS)
-    x_TC = torch.ones(_TIMED_TOKENS, hidden_size)
-    weight_DC = torch.ones(columns, hidden_size)
-    pairs = {
-        dtype: (x_TC.to(dtype), weight_DC.to(dtype)) for dtype in (torch.float32, torch.bfloat16)
-    }
-    shortest = dict.fromkeys(pairs, math.inf)
-    # The first round of each prepares kernels, and does not count.
-    for number in range(_TIMES + 1):
-        for dtype, (x, weight) in pairs.items():
-            began = time.perf_counter()
-            linear(x, weight)
-            taken = time.perf_counter() - began
-            if number:
-                shortest[dtype] = min(shortest[dtype], taken)
+
+    def layer(dtype: torch.dtype) -> list[torch.Tensor]:
+        shapes = ((_TIMED_TOKENS, hidden_size), (columns, hidden_size), (hidden_size, columns))
+        x, *weights = (torch.ones(s, device=where, dtype=dtype) for s in shapes)
+        weights = [w.to(held or dtype).requires_grad_(trained) for w in weights]
+        return [x.requires_grad_(), *weights]
+
+    def seconds(dtype: torch.dtype, tensors: list[torch.Tensor]) -> float:
+        began = time.perf_counter()
+        x, up, down = (t.to(dtype) for t in tensors)
+        linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
+        y = linear(silu(linear(x, up)), down)
+        torch.autograd.grad(y, [t for t in tensors if t.requires_grad], y)
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        return time.perf_counter() - began
+
+    try:
+        layers = {dtype: layer(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        shortest = dict.fromkeys(layers, math.inf)
+        began = time.perf_counter()
+        number = 0
+        # The first round of each prepares kernels, and does not count.
+        while number <= _TIMES or time.perf_counter() - began < _TIMED_SECONDS:
+            for dtype, tensors in layers.items():
+                taken = seconds(dtype, tensors)
+                if number:
+                    shortest[dtype] = min(shortest[dtype], taken)
+            number += 1
+    except RuntimeError as error:  # a type that the device does not have
+        if is_out_of_memory(error):
+            raise
+        return 0.0
     return shortest[torch.float32] / max(shortest[torch.bfloat16], 1e-9)
 
 

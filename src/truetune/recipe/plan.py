@@ -114,10 +114,10 @@ def make_plan(
     take("warmup_steps", lambda: (math.ceil(ratio * steps), f"{ratio:g} of the steps"))
     take("eval_steps", lambda: (max(math.ceil(steps / 10), 1), "10 evaluations"))
     take("save_steps", lambda: (max(math.ceil(steps / 4), 1), "4 checkpoints"))
-    if optim := _optimizer(recipe, model):
-        filled["optim"], reasons["optim"] = optim
     if dtype := _compute_type(recipe, model):
         filled["dtype"], reasons["dtype"] = dtype
+    if optim := _optimizer(recipe, model, filled.get("dtype", recipe.dtype)):
+        filled["optim"], reasons["optim"] = optim
     return Plan(
         **{name: getattr(recipe, name) for name in setting_names()} | filled,
         origins={**recipe.origins, **reasons},
@@ -126,33 +126,53 @@ def make_plan(
     )
 
 
-# A smaller model is trained in minutes whatever it computes in. bfloat16 has to be so much faster
-# to be worth its rounding, and to be chosen again by the next run on the same machine.
-_PROBED_PARAMETERS, _WORTH_ROUNDING = 50_000_000, 1.5
+# A smaller model is trained in minutes whatever it computes in. A type that is no more than this
+# much slower is as fast, within what such a short measurement is worth.
+_PROBED_PARAMETERS, _AS_FAST = 50_000_000, 0.9
 
 
 def _compute_type(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
     """Type to compute in that was measured, and what was; None leaves the choice to the device. The
     origin is no default: a resumed run, and one from the same recipe, keep what was measured here.
 
-    All weights are held in float32 on a CPU: to round them anew for each product costs what the
-    faster product wins."""
-    if recipe.dtype != "auto" or not recipe.lora or model.dtype != "bfloat16":
+    The type of the weights, bfloat16, is kept where it is as fast: it takes half of the memory. If
+    all weights are trained on a CPU, they stay in float32, because bfloat16 would round a step of
+    the optimizer away. Copies of them take more memory, so that bfloat16 has to be faster."""
+    if recipe.dtype != "auto" or model.dtype != "bfloat16":
         return None
-    if model.num_parameters < _PROBED_PARAMETERS or choose_device(recipe.device)[0].type != "cpu":
+    if recipe.given("optim") and recipe.optim == "adamw_bf16":
+        return None
+    device = choose_device(recipe.device)[0]
+    # Nothing in bfloat16 has been tested on other devices.
+    if model.num_parameters < _PROBED_PARAMETERS or device.type not in ("cpu", "cuda"):
         return None
     # Processes that train together must choose the same, whatever each of them measures.
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         return None
-    times = bf16_speedup(model.hidden_size)
-    chosen = "bfloat16" if times >= _WORTH_ROUNDING else "float32"
-    compared = f"{times:.1f} times as fast as float32" if times >= 1 else "slower than float32"
-    return chosen, f"measured: bfloat16, the dtype of the weights, is {compared} on this processor"
+    # Weights in two halves are not rounded again for each pass.
+    trained = not recipe.lora and model.base is None and device.type == "cpu"
+    times = bf16_speedup(model.hidden_size, device, trained=trained)
+    faster = times > 1 / _AS_FAST
+    chosen = "bfloat16" if faster or (times >= _AS_FAST and not trained) else "float32"
+    compared = "slower than float32"
+    if faster:
+        compared = f"{times:.1f} times as fast as float32"
+    elif times >= _AS_FAST:
+        compared = f"as fast as float32, and takes {'more' if trained else 'half of the'} memory"
+    kept = "; trained weights stay in float32" if trained and faster else ""
+    return (
+        chosen,
+        f"measured on this device: bfloat16, the dtype of the weights, is {compared}{kept}",
+    )
 
 
-def _optimizer(recipe: Recipe, model: ModelFacts) -> tuple[str, str] | None:
-    """Another optimizer than the usual one, and why; None leaves it."""
-    asked = recipe.given("optim") or recipe.dtype not in ("auto", "bfloat16")
+def _optimizer(recipe: Recipe, model: ModelFacts, dtype: str) -> tuple[str, str] | None:
+    """Another optimizer than the usual one, and why; None leaves it.
+
+    Args:
+        dtype: to compute in.
+    """
+    asked = recipe.given("optim") or dtype not in ("auto", "bfloat16")
     if asked or recipe.lora or model.base is not None or model.dtype != "bfloat16":
         return None
     if choose_device(recipe.device)[0].type != "cuda":
