@@ -485,13 +485,17 @@ def test_another_setting_is_another_arm() -> None:
 
 
 def test_a_resumed_run_says_what_a_fresh_one_takes(tmp_path: Path) -> None:
-    fresh = run(TINY, tmp_path, [1])
-    again = run(TINY, tmp_path, [1])
+    tiny = replace(
+        TINY,
+        arms=lambda seed: few(seed)[1:],
+        measure=lambda tuned: {"right": share(1, 10)},
+    )
+    fresh, again = run(tiny, tmp_path, [1]), run(tiny, tmp_path, [1])
     assert (fresh["trained"], again["trained"]) == (1, 0)
     assert again["fresh_seconds"] == pytest.approx(fresh["fresh_seconds"], abs=5)
     assert again["fresh_seconds"] >= again["processor_seconds"]
     next(tmp_path.glob("*.seconds")).unlink()
-    assert run(TINY, tmp_path, [1])["fresh_seconds"] is None
+    assert run(tiny, tmp_path, [1])["fresh_seconds"] is None
 
 
 def test_the_page_says_verdict_bound_and_replies(result: dict[str, Any]) -> None:
