@@ -87,7 +87,7 @@ def test_a_run_of_steps_is_told_steps() -> None:
 
 
 def test_the_line_of_the_screen() -> None:
-    said = "4 of 4 trained prompts, 0 of 4 held-out prompts get their row's answer"
+    said = "4 of 4 training prompts, 0 of 4 held-out prompts get their row's answer"
     assert summary(GOOD.answers) == f"{said}; 8 of 8 replies ended"
     assert summary(()) == ""
 
@@ -105,7 +105,7 @@ def test_a_run_too_short_is_told_on_the_screen_and_in_the_run(tmp_path: Path) ->
     words = ("--max-steps", "1", "--learning-rate", "1e-6", "--no-verify")
     shown = command("train", tmp_path / "tiny", rows, "-o", tmp_path / "run", *words)
     assert shown.code == 0
-    assert "replies to served prompts: 0 of 4 trained" in shown.out
+    assert "replies to served prompts: 0 of 4 training" in shown.out
     codes = {f["code"] for f in lines(tmp_path / "run" / "findings.jsonl")}
     assert codes & {"rows-not-learned", "answers-do-not-end"}
 

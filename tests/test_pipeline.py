@@ -563,7 +563,7 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
         ),
         *("loading the weights", "probing the model and its memory"),
         *["answering fixed prompts"] * 3,
-        "answering trained prompts",
+        "answering training prompts",
         *("saving and reloading", "verifying in a fresh process"),
     ]
 

@@ -218,7 +218,7 @@ def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> No
         "prompts are those of training"
         if go_template
         else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it differs "
-        "enough from the templates that Ollama knows not to be replaced by one of them"
+        "so much from every template known to Ollama that Ollama does not replace it"
     )
     name = shlex.quote(made.path.parent.name.lower())
     screen.pairs([("template", template), ("Modelfile", str(file))])

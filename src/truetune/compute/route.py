@@ -227,7 +227,7 @@ def _against_packing(model: torch.nn.Module, longest: int) -> str:
         return f"its forward pass does not accept a packed sequence: {type(error).__name__}"
     pairs = [(a, b[-len(a) :]) for a, b in zip(packed, apart, strict=True)]
     if not all(same_to_rounding(a, b) for a, b in [*pairs, (alone, apart[1])]):
-        return "a probe gives different results packed and unpacked"
+        return "a test gives different results packed and unpacked"
     if not watched:
         return "its attention does not use transformers' interface"
     if not all(seen.is_what_the_mask_shows(longest) for seen in watched):

@@ -208,7 +208,7 @@ def _of_split(
             code="split-chosen",
             level="warning" if unmarked else "note",
             what=f"the split train was read; not read: {names(left, 5)}"
-            + (f"; {len(unmarked)} of them belong to no split by their names" if unmarked else ""),
+            + (f"; the names of {len(unmarked)} of them match no split" if unmarked else ""),
             where=str(folder),
             count=len(left),
             why="the split is recognised by the words train, validation and test in file names",

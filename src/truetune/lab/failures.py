@@ -32,7 +32,7 @@ def table(results: Sequence[Mapping[str, Any]], number: Any) -> Iterator[str]:
     yield "these broken runs is about as high as that of the sound ones, or lower, so only a probe"
     yield "shows the failure. Some other faults do raise the loss: see wrong-labels and new-tokens."
     yield ""
-    yield "| failure | cause | training loss: sound, broken | probe: without it, broken | repair |"
+    yield "| failure | cause | training loss: sound, broken | probe: sound, broken | repair |"
     yield "|---|---|---|---|---|"
     yield from lines
     yield ""

@@ -176,7 +176,7 @@ def verify_merge(
     checks = [_opened(found)]
     if rows:
         checks.append(_rows(rows, found))
-    words = f"merged against the adapter on {found['num_rows']} {kind} prompts"
+    words = f"the merged model compared with the adapter on {found['num_rows']} {kind} prompts"
     floor = Agreement(**found["floor"]) if found["floor"] else None
     check = judge("merge", Agreement(**found["agreement"]), dtype, words, floor)
     same = found["same_replies"]

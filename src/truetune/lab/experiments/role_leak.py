@@ -124,8 +124,9 @@ EXPERIMENT = Experiment(
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
     remark="The arm without an end in the text and its expectation were added and committed after "
-        "a first run. With the end masked, nothing leaks, because a model that never writes the "
-        "end marker never reaches what follows it in the rows. With the penalty, most replies do "
-        "end: because the penalty forbids repetition, they reach the end-of-text token that the "
-        "base knows from prose.",
+        "a first run. With the end masked, no reply counts as a role leak: a model that never "
+        "writes the end marker never writes the user's marker that follows it in the rows. With "
+        "loss on all tokens, replies still go on to a question, but without that marker. With the "
+        "penalty, most replies do end: because the penalty forbids repetition, they reach the "
+        "end-of-text token that the base knows from prose.",
 )  # fmt: skip
