@@ -142,7 +142,7 @@ def test_an_own_file_on_the_embedded_base_is_learned(tmp_path: Path, count: int)
     shown = command("train", base_path(), path, "--lora", "-o", run)
     assert shown.code == 0, shown.err
     # Of those that are asked one may be among the fifth that may be wrong.
-    assert re.search(r"replies to served prompts: [34] of 4 trained", shown.out)
+    assert re.search(r"replies to served prompts: [34] of 4 training", shown.out)
     assert "rows-not-learned" not in shown.out + shown.err
     talk = chat(run, max_new_tokens=40)
     right = 0

@@ -36,7 +36,7 @@ from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer
 from truetune.engine.parallel import Group
 from truetune.engine.schedule import learning_rate
 from truetune.errors import Collapsed, NonFiniteLoss, OutOfMemory, is_out_of_memory
-from truetune.findings import Finding, gib
+from truetune.findings import Finding, counted, gib
 from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.mode import evaluating
 from truetune.recipe.plan import Plan
@@ -388,9 +388,10 @@ class SFTTrainer:
                 Finding(
                     "out-of-memory",
                     "warning",
-                    f"{len(batch.rows)} examples with {batch.num_computed:,} tokens did not fit "
-                    f"in memory at once: from step {self.step + 1} on, at most {limits.rows} "
-                    "examples" + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
+                    f"{counted(len(batch.rows), 'example')} with {batch.num_computed:,} tokens did "
+                    f"not fit in memory at once: from step {self.step + 1} on, at most "
+                    f"{counted(limits.rows, 'example')}"
+                    + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
                     why="the batch size is unchanged; a batch is split into more forward passes",
                     fix=f"nothing to do: training continues; to avoid the failed attempt, use "
                     f"--micro-batch-size {limits.rows} or --gradient-checkpointing from the start",
