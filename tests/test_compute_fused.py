@@ -219,6 +219,22 @@ def test_a_layer_that_needs_what_the_kernel_writes_over() -> None:
         assert [text.split()[0] for text in found.left] == ["SwiGLU"] * (1 - taken)
 
 
+class Once(Gated):
+    """Takes what the model gives it, and nothing that it has not seen before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.abs().max() > 1:
+            raise ValueError("out of range")
+        return super().forward(x)
+
+
+def test_layers_that_cannot_be_asked_stay_as_they_are() -> None:
+    layer = Once().eval()
+    found = find_fused(layer, lambda: layer(torch.zeros(1, 5, 8)), STAND_IN)
+    assert found is not None
+    assert (found.forwards, found.taken, found.left) == ({}, (), ())
+
+
 def test_types_that_were_not_proved_go_by_the_models_own_code() -> None:
     model = family("llama")
     found = fused_of(model)
