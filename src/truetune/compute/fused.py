@@ -128,7 +128,7 @@ def find_fused(
             count("RoPE", bool(proved))
         if proved:
             functions.append((store, name, _fast_rope(own, proved, kernels)))
-    reason = "the kernel gives other results than the model's own code"
+    reason = "the kernel fails, or gives other results than the model's own code"
     return Fused(
         forwards,
         tuple(functions),
