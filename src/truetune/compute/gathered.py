@@ -50,7 +50,7 @@ def places(layout: Layout, window: int | None, heads: int, groups: int) -> Place
     """Return the positions, which equal layers share; None if separate calls cost less."""
     key = "gathered", window, heads, groups
     if key not in layout.made:
-        # A model on the meta device runs inside a torch mode, but indices need real values.
+        # A model of fake tensors runs inside a torch mode, but indices need real values.
         with without_modes():
             pays = _pays(layout, window)
             layout.made[key] = _places(layout, window, heads, groups) if pays else None
