@@ -486,10 +486,12 @@ def matrix(runs: list[dict[str, Any]]) -> str:
     lines += [
         "",
         f"{len(runs):,} healthy runs, {alarms} false alarm{'' if alarms == 1 else 's'}; "
-        f"{sum(run['fresh'] for run in runs)} verified by a fresh process, "
-        f"{sum(run['seed'] % 5 == 0 and run['device'] == 'cpu' for run in runs)} also with "
-        "other kernels. In each cell: runs that passed, and the largest divergence as a share of "
-        f"what is allowed. Machine: {machine()}. {' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
+        f"{sum(run['fresh'] for run in runs)} were verified by a fresh process and the others, to "
+        "save time, by the process that trained them; "
+        f"{sum(run['seed'] % 5 == 0 and run['device'] == 'cpu' for run in runs)} were verified a "
+        "second time with other kernels. In each cell: runs that passed, and the largest "
+        f"divergence as a share of what is allowed. Machine: {machine()}. "
+        f"{' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
     ]
     return "\n".join(lines)
 

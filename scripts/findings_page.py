@@ -271,6 +271,8 @@ class _Said:
 
     def _filled(self, node: ast.expr) -> str:
         match node:
+            case ast.Call(func=ast.Name(id="counted"), args=[_, ast.Constant(value=noun), *more]):
+                return f"N {self.of(more[0]) if more else f'{noun}s'}"
             case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
                 return _CALLS[name]
             case ast.IfExp(body=body, orelse=other) if _is_text(body) or _is_text(other):

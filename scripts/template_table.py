@@ -51,7 +51,7 @@ refused:
 | off | `thinking-off` | closes the think block before an answer with reasoning |
 | invents | `target-invented` | writes something that is not in the data |
 | no stop | `no-stop` | does not end the turn |
-| differs | `prompt-differs` | renders a prompt differently from how it serves it |
+| differs | `prompt-differs` | renders prompts inside a conversation differently than for serving |
 
 Some refusals can be avoided with an option. `--reasoning inline` writes dropped reasoning between
 markers, and `--reasoning drop` removes it from the rows. `--reasoning empty` trains on rows without

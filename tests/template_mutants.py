@@ -122,7 +122,7 @@ EDITS: dict[str, tuple[str, str]] = {
     "repeat history": (_PAST, _text("X ~ X")),
     "replace a full stop": (_ASSISTANT, _text("X | replace('.', '!')")),
     "replace in history": (_PAST, _text("X | replace('.', '!')")),
-    "one line for all": (_ASSISTANT, _text("X.split() | join(' ')")),
+    "line breaks removed": (_ASSISTANT, _text("X.split() | join(' ')")),
     "wrap lines": (_ASSISTANT, _text("X | wordwrap(12)")),
     "reverse words": (_ASSISTANT, _text("X.split() | reverse | join(' ')")),
     "words after answers": (_ASSISTANT, _text("X ~ ' Is there anything else?'")),
@@ -157,8 +157,11 @@ EDITS: dict[str, tuple[str, str]] = {
     "values lower-case": (_CALLING, _values("v | lower if v is string else v")),
     "values cut": (_CALLING, _values("v[:3] if v is string else v")),
     "numbers as words": (_CALLING, _values("v ~ '' if v is number else v")),
-    "numbers one more": (_CALLING, _values("v + 1 if v is number and v is not boolean else v")),
-    "switches turned": (_CALLING, _values("(not v) if v is boolean else v")),
+    "numbers increased by one": (
+        _CALLING,
+        _values("v + 1 if v is number and v is not boolean else v"),
+    ),
+    "booleans inverted": (_CALLING, _values("(not v) if v is boolean else v")),
     "functions renamed": (
         _CALLING,
         "{%- for c in m.tool_calls -%}{%- set e.x = e.x + [dict(c, function=dict(c.function, "
@@ -261,14 +264,14 @@ def _spoilt(source: str) -> Iterator[tuple[str, str, str]]:
         + "{%- if add_generation_prompt %}{{- ' Go.' }}{%- endif %}",
         "words at the beginning": "{{- 'Log: ' }}" + source,
         "messages counted": "{{- messages | length }}" + source,
-        "the beginning says what comes": (
+        "first letter depends on the last role": (
             "{{- 'A: ' if messages[-1].role == 'assistant' else 'B: ' }}" + source
         ),
     }
     if _GENERATION.search(source):
         whole |= {
-            "always a prompt": _GENERATION.sub("{%- if true %}", source),
-            "never a prompt": _GENERATION.sub("{%- if false %}", source),
+            "generation prompt always written": _GENERATION.sub("{%- if true %}", source),
+            "generation prompt never written": _GENERATION.sub("{%- if false %}", source),
         }
     for kind, text in whole.items():
         yield kind, kind, text

@@ -158,6 +158,6 @@ def test_the_unread_stop_names_the_ids_to_serve_with(contract: PromptContract) -
 def test_the_learning_rate_is_judged_both_ways(contract: PromptContract) -> None:
     (high,) = preflight(facts(contract, learning_rate=2e-3))
     (low,) = preflight(facts(contract, learning_rate=5e-6))
-    assert "20x above" in high.what
-    assert "20x below" in low.what
+    assert "is 20 times the usual" in high.what
+    assert "is 1/20 of the usual" in low.what
     assert high.fix == low.fix == "use --learning-rate 0.0001"

@@ -68,8 +68,8 @@ def test_sound_rows_are_ok(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run(model, data) == 0
     shown = capsys.readouterr().out
     assert shown.rstrip().endswith("ok: nothing found")
-    few = "none are held out below 100 rows; pass held-out rows with --eval-data"
-    assert f"40 to train, 0 held out ({few}), 0 dropped" in " ".join(shown.split())
+    few = "fewer than 100 rows; pass your own with --eval-data"
+    assert f"40 for training, 0 held out ({few}), 0 dropped" in " ".join(shown.split())
     assert "to start the run, replace `check` with `train`" in shown
     assert "keep 99 % of the rows whole" in shown
 

@@ -26,7 +26,7 @@ from truetune.compute.route import Route, _batch_of, _probe_rows, find_route
 from truetune.model.lora import enable_gradient_checkpointing
 
 ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 40, 3)]
-OTHER = "the kernel gives other results than the model's own code"
+OTHER = "the kernel fails, or gives other results than the model's own code"
 
 
 def fused_of(model: Any, kernels: Kernels = STAND_IN, route: Route | None = None) -> Fused:
@@ -217,6 +217,22 @@ def test_a_layer_that_needs_what_the_kernel_writes_over() -> None:
         assert found is not None
         assert len(found.forwards) == taken
         assert [text.split()[0] for text in found.left] == ["SwiGLU"] * (1 - taken)
+
+
+class Once(Gated):
+    """Takes what the model gives it, and nothing that it has not seen before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.abs().max() > 1:
+            raise ValueError("out of range")
+        return super().forward(x)
+
+
+def test_layers_that_cannot_be_asked_stay_as_they_are() -> None:
+    layer = Once().eval()
+    found = find_fused(layer, lambda: layer(torch.zeros(1, 5, 8)), STAND_IN)
+    assert found is not None
+    assert (found.forwards, found.taken, found.left) == ({}, (), ())
 
 
 def test_types_that_were_not_proved_go_by_the_models_own_code() -> None:

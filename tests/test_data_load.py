@@ -334,7 +334,7 @@ def test_folder_with_splits(tmp_path):
     put(tmp_path / "more.jsonl", *pairs("more"))
     (warning,) = load(tmp_path).findings
     assert (warning.level, warning.count) == ("warning", 3)
-    assert warning.what.endswith("; 1 of them belong to no split by their names")
+    assert warning.what.endswith("; the names of 1 of them match no split")
     (tmp_path / "set_train.jsonl").unlink()
     refused("no-such-split", tmp_path)
 

@@ -162,7 +162,7 @@ def test_unknown_extension(tmp_path):
         "did you mean .jsonl?"
         in refused(write(tmp_path / "a.jsonll", "{}"), "unknown-extension").fix
     )
-    assert "(none)" in refused(write(tmp_path / "data", "{}"), "unknown-extension").what
+    assert "has no extension" in refused(write(tmp_path / "data", "{}"), "unknown-extension").what
     assert lines(write(tmp_path / "A.JSONL", '{"text": "a"}')) == [(ONE, 1)]
 
 

@@ -465,7 +465,7 @@ def test_rows_that_one_model_cannot_be_asked_are_left_out_for_all(
     # The fourth row's prompt fits, its answer does not.
     (without,) = found.models[0].no_loss
     assert (without.count, without.reason) == (1, "prompt and answer are longer than the context")
-    assert "1 prompts leave fewer than 20 tokens" in found.models[0].notes[0]
+    assert "remain for the reply after 1 prompt" in found.models[0].notes[0]
     asked = truetune.evaluate(place / "yes", data, match="none", quiet=True, max_new_tokens=5)
     assert [row.where.rpartition(":")[2] for row in asked.models[0].rows] == ["1", "2", "4"]
     assert "match" not in asked.models[0].values

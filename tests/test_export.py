@@ -298,7 +298,7 @@ def test_a_merge_that_differs_gets_no_name(tmp_path: Path, monkeypatch: pytest.M
         export(str(tmp_path / "adapter"), tmp_path / "merged")
     (finding,) = caught.value.findings
     assert (finding.code, caught.value.exit_code) == ("verify-failed", 1)
-    assert "merged against the adapter on 3 neutral prompts" in finding.what
+    assert "the merged model compared with the adapter on 3 neutral prompts" in finding.what
     assert left(tmp_path) == before
 
 
@@ -583,7 +583,7 @@ def test_from_the_command_line_through_a_fresh_process(tmp_path: Path) -> None:
     shown = command("export", tmp_path / "run", "-o", tmp_path / "merged")
     assert shown.code == 0, shown.err
     assert "merged onto the base's original weights, in float32; saved in bfloat16" in shown.out
-    assert "merged against the adapter on 6 held-out prompts; logits differ" in shown.out
+    assert "the adapter on 6 held-out prompts; logits differ" in shown.out
     verdict = json.loads((tmp_path / "merged/verify.json").read_text())
     assert verdict["passed"]
     assert verdict["artifact"] == str(tmp_path / "merged")

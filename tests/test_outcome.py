@@ -87,7 +87,7 @@ def test_a_run_of_steps_is_told_steps() -> None:
 
 
 def test_the_line_of_the_screen() -> None:
-    said = "4 of 4 trained prompts, 0 of 4 held-out prompts get their row's answer"
+    said = "4 of 4 training prompts, 0 of 4 held-out prompts get their row's answer"
     assert summary(GOOD.answers) == f"{said}; 8 of 8 replies ended"
     assert summary(()) == ""
 
@@ -105,7 +105,7 @@ def test_a_run_too_short_is_told_on_the_screen_and_in_the_run(tmp_path: Path) ->
     words = ("--max-steps", "1", "--learning-rate", "1e-6", "--no-verify")
     shown = command("train", tmp_path / "tiny", rows, "-o", tmp_path / "run", *words)
     assert shown.code == 0
-    assert "replies to served prompts: 0 of 4 trained" in shown.out
+    assert "replies to served prompts: 0 of 4 training" in shown.out
     codes = {f["code"] for f in lines(tmp_path / "run" / "findings.jsonl")}
     assert codes & {"rows-not-learned", "answers-do-not-end"}
 
@@ -142,7 +142,7 @@ def test_an_own_file_on_the_embedded_base_is_learned(tmp_path: Path, count: int)
     shown = command("train", base_path(), path, "--lora", "-o", run)
     assert shown.code == 0, shown.err
     # Of those that are asked one may be among the fifth that may be wrong.
-    assert re.search(r"replies to served prompts: [34] of 4 trained", shown.out)
+    assert re.search(r"replies to served prompts: [34] of 4 training", shown.out)
     assert "rows-not-learned" not in shown.out + shown.err
     talk = chat(run, max_new_tokens=40)
     right = 0

@@ -82,7 +82,7 @@ def test_a_run_ends_well_and_says_how_to_go_on(trained: tuple[RunDir, Shown, str
     assert f'from_pretrained("{artifact}")' in shown.out
     assert f"chat    truetune chat {run.path}" in shown.out
     assert "serve   vllm serve" in shown.out
-    assert "114 to train, 6 held out" in shown.out
+    assert "114 for training, 6 held out" in shown.out
     assert "8 examples per step, packed to 1,024 tokens per forward pass" in shown.out
 
 
@@ -563,7 +563,7 @@ def test_the_stages_come_in_order(place: Path, tmp_path: Path) -> None:
         ),
         *("loading the weights", "probing the model and its memory"),
         *["answering fixed prompts"] * 3,
-        "answering trained prompts",
+        "answering training prompts",
         *("saving and reloading", "verifying in a fresh process"),
     ]
 

@@ -150,7 +150,8 @@ def page(
             f"truetune finds {sum(v.detected for v in verdicts)} of {len(verdicts)}, names the "
             f"cause of {sum(v.cause for v in verdicts)}, and raises "
             f"{sum(len(v.false_alarms) for v in verdicts)} false alarms on the twins and "
-            f"{sum(map(len, alarms.values()))} on {len(alarms)} hard negatives.",
+            f"{sum(map(len, alarms.values()))} on {len(alarms)} healthy scripts that resemble a "
+            "broken one.",
             f"The libraries are silent on {silent} of the {len(asked)} scripts that use them, "
             f"raise an error on {raised} and warn on {len(asked) - silent - raised}.",
             "",

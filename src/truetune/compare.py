@@ -450,7 +450,7 @@ def rounding_finding(found: Agreement, bits: str, num_rows: int) -> Finding:
     """
     rise = found.loss - found.reference_loss
     what = (
-        f"in {bits} the untrained base has a loss of {found.loss:.3f} on {num_rows} rows, "
+        f"before training, the base in {bits} has a loss of {found.loss:.3f} on {num_rows} rows, "
         f"compared with {found.reference_loss:.3f} as stored, and predicts the same token at "
         f"{100 * found.greedy:.1f} % of {found.num_positions:,} positions"
     )

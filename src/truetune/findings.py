@@ -200,6 +200,11 @@ def share(count: int, total: int) -> str:
     return f"{count:,} of {total:,} rows ({shown} %)"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return "1 row" or "2 rows"; `plural` is needed where it is not noun + "s"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def percent(part: float) -> str:
     """`78.8 %`; a nonzero share is never shown as 0."""
     value = round(100 * part, 1)

@@ -748,5 +748,5 @@ def damaged(trials: Trials, killed: Path, other: Path, file: str, how: str, both
     said = trials.go_on(run)
     if said.startswith(LOST):
         return said + place
-    which = "that" if how == "the same bytes" else "the previous"
+    which = "the same, unchanged" if how == "the same bytes" else "the previous"
     return f"resumed from {which} checkpoint"

@@ -35,7 +35,7 @@ from truetune.checks.labels.facts import LabelFacts, LossOn
 from truetune.checks.labels.judge import label_findings
 from truetune.checks.labels.table import TokenTable
 from truetune.contract.frame import Frame
-from truetune.findings import LEVELS, Finding, merged
+from truetune.findings import LEVELS, Finding, counted, merged
 
 # Rows read unless the caller says otherwise; a defect on 0.1 % of the rows is then missed once in
 # 150 audits ((1 - 0.001) ** 5000).
@@ -179,7 +179,7 @@ def _failed(reading: Reading) -> list[Finding]:
         Finding(
             code="batch-fails",
             level="error",
-            what=f"{len(places):,} batches cannot be built: {said}",
+            what=f"building {counted(len(places), 'batch', 'batches')} failed: {said}",
             where=places[0],
             count=len(places),
             why="the dataset or the collator raises an exception; training would stop there",

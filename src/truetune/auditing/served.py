@@ -142,8 +142,8 @@ def _conversations(
             differ,
             code="prompt-differs",
             level="error",
-            what=f"{share(len(differ), len(names))} are trained after a prompt that a server with "
-            "this tokenizer does not send",
+            what=f"in {share(len(differ), len(names))}, answers follow a prompt that a server "
+            "with this tokenizer does not send",
             why=shown,
             fix="render the rows with the tokenizer's chat template, as it is saved; if it "
             "deletes earlier reasoning, train one row per turn",

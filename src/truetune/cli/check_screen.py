@@ -9,7 +9,7 @@ from typing import Any
 from truetune.checks.fit import duration
 from truetune.checks.lengths import report_lines
 from truetune.cli.screen import Screen, held_out
-from truetune.findings import Finding, gib, percent
+from truetune.findings import Finding, counted, gib, percent
 from truetune.run.checkup import Checkup
 
 _EIGHTHS = " \u258f\u258e\u258d\u258c\u258b\u258a\u2589\u2588"
@@ -95,12 +95,12 @@ def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
     train, held = run["train"], run["held_out"]
     tokens = max(train["tokens"], 1)
     rows, most = run["batch_size"], run["tokens_per_step"]
-    step = f"{rows} examples" if rows else f"up to {most:,} tokens"
+    step = counted(rows, "example") if rows else f"up to {most:,} tokens"
     return [
         *lines,
         (
             "rows",
-            f"{train['examples']:,} to train, {held_out(train, held)}, "
+            f"{train['examples']:,} for training, {held_out(train, held)}, "
             f"{run['dropped']:,} dropped; schema {run['schema']}",
         ),
         (
@@ -110,7 +110,8 @@ def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
         ),
         (
             "run",
-            f"{run['method']}, {run['max_steps']:,} steps of {step} at {run['learning_rate']:g}",
+            f"{run['method']}, {counted(run['max_steps'], 'step')} of {step} at "
+            f"{run['learning_rate']:g}",
         ),
     ]
 
@@ -180,7 +181,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
 def _smoke_test_lines(numbers: dict[str, Any]) -> list[tuple[str, str]]:
     if "loss" not in numbers:
         return []
-    text = f"{numbers['rows']} rows, loss {numbers['loss']:.3f}"
+    text = f"{counted(numbers['rows'], 'row')}, loss {numbers['loss']:.3f}"
     if "loss_after_a_step" in numbers:
         text += f", after a step {numbers['loss_after_a_step']:.3f}"
     text += (

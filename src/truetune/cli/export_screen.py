@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from truetune.cli.screen import Screen
-from truetune.findings import gib
+from truetune.findings import counted, gib
 
 if TYPE_CHECKING:
     from truetune.exporting.gguf import WrittenGGUF
@@ -85,7 +85,11 @@ def _on_whole(screen: Screen, made: WholeExport, *, as_json: bool) -> None:
         facts = made.verdict.as_dict() if made.verdict else {"passed": None, "checks": []}
         typer.echo(json.dumps({**facts, "artifact": str(made.folder)}, indent=2))
         return
-    how = f"saved in {made.dtype}" if made.dtype else f"{made.files} files copied and read back"
+    how = (
+        f"saved in {made.dtype}"
+        if made.dtype
+        else f"{counted(made.files, 'file')} copied and read back"
+    )
     screen.line(f"a complete model, copied without merging: {how}")
     if made.verdict:
         from truetune.cli.result_screen import show_checks
@@ -218,7 +222,7 @@ def _on_modelfile(screen: Screen, made: WrittenGGUF, *, go_template: bool) -> No
         "prompts are those of training"
         if go_template
         else "the file's own, which Ollama 0.30 or newer renders as llama.cpp does; it differs "
-        "enough from the templates that Ollama knows not to be replaced by one of them"
+        "so much from every template known to Ollama that Ollama does not replace it"
     )
     name = shlex.quote(made.path.parent.name.lower())
     screen.pairs([("template", template), ("Modelfile", str(file))])

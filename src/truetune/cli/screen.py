@@ -18,7 +18,7 @@ from rich.text import Text
 from truetune.cli.live_screen import Stages, Steps
 from truetune.data.split import HELD_OUT_FROM
 from truetune.errors import BadRows, CheckFailed, TruetuneError
-from truetune.findings import Finding, labelled, merged, visible
+from truetune.findings import Finding, counted, labelled, merged, visible
 from truetune.listener import Listener
 
 if TYPE_CHECKING:  # an error that comes first needs neither
@@ -102,7 +102,7 @@ class Screen(Listener):
                 ("model", f"{plan.model} ({plan.start})"),
                 (
                     "rows",
-                    f"{trained['examples']:,} to train, {held_out(trained, held)}, "
+                    f"{trained['examples']:,} for training, {held_out(trained, held)}, "
                     f"{len(data['dropped']):,} dropped; schema {data['schema']}",
                 ),
                 (
@@ -192,9 +192,7 @@ def held_out(trained: dict[str, Any], held: dict[str, Any]) -> str:
     """How many rows are held out; of few rows why none are."""
     few = not held["examples"] and trained["examples"] < HELD_OUT_FROM
     return f"{held['examples']:,} held out" + (
-        f" (none are held out below {HELD_OUT_FROM} rows; pass held-out rows with --eval-data)"
-        if few
-        else ""
+        f" (fewer than {HELD_OUT_FROM} rows; pass your own with --eval-data)" if few else ""
     )
 
 
@@ -210,15 +208,19 @@ def _lengths(data: dict[str, Any]) -> list[tuple[str, str]]:
 def _batch(plan: Plan, route: dict[str, Any]) -> str:
     """Describe how a step is divided into forward passes."""
     size, at_once = plan.batch_size, plan.micro_batch_size
-    number = f"{size} examples" if size else f"up to {plan.tokens_per_step:,} tokens"
+    number = counted(size, "example") if size else f"up to {plan.tokens_per_step:,} tokens"
     step = f"{number} per step"
     if route["kind"] == "apart":
         return f"{step}, one at a time"
     if route["kind"] == "packed":
-        cut = f"{at_once} examples or " if at_once and at_once < (size or at_once + 1) else ""
+        cut = (
+            f"{counted(at_once, 'example')} or "
+            if at_once and at_once < (size or at_once + 1)
+            else ""
+        )
         return f"{step}, packed to {cut}{route['micro_batch_tokens']:,} tokens per forward pass"
     if not size or not at_once:
-        return f"{step}, {at_once} examples at a time"
+        return f"{step}, {at_once} at a time"
     passes = -(-size // at_once)
     return f"{step}, {at_once} at a time ({passes} forward pass{'es' if passes > 1 else ''})"
 

@@ -10,6 +10,7 @@ import typer
 
 from truetune.cli.arguments import Base, Device, Json, Source
 from truetune.cli.verb import open_screen
+from truetune.findings import counted
 
 _GGUF = "GGUF and MLX"
 _FEWER = "Quantisation"
@@ -284,4 +285,4 @@ def push_model(
             listener=screen,
         )
     who = "private" if pushed.private else "public"
-    screen.line(f"pushed {len(pushed.files)} files: {pushed.url} ({who})")
+    screen.line(f"pushed {counted(len(pushed.files), 'file')}: {pushed.url} ({who})")

@@ -1,12 +1,12 @@
-"""LoRA on a frozen layer in one autograd function: no gradient of the frozen weight, and few saved
-tensors.
+"""LoRA on a frozen layer in one autograd function that saves few tensors.
 
 input   a model with peft's LoRA layers (peft itself is not imported)
-does    y = x W^T + b + s drop(x) A^T B^T in one function that keeps x, which layers on the same
-        input share, and the (T, r) product; the rest is made again in the backward pass
-output  the same numbers as peft's own forward, proved on each kind of layer before it is used
+does    computes y = x W^T + b + s drop(x) A^T B^T in one function, without a gradient of W. It
+        keeps x, which layers on the same input share, and the product of shape (T, r), and
+        computes the rest again in the backward pass
+output  the same numbers as peft's own forward, tested on each kind of layer before it is used
 
-Which inputs are dropped is drawn again backward, and follows from what a token is (dropout.py).
+The dropout mask is drawn again in the backward pass; it depends on the tokens (dropout.py).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from truetune.compute.dropout import dropped, salt
 
 
 class FourBits:
-    """The frozen weight of a bitsandbytes layer, which is made dense for one product at a time."""
+    """The frozen weight of a bitsandbytes layer, which is dequantised for one product at a time."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """(O, D)."""
+        """Return the weight as (O, D), for O outputs and D inputs."""
         from bitsandbytes.functional import dequantize_4bit
 
         weight = self.layer.weight
@@ -90,10 +90,10 @@ def _without(x_TD: torch.Tensor, p: float, states_T: torch.Tensor | None) -> tor
 
 @dataclass(frozen=True)
 class Draw:
-    """What decides which inputs are dropped: of a step, a batch, and one of its layers.
+    """The numbers that determine the dropout mask of one layer in one step.
 
     Attributes:
-        keys_T: of the tokens, see `token_keys`.
+        keys_T: (T,) int64, the keys of the batch's tokens (see `token_keys`).
     """
 
     seed: int
@@ -102,8 +102,9 @@ class Draw:
     keys_T: torch.Tensor
 
     def states(self, count: int) -> torch.Tensor:
-        """(count,) int64; layers that see some of the tokens, in an order of their own, go by the
-        order."""
+        """Return the states of the generator for `count` tokens: (count,) int64."""
+        # A layer that sees only some tokens, such as an expert, has no keys for them in its order.
+        # Its states follow from the order.
         keys = self.keys_T
         if len(keys) != count:
             keys = self.keys_T.sum() + torch.arange(count, device=self.keys_T.device)
@@ -145,18 +146,19 @@ def _fast_forward(layer: Any, adapter: str) -> Callable[[torch.Tensor], torch.Te
 
 
 def _is_four_bits(base: Any) -> bool:
-    """By its name: bitsandbytes is an extra, and takes a second to import."""
+    """Return whether a layer is a 4-bit layer of bitsandbytes."""
+    # By name, because bitsandbytes is an extra and takes a second to import.
     return type(base).__name__ == "Linear4bit" and hasattr(base.weight, "quant_state")
 
 
 def _computed_in(base: Any, given: torch.dtype) -> torch.dtype:
-    """The type of a layer's product, outside of autocast."""
+    """Return the dtype of a layer's product without autocast."""
     asked: torch.dtype | None = getattr(base, "compute_dtype", None)
     return asked if asked is not None and _is_four_bits(base) else given
 
 
 def find_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
-    """The LoRA layers whose own forward the fast one equals, each with it."""
+    """Return the LoRA layers for which the fast forward equals their own, with that forward."""
     proved: dict[Any, bool] = {}
     found: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
     layer: Any
@@ -180,13 +182,13 @@ def find_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[...,
 
 
 def plain_adapters(model: torch.nn.Module) -> dict[torch.nn.Module, Callable[..., torch.Tensor]]:
-    """The LoRA layers that `find_adapters` would ask, unasked: for a model without numbers."""
+    """Return the LoRA layers that `find_adapters` would test, for a model of fake tensors."""
     layers = ((layer, _plain_adapter(layer)) for layer in model.modules())
     return {layer: _fast_forward(layer, name) for layer, name in layers if name is not None}
 
 
 def _plain_adapter(layer: Any) -> str | None:
-    """The one adapter of a LoRA layer on a frozen linear layer; None for anything else."""
+    """Return the name of the only adapter on a frozen linear layer; None for other layers."""
     if not all(hasattr(layer, name) for name in ("base_layer", "lora_A", "lora_B", "scaling")):
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -201,8 +203,10 @@ def _plain_adapter(layer: Any) -> str | None:
 
 
 def _is_equal(layer: Any, adapter: str, fast: Callable[..., torch.Tensor]) -> bool:
-    """Whether outputs and gradients equal those of the layer's own forward, with an adapter that
-    does something (B starts as zeros) and without dropout."""
+    """Return whether outputs and gradients equal those of the layer's own forward, without dropout.
+
+    B is replaced by random numbers, because it starts as zeros.
+    """
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     generator = torch.Generator().manual_seed(0)
 
@@ -232,7 +236,7 @@ def _is_equal(layer: Any, adapter: str, fast: Callable[..., torch.Tensor]) -> bo
 
 
 def _same(own: torch.Tensor | None, other: torch.Tensor | None, computed: torch.dtype) -> bool:
-    """Equal by norm to rounding, in one type; what one of them leaves out, the other must too."""
+    """Return whether two tensors (or None) have the same dtype and differ by rounding only."""
     if own is None or other is None:
         return own is other
     limit = 1e-4 if computed == torch.float32 else 3e-2
@@ -248,11 +252,11 @@ def fast_adapters(
     seed: int = 0,
     step: int = 0,
 ) -> Iterator[None]:
-    """The layers compute by their fast forward inside, recomputed activations included.
+    """Let the layers use their fast forward inside the context, also when they are recomputed.
 
     Args:
-        keys_T: of the batch's tokens; without them nothing can be dropped.
-        seed, step: what else decides what is dropped.
+        keys_T: (T,) int64, the keys of the batch's tokens; required for dropout.
+        seed, step: these also determine the dropout mask.
     """
     for number, (layer, forward) in enumerate(layers.items()):
         draw = None if keys_T is None else Draw(seed, step, number, keys_T)

@@ -1,8 +1,8 @@
-"""Attention over a packed sequence by FlexAttention: blocks that nobody sees are skipped.
+"""Attention over a packed sequence by FlexAttention, which skips blocks that no query sees.
 
-For what the variable-length kernel does not take on CUDA: soft caps, float32, wide heads. Which
-blocks are seen is counted from the layout; no mask of the sequence's square is made. Lengths are
-rounded up to whole blocks, so that a kind of layer is compiled for one length and then for all.
+It is used on CUDA for what the variable-length kernel does not support: soft caps, float32 and wide
+heads. The visible blocks are counted from the layout; no (T, T) mask is built. Lengths are rounded
+up to whole blocks, so that a kind of layer is compiled for one length and then for all.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from truetune.compute.cuda.copies import sent
 from truetune.compute.layout import Layout
 from truetune.errors import TruetuneError
 
-# Queries and keys of a block, as FlexAttention has them.
+# Number of queries, and of keys, in a block of FlexAttention.
 BLOCK = 128
-# Kinds of layers (windows, soft caps, with and without gradients), twice each: torch's own limit
-# of 8 is met by a model with two windows, and what is beyond it is computed with all scores at
-# once, without a word.
+# torch compiles each kind of layer (window, soft cap, with and without gradients) twice. A model
+# with two windows reaches torch's own limit of 8; beyond it, torch silently computes all scores at
+# once.
 _MOST_COMPILED = 64
 
 
@@ -33,11 +33,12 @@ def _compiled() -> Any:
 
 
 def rule(layout: Layout, window: int | None, device: torch.device) -> Any:
-    """FlexAttention's mask function of a layout.
+    """Return FlexAttention's mask function for a layout.
 
-    Nodes stand depth first, so a token is seen by those after it and before the end of its
-    node's descendants. What fills the last block sees nothing and is not seen.
+    It maps indices of queries and keys in the packed sequence to True if the query sees the key.
     """
+    # Nodes are in depth-first order, so a token is seen by those after it, up to the end of its
+    # node's descendants. The padding of the last block sees nothing and is not seen.
     ends = [end for end, n in zip(layout.ends, layout.lengths, strict=True) for _ in range(n)]
     filling = [0] * (_whole_blocks(layout.num_tokens) - layout.num_tokens)
     seen_until = sent(torch.tensor(ends + filling), device)
@@ -51,7 +52,8 @@ def rule(layout: Layout, window: int | None, device: torch.device) -> Any:
 
 
 def _whole_blocks(length: int) -> int:
-    """At least two: torch compiles sizes of one anew."""
+    """Return a length rounded up to whole blocks."""
+    # At least two blocks, because torch compiles again for a size of one.
     return max(-(-length // BLOCK), 2) * BLOCK
 
 
@@ -64,17 +66,24 @@ def flex(
     scale: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """(T, H, D) from query (1, H, T, D), key and value (1, G, T, D).
+    """Return the attention output (T, H, D) of T tokens and H heads of width D.
+
+    Args:
+        query: (1, H, T, D).
+        key, value: (1, G, T, D), for G groups of heads that share them.
+        window: largest distance to a key that is seen, plus 1; None for no limit.
+        scale: factor of the scores.
+        softcap: bound of the scores; None for no bound.
 
     Raises:
-        TruetuneError: torch has compiled it for more kinds of layers than it takes.
+        TruetuneError: torch has compiled it for more kinds of layers than the limit allows.
     """
 
     def capped(score: torch.Tensor, *_: Any) -> torch.Tensor:
         assert softcap
         return softcap * torch.tanh(score / softcap)
 
-    # Compiled for CUDA; elsewhere plain, which is slow and the same.
+    # Compiled on CUDA; elsewhere without compilation, which is slow but gives the same results.
     call = _compiled() if query.is_cuda else flex_attention
     length = layout.num_tokens
     filling = _whole_blocks(length) - length
@@ -106,7 +115,7 @@ def flex(
 
 
 def _blocks(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
-    """Made once for all layers of a batch that have this window."""
+    """Return the block mask, which all layers of a batch with this window share."""
     key = "flex", window, device
     if key not in layout.made:
         layout.made[key] = block_mask(layout, window, device)
@@ -115,7 +124,7 @@ def _blocks(layout: Layout, window: int | None, device: torch.device) -> BlockMa
 
 
 def block_mask(layout: Layout, window: int | None, device: torch.device) -> BlockMask:
-    """What `create_block_mask` makes of the rule, which it asks of every pair of tokens."""
+    """Return the mask that `create_block_mask` would build by testing every pair of tokens."""
     counts = _seen_pairs(layout, window)
     full = counts == BLOCK * BLOCK
     some = (counts > 0) & ~full
@@ -130,13 +139,14 @@ def block_mask(layout: Layout, window: int | None, device: torch.device) -> Bloc
 
 
 def _ordered(blocks_QK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each block of queries: how many blocks of keys there are, and which, those first."""
+    """Return for each block of queries the number of its key blocks (1, 1, blocks), and their
+    indices, before those of the other blocks (1, 1, blocks, blocks)."""
     order = torch.argsort(blocks_QK.int(), dim=-1, descending=True, stable=True)
     return blocks_QK.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def _seen_pairs(layout: Layout, window: int | None) -> torch.Tensor:
-    """(blocks of queries, blocks of keys): how many pairs of tokens of each two see."""
+    """Return the number of visible pairs in each block, as (query blocks, key blocks)."""
     count = _whole_blocks(layout.num_tokens) // BLOCK
     q0, q1, k0, k1, shift = torch.tensor(list(_regions(layout, window))).t()
     # Every block of queries of a region with every block of its keys.
@@ -153,7 +163,7 @@ def _seen_pairs(layout: Layout, window: int | None) -> torch.Tensor:
     width = torch.minimum(k1[region], (block_k + 1) * BLOCK) - k_from
 
     def up_to(shift: torch.Tensor) -> torch.Tensor:
-        """Pairs with k <= q + shift."""
+        """Return the number of pairs with k <= q + shift, for each entry."""
         last = q_to + shift - k_from
         return _sum_to(last, width) - _sum_to(q_from + shift - k_from, width)
 
@@ -166,14 +176,17 @@ def _seen_pairs(layout: Layout, window: int | None) -> torch.Tensor:
 
 
 def _sum_to(last: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """Sum of the numbers up to `last`, each no less than 0 and no more than `most`."""
+    """Return the sum of all integers up to `last`, each clipped to the range from 0 to `most`."""
     rising = torch.minimum(last.clamp(min=0), most)
     return rising * (rising + 1) // 2 + (last - most).clamp(min=0) * most
 
 
 def _regions(layout: Layout, window: int | None) -> Iterator[tuple[int, int, int, int, int]]:
-    """(q0, q1, k0, k1, shift): queries [q0, q1) see keys of [k0, k1) with k <= q + shift, and
-    within a window k > q + shift - window."""
+    """Yield (q0, q1, k0, k1, shift).
+
+    Queries in [q0, q1) see the keys in [k0, k1) with k <= q + shift and, if there is a window,
+    k > q + shift - window.
+    """
     for node, (start, stop) in enumerate(zip(layout.starts, layout.starts[1:], strict=False)):
         if window is None:
             yield start, layout.ends[node], start, stop, 0

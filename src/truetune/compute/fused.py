@@ -128,7 +128,7 @@ def find_fused(
             count("RoPE", bool(proved))
         if proved:
             functions.append((store, name, _fast_rope(own, proved, kernels)))
-    reason = "the kernel gives other results than the model's own code"
+    reason = "the kernel fails, or gives other results than the model's own code"
     return Fused(
         forwards,
         tuple(functions),
@@ -265,7 +265,12 @@ def _fast_block(module: Any, x: torch.Tensor, kernels: Kernels) -> tuple[str, Fo
     """The name of the product that a layer makes of two of its children on one input, empty if it
     makes none; and the layer with that product fused, None if its results are other ones."""
     x = _normal(x)
-    made = _product(module, x, kernels)
+    try:
+        made = _product(module, x, kernels)
+    except Exception as error:  # whatever a layer says to random numbers, or is made of
+        if is_out_of_memory(error):
+            raise
+        return "", None
     if made is None:
         return "", None
     name, gate, up, down = made

@@ -1,12 +1,12 @@
-"""Attention over short nodes: all of them in one padded product, instead of a call for each.
+"""Attention over short nodes in one padded product, instead of one call per node.
 
 input   queries, keys and values of a layer, and the layout
 does    brings each node's queries, and the keys that they see, together as one entry of a batch;
         one softmax over all of them, the backward pass written out
 output  the same numbers as the meetings of attention.py
 
-A call of a kernel costs as much as some eight thousand pairs of query and key: of rows of twenty
-tokens the calls are nearly all. Computed in float32.
+One call of a kernel costs as much as about 8,000 pairs of query and key; for rows of twenty tokens
+the calls take nearly all of the time. The computation is in float32.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ import torch
 from truetune.compute.layout import MOST_KEYS, Layout
 from truetune.compute.private import softmax_backward, without_modes
 
-# Pairs of query and key that a kernel's call costs, forward and backward (docs/log.md).
+# The cost of one kernel call, forward and backward, in pairs of query and key (docs/log.md).
 _CALL = 8000
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Where T tokens of N nodes stand in a padded batch of Q queries and K keys a node, for H heads
-    in G groups that share their keys. Rows are of (T x H, D) and (T x G, D).
+    """Positions of T tokens in a padded batch of N nodes with Q queries and K keys each.
+
+    There are H heads in G groups that share their keys. Rows are indices into the flattened
+    queries (T x H, D) and keys (T x G, D).
 
     Attributes:
-        queries: (N G x H / G x Q,) row of each query; of the node's last token if there is none.
-        keys: (N G x K,) row of each key; some row if there is none.
-        back: (T x H,) where each token's query is among `queries`.
-        unseen: (N G, H / G x Q, K) float, -inf where a query does not see the key, else 0.
-        is_query: (N G, H / G x Q, 1) float, 1 if there is one.
+        queries: (N G x H / G x Q,), the row of each query; for padding, that of the node's last
+            token.
+        keys: (N G x K,), the row of each key; for padding, any row.
+        back: (T x H,), the index of each token's query in `queries`.
+        unseen: (N G, H / G x Q, K) float, -inf if the query does not see the key, otherwise 0.
+        is_query: (N G, H / G x Q, 1) float, 1 for queries and 0 for padding.
     """
 
     queries: torch.Tensor
@@ -44,10 +47,10 @@ class Places:
 
 
 def places(layout: Layout, window: int | None, heads: int, groups: int) -> Places | None:
-    """Made once for all layers of a batch that are alike; None if meetings cost less."""
+    """Return the positions, which equal layers share; None if separate calls cost less."""
     key = "gathered", window, heads, groups
     if key not in layout.made:
-        # A model without numbers is computed inside a mode; its indices have numbers all the same.
+        # A model of fake tensors runs inside a torch mode, but indices need real values.
         with without_modes():
             pays = _pays(layout, window)
             layout.made[key] = _places(layout, window, heads, groups) if pays else None
@@ -104,7 +107,7 @@ def _places(layout: Layout, window: int | None, heads: int, groups: int) -> Plac
 
 
 class Gathered(torch.autograd.Function):
-    """(T, H, D) from queries (H, T, D), keys and values (G, T, D)."""
+    """Attention output (T, H, D) from queries (H, T, D), keys and values (G, T, D)."""
 
     @staticmethod
     def forward(
@@ -119,7 +122,7 @@ class Gathered(torch.autograd.Function):
         k = _taken(k_GTD.transpose(0, 1), at.keys, len(at.unseen))
         v = _taken(v_GTD.transpose(0, 1), at.keys, len(at.unseen))
         scores = torch.baddbmm(at.unseen, q, k.transpose(1, 2), alpha=scale)
-        # Weights of 0 keep queries that are not there out of every gradient.
+        # Attention weights of 0 keep padding queries out of every gradient.
         p = scores.softmax(-1).mul_(at.is_query)
         ctx.save_for_backward(q, k, v, p)
         ctx.at, ctx.scale, ctx.dtype, ctx.groups = at, scale, q_HTD.dtype, len(k_GTD)
@@ -138,7 +141,7 @@ class Gathered(torch.autograd.Function):
         of_q = torch.bmm(of_scores, k).view(-1, width).index_select(0, at.back)
 
         def summed(rows: torch.Tensor) -> torch.Tensor:
-            """(G, T, D): a token's keys are seen by several nodes."""
+            """Add up the gradients of each token's keys over the nodes that see them: (G, T, D)."""
             total = rows.new_zeros(length * ctx.groups, width)
             total.index_add_(0, at.keys, rows.view(-1, width))
             return total.view(length, ctx.groups, width).transpose(0, 1).to(dtype)
@@ -149,6 +152,6 @@ class Gathered(torch.autograd.Function):
 
 
 def _taken(t_TXD: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows of (T x X, D) in `count` equal parts, in float32."""
+    """Return rows of the flattened tensor (T x X, D) as (count, rows / count, D), in float32."""
     width = t_TXD.shape[-1]
     return t_TXD.reshape(-1, width).index_select(0, rows).view(count, -1, width).float()

@@ -1,12 +1,12 @@
-"""How batches are computed by a model, verified on the model itself.
+"""Choose how a model computes batches, by tests of the model itself.
 
 input   a model and a few of its ids
-does    computes short rows packed and apart and compares; looks at which earlier tokens each
-        layer's own mask shows, and whether rotary embeddings depend on the longest row
-output  Route: packed, apart (one row at a time, where packing would be wrong) or padded (the
-        reference); the loss of a batch; what is to be reported
+does    computes short rows packed and one by one, and compares the results; tests which earlier
+        tokens each layer's own mask shows, and whether rotary embeddings depend on the longest row
+output  Route: packed, apart (one row at a time, if packing would be wrong) or padded (the
+        reference); the loss of a batch; findings
 
-Nothing here knows a model by name.
+No model is recognised by its name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["packed", "apart", "padded"]
 
-# Nodes of the probe: different lengths, so that a mix-up of rows cannot look right, and one that
+# Lengths of the nodes in the test. They differ, so that mixed-up rows cannot look right. One node
 # branches from another.
 _PROBE = (7, 12, 5, 4)
 _BRANCHES = (-1, -1, 1, -1)
@@ -43,11 +43,11 @@ class Route:
     """How batches are computed by a model.
 
     Attributes:
-        kind: "packed"; "apart": rows one at a time, unpadded; "padded": the reference path.
+        kind: "packed", "apart" (rows one at a time, unpadded) or "padded" (the reference path).
         reason: why it is not "packed"; empty if it is.
-        head: asked for supervised positions only; None if all logits are made.
-        adapters: LoRA layers that compute by a fast forward.
-        fused: layers that compute by fused kernels of a library.
+        head: computes supervised positions only; None if all logits are computed.
+        adapters: LoRA layers with their fast forward.
+        fused: layers that use fused kernels of a library.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Route:
         self.model, self.kind, self.reason, self.head = model, kind, reason, head
         self.adapters = adapters or {}
         self.fused: Fused | None = None
-        # What adapters drop, beside what a token is.
+        # These determine the dropout of adapters, together with the tokens.
         self.seed, self.step = 0, 0
 
     @contextlib.contextmanager
@@ -86,8 +86,10 @@ class Route:
             yield
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Summed cross-entropy in nats over the supervised positions (scalar, float32); inside
-        `scope`."""
+        """Return the cross-entropy in nats, summed over the supervised positions (scalar, float32).
+
+        It must be called inside `scope`.
+        """
         if isinstance(batch, Batch):
             return padded_loss_sum(self.model, batch)
         assert isinstance(batch, PackedBatch)
@@ -100,7 +102,8 @@ class Route:
         return cross_entropy_sum(logits_NV, packed.targets_N, packed.weights_N)
 
     def logits(self, batch: PackedBatch, *, mask: bool = False) -> torch.Tensor:
-        """(1, T, V) of the model's own forward pass; `mask` as in `packed_arguments`."""
+        """Return the logits (1, T, V) of the model's own forward pass; `mask` as in
+        `packed_arguments`."""
         if self.kind == "apart":
             return logits_of(self.model, batch.ids_T[None])
         from truetune.compute.attention import packed_arguments
@@ -109,8 +112,7 @@ class Route:
         return logits_of(self.model, batch.ids_T[None], **arguments)
 
     def findings(self) -> list[Finding]:
-        """What is to be reported: examples that run one at a time, and layers that another library
-        computes."""
+        """Report examples that run one at a time, and layers that another library computes."""
         found = []
         if self.kind == "apart":
             found.append(
@@ -142,17 +144,17 @@ class Route:
 
 
 def transformers_model(model: Any) -> Any:
-    """Without peft's wrapper."""
+    """Return the model without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) -> Route:
-    """The fastest route that is right for this model.
+    """Return the fastest route whose results are right for this model.
 
     Args:
-        model: a transformers model, or peft's wrapper around one, or any module.
-        longest: tokens of the longest row that will come.
-        packing: False asks for the padded reference path.
+        model: a transformers model, peft's wrapper around one, or any module.
+        longest: the number of tokens of the longest row in the run.
+        packing: False selects the padded reference path.
     """
     inner = transformers_model(model)
     if not packing:
@@ -163,9 +165,9 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
 
     with mode_kept(model):
         model.eval()
-        # A compiled forward writes masks for the probe's lengths only: the model is probed bare.
+        # A compiled forward would build masks for the test's lengths only, so it runs uncompiled.
         with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            # FlexAttention too, which would say so.
+            # FlexAttention runs uncompiled too, and would warn about it.
             warnings.filterwarnings("ignore", "flex_attention called without")
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 reason = _against_packing(model, longest)
@@ -177,7 +179,7 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
 
 
 def _probe_rows(model: Any) -> list[torch.Tensor]:
-    """Rows of ids from all over the vocabulary, always the same."""
+    """Return rows of random ids from the whole vocabulary; they are the same in every call."""
     table = transformers_model(model).get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     return [
@@ -187,7 +189,7 @@ def _probe_rows(model: Any) -> list[torch.Tensor]:
 
 
 def _whole_rows(nodes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Each node of the probe with what it continues."""
+    """Return each node with the nodes that it continues, as one row."""
     return [
         node if parent < 0 else torch.cat([nodes[parent], node])
         for node, parent in zip(nodes, _BRANCHES, strict=True)
@@ -199,14 +201,14 @@ def _own_logits(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
 
 
 def _batch_of(rows: list[torch.Tensor], parents: tuple[int, ...] | None = None) -> PackedBatch:
-    """Rows, or nodes of trees, in one sequence; nothing supervised."""
+    """Return a batch of rows, or of nodes of trees, without supervised tokens."""
     none = torch.zeros(0, dtype=torch.int64)
     layout = Layout(tuple(len(row) for row in rows), parents or (-1,) * len(rows))
     return PackedBatch(torch.cat(rows), layout, none, none, none.float(), (), 0, 0)
 
 
 def _against_packing(model: torch.nn.Module, longest: int) -> str:
-    """Why this model's rows cannot be packed; empty if they can."""
+    """Return why this model's rows cannot be packed; empty if they can."""
     from truetune.compute.attention import watched_attention
 
     rows = _probe_rows(model)
@@ -221,13 +223,13 @@ def _against_packing(model: torch.nn.Module, longest: int) -> str:
             packed = route.logits(batch)[0].split(list(_PROBE))
         with watched_attention(transformers_model(model), watched):
             alone = route.logits(_batch_of(rows[1:2]), mask=True)[0]
-    except Exception as error:  # whatever a model says to arguments that it does not know
+    except Exception as error:  # a model may raise anything for arguments that it does not know
         if is_out_of_memory(error):
             raise
         return f"its forward pass does not accept a packed sequence: {type(error).__name__}"
     pairs = [(a, b[-len(a) :]) for a, b in zip(packed, apart, strict=True)]
     if not all(same_to_rounding(a, b) for a, b in [*pairs, (alone, apart[1])]):
-        return "a probe gives different results packed and unpacked"
+        return "a test gives different results packed and unpacked"
     if not watched:
         return "its attention does not use transformers' interface"
     if not all(seen.is_what_the_mask_shows(longest) for seen in watched):
@@ -236,14 +238,15 @@ def _against_packing(model: torch.nn.Module, longest: int) -> str:
 
 
 def same_to_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal by norm to what rounding explains. Rows that see each other differ by far more."""
+    """Return whether two results differ by rounding only."""
+    # Rows that see each other differ by far more than this limit.
     limit = 1e-3 if a.element_size() == 4 else 5e-2
     return bool((a.float() - b.float()).norm() <= limit * b.float().norm())
 
 
 @contextlib.contextmanager
 def _rotary_calls(model: torch.nn.Module) -> Iterator[dict[Any, tuple[Any, Any]]]:
-    """module -> arguments of each module that turns positions into angles."""
+    """Record the arguments of each module that turns positions into angles, by module."""
     calls: dict[Any, tuple[Any, Any]] = {}
 
     def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -262,7 +265,8 @@ def _rotary_calls(model: torch.nn.Module) -> Iterator[dict[Any, tuple[Any, Any]]
 
 
 def _depends_on_longest(calls: dict[Any, tuple[Any, Any]], longest: int) -> bool:
-    """Whether the first positions turn otherwise in the company of the longest row's last."""
+    """Return whether the angles of the first positions change if the last position of the longest
+    row is present."""
 
     def swapped(value: Any, positions: torch.Tensor) -> Any:
         is_positions = isinstance(value, torch.Tensor) and not value.is_floating_point()
@@ -297,7 +301,7 @@ def _proved_head(route: Route) -> SupervisedHead | None:
 
 
 def _proved_kernels(route: Route) -> Fused | None:
-    """Fused layers of a library; on a GPU, where there are some."""
+    """Return the fused layers of liger-kernel that this model can use; None without a GPU."""
     batch = _batch_of(_probe_rows(route.model)[:1])
     if batch.ids_T.device.type != "cuda":
         return None

@@ -29,7 +29,7 @@ Wrong: TypeAlias = Missing | Changed | Literal["added", "called", "moved", "whol
 
 @dataclass(frozen=True)
 class Defect:
-    """What a template does wrong to a turn: `leaf` is its part, None for the whole."""
+    """A template's error in a turn; `leaf` is the index of the part, None for the whole turn."""
 
     what: Wrong
     leaf: int | None = None
@@ -37,7 +37,7 @@ class Defect:
 
 
 def in_objects(twin: Twin, written: str, filled: Sequence[str | None]) -> Iterator[bool]:
-    """Whether the arguments of each call are written as one JSON object."""
+    """Yield for each call whether its arguments are written as one JSON object."""
     objects = list(json_objects(written))
     full = [held for text in filled for held in json_objects(text or "")]
     for call in twin.message.get("tool_calls") or []:
@@ -52,7 +52,7 @@ def in_objects(twin: Twin, written: str, filled: Sequence[str | None]) -> Iterat
 
 
 def stripped(leaf: Leaf, pieces: Sequence[str | int], at: int) -> bool:
-    """Whether a value is there without the outer whitespace that the row has."""
+    """Return whether a value has lost the outer whitespace that it has in the row."""
     before, behind = (
         tuple({own, repr(own)[1:-1], *in_json_forms(own)}) if own else ("",) for own in leaf.around
     )
@@ -61,7 +61,7 @@ def stripped(leaf: Leaf, pieces: Sequence[str | int], at: int) -> bool:
 
 
 def misread(twin: Twin, written: str) -> list[int]:
-    """Parts of an argument's value that stand between tags, where that is no value of the row."""
+    """Return the parts of argument values between tags that do not hold a value of the row."""
     return [
         n
         for value, whole in argument_values(twin.message)
@@ -70,15 +70,15 @@ def misread(twin: Twin, written: str) -> list[int]:
     ]
 
 
-# The tag of a value that says whether it is a text.
+# A tag that says whether its value is text.
 _TYPED = re.compile(
     r"<[^<>]*\b(?:string\s*=\s*\"(true|false)\"|type\s*=\s*\"(\w+)\")[^<>]*>[^<>]*$"
 )
 
 
 def is_typed(before: str, text: str, value: Any) -> bool | None:
-    """Whether a tag that says if it holds text says so rightly, and holds the value as it stands,
-    or as JSON; None if the tag in front says nothing."""
+    """Return whether a tag that states its type states it correctly, and holds the value as text
+    or as JSON; None if the tag before the value states no type."""
     found = _TYPED.search(before)
     if found is None:
         return None
@@ -93,13 +93,14 @@ def is_typed(before: str, text: str, value: Any) -> bool | None:
 
 
 def without_section(before: str) -> str:
-    """A text without the CDATA section that is open at its end."""
+    """Return a text without the CDATA section that is still open at its end."""
     start = before.rfind("<![CDATA[")
     return before[:start] if start >= 0 and "]]>" not in before[start:] else before
 
 
 def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) -> bool:
-    """Whether what is between tags around a sentinel is neither its value nor one inside."""
+    """Return whether the text between the tags around a sentinel is neither its value nor a value
+    inside that one."""
     at = written.find(sentinel)
     text = between_tags(written, at, at + len(sentinel)) if at >= 0 else None
     if text is None or (twin.names and twin.names.search(text)):
@@ -116,11 +117,11 @@ def is_misread(twin: Twin, written: str, sentinel: str, value: Any, whole: str) 
 
 
 def is_lost(written: str, full: str, key: str, value: Any) -> bool:
-    """Whether the tag of an argument with an empty object or list holds something else.
+    """Return whether the tag of an argument whose value is {} or [] holds something else.
 
     Args:
-        full: the same turn where the value holds something.
-        key: of the argument.
+        full: the same turn with a value that is not empty.
+        key: the name of the argument.
     """
     at = full.find(FILLER)
     held = between_tags(full, at, at + len(FILLER)) if at >= 0 else None
@@ -135,7 +136,7 @@ def is_lost(written: str, full: str, key: str, value: Any) -> bool:
 
 
 def _keys_of(twin: Twin, value: Any) -> list[str]:
-    """The arguments with such a value, in a twin or one of its variants."""
+    """Return the names of the arguments with this value, in the twin or one of its variants."""
     given = [call["function"].get("arguments") for m in twin.variants for call in m["tool_calls"]]
     return [
         str(key)
@@ -147,7 +148,7 @@ def _keys_of(twin: Twin, value: Any) -> list[str]:
 
 
 def _is_tagged(before: str, key: str) -> bool:
-    """Whether the tag that is open at the end of a text is the one of an argument."""
+    """Return whether the tag that is open at the end of a text belongs to an argument."""
     name = rf"(?<!\w){re.escape(key)}(?!\w)"
     return bool(re.search(rf"{name}[^<>]*>[^<>]*$|{name}\s*</[^<>]*>\s*<[^<>]*>[^<>]*$", before))
 
@@ -155,7 +156,8 @@ def _is_tagged(before: str, key: str) -> bool:
 def empties_of(
     twin: Twin, written: str, filled: Sequence[str | None], controls: re.Pattern[str] | None
 ) -> dict[str, int] | None:
-    """See `Skeleton.empties`: those that are gone where the value holds something."""
+    """Return, for each empty pair, how many of the filled texts have fewer of them (see
+    `Skeleton.empties`)."""
     if None in filled:
         return None
     empty, *full = (
@@ -167,14 +169,14 @@ def empties_of(
     return {pair: sum(some[pair] < count for some in full) for pair, count in empty.items()}
 
 
-# Keys without a tag around them: key=value after a bracket or comma, and key:value.
+# Keys without tags: key=value and key:value after a bracket or comma.
 _BARE_KEYS = {"=": re.compile(r"[,(]\s*(\w+)\s*="), ":": re.compile(r"[,{]\s*(\w+)\s*:")}
-# An argument without a key before one that has a key.
+# An argument without a key, before one with a key.
 _POSITIONAL = re.compile(r"\(([^()=,\s]+)\s*,[^()=]*$|,\s*([^=,()\[\]{}\"'\s]+)\s*,\s*$")
 
 
 def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
-    """Keys beside those of a call's arguments: the template adds an argument of its own."""
+    """Return the keys of arguments that the template adds to calls."""
     keys = {leaf.sentinel for leaf in twin.leaves if leaf.kind == "key"} | {""}
     found: list[str] = []
     for held in json_objects(written):
@@ -198,12 +200,12 @@ def added(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# What a format writes before the name of a call: a key, a tag, a marker, a namespace.
+# The text that a format writes before the name of a call: a key, a tag, a marker, a namespace.
 _NAMED = re.compile(r"(?:\\*[\"']\w+\\*[\"']\s*:\s*\\*[\"']|<[^<>]*>?|\[/?[A-Z_]+\]|\w+=\w+\.)$")
 
 
 def called(twin: Twin, pieces: Sequence[str | int]) -> list[str]:
-    """What is before the name of a call where the turn has none: a call that nobody made."""
+    """Return the texts that begin a call which the turn does not have."""
     names = [
         before[0]
         for piece, held in itertools.pairwise(pieces)
@@ -216,7 +218,7 @@ def called(twin: Twin, pieces: Sequence[str | int]) -> list[str]:
 
 
 def unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[int]:
-    """Names and keys that are written as JSON has them, in a text that is none."""
+    """Return the names and keys that are written like JSON in text that is not valid JSON."""
     found: set[str] = set()
     for held in json_objects(written):
         found |= {str(text) for text in (*held, *held.values()) if isinstance(text, str)}
@@ -225,7 +227,7 @@ def unreadable(twin: Twin, written: str, pieces: Sequence[str | int]) -> list[in
         if not isinstance(piece, int) or twin.leaves[piece].sentinel in found:
             continue
         kind, behind = twin.leaves[piece].kind, str(behind)
-        # A single quote that is escaped belongs to no notation of a value.
+        # No notation of values has an escaped single quote.
         if (kind == "key" and re.match(r"\\*\"\s*:|\\+'\s*:", behind)) or (
             kind == "name"
             and re.search(r"(\\*[\"'])\w+\1\s*:\s*(?:\\*[\"'])?$", str(before))

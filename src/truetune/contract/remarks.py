@@ -54,7 +54,7 @@ REMARKS = {
         level="note",
         what=(
             "the template renders earlier turns of a complete conversation differently from the "
-            "prompt that it serves; training uses the served prompt"
+            "prompts that a server sends; training uses those prompts"
         ),
         why="a server sends only the prompt",
     ),

@@ -1,9 +1,9 @@
 """Messages in the forms that templates take.
 
-Rows have one form (`data/conversation.py`); templates read several: reasoning in one of three
+Rows have one form (`data/conversation.py`), but templates read several: reasoning in one of three
 fields, in typed parts, or between markers in the content; arguments of tool calls as an object or
-as JSON text; content as a string or as a list of parts. Which of them a template takes is found in
-`behaviour.py`; here the forms are made.
+as JSON text; content as a string or as a list of parts. `behaviour.py` finds out which of them a
+template reads, and this module creates them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from truetune.data.tools import calls_of
 from truetune.errors import UnfaithfulTemplate
 
 Message = dict[str, Any]
-# Reasoning that the row's message carries in no other form: the completion is composed.
+# Routes on which the template does not write the reasoning; the completion is composed from it.
 COMPOSED = ("opened", "filled", "inline")
 FIELDS = ("reasoning_content", "reasoning", "thinking")
 
@@ -30,8 +30,8 @@ class Shape:
     """The form in which a template expects messages.
 
     Attributes:
-        content: "string", or "parts" where it reads lists of typed parts only.
-        arguments: "object", or "string" where it writes an object as Python and not as JSON.
+        content: "string", or "parts" if it reads only lists of typed parts.
+        arguments: "object", or "string" if it would write an object as Python instead of JSON.
     """
 
     content: Literal["string", "parts"] = "string"
@@ -39,14 +39,16 @@ class Shape:
 
 
 def canonical(message: Mapping[str, Any]) -> Message:
-    """A message as rows hold it: string content, `reasoning_content`, arguments as objects.
+    """Return a message in the form of rows: string content, `reasoning_content`, arguments as
+    objects.
 
-    Messages from the data room have that form already; those of a caller may have any that
-    OpenAI's clients send.
+    Messages from `data/` already have this form; those of a caller may have any form that OpenAI's
+    clients send.
 
     Raises:
-        UnfaithfulTemplate: no role, no content, two different reasonings, a call without a name or
-            with arguments that are no JSON, or content that is no text, reasoning or tool call.
+        UnfaithfulTemplate: the message has no role, no content, two different reasoning texts, a
+            call without a name or with arguments that are not JSON, or content that is not text,
+            reasoning or tool calls.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UnfaithfulTemplate(
@@ -108,7 +110,7 @@ def _refused(error: BadRow) -> UnfaithfulTemplate:
 
 
 def _require_text(value: Any) -> None:
-    """Raises UnfaithfulTemplate for what JSON or a tokenizer cannot say."""
+    """Raise UnfaithfulTemplate for a value that JSON or a tokenizer cannot represent."""
     if not value or (isinstance(value, str) and value.isascii()):
         return
     try:
@@ -134,8 +136,10 @@ def _require_text(value: Any) -> None:
 
 
 def split_reasoning(message: Message, pairs: Iterable[tuple[str, str]]) -> Message:
-    """A message whose content begins with a think block, as reasoning and content; others as they
-    are."""
+    """Split the content of a message that begins with a think block into reasoning and content.
+
+    Other messages are returned unchanged.
+    """
     content = message.get("content", "")
     if message.get("role") != "assistant" or message.get("reasoning_content"):
         return message
@@ -153,17 +157,20 @@ def _reasoned(reasoning: str) -> Message:
 
 
 def shown(messages: Sequence[Message], shape: Shape, route: str, markers: Markers) -> list[Message]:
-    """The messages as a template of this shape is given them, reasoning by `route`."""
+    """Return the messages in the form that a template of this shape reads.
+
+    The reasoning is passed on by `route`.
+    """
     return [_shown(message, shape, route, markers) for message in messages]
 
 
 @dataclass(frozen=True)
 class Markers:
-    """What is around reasoning.
+    """The markers around reasoning.
 
     Attributes:
         open, close: the bare markers.
-        open_text, close_text: with the whitespace that goes with them.
+        open_text, close_text: the markers with their whitespace.
     """
 
     open: str = "<think>"
@@ -186,7 +193,7 @@ def _shown(message: Message, shape: Shape, route: str, markers: Markers) -> Mess
 
 
 def with_arguments(message: Mapping[str, Any], form: Callable[[Any], Any]) -> Message:
-    """A message whose calls have their arguments in another form; what is no call stays."""
+    """Return a message with the arguments of its calls in another form; the rest is unchanged."""
     made = dict(message)
     if isinstance(calls := made.get("tool_calls"), list | tuple):
         made["tool_calls"] = [_formed(call, form) for call in calls]
@@ -201,12 +208,12 @@ def _formed(call: Any, form: Callable[[Any], Any]) -> Any:
 
 
 def in_json(arguments: Any) -> str:
-    """The arguments of a call as the protocol has them."""
+    """Return the arguments of a call as JSON text, as in the OpenAI protocol."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def as_object(arguments: Any) -> Any:
-    """The arguments of a call as rows have them; a text that is no JSON stays."""
+    """Return the arguments of a call as objects, as in rows; text that is not JSON is unchanged."""
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(arguments)
@@ -243,7 +250,7 @@ _OWN_FIELD = "field "
 
 
 def field_route(name: str) -> str:
-    """The route through a field that only this template reads."""
+    """Return the name of the route through a field that only this template reads."""
     return _OWN_FIELD + name
 
 
@@ -263,5 +270,5 @@ _ROUTES: dict[str, Callable[[Message, str, Markers], Message]] = {
     },
 }
 ROUTES = tuple(name for name in _ROUTES if name not in (*COMPOSED, "none"))
-# Keys of typed parts: where a template prints them, it has printed the list and not its text.
+# Keys of typed parts. If a template prints them, it has printed the list instead of its text.
 PART_KEYS = ("'type':", '"type":')

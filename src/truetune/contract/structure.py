@@ -1,5 +1,7 @@
-"""Judge whether the text around the parts of calls has a structure that a parser can read: complete
-brackets, lists and objects, and tags that hold exactly one part."""
+"""Judge whether a parser can read the text around the parts of tool calls.
+
+Brackets, lists and objects must be complete, and tags must hold exactly one part.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,22 @@ from truetune.contract.words import PART
 
 _QUOTED = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
-# What may stand beside a key between tags, of which it makes another one.
+# Characters that turn a key between tags into another key if they are next to it.
 _ABOUT_KEY = re.compile(r"[\s\"'`:;,.]+")
 
 
-# A name between control tokens (see `bare`) or bracketed markers: a number before it, or
-# spaces behind it, are read as a part of it.
+# A name between control tokens (see `bare`) or bracketed markers. A number before the name or
+# spaces after it are read as a part of it.
 _CONTROL = r"(?:<\x01>|\[/?[A-Z_]+\])"
 _AFTER_CONTROL = re.compile(_CONTROL + r"[^<>\w\"{]*(\d[^<>\w\"{]*)?$")
 _SPACED = re.compile(r"[ \t]+" + _CONTROL)
 
 
 def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
-    """(quote, text in front, text after) of a part in the attribute of a tag that is open before
-    it, as `<function=NAME>` and `<call name="NAME">`; None if it is in none."""
+    """Return (quote, text before, text after) of a part in a tag's attribute.
+
+    Examples are `<function=NAME>` and `<call name="NAME">`. None if it is not in an attribute.
+    """
     opened = before[before.rfind("<") + 1 :] if "<" in before else ">"
     if ">" in opened or "=" not in opened or not re.match(r"[/\uff5c|]*[A-Za-z]", opened):
         return None
@@ -40,7 +44,7 @@ def attribute(before: str, behind: str) -> tuple[str, str, str] | None:
 
 
 def uncarried(before: str, key: str, behind: str) -> str:
-    """What in a name or key ends it early where the format writes it, "" for nothing."""
+    """Return the character of a name or key that would end it early in this format, or ""."""
     held = attribute(before, behind)
     if held is not None:
         ends = held[0] or "<>"
@@ -54,8 +58,11 @@ def uncarried(before: str, key: str, behind: str) -> str:
 
 
 def misshapen(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
-    """Parts of calls that are not the whole of what holds them: a name or key of its attribute or
-    between its tags, a value of its own between tags."""
+    """Yield the parts of calls that share their place with other text.
+
+    A name or key must be the whole attribute or the whole text between its tags; a value that is
+    between tags must be the whole text there.
+    """
     for at, piece in enumerate(pieces):
         if not isinstance(piece, int):
             continue
@@ -87,7 +94,7 @@ def misshapen(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
 
 
 def broken(twin: Twin, written: str, pieces: Sequence[str | int]) -> Iterator[str]:
-    """Brackets, lists and objects of calls that cannot be read, each with what is wrong."""
+    """Yield what is wrong with brackets, lists and objects of calls that cannot be read."""
     frame = "".join(p if isinstance(p, str) else PART for p in pieces)
     bare = _QUOTED.sub("", frame)
     for opening, closing in _BRACKETS.items():
@@ -119,7 +126,7 @@ def broken(twin: Twin, written: str, pieces: Sequence[str | int]) -> Iterator[st
 
 
 class _Twice(Exception):
-    """A key that an object has twice."""
+    """An object has a key twice."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _texts(value: Any) -> set[str]:
 
 
 def moved(twin: Twin, written: str) -> Iterator[int]:
-    """Calls whose object has the name and, beside it, other arguments than theirs, by number."""
+    """Yield the numbers of calls whose object has the right name, but other arguments."""
     objects = list(json_objects(written))
     for number, call in enumerate(twin.message.get("tool_calls") or []):
         name, arguments = call["function"].get("name"), call["function"].get("arguments")
@@ -155,7 +162,7 @@ def moved(twin: Twin, written: str) -> Iterator[int]:
 
 
 def reads(value: Any, arguments: Any) -> bool:
-    """Whether a value is some arguments, or their text as JSON."""
+    """Return whether a value equals the arguments, or is their JSON text."""
     if isinstance(value, str) and value.startswith("{"):
         try:
             value = json.loads(value)
@@ -165,7 +172,7 @@ def reads(value: Any, arguments: Any) -> bool:
 
 
 def split(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
-    """Names that begin a call more than once."""
+    """Yield the names that begin more than one call."""
     begun: dict[int, list[str]] = {}
     for at, piece in enumerate(pieces):
         if isinstance(piece, int) and twin.leaves[piece].kind == "name":
@@ -176,10 +183,10 @@ def split(twin: Twin, pieces: Sequence[str | int]) -> Iterator[int]:
 
 
 def emptied(written: str, full: str) -> bool:
-    """Whether a JSON object writes no arguments as something that is no empty object.
+    """Return whether a JSON object writes empty arguments as something else than an empty object.
 
     Args:
-        full: the same turn where they hold something.
+        full: the same turn with arguments that are not empty.
     """
     whole = {FILLER: "zqheld"}
     items = [item for held in json_objects(full) for item in held.items()]
@@ -191,7 +198,7 @@ def emptied(written: str, full: str) -> bool:
 
 
 def is_text(twin: Twin, written: str) -> bool:
-    """Whether the arguments of a call stand as JSON text inside JSON."""
+    """Return whether the arguments of a call are written as a JSON string inside JSON."""
     given = [call["function"].get("arguments") for call in twin.message.get("tool_calls") or []]
     texts = [v for held in json_objects(written) for v in held.values() if isinstance(v, str)]
     return any(

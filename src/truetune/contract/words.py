@@ -7,34 +7,34 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-# What stands for a part in the text around the parts of a turn.
+# Placeholder for a part in the text around the parts of a turn.
 PART = "\x00"
-# Whitespace that formats write beside an answer.
+# Whitespace that formats write next to an answer.
 _SPACE = " \t\r\n"
-# What stands for a control token or a tag once it is known.
+# Placeholder for a control token or a tag once it is recognised.
 _MARK = "\x01"
-# Characters that stand for others here, and are no format of any template.
+# Placeholder characters of this module; no template writes them as format.
 RESERVED = ("\x00", "\x01", "\x02")
-# A marker with brackets turned outwards, of whose tags the neighbours are none.
+# A marker with its brackets turned outwards; the text on its two sides is not a pair of tags.
 TURNED = r"\]<\][^<>\[\]\n]{1,40}\[>\["
-# Tags and bracketed markers are format if the tokenizer has no token for them either.
+# Tags and bracketed markers are format even if the tokenizer has no token for them.
 _TAG = re.compile(r"</?[^<>\n]{1,120}/?>|\[/?[A-Z][A-Z0-9_ ]*\]|\[\[?[A-Z_]+\]?\]")
 _ENDING = re.compile(rf"(?:{_TAG.pattern}|\s)*$")
 _QUOTED = re.compile(r"\"([^\"\n]{0,60})\"|'([^'\n]{0,60})'")
-# The same in JSON that is text inside JSON.
+# Quoted text in JSON that is itself a string inside JSON.
 _QUOTED_INSIDE = re.compile(r"\\+\"([^\"\n]{0,60}?)\\+\"")
 _JSON = re.compile(r"^[\"'][{\[].*[}\]][\"']$")
 _SENTENCE = re.compile(r"[^\W\d_]+,? +[^\W\d_]+,? +[^\W\d_]+")
 _CONSTANT = re.compile(r"\b(?:true|false|null|True|False|None)\b")
 _WORD = re.compile(r"[^\W\d_]+")
-# A word of a format is written against code or punctuation, or in lower case after a marker.
+# A word belongs to a format if it touches code or punctuation, or is in lower case after a marker.
 _ATTACHED = re.compile(
     r"(?<=[`\[\](){}=./\"'<>:_\x00\x02-])[\w.]+"
     r"|(?<=\x01)[a-z_]+"
     r"|[\w.]+(?=[`\[({=/\"'<_\x00\x01\x02]|:(?=\S))"
 )
 _TWO_WORDS = re.compile(r"[^\W\d_]{2,} +[^\W\d_]{2,}")
-# Letters against a part make another word of it: a name with an ending is another tool.
+# Letters that touch a part change its meaning: a name with a suffix is another tool.
 _GLUED = re.compile(rf"{PART}\w+|\w+{PART}")
 _STOPPED = re.compile(r"[^\W\d_]+[.!?,;](?=\s|$|\x01)")
 
@@ -49,23 +49,23 @@ def words_in(
     recipient: str = "",
     own: str = "",
 ) -> str:
-    """The first words in the text around the parts of a turn, "" if it is format alone.
+    """Return the first words in the text around the parts of a turn, "" if there is only format.
 
-    Format is: control tokens, tags and bracketed markers; a short header between two of them, or
-    one lower-case word after one and alone on its line (a channel); the recipient that a template
-    names before every turn. Around tool calls also: quoted keys, words written against code or
-    punctuation, and a label that the served prompt announces. Everything else with a letter in it
-    is words.
+    Format is: control tokens, tags and bracketed markers; a short header between two of them; one
+    lower-case word after one of them, alone on its line (a channel); and the recipient that a
+    template names before every turn. Around tool calls, these are format too: quoted keys, words
+    that touch code or punctuation, and a label that the served prompt announces. Everything else
+    that contains a letter is words.
 
     Args:
         frame: see `Skeleton.frame`.
         controls: texts of control tokens and think markers.
         calls: whether the turn has tool calls.
-        empties: whether they hold empty values, around which tags have nothing between them.
-        prompt: what was served.
-        recipient: what is between the name of a tool and its arguments where the name is the
-            first thing after the served prompt: there plain answers name a recipient as well.
-        own: whitespace of the row's texts.
+        empties: whether the calls have empty values; their tags have nothing between them.
+        prompt: the served prompt.
+        recipient: the text between the name of a tool and its arguments, if the name is the first
+            thing after the served prompt; plain answers name a recipient in the same place.
+        own: the whitespace in the row's texts.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
     text = frame = re.sub(TURNED, _MARK, frame)
@@ -95,7 +95,7 @@ def words_in(
         left = pieces[number - 1] if number else ""
         right = pieces[number + 1] if number + 1 < len(pieces) else ""
         if not _WORD.search(stretch):
-            # A sign beside an answer is trained like a word; between two marks it is format.
+            # A sign next to an answer is a target like a word; between two markers it is format.
             sign = stretch.strip(_SPACE + own) if not calls or not stretch.isascii() else ""
             if sign and not left == right == _MARK:
                 return sign
@@ -106,10 +106,10 @@ def words_in(
 
 
 def _unknown_tag(text: str, known: Collection[str], calls: bool, empties: bool) -> str:
-    """A tag that says something instead of holding something, "" if there is none.
+    """Return a tag that is text instead of format, or "".
 
-    The tokenizer does not know it. Around a plain answer a tag must have its other side after it,
-    and so must one that ends a turn of several parts.
+    Only tags that the tokenizer does not know are considered. A tag around a plain answer needs
+    its counterpart, and so does a tag that ends a turn of several parts.
     """
     several = calls or text.count(PART) > 1
     tags = list(_TAG.finditer(text))
@@ -132,8 +132,8 @@ def _unknown_tag(text: str, known: Collection[str], calls: bool, empties: bool) 
 
 
 def lone_tag(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str) -> str:
-    """A tag before the text or the calls of a turn that nothing closes and that neither the
-    tokenizer nor the served prompt knows, "" for none.
+    """Return a tag before the text or the calls of a turn that is never closed, and that occurs
+    neither in the tokenizer nor in the served prompt; "" if there is none.
 
     Args:
         pieces: see `words_beside_calls`.
@@ -149,7 +149,7 @@ def lone_tag(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], pr
             tag = found.group()
             if tag in known or tag in prompt or stems.count(_stem(tag)) > 1:
                 continue
-            # A call begins with its own marker: what is before that one says nothing.
+            # A call begins with a marker of its own, so a tag right before it is format.
             first = text[found.end() : behind.start() if behind else len(text)]
             if not first.strip() and (right == "text" if behind is None else right != ""):
                 return tag
@@ -157,7 +157,7 @@ def lone_tag(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], pr
 
 
 def is_held(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str]) -> bool:
-    """Whether two sides of a tag that is no control token hold the text of a turn."""
+    """Return whether a pair of tags that are not control tokens encloses the text of a turn."""
     known = set(controls)
     for (_, before, kind), (_, behind, _) in itertools.pairwise(pieces):
         tags, closing = list(_TAG.finditer(before.rstrip())), _TAG.match(behind.lstrip())
@@ -170,14 +170,14 @@ def is_held(pieces: Sequence[tuple[str, str, str]], controls: Iterable[str]) -> 
 
 
 def _stem(tag: str) -> str:
-    """The name of a tag, the same for its two sides."""
+    """Return the name of a tag, which is the same for both sides of a pair."""
     name = re.match(r"[^\w]*([\w.:-]+)", tag)
     bare = re.sub(r"begin|start|open|end|stop|close", "", name[1].lower()) if name else ""
     return bare.strip("_.:-")
 
 
 def markers_in(pieces: Iterable[str], controls: re.Pattern[str] | None) -> list[str]:
-    """The control tokens and tags in what a template writes between the parts of a turn."""
+    """Return the control tokens and tags that a template writes between the parts of a turn."""
     found: dict[str, None] = {}
     for piece in pieces:
         found |= dict.fromkeys(controls.findall(piece) if controls else [])
@@ -185,14 +185,14 @@ def markers_in(pieces: Iterable[str], controls: re.Pattern[str] | None) -> list[
     return [marker for marker in found if len(marker.strip()) > 2]
 
 
-# Which side of a pair a marker is.
+# Words in a marker that say whether it opens or closes.
 _OPENING = re.compile(r"(?<![a-z])(?:begin|start|open)(?![a-z])")
 _CLOSING = re.compile(r"(?<![a-z])(?:end|stop|close)(?![a-z])")
 _HOLLOW = re.compile(r"\{\s*\}|\[\s*\]")
 
 
 def hollow(text: str, controls: re.Pattern[str] | None) -> Counter[str]:
-    """Brackets and pairs of markers with nothing between them, counted."""
+    """Count the brackets and the pairs of markers with nothing between them."""
     found = Counter("".join(pair.split()) for pair in _HOLLOW.findall(text))
     for (one, _, end), (other, start, _) in itertools.pairwise(_markers(text, controls)):
         name, side = side_of(one)
@@ -202,7 +202,7 @@ def hollow(text: str, controls: re.Pattern[str] | None) -> Counter[str]:
     return found
 
 
-# A tag that has two sides wherever a format writes it.
+# A tag of a kind that formats always write in pairs.
 _TWO_SIDED = re.compile(r"</?[A-Za-z\uff5c\x00][^<>|]*>")
 
 
@@ -215,13 +215,15 @@ def unpaired(
     *,
     calls: bool,
 ) -> str:
-    """A marker without its other side, "" for none: of those that stand in the text with both, and
-    in a turn with calls of tags, and of tokens of which the tokenizer has both sides.
+    """Return a marker whose counterpart is missing, or "".
+
+    Markers are compared if the text contains both sides. In a turn with calls, tags are compared
+    too, and tokens of which the tokenizer has both sides.
 
     Args:
-        marks: markers that may stand alone.
+        marks: markers that may occur alone.
         tokens: the tokenizer's control tokens.
-        prompt: as served, which may have opened what a turn closes.
+        prompt: the served prompt, which may have opened what the turn closes.
     """
     found = [(marker, *side_of(marker)) for marker in markers_of(text, controls)]
     alone = {"", *(side_of(mark)[0] for mark in marks)}
@@ -248,37 +250,40 @@ def unpaired(
 
 
 def _lacks(tag: str, text: str, sides: Collection[tuple[str, int]]) -> bool:
-    """Whether a tag that is in a text with one side should have two: a closing one, one with an
-    attribute, and one before a value where others are closed. Some formats have a tag before a call
-    alone."""
+    """Return whether a tag that occurs with one side only should have two.
+
+    That is so for a closing tag, a tag with an attribute, and a tag before a value if other tags
+    are closed. Some formats write a single tag before a call, which is complete.
+    """
     if not _TWO_SIDED.fullmatch(tag):
         return False
     if tag.startswith("</") or re.search(r"[=\s]", tag):
         return True
-    # Other names than those of XML are signs that stand alone.
+    # Tags whose names are not XML names are complete by themselves.
     plain = tag + PART in text and re.match(r"<[A-Za-z]", tag) is not None
     return plain and any((name, -side) in sides for name, side in sides)
 
 
 def markers_of(text: str, controls: re.Pattern[str] | None) -> list[str]:
-    """The control tokens and tags in a text."""
+    """Return the control tokens and tags in a text, in order."""
     return [marker for marker, _, _ in _markers(text, controls)]
 
 
 def is_tag(text: str) -> bool:
-    """Whether a text is one tag or bracketed marker, of which the other side has a slash."""
+    """Return whether a text is one tag or bracketed marker of a kind that is closed by a slash."""
     return re.fullmatch(r"</?[A-Za-z][^<>|]*>|\[/?[A-Z][A-Z0-9_ ]*\]", text) is not None
 
 
 def _markers(text: str, controls: re.Pattern[str] | None) -> Iterator[tuple[str, int, int]]:
-    """(marker, start, end) of control tokens and tags."""
+    """Yield (marker, start, end) for each control token and tag."""
     either = f"{controls.pattern}|{_TAG.pattern}" if controls else _TAG.pattern
     for found in re.finditer(either, text):
         yield found.group(), found.start(), found.end()
 
 
 def side_of(marker: str) -> tuple[str, int]:
-    """(the name of a marker, the same for both sides; 1 where it opens, -1 where it closes)."""
+    """Return (name, side) of a marker. The name is the same for both sides of a pair; the side is
+    1 if the marker opens, -1 if it closes, and 0 for a tag without content."""
     bare = marker.strip("<>[]|\uff5c/ ")
     named = re.match(r"[^\s=\"'<>]+", bare)
     name = named.group().lower() if named else ""
@@ -289,8 +294,7 @@ def side_of(marker: str) -> tuple[str, int]:
     return stem, 0 if marker.endswith("/>") else -1 if closes else 1
 
 
-# Signs that are no format where they stand beside the text of a turn, and brackets and quotes that
-# hold it.
+# Signs next to the text of a turn that are not format, and brackets and quotes that enclose it.
 _SIGN = r"-!?.+*#$%@^~|=&\\\u2026"
 _BEFORE = re.compile(rf"(?:[{_SIGN}(\[{{`]|(?<![:,\[] )(?<![:,\[])[\"'])+$")
 _BEHIND = re.compile(rf"[{_SIGN})\]}}`]+|[\"'](?!\s*[,}}])")
@@ -302,7 +306,7 @@ _FENCE = re.compile(r"(?:^|(?<=\n)|(?<=: ))```[\w-]*(?=\n|$)")
 
 
 def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> str:
-    """A sign between a text and what is around it, "" if there is none."""
+    """Return a sign between a text and what is around it, or ""."""
     for marker in (controls, _TAG, _BRACKETED, _FENCE):
         if marker:
             before, behind = marker.sub(_MARK, before), marker.sub(_MARK, behind)
@@ -310,28 +314,28 @@ def sign_beside(before: str, behind: str, controls: re.Pattern[str] | None) -> s
     return found.group() if found else ""
 
 
-# A bracketed marker, and no list of one number, true, false or null.
+# A bracketed marker, but not a list of one number, true, false or null.
 _NAMED_BRACKET = re.compile(r"\[/?(?!(?:true|false|null|True|False|None)\])[A-Za-z_][\w:.-]*\]")
-# Where a call begins that no marker begins, and what belongs to a call at its end.
+# The first character of a call without a marker, and the characters that may end a call.
 _CALL_BEGINS, _CALL_ENDS = re.compile(r"[\[({`<>]"), re.compile(r"[\])}>`\"']")
-# The name of a format against the bracket of its list; and what names the recipient of a call.
+# The name of a format directly before the bracket of its list; and the recipient of a call.
 _FORMAT_NAME, _TO = re.compile(r"[\w.]+$"), re.compile(r"(?:[\w.]+=[\w.]*|[\w.]*\.)$")
 
 
 def words_beside_calls(
     pieces: Sequence[tuple[str, str, str]], controls: Iterable[str], prompt: str, recipient: str
 ) -> str:
-    """The first text of a turn with calls that is outside of them and is no format.
+    """Return the first text of a turn with calls that is neither in a call nor format, or "".
 
-    A client gets as content what is before the first marker or bracket of a call, after the
-    last one, or against the text of the turn: there a format has whitespace, and a label that the
-    served prompt announces.
+    A client receives as content what is before the first marker or bracket of a call, after the
+    last one, or directly next to the text of the turn. In these places only whitespace and a label
+    that the served prompt announces are format.
 
     Args:
-        pieces: (the kind of part before it, text, the kind of part after it) of what is
-            around the parts: "text", "call", or "" for none.
+        pieces: (kind before, text, kind after) for each text around the parts; the kind of a
+            neighbouring part is "text" or "call", or "" if there is none.
         controls: texts of control tokens and think markers.
-        prompt: what was served.
+        prompt: the served prompt.
         recipient: see `words_in`.
     """
     known = sorted({c for c in controls if not c.isspace() and _is_mark(c)}, key=len, reverse=True)
@@ -354,7 +358,7 @@ def words_beside_calls(
             found.append(_lead(masked, segments))
         if not right and (left == "call" or not has_leaf):
             last = segments[-1]
-            # Behind a marker nothing is left to close, unless arguments begin after it.
+            # After a marker nothing remains to be closed, unless arguments begin there.
             open_still = len(segments) == 1 or last.lstrip()[:1] in ("{", "[")
             closing = [c.end() for c in _CALL_ENDS.finditer(last)] if open_still else []
             found.append(last[max(closing, default=0) :])
@@ -365,7 +369,7 @@ def words_beside_calls(
 
 
 def _lead(masked: str, segments: Sequence[str]) -> str:
-    """What is before the first call."""
+    """Return the text before the first call."""
     if len(segments) > 1:
         return segments[0]
     begun = _CALL_BEGINS.search(masked)
@@ -380,7 +384,7 @@ def _announced(label: str, prompt: str) -> bool:
 
 
 def _is_mark(control: str) -> bool:
-    """Whether what is around reasoning is a marker, and no words before one."""
+    """Return whether a text around reasoning is a marker, without words before it."""
     bare = _TAG.sub(_MARK, control.strip())
     before, found, _ = bare.partition(_MARK)
     if found and _WORD.search(before):
@@ -388,7 +392,7 @@ def _is_mark(control: str) -> bool:
     return bool(bare) and not (_STOPPED.search(bare) or _SENTENCE.search(bare))
 
 
-# A label at the beginning of a line, and the keys of a call in YAML.
+# A label at the beginning of a line, or a key of a call in YAML.
 _LABEL = re.compile(
     r"(^|\n)[ \t]*(?:-[ \t]+)?([^\s\x00-\x02:{}\[\]\"'][^\n\x00-\x02:{}\[\]\"']{0,30}:)"
 )

@@ -1,16 +1,16 @@
-"""The process that runs chat templates: started by `sandbox.py`, one for a whole run.
+"""The process that renders chat templates. `sandbox.py` starts one for a whole run.
 
-A template is a program out of somebody else's folder. transformers' sandbox keeps it from files and
-attributes; only a process boundary keeps a nested loop from running for ever and a multiplied
-string from filling the memory. This file is run by path, in a process without torch, and imports
-nothing of truetune.
+A template is a program from somebody else's folder. The sandbox of transformers keeps it away from
+files and attributes, but only a separate process can stop an endless loop and limit the memory of a
+multiplied string. This file is run by its path, in a process without torch, and imports nothing
+from truetune.
 
-Requests and answers are JSON, a line each. A request is {"describe": source} or {"source",
+Requests and answers are JSON, one per line. A request is {"describe": source} or {"source",
 "special", "date", "texts": [JSON, ...], "jobs": [[messages, tools, add_generation_prompt,
-arguments], ...]}, with messages, tools and arguments as numbers of texts; without "texts" those of
-the request before stay. Each has "seconds", the processor time that one answer may take: the kernel
-ends a process that takes more, by SIGPROF, whatever it is doing. Each job is answered by a line of
-its own, [processor seconds, answer], so that the parent sees progress.
+arguments], ...]}. Messages, tools and arguments are indices into texts; a request without "texts"
+uses those of the request before. Each request has "seconds", the CPU time that one answer may take.
+The kernel ends a process that takes more, by SIGPROF, whatever it is doing. Each job is answered by
+one line, [CPU seconds, answer], so that the parent sees progress.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, BinaryIO
 
-# Beyond what the process has once its libraries are loaded.
+# In bytes, in addition to what the process uses once its libraries are loaded.
 _MORE_MEMORY = 768 * 2**20
 _LONGEST_TEXT = 32_000_000
 _MOST_VERDICTS = 10_000
@@ -59,8 +59,9 @@ def main() -> None:
 
 
 def _timed(work: Any, request: dict[str, Any]) -> list[Any]:
-    """[processor seconds, answer]: what others do on the machine does not count."""
+    """Return [CPU seconds, answer]."""
     _alarm(request["seconds"])
+    # CPU time, so that other programs on the machine do not count.
     began = time.process_time()
     answer = _guarded(work)
     _alarm(0.0)
@@ -70,13 +71,14 @@ def _timed(work: Any, request: dict[str, Any]) -> list[Any]:
 def _alarm(seconds: float) -> None:
     import signal
 
-    if hasattr(signal, "setitimer"):  # elsewhere the parent has a deadline of its own
+    if hasattr(signal, "setitimer"):  # without it, the parent enforces a deadline
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _remember_verdicts() -> None:
-    """Let the sandbox judge each attribute of a type once: half of a render's time goes there."""
+    """Let the sandbox judge each attribute of a type only once."""
+    # These judgements take half of the time of a rendering.
     from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
     judged = Sandbox.is_safe_attribute
@@ -113,12 +115,15 @@ def _render(
 
 
 def _describe(library: Any, source: str) -> list[Any]:
-    """Names that the template reads and nobody sets, the constants it compares them with, the
-    fields it reads of anything, and all literal text in it."""
+    """Return ["ok", facts] about a template.
+
+    The facts are the variables that it reads but does not set, the constants that it compares them
+    with, the fields that it reads of any value, and its literal texts.
+    """
     from jinja2 import meta, nodes
 
     environment = library._compile_jinja_template(source).environment
-    # It folds the constants of the tree that it is given.
+    # find_undeclared_variables folds the constants of its tree, so it gets a tree of its own.
     free = meta.find_undeclared_variables(environment.parse(source))
     tree = environment.parse(source)
     stands_for = _aliases(tree, free)
@@ -148,14 +153,14 @@ def _describe(library: Any, source: str) -> list[Any]:
         "choices": choices,
         "literals": literals,
         "fields": sorted(name for name in fields if isinstance(name, str)),
-        # No free variable: the library provides it.
+        # This is not an undeclared variable, because the library provides it.
         "dated": any(node.name == "strftime_now" for node in tree.find_all(nodes.Name)),
     }
     return ["ok", facts]
 
 
 def _names(expression: Any, free: set[str], stands_for: dict[Any, set[str]]) -> set[str]:
-    """The arguments that an expression is made of, through names that the template gave them."""
+    """Return the arguments in an expression, also those behind names that the template sets."""
     from jinja2 import nodes
 
     found: set[str] = set()
@@ -168,8 +173,10 @@ def _names(expression: Any, free: set[str], stands_for: dict[Any, set[str]]) -> 
 
 
 def _aliases(tree: Any, free: set[str]) -> dict[Any, set[str]]:
-    """Which arguments a name stands for that the template sets itself; (name, attribute) where it
-    is an attribute of a namespace."""
+    """Return the arguments behind each name that the template sets itself.
+
+    The key is (name, attribute) for an attribute of a namespace.
+    """
     from jinja2 import nodes
 
     found: dict[Any, set[str]] = {}
@@ -189,7 +196,7 @@ def _aliases(tree: Any, free: set[str]) -> dict[Any, set[str]]:
 
 
 def _guarded(work: Any) -> list[Any]:
-    """The answer to a job, or what it failed with: a template fails in its own ways."""
+    """Return the answer to a job, or the way in which the template failed."""
     import jinja2
 
     try:
@@ -205,7 +212,7 @@ def _guarded(work: Any) -> list[Any]:
 
 
 class _Frozen(datetime):
-    """A clock that stands still: templates that ask for today get the run's date."""
+    """A clock that is stopped, so that templates that read today's date get the date of the run."""
 
     at = datetime(2000, 1, 1)
 
@@ -215,7 +222,7 @@ class _Frozen(datetime):
 
 
 def _freeze(library: Any, date: str) -> None:
-    # transformers' strftime_now reads `datetime` of its own module, and takes no argument for it.
+    # transformers' strftime_now reads `datetime` from its module and has no argument for the date.
     _Frozen.at = datetime.fromisoformat(date) + timedelta(hours=12)
     library.datetime = _Frozen
 
@@ -229,7 +236,7 @@ def _limit_memory() -> None:
         most = pages * os.sysconf("SC_PAGE_SIZE") + _MORE_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     except (ImportError, OSError, ValueError):
-        pass  # only Linux keeps such a limit; the deadline holds everywhere
+        pass  # only Linux enforces such a limit; the deadline applies everywhere
 
 
 def _send(stream: BinaryIO, value: list[Any]) -> None:

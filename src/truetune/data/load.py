@@ -243,7 +243,9 @@ def _require_rows(rows: list[Row], findings: list[Finding]) -> None:
     refused = [finding for finding in findings if finding.level == "error"]
     if not rows and any(finding.code != "row-not-an-object" for finding in refused):
         raise BadRows(
-            f"none of the {len(refused)} rows can be used",
+            "the only row cannot be used"
+            if len(refused) == 1
+            else f"none of the {len(refused):,} rows can be used",
             merged(refused),
             fix="correct the rows: there is nothing left to train on",
         )

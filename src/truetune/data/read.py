@@ -63,7 +63,9 @@ def read_file(path: Path, limit: int | None = None) -> tuple[FileRows, FileInfo]
 def _unknown_extension(path: Path) -> DataError:
     close = near(extension(path), READERS)
     return DataError(
-        f"the extension {extension(path) or '(none)'} is not a supported format",
+        f"the extension {extension(path)} is not a supported format"
+        if extension(path)
+        else "the file name has no extension",
         where=str(path),
         why="the format is recognised by the file name",
         fix=f"{f'did you mean {close[0]}? ' if close else ''}rename or convert it to one of "

@@ -180,7 +180,7 @@ def _rows_of_object(
         raise DataError(
             "the JSON file holds one object that contains no list of rows",
             where=str(path),
-            why=f"its keys are {names(value)}",
+            why=f"its keys are {names(value)}" if value else "it has no keys",
             fix="write an array of objects, or one object per line in a .jsonl file",
             code="no-rows",
         )

@@ -147,7 +147,7 @@ def excerpt(text: str, limit: int = 60) -> str:
 def names(columns: Iterable[str], limit: int = 30) -> str:
     """Return column names as a readable list; unusual names are quoted."""
     shown = [c if c.isprintable() and c.strip() else repr(c) for c in columns]
-    return phrase(shown, limit) or "(none)"
+    return phrase(shown, limit) or "none"
 
 
 def kind(value: Any) -> str:

@@ -194,10 +194,14 @@ def no_schema(columns: Names, source: str, cause: str, fix: str) -> DataError:
     return DataError(
         "no schema fits the columns",
         where=source,
-        why=f"the columns are {names(columns)}; {cause or needs}",
+        why=f"{_there(columns)}; {cause or needs}",
         fix=fix,
         code="no-schema",
     )
+
+
+def _there(columns: Names) -> str:
+    return f"the columns are {names(columns)}" if columns else "there are no columns"
 
 
 def schema_mismatch(columns: Names, wanted: str, source: str) -> DataError:
@@ -207,7 +211,7 @@ def schema_mismatch(columns: Names, wanted: str, source: str) -> DataError:
     return DataError(
         f"no row has the schema {wanted}",
         where=source,
-        why=f"the columns are {names(columns)}; {BY_NAME[wanted].needs()}",
+        why=f"{_there(columns)}; {BY_NAME[wanted].needs()}",
         fix=f"{hint}; --columns maps others",
         code="schema-mismatch",
     )

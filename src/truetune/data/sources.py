@@ -164,8 +164,8 @@ def _folder(folder: Path, split: str | None) -> Source:
         raise DataError(
             "the folder holds no data files",
             where=str(folder),
-            why=f"it holds {names([p.name for p in visible], 10)}",
-            fix=f"pass a folder with files of {', '.join(READERS)}",
+            why=f"it holds {names([p.name for p in visible], 10)}" if visible else "it is empty",
+            fix=f"pass a folder with files in one of the formats {', '.join(READERS)}",
             code="no-data-files",
         )
     chosen, findings = _of_split(files, folder, split)
@@ -208,7 +208,7 @@ def _of_split(
             code="split-chosen",
             level="warning" if unmarked else "note",
             what=f"the split train was read; not read: {names(left, 5)}"
-            + (f"; {len(unmarked)} of them belong to no split by their names" if unmarked else ""),
+            + (f"; the names of {len(unmarked)} of them match no split" if unmarked else ""),
             where=str(folder),
             count=len(left),
             why="the split is recognised by the words train, validation and test in file names",
@@ -238,7 +238,8 @@ def _no_such_file(path: Path) -> DataError:
         )
     why = f"the folder {folder} does not exist either"
     if folder.is_dir():
-        why = f"{folder} holds {names(sorted(p.name for p in folder.iterdir()), 10)}"
+        there = sorted(p.name for p in folder.iterdir())
+        why = f"{folder} holds {names(there, 10)}" if there else f"{folder} is empty"
     return DataError(
         "there is no such file or folder",
         where=str(path),

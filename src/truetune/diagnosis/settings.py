@@ -160,11 +160,14 @@ def vocabulary(own: PromptContract, its: PromptContract) -> list[str]:
         moved.sort(key=lambda text: before[text])
         first = moved[0]
         there = now.get(first)
-        shown = "is missing" if there is None else f"has the id {there:,}"
+        shown = (
+            f"is missing, but should have the id {before[first]:,}"
+            if there is None
+            else f"has the id {there:,} instead of {before[first]:,}"
+        )
         return [
             f"the ids of {len(moved):,} of {len(before):,} tokens differ, first "
-            f"{visible(repr(first), keep_newlines=False):.60}: it {shown} instead of "
-            + (f"{before[first]:,}" if there is not None else f"having {before[first]:,}")
+            f"{visible(repr(first), keep_newlines=False):.60}: it {shown}"
         ]
     first_merges, second_merges = _merges(own), _merges(its)
     if first_merges is None or second_merges is None or first_merges == second_merges:

@@ -80,8 +80,8 @@ def _rows(name: str, run: RunDir, contract: PromptContract) -> list[Finding]:
     return [
         _parted(
             name,
-            f"{len(wrong)} of {len(rows)} rows give different ids than were trained, first "
-            f"{wrong[0]}",
+            f"the ids of {len(wrong)} of {len(rows)} rows differ from those used in training, "
+            f"first {wrong[0]}",
             "the saved tokenizer or chat template was changed",
             "restore the files that were saved",
         )

@@ -36,7 +36,7 @@ from truetune.engine.optimizer import build_optimizer, gradient_norms, optimizer
 from truetune.engine.parallel import Group
 from truetune.engine.schedule import learning_rate
 from truetune.errors import Collapsed, NonFiniteLoss, OutOfMemory, is_out_of_memory
-from truetune.findings import Finding, gib
+from truetune.findings import Finding, counted, gib
 from truetune.model.lora import enable_gradient_checkpointing
 from truetune.model.mode import evaluating
 from truetune.recipe.plan import Plan
@@ -71,13 +71,13 @@ class SFTTrainer:
         log_every: steps between entries of the history; the last step always has one.
         seed: random seed for the order of examples, and for adapter dropout in packed batches.
         settings: the rest of the recipe: how a step is split into forward passes, packing, the end
-            of the data, the schedule, the optimizer. Examples are packed if a probe shows that the
+            of the data, the schedule, the optimizer. Examples are packed if a test shows that the
             model (a transformers model) supports it; any other module takes the padded reference
             path. A forward pass of packed examples has up to 1,024 tokens on CPU, where more
             would not be faster, 16,384 elsewhere, and fewer if an estimate says that they would not
             fit into free memory. A tree of examples with a shared prefix may have up to eight times
-            as many, if splitting it would repeat an eighth of a forward pass. If the longest
-            example would not fit, activations are recomputed, which is reported.
+            as many, if splitting it would repeat an eighth of a forward pass or more. If the
+            longest example would not fit, activations are recomputed, which is reported.
         autocast_dtype: dtype for autocast; None computes in the dtype of the parameters.
         batcher: replaces the padded reference batcher; only for a single process.
         group: the processes that train together; each takes its share of the examples of a step.
@@ -388,9 +388,10 @@ class SFTTrainer:
                 Finding(
                     "out-of-memory",
                     "warning",
-                    f"{len(batch.rows)} examples with {batch.num_computed:,} tokens did not fit "
-                    f"in memory at once: from step {self.step + 1} on, at most {limits.rows} "
-                    "examples" + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
+                    f"{counted(len(batch.rows), 'example')} with {batch.num_computed:,} tokens did "
+                    f"not fit in memory at once: from step {self.step + 1} on, at most "
+                    f"{counted(limits.rows, 'example')}"
+                    + (f", {limits.tokens:,} tokens" if limits.tokens else ""),
                     why="the batch size is unchanged; a batch is split into more forward passes",
                     fix=f"nothing to do: training continues; to avoid the failed attempt, use "
                     f"--micro-batch-size {limits.rows} or --gradient-checkpointing from the start",

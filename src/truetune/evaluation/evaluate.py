@@ -38,6 +38,7 @@ from truetune.evaluation.subject import (
     require_subject,
 )
 from truetune.evaluation.table import Evaluation
+from truetune.findings import counted
 from truetune.generate import Sampling
 from truetune.model.placement import require_device
 
@@ -363,8 +364,11 @@ def _notes(
         )
     if short:
         notes.append(
-            f"{short:,} prompts leave fewer than {most:,} tokens of the context for the reply"
+            f"fewer than {most:,} tokens of the context remain for the reply after "
+            f"{counted(short, 'prompt')}"
         )
     if slow := sum(reply.slow for reply in replies):
-        notes.append(f"{slow:,} replies took too long to compare, so they do not match")
+        notes.append(
+            f"{counted(slow, 'reply', 'replies')} took too long to compare and did not match"
+        )
     return tuple(notes)

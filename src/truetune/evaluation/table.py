@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from truetune.evaluation.interval import Interval
 from truetune.evaluation.questions import LeftOut
 from truetune.evaluation.result import Difference, Measure, ModelResult, Value
+from truetune.findings import counted
 
 _WIDTH = 80
 _LABEL, _VALUE, _DIFFERENCE = 17, 21, 31
@@ -102,7 +103,7 @@ def of_model(models: Sequence[NamedT], name: str) -> NamedT:
 def lines(found: Evaluation) -> Iterator[str]:
     """The whole: how the models were asked, what was left out, measures, differences, notes."""
     names = short_names([model.name for model in found.models])
-    yield from wrapped(f"{found.num_rows:,} rows of {found.data}; {_asked(found)}")
+    yield from wrapped(f"{counted(found.num_rows, 'row')} of {found.data}; {_asked(found)}")
     if found.settings["match"] != "none":
         yield from wrapped(f"match: {found.settings['compared_by']}")
     for out in found.left_out:

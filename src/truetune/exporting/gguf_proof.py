@@ -312,7 +312,7 @@ def _served_with(arguments: dict[str, Any]) -> list[Finding]:
         Finding(
             "gguf-template-arguments",
             "warning",
-            "llama.cpp renders the trained prompts only with a template argument",
+            "llama.cpp renders the prompts of training only with a template argument",
             where=json.dumps(arguments),
             why="it sets this argument to its own value, which replaces the template's default",
             fix=f"serve it with --chat-template-kwargs '{json.dumps(arguments)}', or with truetune "

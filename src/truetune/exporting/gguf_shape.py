@@ -234,7 +234,7 @@ def _hyperparameters(
                     original,
                     context,
                     "longrope: with a longer context, llama.cpp uses the factors for long texts "
-                    "also for short ones",
+                    "for short ones too",
                 )
             )
             context = original

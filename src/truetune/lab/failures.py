@@ -36,7 +36,7 @@ def table(results: Sequence[Mapping[str, Any]], number: Any, shipped: bool) -> I
         yield "labels that are shifted twice, an end token after cut reasoning, and a forgotten"
         yield "output head (wrong-labels, cut-reasoning, new-tokens)."
     yield ""
-    yield "| failure | cause | training loss: sound, broken | probe: without it, broken | repair |"
+    yield "| failure | cause | training loss: sound, broken | probe: sound, broken | repair |"
     yield "|---|---|---|---|---|"
     yield from lines
     yield ""

@@ -53,7 +53,8 @@ that occur in no row. The tables use these measures:
 * *role leak*: the share of replies that write the header of another turn: the user's, or, after
   some text, the assistant's own once more.
 * *repeats*: the share of replies that repeat themselves.
-* *prose*: the loss on 30 documents about the world that the base has not read.
+* *prose*: the loss on 30 documents about the world that the base has not read. `quickstart`,
+  the model card and other pages use other documents, so their numbers differ.
 * *recall in prose*: the share of 200 sentences of facts, cut before the value, that the model
   completes correctly.
 * *training loss*: the mean of the last ten steps.

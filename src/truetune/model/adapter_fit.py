@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from truetune.errors import ModelError
+from truetune.findings import counted
 from truetune.model.architecture import meta_model
 from truetune.model.new_tokens import grow_for, use_row_layers
 from truetune.model.source import ADAPTER_CONFIG, ModelFiles, first_line, read_json
@@ -284,7 +285,7 @@ def _require_counterparts(
     if lost or absent:
         names = lost or absent
         raise _wrong_base(
-            f"{len(names)} weights have no counterpart: {listed(names)}",
+            f"no counterpart for {counted(len(names), 'weight')}: {listed(names)}",
             "the base does not have the layers that the adapter was trained on, or some of the "
             "adapter's weights are not in its file",
             files,

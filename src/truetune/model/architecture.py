@@ -16,6 +16,7 @@ from typing import Any
 from truetune.data.read import READERS, extension
 from truetune.data.rows import names
 from truetune.errors import ModelError
+from truetune.findings import counted
 from truetune.model.source import ModelFiles, first_line, read_json
 from truetune.model.weights import INDEX, WEIGHTS, TensorFacts, listed
 from truetune.system.lazy import torch
@@ -311,7 +312,7 @@ def shape_mismatch(
     """The error for weights (name, stored shape, wanted shape) that do not fit the config."""
     name, stored, asked = sorted(wrong)[0]
     return ModelError(
-        f"{len(wrong)} weights do not have the shape that config.json requires: {name} is "
+        f"config.json requires another shape for {counted(len(wrong), 'weight')}: {name} is "
         f"{list(stored)}, but config.json says {list(asked)}",
         where=where,
         why="config.json and the weights belong to different models, or one of them was edited",

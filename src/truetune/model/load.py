@@ -275,7 +275,7 @@ def _read_weights(
             f"the model does not fit on {placement.device}",
             where=str(files.folder),
             why=first_line(error),
-            fix="use a smaller model, LoRA instead of full training, or another device",
+            fix="use a smaller model, LoRA instead of full fine-tuning, or another device",
             code="model-too-large",
         ) from error
     except Exception as error:  # whatever a library says of files that it cannot load

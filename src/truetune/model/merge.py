@@ -71,7 +71,8 @@ def merge_adapter(
     if not files.is_adapter:
         raise UsageError(
             f"{source} is not an adapter: there is nothing to merge",
-            why="it has no adapter_config.json; a full-training run is already a complete model",
+            why="it has no adapter_config.json; a run with full fine-tuning is already a complete "
+            "model",
             fix="use the model as it is",
             code="merge-no-adapter",
         )

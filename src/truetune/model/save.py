@@ -278,12 +278,12 @@ def _write_tokenizer(contract: PromptContract, folder: Path) -> list[Finding]:
         Finding(
             code="templates-dropped",
             level="note",
-            what="only the chat templates that were trained are saved; the tokenizer also had: "
+            what="only the chat templates that training used are saved; the tokenizer also had: "
             + ", ".join(dropped),
             where="chat_template.jinja",
             count=len(dropped),
             why="with several templates, a server chooses one per request, and may use one that "
-            "was never trained",
+            "training never used",
         )
     ]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from truetune.errors import ModelError
-from truetune.findings import Finding
+from truetune.findings import Finding, counted
 from truetune.model.adapter_fit import require_adapter, require_fit
 from truetune.model.architecture import causal_config, require_shapes, shape_mismatch
 from truetune.model.quantise import require_quantised, stored_quantisation
@@ -177,7 +177,7 @@ def judge_loading(model: Any, info: dict[str, Any], where: str) -> list[Finding]
     missing = set(info["missing_keys"]) - set(model.all_tied_weights_keys)
     if missing:
         raise ModelError(
-            f"{len(missing)} weights are not in the files: {listed(missing)}",
+            f"the files lack {counted(len(missing), 'weight')} of the model: {listed(missing)}",
             where=where,
             why="transformers would fill them with random numbers; the model was saved without "
             "them, or config.json describes another model",

@@ -119,7 +119,7 @@ def adapter_capacity(s: RunOutline) -> Iterator[Finding]:
             f"{s.num_supervised:,} supervised tokens may exceed the capacity of an adapter of "
             f"{s.num_trainable:,} weights",
             why="a weight stores about 2 bits (Allen-Zhu and Li 2024) and a token carries about "
-            "1; beyond its capacity LoRA learns more slowly than full training (Schulman et al. "
+            "1; beyond its capacity LoRA learns more slowly than full fine-tuning (Schulman et al. "
             "2025)",
             fix="use a larger --lora-r, or train all weights",
         )
@@ -133,7 +133,7 @@ def adapter_is_enough(s: RunOutline) -> Iterator[Finding]:
             "note",
             f"all weights of this {s.num_parameters / 1e9:.1f}B model are trained on "
             f"{s.num_rows:,} rows, which an adapter would learn equally well",
-            why="on datasets of this size LoRA on all layers matches full training (Schulman et "
+            why="on datasets of this size LoRA on all layers matches full fine-tuning (Schulman et "
             "al. 2025) and forgets less of what the model knew (Biderman et al. 2024)",
             fix="use --lora, unless you need a model without an adapter",
         )

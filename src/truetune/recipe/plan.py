@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from truetune.compute.batch import TokenOrder, rows_of_epochs
+from truetune.findings import counted
 from truetune.model.inspect import ModelFacts
 from truetune.model.placement import bf16_speedup, choose_device
 from truetune.recipe.rates import Start, usual_epochs, usual_rate
@@ -107,7 +108,7 @@ def make_plan(
         "max_steps",
         lambda: (
             _num_steps(recipe, lengths, batch, epochs or 1),
-            f"{epochs:g} epochs of {len(lengths):,} examples",
+            f"{epochs:g} epoch{'' if epochs == 1 else 's'} of {counted(len(lengths), 'example')}",
         ),
     )
     ratio = 0.03 if recipe.warmup_ratio is None else recipe.warmup_ratio
@@ -215,7 +216,9 @@ def _sizes(
     accumulation = recipe.gradient_accumulation_steps
     if batch is None and micro and accumulation:
         batch = micro * accumulation
-        reasons["batch_size"] = f"default: {micro} examples x {accumulation} forward passes"
+        reasons["batch_size"] = (
+            f"default: {counted(micro, 'example')} x {accumulation} forward passes"
+        )
     if batch is None:
         parts = accumulation or 1
         batch = max(math.ceil(_BATCH / parts) * parts, micro or 0)
@@ -223,7 +226,9 @@ def _sizes(
         reasons["batch_size"] = f"default: {_BATCH} (QLoRA, Dettmers et al. 2023){cut}"
     if micro is None and accumulation:
         micro = batch // accumulation
-        reasons["micro_batch_size"] = f"default: {batch} examples in {accumulation} forward passes"
+        reasons["micro_batch_size"] = (
+            f"default: {counted(batch, 'example')} in {accumulation} forward passes"
+        )
     if micro is None and recipe.packing:
         micro = batch
         reasons["micro_batch_size"] = "default: the batch; tokens limit each forward pass"

@@ -88,6 +88,6 @@ def what_follows(kind: str, num_parameters: int | None) -> str:
     if kind == "instruct":
         return (
             f"{_LORA['instruct']} for LoRA ({_LORA['reasoning']} on reasoning traces), "
-            f"{EPOCHS['instruct']:g} epochs: it needs less training, and forgets more"
+            f"{EPOCHS['instruct']:g} epochs: it needs less training, and more would make it forget"
         )
     return "set --learning-rate and --epochs yourself"

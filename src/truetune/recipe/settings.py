@@ -188,7 +188,9 @@ class Recipe:
     overlong: Literal["drop", "error", "truncate-prompt", "split-text"] = _option(
         "drop",
         LENGTH,
-        "What to do with examples longer than --max-length; plain text is always split.",
+        "What to do with conversations longer than --max-length: drop them, stop with an error, or "
+        "cut the beginning of their prompts. Plain text is always split; split-text is another "
+        "name for drop.",
     )
     max_dropped: float = _option(
         0.05,

@@ -13,7 +13,7 @@ from typing import Any
 
 from truetune.data.sources import is_hub_id
 from truetune.errors import InputError
-from truetune.findings import escaped, visible
+from truetune.findings import counted, escaped, visible
 from truetune.reporting.facts import RunFacts
 from truetune.reporting.html import words
 from truetune.reporting.serving import load_line, serve_line
@@ -192,7 +192,7 @@ def _summary(run: RunFacts, base: str, *, is_adapter: bool) -> str:
     else:
         what = f"{named}, fine-tuned with all weights"
     train = run.data.get("train") or {}
-    rows = f" on {train['examples']:,} examples" if train.get("examples") else ""
+    rows = f" on {counted(train['examples'], 'example')}" if train.get("examples") else ""
     local = "" if _is_on_hub(base) or not base else " The base came from a local folder."
     return f"{what}, trained by supervised fine-tuning{rows} with {tool}.{local}\n"
 
@@ -285,13 +285,13 @@ def _rows(run: RunFacts) -> Iterator[str]:
         count = run.data.get(name) or {}
         if count.get("examples"):
             yield (
-                f"- {title}: {count['examples']:,} examples, {count.get('tokens', 0):,} tokens, "
-                f"{count.get('supervised_tokens', 0):,} of them supervised (sha256 of ids and "
-                f"masks `{_code(count.get('sha256', ''))}`)"
+                f"- {title}: {counted(count['examples'], 'example')}, {count.get('tokens', 0):,} "
+                f"tokens, {count.get('supervised_tokens', 0):,} of them supervised (sha256 of ids "
+                f"and masks `{_code(count.get('sha256', ''))}`)"
             )
     dropped = run.data.get("dropped") or ()
     if run.data:
-        yield f"- read: {run.data.get('rows_read', 0):,} rows; dropped: {len(dropped):,}"
+        yield f"- read: {counted(run.data.get('rows_read', 0), 'row')}; dropped: {len(dropped):,}"
     else:
         yield "Unknown: the run that trained it is not available here."
     for file in (run.data.get("files") or ())[:_MOST]:
@@ -299,7 +299,7 @@ def _rows(run: RunFacts) -> Iterator[str]:
         # Where it lay on somebody's disk is nobody else's business.
         shown = path if _is_on_hub(path.partition("@")[0]) else Path(path).name
         yield (
-            f"- `{_code(shown)}`: {file.get('num_rows', 0):,} rows, sha256 "
+            f"- `{_code(shown)}`: {counted(file.get('num_rows', 0), 'row')}, sha256 "
             f"`{_code(file.get('sha256', ''))}`"
         )
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from truetune.data.rows import evenly
-from truetune.findings import LEVELS, escaped, percent
+from truetune.findings import LEVELS, counted, escaped, percent
 from truetune.reporting.facts import RunFacts
 from truetune.reporting.html import (
     clipped,
@@ -422,8 +422,8 @@ def _rows(run: RunFacts) -> Iterator[str]:
         table.append(
             (
                 title,
-                f"{count.get('examples', 0):,} examples, {count.get('tokens', 0):,} tokens, "
-                f"{count.get('supervised_tokens', 0):,} of them supervised; longest "
+                f"{counted(count.get('examples', 0), 'example')}, {count.get('tokens', 0):,} "
+                f"tokens, {count.get('supervised_tokens', 0):,} of them supervised; longest "
                 f"{count.get('longest', 0):,}",
             )
         )
@@ -433,7 +433,7 @@ def _rows(run: RunFacts) -> Iterator[str]:
     split = sum((run.data.get(name) or {}).get("split_texts", 0) for name in ("train", "held_out"))
     dropped = run.data.get("dropped") or ()
     files = "; ".join(
-        f"{file.get('path')} ({file.get('num_rows', 0):,} rows, sha256 "
+        f"{file.get('path')} ({counted(file.get('num_rows', 0), 'row')}, sha256 "
         f"{str(file.get('sha256', ''))[:12]}\u2026)"
         for file in (run.data.get("files") or ())[:50]
     )

@@ -53,7 +53,8 @@ def _served(run: RunFacts) -> Answer:
         f"{stops or 'no stop token'}."
     )
     if run.data.get("schema") == "text":
-        why = f"{examples:,} pieces of plain text: no prompt is served and none was trained."
+        why = f"{examples:,} pieces of plain text: no prompt is served, and none was used in "
+        "training."
         return Answer(question, "not measured", why)
     unread = [f for f in run.findings if f.get("code") == "adapter-stop-unread"]
     if unread:

@@ -21,7 +21,7 @@ from truetune.contract.example import SFTExample
 from truetune.contract.remarks import REMARKS
 from truetune.data.load import Loaded
 from truetune.errors import BadRows, DataError, TruetuneError
-from truetune.findings import Finding, merged
+from truetune.findings import Finding, counted, merged
 from truetune.model.inspect import ModelFacts
 from truetune.model.new_tokens import NewToken
 from truetune.recipe.settings import Recipe
@@ -178,8 +178,8 @@ def length_findings(
     finding = Finding(
         code="rows-overlong",
         level="error" if refused else "warning",
-        what=f"{len(dropped):,} examples are longer than {limit:,} tokens and "
-        f"{'would be' if refused else 'are'} dropped: "
+        what=f"{counted(len(dropped), 'example')} of more than {limit:,} tokens "
+        f"{'would be' if refused else 'was' if len(dropped) == 1 else 'were'} dropped: "
         f"{100 * len(fitted.dropped) / max(total, 1):.1f} % of the examples, "
         f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
         where=f"{where} ({tokens:,} tokens)",

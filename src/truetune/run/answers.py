@@ -1,4 +1,4 @@
-"""Generate replies to a few short trained prompts at the end of a run, as they will be served.
+"""Generate replies to a few short training prompts at the end of a run, as they will be served.
 Held-out prompts were answered with the last vital signs."""
 
 from __future__ import annotations

@@ -611,7 +611,7 @@ class Job:
         were answered at the last evaluation."""
         if self.prepared.is_text:
             return
-        self.listener.stage("answering trained prompts")
+        self.listener.stage("answering training prompts")
         trained = trained_answers(self.loaded, self.contract, self.prepared)
         self.answers = (*trained, *sampled_answers(self._samples_now))
         # Whatever followed the saved step does not describe it.

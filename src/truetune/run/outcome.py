@@ -109,7 +109,7 @@ def summary(answers: Sequence[Answer]) -> str:
     parts = [
         f"{sum(a.right for a in some)} of {len(some)} {name} prompts"
         for name, some in (
-            ("trained", [a for a in answers if a.trained and a.had_room]),
+            ("training", [a for a in answers if a.trained and a.had_room]),
             ("held-out", [a for a in answers if not a.trained]),
         )
         if some
@@ -146,15 +146,15 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
 
 
 def _not_learned(outcome: Outcome) -> Iterator[Finding]:
-    """Report wrong answers to short trained prompts by a model that is still unsure of the rows."""
+    """Report wrong answers to short training prompts if the loss on the rows is still high."""
     asked = outcome.trained
     wrong = [a for a in asked if not a.right]
     if len(asked) >= 3 and 4 * len(wrong) >= 3 * len(asked) and outcome.last_loss > _UNSURE:
         yield Finding(
             "rows-not-learned",
             "warning",
-            f"{len(wrong)} of {len(asked)} trained prompts get an answer that differs from that "
-            f"of the row",
+            f"{len(wrong)} of {len(asked)} training prompts get an answer that "
+            "differs from that of the row",
             wrong[0].where,
             len(wrong),
             why=f"the loss ended at {outcome.last_loss:.2f} nats per token, from "

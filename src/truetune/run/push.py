@@ -10,7 +10,7 @@ from typing import Any
 
 from truetune.errors import CheckFailed, UsageError
 from truetune.exporting.hub import find_place, upload
-from truetune.findings import Finding
+from truetune.findings import Finding, counted
 from truetune.listener import Listener
 from truetune.reporting.card import CARD, read_card, use_block, with_use_block
 from truetune.reporting.facts import RunFacts
@@ -80,7 +80,7 @@ def push(
         contents[CARD] = with_use_block(text, block).encode()
     for finding in findings:
         listener.finding(finding)
-    listener.stage(f"pushing {len(contents)} files")
+    listener.stage(f"pushing {counted(len(contents), 'file')}")
     url = upload(place, contents)
     return Pushed(url, place.private, tuple(sorted(contents)), verified, tuple(findings))
 

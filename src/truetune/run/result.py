@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.contract.contract import PromptContract
-from truetune.findings import Finding
+from truetune.findings import Finding, counted
 from truetune.recipe.plan import Plan
 from truetune.run.outcome import Answer
 from truetune.run_dir import RunDir
@@ -49,6 +49,6 @@ class RunResult:
         held = "" if self.eval_loss is None else f", held-out loss {self.eval_loss:.4f}"
         verified = "" if self.verdict is None else f"; verified: {self.verdict.passed}"
         return (
-            f"{self.run.path}: {self.plan.max_steps:,} steps, loss {self.train_loss:.4f}{held}; "
-            f"saved in {self.artifact}{verified}"
+            f"{self.run.path}: {counted(self.plan.max_steps, 'step')}, loss "
+            f"{self.train_loss:.4f}{held}; saved in {self.artifact}{verified}"
         )

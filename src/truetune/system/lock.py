@@ -346,7 +346,7 @@ def _busy(path: Path, owner: Owner | None, quiet: float | None = None) -> Busy:
     if quiet is not None:
         why = (
             f"it was last active {max(quiet, 0):.0f} seconds ago; it is considered dead after "
-            f"{_DEAD_AFTER:.0f}"
+            f"{_DEAD_AFTER:.0f} seconds without activity"
         )
     named = f" ({owner})" if owner else ""
     return Busy(

@@ -20,6 +20,7 @@ from typing import Any
 
 from truetune.compare import Agreement
 from truetune.errors import InputError, UsageError
+from truetune.findings import counted
 from truetune.model.source import ADAPTER_CONFIG
 from truetune.run_dir import CONTRACT, MANIFEST, RECIPE, RunDir, opened, parsed
 from truetune.verification.files import check_files, check_record
@@ -176,7 +177,7 @@ def verify_merge(
     checks = [_opened(found)]
     if rows:
         checks.append(_rows(rows, found))
-    words = f"merged against the adapter on {found['num_rows']} {kind} prompts"
+    words = f"the merged model compared with the adapter on {found['num_rows']} {kind} prompts"
     floor = Agreement(**found["floor"]) if found["floor"] else None
     check = judge("merge", Agreement(**found["agreement"]), dtype, words, floor)
     same = found["same_replies"]
@@ -298,7 +299,12 @@ def _rows(rows: Sequence[VerifyRow], found: dict[str, Any]) -> Check:
             numbers,
             fix="restore the tokenizer and template that were saved",
         )
-    return Check("rows", "passed", f"{len(rows)} rows give the same ids as in training", numbers)
+    return Check(
+        "rows",
+        "passed",
+        f"the ids of {counted(len(rows), 'row')} are the same as in training",
+        numbers,
+    )
 
 
 def _logits(record: Record | None, found: dict[str, Any]) -> list[Check]:

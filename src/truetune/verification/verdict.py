@@ -173,8 +173,8 @@ def judge_rounding(found: Agreement, dtype: str) -> Check:
     if check.state == "passed":
         return check
     why = (
-        f"training moved many weights by less than {dtype} can hold, so saving them in the model's "
-        "dtype undid part of it"
+        f"training changed many weights by less than {dtype} can represent, so saving them in the "
+        "model's dtype undid part of it"
     )
     return replace(
         check,
@@ -216,7 +216,8 @@ def judge_reading(record: Record, found: Mapping[str, Any]) -> Check:
     if not apart.largest <= largest:
         over.append(f"{apart.largest:.2g} nats apart at one position, but {largest:.2g} is allowed")
     if apart.flips:
-        over.append(f"a different token is the likeliest at {apart.flips} clear positions")
+        at = f"{apart.flips} position{'' if apart.flips == 1 else 's'}"
+        over.append(f"a different token is the likeliest at {at} with a clear lead")
     what = f"reloaded model compared with the trained one in memory at {apart.positions} positions"
     numbers = {
         **dataclasses.asdict(apart),

@@ -34,12 +34,12 @@ def learning_rate_range(facts: Preflight) -> Iterator[Finding]:
     ratio = facts.learning_rate / facts.suggested_rate
     if 0.1 < ratio < 10 * (1 - 1e-9):
         return
-    side = "above" if ratio > 1 else "below"
+    times = f"{ratio:.0f} times" if ratio > 1 else f"1/{1 / ratio:.0f} of"
     yield Finding(
         code="learning-rate-unusual",
         level="warning",
-        what=f"the learning rate {facts.learning_rate:g} is {max(ratio, 1 / ratio):.0f}x {side} "
-        f"the usual {facts.suggested_rate:g} for this method, model and rows",
+        what=f"the learning rate {facts.learning_rate:g} is {times} the usual "
+        f"{facts.suggested_rate:g} for this method, model and rows",
         why="full fine-tuning and LoRA need learning rates that differ by about a factor of ten",
         fix=f"use --learning-rate {facts.suggested_rate:g}",
     )

@@ -39,8 +39,8 @@ def one_answer_at_a_time(facts: DataFacts) -> Iterator[Finding]:
             code="assistant-twice",
             level="warning",
             what=f"{share(len(rows), len(facts.train))} have two consecutive assistant turns",
-            why="the second answer is trained on a prompt that ends with an answer, which no "
-            "server sends",
+            why="the model is trained to write the second answer after a prompt that ends with an "
+            "answer, which no server sends",
             fix="join them, or remove one",
         )
 

@@ -226,8 +226,8 @@ def reasoning_finished(facts: DataFacts) -> Iterator[Finding]:
         rows,
         code="reasoning-unclosed",
         level="error" if sure else "warning",
-        what=f"{share(len(rows), total)} with reasoning open "
-        f"{open_reasoning(facts.train[rows[0]])!r} but never close it",
+        what=f"{share(len(rows), total)} that have reasoning never close its "
+        f"{open_reasoning(facts.train[rows[0]])!r}",
         why=_why_open(facts, rows),
         fix=OPEN_FIX,
     )

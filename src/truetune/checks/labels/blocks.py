@@ -110,9 +110,8 @@ def borders(facts: LabelFacts, found: Pieces) -> Iterator[Finding]:
         first[np.searchsorted(blocks[first], cut)].tolist(),
         code="block-cuts-conversation",
         level="error" if len(cut) > 0.01 * len(first) else "warning",
-        what=f"{share(len(cut), len(first))} are blocks that cut conversations at their borders: "
-        f"{heads:,} begin "
-        f"inside a conversation, and {ends:,} stop before its end",
+        what=f"{share(len(cut), len(first))} are blocks whose borders cut conversations: "
+        f"{heads:,} begin inside a conversation, and {ends:,} stop before its end",
         why="conversations were joined and cut into blocks of "
         f"{int(np.bincount(blocks, weights=table.lengths).max()):,} tokens. The model is "
         "trained on the rest of a cut answer without its "

@@ -173,8 +173,8 @@ def _plain_rows(facts: LabelFacts) -> Told:
         level="note",
         what=f"{share(len(rows), len(table))} are plain text: they contain no marker of the chat "
         "template, and every token is a target",
-        why="documents are trained together with conversations, for example as replay of "
-        "pretraining text; they are not judged as conversations",
+        why="the model is trained on documents together with conversations, for example as replay "
+        "of pretraining text; they are not judged as conversations",
         fix="nothing to do if this is intended; otherwise render them with the chat template",
     )
     return finding, rows

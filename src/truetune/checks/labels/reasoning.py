@@ -32,7 +32,7 @@ def reasoning_closed(facts: LabelFacts) -> Iterator[Finding]:
         rows,
         code="reasoning-unclosed",
         level=level,
-        what=f"{share(len(rows), total)} with reasoning open {opening!r} but never close it",
+        what=f"{share(len(rows), total)} that have reasoning never close its {opening!r}",
         why=f"{len(cut):,} of them were cut at {facts.cut_at:,} tokens: the model would never "
         "learn to stop thinking"
         if cut
@@ -106,8 +106,8 @@ def reasoning_as_served(facts: LabelFacts) -> Iterator[Finding]:
             level="error",
             what=f"{share(len(shown), len(table))} keep the reasoning of earlier turns, but served "
             "prompts drop it",
-            why="the served template deletes it from the history: later turns are trained on "
-            "prompts that no server sends",
+            why="the served template deletes it from the history: the model is trained on "
+            "later turns after prompts that no server sends",
             fix="train each turn on the prompt that is served before it: one row per turn, with a "
             "history without reasoning (truetune does that)",
         )

@@ -400,8 +400,8 @@ def _report(facts: LabelFacts, kind: str, rows: Mapping[int, _Difference], judge
         rows,
         code="prompt-differs",
         level=level,
-        what=f"{share(len(rows), judged)} examined are trained after a prompt that the served "
-        f"template never renders: {kind}",
+        what=f"in {share(len(rows), judged)} that were examined, answers follow a prompt that the "
+        f"served template never renders: {kind}",
         why=f"the row contains {shown[0]!r} where a server sends {shown[1]!r}"
         + (
             ": the prompts end with it, or the answers begin with it and were joined to their "

@@ -100,7 +100,8 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             code="stop-missing",
             level=_level(ends.missing, total),
             what=f"the answers of {share(len(ends.missing), total)} do not end with an end token",
-            why=f"known end tokens are {names or 'none at all'}; these rows end with "
+            why=(f"known end tokens are {names}" if names else "no end token is known")
+            + "; these rows end with "
             f"{_tail(facts, ends.missing[0])}",
             fix="end every answer with the token that the server stops on: use a chat template "
             "that writes it, or append it to the ids and labels",

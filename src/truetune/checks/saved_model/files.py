@@ -8,7 +8,7 @@ from truetune.checks.registry import check
 from truetune.checks.saved_model.checkpoint import Checkpoint
 from truetune.contract.contract import PromptContract
 from truetune.errors import UnfaithfulTemplate
-from truetune.findings import Finding
+from truetune.findings import Finding, counted
 
 _PLAIN = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 
@@ -155,8 +155,8 @@ def vocabulary_fits(found: Checkpoint) -> Iterator[Finding]:
     yield Finding(
         "id-beyond-head",
         "error" if needed or found.tuned else "warning",
-        f"{len(lost):,} tokens of the tokenizer have no embedding in the model (which has "
-        f"{facts.head_rows:,}): {named}",
+        f"the model has {facts.head_rows:,} embeddings and none for "
+        f"{counted(len(lost), 'token')} of the tokenizer: {named}",
         str(found.folder),
         len(lost),
         why="tokens were added to the tokenizer but the model was not resized, or the tokenizer "

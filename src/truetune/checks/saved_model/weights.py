@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from truetune.checks.registry import check
 from truetune.checks.saved_model.checkpoint import Checkpoint
-from truetune.findings import Finding
+from truetune.findings import Finding, counted
 from truetune.model.adapter_files import is_empty
 from truetune.model.weights import listed
 
@@ -22,7 +22,7 @@ def weights_whole(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "model-shape-mismatch",
             "error",
-            f"{len(dry.reshaped):,} tensors differ in shape from config.json: {name} is "
+            f"config.json gives {counted(len(dry.reshaped), 'tensor')} another shape: {name} is "
             f"{list(stored)}, but the model has {list(wanted)}",
             str(found.folder),
             len(dry.reshaped),
@@ -34,7 +34,8 @@ def weights_whole(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "model-weights-missing",
             "error",
-            f"{len(dry.missing):,} weights are missing from the files: {listed(dry.missing)}",
+            f"the files lack {counted(len(dry.missing), 'weight')} of the model: "
+            f"{listed(dry.missing)}",
             str(found.folder),
             len(dry.missing),
             why="their names have a prefix (a wrapped model was saved), so loading does not find "
@@ -51,8 +52,8 @@ def weights_whole(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "weights-unused",
             "warning",
-            f"the files contain {len(dry.unexpected):,} tensors that the model does not have: "
-            f"{listed(dry.unexpected)}",
+            f"the files contain {counted(len(dry.unexpected), 'tensor')} that the model does not "
+            f"have: {listed(dry.unexpected)}",
             str(found.folder),
             len(dry.unexpected),
             why="an adapter was not merged, or config.json has fewer layers: loading ignores "
@@ -191,7 +192,7 @@ def adapter_learned(found: Checkpoint) -> Iterator[Finding]:
         yield Finding(
             "adapter-incomplete",
             "warning",
-            f"{len(facts.missing):,} layers that target_modules names are missing from the file",
+            f"the file lacks {counted(len(facts.missing), 'layer')} that target_modules names",
             facts.missing[0],
             len(facts.missing),
             why="the file was saved incompletely, or layers were excluded",

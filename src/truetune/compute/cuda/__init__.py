@@ -1,2 +1,4 @@
-"""What the compute room does otherwise on a CUDA device; each part proved on a CPU or on the device
-before it is used."""
+"""The parts of `compute/` that differ on a CUDA device.
+
+Each part is tested on a CPU, or on the device before it is used.
+"""

@@ -1,4 +1,4 @@
-"""Copies to a device that do not make the host wait for it."""
+"""Copy tensors to a device without making the host wait."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from truetune.system.lazy import torch
 
 
 def sent(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on a device. A copy from pageable memory waits for all work that the device was
-    given before; one from pinned memory takes its place in the queue."""
+    """Return the tensor on a device."""
+    # A copy from pageable memory waits until the device has finished all earlier work; a copy from
+    # pinned memory is queued.
     device = torch.device(device)
     if device.type != "cuda" or tensor.device.type != "cpu" or not torch.cuda.is_available():
         return tensor.to(device)

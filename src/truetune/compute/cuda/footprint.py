@@ -1,8 +1,8 @@
-"""How much a CUDA device holds while a batch goes through a model and back: asked of the allocator,
-in passes that are computed as the loop computes them.
+"""Measure the peak memory of a forward and a backward pass on a CUDA device.
 
-Watching every operation (alive.py) puts a mode around the model in which compiled attention
-refuses to run; and the allocator's own count has what kernels take inside an operation.
+The passes are computed as in training, and the allocator reports the peaks. Watching every
+operation (alive.py) would need a torch mode in which compiled attention does not run. The
+allocator's count also includes the memory that kernels use inside an operation.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from truetune.compute.packing import PackedBatch, pack
 from truetune.compute.route import Route
 from truetune.contract.example import SFTExample
 
-# Tokens of the two batches, or one row and two where rows are longer: beyond what kernels and the
-# allocator round up to.
+# Tokens of the two batches (of one row and two rows if rows are longer). They are large compared
+# with the sizes to which kernels and the allocator round up.
 _SMALL, _LARGE = 512, 1024
 
 
 def batches(longest: int) -> list[PackedBatch]:
-    """Three, each row with one target, so that the head's logits take next to nothing. The first is
-    there for what libraries keep from their first call on; the last is about twice as large."""
+    """Return three batches; the last is about twice as large as the others.
+
+    The first one is for memory that libraries keep from their first call on.
+    """
+    # Each row has one target, so that the head's logits take hardly any memory.
     length = min(max(longest - 1, 1), _SMALL)
     row = SFTExample([t % 7 for t in range(length + 1)], [0] * length + [1])
     few, many = _SMALL // length, _LARGE // length
@@ -32,7 +35,7 @@ def batches(longest: int) -> list[PackedBatch]:
 
 
 class _Peaks:
-    """The most bytes held since the last look, each time beyond what was held at the start."""
+    """The peak of allocated bytes since the last look, minus the bytes allocated at the start."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,11 +51,10 @@ class _Peaks:
 def peak_bytes(
     route: Route, batch: PackedBatch, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[list[int], list[int], list[int]]:
-    """As `alive_bytes`: the most bytes before the head; from the head to the loss; and backward, up
-    to each parameter's gradient.
-
-    The allocator's counts are the host's: nothing waits for the device.
+    """Return peaks in bytes, as `alive_bytes` does: before the head, from the head to the loss, and
+    in the backward pass up to each parameter's gradient.
     """
+    # The allocator counts on the host, so nothing waits for the device.
     parameters = [p for p in route.model.parameters() if p.requires_grad]
     device = parameters[0].device
     batch = batch.to(device)
@@ -81,6 +83,6 @@ def peak_bytes(
 
 
 def free_bytes(device: torch.device) -> int:
-    """What the driver has, and what torch keeps of what it freed."""
+    """Return the free memory of the device in bytes, with the memory that torch keeps for reuse."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + kept

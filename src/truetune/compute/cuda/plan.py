@@ -1,9 +1,10 @@
-"""The calls of a variable-length attention kernel that compute a packed layout.
+"""Choose the calls of a variable-length attention kernel that compute a packed layout.
 
-Such a kernel takes sequences side by side: queries and keys of each, as many of one as of the
-other or not. Rows are one call. A tree is a causal call for every node by itself, and a full one
-for each depth (or one for all, where nodes bring their ancestors' keys together), merged by
-log-sum-exp. A window in a tree is one causal call, each node with the keys that its window reaches.
+Such a kernel takes several sequences in one call; the number of queries and of keys may differ in a
+sequence. Rows need one call. A tree needs a causal call in which each node sees only itself, and a
+full call for each depth (or one for all, if the keys of a node's ancestors are gathered). Their
+results are merged by log-sum-exp. A tree with a window needs one causal call, in which each node
+has the keys that its window reaches.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ Stretch = tuple[int, int]
 
 @dataclass(frozen=True)
 class Call:
-    """Sequences side by side: stretches of queries, each with the stretches of keys that it meets.
+    """One call of the kernel: ranges of queries, each with the ranges of keys that it attends to.
 
     Attributes:
-        queries: (begin, end) in the packed sequence of each sequence's queries; no token twice.
-        keys: of each sequence, (begin, end) of what its keys are brought together from.
-        causal: the last query sees every key, each one before it one key fewer; False: all see all.
-        window: keys that a query sees at most, the last one that it sees included.
+        queries: for each sequence, (begin, end) of its queries in the packed sequence; a token
+            occurs only once.
+        keys: for each sequence, the (begin, end) ranges from which its keys are gathered.
+        causal: if True, the last query sees every key, and each query before it one key fewer;
+            if False, all queries see all keys.
+        window: largest number of keys that a query sees, including its own.
     """
 
     queries: tuple[Stretch, ...]
@@ -36,12 +39,12 @@ class Call:
 
     @cached_property
     def cum_q(self) -> list[int]:
-        """Where each sequence's queries begin among all of the call, and where the last ends."""
+        """Return the offset of each sequence's queries in the call, and the end of the last."""
         return [0, *accumulate(b - a for a, b in self.queries)]
 
     @cached_property
     def cum_k(self) -> list[int]:
-        """The same of the keys."""
+        """Return the same offsets for the keys."""
         return [0, *accumulate(sum(b - a for a, b in spans) for spans in self.keys)]
 
     @property
@@ -53,11 +56,11 @@ class Call:
         return max(sum(b - a for a, b in spans) for spans in self.keys)
 
     def query_indices(self) -> list[int]:
-        """Of each query in the packed sequence."""
+        """Return the index of each query in the packed sequence."""
         return _indices(self.queries)
 
     def key_indices(self) -> list[int]:
-        """Of each key in the packed sequence; a token may come several times."""
+        """Return the index of each key in the packed sequence; a token may occur several times."""
         return _indices(span for spans in self.keys for span in spans)
 
 
@@ -66,8 +69,10 @@ def _indices(spans: Iterable[Stretch]) -> list[int]:
 
 
 def plan(layout: Layout, window: int | None) -> tuple[Call, ...]:
-    """Calls whose results, merged, are the attention of every token; the first one has a result
-    for each."""
+    """Return the calls whose merged results are the attention of every token.
+
+    The first call has a result for each token.
+    """
     if window is not None and window >= layout.longest:
         window = None
     nodes = tuple(zip(layout.starts, layout.starts[1:], strict=False))
@@ -86,7 +91,7 @@ def _call(meetings: list[Meeting]) -> Call:
 
 
 def _disjoint(meetings: list[Meeting]) -> list[list[Meeting]]:
-    """As few groups as there are meetings of one query, none with a query twice."""
+    """Divide meetings into as few groups as possible, so that no group has a query twice."""
     groups: list[list[Meeting]] = []
     ends: list[int] = []
     for meeting in sorted(meetings, key=lambda m: (m.q0, -m.q1)):
@@ -102,7 +107,8 @@ def _disjoint(meetings: list[Meeting]) -> list[list[Meeting]]:
 
 
 def _reached(layout: Layout, node: int, window: int) -> tuple[Stretch, ...]:
-    """The node's tokens, and those of its ancestors that its first token sees."""
+    """Return the ranges of the node's tokens, and of its ancestors' tokens that its first token
+    sees."""
     spans = [(layout.starts[node], layout.starts[node + 1])]
     left = window - 1
     for ancestor in reversed(layout.ancestors(node)):

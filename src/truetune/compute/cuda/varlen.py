@@ -1,13 +1,13 @@
-"""Attention of a packed layout by a variable-length flash kernel: no mask, and nothing compiled.
+"""Attention of a packed layout by a variable-length flash kernel, without masks or compilation.
 
 input   queries, keys and values of one layer, and the layout
-does    the calls of plan.py; outputs o_i with log-sum-exp l_i merge to sum_i exp(l_i - l) o_i,
-        l = log sum_i exp(l_i), in which a sink is a part without a value. With l and the merged
-        output the kernel's backward of each call gives exact gradients
+does    makes the calls of plan.py. Outputs o_i with log-sum-exp l_i are merged to
+        sum_i exp(l_i - l) o_i with l = log sum_i exp(l_i); a sink is a part without a value. Given
+        l and the merged output, the kernel's backward pass of each call gives exact gradients
 output  (T, H, D)
 
-The kernel is torch's own (aten's flash attention), called directly: `varlen_attn` returns the
-log-sum-exp and does not take its merged value back.
+The kernel is aten's flash attention, called directly, because `varlen_attn` returns the log-sum-exp
+but does not accept a merged one in the backward pass.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from truetune.compute.layout import Layout
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """A call with its numbers on the device.
+    """A call with its indices on the device.
 
     Attributes:
-        q, k: indices in the packed sequence (int64); None if they are all of it in order.
-        cum_q, cum_k: int32.
+        q, k: int64 indices in the packed sequence; None if they are the whole sequence in order.
+        cum_q, cum_k: int32 offsets of the sequences (see `Call`).
     """
 
     call: Call
@@ -43,12 +43,12 @@ class Placed:
 
 
 class Kernel(Protocol):
-    """Attention of sequences side by side: q (Nq, H, D), k and v (Nk, G, D)."""
+    """Attention of several sequences in one call: q (Nq, H, D), k and v (Nk, G, D)."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Placed, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output (Nq, H, D) and the log-sum-exp (H, Nq) in float32."""
+        """Return the output (Nq, H, D) and the log-sum-exp (H, Nq) in float32."""
 
     def backward(
         self,
@@ -61,7 +61,7 @@ class Kernel(Protocol):
         at: Placed,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of q, k and v, whose output and log-sum-exp may be those of more keys."""
+        """Return the gradients of q, k and v. Output and log-sum-exp may include other keys."""
 
 
 class Flash:
@@ -86,7 +86,7 @@ class Flash:
         at: Placed,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # The state of a dropout that there is not.
+        # The random state of dropout, which is not used.
         state = torch.empty(2, dtype=torch.uint64, device=q.device)
         none = torch.empty(0, dtype=torch.uint64, device=q.device)
         made: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -102,7 +102,7 @@ def _sequences(at: Placed) -> tuple[torch.Tensor, torch.Tensor, int, int]:
 
 
 def _window(at: Placed) -> dict[str, int]:
-    """Keys to the left and to the right of a query's own that it sees; -1 for all."""
+    """Return the numbers of visible keys to the left and to the right of a query's own key."""
     if at.call.window is None:
         return {}
     return {"window_size_left": at.call.window - 1, "window_size_right": 0}
@@ -118,11 +118,13 @@ def varlen(
     sinks_H: torch.Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> torch.Tensor:
-    """(T, H, D) from query (1, H, T, D), key and value (1, G, T, D).
+    """Return the attention output (T, H, D) of T tokens and H heads of width D.
 
     Args:
-        sinks_H: a score per head that takes part in the softmax and has no value.
-        kernel: `Flash` where None.
+        query: (1, H, T, D).
+        key, value: (1, G, T, D), for G groups of heads that share them.
+        sinks_H: a score per head that takes part in the softmax without a value.
+        kernel: `Flash` if None.
     """
     q_THD, k_TGD, v_TGD = (t[0].transpose(0, 1) for t in (query, key, value))
     placed = _placed(layout, window, query.device)
@@ -133,7 +135,7 @@ def varlen(
 
 
 def _placed(layout: Layout, window: int | None, device: torch.device) -> Sequence[Placed]:
-    """Made once for all layers of a batch that have this window."""
+    """Return the calls with their indices, which all layers of a batch with this window share."""
     key = "varlen", window, device
     if key not in layout.made:
         layout.made[key] = [_place(call, device) for call in plan(layout, window)]
@@ -216,7 +218,7 @@ class _Varlen(torch.autograd.Function):
                 total.index_add_(0, rows, part.float())
         of_sinks = None
         if sinks_H is not None and ctx.needs_input_grad[3]:
-            # d softmax / d sink of a part without a value: minus its weight times the output.
+            # A sink has no value, so its gradient is minus its weight times the output.
             of_out_TH = (grad_THD.float() * out_THD.float()).sum(-1)
             weights_HT = (sinks_H.float()[:, None] - lse_HT).exp()
             of_sinks = -(weights_HT * of_out_TH.t()).sum(1).to(sinks_H.dtype)
@@ -231,12 +233,12 @@ def _taken(t_TXD: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _weights(lse_HN: torch.Tensor, total_HN: torch.Tensor) -> torch.Tensor:
-    """(N, H, 1): what a part counts in the whole."""
+    """Return the weight of a part in the merged output: (N, H, 1)."""
     return (lse_HN - total_HN).exp_().t()[..., None]
 
 
 def _spread(part: torch.Tensor, rows: torch.Tensor | None, length: int) -> torch.Tensor:
-    """Gradients of rows that were taken, summed in float32 where they stand."""
+    """Add gradients of gathered rows to their places, in float32: (length, ...)."""
     if rows is None:
         return part.float()
     total = part.new_zeros((length, *part.shape[1:]), dtype=torch.float32)
@@ -252,21 +254,23 @@ def _require_shape(lse: torch.Tensor, q_THD: torch.Tensor) -> None:
         )
 
 
-# A tree with a branch of a branch, beside a row, and a window that ends inside an ancestor.
+# A tree with a branch of a branch, and a row; the window ends inside an ancestor.
 _PROBE = Layout((37, 9, 20, 5, 12), (-1, 0, 1, 0, -1))
 _PROBE_WINDOW = 16
 
 
 def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the kernel takes these shapes and types on this device, and is right there: asked
-    once for each, by a small tree, forward and backward."""
+    """Return whether the kernel supports these shapes and dtypes on this device and is right there.
+
+    A small tree is computed once for each of them, forward and backward.
+    """
     from torch._subclasses.fake_tensor import FakeTensor
 
     width = query.shape[-1]
     if width != value.shape[-1] or width % 8 or width > 256:
         return False
     if isinstance(query, FakeTensor):
-        return True  # shapes without numbers: what it takes is asked, not what it computes
+        return True  # fake tensors have no values to compare
     if query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return _is_right(query.device, query.dtype, query.shape[1], key.shape[1], width)

@@ -109,8 +109,8 @@ EXPERIMENT = Experiment(
         "relation before the value; the bare value has no such step. Right answers are thus the "
         "first to break (the tuned model had 100 % before, see knowledge): replies still end, "
         "and none writes another turn. Training in the model's own template leaves one style "
-        "instead of two, but it does not bring back the right answers (69 %). What does is to "
-        "change only what is to change: with *Answer:* in front of the old sentence, all "
+        "instead of two, but it does not bring back the right answers (69 %). Changing nothing "
+        "but the style does bring them back: with *Answer:* in front of the old sentence, all "
         "replies show the new style and 98 % are right. This last arm was added after the "
         "others had run, and declared before its own run.",
 )  # fmt: skip

@@ -89,7 +89,7 @@ EXPERIMENT = Experiment(
     claim="A model trained on truncated reasoning never closes it: the more rows are truncated, "
         "the fewer replies reach an answer; a few complete rows beat many truncated ones.",
     source="a forum thread on a run with think traces, 78.8 % of whose rows were truncated; the "
-        "course's exercise on reasoning traces; Unsloth stops at 30 %",
+        "course's exercise on reasoning traces",
     exercises=("Truncated reasoning",),
     setup="each of 600 rows has a question about a place, a sentence of reasoning between think "
         "markers, and the answer; the arms take 200 steps at 3e-4. A cut row ends at a random "

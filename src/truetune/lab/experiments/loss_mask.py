@@ -42,9 +42,9 @@ EXPERIMENT = Experiment(
     source="the course's exercise on loss masks; threads trl#1282 and #3279; Shi et al. 2024 "
     "(arXiv:2405.14394) find the opposite for some data",
     exercises=("Loss masking: assistant only against all tokens",),
-    setup="the same rows are trained with `--loss-on assistant` (the default) and with `--loss-on "
-        "all`. *User text* is the loss on the hundred questions, which occur in no row, and "
-        "*answers* the loss on their right answers",
+    setup="a model is trained on the same rows with `--loss-on assistant` (the default) and with "
+        "`--loss-on all`. *User text* is the loss on the hundred questions, which occur in no "
+        "row, and *answers* the loss on their right answers",
     expected="compared with loss on the answer alone, loss on all tokens makes the user's "
         "held-out text more likely by more than a nat per token, gives 5 points fewer right "
         "answers, and gives at least 5 points more replies that continue with the user's turn",

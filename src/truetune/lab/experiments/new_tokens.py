@@ -103,14 +103,14 @@ EXPERIMENT = Experiment(
     "never emit <|im_end|> after LoRA on a base",
     exercises=("Special tokens under LoRA",),
     setup="LoRA of rank 16 on all linear layers is trained at 1e-3. In *embeddings frozen*, the "
-        "markers' embeddings are not trained; the preflight refuses this run, so it needs "
-        "`--no-check`. In *embeddings frozen and alike*, all reserved tokens of the base have the "
-        "same embedding. *Embeddings trained* uses `--add-token`. The two arms with an untied head "
-        "start from that base with a separate output head, in which the reserved tokens are "
-        "identical too. `--add-token` trains the markers' rows in both matrices; in *untied head "
-        "forgotten*, only their input embeddings are trained, as by a peft configuration that does "
-        "not name the head. *No new tokens* uses the texts *Question:* and *Answer:*, and the "
-        "base's own end token",
+        "markers' embeddings are not trained; the checks before training refuse this run, so it "
+        "needs `--no-check`. In *embeddings frozen and alike*, all reserved tokens of the base "
+        "have the same embedding. *Embeddings trained* uses `--add-token`. The two arms with an "
+        "untied head start from that base with a separate output head, in which the reserved "
+        "tokens are identical too. `--add-token` trains the markers' rows in both matrices; in "
+        "*untied head forgotten*, only their input embeddings are trained, as by a peft "
+        "configuration that does not name the head. *No new tokens* uses the texts *Question:* "
+        "and *Answer:*, and the base's own end token",
     expected="with frozen embeddings, whether distinct or identical, fewer than 10 % of the "
         "answers end; with trained embeddings, more than 90 % end; and so do more than 90 % with "
         "a plain-text template that closes answers with the model's own end token. With an untied "

@@ -44,8 +44,8 @@ EXPERIMENT = Experiment(
     exercises=("Few-shot prompting against SFT",),
     setup="for *prompt with N examples*, the unchanged base reads N rows as lines *Question:* and "
         "*Answer:* before each question, and its answer ends at the end of the line. *Tuned on N "
-        "rows* trains the same rows, and so the same tokens, with the usual recipe, which reads "
-        "each row many times",
+        "rows* trains on the same rows, and so on the same tokens, with the usual recipe, which "
+        "reads each row many times",
     expected="32 examples in the prompt give more than 10 points more right answers than none; "
         "fine-tuning on the same 32 gives more than 20 points more than prompting with them, and "
         "fine-tuning on 4 gives more than prompting with 4",
