@@ -12,7 +12,12 @@ from tiny_families import family
 from truetune import SFTExample, SFTTrainer
 from truetune.compute import gathered, private
 
-PROBES = (private.has_flash, private._softmax_backward, private._has_fused_adamw)
+PROBES = (
+    private.has_flash,
+    private._softmax_backward,
+    private._has_fused_adamw,
+    private._has_wide_products,
+)
 ROWS = [SFTExample(list(range(1, n + 1)), [0] + [1] * (n - 1)) for n in (5, 12, 30, 3)]
 
 
@@ -91,3 +96,29 @@ def test_memory_that_runs_out_says_nothing_about_them(monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="can't allocate"):
         private.has_flash()
     assert private.has_flash()
+
+
+@pytest.mark.parametrize(
+    ("rounded", "is_wide"), [(None, False), (torch.bfloat16, False), (torch.float32, True)]
+)
+def test_products_are_added_up_in_float32_where_the_device_can(
+    rounded: torch.dtype | None, is_wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU cannot; a device may, and one that rounds each product is found out."""
+
+    def addmm(total: Any, a: Any, b: Any, *, out_dtype: Any, out: Any) -> Any:
+        assert (out_dtype, out is total) == (torch.float32, True)
+        return out.add_((a.float() @ b.float()).to(rounded))
+
+    if rounded:
+        monkeypatch.setattr(torch, "addmm", addmm)
+    a, b, before = torch.randn(5, 40).bfloat16(), torch.randn(40, 6).bfloat16(), torch.randn(5, 6)
+    exact = before + a.float() @ b.float()
+    made = before.clone()
+    private.add_product_(made, a, b)
+    assert private._has_wide_products("cpu", torch.bfloat16) == is_wide
+    assert ((made - exact).norm() <= 1e-6 * exact.norm()) == is_wide
+    assert (made - exact).norm() <= 1e-2 * exact.norm()
+    same = before.clone()
+    private.add_product_(same, a.float(), b.float())
+    assert torch.allclose(same, exact, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,11 @@ def test_an_array_or_pretty_object_named_jsonl_is_recognised(tmp_path):
 def test_broken_json_has_the_fix_of_its_cause(tmp_path):
     error = refused(write(tmp_path / "a.jsonl", '{"text": "a"}\r{"text": "b"}'), "broken-json")
     assert "tr '\\r' '\\n'" in error.fix
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": b}\n'))
+    command = refused(packed, "broken-json").fix.removeprefix("correct the line: ")
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert shown.stdout == '{"text": b}\n'
     error = refused(write(tmp_path / "a.jsonl", "<!DOCTYPE html><html></html>"), "broken-json")
     assert "web page" in error.why
     assert "download" in error.fix

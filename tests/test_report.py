@@ -217,6 +217,12 @@ def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
     failed = write_run(tmp_path / "failed", contents)
     assert words(failed)["Saved as trained"] == "no"
     assert "rows: 2 differ" in Seen(shown(failed)).text
+    contents["data.json"] = {"schema": "text", "train": {"examples": 1}}
+    (answer, *_) = verdict(RunFacts.read(RunDir(write_run(tmp_path / "text", contents))))
+    assert (answer.word, answer.why) == (
+        "not measured",
+        "1 piece of plain text: no prompt is served, and none was used in training.",
+    )
 
 
 def test_an_adapter_whose_stop_no_server_reads_is_a_doubt(tmp_path: Path) -> None:

@@ -442,7 +442,7 @@ def test_a_token_without_a_lead_may_change_when_weights_are_rounded() -> None:
 def test_training_that_saving_undid_is_named() -> None:
     check = judge_rounding(found(loss=2.12, mean_difference=0.0), "bfloat16")
     assert check.state == "failed"
-    assert "less than bfloat16 can hold" in check.numbers["why"]
+    assert "less than bfloat16 can represent" in check.numbers["why"]
     assert "higher learning rate" in check.fix
     assert judge_rounding(found(loss=2.05, mean_difference=0.0), "bfloat16").state == "passed"
 

@@ -272,6 +272,18 @@ def test_the_footprint_is_what_a_step_takes(lora: bool, recomputed: bool, note: 
     assert 0.85 * taken <= estimate / 1.1 <= 1.15 * taken
 
 
+def test_products_are_added_up_in_float32(note: Any) -> None:
+    """The gradient of a trained head, over its chunks."""
+    from truetune.compute import private
+
+    note(f"one product: {private._has_wide_products('cuda', torch.bfloat16)}")
+    a, b = (torch.randn(s, device="cuda").bfloat16() for s in ((300, 4096), (4096, 200)))
+    made, exact = torch.zeros(300, 200, device="cuda"), a.double() @ b.double()
+    private.add_product_(made, a, b)
+    limit = 1e-5 if private._has_wide_products("cuda", torch.bfloat16) else 1e-2
+    assert (made - exact).norm() <= limit * exact.norm()
+
+
 def test_a_step_waits_for_the_device_once(note: Any) -> None:
     """torch warns at each wait."""
     import warnings

@@ -100,7 +100,7 @@ def stop_findings(subject: Subject, facts: LabelFacts) -> Iterator[Finding]:
     yield Finding(
         code="stop-not-served",
         level="warning",
-        what=f"answers are trained to end with {ends}, but the model's generation config stops "
+        what=f"the model is trained to end answers with {ends}, but its generation config stops "
         f"only on {known}",
         where="model.generation_config.eos_token_id",
         count=len(facts.table),

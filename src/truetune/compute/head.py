@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from truetune.compute.loss import cross_entropy_sum
+from truetune.compute.private import add_product_
 
 # Logits that exist at one time: enough rows for a matrix product to run at full speed (measured:
 # 128 rows of 152 k columns run at half of it), but no more memory than a layer of a model needs.
@@ -243,10 +244,8 @@ class _Fused(torch.autograd.Function):
                     dh[part].addmm_(z_NM, r)
             if wants_w and dw is None:
                 dw = torch.mm(z.t(), h).float()
-            elif dw is not None and compute == torch.float32:
-                dw.addmm_(z.t(), h)
             elif dw is not None:
-                dw += z.t() @ h
+                add_product_(dw, z.t(), h)
         if wants_w and dw is None:
             dw = torch.zeros_like(weight_VD, dtype=torch.float32)
         ctx.save_for_backward(dh, dw, db, dr)

@@ -1,5 +1,6 @@
-"""torch's private functions that the CPU path is built on, each asked once whether it is there and
-computes what it is used for; and what is done without it, by public functions, slower and equal.
+"""torch's private functions that the CPU path is built on, and one that only some devices have.
+Each is asked once whether it is there and computes what it is used for; and what is done without
+it, by public functions, slower and equal.
 
 A release of torch may rename or change them without notice; `missing` says which are gone.
 """
@@ -79,6 +80,36 @@ def _softmax_backward() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 def softmax_backward(grad: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Gradient of the scores, from that of their softmax `p` over the last dimension."""
     return _softmax_backward()(grad, p)
+
+
+def add_product_(total_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
+    """total += a @ b, in place, total in float32; by one product that is never rounded to the type
+    of a and b, where the device has it."""
+    if a_MK.dtype == total_MN.dtype:
+        total_MN.addmm_(a_MK, b_KN)
+    elif _has_wide_products(a_MK.device.type, a_MK.dtype):
+        _wide(total_MN, a_MK, b_KN)
+    else:
+        total_MN += a_MK @ b_KN
+
+
+def _wide(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+
+
+@functools.cache
+def _has_wide_products(device: str, dtype: torch.dtype) -> bool:
+    """Not every device has them, nor every release of torch."""
+
+    def right() -> bool:
+        # Sums that the type of the factors does not hold.
+        a, b = (torch.full(shape, 1 + 2**-7, device=device) for shape in ((8, 16), (16, 8)))
+        total = torch.full((8, 8), 1e-3, device=device)
+        wanted = total + a @ b
+        _wide(total, a.to(dtype), b.to(dtype))
+        return torch.allclose(total, wanted, rtol=1e-5)
+
+    return _holds(right)
 
 
 def without_modes() -> AbstractContextManager[Any]:

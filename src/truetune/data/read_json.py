@@ -331,8 +331,15 @@ def _fix(text: str, path: Path, first_line: int, line: int) -> str:
         renamed = path.with_name(re.sub(r"\.(jsonl|ndjson)", ".json", path.name, flags=re.I))
         return f"rename it: mv {plain} {shlex.quote(str(renamed))}"
     if _ends_lines_as_old_macs(text):
-        return f"convert it: tr '\\r' '\\n' < {plain} > lines.jsonl"
-    return f"correct the line: sed -n {line}p {plain}"
+        command = "tr '\\r' '\\n'"
+        return f"convert it: {_reading(path, command)} > lines.jsonl"
+    return f"correct the line: {_reading(path, f'sed -n {line}p')}"
+
+
+def _reading(path: Path, command: str) -> str:
+    """The command on a file, which may be compressed."""
+    unpack, name = PACKED.get(path.suffix.lower()), shlex.quote(str(path))
+    return f"{unpack} -c {name} | {command}" if unpack else f"{command} < {name}"
 
 
 def _is_page(text: str) -> bool:

@@ -145,7 +145,11 @@ def load_model(
     """
     files = locate(source, revision, weights=True)
     base_files = locate_base(files, weights=True, instead=base) if files.is_adapter else files
-    require_opener(causal_config(base_files), str(base_files.folder / "config.json"))
+    config, config_json = causal_config(base_files), str(base_files.folder / "config.json")
+    if load_in in ("4bit", "8bit"):
+        # This comes first: the package that opens such files would not help.
+        refuse_twice(config, config_json)
+    require_opener(config, config_json)
     # Answers may be asked of what is broken, to see how; it is not trained further.
     whole = require_whole(
         files,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truetune.findings import percent, phrase
+from truetune.findings import counted, percent, phrase
 from truetune.reporting.facts import RunFacts
 
 Word = Literal["yes", "no", "doubtful", "not measured", "not yet"]
@@ -48,13 +48,13 @@ def _served(run: RunFacts) -> Answer:
     )
     examples, supervised = int(train.get("examples", 0)), int(train.get("supervised_tokens", 0))
     proved = (
-        f"{examples:,} examples with {supervised:,} supervised tokens were compared with the "
-        "prompt that a server sends and with their rows; answers end on "
-        f"{stops or 'no stop token'}."
+        f"{counted(examples, 'example')} with {counted(supervised, 'supervised token')} "
+        f"{'was' if examples == 1 else 'were'} compared with the prompts that a server sends and "
+        f"with the rows; answers end on {stops or 'no stop token'}."
     )
     if run.data.get("schema") == "text":
-        why = f"{examples:,} pieces of plain text: no prompt is served, and none was used in "
-        "training."
+        pieces = counted(examples, "piece")
+        why = f"{pieces} of plain text: no prompt is served, and none was used in training."
         return Answer(question, "not measured", why)
     unread = [f for f in run.findings if f.get("code") == "adapter-stop-unread"]
     if unread:

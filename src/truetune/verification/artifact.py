@@ -224,7 +224,10 @@ def _opened(found: dict[str, Any]) -> Check:
             "it gives NaN or infinite probabilities",
             fix="export an earlier checkpoint",
         )
-    return Check("opens", "passed", f"a fresh process opens it ({found['parameters']:,} weights)")
+    what = f"a fresh process opens it ({found['parameters']:,} weights)"
+    if found.get("base"):
+        what += f" on {found['base']}, which is compared by hashes of samples of each tensor"
+    return Check("opens", "passed", what)
 
 
 def _contract(run: RunDir, found: dict[str, Any], record: Record | None) -> Check:

@@ -120,6 +120,7 @@ def _facts(
             for row in encoded
         ],
         "parameters": trainable_share(loaded.model)[1],
+        "base": loaded.base if loaded.is_adapter and loaded.fingerprint else None,
     }
 
 

@@ -117,8 +117,8 @@ def reasoning_as_served(facts: LabelFacts) -> Iterator[Finding]:
             lost,
             code="reasoning-lost",
             level="warning",
-            what=f"earlier answers of {share(len(lost), len(table))} are trained without "
-            "reasoning, but the last one with it",
+            what=f"in {share(len(lost), len(table))}, the model is trained on earlier answers "
+            "without their reasoning, but on the last one with it",
             why="when a conversation is rendered as a whole, the template deletes the reasoning "
             "of all turns but the last: that reasoning is not learned, and the model learns "
             "to answer first turns without thinking",

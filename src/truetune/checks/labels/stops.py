@@ -138,7 +138,8 @@ def stops_served(facts: LabelFacts) -> Iterator[Finding]:
         rows,
         code="stop-not-served",
         level="error",
-        what=f"answers are trained to end with {trained}, but the server stops on {served}",
+        what=f"the model is trained to end answers with {trained}, but the server stops on "
+        f"{served}",
         why="the model will write its end token, and generation will continue after it",
         fix=f"set eos_token_id: {ids} in generation_config.json, or end the rows with a token on "
         "which the server stops",
