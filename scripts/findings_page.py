@@ -83,11 +83,11 @@ def findings_page() -> str:
         "",
         "This page is made from the sources by `make docs`. A *finding* has a level: error,",
         "warning or note (no level is shown here if it depends on the number of rows). It is",
-        "reported with its location, a count, a likely cause and a fix. An *error* ends the",
-        "command with the exit code of its class (`errors.py`). A *row error* refuses one row and",
-        "is counted. Codes are stable. Values that are filled in when a finding is reported appear",
-        "in \u2039quotes\u203a. A slash separates alternatives, and text in brackets is not always",
-        "shown.",
+        "reported with its location, a count, a reason (why) and a fix. A *command error* ends",
+        "the command with the exit code of its class (`errors.py`). A *row error* refuses one row",
+        "and is counted. Codes are stable. Values that are filled in when a finding is reported",
+        "appear in \u2039quotes\u203a. A slash separates alternatives, and text in brackets is not",
+        "always shown.",
     ]
     for code, places in sorted(by_code.items()):
         kinds = ", ".join(dict.fromkeys(_kind(site) for site in places))
@@ -95,17 +95,28 @@ def findings_page() -> str:
         lines += ["", f"## `{code}`", "", f"{kinds}; {modules}", ""]
         for what, why, fix in dict.fromkeys((s.what, s.why, s.fix) for s in places):
             lines.append(f"* {_escaped(what)}")
-            lines += [f"    * likely cause: {_escaped(why)}"] * bool(why)
+            lines += [f"    * why: {_escaped(why)}"] * bool(why)
             lines += [f"    * fix: {_escaped(fix)}"] * bool(fix)
     return "\n".join(lines) + "\n"
 
 
 def _kind(site: Site) -> str:
+    if site.kind == "error":
+        return "command error"
     return f"finding ({site.level})" if site.level else site.kind
 
 
 def _escaped(text: str) -> str:
-    return text.replace("<", "&lt;").replace("|", "\\|").replace("\n", " ").strip()
+    # What Markdown would take for its own: entities, tables, escapes and emphasis.
+    for mark, shown in {
+        "\\": "\\\\",
+        "&": "&amp;",
+        "<": "&lt;",
+        "|": "\\|",
+        "__": "\\_\\_",
+    }.items():
+        text = text.replace(mark, shown)
+    return text.replace("\n", " ").strip()
 
 
 # ------------------------------------------------------------------ reading a call

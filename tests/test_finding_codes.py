@@ -162,7 +162,7 @@ def test_the_page_has_a_section_a_code_with_its_sentences() -> None:
     section = page.partition("## `labels-misaligned`")[2].partition("\n## ")[0]
     assert "finding (error); `checks/labels/targets.py`" in section
     assert "* labels are \u2039name\u203a instead of the token at their position / " in section
-    assert "    * likely cause: the labels were shifted, and the model shifts them again" in section
+    assert "    * why: the labels were shifted, and the model shifts them again" in section
     assert "    * fix: use labels = input_ids, with -100 where nothing is to be learned" in section
     # What a helper of the module says is written out.
     section = page.partition("## `stop-not-supervised`")[2].partition("\n## ")[0]

@@ -169,5 +169,5 @@ def test_sharded_weights_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(UsageError, match="on_collapse cannot be 'rewind'"):
         truetune.HealthCallback(on_collapse="rewind")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="every is 0"):
+    with pytest.raises(UsageError, match="`every` is 0"):
         truetune.HealthCallback(every=0)

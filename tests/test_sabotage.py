@@ -77,7 +77,7 @@ def test_the_page_counts_what_was_missed() -> None:
     missed = dataclasses.replace(verdict, detected=False, cause=False, fix=False, peers="silent")
     text = page([(HOUSE, [verdict, missed], {NEGATIVES[0]: ("x-y",)})])
     assert "truetune finds 1 of 2, names the cause of 1, and raises 0 false alarms" in text
-    assert "1 on 1 hard negatives" in text
+    assert "1 on 1 healthy scripts that resemble a broken one" in text
     assert "**no**" in text
 
 

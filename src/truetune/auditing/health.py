@@ -87,7 +87,9 @@ class HealthCallback(TrainerCallback):
                 code="health-setting",
             )
         if every is not None and every < 1:
-            raise UsageError(f"every is {every}, but it must be at least 1", code="health-setting")
+            raise UsageError(
+                f"`every` is {every}, but it must be at least 1", code="health-setting"
+            )
         self.data, self.every, self.on_collapse, self.seed = data, every, on_collapse, seed
         self.keep_text = keep_text
         self.findings: list[Finding] = []

@@ -65,8 +65,8 @@ def pretrain(
 
 @lab.command("list", cls=Verb, short_help="Show the experiments and their claims.")
 def list_experiments() -> None:
-    """Show each experiment: its name, the claim about fine-tuning that it tests, who makes it, the
-    course exercises that it covers, and the CPU time that it takes in quick form and in full."""
+    """Show each experiment: its name, the claim about fine-tuning that it tests, who makes this
+    claim, the course exercises that it covers, and its CPU time in quick form and in full."""
     from truetune.lab.catalogue import every
     from truetune.lab.words import words
 

@@ -468,8 +468,8 @@ def quickstart(
 ) -> None:
     """Fine-tune the embedded base in a minute, and show what changed.
 
-    A 5-million-parameter model that knows a small invented world but cannot answer questions
-    learns to answer and to stop from hand-written examples.
+    A 5-million-parameter model knows a small invented world but cannot answer questions. From
+    hand-written examples, it learns to answer and to stop.
     """
     from truetune.lab.quickstart import quickstart as start
 

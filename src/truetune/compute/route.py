@@ -135,7 +135,7 @@ class Route:
                     f"liger-kernel computes {', '.join(self.fused.taken) or 'no layer'}"
                     + (f"; left out: {left}" if left else ""),
                     why="each layer was called on random numbers: outputs and gradients by the "
-                    "kernel are those of the model's own code, to rounding",
+                    "kernel equal those of the model's own code up to rounding",
                     fix="nothing to do; without liger-kernel installed, the model's own code "
                     "computes all layers",
                 )

@@ -90,8 +90,8 @@ REMARKS = {
     "seam": Finding(
         code="answer-seam",
         level="note",
-        what="the prompt and the answer would have merged into one token; they are tokenized "
-        "separately",
+        what="the end of the prompt and the beginning of the answer would have merged into one "
+        "token; they are tokenized separately",
         why="a server sends the prompt alone, so the answer starts with a token of its own",
     ),
 }

@@ -285,8 +285,9 @@ class Recipe:
     optim: Literal["adamw", "adamw_bf16", "adamw_8bit", "paged_adamw_8bit", "sgd"] = _option(
         "adamw",
         TRAIN,
-        "Optimizer. adamw_bf16 keeps weights in bfloat16 and stores their rounding errors; "
-        "the 8-bit optimizers need bitsandbytes.",
+        "Optimizer. adamw_bf16 keeps weights in bfloat16 and stores their rounding errors; it is "
+        "the default if all weights of a bfloat16 model are trained on CUDA. The 8-bit optimizers "
+        "need bitsandbytes.",
     )
     gradient_checkpointing: bool = _option(
         False,
@@ -315,11 +316,11 @@ class Recipe:
         WATCH,
         "Steps between evaluations. If unset, vital signs are measured as often as 3 % of the "
         "training time allows; if set, at every evaluation, up to ten.",
-        shown="10 per run",
+        shown="10 evaluations per run",
         minimum=1,
     )
     save_steps: int | None = _option(
-        None, WATCH, "Steps between checkpoints.", shown="4 per run", minimum=1
+        None, WATCH, "Steps between checkpoints.", shown="4 checkpoints per run", minimum=1
     )
     save_total_limit: int = _option(2, WATCH, "Checkpoints to keep.", minimum=1)
     logging_steps: int = _option(1, WATCH, "Steps between lines of metrics.jsonl.", minimum=1)

@@ -147,7 +147,7 @@ def adapter_learned(found: Checkpoint) -> Iterator[Finding]:
             + (
                 f"{len(facts.empty):,} of its tensors are empty"
                 if facts.empty
-                else "every second matrix of its LoRA pairs is zero"
+                else "the second matrix of each of its LoRA pairs is zero"
                 if facts.pairs
                 else "its file contains no tensors"
             ),
