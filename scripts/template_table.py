@@ -53,6 +53,13 @@ refused:
 | no stop | `no-stop` | does not end the turn |
 | differs | `prompt-differs` | renders prompts inside a conversation differently than for serving |
 
+*train: false* is a conversation whose first answer is not trained on; *last only* trains on the
+last answer alone; in *call, answer*, the call's result and an answer follow the call. The last
+column names the field that carries the reasoning, or how it is passed without one: *markers in
+content* puts think markers inside the content, *opened* continues in the think block that the
+prompt opens, and *filled* fills the block that the template leaves empty. A *thinking part* is one
+part of the content, with the type *thinking*.
+
 Some refusals can be avoided with an option. `--reasoning inline` writes dropped reasoning between
 markers, and `--reasoning drop` removes it from the rows. `--reasoning empty` trains on rows without
 reasoning if the template opens or invents a think block."""
