@@ -19,7 +19,10 @@ from typing import Any
 from workloads import ROOT, make_model
 
 BEGIN, END = "<!-- made by bench/memory.py -->", "<!-- end of memory -->"
-HEAD = "| case | estimate MB | measured MB | ratio |\n|---|---|---|---|\n"
+HEAD = (
+    "(`0.5b-6l` and `0.5b-2l` are the 0.5B architecture with six and with two layers.)\n\n"
+    "| case | estimate MB | measured MB | ratio |\n|---|---|---|---|\n"
+)
 
 
 @dataclass(frozen=True)

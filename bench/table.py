@@ -119,7 +119,10 @@ def caption(runs: Sequence[Run]) -> str:
     done = [r for r in runs if "failed" not in r]
     if not done:
         return "Nothing was measured."
-    rounds = sorted({r["round"] for r in done})
+    single = ' (one for jobs whose spread is "one run")' * any(
+        len({r["round"] for r in done if r["job"] == job}) == 1 for job in {r["job"] for r in done}
+    )
+    rounds = f"{len({r['round'] for r in done})}{single}"
     products = "; ".join(
         f"{dtype} on {threads} thread{'s' * (threads > 1)} {statistics.median(found):,.0f}"
         f" (spread {spread(found)})"
@@ -130,7 +133,7 @@ def caption(runs: Sequence[Run]) -> str:
     )
     clock = {"wall": "wall-clock times", "cpu": "processor times"}
     return (
-        f"Rounds: {len(rounds)}. Measured steps: {steps}. Times are "
+        f"Rounds: {rounds}. Measured steps: {steps}. Times are "
         f"{' and '.join(clock[c] for c in sorted({r['settings']['clock'] for r in done}))}. "
         f"Machine: {', '.join(sorted({r['machine'] for r in done}))}. One large matrix product, "
         f"GFLOP/s, median: {products}."

@@ -195,10 +195,11 @@ def main() -> None:
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
     times = "wall-clock" if given.clock == "wall" else "processor"
+    model = given.model.upper().replace("-6L", " architecture with six layers")
     lines += [
         "",
-        f"{given.model}, LoRA, bfloat16, {torch.get_num_threads()} threads; {times} times, "
-        f"median of {given.rounds} alternating rounds.",
+        f"The {model}, LoRA, bfloat16, {torch.get_num_threads()} threads; {times} times, median of "
+        f"{given.rounds} alternating rounds.",
     ]
     sys.stdout.write("\n".join(lines[-2:]) + "\n")
     if given.write:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -82,7 +83,7 @@ def findings_page() -> str:
         "# Findings and errors by code",
         "",
         "This page is made from the sources by `make docs`. A *finding* has a level: error,",
-        "warning or note (no level is shown here if it depends on the number of rows). It is",
+        "warning or note (no level is shown here if it depends on the rows). It is",
         "reported with its location, a count, a reason (why) and a fix. A *command error* ends",
         "the command with the exit code of its class (`errors.py`). A *row error* refuses one row",
         "and is counted. Codes are stable. Values that are filled in when a finding is reported",
@@ -90,20 +91,29 @@ def findings_page() -> str:
         "always shown.",
     ]
     for code, places in sorted(by_code.items()):
-        kinds = ", ".join(dict.fromkeys(_kind(site) for site in places))
+        kinds = ", ".join(_kinds(places))
         modules = ", ".join(f"`{name}`" for name in dict.fromkeys(s.module for s in places))
         lines += ["", f"## `{code}`", "", f"{kinds}; {modules}", ""]
-        for what, why, fix in dict.fromkeys((s.what, s.why, s.fix) for s in places):
+        texts = dict.fromkeys((s.what, s.why, s.fix) for s in places)
+        for what, why, fix in texts:
+            if len(texts) > 1 and not re.sub("\u2039[^\u203a]*\u203a|\\W", "", what + why + fix):
+                # It passes on what the others say.
+                continue
             lines.append(f"* {_escaped(what)}")
             lines += [f"    * why: {_escaped(why)}"] * bool(why)
             lines += [f"    * fix: {_escaped(fix)}"] * bool(fix)
     return "\n".join(lines) + "\n"
 
 
-def _kind(site: Site) -> str:
-    if site.kind == "error":
-        return "command error"
-    return f"finding ({site.level})" if site.level else site.kind
+def _kinds(places: list[Site]) -> Iterator[str]:
+    """Each kind once, a finding with its levels."""
+    levels = dict.fromkeys(s.level for s in places if s.kind == "finding")
+    shown = " or ".join(level or "depending on the rows" for level in levels)
+    for kind in dict.fromkeys(site.kind for site in places):
+        if kind == "error":
+            yield "command error"
+        else:
+            yield f"finding ({shown})" if kind == "finding" and any(levels) else kind
 
 
 def _escaped(text: str) -> str:
@@ -129,6 +139,19 @@ class _Module:
         self.tree = tree
         self.functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
         self.constants = _constants(tree)
+        # Tables of texts: name -> the values of each row, or key -> text.
+        self.rows: dict[str, list[list[ast.expr]]] = {}
+        self.texts: dict[str, dict[object, ast.expr]] = {}
+        for node in tree.body:
+            match node:
+                case ast.Assign(
+                    targets=[ast.Name(id=name)], value=ast.Dict(keys=keys, values=values)
+                ):
+                    if all(isinstance(v, ast.Tuple) for v in values):
+                        self.rows[name] = [v.elts for v in values if isinstance(v, ast.Tuple)]
+                    elif all(map(_is_text, values)):
+                        named = [_constant(k) for k in keys if k]
+                        self.texts[name] = dict(zip(named, values, strict=True))
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("truetune."):
                 path = SOURCE.parent / f"{node.module.replace('.', '/')}.py"
@@ -175,7 +198,21 @@ def _sites_of(
     called = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
     values = {word.arg: word.value for word in call.keywords if word.arg}
     finding = called in _FINDINGS
-    if called == "Finding":
+    if called == "Check":
+        # A check of the verification that failed is reported as a finding.
+        match call.args:
+            case [check, state, text, *_] if "failed" in map(_constant, ast.walk(state)):
+                finding = True
+                parts = [ast.FormattedValue(check, -1), ast.Constant(": "), text]
+                values = {
+                    "code": ast.Constant("verify-failed"),
+                    "level": ast.Constant("error"),
+                    "what": ast.JoinedStr(parts),
+                    "fix": values.get("fix", ast.Constant("")),
+                }
+            case _:
+                return
+    elif called == "Finding":
         for field, value in zip(_FINDING_FIELDS, call.args, strict=False):
             values.setdefault(field, value)
     elif called == "BadRow":
@@ -184,21 +221,67 @@ def _sites_of(
     elif not finding and call.args:
         values.setdefault("what", call.args[0])
     level = values.get("level")
-    said = _Said(module, function)
-    what = said.of(values.get("what"))
-    for code in _codes(values.get("code"), called):
-        if "code" not in values and re.fullmatch("(\u2039[^\u203a]*\u203a)?", what):
-            # It passes on what another error says.
-            continue
-        yield Site(
-            code=code,
-            kind="finding" if finding else "row error" if called == "BadRow" else "error",
-            level=str(level.value) if finding and isinstance(level, ast.Constant) else "",
-            what=what,
-            why=said.of(values.get("why")),
-            fix=said.of(values.get("fix")),
-            module=name,
-        )
+    texts = [values.get(field) for field in ("what", "why", "fix")]
+    for bound in _bindings(texts, module, function):
+        said = _Said(module, function, bound)
+        what, why, fix = map(said.of, texts)
+        for code in _codes(values.get("code"), called):
+            if "code" not in values and re.fullmatch("(\u2039[^\u203a]*\u203a)?", what):
+                # It passes on what another error says.
+                continue
+            yield Site(
+                code=code,
+                kind="finding" if finding else "row error" if called == "BadRow" else "error",
+                level=str(level.value) if finding and isinstance(level, ast.Constant) else "",
+                what=what,
+                why=why,
+                fix=fix,
+                module=name,
+            )
+
+
+def _bindings(
+    texts: list[ast.expr | None], module: _Module, function: ast.FunctionDef | None
+) -> list[dict[str, tuple[_Said, ast.expr]]]:
+    """name -> its value, once for each set of values that a function may be given.
+
+    These are the parameters of a function that says what its callers pass, and names that a row
+    of a table is unpacked into.
+    """
+    used = {n.id for text in texts if text for n in ast.walk(text) if isinstance(n, ast.Name)}
+    if function is None:
+        return [{}]
+    for node in ast.walk(function):
+        match node:
+            case ast.Assign(
+                targets=[ast.Tuple(elts=names)],
+                value=ast.Subscript(value=ast.Name(id=table)),
+            ) if table in module.rows:
+                unpacked = [n.id for n in names if isinstance(n, ast.Name)]
+                if used & set(unpacked):
+                    said = _Said(module, None)
+                    return [
+                        {n: (said, value) for n, value in zip(unpacked, row, strict=True)}
+                        for row in module.rows[table]
+                    ]
+    parameters = [p.arg for p in function.args.args if p.arg != "self"]
+    if not used & set(parameters):
+        return [{}]
+    found = []
+    for caller, call in module.calls():
+        match call.func:
+            case ast.Name(id=called) | ast.Attribute(value=ast.Name(id="self"), attr=called):
+                pass
+            case _:
+                continue
+        if called == function.name and caller is not function and not hasattr(builtins, called):
+            given = dict(zip(parameters, call.args, strict=False))
+            given |= {word.arg: word.value for word in call.keywords if word.arg}
+            said = _Said(module, caller)
+            found.append({n: (said, value) for n, value in given.items() if n in used})
+    if not any(_is_text(value) for bound in found for _, value in bound.values()):
+        return [{}]
+    return found
 
 
 def _codes(node: ast.expr | None, called: str) -> list[str]:
@@ -246,10 +329,18 @@ def _unbraced(text: str) -> str:
 class _Said:
     """An expression of text as a person would read it."""
 
-    def __init__(self, module: _Module, function: ast.FunctionDef | None) -> None:
+    def __init__(
+        self,
+        module: _Module,
+        function: ast.FunctionDef | None,
+        bound: dict[str, tuple[_Said, ast.expr]] | None = None,
+    ) -> None:
         self.module = module
         self.function = function
+        self.bound = bound or {}
         self._open: set[str] = set()
+        # gap -> the expression that fills it
+        self._shown: dict[str, str] = {}
 
     def of(self, node: ast.expr | None) -> str:
         """The text; several, joined by " / ", where it depends."""
@@ -276,9 +367,38 @@ class _Said:
                 return self._returned(name)
             case ast.Call(func=ast.Name(id=name)) if name in _CALLS:
                 return _CALLS[name]
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id=table), attr="get"), args=[_, *other]
+            ) if table in self.module.texts:
+                return _either(*map(self.of, [*self.module.texts[table].values(), *other]))
+            case ast.Subscript(value=ast.Name(id=table), slice=ast.Constant(value=key)) if (
+                key in self.module.texts.get(table, {})
+            ):
+                return self.of(self.module.texts[table][key])
+            case ast.Call(func=ast.Attribute(value=inner, attr="format")):
+                return _unbraced(self.of(inner))
             case ast.Constant():
                 return ""
-        return _quoted(node)
+        return self._told_apart(node)
+
+    def _told_apart(self, node: ast.expr) -> str:
+        """`_quoted`, with another name for each other value of the same texts."""
+        name = _quoted(node)
+        if not re.fullmatch("\u2039[^\u203a]*\u203a", name):
+            return name
+        longer = name
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner)) if owner != "self":
+                longer = _gap(f"{owner} {name[1:-1]}")
+            case ast.Subscript(slice=ast.UnaryOp(op=ast.USub())):
+                longer = _gap(f"last {name[1:-1]}")
+            case ast.Subscript(slice=ast.Constant(value=0)):
+                longer = _gap(f"first {name[1:-1]}")
+        numbered = (_gap(f"{name[1:-1]} {number}") for number in itertools.count(2))
+        for shown in itertools.chain((name, longer), numbered):
+            if self._shown.setdefault(shown, ast.dump(node)) == ast.dump(node):
+                return shown
+        raise AssertionError
 
     def _filled(self, node: ast.expr) -> str:
         match node:
@@ -290,13 +410,13 @@ class _Said:
                 return _either(self.of(body), self.of(other))
             case ast.Constant(value=value):
                 return str(value)
-            case ast.Name(id=name) if name in self.module.constants:
+            case ast.Name(id=name) if name in self.module.constants or name in self.bound:
                 return self.of(node)
             case ast.Call(func=ast.Name(id=name)) | ast.Attribute(attr=name) if (
                 name in self.module.functions and self._says(name)
             ):
                 return self._returned(name)
-        return _quoted(node)
+        return self._told_apart(node)
 
     def _says(self, name: str) -> bool:
         """Whether a function or property returns nothing but texts."""
@@ -306,6 +426,9 @@ class _Said:
 
     def _named(self, name: str) -> str:
         """What a local variable or a constant was set to, where that is text."""
+        if name in self.bound:
+            said, value = self.bound[name]
+            return said.of(value)
         if name in self.module.constants:
             return self.of(self.module.constants[name])
         if self.function is None or name in self._open:
@@ -325,7 +448,7 @@ class _Said:
             return _gap(name)
         self._open.add(name)
         inner = _Said(self.module, self.module.functions[name])
-        inner._open = self._open
+        inner._open, inner._shown = self._open, self._shown
         found = [
             inner.of(node.value)
             for node in ast.walk(self.module.functions[name])
@@ -333,6 +456,10 @@ class _Said:
         ]
         self._open.discard(name)
         return _either(*found) if found else _gap(name)
+
+
+def _constant(node: ast.AST) -> object:
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -372,6 +499,8 @@ def _quoted(node: ast.expr) -> str:
             return _quoted(inner)
         case ast.Call(func=ast.Name(id="map"), args=[_, inner]):
             return _quoted(inner)
+        case ast.Call(func=ast.Name(id="len")):
+            return _CALLS["len"]
         case ast.Call(func=ast.Attribute(attr="iterdir")):
             text = "\u2026"
         case ast.Call(func=ast.Attribute(value=inner, attr=name)) if name in _CHANGES:

@@ -183,8 +183,9 @@ WORDED = {
 def line(what: str, promised: str, tally: Tally) -> str:
     name, _, phase = what.partition(" ")
     what = f"{name} {WORDED.get(phase, phase)}"
-    ends = ", ".join(
-        f"{count} {said}" for said, count in sorted(tally.ends.items(), key=lambda end: -end[1])
+    ends = "; ".join(
+        f"{count} times: {said}" if "," in said else f"{count} {said}"
+        for said, count in sorted(tally.ends.items(), key=lambda end: -end[1])
     )
     return f"| {what} | {promised} | {tally.tried} | {len(tally.lost)} | {ends} |"
 

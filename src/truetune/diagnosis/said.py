@@ -170,8 +170,10 @@ class _Wrong:
         pairs: Sequence[tuple[str, str]],
     ) -> Finding:
         """Replies whose texts differ."""
-        what = f"{len(same) - sum(same)} of {len(same)} greedy replies differ from those of the "
-        what += "trained model"
+        what = (
+            f"{len(same) - sum(same)} of {len(same)} greedy replies differ from those of the "
+            f"trained model"
+        )
         fix = "check the server's settings, and any proxy between it and its clients"
         if all(" ".join(a.split()) == " ".join(b.split()) for a, b in pairs) or all(
             _folded(a) == _folded(b) for a, b in pairs
@@ -218,19 +220,27 @@ class _Wrong:
         return seen.most_common(1)[0] if seen else ("", 0)
 
     def _ends_with(self, ending: str, times: int) -> Finding:
-        what = f"{times} of {len(self.texts)} replies end with the text "
-        what += visible(ending[:_MARK], keep_newlines=False)
+        shown = visible(ending[:_MARK], keep_newlines=False)
+        what = f"{times} of {len(self.texts)} replies end with the text {shown}"
         tokens = self.contract.tokens
         if tokens.single_id(ending) in {*self.contract.stop_ids, *tokens.special_ids}:
-            why = "the server returns the stop token as text: skip_special_tokens is off, or it "
-            why += "does not treat the token as a special one"
-            fix = "leave skip_special_tokens on (special tokens are not printed), and start the "
-            fix += "server with the tokenizer files that were saved"
+            why = (
+                "the server returns the stop token as text: skip_special_tokens is off, or it "
+                "does not treat the token as a special one"
+            )
+            fix = (
+                "leave skip_special_tokens on (special tokens are not printed), and start the "
+                "server with the tokenizer files that were saved"
+            )
         else:
-            why = "the server, or a proxy in front of it, adds this text to the model's reply, "
-            why += "for example the stop token of another model's template"
-            fix = "start the server with the chat template that was saved, and without "
-            fix += "text of its own"
+            why = (
+                "the server, or a proxy in front of it, adds this text to the model's reply, for "
+                "example the stop token of another model's template"
+            )
+            fix = (
+                "start the server with the chat template that was saved, and without text of its "
+                "own"
+            )
         return self._parts(what, why, fix)
 
     def _parts(self, what: str, why: str, fix: str) -> Finding:
