@@ -15,6 +15,7 @@ import pytest
 
 from tiny_models import edit_json, tiny_model, tiny_tokenizer, write_model
 from truetune.errors import ModelError, UsageError
+from truetune.model import architecture
 from truetune.model.load import load_model
 from truetune.model.lora import LoraSettings, add_lora
 from truetune.model.placement import choose_device, place
@@ -141,6 +142,30 @@ def test_placement_on_a_gpu(
     assert placed.parameters == getattr(torch, parameters)
     assert placed.compute == (getattr(torch, compute) if compute else None)
     assert "Test GPU" in placed.choices[0].reason
+
+
+def test_experts_are_computed_one_by_one_where_torch_has_no_product_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    source = write_model(tmp_path / "m", "qwen3_moe", **experts)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        at_once = load_model(source, purpose="inference", device="cpu").model(ids).logits
+    monkeypatch.setattr(architecture, "has_grouped_products", lambda: False)
+    for name in ("grouped_mm", "_grouped_mm"):
+        for module in (torch.nn.functional, torch):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, _not_implemented)
+    one_by_one = load_model(source, purpose="inference", device="cpu").model
+    with torch.no_grad():
+        torch.testing.assert_close(one_by_one(ids).logits, at_once)
+
+
+def _not_implemented(*_: Any, **__: Any) -> None:
+    raise NotImplementedError("Could not run with arguments from the 'CPU' backend")
 
 
 def test_unknown_device_and_dtype_are_usage_errors(llama: Path) -> None:

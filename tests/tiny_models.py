@@ -36,6 +36,8 @@ def tiny_config(kind: str = "llama", **changes: Any) -> Any:
     """A 2-layer config; vocab_size leaves 3 spare rows."""
     from transformers import AutoConfig
 
+    from truetune.model.architecture import has_grouped_products
+
     settings: dict[str, Any] = {
         "vocab_size": NUM_TOKENS + 3,
         "hidden_size": 32,
@@ -50,7 +52,10 @@ def tiny_config(kind: str = "llama", **changes: Any) -> Any:
         "eos_token_id": 257,
         "pad_token_id": None,
     }
-    return AutoConfig.for_model(kind, **(settings | changes))
+    config = AutoConfig.for_model(kind, **(settings | changes))
+    if not has_grouped_products():
+        config._experts_implementation = "eager"
+    return config
 
 
 def tiny_model(kind: str = "llama", **changes: Any) -> Any:

@@ -7,6 +7,7 @@ output  a transformers config; a model on the meta device; its linear layers by 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -54,7 +55,23 @@ def causal_config(files: ModelFiles) -> Any:
     _require_sizes(config, where)
     # How attention is computed is this machine's choice; a name from a folder could fetch code.
     config._attn_implementation = None
+    if not has_grouped_products():
+        config._experts_implementation = "eager"
     return config
+
+
+@functools.cache
+def has_grouped_products() -> bool:
+    """Whether torch has the product by which transformers computes all experts of a layer at once,
+    on a CPU (2.8 has not, and transformers asks only whether it has the name)."""
+    product = getattr(torch.nn.functional, "grouped_mm", getattr(torch, "_grouped_mm", None))
+    if product is None:
+        return True  # transformers has a loop of its own for that
+    try:
+        product(torch.ones(4, 8), torch.ones(1, 8, 8), offs=torch.tensor([4], dtype=torch.int32))
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
 
 
 # No model has more; a million layers take hours and all memory before anything is read.
