@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 
 from truetune.compute import dropout, flex, fused
 from truetune.compute.cuda import varlen
+from truetune.system import lazy
 from varlen_on_cpu import OnCpu
 
 DEVICE = torch.device("cuda", 0)
@@ -220,9 +221,11 @@ def device(monkeypatch: pytest.MonkeyPatch, free: int = 2**40) -> Iterator[Devic
         "mem_get_info": lambda *_: (free, 2 * free),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch, "autocast", lambda _, *a, **k: autocast("cpu", *a, **k))
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: enabled("cpu"))
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda *_: its_dtype("cpu"))
+    # torch, and what keeps the functions that were used of it before.
+    for library in (torch, lazy.torch):
+        monkeypatch.setattr(library, "autocast", lambda _, *a, **k: autocast("cpu", *a, **k))
+        monkeypatch.setattr(library, "is_autocast_enabled", lambda *_: enabled("cpu"))
+        monkeypatch.setattr(library, "get_autocast_dtype", lambda *_: its_dtype("cpu"))
     monkeypatch.setattr(varlen, "Flash", type("Kernel", (Flash,), {"made": made}))
     # torch looks at saved tensors inside of functions, where none says that it is on the device.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns

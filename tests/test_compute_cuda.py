@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import warnings
 from itertools import pairwise
 from typing import Any
@@ -196,7 +198,7 @@ def test_the_kernel_takes_the_shapes_it_is_given() -> None:
                 torch.empty(1, n, made.num_tokens, 16, dtype=torch.bfloat16) for n in (4, 2, 2)
             )
             leaves = [t.requires_grad_() for t in (q, k, v)]
-            assert cuda.fits(*leaves)
+            assert cuda.kernel_for(*leaves)
             counting = Counting()
             with counting:
                 out = cuda.varlen(*leaves, made, window, 0.25)
@@ -228,14 +230,37 @@ def test_a_kernel_is_proved_before_it_is_used() -> None:
             of_q, of_k, of_v = super().backward(*args)
             return of_q, of_k, (of_v * 1.1 if self.what == "gradient" else of_v)
 
-    def asked(kernel: Any) -> bool:
-        return cuda._is_right(torch.device("cpu"), torch.bfloat16, 4, 2, 16, kernel)
+    def wrong(kernel: Any) -> str:
+        return cuda._why_wrong(torch.device("cpu"), torch.bfloat16, 4, 2, 16, kernel)
 
-    assert asked(OnCpu())
-    assert not any(asked(Wrong(w)) for w in ("raises", "base of the logarithm", "gradient"))
+    assert wrong(OnCpu()) == ""
+    assert wrong(Wrong("raises")) == "it fails: no kernel for this device"
+    assert all("differ" in wrong(Wrong(w)) for w in ("base of the logarithm", "gradient"))
     q = torch.zeros(1, 2, 3, 16)
-    assert not cuda.fits(q, q, q), "float32"
-    assert not cuda.fits(q.bfloat16(), q.bfloat16(), q[..., :8].bfloat16()), "narrow values"
+    assert not cuda.kernel_for(q, q, q), "float32"
+    assert not cuda.kernel_for(q.bfloat16(), q.bfloat16(), q[..., :8].bfloat16()), "narrow values"
+
+
+def test_flash_attention_3_is_swapped_in_for_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch itself, and a package that is not there."""
+    from torch.nn import attention as library
+
+    from truetune.compute.cuda import flash3
+
+    if not hasattr(library, "activate_flash_attention_impl"):
+        assert flash3.why_not.__wrapped__() == "", "torch before 2.10"
+        return
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    assert flash3.why_not.__wrapped__() == "", "the package is not installed"
+    package = torch.library.Library("flash_attn_3", "DEF")
+    package.define("fwd() -> ()")
+    package.define("bwd() -> ()")
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("package"))
+    assert flash3.why_not.__wrapped__() is None
+    with flash3.active():
+        assert library.current_flash_attention_impl() == "FA3"
+        assert "program has chosen FA3" in str(flash3.why_not.__wrapped__())
+    assert library.current_flash_attention_impl() is None
 
 
 LONG = Layout((300, 40, 90, 8, 200), (-1, 0, 1, 0, -1))

@@ -30,9 +30,9 @@ pytestmark = pytest.mark.filterwarnings("error", "ignore:.*is_gradient_checkpoin
 @pytest.fixture(autouse=True, scope="module")
 def asked_anew() -> Iterator[None]:
     """What the kernel computes is proved once for all tests here, and by nobody else's kernel."""
-    varlen._is_right.cache_clear()
+    varlen._chosen.cache_clear()
     yield
-    varlen._is_right.cache_clear()
+    varlen._chosen.cache_clear()
 
 
 # Wide enough for the kernel.
@@ -164,6 +164,87 @@ def test_steps_by_fused_kernels_on_a_device(kind: str, monkeypatch: pytest.Monke
     assert [finding.code for finding in told] == ["fused-parts"]
     assert told[0].what.endswith("RMSNorm (5 of 5), SwiGLU (2 of 2), RoPE (1 of 1)")
     assert losses == pytest.approx(right, rel=2e-2 if kind in ("trees", "halves") else 1e-5)
+
+
+class Library:
+    """torch's swap of its flash attention for that of a package."""
+
+    def __init__(self, fails: str = "", chosen: str | None = None) -> None:
+        self.fails, self.chosen, self.swaps = fails, chosen, 0
+
+    def list_flash_attention_impls(self) -> list[str]:
+        return ["FA3", "FA4"]
+
+    def current_flash_attention_impl(self) -> str | None:
+        return self.chosen
+
+    def activate_flash_attention_impl(self, name: str) -> None:
+        assert name == "FA3"
+        if self.fails == "missing":
+            raise ModuleNotFoundError("No module", name="flash_attn_interface")
+        if self.fails == "built for another torch":
+            raise ImportError("undefined symbol")
+        self.chosen, self.swaps = name, self.swaps + 1
+
+    def restore_flash_attention_impl(self) -> None:
+        self.chosen = None
+
+
+@pytest.mark.parametrize(
+    ("library", "told", "swapped"),
+    [
+        (Library(), "2 of 2 layers", True),
+        (Library("wrong"), "0 of 2 layers: its results differ from", True),
+        (Library("raises"), "0 of 2 layers: it fails: FA3 requires", True),
+        (Library("built for another torch"), "0 of 2 layers: it cannot be loaded: Imp", False),
+        (Library(chosen="FA4"), "0 of 2 layers: the program has chosen FA4", False),
+        (Library("missing"), "", False),
+        (object(), "", False),  # torch before 2.10
+    ],
+)
+def test_flash_attention_3_is_used_where_it_is_right(
+    library: Any, told: str, swapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is active during a call alone, computes every step if its proof holds, and is told."""
+    before = library.chosen if isinstance(library, Library) else None
+    right = trainer(small(), **HALF).train_step()["loss"]
+    active: list[str | None] = []
+    found: list[Any] = []
+    with device(monkeypatch) as there:
+        own = varlen.Flash
+
+        class Swapped(own):  # type: ignore[misc, valid-type]
+            def forward(self, *given: Any) -> Any:
+                now = getattr(library, "chosen", None)
+                active.append(now)
+                if now == "FA3" and library.fails == "raises":
+                    raise RuntimeError("FA3 requires compute capability 9.0")
+                out, lse = super().forward(*given)
+                return out, lse * 1.1 if now == "FA3" and library.fails == "wrong" else lse
+
+            def backward(self, *given: Any) -> Any:
+                active.append(getattr(library, "chosen", None))
+                return super().backward(*given)
+
+        monkeypatch.setattr(varlen, "Flash", Swapped)
+        monkeypatch.setattr(varlen.flash3, "library", library)
+        varlen.flash3.why_not.cache_clear()
+        varlen._chosen.cache_clear()
+        made = trainer(small().to("cuda"), **HALF, on_finding=found.append)
+        active.clear()
+        there.waits.clear()
+        loss = made.train_step()["loss"]
+        assert there.waits == ["tolist"]
+        varlen.flash3.why_not.cache_clear()
+        varlen._chosen.cache_clear()
+    notes = [f.what for f in found if f.code == "flash-attention-3"]
+    assert [what.partition(" attention of ")[2][: len(told)] for what in notes] == [told] * bool(
+        told
+    )
+    assert set(active) == {"FA3" if told == "2 of 2 layers" else before}
+    assert not isinstance(library, Library) or library.chosen == before
+    assert not isinstance(library, Library) or (library.swaps > 0) == swapped
+    assert loss == pytest.approx(right, rel=2e-2)
 
 
 def test_the_next_step_is_packed_before_the_host_waits() -> None:

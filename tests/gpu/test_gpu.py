@@ -172,7 +172,7 @@ def test_split_adamw_is_adamw_bit_for_bit() -> None:
 @pytest.mark.parametrize("layer", ["rows", "trees", "window", "window in trees", "sinks"])
 def test_attention_by_variable_length_calls(layer: str, note: Any) -> None:
     """The kernel of the device, forward and backward, against a softmax written out in float32."""
-    from truetune.compute.cuda.varlen import fits, varlen
+    from truetune.compute.cuda.varlen import kernel_for, varlen
     from truetune.compute.explicit import explicit_attention
     from truetune.compute.layout import Layout
 
@@ -184,7 +184,7 @@ def test_attention_by_variable_length_calls(layer: str, note: Any) -> None:
         torch.randn(1, n, layout.num_tokens, 64, generator=generator).bfloat16().cuda()
         for n in (8, 2, 2)
     ]
-    assert fits(*leaves), "the kernel was refused: see `_is_right`"
+    assert kernel_for(*leaves), "the kernel was refused: see `_why_wrong`"
     sinks = torch.linspace(-1, 1, 8, device="cuda") if layer == "sinks" else None
     results = []
     for exact in (True, False):

@@ -24,7 +24,7 @@ import torch
 
 from truetune.compute import private
 from truetune.compute.cuda.copies import sent
-from truetune.compute.cuda.varlen import fits, varlen
+from truetune.compute.cuda.varlen import kernel_for, varlen
 from truetune.compute.explicit import explicit_attention
 from truetune.compute.gathered import Gathered, places
 from truetune.compute.layout import Layout, Meeting, visible
@@ -77,6 +77,7 @@ def attention(
     query, key, value = _one_dtype(query, key, value)
     plain = not softcap and s_aux is None and not dropout and query.shape[-1] == value.shape[-1]
     on_cpu = query.device.type == "cpu"
+    on_cuda = query.device.type == "cuda" and not dropout
     heads, groups = query.shape[1], key.shape[1]
     if plain and on_cpu and (at := places(layout, sliding_window, heads, groups)):
         # Autocast would compute its products in bfloat16.
@@ -84,9 +85,9 @@ def attention(
             mixed = Gathered.apply(query[0], key[0], value[0], at, scale)
     elif plain and on_cpu and private.has_flash():
         mixed = _FlashMeetings.apply(query[0], key[0], value[0], layout, sliding_window, scale)
-    elif query.device.type == "cuda" and not softcap and not dropout and fits(query, key, value):
-        mixed = varlen(query, key, value, layout, sliding_window, scale, s_aux)
-    elif query.device.type == "cuda" and s_aux is None and not dropout:
+    elif on_cuda and not softcap and (kernel := kernel_for(query, key, value)):
+        mixed = varlen(query, key, value, layout, sliding_window, scale, s_aux, kernel)
+    elif on_cuda and s_aux is None:
         from truetune.compute.flex import flex
 
         mixed = flex(query, key, value, layout, sliding_window, scale, softcap)

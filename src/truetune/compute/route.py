@@ -15,6 +15,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
 from truetune.compute.batch import Batch, MicroBatch
@@ -48,6 +49,7 @@ class Route:
         head: computes supervised positions only; None if all logits are computed.
         adapters: LoRA layers with their fast forward.
         fused: layers that use fused kernels of a library.
+        flash3: what flash-attention 3 computes; "" if it is not installed.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Route:
         self.model, self.kind, self.reason, self.head = model, kind, reason, head
         self.adapters = adapters or {}
         self.fused: Fused | None = None
+        self.flash3 = ""
         # These determine the dropout of adapters, together with the tokens.
         self.seed, self.step = 0, 0
 
@@ -140,6 +143,17 @@ class Route:
                     "computes all layers",
                 )
             )
+        if self.flash3:
+            found.append(
+                Finding(
+                    "flash-attention-3",
+                    "note",
+                    f"flash-attention 3 computes the attention of {self.flash3}",
+                    why="with each shape, a small tree was computed forward and backward, and "
+                    "compared with a softmax written out",
+                    fix="nothing to do; torch's own kernels compute the other layers",
+                )
+            )
         return found
 
 
@@ -148,13 +162,20 @@ def transformers_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) -> Route:
+def find_route(
+    model: torch.nn.Module,
+    *,
+    longest: int,
+    packing: bool = True,
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Route:
     """Return the fastest route whose results are right for this model.
 
     Args:
         model: a transformers model, peft's wrapper around one, or any module.
         longest: the number of tokens of the longest row in the run.
         packing: False selects the padded reference path.
+        autocast: what the run computes in.
     """
     inner = transformers_model(model)
     if not packing:
@@ -175,6 +196,8 @@ def find_route(model: torch.nn.Module, *, longest: int, packing: bool = True) ->
             route.head = _proved_head(route)
             route.adapters = find_adapters(model)
             route.fused = _proved_kernels(route)
+            with torch.no_grad(), autocast():
+                route.flash3 = _flash3(route)
     return route
 
 
@@ -309,3 +332,20 @@ def _proved_kernels(route: Route) -> Fused | None:
 
     with route.scope(batch):
         return find_fused(route.model, lambda: route.logits(batch), liger())
+
+
+def _flash3(route: Route) -> str:
+    """Return in how many layers flash-attention 3 computes attention, and why not in the others;
+    "" if it is not installed."""
+    batch = _batch_of(_probe_rows(route.model)[:1])
+    if batch.ids_T.device.type != "cuda" or route.kind != "packed":
+        return ""
+    from truetune.compute.cuda.varlen import chosen_kernels
+
+    with chosen_kernels() as chosen, route.scope(batch):
+        route.logits(batch)
+    layers = [one.why_not_3 for one in chosen if one.why_not_3 != ""]
+    if not layers:
+        return ""
+    reasons = "; ".join(dict.fromkeys(reason for reason in layers if reason))
+    return f"{layers.count(None)} of {len(layers)} layers" + (f": {reasons}" if reasons else "")

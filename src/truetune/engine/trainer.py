@@ -162,7 +162,9 @@ class SFTTrainer:
         self.device = self.named_trainable[0][1].device
         if self.device.type == "cpu":
             keep_freed_pages()
-        self.route = find_route(model, longest=max_seq_len, packing=settings.packing)
+        self.route = find_route(
+            model, longest=max_seq_len, packing=settings.packing, autocast=self._autocast
+        )
         self.route.seed = seed
         if batcher is None:
             epochs = settings.epochs

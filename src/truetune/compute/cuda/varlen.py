@@ -7,23 +7,27 @@ does    makes the calls of plan.py. Outputs o_i with log-sum-exp l_i are merged 
 output  (T, H, D)
 
 The kernel is aten's flash attention, called directly, because `varlen_attn` returns the log-sum-exp
-but does not accept a merged one in the backward pass.
+but does not accept a merged one in the backward pass; or flash-attention 3 in its place, where it
+is installed and gives the same results.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from truetune.compute.cuda import flash3
 from truetune.compute.cuda.copies import sent
 from truetune.compute.cuda.plan import Call, plan
 from truetune.compute.explicit import explicit_attention
 from truetune.compute.layout import Layout
+from truetune.errors import is_out_of_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +99,18 @@ class Flash:
             scale=scale, **_window(at),
         )  # fmt: skip
         return made
+
+
+class Flash3:
+    """flash-attention 3, which torch calls through the same functions while it is active."""
+
+    def forward(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        with flash3.active():
+            return Flash().forward(*given)
+
+    def backward(self, *given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with flash3.active():
+            return Flash().backward(*given)
 
 
 def _sequences(at: Placed) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -259,8 +275,31 @@ _PROBE = Layout((37, 9, 20, 5, 12), (-1, 0, 1, 0, -1))
 _PROBE_WINDOW = 16
 
 
-def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether the kernel supports these shapes and dtypes on this device and is right there.
+@dataclass(frozen=True)
+class Chosen:
+    """The kernel for some shapes, and why it is not flash-attention 3 (see `flash3.why_not`)."""
+
+    kernel: Kernel | None
+    why_not_3: str | None
+
+
+# What was chosen, while somebody looks.
+_seen: list[Chosen] | None = None
+
+
+@contextlib.contextmanager
+def chosen_kernels() -> Iterator[list[Chosen]]:
+    """Note the choice of each call inside."""
+    global _seen
+    _seen = []
+    try:
+        yield _seen
+    finally:
+        _seen = None
+
+
+def kernel_for(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Kernel | None:
+    """Return the kernel for these shapes and dtypes on this device; None if none is right there.
 
     A small tree is computed once for each of them, forward and backward.
     """
@@ -268,23 +307,34 @@ def fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 
     width = query.shape[-1]
     if width != value.shape[-1] or width % 8 or width > 256:
-        return False
+        return None
     if isinstance(query, FakeTensor):
-        return True  # fake tensors have no values to compare
+        return Flash()  # fake tensors have no values to compare
     if query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return _is_right(query.device, query.dtype, query.shape[1], key.shape[1], width)
+        return None
+    chosen = _chosen(query.device, query.dtype, query.shape[1], key.shape[1], width)
+    if _seen is not None:
+        _seen.append(chosen)
+    return chosen.kernel
 
 
 @functools.cache
-def _is_right(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    groups: int,
-    width: int,
-    kernel: Kernel | None = None,
-) -> bool:
+def _chosen(
+    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int
+) -> Chosen:
+    shape = (device, dtype, heads, groups, width)
+    why_not = flash3.why_not()
+    if why_not is None:
+        why_not = _why_wrong(*shape, Flash3()) or None
+        if why_not is None:
+            return Chosen(Flash3(), None)
+    return Chosen(None if _why_wrong(*shape, Flash()) else Flash(), why_not)
+
+
+def _why_wrong(
+    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int, kernel: Kernel
+) -> str:
+    """Return why a kernel cannot be used; "" if it computes what a softmax written out does."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(count: int) -> torch.Tensor:
@@ -306,12 +356,12 @@ def _is_right(
                         q, k, v = leaves
                         out = varlen(q, k, v, _PROBE, window, scale, kernel=kernel)
                     grads = torch.autograd.grad(out.float().square().sum(), leaves)
-                except (RuntimeError, NotImplementedError):
-                    if exact:
+                except (RuntimeError, NotImplementedError) as error:
+                    if exact or is_out_of_memory(error):
                         raise
-                    return False
+                    return f"it fails: {error}".partition("\n")[0]
             results.append([out, *grads])
         for right, made in zip(*results, strict=True):
             if not (made.float() - right).norm() <= 2e-2 * right.norm():
-                return False
-    return True
+                return "its results differ from those of a softmax written out"
+    return ""
