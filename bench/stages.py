@@ -4,6 +4,7 @@
 and a model of the shape of Qwen2.5-0.5B with random weights, LoRA and all weights, float32 and
 bfloat16. It prints one table of processor seconds; each job that is done is a line of a file, so
 that it goes on where it was stopped, and `--write` puts the table into docs/performance.md.
+`--steps N` measures a longer run instead: the rows and settings of the quickstart, N steps.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ ROWS = [
 ]
 
 
+EIGHT_ROWS = {"max_steps": 1, "batch_size": 8}
+
 # Before it is what a user waits for at the start, behind it what at the end.
 STEP = "the step"
 
@@ -61,18 +64,33 @@ def main() -> None:
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "truetune-stages"))
     parser.add_argument("--only", default="", help="jobs whose name holds this")
     parser.add_argument("--write", action="store_true", help="the table of docs/performance.md")
+    parser.add_argument("--steps", type=int, default=0, help="of the quickstart; prints its table")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = Path(args.work)
     if args.child:
-        _one(args.child, args.dtype, args.lora, work)
+        settings = {"model": args.child, "dtype": args.dtype, "lora": args.lora, **EIGHT_ROWS}
+        settings["data"] = str(work / "rows.jsonl")
+        _one(_quickstart(args.steps) if args.steps else settings, work)
         return
     work.mkdir(parents=True, exist_ok=True)
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     results = work / "stages.jsonl"
     measured = _known(results)
+    if args.steps:
+        name = f"quickstart, {args.steps:,} steps"
+        steps = ["--child", "quickstart", "--steps", str(args.steps), "--work", str(work)]
+        measured[name] = _measured(name, steps)
+        print(_table({name: measured[name]}))
+        clock = {stage: seconds for stage, seconds, _ in measured[name]["marks"]}
+        after = clock["end"] - clock["after the step"]
+        print(
+            f"\nBy the clock: {clock['end']:.0f} s, of which {clock[STEP]:.1f} before the first "
+            f"step and {after:.1f} after the last one."
+        )
+        return
     for model, lora, dtype in itertools.product(
         ("5M", "0.5B"), (True, False), ("float32", "bfloat16")
     ):
@@ -83,19 +101,8 @@ def main() -> None:
         if source is None:
             print(f"{name}: not measured, {CONFIG} is not there")
             continue
-        command = [sys.executable, __file__, "--child", source, "--work", str(work)]
-        command += ["--dtype", dtype, *(["--lora"] if lora else [])]
-        load = os.getloadavg()[0]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        marks = json.loads(done.stdout.splitlines()[-1])
-        measured[name] = {
-            "name": name,
-            "marks": marks,
-            "load": max(load, os.getloadavg()[0]),
-            "date": time.strftime("%Y-%m-%d"),
-        }
+        command = ["--child", source, "--work", str(work), "--dtype", dtype]
+        measured[name] = _measured(name, [*command, *(["--lora"] if lora else [])])
         with results.open("a") as file:
             file.write(json.dumps(measured[name]) + "\n")
         print(_table({name: measured[name]}), flush=True)
@@ -103,6 +110,21 @@ def main() -> None:
     print(table)
     if args.write:
         put(table, "<!-- made by bench/stages.py -->", "<!-- end of stages -->")
+
+
+def _measured(name: str, options: list[str]) -> dict[str, Any]:
+    """What one run in a fresh process says of its stages."""
+    load = os.getloadavg()[0]
+    command = [sys.executable, __file__, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return {
+        "name": name,
+        "marks": json.loads(done.stdout.splitlines()[-1]),
+        "load": max(load, os.getloadavg()[0]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _known(results: Path) -> dict[str, dict[str, Any]]:
@@ -134,7 +156,16 @@ def _source(name: str, work: Path) -> str | None:
     return str(folder)
 
 
-def _one(source: str, dtype: str, lora: bool, work: Path) -> None:
+def _quickstart(steps: int) -> dict[str, Any]:
+    """Its settings, for so many steps."""
+    from truetune.lab.quickstart import quickstart_recipe
+
+    recipe = quickstart_recipe("")
+    names = ("model", "data", "chat_template", "learning_rate", "batch_size", "seed")
+    return {name: getattr(recipe, name) for name in names} | {"max_steps": steps}
+
+
+def _one(settings: dict[str, Any], work: Path) -> None:
     """One run; its stages as a line of JSON."""
     began = time.perf_counter()
     from truetune.errors import CheckFailed
@@ -150,28 +181,22 @@ def _one(source: str, dtype: str, lora: bool, work: Path) -> None:
 
     class Marks(Listener):
         def stage(self, name: str) -> None:
-            mark(name)
+            # Between the first step and the last, prompts are answered at some evaluations.
+            if marks[-1][0] != STEP:
+                mark(name)
 
         def sample(self, *_: object) -> None:
             # The fixed prompts were answered before the first step; what comes next is the step.
             if all(name != STEP for name, *_ in marks):
                 mark(STEP)
 
-        def step(self, *_: object) -> None:
-            mark("after the step")
+        def step(self, facts: Any, plan: Any) -> None:
+            if facts.step >= plan.max_steps:
+                mark("after the step")
 
     # Of its own: another job at the same time must not take it away.
     run = Path(tempfile.mkdtemp(dir=work)) / "run"
-    settings = {
-        "model": source,
-        "data": str(work / "rows.jsonl"),
-        "output": str(run),
-        "max_steps": 1,
-        "batch_size": 8,
-        "dtype": dtype,
-        "lora": lora,
-        "device": "cpu",
-    }
+    settings |= {"output": str(run), "device": "cpu"}
     with contextlib.suppress(CheckFailed):  # what verification says is another table's matter
         train(make_recipe(("bench", settings)), Marks())
     mark("end")
