@@ -96,6 +96,7 @@ def replies_to_ids(
     *,
     batch_size: int | None = 16,
     begun: Sequence[Sequence[int]] | None = None,
+    places: Sequence[int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Reply]:
     """`replies` to prompts that are ids already: the beginnings of trained rows.
@@ -104,6 +105,7 @@ def replies_to_ids(
         batch_size: None takes as many as half of the free memory holds, 256 at most.
         begun: the first tokens of each reply, if they are known (greedy replies that were read
             off one pass over a likely answer); they count as written, a stop token among them too.
+        places: of the prompts in a longer list, which seed what is drawn; their own where None.
         on_progress: is called with the number of replies so far and of all.
 
     Raises:
@@ -126,7 +128,7 @@ def replies_to_ids(
     open_rows = [row for row in range(len(prompts)) if row not in written]
     with evaluating(loaded.model):
         for batch in _batches(whole, left, open_rows, most, context):
-            for rows, new in _in_memory(loaded, contract, whole, batch, sampling, left):
+            for rows, new in _in_memory(loaded, contract, whole, batch, sampling, left, places):
                 for row, ids in zip(rows, new, strict=True):
                     written[row] = (*known[row], *ids[: left[row]])
                 if on_progress:
@@ -242,6 +244,7 @@ def _in_memory(
     batch: Sequence[int],
     sampling: Sampling,
     limits: Sequence[int],
+    places: Sequence[int] | None,
 ) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
     """Rows of a batch with their new ids; halves of it where a device's memory runs out."""
     left = [batch]
@@ -250,7 +253,8 @@ def _in_memory(
         try:
             asked = [prompts[row] for row in rows]
             limit = max(limits[row] for row in rows)
-            written = _generate(loaded, contract, asked, rows, sampling, limit)
+            drawn = rows if places is None else [places[row] for row in rows]
+            written = _generate(loaded, contract, asked, drawn, sampling, limit)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise

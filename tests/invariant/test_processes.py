@@ -20,10 +20,15 @@ from tiny_families import SIX, family
 from tiny_models import write_model
 from tiny_runs import lines, sums, write_rows
 from truetune import SFTTrainer
+from truetune.contract.contract import PromptContract
 from truetune.engine.parallel import Group, joined
 from truetune.errors import CheckpointError, Interrupted, ToldElsewhere
+from truetune.model.draw import Sampling
+from truetune.model.load import load_model
 from truetune.recipe.sources import make_recipe, recorded_recipe
+from truetune.run import shared_replies
 from truetune.run.pipeline import train
+from truetune.run.shared_replies import SharedReplies
 from truetune.run.worker_rank import Follower
 from truetune.run_dir import RunDir
 
@@ -124,10 +129,66 @@ def settings(place: Path, output: str) -> dict[str, Any]:
     }
 
 
-def whole_run(place: Path, output: str) -> tuple[float, float | None]:
+def whole_run(place: Path, output: str) -> tuple[float, float | None, list[int]]:
+    """Losses, and the prompts that this process answered each time."""
+    asked = counted_replies()
     result = train(make_recipe(("test", settings(place, output))))
     assert result.artifact == place / output / "adapter"
-    return result.train_loss, result.eval_loss
+    return result.train_loss, result.eval_loss, asked
+
+
+def counted_replies() -> list[int]:
+    own, asked = shared_replies.replies_to_ids, []
+
+    def replies(loaded: Any, contract: Any, prompts: Any, *given: Any, **named: Any) -> Any:
+        asked.append(len(prompts))
+        return own(loaded, contract, prompts, *given, **named)
+
+    shared_replies.replies_to_ids = replies
+    return asked
+
+
+def replies_of_a_process(place: Path) -> Any:
+    """Greedy and drawn ones; and what is told where one process fails, and works again."""
+    loaded = load_model(str(place / "tiny"), dtype="float32", purpose="inference")
+    contract = PromptContract.load(place / "tiny")
+    prompts = [list(range(5, 8 + n % 5)) for n in range(7)]
+    drawn = Sampling(max_new_tokens=12, temperature=1.0, seed=4)
+    with joined() as group:
+        shared, asked = SharedReplies(group), counted_replies()
+        own = shared_replies.replies_to_ids
+
+        def failing(*given: Any, **named: Any) -> Any:
+            if group.rank and len(asked) == 2:
+                asked.append(0)
+                raise ValueError("no memory")
+            return own(*given, **named)
+
+        shared_replies.replies_to_ids = failing
+        if group.rank:
+            shared.help(loaded, contract)
+            return asked
+        made = [shared(loaded, contract, prompts, Sampling(max_new_tokens=12)),
+                shared(loaded, contract, prompts, drawn)]  # fmt: skip
+        if group.size > 1:
+            with pytest.raises(RuntimeError, match="process 1: ValueError"):
+                shared(loaded, contract, prompts, drawn)
+            assert shared(loaded, contract, prompts, drawn) == made[1]
+            # One prompt is fewer than there are processes.
+            assert shared(loaded, contract, prompts[:1], drawn) == made[1][:1]
+        shared.finish()
+    return made, asked
+
+
+def test_replies_are_written_by_all_processes(place: Path) -> None:
+    """They are those of one, drawn ones too."""
+    own = shared_replies.replies_to_ids
+    right, _ = replies_of_a_process(place)
+    shared_replies.replies_to_ids = own
+    (made, asked), others = in_processes(2, replies_of_a_process, place)
+    assert made == right
+    assert len({reply.ids for reply in right[1]}) == 7
+    assert (asked, others) == ([4, 4, 4, 4, 1], [3, 3, 0, 3, 0])
 
 
 def stopped_run(place: Path, output: str) -> None:
@@ -154,7 +215,10 @@ def failing_run(place: Path, output: str) -> None:
 
 def test_a_run_of_two_processes_is_stopped_by_either_and_resumed_to_the_bit(place: Path) -> None:
     first, second = in_processes(2, whole_run, place, "whole")
-    assert first == second
+    assert first[:2] == second[:2]
+    # Eight held-out or trained prompts at both evaluations, and text that must not be forgotten.
+    assert first[2] == second[2]
+    assert len(first[2]) >= 2
     stopped = in_processes(2, stopped_run, place, "cut")
     assert [type(error) for error in stopped] == [Interrupted, ToldElsewhere]
     assert stopped[1].exit_code == Interrupted.exit_code

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from truetune.behaviour.replies import Asked, Judge, Said, shares
 from truetune.behaviour.vitals import Vitals
@@ -45,6 +45,21 @@ _KEEP_PIECE, _KEEP_TOKENS = 256, 4096
 # Tokens that such a piece has at least, on average; pieces, and their share of the nats of
 # guessing, above which a model knows nothing.
 _FEWEST_TOKENS, _FEW_PIECES, _KNOWS = 7, 4, 0.8
+
+
+class Replies(Protocol):
+    """`replies_to_ids`, or whoever writes them otherwise."""
+
+    def __call__(
+        self,
+        loaded: LoadedModel,
+        contract: PromptContract,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        begun: Sequence[Sequence[int]] | None = None,
+    ) -> list[Reply]:
+        """Return a reply to each prompt."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class Prober:
         examples: number of trained examples to measure.
         rows: the place of each trained example, as its file has it; of several files, each is
             measured.
+        replies: writes the replies.
     """
 
     def __init__(
@@ -89,7 +105,9 @@ class Prober:
         reply_tokens: int = REPLY_TOKENS,
         examples: int = EXAMPLES,
         rows: Sequence[str] = (),
+        replies: Replies = replies_to_ids,
     ) -> None:
+        self.replies = replies
         self.contract, self.prompts, self.keep = contract, list(prompts), list(keep)
         self.judge = Judge(contract)
         self.reply_tokens = reply_tokens
@@ -120,7 +138,7 @@ class Prober:
         ends = [_end(scored[_row(asked)], asked) for asked in self.prompts]
         limits = [min(asked.most_tokens, self.reply_tokens) for asked in self.prompts]
         limit = max(limits, default=1)
-        replies = _greedy(loaded, self.contract, self.prompts, scored, limit)
+        replies = _greedy(loaded, self.contract, self.prompts, scored, limit, self.replies)
         said = [
             self.judge.judge(asked, reply, limit, end)
             for asked, reply, end in zip(self.prompts, replies, ends, strict=True)
@@ -230,10 +248,11 @@ def _greedy(
     prompts: Sequence[Asked],
     scored: Mapping[_Row, Scored],
     limit: int,
+    replies: Replies = replies_to_ids,
 ) -> list[Reply]:
     begun = [_begun(scored[_row(asked)], asked) for asked in prompts]
     ids = [asked.ids for asked in prompts]
-    return replies_to_ids(loaded, contract, ids, Sampling(max_new_tokens=limit), begun=begun)
+    return replies(loaded, contract, ids, Sampling(max_new_tokens=limit), begun=begun)
 
 
 def _begun(scored: Scored, asked: Asked) -> tuple[int, ...]:
@@ -316,6 +335,7 @@ def own_samples(
     seed: int,
     tokens: int = PIECE_TOKENS,
     number: int = PIECES,
+    replies: Replies = replies_to_ids,
 ) -> list[list[int]]:
     """Sample text from the model at temperature 1, from the token that begins a text. The increase
     of its loss is the Kullback-Leibler divergence from the original model, in nats per token.
@@ -323,6 +343,7 @@ def own_samples(
     Args:
         tokens: of each piece.
         number: of pieces.
+        replies: writes them.
 
     Returns:
         [] if the model writes next to nothing, has no token to begin with, or knows nothing that
@@ -334,7 +355,7 @@ def own_samples(
     rows = loaded.transformers_model.get_input_embeddings().weight.shape[0]
     if first is None or not 0 <= first < rows:
         return []
-    drawn = replies_to_ids(
+    drawn = replies(
         loaded,
         contract,
         [[first]] * number,

@@ -36,6 +36,7 @@ from truetune.errors import (
     Interrupted,
     NonFiniteLoss,
     OutOfMemory,
+    ToldElsewhere,
 )
 from truetune.findings import Finding, phrase
 from truetune.listener import Listener
@@ -53,6 +54,7 @@ from truetune.run.outcome import Answer, judge
 from truetune.run.pages import write_pages
 from truetune.run.prepare import Prepared
 from truetune.run.result import RunResult
+from truetune.run.shared_replies import SharedReplies
 from truetune.run.stop import BrokenOff, Stop, interruptible
 from truetune.run.trackers import Trackers
 from truetune.run.vital_signs import VitalSigns
@@ -107,7 +109,8 @@ class Job:
         self.findings = [*prepared.findings, *findings]
         for finding in findings:
             listener.finding(finding)
-        self.signs = VitalSigns(run, prepared, self.contract)
+        self.replies = SharedReplies(group)
+        self.signs = VitalSigns(run, prepared, self.contract, self.replies)
         # Findings of probes that were reported, by code and level: each is reported once.
         self.reported: set[tuple[str, str]] = set()
         self.rows_before: RowsBefore | None = None
@@ -446,6 +449,7 @@ class Job:
         due = self.signs.due(step, loss)
         self._write_eval(step, loss)
         findings = self._take_signs(step, loss) if due else []
+        self.replies.finish()
         best = self.signs.best() if self.plan.patience else None
         return _Judged(
             findings,
@@ -464,6 +468,8 @@ class Job:
         self.listener.stage("answering fixed prompts")
         try:
             measured, findings = self.signs.take(self.loaded, step, loss)
+        except ToldElsewhere:
+            raise
         except Exception as error:  # whatever a model's generation raises: training goes on
             self._tell([not_taken(step, error)])
             return []

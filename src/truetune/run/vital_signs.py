@@ -25,6 +25,7 @@ from truetune.behaviour.measure import (
     REPLY_TOKENS,
     Measured,
     Prober,
+    Replies,
     own_samples,
     text_pieces,
     whole,
@@ -64,9 +65,13 @@ class VitalSigns:
     Args:
         prepared: with the plan, which names the text to keep.
         contract: as served.
+        replies: writes the replies.
     """
 
-    def __init__(self, run: RunDir, prepared: Prepared, contract: PromptContract) -> None:
+    def __init__(
+        self, run: RunDir, prepared: Prepared, contract: PromptContract, replies: Replies
+    ) -> None:
+        self.replies = replies
         self.run, self.prepared, self.contract = run, prepared, contract
         self.findings: list[Finding] = []
         self.prober: Prober | None = None
@@ -88,6 +93,7 @@ class VitalSigns:
             reply_tokens=self.reply_tokens,
             examples=max(self._shortened(EXAMPLES), FEWEST_EXAMPLES),
             rows=self.prepared.rows,
+            replies=self.replies,
         )
 
     def healthy_step(self) -> int:
@@ -254,6 +260,7 @@ class VitalSigns:
                     self.prepared.plan.seed,
                     self._shortened(PIECE_TOKENS),
                     max(self._shortened(PIECES), FEWEST_EXAMPLES),
+                    self.replies,
                 )
             )
         except (TruetuneError, OSError, ValueError) as error:

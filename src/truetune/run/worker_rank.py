@@ -31,7 +31,8 @@ class Follower(Job):
             self.save_checkpoint()
 
     def _judged(self, step: int, loss: float | None) -> None:  # type: ignore[override]
-        """Process 0 does."""
+        """Process 0 does, by replies of which this process writes its share."""
+        self.replies.help(self.loaded, self.contract)
 
     def _went_back(self, facts: dict[str, Any]) -> None:
         pass
