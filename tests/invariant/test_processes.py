@@ -25,6 +25,7 @@ from truetune.engine.parallel import Group, joined
 from truetune.errors import CheckpointError, Interrupted, ToldElsewhere
 from truetune.model.draw import Sampling
 from truetune.model.load import load_model
+from truetune.recipe import plan
 from truetune.recipe.sources import make_recipe, recorded_recipe
 from truetune.run import shared_replies
 from truetune.run.pipeline import train
@@ -236,6 +237,33 @@ def test_a_run_of_two_processes_is_stopped_by_either_and_resumed_to_the_bit(plac
         (place / n / "adapter/adapter_model.safetensors").read_bytes() for n in ("whole", "cut")
     ]
     assert weights[0] == weights[1]
+
+
+def typed_run(place: Path, output: str) -> Any:
+    """Process 0 measures that bfloat16 is faster, the other one that it is not; where the folder is
+    not free, or the other cannot prepare, the run does not begin."""
+    rank = int(os.environ["RANK"])
+    plan._PROBED_PARAMETERS = 0
+    plan.bf16_speedup = lambda *_, **__: (9.0, 0.2)[rank]
+    if output == "other" and rank:
+        plan.bf16_speedup = None
+    changes = {"lora": False, "max_steps": 1, "verify": False}
+    return train(make_recipe(("test", settings(place, output) | changes))).plan
+
+
+def test_processes_compute_in_the_type_that_the_first_has_measured(place: Path) -> None:
+    first, second = in_processes(2, typed_run, place, "typed")
+    assert first.dtype == second.dtype == "bfloat16"
+    assert "9.0 times" in first.origin("dtype")
+    assert first.origins == second.origins
+    (place / "taken").mkdir()
+    (place / "taken" / "thesis.txt").touch()
+    failed, told = in_processes(2, typed_run, place, "taken")
+    assert "taken" in failed.where + failed.what
+    assert (type(told), told.exit_code) == (ToldElsewhere, failed.exit_code)
+    told, failed = in_processes(2, typed_run, place, "other")
+    assert type(failed) is TypeError
+    assert (type(told), told.exit_code) == (ToldElsewhere, 1)
 
 
 def test_what_all_processes_run_into_is_told_once(place: Path) -> None:

@@ -55,6 +55,20 @@ class Group:
             dist.all_gather_object(values, value)
         return values
 
+    def first(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values of process 0, inside of `together`.
+
+        Raises:
+            ToldElsewhere: another process failed in the block.
+        """
+        gathered = self.gather(values)
+        # What a process that failed says at the end of the block.
+        codes = [other for other in gathered if not isinstance(other, dict)]
+        if codes:
+            raise ToldElsewhere(codes[0])
+        found: dict[str, Any] = gathered[0]
+        return found
+
     def any(self, value: bool) -> bool:
         """Whether it holds in some process."""
         return value if self.size == 1 else any(self.gather(value))
@@ -72,9 +86,14 @@ class Group:
         error: BaseException | None = None
         try:
             yield
+        except ToldElsewhere:
+            # All processes know: none waits.
+            raise
         except BaseException as caught:
             error = caught
-        codes = self.gather(error and getattr(error, "exit_code", 1))
+        told = self.gather(error and getattr(error, "exit_code", 1))
+        # Those that did not fail may have got as far as `first`.
+        codes = [code if isinstance(code, int) else None for code in told]
         # An error that all processes raise is reported by process 0.
         if error and (self.leads or codes[0] is None):
             raise error

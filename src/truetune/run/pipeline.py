@@ -24,7 +24,7 @@ manifest is there.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from truetune.engine.checkpoint import Checkpoint, last_good
@@ -103,6 +103,10 @@ def _started(
     if not resumed and group.leads:
         _refuse_own_input(recipe, run)
     prepared = prepare(recipe, listener)
+    # Each process has measured in which type it computes faster, beside the others.
+    plan = prepared.plan
+    first = group.first({"dtype": plan.dtype, "optim": plan.optim, "origins": plan.origins})
+    prepared = replace(prepared, plan=replace(plan, **first))
     trackers = Trackers(recipe.report_to or [] if group.leads else [], run.path)
     if resumed and group.size == 1 and (facts := saved_facts(run, prepared)):
         return Saved(run, prepared, facts, listener, trackers, found), None
