@@ -6,8 +6,10 @@ docs/lab.md and its pictures from the results beside them, notebooks from their 
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from findings_page import findings_page
 from notebooks import pages as notebooks
@@ -15,7 +17,7 @@ from notebooks import pages as notebooks
 from truetune.lab.catalogue import every
 from truetune.lab.page import files
 from truetune.lab.results import read
-from truetune.recipe.settings import settings
+from truetune.recipe.settings import Recipe, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +32,7 @@ def settings_page() -> str:
         "(`learning_rate: 1e-4`). The command line takes precedence over the recipe. A run's",
         "`recipe.yaml` records the value and the origin of each setting.",
     ]
+    types = get_type_hints(Recipe)
     group = None
     for field in settings():
         meta = field.metadata
@@ -38,7 +41,12 @@ def settings_page() -> str:
             lines += ["", f"## {group}", "", "| setting | what | default |", "|---|---|---|"]
         also = f" (also {', '.join(f'`{a}`' for a in meta['aliases'])})" if meta["aliases"] else ""
         default = meta["shown"] or ("" if field.default is None else str(field.default))
-        lines.append(f"| `{field.name}`{also} | {meta['help']} | {default} |")
+        # Markdown would take a marker for a tag of HTML.
+        default = re.sub(r"(<\S+>)", r"`\1`", default)
+        declared = types[field.name]
+        values = get_args(declared) if get_origin(declared) is Literal else ()
+        choices = f" One of {', '.join(f'`{value}`' for value in values)}." if values else ""
+        lines.append(f"| `{field.name}`{also} | {meta['help']}{choices} | {default} |")
     return "\n".join(lines) + "\n"
 
 

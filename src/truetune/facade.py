@@ -323,7 +323,7 @@ def export(
             f16); for MLX f32, f16, bf16, 8bit, 4bit and so on (None means bf16); for merged, vllm
             and sglang nf4, int8, torchao-int8, gptq-w4a16 or gptq-w8a8 (None means plain weights).
         adapter: for gguf, write only the adapter.
-        go_template: for ollama, write the template as Go text.
+        go_template: for ollama, also write the template as a Go template.
         base: current location of the base, if it has moved.
         onto: original or dequantised weights; auto uses those that the adapter was trained on.
         dtype: dtype of the saved weights; auto uses the base's.

@@ -131,8 +131,9 @@ def evaluate_models(
     exact     the same text, except for whitespace
     contains  the reply contains the row's answer as whole words
     number    the last numbers are equal
-    regex     the row's answer, or --pattern, is found; its first group, if any,
-              must match the same text as in the row's answer
+    regex     the row's answer, or --pattern, is found as a pattern; what its
+              first group, if any, captures last is what it captures in the
+              row's answer
     json      equal values
     none      replies are not compared; rows still need an answer, for the loss
 

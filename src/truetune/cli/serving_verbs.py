@@ -12,7 +12,7 @@ from truetune.cli.arguments import Base, Device, Json, Source
 from truetune.cli.verb import open_screen
 from truetune.findings import counted
 
-_GGUF = "GGUF and MLX"
+_GGUF = "GGUF and Ollama"
 _FEWER = "Quantisation"
 
 
@@ -68,7 +68,7 @@ def export_run(
         bool,
         typer.Option(
             "--go-template",
-            help="ollama: write the template as Go text, for Ollama versions before 0.30.",
+            help="ollama: also write the template as a Go template, for Ollama before 0.30.",
             rich_help_panel=_GGUF,
         ),
     ] = False,
@@ -107,8 +107,8 @@ def export_run(
     `mlx`.
 
     vllm, sglang: the adapter if the server can load it on its base, otherwise the merged model, and
-    the command that serves it. The model is merged for DoRA, new tokens, whole layers, quantised
-    bases, and stop tokens that the base does not have.
+    the command that serves it. The model is merged for DoRA, new tokens, layers trained in full,
+    quantised bases, and stop tokens that the base does not have.
 
     With --quant, merged, vllm and sglang write a folder with quantised weights, which transformers
     and vLLM load: nf4 and int8 by bitsandbytes, torchao-int8 by torchao, gptq-w4a16 and gptq-w8a8
@@ -258,7 +258,7 @@ def push_model(
         bool, typer.Option("--public", help="Make the repository public. (default: private)")
     ] = False,
     unverified: Annotated[
-        bool, typer.Option("--unverified", help="Push even if no verification has passed.")
+        bool, typer.Option("--unverified", help="Push without verifying first.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete other files of the repository.")

@@ -157,13 +157,13 @@ def chat(
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, or a Hub id.")
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Send one prompt, print the answer and exit.")
+        str | None, typer.Option(help="Send one prompt, print the reply and exit.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     compare: Annotated[
         str | None,
         typer.Option(
-            help="Compare with the answers of another run or model; `base` is the model that the "
+            help="Compare with the replies of another run or model; `base` is the model that the "
             "run started from."
         ),
     ] = None,
@@ -172,7 +172,7 @@ def chat(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub model.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Maximum length of an answer, in tokens.")
+        int, typer.Option(help="Maximum length of a reply, in tokens.")
     ] = 256,
     temperature: Annotated[float, typer.Option(help="0 means greedy decoding.")] = 0.0,
     top_p: Annotated[
@@ -284,8 +284,8 @@ def inspect_model(
     row: Annotated[
         str | None,
         typer.Option(
-            metavar="N|PLACE",
-            help="Number of the row, or its place as shown in findings. (default: 1)",
+            metavar="N|LOCATION",
+            help="Number of the row, or its location as shown in findings. (default: 1)",
             rich_help_panel=_ROWS,
         ),
     ] = None,

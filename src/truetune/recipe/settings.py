@@ -65,11 +65,13 @@ class Recipe:
     """Every setting of a training run. See `docs/settings.md` or `truetune train --help`."""
 
     model: str | None = _option(
-        None, INPUT, "A local folder or Hub id.", aliases=["model_name_or_path"]
+        None, INPUT, "A local folder, a Hub id, or embedded.", aliases=["model_name_or_path"]
     )
     data: str | None = _option(None, INPUT, "A file, folder or Hub dataset.", aliases=["dataset"])
     revision: str | None = _option(None, INPUT, "Revision of a model on the Hub.")
-    split: str | None = _option(None, INPUT, "Split of a Hub dataset.", shown="train")
+    split: str | None = _option(
+        None, INPUT, "Split of a Hub dataset or of a data folder.", shown="train"
+    )
     schema: str = _option("auto", INPUT, "Schema of the rows; detected automatically by default.")
     columns: dict[str, str] | None = _option(
         None, INPUT, "Column names, e.g. prompt=question,completion=answer."
@@ -97,7 +99,9 @@ class Recipe:
         shown="the model's own",
     )
     stop: list[str] | None = _option(
-        None, PROMPT, "Tokens that end an answer, in addition to the model's own.", shown="auto"
+        None,
+        PROMPT,
+        "Tokens that end an answer, besides the model's own; separated by commas, or repeated.",
     )
     loss_on: Literal["assistant", "last", "all"] = _option(
         "assistant", PROMPT, "Which tokens count in the loss."
@@ -152,7 +156,10 @@ class Recipe:
     )
     lora_dropout: float = _option(0.05, METHOD, "LoRA dropout.", minimum=0, below=1)
     target_modules: list[str] | None = _option(
-        None, METHOD, "Layers that get an adapter.", shown="all linear layers"
+        None,
+        METHOD,
+        "Layers that get an adapter; separated by commas, or repeated.",
+        shown="all linear layers",
     )
     rslora: bool = _option(
         False, METHOD, "LoRA with the scale alpha / sqrt(r).", aliases=["use_rslora"]
@@ -314,8 +321,8 @@ class Recipe:
     eval_steps: int | None = _option(
         None,
         WATCH,
-        "Steps between evaluations. If unset, vital signs are measured as often as 3 % of the "
-        "training time allows; if set, at every evaluation, up to ten.",
+        "Steps between evaluations. If unset, replies are measured as often as 3 % of the "
+        "training time allows; if set, at every evaluation, but at no more than ten.",
         shown="10 evaluations per run",
         minimum=1,
     )
@@ -345,7 +352,10 @@ class Recipe:
         "halve the learning rate, or continue and report it.",
     )
     report_to: list[str] | None = _option(
-        None, WATCH, "Trackers: trackio, tensorboard, wandb, mlflow.", shown="none"
+        None,
+        WATCH,
+        "Trackers, separated by commas: trackio, tensorboard, wandb, mlflow.",
+        shown="none",
     )
 
     output: str | None = _option(None, RUN, "Folder for the run.", aliases=["output_dir"])
