@@ -34,9 +34,11 @@ less than they do, the bounds decide, and the section says so.
 
 * **reproduced**: every expectation holds;
 * **not reproduced**: every expectation that states a direction is refuted. One with bounds on both
-  sides says that nothing changes, which is also true where a claim is wrong, and does not count;
+  sides states a value and not a direction; it can hold even if the claim is wrong, and does not
+  count;
 * **different**: some expectations are refuted, but not all that state a direction;
-* **not decided**: no expectation is refuted, but the interval of at least one crosses its bound.
+* **not decided**: no expectation is refuted, but at least one does not hold either: its interval
+  crosses the bound, or a seed lies outside.
 
 The rule for *not reproduced* was made exact on 2026-11-23, after the runs; before, it asked for the
 refutation of every expectation. One verdict changed, that of model-size, which was *different*.
@@ -45,8 +47,8 @@ A verdict from one seed is preliminary; each section says how many seeds it has.
 
 Unless a section says otherwise, an arm is full fine-tuning of the embedded base for 150 steps of 16
 rows at a learning rate of 1e-4, on the 97 hand-written instructions of the quickstart, in the
-ChatML-lite template. The model then answers a hundred questions, with greedy decoding, about places
-that occur in no row. The tables use these measures:
+built-in template `chatml-lite`. With greedy decoding, the model then answers a hundred questions
+about places that occur in no row. The tables use these measures:
 
 * *ended*: the share of replies that end by themselves within 40 tokens.
 * *right*: the share of replies that end and contain the fact.
@@ -59,9 +61,10 @@ that occur in no row. The tables use these measures:
   completes correctly.
 * *training loss*: the mean of the last ten steps.
 
-Losses are in nats per token. Square brackets contain 95 % intervals. For shares, they are over the
-questions of one seed, with the mean counts of all seeds (Wilson; for differences, paired by
-question and seed, Newcombe); for losses, they come from a bootstrap. They do not contain the
+Losses are in nats per token. Square brackets contain 95 % intervals. For a share, it is Wilson's
+interval for the number of questions of one seed, with counts averaged over the seeds; for a
+difference of shares, Newcombe's, paired by question and seed; for losses, it comes from a
+bootstrap. Intervals do not contain the
 variation between seeds, and so an expectation holds only if each seed lies within the bound as
 well. In the pictures, dots and bars are means and their intervals, and rings are the seeds.
 
@@ -79,7 +82,8 @@ lab evaluate` measures what the base itself knows.
 The commit and the CPU seconds under an experiment are those of its last run. Arms that were in the
 folder by then are not trained again, so the first seed of some experiments was trained on the same
 day at an earlier commit; [log.md](log.md) says which. *From scratch* is the measured time of a run
-in an empty folder: training of every arm and measuring. `truetune lab list` shows both forms.
+in an empty folder: training of every arm and measuring. `truetune lab list` shows the CPU seconds
+of the quick and of the full form.
 
 ## The verdicts
 """

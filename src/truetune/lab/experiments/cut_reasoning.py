@@ -95,7 +95,8 @@ EXPERIMENT = Experiment(
         "markers, and the answer; the arms take 200 steps at 3e-4. A cut row ends at a random "
         "place in its reasoning, without the rest of it, the answer and the stop token. With *end "
         "appended*, a stop token follows the cut, because some trainers append one to every row. "
-        "*Closes thinking* is the share of 80 replies about places that occur in no row",
+        "*Closes thinking* is the share of replies that close their think block, among 80 about "
+        "places that occur in no row",
     expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % of "
         "the rows cut, fewer than 50 % do, and with 95 %, fewer than 10 %; 60 complete rows give "
         "more than 20 points more closed replies than 600 rows of which 78.8 % are cut; with all "

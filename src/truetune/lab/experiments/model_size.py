@@ -111,18 +111,18 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("in form", "right", "recall in prose", "prose"),
-    remark="A lead of the larger base was not found. With 5 rows, the opposite was: the smaller "
-        "base is ahead by 2, 21 and 17 points in the three seeds. With 20 rows, it is ahead by "
-        "2, 9 and 10; this interval includes 0, and so it refutes a lead of the larger one by "
-        "10 points and shows no lead of the smaller. With 50 rows, the two are level. The "
-        "smaller base knows less (83 instead of 98 % of the sentences), but 5 rows lack "
-        "something else: they hardly show that the answer depends on the requested relation. "
-        "The replies of seed 2 were read: 74 of 100 replies of the larger base and 53 of the "
-        "smaller state a relation other than the requested one, and nearly all of these "
+    remark="A lead of the larger base was not found. With 5 rows, the opposite was found: the "
+        "smaller base is ahead by 2, 21 and 17 points in the three seeds. With 20 rows, it is "
+        "ahead by 2, 9 and 10; the interval lies below a lead of 10 points for the larger base, "
+        "and so refutes it; it includes 0, and so shows no lead of the smaller. With 50 rows, the "
+        "two are level. The smaller base knows less (83 instead of 98 % of the sentences), but 5 "
+        "rows lack something else: they hardly show that the answer depends on the requested "
+        "relation. The replies of seed 2 were read: 74 of 100 replies of the larger base and 53 "
+        "of the smaller state a relation other than the requested one, and nearly all of these "
         "statements are true. 84 replies of the larger base are about the animal, as are two of "
         "its five rows. There are three possible reasons. The larger base fits so few rows more "
         "closely (training loss 0.002 instead of 0.003), and with them what they happen to have "
-        "in common. The smaller base was trained further just before, and the larger one was "
-        "not, so this experiment cannot distinguish size from recent training. And three and "
-        "six layers are of the same order of size, while the claim is about several orders.",
+        "in common. The smaller base was trained further just before, and the larger one was not, "
+        "so this experiment cannot distinguish size from recent training. And three and six "
+        "layers are of the same order of size, while the claim is about several orders.",
 )  # fmt: skip

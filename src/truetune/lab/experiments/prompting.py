@@ -69,14 +69,14 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "ended", "repeats"),
     remark="Examples in the prompt change the form and little else: with 4 examples, 97 % of the "
-        "replies end at the line instead of 2 %, and 13 % are right instead of 1 %; 16 and 32 "
+        "replies end with the line instead of 2 %, and 13 % are right instead of 1 %; 16 and 32 "
         "examples add nothing. Replies to prompts with 4 and 32 examples were read for seed 1. "
-        "They continue in the style of the corpus (*it is the Quorne. The craft that is "
-        "practised there is beekeeping*), mostly with a value of another place (14 and 18 of "
-        "the 30 that were read). A possible reason is that a base with 5M weights that has read "
-        "no questions has hardly learned to copy from far back. One seed of three meets the "
-        "bound of 10 points for 32 examples. With 4 rows, the result of fine-tuning depends on "
-        "which rows were drawn (28, 26 and 16 % right), and in seed 3 it equals that of "
-        "prompting. From 16 rows on, fine-tuning is far ahead. The sentence under *Refuted by* "
-        "does not mention the first expectation; for it, the bound alone decides.",
+        "They continue in the style of the corpus (*it is the Quorne. The craft that is practised "
+        "there is beekeeping*), mostly with a value of another place (14 and 18 of the 30 that "
+        "were read). A possible reason is that a base with 5M weights that has read no questions "
+        "has hardly learned to copy from far back. One seed of three meets the bound of 10 points "
+        "for 32 examples. With 4 rows, the result of fine-tuning depends on which rows were drawn "
+        "(28, 26 and 16 % right), and in seed 3 it is close to that of prompting. From 16 rows "
+        "on, fine-tuning is far ahead. The sentence under *Refuted by* does not mention the first "
+        "expectation; for it, the bound alone decides.",
 )  # fmt: skip

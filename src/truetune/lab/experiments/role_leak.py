@@ -124,17 +124,17 @@ EXPERIMENT = Experiment(
     ),
     shown=("role leak", "repeats", "repeats, penalty", "ended", "right", "training loss"),
     remark="The arm without an end in the text and its expectation were added and committed after "
-        "a first run. Until 2026-11-23, role leak counted only the user's header. By that, the "
-        "arm with both mistakes and the end masked had no leak, and its expectation was "
+        "a first run. Until 2026-11-23, role leak counted only the user's header. By that count, "
+        "the arm with both mistakes and the end masked had no leak, and its expectation was "
         "refuted; by the present count, 50, 49 and 40 % of its replies leak in the three seeds, "
-        "around a bound of 50. No bound was moved, and the verdict is the same. In seed 1, ten "
-        "of these replies were read, and all were counted: this model never writes the end "
-        "marker, nor the user's header that follows it in the rows. It goes on with a question "
-        "of the user's (*Who rules Flanbarrow?*) and answers it under the assistant's header. "
-        "The 50 replies that do not leak begin the same question but never reach its question "
-        "mark; 49 of them run in a circle. With the end absent from the text, the user's header "
-        "comes right after the answer, and every reply leaks. With the loss on the answers "
-        "alone, no header is ever a target, and none is written. With the penalty, most replies "
-        "do end: because the penalty forbids repetition, they reach the end-of-text token that "
-        "the base knows from prose.",
+        "around a bound of 50. No bound was moved, and the verdict is the same. In seed 1, ten of "
+        "these replies were read, and each is a leak: this model never writes the end marker, nor "
+        "the user's header that follows it in the rows. It goes on with a question of the user's "
+        "(*Who rules Flanbarrow?*) and answers it under the assistant's header. The 50 replies "
+        "that do not leak begin the same question but never reach its question mark; 49 of them "
+        "run in a circle. With the end absent from the text, the user's header comes right after "
+        "the answer, and every reply leaks. With the loss on the answers alone, no header is ever "
+        "a target, and none is written. With the penalty, most replies do end: because the "
+        "penalty forbids repetition, they reach the end-of-text token that the base knows from "
+        "prose.",
 )  # fmt: skip

@@ -96,6 +96,7 @@ EXPERIMENT = Experiment(
     shown=("sums right", "places right", "closes thinking", "training loss"),
     remark="Without the step, 10, 12 and 6 % of the sums are right in the three seeds; with it, "
         "95, 99 and 99 %. Questions about places, which the base can answer in one step, lose "
-        "nothing. Fewer steps of training fail: the model first learns the form of a worked step, "
-        "and only later to copy the requested numbers into it (log.md, 2026-11-21, has trials).",
+        "nothing. Training for fewer steps fails: the model first learns the form of a worked "
+        "step, and only later to copy the requested numbers into it (log.md, 2026-11-21, has "
+        "trials).",
 )  # fmt: skip
