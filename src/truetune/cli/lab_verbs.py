@@ -98,8 +98,8 @@ def run_experiment(
     seeds: Annotated[int | None, _SEEDS] = None,
     output: Annotated[str, _FOLDER] = "runs/lab",
 ) -> None:
-    """Train the arms of an experiment, measure them, and judge its claim by bounds that were
-    declared in advance. Arms that are already in the folder are not trained again."""
+    """Train the models of an experiment (its arms), measure them, and judge its claim by bounds
+    that were declared in advance. Arms that are already in the folder are not trained again."""
     from truetune.lab.catalogue import find
 
     _run([find(name)], quick, seeds, output)

@@ -17,7 +17,9 @@ _FEWER = "Quantisation"
 
 
 def export_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
+    ],
     output: Annotated[str, typer.Option("-o", "--output", help="Folder to write.")],
     to: Annotated[
         str | None,
@@ -93,8 +95,9 @@ def export_run(
     """Write a model in a form that servers load.
 
     merged: one folder that can be loaded without peft. The adapter is added in float32 to
-    unquantised weights, which are then cast to the base's own dtype. A fresh process then compares
-    the result with the adapter on the run's held-out prompts. A complete model is copied.
+    the original or the dequantised weights (--onto), which are then cast to the base's own dtype. A
+    fresh process then compares the result with the adapter on the run's held-out prompts. A
+    complete model is copied.
 
     gguf: one file for llama.cpp and programs built on it, from an adapter or a complete model.
     llama.cpp then serves the file, and its prompts, ids, stop tokens and predictions are compared

@@ -360,7 +360,7 @@ app.command(
 @app.command("verify", cls=Verb, short_help="Check that what was saved is what was trained.")
 def verify_run(
     model: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run, or a model or adapter folder.")
+        str, typer.Argument(metavar="RUN|MODEL", help="A run, or a model or adapter folder.")
     ],
     base: Base = None,
     device: Device = "auto",

@@ -366,7 +366,7 @@ class Recipe:
         True, RUN, "Open the result in a fresh process and compare it with what was trained."
     )
     no_check: bool = _option(
-        False, RUN, "Skip the checks before training; the run records that they were skipped."
+        False, RUN, "Train without the checks; the run records that they were skipped."
     )
 
     origins: Mapping[str, Origin] = dataclasses.field(default_factory=dict, repr=False)
