@@ -188,7 +188,7 @@ def test_a_row_is_shown_by_its_number_and_by_its_place(tmp_path, model):
     for row in ("7", "0", "other.json:3", "nonsense"):
         seen = command("inspect", model, "--data", path, "--row", row)
         assert seen.code == 2
-        assert "pass --row 1 to 6" in seen.err
+        assert "pass a number from 1 to 6 with --row" in seen.err
     jsonl = tmp_path / "rows.jsonl"
     jsonl.write_text("\n" + "\n".join(map(json.dumps, sums(3))))
     for row in ("2", ":3", "rows.jsonl:3"):

@@ -474,7 +474,7 @@ def test_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (404, "RepoNotFound", "no such file, folder or public dataset"),
+        (404, "RepoNotFound", "no public dataset on the Hub"),
         (404, "RevisionNotFound", "no revision"),
         (403, "GatedRepo", "accepted its terms"),
     ],

@@ -250,7 +250,7 @@ def test_tokens_that_the_model_writes_and_those_it_does_not(tmp_path: Path) -> N
     assert (before.text, before.asked, before.written) == ("<think>", 2, 0)
     (finding,) = written_findings([before])
     assert (finding.code, finding.level, finding.count) == ("new-token-unwritten", "warning", 1)
-    assert "held-out prompts that should contain them" in finding.what
+    assert "held-out prompts should contain new tokens" in finding.what
 
     train(loaded.model, torch.tensor([ids]), steps=40)
     counts = written_tokens(loaded, contract, [plain, row, row], tokens)

@@ -607,7 +607,7 @@ def opened(source: str) -> str:
     artifact = run.artifact() or next(iter(reversed(run.checkpoints())), None)
     if artifact is None:
         raise UsageError(
-            "the run has not saved an artifact or a checkpoint yet",
+            "the run has not saved a model or a checkpoint yet",
             where=source,
             fix=f"continue it with truetune train --resume {shlex.quote(str(source))}",
             code="run-empty",

@@ -152,8 +152,8 @@ def _accumulation(subject: Subject, reading: Reading) -> Iterator[Finding]:
             where="trainer.compute_loss",
             why="it needs values that exist only during a training step; whether gradient "
             "accumulation changes it is unknown",
-            fix="by hand, compare the loss of one step with 8 rows with that of 8 accumulated "
-            "passes of one row each",
+            fix="by hand, compare the loss of one step on 8 rows with the loss of 8 accumulated "
+            "passes on one row each",
         )
         return
     ratio = apart / together if together else 1.0

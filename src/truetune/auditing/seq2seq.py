@@ -110,8 +110,8 @@ def _targets_begin(subject: Subject, reading: Reading) -> Iterator[Finding]:
         found,
         code="target-start-lost",
         level="error" if inside else "warning",
-        what=f"the targets of {len(found):,} of {len(looked):,} examined rows begin inside a text: "
-        f"{first}",
+        what=f"the targets of {len(found):,} of {len(looked):,} examined rows lack their first "
+        f"token: {first}",
         why="their first token was shifted away: the model shifts the labels itself, so the "
         "decoder never learns how an answer begins",
         fix="pass the targets unshifted, from their first token on (labels = the ids of the "

@@ -153,7 +153,7 @@ class Divergence:
             f"{window} steps), after {reference}",
             why=f"the learning rate is too high ({facts.learning_rate:.1e} at this step), or "
             "these rows are unlike the others",
-            fix="use a third of the --learning-rate, or a longer --warmup-ratio",
+            fix="use a third of the --learning-rate, or a larger --warmup-ratio",
         )
 
 

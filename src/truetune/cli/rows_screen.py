@@ -109,7 +109,7 @@ def _named(loaded: Loaded, row: str, source: str) -> list[Conversation]:
     if not places:
         raise _no_such_row(f"there is no row {row}", loaded, source)
     if len(places) > 1:
-        raise _no_such_row(f"{len(places):,} rows are at {row}", loaded, source)
+        raise _no_such_row(f"{row} names {len(places):,} rows, but one is shown", loaded, source)
     known = set(loaded.places)
     chosen = [c for c in loaded.conversations if _row_place(c, known) == places[0]]
     if not chosen:
@@ -136,7 +136,8 @@ def _no_such_row(what: str, loaded: Loaded, source: str) -> UsageError:
     return UsageError(
         f"{what}: the data has {there:,} rows",
         where=source,
-        fix=f"pass --row 1 to {there}, or a place as shown in findings: {loaded.places[0]}"
+        fix=f"pass a number from 1 to {there} with --row, or a location as shown in findings: "
+        f"{loaded.places[0]}"
         if there
         else "pass other data, or specify its schema with --set schema=...",
         code="no-such-row",

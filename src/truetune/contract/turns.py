@@ -284,7 +284,7 @@ def _diverging(turn: int, prompt: str, through: str) -> UnfaithfulTemplate:
         "the full conversation",
         why=f"the served prompt continues with {excerpt(prompt[at:])}, the rendered conversation "
         f"with {excerpt(through[at:])}",
-        fix="use a template that renders history exactly as prompts, or set the template's "
+        fix="use a template that renders history as it renders prompts, or set the template's "
         "arguments",
         code="prompt-differs",
     )

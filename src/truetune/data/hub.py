@@ -138,7 +138,7 @@ def _asked_once(name: str, revision: str | None) -> Iterator[None]:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise DataError(
-            "there is no such file, folder or public dataset on the Hub",
+            "there is no local file or folder of this name, and no public dataset on the Hub",
             where=name,
             fix="check the name, or log in with `hf auth login` if the dataset is private",
             code="dataset-unreadable",

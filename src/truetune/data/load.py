@@ -95,7 +95,9 @@ def load(
     only = schema_named(schema)
     mapping = parse_columns(columns)
     if limit is not None and limit < 1:
-        raise UsageError(f"the limit must be at least 1, not {limit}", code="bad-limit")
+        raise UsageError(
+            f"the limit on the number of rows must be at least 1, not {limit}", code="bad-limit"
+        )
     rows, findings, places, files = _read(source, split, revision, limit)
     rows = rename(rows, mapping, str(source))
     reading = _Reading(only, frozenset(mapping), mapping, Counter(), Counter(), {})

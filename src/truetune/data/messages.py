@@ -127,7 +127,7 @@ def content_of(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(part, dict):
-            raise _unsupported(f"a content part is {kind(part)}")
+            raise _unsupported(f"a content part is {kind(part)}, not an object with a type")
         what = part.get("type")
         if what in _REASONING_PARTS:
             if texts or calls:
@@ -143,7 +143,7 @@ def content_of(content: Any) -> tuple[str, str, list[dict[str, Any]]]:
             if "role" in part:
                 raise _unsupported(
                     "the content of a turn is a list of messages",
-                    why="a message with a role is in the place of text or of a typed part",
+                    why="there is a message with a role where text or a typed part is expected",
                     fix="use the text of one turn as its content",
                 )
             named = f"the type {excerpt(what)}" if isinstance(what, str) else "no type"

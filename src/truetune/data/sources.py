@@ -75,7 +75,7 @@ def _as_typed(path: Path) -> Path:
 def _require_a_name(source: str) -> None:
     """Raise for what looks like data and is neither a file nor an id: a stream, a web address."""
     if source in ("-", "/dev/stdin"):
-        raise _no_stream(source, "it means the standard input")
+        raise _no_stream(source, "it means standard input")
     scheme, _, rest = source.partition(":/")
     if not rest or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
         return

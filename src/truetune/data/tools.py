@@ -110,7 +110,9 @@ def _arguments(value: Any) -> Any:
                 fix="write dates and other objects as text",
             ) from error
         return value
-    raise BadRow("bad-tool-call", f"the arguments of a call are {kind(value)}", fix=_CALL_FIX)
+    raise BadRow(
+        "bad-tool-call", f"the arguments of a call are {kind(value)}, not an object", fix=_CALL_FIX
+    )
 
 
 def _is_name(value: Any) -> bool:

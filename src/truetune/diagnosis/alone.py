@@ -78,8 +78,8 @@ def _asked(path: Path, server: LlamaCpp) -> Stage:
         findings.append(
             _found(
                 path,
-                f"numbers that are not finite in {number} of {held.tensors} tensors, first "
-                f"{held.damaged[0]}",
+                f"{number} of {held.tensors} tensors contain numbers that are not finite, the "
+                f"first is {held.damaged[0]}",
                 "the model was damaged before or while it was converted",
                 "convert it again from the model; truetune diagnose MODEL --merged DIR shows "
                 "whether the folder is sound",

@@ -248,7 +248,7 @@ def _common(
         left += grouped(((why, questions[at].where) for at, why in missing), subject.name)
     if not kept:
         raise DataError(
-            "no row can be used for every model",
+            "there is no row that all of the models can use",
             why="; ".join(f"{out.model}: {out.count:,} rows: {out.reason}" for out in left[:4]),
             fix="truetune inspect MODEL shows a model's template and context",
             code="nothing-to-ask",

@@ -68,7 +68,8 @@ def require_served(name: str, chat_template: str | None) -> None:
     if urllib.parse.urlsplit(name).scheme not in ("http", "https"):
         raise UsageError(
             f"{name} is neither the address of a server nor a model",
-            why="a model is a run, a folder, a Hub id, a GGUF file, or an HTTP address",
+            why="what can be evaluated is a run, a folder, a Hub id, a GGUF file, or the HTTP "
+            "address of a server",
             fix="pass an address such as http://127.0.0.1:8000",
             code="subject-unsupported",
         )

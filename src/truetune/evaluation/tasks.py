@@ -234,8 +234,8 @@ def require_tasks(
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError(
             "--tasks needs lm-evaluation-harness, which is not installed",
-            why="it is part of an optional extra: pip install 'truetune[eval]'",
-            fix="pip install lm-eval",
+            why="it belongs to the extra truetune[eval]",
+            fix="pip install 'truetune[eval]', or pip install lm-eval",
             code="extra-missing",
         )
     for task in tasks:

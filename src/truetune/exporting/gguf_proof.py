@@ -312,7 +312,7 @@ def _served_with(arguments: dict[str, Any]) -> list[Finding]:
         Finding(
             "gguf-template-arguments",
             "warning",
-            "llama.cpp renders the prompts of training only with a template argument",
+            "llama.cpp renders the same prompts as in training only if a template argument is set",
             where=json.dumps(arguments),
             why="it sets this argument to its own value, which replaces the template's default",
             fix=f"serve it with --chat-template-kwargs '{json.dumps(arguments)}', or with truetune "
@@ -364,7 +364,7 @@ def judge(apart: Apart, budget: Budget) -> list[Finding]:
         Finding(
             "gguf-loses-much",
             "warning",
-            f"so few bits degrade this model: log-probabilities differ by {apart.relative:.2g} of "
+            f"too few bits for this model: log-probabilities differ by {apart.relative:.2g} of "
             f"the "
             f"logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are equal",
             why=f"{budget.usual:.2g} is usual for this type; small models suffer more",

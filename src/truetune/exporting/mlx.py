@@ -90,7 +90,7 @@ def require_mlx(quant: str) -> None:
     if quant not in QUANTS:
         meant = near(quant, QUANTS)
         raise UsageError(
-            f"unknown type {quant!r}",
+            f"unknown quantisation {quant!r}",
             where="--quant",
             why=f"did you mean {meant[0]}?" if meant else "",
             fix=f"for mlx, use one of {', '.join(QUANTS)}",
@@ -219,7 +219,7 @@ def _proved(
             Finding(
                 "mlx-loses-much",
                 "warning",
-                f"so few bits degrade this model: log-probabilities differ by "
+                f"too few bits for this model: log-probabilities differ by "
                 f"{apart.relative:.2g} of "
                 f"the logits' spread, and {100 * apart.greedy:.0f} % of the likeliest tokens are "
                 "equal",

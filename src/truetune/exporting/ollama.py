@@ -152,7 +152,7 @@ def go_template(server: LlamaCpp, contract: PromptContract, cases: Sequence[Case
     for bos in dict.fromkeys((first, "")):
         around = separators(contract, contract.template_kwargs, bos)
         if around is None:
-            raise _unproved("the template does not write turns one after another", "")
+            raise _unproved("the turns of this template cannot be written one after another", "")
         text = go_text(around)
         wrong = []
         for case, (made, error) in zip(cases, rendered(text, cases), strict=True):

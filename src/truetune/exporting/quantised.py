@@ -87,7 +87,7 @@ def require_quantiser(quant: str) -> None:
     if found is None:
         meant = near(quant, QUANTS)
         raise UsageError(
-            f"unknown type {quant!r}",
+            f"unknown quantisation {quant!r}",
             where="--quant",
             why=f"did you mean {meant[0]}?" if meant else _ELSEWHERE.get(quant, ""),
             fix=f"for a model folder, use one of {', '.join(QUANTS)}",

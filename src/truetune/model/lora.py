@@ -175,7 +175,7 @@ def _targets(model: Any, asked: str | Sequence[str]) -> tuple[list[str], list[Fi
         what=f"no layer is called {' or '.join(unmatched)}; layers matched: {matched}",
         count=len(unmatched),
         why=f"{type(model).__name__} has these linear layers: {listing}",
-        fix=f"{meant}Omit the others",
+        fix=f"{meant}Remove the names that match no layer",
     )
     return [name for name in names if counts[name]], [finding]
 

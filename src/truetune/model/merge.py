@@ -173,7 +173,7 @@ def _trained_on_other(bits: str) -> Finding:
         f"the adapter was trained on {bits}, but merged onto the original weights",
         why="the adapter also learned to correct rounding errors, so the merged model is not the "
         "one that was trained",
-        fix="use --onto dequantised, unless the original scores better on your rows",
+        fix="use --onto dequantised, unless the merge onto the original weights scores better",
     )
 
 

@@ -68,7 +68,9 @@ def check_weights(loaded: LoadedModel, folder: Path, cast: torch.dtype | None) -
         _require_complete(state, stored.keys())
         return _compare_files(state, stored, cast)
     if loaded.is_adapter:
-        raise _differs(f"weights that were not trained: {listed(stored.keys() - state.keys())}")
+        raise _differs(
+            f"weights that the trained model does not have: {listed(stored.keys() - state.keys())}"
+        )
     return _compare_reloaded(model, state, folder, cast)
 
 

@@ -69,7 +69,7 @@ def _tried(path: Path, size: int, changed: int) -> None:
     if words[-1:] == ["memory"] or status < 0:
         raise refused(
             f"a few lines take more than {_MEMORY // 2**30} GiB of memory or {_SECONDS} seconds, "
-            "or end the tokenizers library"
+            "or crash the tokenizers library"
         )
     if words[-1:] == ["added"]:
         raise refused(f"it adds more than {_MOST_ADDED:,} tokens to its vocabulary")

@@ -58,7 +58,8 @@ def few_rows(s: RunOutline) -> Iterator[Finding]:
             "note",
             f"{s.num_rows} rows are few enough to put into a prompt as examples, which is quicker "
             "to try",
-            why="fine-tuning typically shows clear gains from 50 to 100 rows (OpenAI's guide)",
+            why="gains from fine-tuning are typically clear only with at least 50 to 100 rows "
+            "(OpenAI's guide)",
             fix=f"try a prompt first; for more, see {_PAGE}",
         )
 

@@ -264,6 +264,6 @@ def require_export(
 
 
 _NO_EFFECT = {
-    "--no-verify": "it is always compared with the model",
+    "--no-verify": "the export is always compared with the model",
     "--dtype": "--quant sets the type of its weights",
 }

@@ -302,7 +302,7 @@ def _calibration(
         raise UsageError(
             "GPTQ needs calibration rows, and there are none",
             where=source,
-            why="the source is not a run, whose training rows could be used",
+            why="the source is not a run, so there are no training rows to use",
             fix="add --data DATA: a file or folder of rows like those that will be served",
             code="quantised-rows",
         )

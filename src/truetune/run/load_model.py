@@ -146,7 +146,7 @@ def _require_memory(prepared: Prepared) -> None:
     needed, free = 4 * prepared.model.num_parameters, available_bytes(device)
     if device.type == "cpu" and free and needed > free:
         raise ModelError(
-            f"the original needs {gib(needed)}, but only {gib(free)} is free",
+            f"the unquantised base needs {gib(needed)} of memory, but only {gib(free)} is free",
             code="model-too-large",
         )
 

@@ -260,7 +260,7 @@ def export(
                 run=run,
                 device=device,
             )
-            _require_passed(verdict, "the merged model is not what the adapter is")
+            _require_passed(verdict, "the merged model does not match the adapter on its base")
             record = {**verdict.as_dict(), "artifact": str(folder)}
             record["files"] = {file.name: file.sha256 for file in made.report.files}
             write_json(unnamed / VERDICT, record)

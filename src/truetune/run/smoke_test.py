@@ -321,7 +321,7 @@ def _dry_save(
             "the saved model's predictions differ from the trained one's: logits differ by "
             f"{apart:.2g}",
             why="weights were left out, or a tied embedding was untied when it was saved",
-            fix="report it with the model's name: saving reads back every tensor",
+            fix="report it with the model's name: every tensor was read back after saving",
         )
 
 

@@ -210,7 +210,7 @@ def _unopened(error: VerifyError) -> Check:
     return Check(
         "opens",
         "failed",
-        f"a fresh process cannot open it: {error.what}",
+        f"a fresh process cannot open the saved model: {error.what}",
         {"code": error.code, "why": error.why, "where": error.where},
         fix=error.fix,
     )
@@ -221,7 +221,7 @@ def _opened(found: dict[str, Any]) -> Check:
         return Check(
             "opens",
             "failed",
-            "it gives NaN or infinite probabilities",
+            "the saved model gives NaN or infinite probabilities",
             fix="export an earlier checkpoint",
         )
     what = f"a fresh process opens it ({found['parameters']:,} weights)"

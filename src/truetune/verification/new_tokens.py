@@ -97,7 +97,8 @@ def written_findings(counts: Sequence[Written]) -> list[Finding]:
     kind = "held-out" if counts[0].held_out else "trained"
     shares = ", ".join(f"{c.text!r} in {c.written} of {c.asked}" for c in counts)
     what = (
-        f"in answers to {kind} prompts that should contain them, the trained model writes {shares}"
+        f"where answers to {kind} prompts should contain new tokens, the trained model writes "
+        f"{shares}"
     )
     if all(count.written for count in counts):
         return [Finding("new-tokens-written", "note", what)]

@@ -51,8 +51,8 @@ def one_language(facts: DataFacts) -> Iterator[Finding]:
         level="note",
         what=f"{share(len(strange), len(facts.train))} are in a different language from the others"
         + (f": {named}" if named else ""),
-        why=f"{percent(number / judged)} of the rows are written in {main} letters; these rows "
-        "share almost none of their common words",
+        why=f"{percent(number / judged)} of the rows are written in {main} letters; the rows "
+        "named here contain almost none of their common words",
         fix="inspect them, and remove those that do not belong in the data",
     )
 
@@ -176,10 +176,10 @@ def answers_in_their_language(facts: DataFacts) -> Iterator[Finding]:
             code="answer-language",
             level=level_of(rows, len(facts.train)),
             what=f"the answers of {share(len(rows), len(facts.train))} are not in the language "
-            f"that their prompt names ({_listed(wrong.values())}), such as "
+            f"that their prompt names ({_listed(wrong.values())}), for example "
             f"{opening(facts.answers[rows[0]])}",
             why="the model that generated them ignored the instruction, or answers in another "
-            "language were joined to these prompts: the model learns to ignore it as well",
+            "language were joined to these prompts: the tuned model learns to ignore it, too",
             fix="use answers in that language, or remove those rows",
         )
     pairs = {i: _languages(c) for i, c in enumerate(facts.train) if i not in wrong}

@@ -53,7 +53,7 @@ def answers_differ(facts: DataFacts) -> Iterator[Finding]:
         level="warning",
         what=f"{share(len(rows), total)} have an answer that other rows repeat word for word: "
         f"{opening(facts.first_answers[first[0]])} {len(first):,} times",
-        why="these are refusals of the model that generated the rows: the tuned model will refuse "
+        why="these are refusals by the model that generated the rows: the tuned model will refuse "
         "such questions too"
         if refusal
         else "nearly all questions have this one answer, so a column or a loop variable was "

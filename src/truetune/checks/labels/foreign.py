@@ -52,8 +52,8 @@ def other_tokenizer(facts: LabelFacts) -> Iterator[Finding]:
         code="ids-of-another-tokenizer",
         level="error",
         what=f"{len(strange):,} of {len(rows):,} examined rows were not made by this tokenizer: it "
-        f"would split their text differently ({new / total:.0%} of its token boundaries do "
-        "not occur in them)",
+        f"would split their text differently ({new / total:.0%} of the boundaries that it sets "
+        "are not boundaries in the rows)",
         why="the ids are valid in its vocabulary but stand for other tokens: such a row begins "
         f"with {shown!r}",
         fix="tokenize the data again with the model's own tokenizer",

@@ -60,7 +60,7 @@ def answers_end(facts: LabelFacts) -> Iterator[Finding]:
             level=_level(ends.masked, total),
             what=f"the token that ends {which} ({facts.named(ends.unlabelled)}) is in the ids of "
             f"{share(len(ends.masked), total)} but not in their labels"
-            + (": only the last answer's is" if ends.earlier else ""),
+            + (": only that of the last answer is" if ends.earlier else ""),
             why=_why_masked(by_pad, ends.earlier),
             fix="build labels from lengths, not from the pad id: the first end token after an "
             "answer is part of it (truetune's own batches do that)"
