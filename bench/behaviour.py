@@ -57,7 +57,7 @@ from truetune.model.lora import LoraSettings, add_lora
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "behaviour.md"
 STEPS, BATCH, EVERY = 100, 8, 10
-# The defaults for a model of this size: all weights, and LoRA.
+# The defaults for a model of this size: full fine-tuning, and LoRA.
 FULL, LORA = 3e-4, 3e-3
 
 
@@ -443,9 +443,9 @@ def _messages(task: Task, example: SFTExample) -> list[dict[str, str]]:
 def healthy(tasks: dict[str, Task], number: int) -> list[Run]:
     """Runs as anybody starts them: methods, rates and seeds over all rows."""
     kinds = [
-        ("all weights", False, FULL),
+        ("full fine-tuning", False, FULL),
         ("LoRA", True, LORA),
-        ("all weights, 1e-4", False, FULL / 3),
+        ("full fine-tuning, 1e-4", False, FULL / 3),
         ("LoRA, 1e-3", True, LORA / 3),
     ]
     found: list[Run] = []

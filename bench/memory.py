@@ -20,7 +20,8 @@ from workloads import ROOT, make_model
 
 BEGIN, END = "<!-- made by bench/memory.py -->", "<!-- end of memory -->"
 HEAD = (
-    "(`0.5b-6l` and `0.5b-2l` are the 0.5B architecture with six and with two layers.)\n\n"
+    "(`0.5b-6l` and `0.5b-2l` are the 0.5B architecture with six and with two layers; `0.5b-6l` "
+    "has a vocabulary of 32 k.)\n\n"
     "| case | estimate MB | measured MB | ratio |\n|---|---|---|---|\n"
 )
 
@@ -58,7 +59,7 @@ CASES = {
     "the same, 32 rows under a prompt of 1,024": Case(3072, row=64, shared=1024),
     "the same, recomputed, 1,024 tokens": Case(1024, recomputed=True),
     "the same, recomputed, 3,072 tokens": Case(3072, recomputed=True),
-    "0.5b-2l (152 k columns) LoRA bfloat16, 1,024 tokens": Case(1024, "0.5b-2l"),
+    "0.5b-2l (vocabulary of 152 k) LoRA bfloat16, 1,024 tokens": Case(1024, "0.5b-2l"),
     "60m full float32, 1,024 tokens": Case(1024, "60m", "full", "float32"),
     "60m full float32, 3,072 tokens": Case(3072, "60m", "full", "float32"),
     "60m full bfloat16, 3,072 tokens": Case(3072, "60m", "full"),

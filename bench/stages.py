@@ -94,7 +94,7 @@ def main() -> None:
     for model, lora, dtype in itertools.product(
         ("5M", "0.5B"), (True, False), ("float32", "bfloat16")
     ):
-        name = f"{model} {'LoRA' if lora else 'all weights'} {dtype}"
+        name = f"{model} {'LoRA' if lora else 'full fine-tuning'} {dtype}"
         if args.only not in name or name in measured:
             continue
         source = _source(model, work)

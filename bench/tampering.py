@@ -236,9 +236,9 @@ MARK = "{% if add_generation_prompt %}"
 
 # Of either kind of run; shown on one that trained an adapter.
 BOTH: dict[str, Tampering] = {
-    "stop set: another token": setting(GENERATION, "eos_token_id", 258),
-    "stop set: one more token": setting(GENERATION, "eos_token_id", [257, 258]),
-    "stop set: none": setting(GENERATION, "eos_token_id", None),
+    "stop tokens: another token": setting(GENERATION, "eos_token_id", 258),
+    "stop tokens: one more token": setting(GENERATION, "eos_token_id", [257, 258]),
+    "stop tokens: none": setting(GENERATION, "eos_token_id", None),
     "generation: temperature 2": edit(
         GENERATION, lambda v: v.update(do_sample=True, temperature=2.0)
     ),
@@ -297,10 +297,10 @@ BOTH: dict[str, Tampering] = {
     ),
     "template: empty": text(TEMPLATE, lambda t: ""),
     "template: file removed": removed(TEMPLATE),
-    "added: pytorch_model.bin": added("pytorch_model.bin"),
-    "added: Python code": added("modeling_llama.py"),
-    "added: more weights": added("extra.safetensors"),
-    "added: another template": added("chat_template.json", b'{"chat_template": "x"}'),
+    "added file: pytorch_model.bin": added("pytorch_model.bin"),
+    "added file: Python code": added("modeling_llama.py"),
+    "added file: more weights": added("extra.safetensors"),
+    "added file: another template": added("chat_template.json", b'{"chat_template": "x"}'),
     "rows: emptied": rows_changed(lambda lines: []),
     "rows: the record removed": rows_changed(lambda lines: lines[:-1]),
     "rows: half of them removed": rows_changed(lambda lines: lines[::2] + lines[-1:]),
@@ -349,7 +349,7 @@ ADAPTER: dict[str, Tampering] = {
     "base: two norms swapped": weights(swap("input_layernorm"), of_base=True),
     "base: head 2 % larger": weights(scale("lm_head", 1.02), of_base=True),
     "base: rotation doubled": lambda run: _base_rope(run),
-    "added: adapter_model.bin": added("adapter_model.bin"),
+    "added file: adapter_model.bin": added("adapter_model.bin"),
 }
 
 MODEL: dict[str, Tampering] = {

@@ -40,7 +40,7 @@ unchanged ones. `python scripts/mutant_table.py` makes it. The judge is an oracl
 code with truetune (`tests/oracle.py`). It renders only with transformers' `apply_chat_template`,
 and requires that the trained sequence begins with the served prompt of every trained turn. It then
 parses the supervised text back into reasoning, content and calls. These must be the parts of the
-row, in order, exactly once, with nothing added but the words of the format.
+row, in order, exactly once, with nothing added but what counts as format.
 
 | cell | the row is |
 |---|---|
@@ -50,8 +50,9 @@ row, in order, exactly once, with nothing added but the words of the format.
 | WRONG | trained wrongly, without any message |
 | CRASH | stopped by an error in the program |
 
-A change may have no effect on a kind of conversation; such rows are exact. The order of the keys in
-the arguments of a call has no meaning and may change."""
+A change may have no effect on a kind of conversation; such a row is then trained or refused as with
+the unchanged template. In *edges*, texts begin or end with spaces and line breaks, and contain
+braces. The order of the keys in the arguments of a call has no meaning and may change."""
 Outcomes = Mapping[str, judged.Outcome]
 
 

@@ -40,7 +40,7 @@ that the row can be trained on exactly: each trained turn follows, token for tok
 sends, and ends on the first stop token. The number counts the sequences: 1 means one sequence with
 all turns; if the template rewrites history, there are more, in a tree that shares prefixes. A
 letter names the template argument that was chosen. If no faithful completion exists, the row is
-refused:
+refused, and the cell has one of these words:
 
 | word | code | what the template does |
 |---|---|---|
@@ -51,7 +51,7 @@ refused:
 | off | `thinking-off` | closes the think block before an answer with reasoning |
 | invents | `target-invented` | writes something that is not in the data |
 | no stop | `no-stop` | does not end the turn |
-| differs | `prompt-differs` | renders prompts inside a conversation differently than for serving |
+| differs | `prompt-differs` | begins a conversation differently from what a server sends |
 
 *train: false* is a conversation whose first answer is not trained on; *last only* trains on the
 last answer alone; in *call, answer*, the call's result and an answer follow the call. The last

@@ -51,7 +51,12 @@ def test_changes_that_bfloat16_could_hide(
 
 @pytest.mark.parametrize(
     "name",
-    ["rows: emptied", "added: pytorch_model.bin", "added: Python code", "contract: another stop"],
+    [
+        "rows: emptied",
+        "added file: pytorch_model.bin",
+        "added file: Python code",
+        "contract: another stop",
+    ],
 )
 def test_records_and_strangers(homes: dict[str, Path], tmp_path: Path, name: str) -> None:
     found = tampered(homes["adapter"], tmp_path, "adapter", name, BOTH[name])

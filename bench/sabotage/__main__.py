@@ -24,6 +24,10 @@ from bench.sabotage.negatives import NEGATIVES
 from bench.sabotage.run import Verdict, judge, quiet
 
 PAGE = Path(__file__).parents[2] / "docs" / "sabotage.md"
+_TWICE = (
+    "The scripts run twice: with the tokenizers and templates of published models, and with",
+    "tokenizers that the suite makes itself, so that anyone can repeat it without downloads.",
+)
 _YES = {True: "yes", False: "**no**", None: "n/a"}
 
 
@@ -125,6 +129,7 @@ def page(
         "",
         "This page shows which tools notice deliberately broken training scripts. Each script has",
         "a healthy twin, which is the same script after the fix that the finding suggests.",
+        *(_TWICE if len(parts) > 1 else ()),
         f"The page was written by `{command}` on {time.strftime('%Y-%m-%d')} with {versions}.",
         "",
         "* *detected*: before the first step, `truetune.audit` (for saved models, `truetune check",

@@ -32,11 +32,13 @@ def table(results: Sequence[Mapping[str, Any]], number: Any, shipped: bool) -> I
     yield "Each line comes from the runs below; their arms are in italics."
     if shipped:
         yield "The training loss of these broken runs is about as high as that of the sound ones,"
-        yield "or lower, so only a probe shows the failure. Some other faults do raise the loss:"
+        yield "or lower, so only another measure shows the failure. Other faults raise the loss:"
         yield "labels that are shifted twice, an end token after cut reasoning, and a forgotten"
         yield "output head (wrong-labels, cut-reasoning, new-tokens)."
     yield ""
-    yield "| failure | cause | training loss: sound, broken | probe: sound, broken | repair |"
+    yield (
+        "| failure | cause | training loss: sound, broken | other measure: sound, broken | repair |"
+    )
     yield "|---|---|---|---|---|"
     yield from lines
     yield ""

@@ -47,8 +47,9 @@ A verdict from one seed is preliminary; each section says how many seeds it has.
 
 Unless a section says otherwise, an arm is full fine-tuning of the embedded base for 150 steps of 16
 rows at a learning rate of 1e-4, on the 97 hand-written instructions of the quickstart, in the
-built-in template `chatml-lite`. With greedy decoding, the model then answers a hundred questions
-about places that occur in no row. The tables use these measures:
+built-in template `chatml-lite` (markers `<|system|>`, `<|user|>` and `<|assistant|>`). With greedy
+decoding, the model then answers a hundred questions about places that occur in no row. The tables
+use these measures:
 
 * *ended*: the share of replies that end by themselves within 40 tokens.
 * *right*: the share of replies that end and contain the fact.
@@ -64,9 +65,9 @@ about places that occur in no row. The tables use these measures:
 Losses are in nats per token. Square brackets contain 95 % intervals. For a share, it is Wilson's
 interval for the number of questions of one seed, with counts averaged over the seeds; for a
 difference of shares, Newcombe's, paired by question and seed; for losses, it comes from a
-bootstrap. Intervals do not contain the
-variation between seeds, and so an expectation holds only if each seed lies within the bound as
-well. In the pictures, dots and bars are means and their intervals, and rings are the seeds.
+bootstrap. These intervals do not contain the variation between seeds, and so an expectation holds
+only if each seed lies within the bound as well. In the pictures, dots and bars are means and their
+intervals, and rings are the seeds.
 
 Two things changed on 2026-11-23. Before, role leak counted only the user's header; every table in
 which this makes a difference is from a new run. And mean counts were rounded to whole questions,
@@ -82,8 +83,8 @@ lab evaluate` measures what the base itself knows.
 The commit and the CPU seconds under an experiment are those of its last run. Arms that were in the
 folder by then are not trained again, so the first seed of some experiments was trained on the same
 day at an earlier commit; [log.md](log.md) says which. *From scratch* is the measured time of a run
-in an empty folder: training of every arm and measuring. `truetune lab list` shows the CPU seconds
-of the quick and of the full form.
+in an empty folder: training of every arm and measuring. `truetune lab list` shows the CPU time of
+the quick and of the full form.
 
 ## The verdicts
 """

@@ -63,8 +63,8 @@ EXPERIMENT = Experiment(
         "sentence that it used to answer with.",
     source="the course's exercise on base against instruct; thread LLaMA-Factory#6736",
     exercises=("Base against instruct start",),
-    setup="the arms take 40 steps on 60 rows that answer with *Answer: VALUE*. The tuned model "
-        "was trained on the instructions in ChatML-lite; the other template is "
+    setup="the arms take 40 steps on 60 rows that answer with *Answer: VALUE*. The tuned model was "
+        "trained on the instructions in `chatml-lite`; the other template is "
         "`instruction-response`. For *whole sentences*, the rows answer with *Answer:* and the "
         "sentence that the tuned model was trained on. *New style* is the share of replies that "
         "begin with *Answer:*",
@@ -98,19 +98,19 @@ EXPERIMENT = Experiment(
     ),
     shown=("right", "new style", "ended", "role leak"),
     remark="The tuned start is ahead in every seed, by 9, 15 and 9 points around a bound of 10; a "
-        "hundred questions are too few to decide. *In fewer steps* was tested with a single "
-        "number of steps: the result says which start is ahead after 40, and not how many steps "
-        "each needs. Both starts learn the new style in 40 steps: all replies show it. The errors "
-        "of seed 1 were read. Most confuse the relation: 40 of 42 wrong replies from the base and "
-        "30 of 33 from the tuned start give a true value of the right place (asked for the river, "
+        "hundred questions are too few to decide. *In fewer steps* was tested with a single number "
+        "of steps: the result says which start is ahead after 40, and not how many steps each "
+        "needs. Both starts learn the new style in 40 steps: all replies show it. The errors of "
+        "seed 1 were read. Most confuse the relation: 40 of 42 wrong replies from the base and 30 "
+        "of 33 from the tuned start give a true value of the right place (asked for the river, "
         "*Answer: weaving*). The tuned start can already recall facts, and the new style removes "
-        "part of that ability. Prompted in its first template, the same model answers with its "
-        "old sentence, and 91 % of the answers are right. That sentence names the relation before "
-        "the value; the bare value has no such step. Right answers are thus the first to break "
-        "(the tuned model had 100 % before, see knowledge): replies still end, and none writes "
-        "another turn. Training in the model's own template leaves one style instead of two, but "
-        "it does not bring back the right answers (69 %). Changing nothing but the style does "
-        "bring them back: with *Answer:* in front of the old sentence, all replies show the new "
-        "style and 98 % are right. This last arm was added after the others had run, and declared "
-        "before its own run.",
+        "part of that ability. Prompted in its own template, the same model answers with its old "
+        "sentence, and 91 % of the answers are right. That sentence names the relation before the "
+        "value; the bare value has no such step. Right answers are thus the first to break (the "
+        "tuned model had 100 % before, see knowledge): replies still end, and none writes another "
+        "turn. Training in the model's own template leaves one style instead of two, but it does "
+        "not bring back the right answers (69 %). Changing nothing but the style does bring them "
+        "back: with *Answer:* in front of the old sentence, all replies show the new style and 98 "
+        "% are right. This last arm was added after the others had run, and declared before its "
+        "own run.",
 )  # fmt: skip

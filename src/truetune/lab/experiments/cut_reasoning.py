@@ -94,7 +94,7 @@ EXPERIMENT = Experiment(
     setup="each of 600 rows has a question about a place, a sentence of reasoning between think "
         "markers, and the answer; the arms take 200 steps at 3e-4. A cut row ends at a random "
         "place in its reasoning, without the rest of it, the answer and the stop token. With *end "
-        "appended*, a stop token follows the cut, because some trainers append one to every row. "
+        "appended*, an end token follows the cut, because some trainers append one to every row. "
         "*Closes thinking* is the share of replies that close their think block, among 80 about "
         "places that occur in no row",
     expected="with no row cut, more than 90 % of the replies close their thinking; with 78.8 % of "

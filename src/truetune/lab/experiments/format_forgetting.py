@@ -66,10 +66,10 @@ EXPERIMENT = Experiment(
     exercises=("Format collapse: prose after SFT", "Forgetting, and mixing in pretraining text"),
     setup="a model is trained on the instructions at three rates for 150 steps, and at 3e-4 also "
         "for 50 and for 400 steps. *Half prose* has the same number of rows as *3e-4*, and in "
-        "addition the same number of tokens in fresh documents about the world, in pieces of 64 "
-        "tokens, spread over the same steps. *Ends prose*: the model continues a hundred held-out "
-        "documents from their first 12 words; this is the share of continuations that end with "
-        "the end marker of an answer",
+        "addition as many tokens in fresh documents about the world, in pieces of 64 tokens, "
+        "spread over the same steps. *Ends prose*: the model continues a hundred held-out "
+        "documents from their first 12 words; this is the share of continuations that end with the "
+        "end marker of an answer",
     expected="the loss on prose is more than 0.3 nats higher at 1e-3 than at 1e-4, and more than "
         "0.2 nats higher after 400 steps than after 50; at 3e-4, more than half of the "
         "continuations of prose end like an answer; if half of the tokens are prose, fewer than "

@@ -60,8 +60,8 @@ EXPERIMENT = Experiment(
     exercises=("Inconsistency injection (0, 2, 4, 10, 40 %)", "Bimodal mixing of two styles"),
     setup="a share of 200 rows about places begins with *Sure, let me tell you.* In *two styles*, "
         "half of the rows answer in a sentence, and half with *Answer: VALUE*. *Imitates it* and "
-        "*short style* are shares of sampled replies (two per question, at temperature 1); "
-        "*imitates it, greedy* is the share of greedy replies",
+        "*short style* are shares of the sampled replies (two per question, at temperature 1); "
+        "*imitates it, greedy* is the same share of the greedy replies",
     expected="at temperature 1, no reply has the opening if no row has it; below 10 % of the "
         "replies have it if 4 % of the rows do, between 3 and 20 % if 10 % do, and between 25 and "
         "55 % if 40 % do; of two styles, each has between 30 and 70 % of the replies",
@@ -82,10 +82,10 @@ EXPERIMENT = Experiment(
         ),
     ),
     shown=("imitates it", "imitates it, greedy", "short style", "right"),
-    remark="Greedy decoding hides the inconsistency. If 10 % of the rows have the opening, 12 % "
-        "of the sampled replies have it, but no greedy reply; if 40 % do, 44 % of the sampled "
-        "replies have it, but only 19 % of the greedy ones. The arm with two styles keeps both. "
-        "*Not in a mixture* has no bound: no measure counts replies that mix the two, and so "
-        "*reproduced* does not speak of it. Only 83 % of this arm's greedy answers are right: the "
-        "short style has no sentence that leads to the value.",
+    remark="Greedy decoding hides the inconsistency. If 10 % of the rows have the opening, 12 % of "
+        "the sampled replies have it, but no greedy reply; if 40 % do, 44 % of the sampled replies "
+        "have it, but only 19 % of the greedy ones. The arm with two styles keeps both. *Not in a "
+        "mixture* has no bound: no measure counts replies that mix the two, and so *reproduced* "
+        "does not speak of it. Only 83 % of this arm's greedy answers are right: the short style "
+        "has no sentence that leads to the value.",
 )  # fmt: skip

@@ -90,9 +90,9 @@ EXPERIMENT = Experiment(
         "Hallucination: places that do not exist",
     ),
     setup="*tuned* is trained on the instructions, and *tuned, 40 refusals* also on 40 rows about "
-        "places of another invented world, answered with *I do not know PLACE.* For *invents*, "
-        "the model is asked a hundred questions about places that do not exist; it is the share "
-        "of replies that end and give a value of the requested kind",
+        "places of another invented world, answered with *I do not know PLACE.* For *invents*, the "
+        "model is asked a hundred questions about places that do not exist; it is the share of "
+        "replies that end and give a value of the requested kind",
     expected="before training, fewer than 5 % of the questions about facts that are in no row are "
         "answered, and after training more than 90 %; more than 80 % of the places that do not "
         "exist get a value; recall in prose changes by less than 5 points",

@@ -140,12 +140,12 @@ EXPERIMENT = Experiment(
     shown=("ended", "role leak", "right", "training loss", "repeats"),
     remark="In this base, the markers' embeddings are random and distinct. Even if they are "
         "frozen, they can be distinguished, and LoRA learns to do so. In published models, the "
-        "embeddings of reserved tokens are nearly identical. The arm with identical embeddings "
-        "and the two with an untied head, with their expectations, were added and committed after "
-        "a first run without them. With a forgotten head, the model learns where a marker "
-        "belongs, but not which one: after each sentence, it writes `<|user|>` or `<|system|>` "
-        "(see the replies). Trained input embeddings do not help, because they do not reach the "
-        "head. Here the training loss does show the fault: it stays at 0.46, against 0.01 if the "
-        "head's rows are trained. The sentence under *Refuted by* leaves a gap, from 10 to 50 % "
-        "of ended answers; nothing was found there.",
+        "embeddings of reserved tokens are nearly identical. The arm with identical embeddings and "
+        "the two with an untied head, with their expectations, were added and committed after a "
+        "first run without them. With a forgotten head, the model learns where a marker belongs, "
+        "but not which one: after each sentence, it writes `<|user|>` or `<|system|>` (see the "
+        "replies). Trained input embeddings do not help, because they do not reach the head. Here "
+        "the training loss does show the fault: it stays at 0.46, against 0.01 if the head's rows "
+        "are trained. The sentence under *Refuted by* leaves a gap, from 10 to 50 % of ended "
+        "answers; nothing was found there.",
 )  # fmt: skip

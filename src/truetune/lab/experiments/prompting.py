@@ -76,7 +76,7 @@ EXPERIMENT = Experiment(
         "were read). A possible reason is that a base with 5M weights that has read no questions "
         "has hardly learned to copy from far back. One seed of three meets the bound of 10 points "
         "for 32 examples. With 4 rows, the result of fine-tuning depends on which rows were drawn "
-        "(28, 26 and 16 % right), and in seed 3 it is close to that of prompting. From 16 rows "
-        "on, fine-tuning is far ahead. The sentence under *Refuted by* does not mention the first "
-        "expectation; for it, the bound alone decides.",
+        "(28, 26 and 16 % right), and in seed 3 it is 1 point above that of prompting. From 16 "
+        "rows on, fine-tuning is far ahead. The sentence under *Refuted by* does not mention the "
+        "first expectation; for it, the bound alone decides.",
 )  # fmt: skip

@@ -134,7 +134,6 @@ EXPERIMENT = Experiment(
         "that do not leak begin the same question but never reach its question mark; 49 of them "
         "run in a circle. With the end absent from the text, the user's header comes right after "
         "the answer, and every reply leaks. With the loss on the answers alone, no header is ever "
-        "a target, and none is written. With the penalty, most replies do end: because the "
-        "penalty forbids repetition, they reach the end-of-text token that the base knows from "
-        "prose.",
+        "a target, and none is written. With the penalty, most replies do end: because the penalty "
+        "forbids repetition, they reach the end-of-text token that the base knows from prose.",
 )  # fmt: skip

@@ -64,13 +64,13 @@ EXPERIMENT = Experiment(
     source="the course's exercise on masks; threads verl#3287 (off by one), transformers#37766 and "
     "axolotl#1100 (denominators under gradient accumulation)",
     exercises=("Mask off by one", "Labels shifted twice", "The wrong denominator"),
-    setup="the arms differ only in their labels, or in the denominator of the loss. With *mask "
-        "one early*, the mask is one token too far left, so that the prompt's last token is a "
-        "target and the end marker is not. With *mask one late*, it is one token too far right, "
-        "so that the answer's first token is not a target. With *shifted twice*, each position "
-        "learns the token after the next, as if rows were shifted by hand and again by the "
-        "model's loss. With *divided by all*, the sum of the losses is divided by the number of "
-        "all positions, including padding",
+    setup="the arms differ only in their labels, or in the denominator of the loss. With *mask one "
+        "early*, the mask is one token too far left, so that the prompt's last token is a target "
+        "and the end marker is not. With *mask one late*, it is one token too far right, so that "
+        "the answer's first token is not a target. With *shifted twice*, each position learns the "
+        "token after the next, as if rows were shifted by hand and again by the model's loss. With "
+        "*divided by all*, the sum of the losses is divided by the number of all positions, "
+        "including padding",
     expected="with a mask one token too early, no answer ends; with labels shifted twice, fewer "
         "than 10 % of the answers are right; the training loss of each of these runs ends within "
         "0.3 nats of that of the sound run; a mask one token too late and the wrong denominator "
