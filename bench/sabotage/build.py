@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.sabotage.house import messages
+from bench.sabotage.house import messages, scratch
 
 # Rows of a case, unless it needs more.
 ROWS = 24
@@ -46,7 +45,7 @@ def trl(tokenizer: Any, model: Any, rows: Sequence[dict[str, Any]], **settings: 
     if "eval_dataset" in handed:
         handed["eval_dataset"] = dataset(handed["eval_dataset"])
     args = SFTConfig(
-        output_dir=tempfile.mkdtemp(prefix="sabotage-run-"),
+        output_dir=scratch("run"),
         **{**_QUIET, "gradient_checkpointing": False, **settings},
     )
     return SFTTrainer(
@@ -62,7 +61,7 @@ def hf(tokenizer: Any, model: Any, rows: Any, collator: Any, **settings: Any) ->
     names = ("compute_loss_func", "eval_dataset", "optimizers")
     handed = {name: settings.pop(name) for name in names if name in settings}
     args = TrainingArguments(
-        output_dir=tempfile.mkdtemp(prefix="sabotage-run-"), **{**_QUIET, **settings}
+        output_dir=scratch("run"), **{**_QUIET, **settings}
     )
     return trainer(
         model,

@@ -157,9 +157,19 @@ def _small_folder(kind: Kind) -> str:
         )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.chat_template = template
-    folder = tempfile.mkdtemp(prefix=f"sabotage-{kind}-")
+    folder = scratch(kind)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="sabotage-")
+
+
+def scratch(name: str) -> str:
+    """A new empty folder for what a case writes; it is removed when the process ends."""
+    return tempfile.mkdtemp(prefix=f"{name}-", dir=_scratch().name)
 
 
 # ------------------------------------------------------------------ rows

@@ -10,7 +10,6 @@ model may be named behind it.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ BASE = Path(__file__).parents[2] / "src" / "truetune" / "lab" / "base"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     import torch
+    from bench.sabotage.house import scratch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling
     from trl import SFTConfig, SFTTrainer
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer = SFTTrainer(
         model,
         args=SFTConfig(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=scratch("story"),
             max_steps=3,
             per_device_train_batch_size=1,
             report_to=[],

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.sabotage.build import Saved, chats, lora, trl
 from bench.sabotage.case import Case
-from bench.sabotage.house import House
+from bench.sabotage.house import House, scratch
 
 
 def s18(house: House, broken: bool) -> Any:
@@ -18,12 +18,10 @@ def s18(house: House, broken: bool) -> Any:
 
 def _trained_adapter(house: House) -> tuple[Any, str, str]:
     """(tokenizer, folder of the base, folder of an adapter that was trained)."""
-    import tempfile
-
     from peft import get_peft_model
 
     tokenizer = house.tokenizer()
-    base, adapter = (tempfile.mkdtemp(prefix=f"sabotage-{n}-") for n in ("base", "adapter"))
+    base, adapter = scratch("base"), scratch("adapter")
     house.model(tokenizer).save_pretrained(base)
     tokenizer.save_pretrained(base)
     model = get_peft_model(_opened(base), lora())
@@ -40,8 +38,6 @@ def _opened(folder: str) -> Any:
 
 
 def s20(house: House, broken: bool) -> Any:
-    import tempfile
-
     from peft import PeftConfig, PeftModel, get_peft_model
 
     tokenizer, base, adapter = _trained_adapter(house)
@@ -50,19 +46,17 @@ def s20(house: House, broken: bool) -> Any:
         if broken
         else PeftModel.from_pretrained(_opened(base), adapter)
     )
-    again = tempfile.mkdtemp(prefix="sabotage-again-")
+    again = scratch("again")
     model.save_pretrained(again)
     tokenizer.save_pretrained(again)
     return Saved(again)
 
 
 def s20_merged(house: House, broken: bool) -> Any:
-    import tempfile
-
     from peft import PeftModel
 
     tokenizer, base, adapter = _trained_adapter(house)
-    merged = tempfile.mkdtemp(prefix="sabotage-merged-")
+    merged = scratch("merged")
     PeftModel.from_pretrained(_opened(base), adapter).merge_and_unload().save_pretrained(merged)
     if not broken:
         tokenizer.save_pretrained(merged)
@@ -70,12 +64,10 @@ def s20_merged(house: House, broken: bool) -> Any:
 
 
 def config_without_weights(house: House, broken: bool) -> Any:
-    import tempfile
-
     from peft import PeftConfig, PeftModel, get_peft_model
 
     tokenizer = house.tokenizer()
-    folder = tempfile.mkdtemp(prefix="sabotage-adapter-")
+    folder = scratch("adapter")
     get_peft_model(house.model(tokenizer), lora()).save_pretrained(folder)
     base = house.model(tokenizer)
     model = (
