@@ -153,7 +153,7 @@ def check(
 
     Args:
         model, data, quiet, listener, options: as in `train`.
-        smoke_test: also load the model, take one real step, and test saving and reloading.
+        smoke_test: also load the model, take two real steps, and test saving and reloading.
 
     Returns:
         `.ok`, `.findings` (the most severe first) and `.summary`.

@@ -142,7 +142,7 @@ app.command("check", cls=Verb, short_help="Check a planned run or a finished mod
             False,
             "--smoke-test",
             "--rehearse",
-            help="Also load the model, take one real step, and test saving and reloading.",
+            help="Also load the model, take two real steps, and test saving and reloading.",
         ),
         own_option("show_all", bool, False, "--all", help="Show every finding."),
         own_option("as_json", bool, False, "--json", help="Print JSON."),

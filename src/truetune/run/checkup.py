@@ -2,7 +2,7 @@
 
 input   a recipe with model and data; or a model folder alone
 does    the stages of `prepare`, none of which stops; what the lengths cost, whether the model is
-        base or instruct, whether the run fits; with `smoke_test` also what a real step shows
+        base or instruct, whether the run fits; with `smoke_test` also what two real steps show
 output  Checkup: findings and a summary, for the terminal, --json and --html alike
 """
 
@@ -96,7 +96,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
     """Look at the run that `truetune train` would start.
 
     Args:
-        with_smoke_test: load the model too, and take one real step.
+        with_smoke_test: load the model too, and take two real steps.
 
     Raises:
         UsageError, InputError: options, data or model that cannot be used at all.
@@ -121,7 +121,7 @@ def check_run(recipe: Recipe, listener: Listener, *, with_smoke_test: bool = Fal
     reported = [*_weights(found), *found.prepared.findings, *fit.findings(), *_targets(recipe)]
     reported += advice(found.prepared, fit.trainable)
     if with_smoke_test and found.prepared.examples:
-        listener.stage("taking one real step")
+        listener.stage("taking two real steps")
         seen, numbers = smoke_test(found.prepared)
         reported += seen
         summary["rehearsal"] = numbers
