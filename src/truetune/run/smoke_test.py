@@ -1,8 +1,8 @@
 """The smoke test: the real model, a few real rows, two real steps, a dry save and a reload.
 
 input   Prepared; the weights are loaded here and nothing is kept
-does    predicts the rows, computes one step in two ways, takes two steps, saves to a temporary folder,
-        reloads and compares
+does    predicts the rows, computes one step in two ways, takes two steps, saves to a temporary
+        folder, reloads and compares
 output  findings, and what was measured
 """
 
