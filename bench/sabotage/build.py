@@ -60,9 +60,7 @@ def hf(tokenizer: Any, model: Any, rows: Any, collator: Any, **settings: Any) ->
     trainer = settings.pop("trainer", Trainer)
     names = ("compute_loss_func", "eval_dataset", "optimizers")
     handed = {name: settings.pop(name) for name in names if name in settings}
-    args = TrainingArguments(
-        output_dir=scratch("run"), **{**_QUIET, **settings}
-    )
+    args = TrainingArguments(output_dir=scratch("run"), **{**_QUIET, **settings})
     return trainer(
         model,
         args=args,
