@@ -54,15 +54,22 @@ class Site:
     module: str
 
 
-def sites() -> Iterator[Site]:
+@cache
+def sites() -> tuple[Site, ...]:
     """All of them, in the order of the sources."""
+    found: list[Site] = []
     for path in sorted(SOURCE.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        module = _Module(tree)
-        for function, call in module.calls():
-            yield from _sites_of(call, module, function, str(path.relative_to(SOURCE)))
+        module = _Module(_parsed(path))
+        for function, call in module.calls:
+            found += _sites_of(call, module, function, str(path.relative_to(SOURCE)))
         for table in module.tables():
-            yield from _tabled(table, module, str(path.relative_to(SOURCE)))
+            found += _tabled(table, module, str(path.relative_to(SOURCE)))
+    return tuple(found)
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def finding_codes() -> dict[str, set[str]]:
@@ -137,6 +144,7 @@ class _Module:
 
     def __init__(self, tree: ast.Module) -> None:
         self.tree = tree
+        self.calls = list(self._within(tree, None))
         self.functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
         self.constants = _constants(tree)
         # Tables of texts: name -> the values of each row, or key -> text.
@@ -156,12 +164,9 @@ class _Module:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("truetune."):
                 path = SOURCE.parent / f"{node.module.replace('.', '/')}.py"
                 if path.exists():
-                    theirs = _constants(ast.parse(path.read_text(encoding="utf-8")))
+                    theirs = _constants(_parsed(path))
                     names = [n.name for n in node.names if n.name in theirs]
                     self.constants |= {name: theirs[name] for name in names}
-
-    def calls(self) -> Iterator[tuple[ast.FunctionDef | None, ast.Call]]:
-        yield from self._within(self.tree, None)
 
     def tables(self) -> Iterator[ast.Dict]:
         """Dictionaries whose values are the texts of an error."""
@@ -220,12 +225,15 @@ def _sites_of(
             values.setdefault(field, value)
     elif not finding and call.args:
         values.setdefault("what", call.args[0])
+    codes = _codes(values.get("code"), called)
+    if not codes:
+        return
     level = values.get("level")
     texts = [values.get(field) for field in ("what", "why", "fix")]
     for bound in _bindings(texts, module, function):
         said = _Said(module, function, bound)
         what, why, fix = map(said.of, texts)
-        for code in _codes(values.get("code"), called):
+        for code in codes:
             if "code" not in values and re.fullmatch("(\u2039[^\u203a]*\u203a)?", what):
                 # It passes on what another error says.
                 continue
@@ -268,7 +276,7 @@ def _bindings(
     if not used & set(parameters):
         return [{}]
     found = []
-    for caller, call in module.calls():
+    for caller, call in module.calls:
         match call.func:
             case ast.Name(id=called) | ast.Attribute(value=ast.Name(id="self"), attr=called):
                 pass
