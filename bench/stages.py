@@ -5,6 +5,8 @@ and a model of the shape of Qwen2.5-0.5B with random weights, LoRA and all weigh
 bfloat16. It prints one table of processor seconds; each job that is done is a line of a file, so
 that it goes on where it was stopped, and `--write` puts the table into docs/performance.md.
 `--steps N` measures a longer run instead: the rows and settings of the quickstart, N steps.
+`--refusals` measures how soon wrong command lines are refused instead; with `--write`, that table
+is put into the page.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="jobs whose name holds this")
     parser.add_argument("--write", action="store_true", help="the table of docs/performance.md")
     parser.add_argument("--steps", type=int, default=0, help="of the quickstart; prints its table")
+    parser.add_argument("--refusals", action="store_true", help="wrong command lines instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--lora", action="store_true", help=argparse.SUPPRESS)
@@ -77,6 +81,12 @@ def main() -> None:
         return
     work.mkdir(parents=True, exist_ok=True)
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    if args.refusals:
+        table = _refusals(work)
+        print(table)
+        if args.write:
+            put(table, "<!-- made by bench/stages.py: refusals -->", "<!-- end of refusals -->")
+        return
     results = work / "stages.jsonl"
     measured = _known(results)
     if args.steps:
@@ -156,6 +166,48 @@ def _source(name: str, work: Path) -> str | None:
     return str(folder)
 
 
+def _refusals(work: Path) -> str:
+    """Seconds from a wrong command line to its refusal, each in a fresh process."""
+    model, rows, run = _source("5M", work), work / "rows.jsonl", work / "refused"
+    loop = work / "loop.jsonl"
+    if not loop.is_symlink():
+        loop.symlink_to(loop)
+    (work / "taken").mkdir(exist_ok=True)
+    (work / "taken" / "mine.txt").write_text("")
+    (work / "axolotl.yaml").write_text("base_model: x\nadapter: lora\nmicro_batch_size: 2\n")
+    usual = ["train", model, rows, "-o", run]
+    cases: dict[str, list[object]] = {
+        "a data file that does not exist": ["train", model, work / "row.jsonl", "-o", run],
+        "a loop of symbolic links as data": ["train", model, loop, "-o", run],
+        "a web address as data": ["train", model, "https://example.org/a.jsonl", "-o", run],
+        "`-` as data": ["train", model, "-", "-o", run],
+        "a tracker that is not installed": [*usual, "--report-to", "trackio"],
+        "a device that does not exist": [*usual, "--device", "mps"],
+        "an output that cannot be written": ["train", model, rows, "-o", "/proc/run"],
+        "an output with files of others": ["train", model, rows, "-o", work / "taken"],
+        "a learning rate of 5": [*usual, "--learning-rate", 5],
+        "a recipe of Axolotl": ["train", work / "axolotl.yaml"],
+        "a model folder that does not exist": ["train", work / "modle", rows, "-o", run],
+    }
+    lines = ["| wrong | error | CPU | wall clock |", "|---|---|---|---|"]
+    for name, words in cases.items():
+        before, began = os.times(), time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "truetune", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        clock, after = time.perf_counter() - began, os.times()
+        code = re.search(r"error\[([\w-]+)\]", done.stderr)
+        if done.returncode != 2 or code is None or run.exists():
+            sys.exit(f"{name} was not refused as it should be\n{done.stderr}")
+        spent = after[2] + after[3] - before[2] - before[3]
+        lines.append(f"| {name} | `{code[1]}` | {spent:.2f} | {clock:.2f} |")
+    lines += ["", f"Seconds, one fresh process each. {time.strftime('%Y-%m-%d')}."]
+    return "\n".join(lines)
+
+
 def _quickstart(steps: int) -> dict[str, Any]:
     """Its settings, for so many steps."""
     from truetune.lab.quickstart import quickstart_recipe
@@ -231,7 +283,7 @@ def _table(measured: dict[str, dict[str, Any]]) -> str:
         f"CPU seconds, with child processes. Machine: {platform.machine()}, {os.cpu_count()} "
         f"cores, {os.environ.get('OMP_NUM_THREADS', 'all')} torch thread(s), load "
         f"{min(loads, default=0):.0f} to {max(loads, default=0):.0f} (a higher load makes "
-        f"these larger). {' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
+        f"these numbers larger). {' to '.join(sorted({*dates[:1], *dates[-1:]}))}.",
     ]
     return "\n".join(lines)
 
