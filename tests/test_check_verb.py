@@ -74,6 +74,25 @@ def test_sound_rows_are_ok(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "keep 99 % of the rows whole" in shown
 
 
+def test_why_nothing_is_held_out_of_many_rows(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of one prompt stay together."""
+    few = tmp_path / "few.jsonl"
+    turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": ""})
+    for number, all_trained in ((10, True), (60, False)):
+        rows = [
+            [{**turns[0], "content": answer(i % number)}, {**turns[1], "content": answer(i)}]
+            for i in range(120)
+        ]
+        few.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        assert run(model, few, "--all") == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        told = "no rows are held out: 120 rows have 10 different prompts" in shown
+        assert told == all_trained
+        assert ("120 for training, 0 held out, 0 dropped" in shown) == told
+
+
 def test_an_error_is_exit_code_1_and_first(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

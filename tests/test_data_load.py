@@ -317,6 +317,28 @@ def test_columns_that_no_mapping_can_name(tmp_path):
     assert "--columns" in refused("no-schema", path).fix
 
 
+def test_lists_of_a_json_file_that_are_not_read_are_counted(tmp_path):
+    path = tmp_path / "sets.json"
+    path.write_text(json.dumps({"train": pairs("train", 3), "test": pairs("test", 2)}))
+    loaded = load(path)
+    assert asked(loaded) == ["train0", "train1", "train2"]
+    (note,) = loaded.findings
+    assert (note.code, note.level, note.count) == ("lists-not-read", "note", 2)
+    assert note.what == "the list 'train' was read; not read: 'test' (2 elements)"
+    assert f"jq -c '.test[]' {path} > test.jsonl" in note.fix
+    # Under any other name they may be rows that were meant to be trained on.
+    path.write_text(json.dumps({"data": pairs("a"), "part 2": pairs("b", 4), "items": pairs("c")}))
+    loaded = load(path)
+    assert asked(loaded) == ["a0"]
+    (warning,) = loaded.findings
+    assert (warning.level, warning.count) == ("warning", 5)
+    assert warning.what.endswith("not read: 'part 2' (4 elements), 'items' (1 element)")
+    assert """jq -c '.["part 2"][]' """ in warning.fix
+    # One list, and facts about it.
+    path.write_text(json.dumps({"data": pairs("a"), "tags": ["x"], "about": {"n": 1}}))
+    assert load(path).findings == []
+
+
 def test_folder_with_splits(tmp_path):
     put(tmp_path / "set_train.jsonl", *pairs("train"))
     put(tmp_path / "set_test.jsonl", *pairs("test"))

@@ -28,9 +28,10 @@ from truetune.data.files import (
     row_too_large,
     unpacks_too_far,
 )
-from truetune.data.rows import BadRow, FileRows, Row, excerpt, kind, names, place
+from truetune.data.rows import SPLIT_WORDS, BadRow, FileRows, Row, excerpt, kind, names, place
 from truetune.data.schemas import ROW_COLUMNS
 from truetune.errors import DataError
+from truetune.findings import Finding, counted
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 # The list to take where an object holds several, first match wins.
@@ -75,8 +76,9 @@ def read_json(path: Path, limit: int | None) -> FileRows:
     # The line of each row, and of the one after the last, so that a limit changes no place.
     lines: list[int] = []
     counted_to = 0
+    notes: list[Finding] = []
     try:
-        for value, start, twice in _values(text, path):
+        for value, start, twice in _values(text, path, notes):
             lines.append((lines or [1])[-1] + text.count("\n", counted_to, start))
             counted_to = start
             if limit is not None and len(values) >= limit:
@@ -87,7 +89,9 @@ def read_json(path: Path, limit: int | None) -> FileRows:
     starting = Counter(lines)
     own_lines = [line if starting[line] == 1 else None for line in lines]
     read = zip(values, own_lines, strict=False)
-    return _file_rows([(value, line, twice) for (value, twice), line in read], path)
+    found = _file_rows([(value, line, twice) for (value, twice), line in read], path)
+    found.findings.extend(notes)
+    return found
 
 
 # A value, the position or line it starts at, and a key that one of its objects has twice.
@@ -128,8 +132,8 @@ def _require_size(text: str, start: int, end: int, path: Path) -> None:
         raise row_too_large(f"{path}:{text.count(chr(10), 0, start) + 1}")
 
 
-def _values(text: str, path: Path) -> Iterator[_Placed]:
-    """Each row with the position it starts at."""
+def _values(text: str, path: Path, notes: list[Finding]) -> Iterator[_Placed]:
+    """Each row with the position it starts at; what is left aside goes to the notes."""
     parser = _Parser()
     start = _skip(text, 0)
     if text[start] == "[":
@@ -138,7 +142,7 @@ def _values(text: str, path: Path) -> Iterator[_Placed]:
     value, end, twice = parser.at(text, start)
     following = _skip(text, end)
     if following == len(text) and isinstance(value, dict):
-        yield from _rows_of_object(parser, (value, start, twice), text, end, path)
+        yield from _rows_of_object(parser, (value, start, twice), text, end, path, notes)
         return
     # Objects one after the other: JSON Lines under the name .json, pretty-printed or not.
     _require_size(text, start, end, path)
@@ -157,6 +161,7 @@ def _rows_of_object(
     text: str,
     end: int,
     path: Path,
+    notes: list[Finding],
 ) -> Iterator[_Placed]:
     value, start, _ = placed
     if _is_columns(value):
@@ -174,18 +179,40 @@ def _rows_of_object(
     if parser.outermost is not None:
         raise _duplicate_key(parser.outermost).error(str(path))
     lists = [k for k, v in value.items() if isinstance(v, list) and any(map(_is_object, v))]
-    if len(lists) > 1:
-        lists = [name for name in _LIST_NAMES if name in lists][:1]
+    several, lists = lists, lists if len(lists) < 2 else [n for n in _LIST_NAMES if n in lists][:1]
     if not lists:
         raise DataError(
             "the JSON file holds one object that contains no list of rows",
             where=str(path),
             why=f"its keys are {names(value)}" if value else "it has no keys",
-            fix="write an array of objects, or one object per line in a .jsonl file",
+            fix="write an array of objects, or one object per line in a .jsonl file; take a file "
+            "that holds no rows out of the data folder",
             code="no-rows",
         )
+    notes += _other_lists({name: value[name] for name in several if name not in lists}, lists, path)
     opens = _member(text, start, lists[0])
     yield from _elements(parser, text, opens, path, must_end=False)
+
+
+def _other_lists(others: dict[str, list[Any]], chosen: list[str], path: Path) -> Iterator[Finding]:
+    """Lists beside the one that is read: splits, which everybody expects, or rows by mistake."""
+    if not others:
+        return
+    left = [f"{name!r} ({counted(len(rows), 'element')})" for name, rows in others.items()]
+    name = next(iter(others))
+    own = f"{name}.jsonl" if re.fullmatch(r"\w+", name) else "rows.jsonl"
+    key = f".{name}[]" if re.fullmatch(r"[A-Za-z_]\w*", name) else f".[{json.dumps(name)}][]"
+    yield Finding(
+        code="lists-not-read",
+        level="note" if all(n.lower() in SPLIT_WORDS for n in others) else "warning",
+        what=f"the list {chosen[0]!r} was read; not read: {', '.join(left[:5])}"
+        + (f" and {len(left) - 5} more" if len(left) > 5 else ""),
+        where=str(path),
+        count=sum(map(len, others.values())),
+        why="a JSON file has one list of rows",
+        fix=f"write another list to a file: jq -c {shlex.quote(key)} "
+        f"{shlex.quote(str(path))} > {own} (held-out rows are passed with --eval-data)",
+    )
 
 
 def _is_columns(value: dict[str, Any]) -> bool:

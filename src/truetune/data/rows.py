@@ -17,6 +17,12 @@ from truetune.errors import DataError
 from truetune.findings import Finding, phrase
 
 T = TypeVar("T")
+# The words by which the Hub, too, tells the split of a file.
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truetune.data.read import READERS, TEXT_EXTENSIONS, extension
-from truetune.data.rows import names
+from truetune.data.rows import SPLIT_WORDS, names
 from truetune.errors import DataError
 from truetune.findings import Finding, near
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-# The words by which the Hub, too, tells the split of a file.
-_SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
 # Files that describe data; a folder may hold them beside it.
 _ABOUT = re.compile(r"(dataset_infos?|state|dataset_dict|package|config)\.json|manifest.*\.json")
 
@@ -188,7 +182,7 @@ def _of_split(
     files: list[Path], folder: Path, split: str | None
 ) -> tuple[list[Path], list[Finding]]:
     words = {path: _words(path.relative_to(folder)) for path in files}
-    there = sorted({_SPLIT_WORDS[w] for ws in words.values() for w in ws if w in _SPLIT_WORDS})
+    there = sorted({SPLIT_WORDS[w] for ws in words.values() for w in ws if w in SPLIT_WORDS})
     if not there and split in (None, "train"):
         return files, []
     wanted = _split_word(split or "train")
@@ -202,7 +196,7 @@ def _of_split(
     if split is not None or not left:
         return chosen, []
     # A file of another split is left out as everybody expects, one of no split perhaps by mistake.
-    unmarked = [p for p in files if p not in chosen and not _SPLIT_WORDS.keys() & set(words[p])]
+    unmarked = [p for p in files if p not in chosen and not SPLIT_WORDS.keys() & set(words[p])]
     return chosen, [
         Finding(
             code="split-chosen",
@@ -222,7 +216,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _split_word(split: str) -> str:
-    return _SPLIT_WORDS.get(split.lower(), split.lower())
+    return SPLIT_WORDS.get(split.lower(), split.lower())
 
 
 def _no_such_file(path: Path) -> DataError:

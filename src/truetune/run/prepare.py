@@ -27,7 +27,7 @@ from truetune.contract.specials import find_controls
 from truetune.contract.view import pictures
 from truetune.data.conversation import Conversation
 from truetune.data.load import Loaded, load
-from truetune.data.split import hold_out, remove_overlap
+from truetune.data.split import HELD_OUT_FROM, hold_out, remove_overlap
 from truetune.errors import CheckFailed, TruetuneError, UsageError
 from truetune.findings import Finding, folded, merged, worst
 from truetune.listener import Listener
@@ -230,7 +230,8 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
 def _nothing_to_wait_for(patience: int) -> UsageError:
     return UsageError(
         f"--patience {patience} needs a held-out loss, but no rows are held out",
-        why="no rows are held out automatically if there are fewer than 100",
+        why="no rows are held out automatically if there are fewer than 100, or if too many of "
+        "them share a prompt",
         fix="pass held-out rows with --eval-data",
         code="patience-without-rows",
     )
@@ -389,7 +390,8 @@ def _read(recipe: Recipe, listener: Listener) -> _Read:
     )
     if not recipe.eval_data and not recipe.eval_split:
         train, held_out = hold_out(loaded.conversations, seed=recipe.seed)
-        return _Read(train, held_out, loaded, [], [])
+        none = len(train) >= HELD_OUT_FROM and not held_out
+        return _Read(train, held_out, loaded, [_none_held_out(train)] if none else [], [])
     own = load(
         recipe.eval_data or recipe.data,
         schema=recipe.schema,
@@ -407,6 +409,20 @@ def _read(recipe: Recipe, listener: Listener) -> _Read:
     kept = {id(conversation) for conversation in held_out}
     overlap = [c.where for c in own.conversations if id(c) not in kept]
     return _Read(loaded.conversations, held_out, both, findings, overlap)
+
+
+def _none_held_out(train: Sequence[Conversation]) -> Finding:
+    prompts = len({conversation.key() for conversation in train})
+    return Finding(
+        code="none-held-out",
+        level="note",
+        what=f"no rows are held out: {len(train):,} rows have {prompts:,} different prompts",
+        where=train[0].where,
+        count=len(train),
+        why="rows that share a prompt, or are parts of one conversation, stay together, and each "
+        "such group is larger than what may be held out (5 % of the rows, at most 200)",
+        fix="pass held-out rows with --eval-data",
+    )
 
 
 def _encode(
