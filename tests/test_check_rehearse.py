@@ -231,12 +231,17 @@ def plan(place: Path, **settings: Any) -> Plan:
     return survey(recipe(place, **settings), Listener()).prepared.plan
 
 
+def shape_of(made: Plan, device: str = "cpu") -> RunShape:
+    """Where the longest row is as long as the limit."""
+    return run_shape(made, device, made.max_length)
+
+
 def test_what_is_exact_in_the_estimate(place: Path) -> None:
-    full = run_shape(plan(place), "cpu")
+    full = shape_of(plan(place))
     parts = full.parts()
     assert parts["weights"] == parts["gradients"] == 4 * full.parameters
     assert parts["optimizer"] == 8 * full.parameters
-    lora = run_shape(plan(place, lora=True, lora_r=4), "cpu")
+    lora = shape_of(plan(place, lora=True, lora_r=4))
     from truetune.model.load import load_model
     from truetune.model.lora import LoraSettings, add_lora, trainable_share
 
@@ -257,7 +262,7 @@ def test_the_estimate_is_what_the_loop_measures(place: Path, lora: bool, halved:
     from truetune.model.lora import LoraSettings, add_lora
 
     settings = {"lora": lora, "lora_dropout": 0.0, "dtype": "bfloat16" if halved else "float32"}
-    foreseen = run_shape(plan(place, **settings), "cpu").footprint
+    foreseen = shape_of(plan(place, **settings)).footprint
     loaded = load_model(
         place / "model",
         device="cpu",
@@ -280,7 +285,7 @@ def test_the_estimate_is_what_the_loop_measures(place: Path, lora: bool, halved:
 def test_an_estimate_for_a_gpu_has_no_holes_of_a_heap(place: Path, recomputed: bool) -> None:
     """What a GPU's allocator holds beside tensors is less; its forward passes are larger."""
     same = {"lora": True, "dtype": "bfloat16", "gradient_checkpointing": recomputed}
-    here, there = (run_shape(plan(place, **same), device) for device in ("cpu", "cuda"))
+    here, there = (shape_of(plan(place, **same), device) for device in ("cpu", "cuda"))
     share = 1.1 / (1.8 if recomputed else 1.45)
     for one, other in zip(here.footprint.moments, there.footprint.moments, strict=True):
         assert other == (int(one[0] * share), pytest.approx(one[1] * share))
@@ -298,17 +303,29 @@ def test_one_layer_is_timed_and_what_cannot_be_made_is_not(place: Path) -> None:
 
 
 def test_ways_are_smaller_and_the_cheapest_is_first(place: Path) -> None:
-    fit = estimate(plan(place), tokens=10_000, p99=100)
+    made = plan(place)
+    fit = estimate(made, tokens=10_000, longest=made.max_length, p99=100)
     assert [way[0].split()[0] for way in fit.ways] == [
         *("--micro-batch-tokens", "--gradient-checkpointing", "--max-length", "--lora", "--qlora")
     ]
     # Libraries and rows are part of it, as they are of what the run shows at its end.
     whole = sum(fit.parts.values())
-    assert whole - run_shape(plan(place), "cpu").total > 100 * 2**20
+    assert whole - shape_of(plan(place)).total > 100 * 2**20
     assert all(way[1] < whole for way in fit.ways)
     assert fit.low < whole < fit.high
     assert fit.seconds is not None
     assert fit.seconds > 0
+
+
+def test_a_limit_above_the_longest_row_costs_nothing(place: Path) -> None:
+    """A pass is packed to what the rows need: a limit of a million tokens is no alarm."""
+    usual = checked(place).summary["plan"]
+    wide = checked(place, max_length=1_000_000)
+    assert (
+        wide.summary["plan"]["parts"]["activations and head"]
+        == (usual["parts"]["activations and head"])
+    )
+    assert "memory-short" not in [finding.code for finding in wide.findings]
 
 
 def test_an_estimate_does_not_move_with_the_load() -> None:
@@ -319,7 +336,7 @@ def test_an_estimate_does_not_move_with_the_load() -> None:
 
 
 def test_only_what_surely_does_not_fit_is_told(place: Path) -> None:
-    fit = estimate(plan(place), tokens=10_000)
+    fit = estimate(plan(place), tokens=10_000, longest=100)
     short = dataclasses.replace(fit, available=fit.low - 1)
     (told,) = short.findings()
     assert (told.code, told.level) == ("memory-short", "warning")

@@ -151,12 +151,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
+def estimate(plan: Plan, *, tokens: int, longest: int, p99: int = 0) -> Fit:
     """Estimate a run.
 
     Args:
         plan: its recipe is complete.
         tokens: that are trained on, over all epochs.
+        longest: tokens of the longest example that is trained on: a limit above it costs nothing.
         p99: the length that keeps 99 % of the rows.
     """
     device = plan.device
@@ -166,7 +167,7 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
     # are free again when it begins. Asked before what only an estimate loads.
     held = resident_bytes() if device == "cpu" else 0
     free = available_bytes(torch.device(device))
-    shape = run_shape(plan, device)
+    shape = run_shape(plan, device, longest)
     speed = layer_speed(plan, device) or product_speed(device)
     parts = shape.parts()
     return Fit(
@@ -176,13 +177,15 @@ def estimate(plan: Plan, *, tokens: int, p99: int = 0) -> Fit:
         low=held + int(shape.total * _MEMORY_ERROR[0]),
         high=held + int(shape.total * _MEMORY_ERROR[1]),
         seconds=shape.operations(tokens) / speed,
-        ways=tuple((way, held + left, cost) for way, left, cost in _ways(shape, plan, p99)),
+        ways=tuple(
+            (way, held + left, cost) for way, left, cost in _ways(shape, plan, longest, p99)
+        ),
         trainable=shape.trainable,
     )
 
 
-def run_shape(plan: Plan, device: str) -> RunShape:
-    """The shape of a planned run."""
+def run_shape(plan: Plan, device: str, longest: int) -> RunShape:
+    """The shape of a planned run, whose longest example has so many tokens."""
     config, adapted = _config(plan)
     lora = plan.lora or adapted
     split = plan.optim == "adamw_bf16"
@@ -195,14 +198,13 @@ def run_shape(plan: Plan, device: str) -> RunShape:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if plan.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    most = plan.max_length
-    made = _footprint(model, config, halved, most, device)
-    # Packed rows fill a pass to its limit; padded ones are as long as the longest may be.
+    made = _footprint(model, config, halved, longest, device)
+    # Packed rows fill a pass to its limit; padded ones are as long as the longest.
     usual = _DEVICE_TOKENS if device == "cuda" else _CPU_TOKENS
-    packed = max(plan.micro_batch_tokens or usual, most)
+    packed = max(plan.micro_batch_tokens or usual, longest)
     if plan.batch_size:
-        packed = min(packed, plan.batch_size * most)
-    forward = packed if plan.packing else (plan.micro_batch_size or 1) * most
+        packed = min(packed, plan.batch_size * longest)
+    forward = packed if plan.packing else (plan.micro_batch_size or 1) * longest
     return RunShape(
         parameters=parameters,
         trainable=trainable,
@@ -291,9 +293,9 @@ def _with_lora(model: Any, recipe: Recipe) -> Any:
         return get_peft_model(model, settings, low_cpu_mem_usage=True)
 
 
-def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str]]:
+def _ways(shape: RunShape, plan: Plan, longest: int, p99: int) -> Iterator[tuple[str, int, str]]:
     """Return ways to reduce the memory, the cheapest first; each is estimated by itself."""
-    half = max(shape.tokens // 2, plan.max_length)
+    half = max(shape.tokens // 2, longest)
     if half < shape.tokens:
         option = (
             f"--micro-batch-tokens {half}"
@@ -309,8 +311,8 @@ def _ways(shape: RunShape, plan: Plan, p99: int) -> Iterator[tuple[str, int, str
         made = _recomputed(shape.footprint, _config(plan)[0])
         smaller = dataclasses.replace(shape, checkpointing=True, footprint=made)
         yield "--gradient-checkpointing", smaller.total, "the same result, about a third slower"
-    if p99 and p99 < plan.max_length:
-        tokens = max(shape.tokens * p99 // plan.max_length, p99)
+    if p99 and p99 < longest:
+        tokens = max(shape.tokens * p99 // longest, p99)
         smaller = dataclasses.replace(shape, tokens=tokens)
         yield f"--max-length {p99}", smaller.total, "drops the longest 1 % of the examples"
     if not shape.lora:

@@ -198,7 +198,9 @@ def _limits(found: Survey) -> tuple[int, int | None]:
 
 
 def _fit(found: Survey, rows: RowLengths) -> Fit:
-    return estimate(found.prepared.plan, tokens=_tokens(found), p99=limit_keeping(rows))
+    prepared = found.prepared
+    longest = max(prepared.data["train"]["longest"], 2)
+    return estimate(prepared.plan, tokens=_tokens(found), longest=longest, p99=limit_keeping(rows))
 
 
 def _tokens(found: Survey) -> int:
