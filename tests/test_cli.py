@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from tiny_models import tiny_tokenizer, write_model
 from tiny_runs import command, lines, sums, write_rows
 from truetune import __version__
 from truetune.cli.screen import Screen, side_by_side
-from truetune.errors import BadRows
+from truetune.errors import BadRows, of_the_system
 from truetune.findings import Finding, visible
 from truetune.recipe.settings import settings
 
@@ -358,6 +359,48 @@ def test_output_that_finds_no_room() -> None:
     with Path("/dev/full").open("wb") as full:
         shown = piped("--help", out=full)
     assert (shown.returncode, shown.stderr) == (1, b"error[disk-full]: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "embedded", "LONG", "-o", "run"],
+        ["train", "LONG", "rows.jsonl", "-o", "run"],
+        ["train", "embedded", "rows.jsonl", "-o", "LONG"],
+        ["train", "--resume", "LONG"],
+        ["chat", "LONG"],
+        ["verify", "LONG"],
+        ["report", "LONG"],
+    ],
+)
+def test_a_name_that_is_too_long(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of a row, for example, in place of a file."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", sums(2))
+    shown = command(*(word.replace("LONG", "x" * 300) for word in words))
+    assert shown.code == 2
+    assert "error[name-too-long]" in shown.err or "error[no-run]" in shown.err
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_what_the_system_refuses_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "my rows.jsonl", sums(2))
+
+    def refuse(path: Path, **_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        shown = command("train", "embedded", rows, "-o", tmp_path / "run")
+    assert (shown.code, "error[no-permission]" in shown.err) == (2, True)
+    assert of_the_system(OSError(errno.ENOENT, "No such file", "a")) is None
+    refused = of_the_system(PermissionError(errno.EPERM, "", str(rows)))
+    assert refused is not None
+    assert (refused.where, f"ls -ld '{rows}'" in refused.fix) == (str(rows), True)
 
 
 def test_a_terminal_of_ascii_gets_escapes(place: Path, tmp_path: Path) -> None:

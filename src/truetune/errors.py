@@ -22,6 +22,7 @@ TruetuneError                 1   the work failed part way; what was saved stays
 from __future__ import annotations
 
 import errno
+import shlex
 import signal
 from typing import TYPE_CHECKING
 
@@ -206,6 +207,48 @@ class ToldElsewhere(TruetuneError):
 
 # Of torch's allocator for the CPU, of C++, and of Python where a thread has no stack.
 _NO_MEMORY = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
+
+
+# errno -> (what, why, fix, code).
+_OF_THE_SYSTEM: dict[int, tuple[str, str, str, str]] = {
+    errno.EACCES: (
+        "permission denied",
+        "this user may not read the file or write to it, or may not enter a folder above it",
+        "look at owner and rights (ls -ld {path}), or copy the files to a folder of your own",
+        "no-permission",
+    ),
+    errno.ENAMETOOLONG: (
+        "the file name is too long",
+        "it may have 255 bytes; perhaps the content of a file was passed, not its path",
+        "pass the path of a file or folder",
+        "name-too-long",
+    ),
+    errno.EIO: (
+        "the disk cannot be read or written",
+        "the disk or the network drive reports an error",
+        "look at the system's log (dmesg), and copy the files to another disk",
+        "disk-failed",
+    ),
+    errno.EMFILE: (
+        "too many files are open",
+        "a process may open only so many files at once",
+        "raise the limit with `ulimit -n 4096`, and repeat the command",
+        "too-many-open-files",
+    ),
+}
+_OF_THE_SYSTEM[errno.EPERM] = _OF_THE_SYSTEM[errno.EACCES]
+_OF_THE_SYSTEM[errno.ESTALE] = _OF_THE_SYSTEM[errno.EIO]
+
+
+def of_the_system(error: BaseException) -> InputError | None:
+    """What the operating system refuses for a reason that a user can mend; None for all else."""
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_SYSTEM:
+        return None
+    what, why, fix, code = _OF_THE_SYSTEM[error.errno]
+    where = "" if error.filename is None else str(error.filename)
+    return InputError(
+        what, where=where, why=why, fix=fix.format(path=shlex.quote(where or "FILE")), code=code
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ from truetune.errors import (
     TruetuneError,
     UsageError,
     is_out_of_memory,
+    of_the_system,
 )
 from truetune.recipe.given import recipe_of
 from truetune.recipe.sources import make_recipe
@@ -546,6 +547,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 # What is left in the buffer cannot be written at exit either.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        refused = of_the_system(error)
+        if refused is not None:
+            open_screen().error(refused)
+            sys.exit(refused.exit_code)
         if not is_out_of_memory(error):
             raise
         said = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0][:300]

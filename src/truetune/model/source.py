@@ -258,6 +258,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=whole)
+    except PermissionError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ModelError(

@@ -74,6 +74,8 @@ def _open(files: ModelFiles) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder, trust_remote_code=False)
+    except PermissionError:
+        raise
     # The tokenizers library raises bare Exception on a damaged file.
     except Exception as error:
         message = first_line(error)
