@@ -142,6 +142,24 @@ def test_a_limit_that_cuts_reasoning_is_told_in_one_line(model: Path, tmp_path: 
     assert "keeps 99 % of the rows whole" in found.fix
 
 
+def test_no_limit_beyond_the_context_is_advised(model: Path, tmp_path: Path) -> None:
+    """An answer that no model of this context can hold, and no shorter prompt makes room for."""
+    rows = [answer(i) * (100 if i < 20 else 1) for i in range(80)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    recipe = make_recipe(("here", {"model": str(model), "data": str(data)}))
+    (found,) = [f for f in check_run(recipe, Listener()).findings if f.code == "rows-overlong"]
+    assert "20 examples of more than 4,096 tokens" in found.what
+    assert " keeps " not in found.why
+    share = found.fix.removeprefix(
+        "split the rows that exceed the model's context; or accept the loss with --max-dropped "
+    )
+    recipe = make_recipe(
+        ("here", {"model": str(model), "data": str(data), "max_dropped": float(share)})
+    )
+    (found,) = [f for f in check_run(recipe, Listener()).findings if f.code == "rows-overlong"]
+    assert (found.level, found.fix) == ("warning", "split the rows that exceed the model's context")
+
+
 def test_rows_that_nothing_can_be_made_of(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -441,7 +441,11 @@ def test_losing_more_than_five_percent_stops_with_the_table(place: Path, tmp_pat
     assert finding.count == 2
     assert "10.0 % of the examples" in finding.what
     assert "256 keeps 20 examples and 100.0 % of the answers" in finding.why
-    assert "--max-dropped" in finding.fix
+    # Their prompts are long, not their answers.
+    assert finding.fix == (
+        "--max-length 64 keeps 99 % of the rows whole; or cut the beginning of 2 prompts with "
+        "--overlong truncate-prompt; or accept the loss with --max-dropped 0.1"
+    )
     assert not (tmp_path / "run").exists()
     result = small(place / "tiny", data, tmp_path / "run", max_length=40, max_dropped=0.1)
     facts = json.loads(result.run.file("data.json").read_text())
@@ -461,8 +465,14 @@ def test_losing_five_percent_is_a_warning(place: Path, tmp_path: Path) -> None:
 def test_five_percent_of_the_answers_counts_too(place: Path, tmp_path: Path) -> None:
     rows = [*sums(39), {"prompt": "x", "completion": "y" * 60}]  # 2.5 % of the rows
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(CheckFailed):
+    with pytest.raises(CheckFailed) as caught:
         small(place / "tiny", data, tmp_path / "run", max_length=40)
+    (finding,) = caught.value.findings
+    # Where the answer is what is too long, no prompt can be cut for it.
+    assert "truncate-prompt" not in finding.fix
+    share = finding.fix.partition("--max-dropped ")[2]
+    run = small(place / "tiny", data, tmp_path / "run", max_length=40, max_dropped=float(share))
+    assert [f.level for f in run.findings if f.code == "rows-overlong"] == ["warning"]
 
 
 def test_a_length_that_leaves_nothing_is_an_error_at_any_price(place: Path, tmp_path: Path) -> None:
@@ -479,8 +489,9 @@ def test_other_policies(place: Path, tmp_path: Path, overlong: str) -> None:
         return small(place / "tiny", data, tmp_path / "run", max_length=40, overlong=overlong)
 
     if overlong == "error":
-        with pytest.raises(CheckFailed):
+        with pytest.raises(CheckFailed) as caught:
             go()
+        assert caught.value.findings[0].fix.endswith("or drop them with --overlong drop")
         return
     facts = json.loads(go().run.file("data.json").read_text())
     assert facts["train"]["truncated_prompts"] == 1

@@ -33,6 +33,7 @@ class Fitted:
         num_supervised: supervised tokens before the policy.
         num_truncated: examples that lost the beginning of their prompt.
         num_split: plain texts that became several blocks.
+        num_cuttable: dropped examples that would fit without the beginning of their prompt.
     """
 
     examples: list[SFTExample]
@@ -42,6 +43,7 @@ class Fitted:
     num_supervised: int
     num_truncated: int
     num_split: int
+    num_cuttable: int
 
     @property
     def dropped_share(self) -> float:
@@ -66,7 +68,7 @@ def fit_length(encoded: Sequence[Encoded], *, max_length: int, overlong: Overlon
     examples: list[SFTExample] = []
     rows: list[str] = []
     dropped: list[tuple[str, int]] = []
-    num_dropped = num_total = num_truncated = num_split = 0
+    num_dropped = num_total = num_truncated = num_split = num_cuttable = 0
     for row in encoded:
         for example in row:
             num_total += example.num_supervised
@@ -76,15 +78,18 @@ def fit_length(encoded: Sequence[Encoded], *, max_length: int, overlong: Overlon
                     kept = _blocks(example, max_length)
                     num_split += 1
                 else:
-                    cut = _truncated(example, max_length) if overlong == "truncate-prompt" else None
-                    kept = [] if cut is None else [cut]
-                    num_truncated += cut is not None
+                    cut = _truncated(example, max_length)
+                    keeps = cut is not None and overlong == "truncate-prompt"
+                    kept = [cut] if cut is not None and keeps else []
+                    num_truncated += keeps
+                    num_cuttable += cut is not None and not keeps
             if not kept:
                 dropped.append((row.row, len(example.ids)))
                 num_dropped += example.num_supervised
             examples += kept
             rows += [row.row] * len(kept)
-    return Fitted(examples, rows, dropped, num_dropped, num_total, num_truncated, num_split)
+    counts = (num_dropped, num_total, num_truncated, num_split, num_cuttable)
+    return Fitted(examples, rows, dropped, *counts)
 
 
 def length_table(encoded: Sequence[Encoded]) -> list[tuple[int, int, float]]:

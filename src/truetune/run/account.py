@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from truetune.checks.lengths import damage, encoded_lengths, limit_keeping
@@ -169,10 +170,13 @@ def length_findings(
     where, tokens = dropped[0]
     total = sum(len(row) for row in encoded)
     share = max(len(fitted.dropped) / max(total, 1), fitted.dropped_share)
-    table = ", ".join(
+    # What a higher limit would keep, as far as the model can take it.
+    most = facts.context_length or _LONGEST
+    higher = [
         f"{size:,} keeps {kept:,} examples and {100 * part:.1f} % of the answers"
-        for size, kept, part in length_table(encoded)[-3:]
-    )
+        for size, kept, part in length_table(encoded)
+        if limit < size <= most
+    ]
     rows = encoded_lengths(encoded, contract)
     refused = recipe.overlong == "error" or share > recipe.max_dropped or not fitted.examples
     finding = Finding(
@@ -184,9 +188,14 @@ def length_findings(
         f"{100 * fitted.dropped_share:.1f} % of the supervised tokens",
         where=f"{where} ({tokens:,} tokens)",
         count=len(dropped),
-        why=f"in a trainer that truncates rows, {damage(rows, limit).line()}; {table}",
-        fix=_room_for(limit_keeping(rows), limit, facts.context_length)
-        + "cut prompts with --overlong truncate-prompt, or allow it with --max-dropped",
+        why=f"in a trainer that truncates rows, {damage(rows, limit).line()}"
+        + (f"; {', '.join(higher[-3:])}" if higher else ""),
+        fix="; or ".join(
+            [
+                _room_for(limit_keeping(rows), limit, facts.context_length),
+                *_ways_to_fit(fitted, recipe, share if refused else 0.0),
+            ]
+        ),
     )
     return [*findings, finding]
 
@@ -196,10 +205,24 @@ def _room_for(needed: int, limit: int, context: int | None) -> str:
     # Without a stated context: what no model is trained on in one piece.
     most = context or _LONGEST
     if limit < needed <= most:
-        return f"--max-length {needed} keeps 99 % of the rows whole; or "
+        return f"--max-length {needed} keeps 99 % of the rows whole"
     if needed > most and limit < most:
-        return f"--max-length {most} is the model's maximum; split longer rows, "
-    return "split rows that exceed the model's context, "
+        return f"--max-length {most} is the model's maximum; split longer rows"
+    return "split the rows that exceed the model's context"
+
+
+def _ways_to_fit(fitted: Fitted, recipe: Recipe, lost: float) -> Iterator[str]:
+    """What else helps: shorter prompts, where they are what is long, and consent to a loss that
+    is refused."""
+    if fitted.num_cuttable:
+        yield (
+            f"cut the beginning of {counted(fitted.num_cuttable, 'prompt')} with --overlong "
+            "truncate-prompt"
+        )
+    if recipe.overlong == "error":
+        yield "drop them with --overlong drop"
+    elif lost and fitted.examples:
+        yield f"accept the loss with --max-dropped {min(math.ceil(100 * lost) / 100, 1.0):g}"
 
 
 def data_facts(
