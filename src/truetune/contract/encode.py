@@ -209,7 +209,8 @@ def _unstopped(
     return UnfaithfulTemplate(
         f"the answer of message {turn} does not end with a stop token",
         why=f"the stop set is {stops}; after the answer the template writes {_tail(written)}",
-        fix="set the token that ends an answer with --stop, or use a template that writes one",
+        fix="set the token that ends an answer with --stop (with --add-token too if the vocabulary "
+        "lacks it), or use a template that writes one",
         code="no-stop",
     )
 

@@ -7,6 +7,7 @@ token that the template writes after an answer, found by rendering sentinels and
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,9 @@ def _stop_id(item: str | int, tokens: Tokens) -> int:
         raise UsageError(
             f"--stop {item!r} is not one token of this tokenizer",
             why="a server stops on a single token id, which text of several tokens never matches",
-            fix="pass a token of the vocabulary, or use --stop auto",
+            fix="pass a token of the vocabulary, "
+            + (f"add this one (--add-token {shlex.quote(item)}), " if isinstance(item, str) else "")
+            + "or use --stop auto",
             code="stop-not-a-token",
         )
     return found

@@ -185,7 +185,7 @@ class _Reading:
                     code="unused-columns",
                     level="note",
                     what=f"columns not used by the schema: {names(sorted(self.unused))}",
-                    where=rows[0].file,
+                    where=f"{rows[0].file}, column {min(self.unused)!r}",
                     count=len(self.unused),
                     fix="map a column to a name that the schema uses with --columns",
                 )

@@ -207,8 +207,8 @@ def _other_lists(others: dict[str, list[Any]], chosen: list[str], path: Path) ->
         level="note" if all(n.lower() in SPLIT_WORDS for n in others) else "warning",
         what=f"the list {chosen[0]!r} was read; not read: {', '.join(left[:5])}"
         + (f" and {len(left) - 5} more" if len(left) > 5 else ""),
-        where=str(path),
-        count=sum(map(len, others.values())),
+        where=f"{path}, list {name!r}",
+        count=len(others),
         why="a JSON file has one list of rows",
         fix=f"write another list to a file: jq -c {shlex.quote(key)} "
         f"{shlex.quote(str(path))} > {own} (held-out rows are passed with --eval-data)",

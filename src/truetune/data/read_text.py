@@ -63,7 +63,7 @@ def read_pieces(path: Path, limit: int | None) -> FileRows:
         level="note",
         what=f"the text file was split at blank lines into rows of {PIECE_CHARACTERS:,} characters "
         "or more",
-        where=str(path),
+        where=rows[0].where,
         count=len(rows),
         fix='to choose the boundaries yourself, write one {"text": "..."} object per line as jsonl',
     )

@@ -171,7 +171,7 @@ def _folder(folder: Path, split: str | None) -> Source:
                 level="note",
                 what=f"files in the folder that contain no rows were not read: "
                 f"{names([str(p.relative_to(folder)) for p in skipped], 5)}",
-                where=str(folder),
+                where=str(skipped[0]),
                 count=len(skipped),
             )
         )
@@ -192,7 +192,8 @@ def _of_split(
         raise no_such_split(
             split or "train", there or ["train"], where, why="splits are recognised by file names"
         )
-    left = [str(path.relative_to(folder)) for path in files if path not in chosen]
+    aside = [path for path in files if path not in chosen]
+    left = [str(path.relative_to(folder)) for path in aside]
     if split is not None or not left:
         return chosen, []
     # A file of another split is left out as everybody expects, one of no split perhaps by mistake.
@@ -203,7 +204,7 @@ def _of_split(
             level="warning" if unmarked else "note",
             what=f"the split train was read; not read: {names(left, 5)}"
             + (f"; the names of {len(unmarked)} of them match no split" if unmarked else ""),
-            where=str(folder),
+            where=str(aside[0]),
             count=len(left),
             why="the split is recognised by the words train, validation and test in file names",
             fix="choose a split with --split, or pass one file",

@@ -313,7 +313,7 @@ def _tokenizer_findings(model: Any, tokenizer: Any, files: ModelFiles) -> list[F
             code="tokenizer-beyond-model",
             level="warning",
             what=what,
-            where=str(files.folder),
+            where=f"{files.folder}, id {rows}",
             count=ids - rows,
             why="tokens were added to the tokenizer, but the model's embeddings were not resized",
             fix="rows with these tokens cannot be trained on: use the tokenizer that came with the "

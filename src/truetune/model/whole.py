@@ -116,7 +116,7 @@ def _linked(folders: Iterable[Path]) -> Iterator[Finding]:
                 code="weights-linked",
                 level="note",
                 what=f"weights are links that lead out of the model's folder: {listed(names)}",
-                where=str(folder),
+                where=str(folder / names[0]),
                 count=len(names),
                 why="they are stored on another disk, or the folder was made by somebody who knew "
                 "where other weights are stored",

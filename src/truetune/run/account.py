@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from truetune.checks.lengths import damage, encoded_lengths, limit_keeping
-from truetune.compute.length import Fitted, length_table
+from truetune.compute.length import Fitted, is_text, length_table
 from truetune.contract.contract import PromptContract
 from truetune.contract.encode import Encoded
 from truetune.contract.example import SFTExample
@@ -150,7 +150,7 @@ def length_findings(
                 "rows-truncated",
                 "note",
                 "prompts lost their beginning because of the length limit",
-                str(recipe.data),
+                _first_longer(encoded, limit, text=False),
                 fitted.num_truncated,
             )
         )
@@ -160,7 +160,7 @@ def length_findings(
                 "rows-split",
                 "note",
                 "plain texts were split into blocks; every token is supervised",
-                str(recipe.data),
+                _first_longer(encoded, limit, text=True),
                 fitted.num_split,
             )
         )
@@ -198,6 +198,11 @@ def length_findings(
         ),
     )
     return [*findings, finding]
+
+
+def _first_longer(encoded: Sequence[Encoded], limit: int, *, text: bool) -> str:
+    rows = (row for row in encoded if is_text(row) == text)
+    return next((row.row for row in rows if any(len(e.ids) > limit for e in row)), "")
 
 
 def _room_for(needed: int, limit: int, context: int | None) -> str:
