@@ -142,6 +142,21 @@ def test_a_limit_that_cuts_reasoning_is_told_in_one_line(model: Path, tmp_path: 
     assert "keeps 99 % of the rows whole" in found.fix
 
 
+def test_a_row_that_training_would_refuse_is_not_called_dropped(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i) if i else "" for i in range(40)])
+    assert run(model, data) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 dropped, 1 refused (--bad-rows drop would leave them out); schema" in shown
+    assert run(model, data, "--bad-rows", "drop", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["summary"]["run"]
+    assert (told["dropped"], told["refused"]) == (1, 0)
+    # A run stops at what the file itself shows, and says what else is listed where.
+    stopped = command("train", model, data, "-o", tmp_path / "run")
+    assert (stopped.code, "`truetune check` also lists" in stopped.err) == (1, True)
+
+
 def test_no_limit_beyond_the_context_is_advised(model: Path, tmp_path: Path) -> None:
     """An answer that no model of this context can hold, and no shorter prompt makes room for."""
     rows = [answer(i) * (100 if i < 20 else 1) for i in range(80)]

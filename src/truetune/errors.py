@@ -110,9 +110,11 @@ class ModelError(InputError):
 
 
 class _WithFindings(TruetuneError):
-    def __init__(self, what: str, findings: Sequence[Finding], *, fix: str = "") -> None:
+    def __init__(
+        self, what: str, findings: Sequence[Finding], *, why: str = "", fix: str = ""
+    ) -> None:
         self.findings = list(findings)
-        super().__init__(what, fix=fix)
+        super().__init__(what, why=why, fix=fix)
 
 
 class BadRows(_WithFindings):

@@ -96,12 +96,14 @@ def _run_lines(run: dict[str, Any], *, judged: bool) -> list[tuple[str, str]]:
     tokens = max(train["tokens"], 1)
     rows, most = run["batch_size"], run["tokens_per_step"]
     step = counted(rows, "example") if rows else f"up to {most:,} tokens"
+    bad = run["refused"]
+    refused = f", {bad:,} refused (--bad-rows drop would leave them out)" if bad else ""
     return [
         *lines,
         (
             "rows",
             f"{train['examples']:,} for training, {held_out(train, held)}, "
-            f"{run['dropped']:,} dropped; schema {run['schema']}",
+            f"{run['dropped']:,} dropped{refused}; schema {run['schema']}",
         ),
         (
             "tokens",

@@ -58,10 +58,13 @@ def unused_tokens(tokens: Sequence[NewToken], examples: Sequence[SFTExample]) ->
 
 
 def bad_rows_told(
-    found: Sequence[Finding], recipe: Recipe, num_left: int
+    found: Sequence[Finding], recipe: Recipe, num_left: int, *, encoded: bool
 ) -> tuple[list[Finding], list[TruetuneError]]:
     """Findings on rows, and what stops the run: errors do, or become warnings with their count
     under --bad-rows drop.
+
+    Args:
+        encoded: whether the template was tried on the rows that are left.
 
     Raises:
         BadRows: no row is left.
@@ -78,6 +81,10 @@ def bad_rows_told(
         f"{number:,} row{'s' if number > 1 else ''} cannot be trained on"
         + ("" if num_left else "; no row is left to train on"),
         merged(bad),
+        why=""
+        if encoded or not num_left
+        else "they are wrong before any template is applied; `truetune check` also lists the rows "
+        "that the chat template refuses",
         fix="correct them, or leave them out with --bad-rows drop"
         if num_left
         else "correct them, or set the right --schema, --columns or --chat-template",

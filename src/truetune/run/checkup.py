@@ -266,6 +266,9 @@ def _ordered(findings: list[Finding]) -> list[Finding]:
 def _run_summary(found: Survey) -> dict[str, Any]:
     prepared = found.prepared
     plan = prepared.plan
+    codes = [row["code"] for row in prepared.data["dropped"]]
+    # A run would not begin with them.
+    refused = len(codes) - codes.count("rows-overlong") if plan.bad_rows == "error" else 0
     return {
         "model": plan.model,
         "data": plan.data,
@@ -273,7 +276,8 @@ def _run_summary(found: Survey) -> dict[str, Any]:
         "rows_read": prepared.data["rows_read"],
         "train": prepared.data["train"],
         "held_out": prepared.data["held_out"],
-        "dropped": len(prepared.data["dropped"]),
+        "dropped": len(codes) - refused,
+        "refused": refused,
         "method": "lora" if plan.lora else "full",
         "start": plan.start,
         "max_length": plan.max_length,

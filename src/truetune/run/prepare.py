@@ -159,7 +159,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     read = _read(recipe, listener)
     if at_once and any(finding.level == "error" for finding in read.loaded.findings):
         _, broken = bad_rows_told(
-            read.loaded.findings, recipe, len(read.train) + len(read.held_out)
+            read.loaded.findings, recipe, len(read.train) + len(read.held_out), encoded=False
         )
         if broken:
             raise broken[0]
@@ -179,7 +179,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
     # A template that refuses a row refuses others for the same reason, with different names.
     told_once = folded([*train.refused, *held_out.refused])
     found = [*read.loaded.findings, *told_once]
-    bad_rows, stopping = bad_rows_told(found, recipe, len(train.rows))
+    bad_rows, stopping = bad_rows_told(found, recipe, len(train.rows), encoded=True)
 
     planned = _plan(recipe, facts, contract, read, train, held_out)
     plan, fitted = planned.plan, planned.fitted
