@@ -157,6 +157,21 @@ def test_a_row_that_training_would_refuse_is_not_called_dropped(
     assert (stopped.code, "`truetune check` also lists" in stopped.err) == (1, True)
 
 
+def test_a_rank_that_no_matrix_has_is_refused_before_it_fills_the_memory(
+    model: Path, tmp_path: Path
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [answer(i) for i in range(8)])
+    for verb in ("check", "train"):
+        shown = command(
+            *(verb, model, data, "--lora", "--lora-r", 1_000_000),
+            *(["-o", tmp_path / "run"] if verb == "train" else []),
+        )
+        assert (shown.code, "error[lora-rank-too-large]" in shown.err) == (2, True)
+    assert not (tmp_path / "run").exists()
+    width = tiny_config().hidden_size
+    assert command("check", model, data, "--lora", "--lora-r", width).code == 0
+
+
 def test_no_limit_beyond_the_context_is_advised(model: Path, tmp_path: Path) -> None:
     """An answer that no model of this context can hold, and no shorter prompt makes room for."""
     rows = [answer(i) * (100 if i < 20 else 1) for i in range(80)]

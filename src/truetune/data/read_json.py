@@ -327,7 +327,7 @@ def _broken(error: Exception, text: str, path: Path, first_line: int) -> DataErr
         f"near {excerpt(text[start : error.pos + 20])}",
         where=f"{path}:{line}",
         why=_cause(error, text, path, first_line),
-        fix=_fix(text, path, first_line, line),
+        fix=_fix(error, text, path, first_line, line),
         code="broken-json",
     )
 
@@ -343,6 +343,8 @@ def _cause(error: json.JSONDecodeError, text: str, path: Path, first_line: int) 
         return "JSON needs double quotes around names and text, and no comma after the last one"
     if _ends_lines_as_old_macs(text):
         return "its lines end with a carriage return alone, as on old Macs"
+    if _ends_with_a_comma(error, text):
+        return "a comma follows the row, as in a JSON array; rows of a .jsonl file have none"
     if error.msg == "Extra data":
         return "there are two values on one line"
     if error.msg.startswith("Invalid control character"):
@@ -350,7 +352,7 @@ def _cause(error: json.JSONDecodeError, text: str, path: Path, first_line: int) 
     return "the row was edited by hand or written without a JSON library"
 
 
-def _fix(text: str, path: Path, first_line: int, line: int) -> str:
+def _fix(error: json.JSONDecodeError, text: str, path: Path, first_line: int, line: int) -> str:
     plain = shlex.quote(str(path))
     if first_line == 1 and _is_page(text):
         return "download the file again"
@@ -360,6 +362,9 @@ def _fix(text: str, path: Path, first_line: int, line: int) -> str:
     if _ends_lines_as_old_macs(text):
         command = "tr '\\r' '\\n'"
         return f"convert it: {_reading(path, command)} > lines.jsonl"
+    if _ends_with_a_comma(error, text):
+        command = "sed 's/,[[:space:]]*$//'"
+        return f"remove the commas: {_reading(path, command)} > lines.jsonl"
     return f"correct the line: {_reading(path, f'sed -n {line}p')}"
 
 
@@ -378,6 +383,10 @@ def _is_json_in_lines(text: str, path: Path, first_line: int) -> bool:
     lines = re.search(r"\.(jsonl|ndjson)", path.name, re.IGNORECASE)
     opens = text.strip() == "{" or text.lstrip()[:1] == "["
     return bool(lines) and first_line == 1 and "\n" not in text and opens
+
+
+def _ends_with_a_comma(error: json.JSONDecodeError, text: str) -> bool:
+    return error.msg == "Extra data" and text[error.pos :].strip() == ","
 
 
 def _ends_lines_as_old_macs(text: str) -> bool:

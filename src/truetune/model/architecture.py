@@ -18,7 +18,7 @@ from truetune.data.read import READERS, extension
 from truetune.data.rows import names
 from truetune.errors import ModelError
 from truetune.findings import counted
-from truetune.model.source import ModelFiles, first_line, read_json
+from truetune.model.source import NO_GGUF, ModelFiles, first_line, read_json
 from truetune.model.weights import INDEX, WEIGHTS, TensorFacts, listed
 from truetune.system.lazy import torch
 
@@ -160,6 +160,8 @@ def no_config(files: ModelFiles) -> ModelError:
     why, fix = "", "pass a folder with config.json"
     if inner:
         why, fix = "a run folder keeps its model in a subfolder", f"pass {files.folder / inner[0]}"
+    elif any(path.suffix.lower() == ".gguf" for path in files.folder.iterdir()):
+        why, fix = NO_GGUF
     elif data:
         why = f"it holds data files: {names(sorted(data))}"
         fix = f"put the model first, then the data: MODEL {files.source}"

@@ -90,10 +90,15 @@ def locate_here(source: str | Path) -> ModelFiles | None:
     if text == EMBEDDED:
         return ModelFiles(text, EMBEDDED_FOLDER, None)
     if path.is_file():
+        gguf = path.suffix.lower() == ".gguf"
         raise ModelError(
             f"{text} is a file, not a model folder",
-            why="a model is a folder with config.json, weights and tokenizer",
-            fix=f"put the model first, then the data: MODEL {text}"
+            why=NO_GGUF[0]
+            if gguf
+            else "a model is a folder with config.json, weights and tokenizer",
+            fix=NO_GGUF[1]
+            if gguf
+            else f"put the model first, then the data: MODEL {text}"
             if extension(path) in READERS and path.name not in ("config.json", ADAPTER_CONFIG)
             else f"pass the folder: {path.parent}",
             code="model-is-file",
@@ -109,6 +114,12 @@ def locate_here(source: str | Path) -> ModelFiles | None:
         raise _no_such_folder(text, path)
     return None
 
+
+# (why, fix) for a model that is only there as GGUF.
+NO_GGUF = (
+    "a GGUF file is a copy for llama.cpp, mostly in fewer bits, and is not trained",
+    "pass the folder or the Hub id of the model that it was made from",
+)
 
 # What is read of a model beside its weights, by transformers, by peft and here.
 _READ = (

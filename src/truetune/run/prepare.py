@@ -167,6 +167,7 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         raise _nothing_to_wait_for(recipe.patience)
     listener.stage("opening the model's files")
     facts, tokenizer = look_at(str(recipe.model), recipe.revision)
+    _require_rank(recipe, facts)
     new_tokens, token_findings = _new_tokens(recipe, tokenizer, facts)
     contract = contract_of(tokenizer, recipe)
     recipe = _dated(recipe, contract)
@@ -225,6 +226,19 @@ def survey(recipe: Recipe, listener: Listener, *, at_once: bool = False) -> Surv
         planned.is_text,
     )
     return Survey(prepared, train.rows, read.train, stopping)
+
+
+def _require_rank(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse a rank that was asked for and that no matrix can have, before it fills the memory."""
+    rank, width = recipe.lora_r, facts.hidden_size
+    if recipe.lora and recipe.given("lora_r") and rank > width:
+        raise UsageError(
+            f"--lora-r {rank:,} is more than the width of the model, {width:,}",
+            where=recipe.origin("lora_r"),
+            why="the rank of an update is never more than the smaller side of the weight matrix",
+            fix=f"use --lora-r 16 (at most {width}), or train all weights without --lora",
+            code="lora-rank-too-large",
+        )
 
 
 def _nothing_to_wait_for(patience: int) -> UsageError:
