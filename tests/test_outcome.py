@@ -38,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rows-not-learned": (
         {"answers": (answer(text="5."),) * 3 + (answer(),), "last_loss": 1.4},
         # Many answers are as good as another: a model that is sure of its rows has learned.
-        {"answers": (answer(text="5."),) * 4, "last_loss": 0.9},
+        {"answers": (answer(text="5."),) * 3 + (answer(),), "last_loss": 0.9},
     ),
     "held-out-falling": (
         {"held_out": ((1, 4.0), (2, 3.0), (3, 2.5), (4, 2.2))},
@@ -66,6 +66,15 @@ def test_nothing_is_said_of_a_run_that_may_be_well() -> None:
     assert judge(dataclasses.replace(GOOD, answers=(), last_loss=1.5)) == []
     cut = answer(False, stopped=False, had_room=False)
     assert judge(dataclasses.replace(GOOD, answers=(answer(),) * 4 + (cut,) * 4)) == []
+
+
+def test_a_low_loss_without_one_right_answer_is_a_note() -> None:
+    """The summary says "0 of 4": whether that is bad depends on the rows."""
+    (found,) = judge(dataclasses.replace(GOOD, answers=(answer(text="5."),) * 4))
+    assert (found.code, found.level) == ("rows-not-learned", "note")
+    assert found.fix == (
+        "nothing to do if other answers are as good; to learn these, use --epochs 9 (this run: 3)"
+    )
 
 
 @pytest.mark.parametrize(("last", "says"), [(2.0, "--learning-rate 0.0003"), (1.2, "--epochs 9")])

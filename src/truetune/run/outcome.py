@@ -146,13 +146,15 @@ def _not_ended(outcome: Outcome) -> Iterator[Finding]:
 
 
 def _not_learned(outcome: Outcome) -> Iterator[Finding]:
-    """Report wrong answers to short training prompts if the loss on the rows is still high."""
+    """Report wrong answers to short training prompts: a warning if the loss on the rows is still
+    high, a note if it is not and every answer is another one."""
     asked = outcome.trained
     wrong = [a for a in asked if not a.right]
-    if len(asked) >= 3 and 4 * len(wrong) >= 3 * len(asked) and outcome.last_loss > _UNSURE:
+    unsure = outcome.last_loss > _UNSURE
+    if len(asked) >= 3 and len(wrong) >= (0.75 if unsure else 1) * len(asked):
         yield Finding(
             "rows-not-learned",
-            "warning",
+            "warning" if unsure else "note",
             f"{len(wrong)} of {len(asked)} training prompts get an answer that "
             "differs from that of the row",
             wrong[0].where,
@@ -161,7 +163,10 @@ def _not_learned(outcome: Outcome) -> Iterator[Finding]:
             f"{outcome.first_loss:.2f}: on average the model gives the next token of the trained "
             f"answers a probability of {100 * math.exp(-outcome.last_loss):.0f} %; it writes "
             f"{_quoted(wrong[0].text)} for {_quoted(wrong[0].expected)}",
-            fix=f"use {_more(outcome)}",
+            fix=f"use {_more(outcome)}"
+            if unsure
+            else f"nothing to do if other answers are as good; to learn these, use "
+            f"{_longer(outcome)}",
         )
 
 
