@@ -550,6 +550,32 @@ def test_a_stop_that_an_adapter_cannot_bring_is_told(place: Path, tmp_path: Path
     assert "requests need stop_token_ids" in unchecked.out
 
 
+def test_weights_that_rounding_would_undo_are_saved_as_trained(tmp_path: Path) -> None:
+    """One step of a low rate on the embedded base, which comes in bfloat16."""
+    import torch
+    from safetensors.torch import load_file
+
+    facts = [{"prompt": f"The code of box {i}?", "completion": f"It is {i}."} for i in range(30)]
+    path, out = write_rows(tmp_path / "rows.jsonl", facts), tmp_path / "run"
+    words = ("train", "embedded", path, "-o", out, "--max-steps", 1)
+    shown = command(*words, "--learning-rate", 1e-4)
+    assert shown.code == 0, shown.err
+    said = " ".join((shown.out + shown.err).split())
+    assert "warning[saved-unrounded]: the weights are saved in float32" in said
+    assert f"vllm serve {out}/model --dtype float32" in said
+    weights = load_file(out / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any((value.bfloat16().float() != value).any() for value in weights.values())
+    assert json.loads((out / "model" / "config.json").read_text())["dtype"] == "float32"
+    assert command("verify", out).code == 0
+    # What rounding leaves as it was is served as before.
+    shown = command(*words, "--learning-rate", 3e-4, "--overwrite")
+    assert shown.code == 0, shown.err
+    assert "saved-unrounded" not in shown.out + shown.err
+    weights = load_file(out / "model" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
 def test_no_check_is_recorded(place: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", sums(20))
     run = small(place / "tiny", data, tmp_path / "run", learning_rate=0.05, no_check=True).run

@@ -42,6 +42,7 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
         base=result.base,
         base_revision=result.base_revision,
         stops=result.contract.stop_ids if stops else (),
+        unrounded=any(finding.code == "saved-unrounded" for finding in result.findings),
     )
     verify = ("verify", f"truetune verify {run}")
     shown_pairs = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]

@@ -7,16 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from truetune.errors import SaveError
+import torch
+
+from truetune.compare import Agreement, at_clear_leads
+from truetune.errors import SaveError, is_out_of_memory
 from truetune.findings import Finding
 from truetune.model.load import LoadedModel
 from truetune.model.new_tokens import RowsBefore, rows_now, rows_report
+from truetune.model.placement import parse_dtype
 from truetune.model.readback import round_as_saved
 from truetune.model.save import SaveReport, save_model
 from truetune.run.prepare import Prepared
 from truetune.run_dir import RunDir, flush_folder, write_json
 from truetune.verification.new_tokens import written_findings, written_tokens
 from truetune.verification.record import measure_rows, take_record, write_rows
+from truetune.verification.verdict import judge_rounding
 
 
 def save_artifact(
@@ -39,17 +44,10 @@ def save_artifact(
     folder = run.file(name)
     if rows_before is not None:
         _prove_rows(run, prepared, loaded, rows_before, tell)
-    # All weights go back to the type that the model came in, so that it serves as before; the
-    # rounding is measured and reported. An adapter stays float32.
-    dtype = None if loaded.is_adapter else prepared.model.dtype
     fresh = folder.with_name(f".{name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     rows = prepared.verify_rows
-    before = None if dtype is None else measure_rows(loaded, rows)
-    report = save_model(loaded, prepared.contract, fresh, dtype=dtype)
-    rounded = report.cast_error is not None
-    if rounded:
-        round_as_saved(loaded, report.dtype)
+    report, rounding = _saved(prepared, loaded, fresh, tell)
     record = take_record(
         loaded,
         prepared.contract,
@@ -59,7 +57,7 @@ def save_artifact(
         name,
         files={file.name: file.sha256 for file in report.files},
         dtype=report.dtype,
-        before_rounding=before if rounded else None,
+        rounding=rounding,
         context=prepared.model.context_length,
     )
     write_rows(run, rows, record)
@@ -76,6 +74,70 @@ def save_artifact(
     for finding in report.findings:
         tell(finding)
     return replace(report, folder=folder)
+
+
+def _saved(
+    prepared: Prepared, loaded: LoadedModel, folder: Path, tell: Callable[[Finding], None]
+) -> tuple[SaveReport, Agreement | None]:
+    """Save, and leave the weights in memory as they were saved.
+
+    All weights go back to the type that the model came in, so that it is served as before; the
+    rounding is measured and reported. Where it would undo part of the training, they are saved as
+    they were trained. An adapter stays float32.
+
+    Returns:
+        the report, and what the rounding changed; None if nothing was rounded.
+    """
+    dtype = None if loaded.is_adapter else prepared.model.dtype
+    rows = prepared.verify_rows
+    before = None if dtype is None else measure_rows(loaded, rows)
+    report = save_model(loaded, prepared.contract, folder, dtype=dtype)
+    if before is None or report.cast_error is None:
+        return report, None
+    trained = _trained_weights(loaded, report.dtype)
+    round_as_saved(loaded, report.dtype)
+    rounding = at_clear_leads(before, measure_rows(loaded, rows))
+    check = judge_rounding(rounding, report.dtype)
+    if check.state == "passed" or trained is None:
+        return report, rounding
+    state = loaded.model.state_dict()
+    with torch.no_grad():
+        for name, value in trained.items():
+            state[name].copy_(value)
+    del trained
+    shutil.rmtree(folder)
+    whole = save_model(loaded, prepared.contract, folder)
+    tell(
+        Finding(
+            "saved-unrounded",
+            "warning",
+            f"the weights are saved in {whole.dtype}, in which they were trained, and not in the "
+            f"model's {report.dtype}, in which the loss on the rows would go from "
+            f"{rounding.reference_loss:.4f} to {rounding.loss:.4f}",
+            why=check.numbers["why"],
+            fix=f"serve it with --dtype {whole.dtype} (vLLM, SGLang), because a server that rounds "
+            "the weights undoes it as well; or train more steps, or with a higher learning rate",
+        )
+    )
+    return whole, None
+
+
+def _trained_weights(loaded: LoadedModel, dtype: str) -> dict[str, torch.Tensor] | None:
+    """Copies of the weights that are about to be rounded, where the gradients were; None if there
+    is no room for them."""
+    cast = parse_dtype(dtype)
+    # A tied matrix has two names.
+    each = {value.data_ptr(): (name, value) for name, value in loaded.model.state_dict().items()}
+    try:
+        return {
+            name: value.clone()
+            for name, value in each.values()
+            if value.is_floating_point() and value.dtype != cast
+        }
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def rows_of_new_tokens(

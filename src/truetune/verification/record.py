@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truetune.compare import Measured, Probe, Reading, at_clear_leads, distance, measure, read
+from truetune.compare import Agreement, Measured, Probe, Reading, distance, measure, read
 from truetune.contract.contract import PromptContract
 from truetune.errors import InputError
 from truetune.model.load import LoadedModel
@@ -278,7 +278,7 @@ def take_record(
     *,
     files: Mapping[str, str],
     dtype: str,
-    before_rounding: Measured | None,
+    rounding: Agreement | None,
     context: int | None,
 ) -> Record:
     """Read the trained model, and the folder it was saved to.
@@ -289,8 +289,7 @@ def take_record(
         name: that it will have in the run.
         files: its files and their sha256.
         dtype: the type of the saved weights.
-        before_rounding: what `measure_rows` said before the weights were rounded; None if they
-            were not.
+        rounding: what rounding the weights for saving changed; None if they were not rounded.
         context: see `probes_of`.
     """
     parameters = trainable_share(loaded.model)[1]
@@ -299,10 +298,6 @@ def take_record(
     )
     reading = read(loaded, probes)
     again = distance(reading, read(loaded, probes, reading.top, padding=PADDING))
-    rounding = None
-    if before_rounding is not None:
-        now = measure_rows(loaded, rows)
-        rounding = dataclasses.asdict(at_clear_leads(before_rounding, now))
     return Record(
         rows=rows_digest(rows),
         run={file: sha256(run.file(file)) for file in RUN_FILES if run.file(file).is_file()},
@@ -318,7 +313,7 @@ def take_record(
         reading=reading,
         floor={"mean": again.mean, "largest": again.largest},
         dtype=dtype,
-        rounding=rounding,
+        rounding=None if rounding is None else dataclasses.asdict(rounding),
     )
 
 
