@@ -115,8 +115,8 @@ def _saved(
             f"model's {report.dtype}, in which the loss on the rows would go from "
             f"{rounding.reference_loss:.4f} to {rounding.loss:.4f}",
             why=check.numbers["why"],
-            fix=f"serve it with --dtype {whole.dtype} (vLLM, SGLang), because a server that rounds "
-            "the weights undoes it as well; or train more steps, or with a higher learning rate",
+            fix=f"serve it in {whole.dtype}, because a server that rounds the weights undoes it as "
+            "well; or train more steps, or with a higher learning rate",
         )
     )
     return whole, None

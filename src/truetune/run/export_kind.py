@@ -190,7 +190,7 @@ def require_export(
     if what not in _KINDS or (merge and what != "merged"):
         meant = near(what, _KINDS)
         raise UsageError(
-            f"--to {what!r} is not an export format"
+            f"{what!r} is not an export format"
             if what not in _KINDS
             else "--merge and --to contradict each other",
             where="--to",
