@@ -226,7 +226,7 @@ REFUSED_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
         _adapter(rank_pattern={f"x{i}": 4 for i in range(30_000)}),
         "adapter-config-hostile",
     ),
-    "many layers": (_adapter(layer_replication=[[0, 1]] * 10**6), "adapter-config-hostile"),
+    "many layers": (_adapter(layer_replication=[[0, 1]] * 200_000), "adapter-config-hostile"),
     "many names": (
         _adapter(target_modules=["q_proj", *map(str, range(10**6))]),
         "adapter-config-hostile",

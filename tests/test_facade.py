@@ -170,7 +170,7 @@ def test_a_room_of_the_same_name_does_not_take_the_functions_place() -> None:
         ("leave them out with --bad-rows drop", "leave them out with bad_rows='drop'"),
         ("--no-packing pads them", "packing=False pads them"),
         ("leave --add-token out", "leave add_token out"),
-        ("use --to gguf, or --limit 5", "use to gguf, or limit=5"),
+        ("use --to gguf, or --limit 5", "use to='gguf', or limit=5"),
         ("--epochs 9 (this run: 3)", "epochs=9 (this run: 3)"),
         ("truetune train --resume runs/a", "truetune train --resume runs/a"),
         ("hf download a/b --repo-type dataset", "hf download a/b --repo-type dataset"),

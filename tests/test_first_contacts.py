@@ -146,4 +146,4 @@ def test_one_huge_row_is_no_reason_for_a_huge_limit(tmp_path, model):
     said = " ".join((shown.out + shown.err).split())
     assert shown.code in (1, 2)
     assert "--max-length 20" not in said
-    assert "split rows that exceed the model's context" in said
+    assert "split the rows that exceed the model's context" in said

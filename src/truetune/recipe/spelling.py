@@ -10,10 +10,10 @@ from truetune.recipe.settings import setting_types
 _OPTION = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)(?:[ =]([\w./-]*\w))?")
 # What functions of the facade take beside the settings.
 _OWN: dict[str, Any] = {
-    **dict.fromkeys(("base", "resume", "to", "quant", "adapter", "onto", "system"), str),
-    **dict.fromkeys(
-        ("match", "pattern", "tasks", "row", "merged", "quantised", "gguf", "url"), str
-    ),
+    **dict.fromkeys(("base", "resume", "quant", "adapter", "onto", "system", "url"), str),
+    **dict.fromkeys(("pattern", "tasks", "row", "merged", "quantised", "gguf"), str),
+    "to": Literal["merged", "gguf", "ollama", "mlx", "vllm", "sglang"],
+    "match": Literal["exact", "contains", "number", "regex", "json", "none"],
     **dict.fromkeys(("max_new_tokens", "limit", "shots", "samples", "top_k", "port"), int),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), float),
     **dict.fromkeys(("smoke_test", "go_template", "public", "unverified", "fast"), bool),
