@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from truetune.compare import Agreement, at_clear_leads
 from truetune.errors import SaveError, is_out_of_memory
 from truetune.findings import Finding
@@ -19,6 +17,7 @@ from truetune.model.readback import round_as_saved
 from truetune.model.save import SaveReport, save_model
 from truetune.run.prepare import Prepared
 from truetune.run_dir import RunDir, flush_folder, write_json
+from truetune.system.lazy import torch
 from truetune.verification.new_tokens import written_findings, written_tokens
 from truetune.verification.record import measure_rows, take_record, write_rows
 from truetune.verification.verdict import judge_rounding
