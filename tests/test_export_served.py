@@ -83,7 +83,8 @@ def test_what_a_server_cannot_load_is_merged(tmp_path: Path, why: str) -> None:
     found = json.loads(told.out)
     assert (found["merged"], found["passed"]) == (True, True)
     assert why in "".join(found["why"])
-    assert found["serve"].endswith(str(tmp_path / "out"))
+    # Both servers would round float32 weights to float16.
+    assert found["serve"].endswith(f"{tmp_path / 'out'} --dtype float32")
     assert (tmp_path / "out" / "model.safetensors").is_file()
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert 257 in (ends if isinstance(ends, list) else [ends])
@@ -94,7 +95,7 @@ def test_what_is_whole_already_and_other_names(tmp_path: Path) -> None:
     # A whole model needs no merging: it is copied, and the line serves the copy.
     told = command("export", tmp_path / "base", "--to", "vllm", "-o", tmp_path / "whole")
     assert told.code == 0, told.err
-    assert f"vllm serve {tmp_path / 'whole'}" in told.out
+    assert f"vllm serve {tmp_path / 'whole'} --dtype float32" in told.out
     assert (tmp_path / "whole" / "config.json").is_file()
     for name, fix in (("tgi", "text-generation-launcher"), ("lmstudio", "--to gguf")):
         told = command("export", tmp_path / "adapter", "--to", name, "-o", tmp_path / "out")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from truetune.cli.screen import Screen
 from truetune.findings import counted, gib
+from truetune.model.served_adapter import model_line, stored_dtype
 
 if TYPE_CHECKING:
     from truetune.exporting.gguf import WrittenGGUF
@@ -75,9 +77,8 @@ def _on_merged(screen: Screen, made: ExportResult, output: str, *, as_json: bool
 def _on_folder(screen: Screen, output: str) -> None:
     folder = shlex.quote(output)
     load = f"AutoModelForCausalLM.from_pretrained({json.dumps(output, ensure_ascii=False)})"
-    screen.pairs(
-        [("load", load), ("chat", f"truetune chat {folder}"), ("serve", f"vllm serve {folder}")]
-    )
+    serve = model_line("vllm", output, stored_dtype(Path(output)))
+    screen.pairs([("load", load), ("chat", f"truetune chat {folder}"), ("serve", serve)])
 
 
 def _on_whole(screen: Screen, made: WholeExport, *, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from truetune.cli.screen import Screen, side_by_side
+from truetune.model.served_adapter import stored_dtype
 from truetune.reporting.serving import load_line, serve_line
 from truetune.run.outcome import summary
 from truetune.run_dir import REPORT
@@ -42,7 +43,7 @@ def show_result(screen: Screen, result: RunResult, more: Sequence[tuple[str, str
         base=result.base,
         base_revision=result.base_revision,
         stops=result.contract.stop_ids if stops else (),
-        unrounded=any(finding.code == "saved-unrounded" for finding in result.findings),
+        dtype=stored_dtype(result.artifact),
     )
     verify = ("verify", f"truetune verify {run}")
     shown_pairs = [("load", load), ("chat", f"truetune chat {run}"), ("serve", serve), verify]

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from truetune.model.source import read_json
 
 # vLLM makes room for rank 16 unless configured otherwise, and takes these.
 _RANKS = (16, 32, 64, 128, 256, 320, 512)
@@ -74,9 +77,22 @@ def adapter_line(server: str, folder: str, base: str, revision: str | None, rank
     return shlex.join(words)
 
 
-def model_line(server: str, folder: str) -> str:
-    """The command that serves a whole model."""
-    return shlex.join([*(_SGLANG if server == "sglang" else ("vllm", "serve")), folder])
+def model_line(server: str, folder: str, dtype: str = "") -> str:
+    """The command that serves a whole model.
+
+    Args:
+        dtype: of the stored weights; "" if unknown. Both servers round float32 weights to float16
+            unless they are told not to ("auto" in the documentation of their --dtype).
+    """
+    whole = ["--dtype", dtype] if dtype == "float32" else []
+    return shlex.join([*(_SGLANG if server == "sglang" else ("vllm", "serve")), folder, *whole])
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that config.json of a whole model names; "" if there is none."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return str(config.get("dtype") or config.get("torch_dtype") or "")
 
 
 _SGLANG = ("python", "-m", "sglang.launch_server", "--model-path")

@@ -218,7 +218,7 @@ def use_block(run: RunFacts, folder: str, base: str | None, repo: str | None = N
             base=base,
             base_revision=run.adapter.get("revision"),
             stops=stops,
-            unrounded=any(f.get("code") == "saved-unrounded" for f in run.findings),
+            dtype=str(run.manifest.get("dtype") or ""),
         ),
         f"truetune chat {shlex.quote(folder)}",
     ]

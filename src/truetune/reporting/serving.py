@@ -42,7 +42,7 @@ def serve_line(
     base: str | None,
     base_revision: str | None = None,
     stops: Sequence[int] = (),
-    unrounded: bool = False,
+    dtype: str = "",
 ) -> str:
     """The command that serves it.
 
@@ -53,11 +53,10 @@ def serve_line(
         base: of an adapter; None of a whole model.
         base_revision: its commit.
         stops: token ids that each request has to name, because the base's stop tokens lack one.
-        unrounded: whether the weights were saved in float32 because rounding them would have
-            undone part of the training: a server rounds float32 weights unless it is told not to.
+        dtype: of the weights of a whole model, as in `model_line`.
     """
     if base is None:
-        return model_line("vllm", folder) + " --dtype float32" * unrounded
+        return model_line("vllm", folder, dtype)
     config = {
         "use_dora": settings.get("dora"),
         "trainable_token_indices": settings.get("add_token"),

@@ -11,7 +11,7 @@ from truetune.exporting.copied import copy_files
 from truetune.listener import Listener
 from truetune.model.fingerprint import read_fingerprint
 from truetune.model.merge import Onto
-from truetune.model.served_adapter import adapter_line, model_line, why_merge
+from truetune.model.served_adapter import adapter_line, model_line, stored_dtype, why_merge
 from truetune.model.source import ADAPTER_CONFIG, locate, read_json
 from truetune.model.tokenizer import load_tokenizer, locate_base, open_tokenizer
 from truetune.run.export_whole import WholeExport, export_plain
@@ -77,7 +77,7 @@ def export_served(
             source, output, dtype=dtype, device=device, check=check, listener=listener
         )
         assert isinstance(copied, WholeExport)
-        line = model_line(server, str(copied.folder))
+        line = model_line(server, str(copied.folder), stored_dtype(copied.folder))
         return ServedExport(copied.folder, line, (), None, copied)
     config = read_json(files.folder / ADAPTER_CONFIG)
     below = locate_base(files, weights=False, instead=base)
@@ -103,7 +103,7 @@ def export_served(
             check=check,
             listener=listener,
         )
-        line = model_line(server, str(made.folder))
+        line = model_line(server, str(made.folder), stored_dtype(made.folder))
         return ServedExport(made.folder, line, tuple(reasons), made)
     with named_at_last(Path(output)) as unnamed:
         for finding in copy_files(files, unnamed, _FILES):
